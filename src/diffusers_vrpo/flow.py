@@ -1,7 +1,12 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Linear interpolants: t = 0 is data, t = 1 is noise (SiT, arXiv 2401.08740; docs/method.md)."""
+"""Linear interpolants: t = 0 is data, t = 1 is noise (SiT, arXiv 2401.08740; docs/method.md).
+
+Everything in this package speaks in this t; `forward_process` translates for checkpoints of other conventions.
+"""
 
 import torch
+
+from . import ddpm
 
 
 def interpolate(x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -15,6 +20,29 @@ def velocity(x0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     return noise - x0
 
 
+def forward_process(
+    x0: torch.Tensor, noise: torch.Tensor, u: torch.Tensor, config
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Noisy latents, and what a transformer of this `config` is asked at them.
+
+    Args:
+        x0, noise: `[B, ...]`.
+        u: uniform in [0, 1), `[B]`.
+        config: `prediction_type` and `time_direction` of the transformer's config.
+
+    Returns:
+        x_t `[B, ...]`; the timestep `[B]` in the transformer's convention; the target of its prediction `[B, ...]`; the
+        flow time t `[B]`, 1 being noise: of an epsilon model the t of the same noise level (`ddpm.flow_time`).
+    """
+    if config.prediction_type == "epsilon":
+        timestep = ddpm.discrete_timestep(u)
+        return ddpm.add_noise(x0, noise, timestep), timestep, noise, ddpm.flow_time(timestep)
+    x_t, v = interpolate(x0, noise, u), velocity(x0, noise)
+    if config.time_direction == "noise_to_data":
+        return x_t, 1 - u, -v, u
+    return x_t, u, v, u
+
+
 def flow_matching_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """`L_FM,i = mean_d (v_theta - v)^2` of each sample, float32 `[B]`."""
+    """`L_FM,i = mean_d (v_theta - v)^2` of each sample (of epsilon models, of the noise), float32 `[B]`."""
     return (prediction.float() - target.float()).square().flatten(1).mean(1)

@@ -1,8 +1,9 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""SiT, the scalable interpolant transformer (arXiv 2401.08740), as a diffusers model with alignment projectors.
+"""SiT (arXiv 2401.08740) and DiT (arXiv 2212.09748), one architecture, as a diffusers model with alignment projectors.
 
-The architecture is DiT's (arXiv 2212.09748): patches, adaLN-zero blocks, one timestep and one label embedder shared by
-all blocks. This file imports torch and diffusers only, so that it can be published beside the weights.
+Patches, adaLN-zero blocks, one timestep and one label embedder shared by all blocks; what distinguishes checkpoints of
+the two (what is predicted, which way time runs) is in the config. This file imports torch and diffusers only, so that it
+can be published beside the weights.
 """
 
 import difflib
@@ -23,18 +24,20 @@ from torch import nn
 
 # Sizes of the SiT and DiT papers; XS is ours, for small data sets and tests.
 SIT_SIZES = {
-    "SiT-XS": {"num_layers": 6, "num_attention_heads": 4, "attention_head_dim": 32},
-    "SiT-S": {"num_layers": 12, "num_attention_heads": 6, "attention_head_dim": 64},
-    "SiT-B": {"num_layers": 12, "num_attention_heads": 12, "attention_head_dim": 64},
-    "SiT-L": {"num_layers": 24, "num_attention_heads": 16, "attention_head_dim": 64},
-    "SiT-XL": {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72},
+    "XS": {"num_layers": 6, "num_attention_heads": 4, "attention_head_dim": 32},
+    "S": {"num_layers": 12, "num_attention_heads": 6, "attention_head_dim": 64},
+    "B": {"num_layers": 12, "num_attention_heads": 12, "attention_head_dim": 64},
+    "L": {"num_layers": 24, "num_attention_heads": 16, "attention_head_dim": 64},
+    "XL": {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72},
 }
 SIT_PATCH_SIZES = (1, 2, 4, 8)
-SIT_PRESETS = tuple(f"{size}/{patch}" for size in SIT_SIZES for patch in SIT_PATCH_SIZES)
+SIT_PRESETS = tuple(f"{kind}-{size}/{p}" for kind in ("SiT", "DiT") for size in SIT_SIZES for p in SIT_PATCH_SIZES)
 
 
 def sit_preset(name: str) -> dict:
-    """The constructor arguments of a preset such as `"SiT-B/2"` (size, slash, patch size).
+    """The constructor arguments of a preset such as `"SiT-B/2"` or `"DiT-XL/2"` (kind, size, slash, patch size).
+
+    SiT predicts the velocity; DiT predicts the noise at integer timesteps, with a learned variance.
 
     Raises:
         ValueError: for an unknown name; the message lists the nearest presets.
@@ -44,15 +47,17 @@ def sit_preset(name: str) -> dict:
     if preset is None:
         near = difflib.get_close_matches(name.lower(), by_lower_case, n=3) or by_lower_case
         raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(by_lower_case[n] for n in near)}")
-    size, patch = preset.split("/")
-    return {**SIT_SIZES[size], "patch_size": int(patch)}
+    kind, size, patch = preset.replace("-", "/").split("/")
+    config = {**SIT_SIZES[size], "patch_size": int(patch)}
+    return config if kind == "SiT" else config | {"prediction_type": "epsilon", "learn_sigma": True}
 
 
 @dataclass
 class SiTTransformer2DModelOutput(BaseOutput):
     """
     Args:
-        sample (`torch.Tensor` of shape `(batch, channels, height, width)`): the predicted velocity `noise - x0`.
+        sample (`torch.Tensor` of shape `(batch, channels, height, width)`): the predicted velocity or noise; with
+            `return_variance`, as many variance channels follow.
         projections (`tuple` of `torch.Tensor` of shape `(batch, tokens, alignment_dim)`, *optional*):
             projected hidden tokens, not normalised: for every block in `alignment_layers`, one tensor per entry of
             `alignment_dims`.
@@ -111,11 +116,11 @@ def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch
 class SiTTransformerBlock(nn.Module):
     """Pre-norm attention and feed-forward, each shifted, scaled and gated by the conditioning (adaLN-zero)."""
 
-    def __init__(self, dim: int, heads: int, dim_head: int, mlp_ratio: float, qk_norm: bool):
+    def __init__(self, dim: int, heads: int, dim_head: int, mlp_ratio: float, qk_norm: bool, norm2_eps: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.attn = SiTAttention(dim, heads, dim_head, qk_norm)
-        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=norm2_eps)
         self.ff = FeedForward(dim, inner_dim=int(dim * mlp_ratio), activation_fn="gelu-approximate")
         self.modulation = nn.Linear(dim, 6 * dim)
 
@@ -138,8 +143,25 @@ def mlp_projector(dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
     )
 
 
+class ConvProjector(nn.Module):
+    """iREPA's projector (arXiv 2512.10794): one 3x3 convolution over the grid of tokens."""
+
+    def __init__(self, dim: int, out_dim: int):
+        super().__init__()
+        self.projection_layer = nn.Conv2d(dim, out_dim, kernel_size=3, padding=1)
+
+    def forward(self, hidden_states: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+        return self.projection_layer(hidden_states.mT.unflatten(2, grid_size)).flatten(2).mT
+
+
 class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
-    """Class-conditional transformer that predicts the flow-matching velocity `noise - x0` (t = 1 is noise).
+    """Class-conditional transformer that predicts the velocity of a flow (SiT) or the noise of a diffusion (DiT).
+
+    Inputs and outputs are in the convention of the checkpoint, which the config names:
+    - `prediction_type="velocity"`: timesteps t in [0, 1], output `dx_t/dt` along the straight path between data x0 and
+      noise. `time_direction="data_to_noise"`: t = 1 is noise, the velocity is `noise - x0` (REPA, and what this package
+      trains); `"noise_to_data"`: t = 0 is noise, the velocity is `x0 - noise` (the SiT repository).
+    - `prediction_type="epsilon"`: integer timesteps 0 ... 999 of the linear DDPM schedule, output the noise (DiT).
 
     Args:
         sample_size (`int` or `(int, int)`): height and width of the latents (or pixels) it is trained on. Other sizes
@@ -150,11 +172,21 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         mlp_ratio (`float`): hidden width of the feed-forward over D.
         num_classes (`int`): K; labels are 0 ... K-1.
         null_class_id (`int`, *optional*): the label that means "no class", at least K; K when not given.
-        learn_sigma (`bool`): the last layer also has variance channels; they are cut from the output.
+        class_dropout_prob (`float`): share of labels replaced by the null class in training. With 0 and no
+            `null_class_id` there is no null class, and no guidance.
+        prediction_type (`str`): `"velocity"` or `"epsilon"`.
+        time_direction (`str`): `"data_to_noise"` or `"noise_to_data"`; only the former with `"epsilon"`.
+        learn_sigma (`bool`): the last layer also has variance channels; they are cut from the output unless asked for.
+        guidance_channels (`int`, *optional*): how many channels the official sampler guides (3 of 4 in SiT and DiT);
+            all when not given.
         qk_norm (`bool`): LayerNorm on queries and keys of each head.
+        downscale_freq_shift (`float`): the timestep's frequencies are `10000 ** (-i / (128 - downscale_freq_shift))`; 0
+            officially, 1 in diffusers' DiT.
+        norm2_eps (`float`): of the norm before the feed-forward; 1e-6 officially, 1e-5 in diffusers' DiT.
         alignment_layers (`list[int]`): blocks, counted from 1, after which the tokens are projected.
         alignment_dims (`list[int]`): widths of the encoders' patch embeddings; one projector per block and entry.
-        projector_dim (`int`): hidden width of the projectors.
+        projector_type (`str`): `"mlp"`, REPA's three linear layers, or `"conv"`, iREPA's 3x3 convolution.
+        projector_dim (`int`): hidden width of the `"mlp"` projectors.
     """
 
     _supports_gradient_checkpointing = True
@@ -176,10 +208,17 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         mlp_ratio: float = 4.0,
         num_classes: int = 1000,
         null_class_id: int | None = None,
+        class_dropout_prob: float = 0.1,
+        prediction_type: str = "velocity",
+        time_direction: str = "data_to_noise",
         learn_sigma: bool = False,
+        guidance_channels: int | None = None,
         qk_norm: bool = False,
+        downscale_freq_shift: float = 0.0,
+        norm2_eps: float = 1e-6,
         alignment_layers: list[int] = (),
         alignment_dims: list[int] = (),
+        projector_type: str = "mlp",
         projector_dim: int = 2048,
     ):
         super().__init__()
@@ -191,18 +230,30 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
             raise ValueError(f"num_attention_heads * attention_head_dim = {dim} must be divisible by 4")
         if any(not 1 <= layer <= num_layers for layer in alignment_layers):
             raise ValueError(f"alignment_layers {list(alignment_layers)} must lie in 1 ... num_layers = {num_layers}")
-        self.null_class_id = num_classes if null_class_id is None else null_class_id
-        if self.null_class_id < num_classes:
+        for name, value, choices in (
+            ("prediction_type", prediction_type, ("velocity", "epsilon")),
+            ("time_direction", time_direction, ("data_to_noise", "noise_to_data")),
+            ("projector_type", projector_type, ("mlp", "conv")),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} {value!r} must be one of {', '.join(choices)}")
+        if prediction_type == "epsilon" and time_direction != "data_to_noise":
+            raise ValueError(f"time_direction {time_direction!r} does not go with prediction_type 'epsilon'")
+        self.null_class_id = null_class_id
+        if null_class_id is None and class_dropout_prob > 0:
+            self.null_class_id = num_classes
+        if self.null_class_id is not None and self.null_class_id < num_classes:
             raise ValueError(f"null_class_id {null_class_id} is one of the {num_classes} classes; use {num_classes}")
         self.grid_size = (height // patch_size, width // patch_size)
 
         self.patch_embed = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
         self.register_buffer("pos_embed", self._position_table(*self.grid_size), persistent=False)
-        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=downscale_freq_shift)
         self.time_embedding = TimestepEmbedding(256, dim)
-        self.label_embedding = nn.Embedding(self.null_class_id + 1, dim)
+        num_labels = num_classes if self.null_class_id is None else self.null_class_id + 1
+        self.label_embedding = nn.Embedding(num_labels, dim)
         self.transformer_blocks = nn.ModuleList(
-            SiTTransformerBlock(dim, num_attention_heads, attention_head_dim, mlp_ratio, qk_norm)
+            SiTTransformerBlock(dim, num_attention_heads, attention_head_dim, mlp_ratio, qk_norm, norm2_eps)
             for _ in range(num_layers)
         )
         self.norm_out = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
@@ -210,6 +261,8 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         self.proj_out = nn.Linear(dim, patch_size**2 * in_channels * (2 if learn_sigma else 1))
         self.projectors = nn.ModuleList(
             mlp_projector(dim, projector_dim, alignment_dim)
+            if projector_type == "mlp"
+            else ConvProjector(dim, alignment_dim)
             for _ in alignment_layers
             for alignment_dim in alignment_dims
         )
@@ -231,6 +284,13 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
 
+    def enable_cache(self, config):
+        """Caching at inference (`FirstBlockCacheConfig`, ...); tells diffusers' hooks what the blocks return."""
+        from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+
+        TransformerBlockRegistry.register(SiTTransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0))
+        super().enable_cache(config)
+
     def _position_table(self, rows: int, columns: int) -> torch.Tensor:
         """Fixed sine-cosine positions `(1, rows * columns, D)`, stretched over the extent of the trained grid."""
         y = torch.arange(rows, dtype=torch.float64) * (self.grid_size[0] / rows)
@@ -246,14 +306,17 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         timestep: torch.Tensor,
         class_labels: torch.Tensor,
         return_projections: bool = False,
+        return_variance: bool = False,
         return_dict: bool = True,
     ) -> SiTTransformer2DModelOutput | tuple:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(batch, in_channels, height, width)`): noisy latents x_t.
-            timestep (`torch.Tensor` of shape `(batch,)` or `()`): t in [0, 1], 1 being pure noise, float32.
+            timestep (`torch.Tensor` of shape `(batch,)` or `()`): in the checkpoint's convention: t in [0, 1], float32,
+                or an integer timestep (see the class).
             class_labels (`torch.LongTensor` of shape `(batch,)`): 0 ... K-1, or `null_class_id` for no class.
             return_projections (`bool`): run the projectors at `alignment_layers` and return what they give.
+            return_variance (`bool`): keep the variance channels of a model with `learn_sigma`.
             return_dict (`bool`): a [`SiTTransformer2DModelOutput`] instead of a tuple.
         """
         patch = self.config.patch_size
@@ -287,14 +350,17 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
                 hidden_states = block(hidden_states, conditioning)
             if return_projections and number in self.config.alignment_layers:
                 first = self.config.alignment_layers.index(number) * per_layer
-                projections += [projector(hidden_states) for projector in self.projectors[first : first + per_layer]]
+                for projector in self.projectors[first : first + per_layer]:
+                    grid = ((rows, columns),) if self.config.projector_type == "conv" else ()
+                    projections.append(projector(hidden_states, *grid))
 
         # 3. Output: tokens back to an image.
         shift, scale = self.modulation_out(conditioning).chunk(2, dim=1)
         hidden_states = self.proj_out(modulate(self.norm_out(hidden_states), shift, scale))
         hidden_states = hidden_states.reshape(batch_size, rows, columns, patch, patch, -1)
         sample = hidden_states.permute(0, 5, 1, 3, 2, 4).reshape(batch_size, -1, height, width)
-        sample = sample[:, : self.config.in_channels]
+        if not return_variance:
+            sample = sample[:, : self.config.in_channels]
 
         projections = tuple(projections) if return_projections else None
         if not return_dict:

@@ -1,0 +1,112 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""The diffusion that DiT trains on: 1000 steps of a linear schedule, noise prediction, learned variance.
+
+Formulas: DDPM (arXiv 2006.11239) and Improved DDPM (arXiv 2102.09672); the tables are diffusers' `DDPMScheduler`'s.
+"""
+
+import functools
+import math
+
+import torch
+from diffusers import DDPMScheduler
+
+
+NUM_TIMESTEPS = 1000
+# Arguments of diffusers' DDPM, DDIM and DPM++ schedulers for models trained on it; latents are not clipped.
+SCHEDULER_CONFIG = {
+    "num_train_timesteps": NUM_TIMESTEPS,
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "clip_sample": False,
+}
+
+
+@functools.cache
+def _tables(device: torch.device) -> dict[str, torch.Tensor]:
+    """What the formulas need of each timestep, computed in float64, kept on the device in float32 `[1000]`."""
+    beta = DDPMScheduler(**SCHEDULER_CONFIG).betas.double()
+    alpha_bar = (1 - beta).cumprod(0)
+    previous = torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
+    posterior_variance = beta * (1 - previous) / (1 - alpha_bar)
+    tables = {
+        "signal": alpha_bar.sqrt(),
+        "noise": (1 - alpha_bar).sqrt(),
+        "flow_time": (1 - alpha_bar).sqrt() / (alpha_bar.sqrt() + (1 - alpha_bar).sqrt()),
+        "log_beta": beta.log(),
+        # It is 0 at n = 0: the next one stands in, as in the original.
+        "log_posterior_variance": torch.cat([posterior_variance[1:2], posterior_variance[1:]]).log(),
+        "mean_from_x0": beta * previous.sqrt() / (1 - alpha_bar),
+        "mean_from_xn": (1 - previous) * (1 - beta).sqrt() / (1 - alpha_bar),
+    }
+    return {name: table.float().to(device) for name, table in tables.items()}
+
+
+def _at(name: str, timestep: torch.Tensor, ndim: int) -> torch.Tensor:
+    """Entries of a table for timesteps `[B]`, shaped to multiply `[B, ...]` of `ndim` dimensions."""
+    return _tables(timestep.device)[name][timestep].reshape(-1, *[1] * (ndim - 1))
+
+
+def discrete_timestep(u: torch.Tensor) -> torch.Tensor:
+    """Integer timesteps 0 ... 999, equally likely, from `u` uniform in [0, 1)."""
+    return (u * NUM_TIMESTEPS).long().clamp(0, NUM_TIMESTEPS - 1)
+
+
+def add_noise(x0: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    """`x_n = sqrt(abar_n) x0 + sqrt(1 - abar_n) noise`; `timestep` int64 `[B]`."""
+    return _at("signal", timestep, x0.ndim) * x0 + _at("noise", timestep, x0.ndim) * noise
+
+
+def flow_time(timestep: torch.Tensor) -> torch.Tensor:
+    """The flow time of the same noise level, `t = sqrt(1 - abar) / (sqrt(abar) + sqrt(1 - abar))`, float32 `[B]`.
+
+    `x_n / (sqrt(abar) + sqrt(1 - abar))` is `(1 - t) x0 + t noise`: what the timestep bins and weights of the alignment
+    loss are in terms of.
+    """
+    return _at("flow_time", timestep, 1)
+
+
+def variational_bound(
+    epsilon: torch.Tensor, variance: torch.Tensor, x0: torch.Tensor, x_n: torch.Tensor, timestep: torch.Tensor
+) -> torch.Tensor:
+    """The term of the variational bound of each sample, in bits per dimension, which trains the learned variance.
+
+    `KL(q(x_{n-1} | x_n, x0) || p(x_{n-1} | x_n))`, and at n = 0 minus the log-likelihood of x0 in bins of width 2/255
+    (arXiv 2006.11239, eq. 13). The model's log-variance lies between the posterior's and that of beta:
+    `(v+1)/2 log beta + (1-v)/2 log beta_tilde` (arXiv 2102.09672, eq. 15).
+
+    Args:
+        epsilon: predicted noise `[B, ...]`; taken as given, no gradient goes there.
+        variance: v, the model's variance channels, `[B, ...]`, about [-1, 1].
+        x0, x_n: clean and noisy latents `[B, ...]`.
+        timestep: int64 `[B]`.
+
+    Returns:
+        float32 `[B]`.
+    """
+    epsilon, variance, x0, x_n = epsilon.detach().float(), variance.float(), x0.float(), x_n.float()
+
+    def at(name):
+        return _at(name, timestep, x0.ndim)
+
+    x0_prediction = (x_n - at("noise") * epsilon) / at("signal")
+    true_mean = at("mean_from_x0") * x0 + at("mean_from_xn") * x_n
+    mean = at("mean_from_x0") * x0_prediction + at("mean_from_xn") * x_n
+    log_min = at("log_posterior_variance")
+    log_variance = (variance + 1) / 2 * at("log_beta") + (1 - variance) / 2 * log_min
+
+    kl = 0.5 * (
+        log_variance
+        - log_min
+        - 1
+        + (log_min - log_variance).exp()
+        + (true_mean - mean).square() * (-log_variance).exp()
+    )
+    # x0's likelihood under the Gaussian's mass in its bin, with open bins at both ends.
+    std = (0.5 * log_variance).exp()
+    upper = torch.special.ndtr((x0 - mean + 1 / 255) / std)
+    lower = torch.special.ndtr((x0 - mean - 1 / 255) / std)
+    mass = torch.where(x0 < -0.999, upper, torch.where(x0 > 0.999, 1 - lower, upper - lower))
+    nll = -mass.clamp_min(1e-12).log()
+    bound = torch.where(timestep.reshape(-1, *[1] * (x0.ndim - 1)) == 0, nll, kl)
+    return bound.flatten(1).mean(1) / math.log(2)

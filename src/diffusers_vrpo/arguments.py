@@ -19,7 +19,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
 class OneLineErrorParser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"train_vrpo.py: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def config_to_argv(parser: argparse.ArgumentParser, file: str) -> list[str]:

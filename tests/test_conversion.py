@@ -1,0 +1,448 @@
+"""Conversion from and to the official layouts, against a plain rendering of the official forward pass."""
+
+import argparse
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler
+from test_latents import tiny_vae
+from test_transformer import TINY, inputs, tiny_model
+
+from diffusers_vrpo import SiTTransformer2DModel, VRPOPipeline
+from diffusers_vrpo.conversion import convert_checkpoint, export_checkpoint, read_checkpoint
+from diffusers_vrpo.errors import InputError
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def convert_script(*argv):
+    spec = importlib.util.spec_from_file_location("convert", ROOT / "pipelines" / "convert.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main(module.build_parser().parse_args([str(a) for a in argv]))
+
+
+def sincos(dim: int, side: int) -> torch.Tensor:
+    """The official position table: half of the width for the column, half for the row, sines before cosines."""
+    frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    parts = [f(p.reshape(-1, 1) * frequencies) for p in (columns, rows) for f in (torch.sin, torch.cos)]
+    return torch.cat(parts, dim=1).float().unsqueeze(0)
+
+
+def official_state(dim=24, depth=3, patch=2, channels=4, side=4, rows=8, sigma=True, qk_norm=0, z=(), mlp=4, seed=0):
+    """Random weights in the official key layout."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def linear(name, out_features, in_features):
+        return {
+            f"{name}.weight": 0.2 * torch.randn(out_features, in_features, generator=generator),
+            f"{name}.bias": 0.2 * torch.randn(out_features, generator=generator),
+        }
+
+    state = {"pos_embed": sincos(dim, side)}
+    state |= {"x_embedder.proj.weight": 0.3 * torch.randn(dim, channels, patch, patch, generator=generator)}
+    state |= {"x_embedder.proj.bias": torch.randn(dim, generator=generator)}
+    state |= linear("t_embedder.mlp.0", dim, 256) | linear("t_embedder.mlp.2", dim, dim)
+    state |= {"y_embedder.embedding_table.weight": torch.randn(rows, dim, generator=generator)}
+    for i in range(depth):
+        state |= linear(f"blocks.{i}.attn.qkv", 3 * dim, dim) | linear(f"blocks.{i}.attn.proj", dim, dim)
+        state |= linear(f"blocks.{i}.mlp.fc1", mlp * dim, dim) | linear(f"blocks.{i}.mlp.fc2", dim, mlp * dim)
+        state |= linear(f"blocks.{i}.adaLN_modulation.1", 6 * dim, dim)
+        if qk_norm:
+            for letter in "qk":
+                state[f"blocks.{i}.attn.{letter}_norm.weight"] = 1 + torch.rand(qk_norm, generator=generator)
+                state[f"blocks.{i}.attn.{letter}_norm.bias"] = torch.rand(qk_norm, generator=generator)
+    state |= linear("final_layer.linear", patch**2 * channels * (2 if sigma else 1), dim)
+    state |= linear("final_layer.adaLN_modulation.1", 2 * dim, dim)
+    for i, width in enumerate(z):
+        state |= linear(f"projectors.{i}.0", 20, dim) | linear(f"projectors.{i}.2", 20, 20)
+        state |= linear(f"projectors.{i}.4", width, 20)
+    return state
+
+
+def official_forward(state, x, t, labels, heads, aligned=None):
+    """The official models' forward pass, from their state dict alone; also the projections after block `aligned`."""
+
+    def linear(name, value):
+        return F.linear(value, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    def norm(value):
+        return F.layer_norm(value, value.shape[-1:], eps=1e-6)
+
+    def modulated(value, shift, scale):
+        return norm(value) * (1 + scale[:, None]) + shift[:, None]
+
+    patches = state["x_embedder.proj.weight"]
+    dim, channels, p = patches.shape[:3]
+    h = F.conv2d(x, patches, state["x_embedder.proj.bias"], stride=p)
+    side = h.shape[-1]
+    h = h.flatten(2).mT + state["pos_embed"]
+    frequencies = torch.exp(-math.log(10000) * torch.arange(128) / 128)
+    angles = t.float()[:, None] * frequencies
+    c = linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], -1))))
+    c = F.silu(c + state["y_embedder.embedding_table.weight"][labels])
+    depth = sum(name.endswith("mlp.fc1.weight") for name in state)
+    projections = []
+    for i in range(depth):
+        m = linear(f"blocks.{i}.adaLN_modulation.1", c).chunk(6, dim=1)
+        qkv = linear(f"blocks.{i}.attn.qkv", modulated(h, m[0], m[1])).unflatten(-1, (3, heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        if f"blocks.{i}.attn.q_norm.weight" in state:
+            q, k = (
+                F.layer_norm(
+                    a,
+                    a.shape[-1:],
+                    state[f"blocks.{i}.attn.{n}_norm.weight"],
+                    state[f"blocks.{i}.attn.{n}_norm.bias"],
+                )
+                for n, a in (("q", q), ("k", k))
+            )
+        weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
+        h = h + m[2][:, None] * linear(f"blocks.{i}.attn.proj", (weights @ v).transpose(1, 2).flatten(2))
+        inner = F.gelu(linear(f"blocks.{i}.mlp.fc1", modulated(h, m[3], m[4])), approximate="tanh")
+        h = h + m[5][:, None] * linear(f"blocks.{i}.mlp.fc2", inner)
+        if i + 1 == aligned:
+            j = 0
+            while f"projectors.{j}.4.weight" in state:
+                hidden = F.silu(linear(f"projectors.{j}.2", F.silu(linear(f"projectors.{j}.0", h))))
+                projections.append(linear(f"projectors.{j}.4", hidden))
+                j += 1
+    shift, scale = linear("final_layer.adaLN_modulation.1", c).chunk(2, dim=1)
+    out = linear("final_layer.linear", modulated(h, shift, scale)).unflatten(-1, (p, p, -1))
+    out = out.unflatten(1, (side, side)).permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+    return out, projections
+
+
+def saved(tmp_path, content, name="checkpoint.pt") -> str:
+    torch.save(content, tmp_path / name)
+    return str(tmp_path / name)
+
+
+CASES = {
+    "sit": ({}, {"time_direction": "noise_to_data", "prediction_type": "velocity", "guidance_channels": 3}),
+    "sit patch 4, pixels": ({"patch": 4, "channels": 3, "rows": 3}, {"patch_size": 4, "num_classes": 2}),
+    "sit patch 1, no sigma": ({"patch": 1, "sigma": False, "dim": 48}, {"learn_sigma": False}),
+    "repa": ({"sigma": False, "z": (10, 6), "rows": 1001}, {"alignment_dims": [10, 6], "num_classes": 1000}),
+    "dit patch 8": ({"patch": 8, "side": 2}, {"prediction_type": "epsilon", "sample_size": 16}),
+    "repa qk-norm": ({"sigma": False, "z": (5,), "qk_norm": 8}, {"qk_norm": True, "attention_head_dim": 8}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_converted_models_compute_what_the_official_code_computes(tmp_path, case):
+    arguments, expected = CASES[case]
+    state = official_state(**arguments)
+    heads = 3
+    path = saved(tmp_path, state)
+    # With qk-norm the width of a head shows, otherwise it must be given.
+    kwargs = {} if "qk_norm" in arguments else {"num_attention_heads": heads}
+    model = convert_checkpoint(path, format=case.split()[0] if "dit" in case else "auto", **kwargs)
+    for name, value in expected.items():
+        assert model.config[name] == value, name
+    x = torch.randn(
+        3, model.config.in_channels, *[model.config.sample_size] * 2, generator=torch.Generator().manual_seed(1)
+    )
+    t = torch.tensor([0, 480, 999]) if "dit" in case else torch.tensor([0.0, 0.3, 1.0])
+    labels = torch.tensor([0, 1, model.null_class_id])
+    sample, projections = official_forward(state, x, t, labels, heads, aligned=1)
+    output = model(x, t, labels, return_projections=True, return_variance=True)
+    torch.testing.assert_close(output.sample, sample, atol=1e-5, rtol=0)
+    assert output.sample.shape[1] == model.config.in_channels * (2 if model.config.learn_sigma else 1)
+    assert len(output.projections) == len(projections) == len(arguments.get("z", ()))
+    for ours, theirs in zip(output.projections, projections):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_every_layout_of_a_file(tmp_path):
+    state = official_state(z=(6,), sigma=False)
+    reference = convert_checkpoint(saved(tmp_path, state), num_attention_heads=3).state_dict()
+
+    def same(content, name="other.pt", **kwargs):
+        converted = convert_checkpoint(saved(tmp_path, content, name), **{"num_attention_heads": 3, **kwargs})
+        assert all(torch.equal(x, reference[name]) for name, x in converted.state_dict().items())
+        return converted
+
+    # Averaged weights come first; a training file's arguments are plain values and may be read.
+    other = {name: torch.zeros_like(x) if name != "pos_embed" else x for name, x in state.items()}
+    args = argparse.Namespace(model="SiT-XL/2", encoder_depth=2, enc_type="dinov2-vit-b", path_type="linear")
+    model = same({"model": other, "ema": state, "opt": {"state": {}}, "args": args, "steps": 7})
+    assert model.config.alignment_layers == [2]
+    same({"model": {f"module.{name}": x for name, x in state.items()}})
+    same({f"_orig_mod.{name}": x for name, x in state.items()})
+    # Early REPA files split the blocks where the encoder ends, which is the aligned one.
+    early = {}
+    for name, x in state.items():
+        number = int(name.split(".")[1]) if name.startswith("blocks.") else -1
+        early[name.replace(f"blocks.{number}.", f"decoder_blocks.{number - 2}.") if number >= 2 else name] = x
+    assert same(early).config.alignment_layers == [2]
+    # iREPA's name for the same projector, and its convolution.
+    renamed = {name.replace("projectors.0.", "projectors.0.projection_layer."): x for name, x in state.items()}
+    assert same(renamed).config.projector_type == "mlp"
+    assert same(state, alignment_layer=3).config.alignment_layers == [3]
+
+
+def test_irepa_convolution(tmp_path):
+    state = official_state(sigma=False)
+    weight, bias = torch.randn(7, 24, 3, 3), torch.randn(7)
+    state |= {"projectors.0.projection_layer.weight": weight, "projectors.0.projection_layer.bias": bias}
+    model = convert_checkpoint(saved(tmp_path, state), num_attention_heads=3)
+    assert model.config.projector_type == "conv" and model.config.alignment_dims == [7]
+    seen = []
+    model.transformer_blocks[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    x, t, labels = inputs()
+    projection = model(x, t, labels, return_projections=True).projections[0]
+    expected = F.conv2d(seen[0].mT.reshape(2, 24, 4, 4), weight, bias, padding=1)
+    torch.testing.assert_close(projection, expected.flatten(2).mT)
+    exported = export_checkpoint(model, "repa")
+    assert exported.keys() == state.keys() and torch.equal(exported["projectors.0.projection_layer.weight"], weight)
+
+
+def test_format_is_told_from_what_there_is(tmp_path):
+    state = official_state()
+
+    def direction(content, name="weights.pt", **kwargs):
+        config = convert_checkpoint(saved(tmp_path, content, name), num_attention_heads=3, **kwargs).config
+        return config.prediction_type, config.time_direction
+
+    dit, sit, repa = ("epsilon", "data_to_noise"), ("velocity", "noise_to_data"), ("velocity", "data_to_noise")
+    assert direction(state) == sit
+    assert direction(state, "DiT-XL-2-256x256.pt") == dit
+    assert direction(state, "DiT-XL-2-256x256.pt", format="sit") == sit
+    assert direction({"ema": state, "args": argparse.Namespace(model="DiT-B/4", num_classes=7)}) == dit
+    assert direction({"ema": state, "args": argparse.Namespace(enc_type="dinov2-vit-b")}) == repa
+    assert direction(state, format="repa") == repa
+
+
+def test_no_null_class(tmp_path):
+    path = saved(tmp_path, official_state(rows=8))
+    model = convert_checkpoint(path, num_attention_heads=3, num_classes=8)
+    assert model.null_class_id is None and model.config.num_classes == 8 and model.config.class_dropout_prob == 0
+    assert convert_checkpoint(path, num_attention_heads=3).null_class_id == 7
+
+
+@pytest.mark.parametrize("layout", ["sit", "repa", "dit"])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_round_trips_are_bit_equal(tmp_path, layout, qk_norm):
+    conventions = {
+        "sit": {
+            "time_direction": "noise_to_data",
+            "learn_sigma": True,
+            "guidance_channels": 3,
+            "alignment_layers": [],
+        },
+        "repa": {},
+        "dit": {
+            "prediction_type": "epsilon",
+            "learn_sigma": True,
+            "guidance_channels": 3,
+            "alignment_layers": [],
+        },
+    }[layout]
+    model = tiny_model(qk_norm=qk_norm, **conventions)
+    path = saved(tmp_path, export_checkpoint(model, layout))
+    back = convert_checkpoint(path, num_attention_heads=2, format=layout, alignment_layer=2)
+    ours = model.state_dict()
+    assert back.state_dict().keys() == ours.keys()
+    assert all(torch.equal(x, ours[name]) for name, x in back.state_dict().items())
+    for name, value in model.config.items():
+        if not name.startswith("_") and name not in ("alignment_dims", "alignment_layers", "projector_dim"):
+            assert back.config[name] == value, name
+    assert list(back.config.alignment_layers) == list(model.config.alignment_layers)
+    # And the official code computes the same with it.
+    x, t, labels = inputs()
+    t = torch.tensor([3, 700]) if layout == "dit" else t
+    sample, _ = official_forward(export_checkpoint(model, layout), x, t, labels, heads=2)
+    torch.testing.assert_close(sample[:, :4], model(x, t, labels).sample, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_export_turns_time_around(tmp_path):
+    # What a user compares: our model in the SiT repository, whose time runs the other way.
+    model, (x, t, labels) = tiny_model(learn_sigma=True), inputs()
+    sample, _ = official_forward(export_checkpoint(model, "sit"), x, 1 - t, labels, heads=2)
+    torch.testing.assert_close(-sample[:, :4], model(x, t, labels).sample, atol=1e-5, rtol=0)
+    # A SiT model in the REPA repository, which has no variance channels.
+    sit = convert_checkpoint(saved(tmp_path, official_state()), num_attention_heads=3)
+    exported = export_checkpoint(sit, "repa")
+    assert exported["final_layer.linear.weight"].shape[0] == 16
+    sample, _ = official_forward(exported, x, t, labels, heads=3)
+    torch.testing.assert_close(-sample, sit(x, 1 - t, labels).sample, atol=1e-5, rtol=0)
+
+
+def tiny_dit(**changes) -> DiTTransformer2DModel:
+    """Diffusers' DiT with random weights and tied embedders."""
+    torch.manual_seed(0)
+    arguments = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_layers": 3,
+        "sample_size": 8,
+        "num_embeds_ada_norm": 1000,
+    }
+    model = DiTTransformer2DModel(**{**arguments, **changes})
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    for block in model.transformer_blocks:
+        block.norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
+    return model.eval()
+
+
+@pytest.mark.parametrize("changes", [{}, {"out_channels": 4, "num_embeds_ada_norm": 5, "patch_size": 4}])
+@torch.no_grad()
+def test_diffusers_dit_gives_the_same_output(tmp_path, changes):
+    dit = tiny_dit(**changes)
+    dit.save_pretrained(tmp_path)
+    model = convert_checkpoint(str(tmp_path))
+    assert model.config.downscale_freq_shift == 1 and model.config.norm2_eps == 1e-5
+    x = inputs(batch=3)[0]
+    t = torch.tensor([0, 417, 999])
+    labels = torch.tensor([0, 3, model.null_class_id])
+    expected = dit(x, t, labels).sample
+    torch.testing.assert_close(model(x, t, labels, return_variance=True).sample, expected, atol=1e-5, rtol=0)
+    # The frequencies and the eps matter at this precision: the test can tell.
+    model.register_to_config(downscale_freq_shift=0.0)
+    other = SiTTransformer2DModel.from_config(model.config).eval()
+    other.load_state_dict(model.state_dict())
+    assert (other(x, t, labels, return_variance=True).sample - expected).abs().max() > 1e-4
+
+
+def test_diffusers_dit_with_separate_embedders_is_refused(tmp_path):
+    dit = tiny_dit()
+    dit.transformer_blocks[2].norm1.emb.class_embedder.embedding_table.weight.data[5] += 1e-3
+    dit.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"transformer_blocks.2.*training has separated"):
+        convert_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler])
+def test_dit_pipeline_and_ours_give_the_same_images(tmp_path, scheduler):
+    schedule = scheduler(beta_schedule="linear", **({"clip_sample": False} if scheduler is DDIMScheduler else {}))
+    vae = tiny_vae("kl")
+    vae.register_to_config(shift_factor=None)  # DiTPipeline knows none
+    theirs = DiTPipeline(tiny_dit(), vae, schedule)
+    theirs.save_pretrained(tmp_path / "dit")
+    # The published pipelines have the class names here, though diffusers does not write them.
+    index = json.loads((tmp_path / "dit" / "model_index.json").read_text())
+    index["id2label"] = {str(i): f"class {i}" for i in range(1000)}
+    (tmp_path / "dit" / "model_index.json").write_text(json.dumps(index))
+    convert_script(tmp_path / "dit", tmp_path / "ours")
+    ours = VRPOPipeline.from_pretrained(tmp_path / "ours")
+    assert type(ours.scheduler) is scheduler and ours.labels["class 3"] == [3]
+    for pipeline in (theirs, ours):
+        pipeline.set_progress_bar_config(disable=True)
+    arguments = {"num_inference_steps": 6, "guidance_scale": 4.0, "output_type": "np"}
+    expected = theirs([3, 7], generator=torch.Generator().manual_seed(0), **arguments).images
+    images = ours(["class 3", 7], generator=torch.Generator().manual_seed(0), **arguments).images
+    assert expected.std() > 0.05
+    torch.testing.assert_close(torch.from_numpy(images), torch.from_numpy(expected), atol=1e-4, rtol=0)
+
+
+class Malicious:
+    def __reduce__(self):
+        return (print, ("this must never be printed",))
+
+
+def test_files_that_are_refused(tmp_path, capsys):
+    state = official_state()
+
+    def refused(content, message, name="bad.pt", **kwargs):
+        path = content if isinstance(content, str) else saved(tmp_path, content, name)
+        with pytest.raises(InputError, match=message):
+            convert_checkpoint(path, **{"num_attention_heads": 3, **kwargs})
+
+    refused({"ema": state, "extra": Malicious()}, "objects other than tensors")
+    assert "never be printed" not in capsys.readouterr().out
+    without = {name: x for name, x in state.items() if "blocks.1.mlp.fc2" not in name}
+    refused(without, r"2 missing: blocks.1.mlp.fc2.bias, blocks.1.mlp.fc2.weight")
+    refused(state | {"blocks.0.lora": torch.zeros(1)}, "1 unknown: blocks.0.lora")
+    refused(state | {"blocks.0.mlp.fc2.bias": torch.zeros(3)}, r"of another shape: blocks.0.mlp.fc2.bias \(3,\)")
+    refused(state | {"pos_embed": torch.zeros(1, 16, 24)}, "sine-cosine table")
+    refused({"a": torch.zeros(1)}, "no SiT, REPA or DiT checkpoint: x_embedder.proj.weight")
+    refused({"ema": [1]}, "no state dict")
+    refused(state, "give --num_attention_heads", num_attention_heads=None)
+    refused(state, "does not divide the width 24", num_attention_heads=5)
+    refused(state, r"--preset SiT-S/2 has depth, width and patch size \(12, 384, 2\)", preset="SiT-S/2")
+    refused(state, "do not fit --num_classes 3", num_classes=3)
+    refused({"ema": state, "args": argparse.Namespace(path_type="GVP")}, "path_type 'GVP'")
+    refused(state, "--format 'sitt' must be one of", format="sitt")
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    refused(str(tmp_path / "text.pt"), "text.pt")
+    refused(str(tmp_path / "absent.pt"), "neither a folder nor a file")
+    refused(str(tmp_path), "SiTTransformer2DModel or DiTTransformer2DModel")
+    with pytest.raises(InputError, match="it goes to sit or repa"):
+        export_checkpoint(tiny_model(), "dit")
+    with pytest.raises(InputError, match="frequencies or the norm of diffusers' DiT"):
+        export_checkpoint(tiny_model(prediction_type="epsilon", downscale_freq_shift=1.0), "dit")
+
+
+def test_sizes_of_the_papers_need_no_heads(tmp_path):
+    # SiT-S by its depth and width; the weights are all zero, only the shapes matter.
+    state = official_state(dim=384, depth=12, side=2)
+    assert convert_checkpoint(saved(tmp_path, state)).config.num_attention_heads == 6
+    assert convert_checkpoint(saved(tmp_path, state), preset="DiT-S/2").config.prediction_type == "epsilon"
+
+
+def test_the_script_converts_and_exports(tmp_path, caplog):
+    state = official_state()
+    convert_script(saved(tmp_path, {"ema": state}), tmp_path / "pipeline", "--num_attention_heads", 3)
+    pipeline = VRPOPipeline.from_pretrained(tmp_path / "pipeline")
+    assert pipeline.transformer.config.time_direction == "noise_to_data" and pipeline.vae is None
+    assert {p.suffix for p in (tmp_path / "pipeline").rglob("*.*")} == {".json", ".safetensors"}
+    for to, file in (("sit", "back.pt"), ("sit", "back.safetensors")):
+        convert_script(tmp_path / "pipeline", tmp_path / file, "--to", to)
+        back = read_checkpoint(str(tmp_path / file))[0]
+        assert back.keys() == state.keys()
+        assert all(torch.equal(back[name], x) for name, x in state.items() if name != "pos_embed")
+    convert_script(tmp_path / "pipeline", tmp_path / "folder", "--to", "repa", "--ema_key")
+    assert torch.load(tmp_path / "folder" / "repa.pt", weights_only=True)["ema"].keys() == state.keys()
+    vae = tiny_vae("kl")
+    vae.save_pretrained(tmp_path / "vae")
+    convert_script(
+        tmp_path / "checkpoint.pt",
+        tmp_path / "with-vae",
+        "--num_attention_heads",
+        3,
+        "--vae",
+        tmp_path / "vae",
+        "--format",
+        "dit",
+    )
+    pipeline = VRPOPipeline.from_pretrained(tmp_path / "with-vae")
+    pipeline.set_progress_bar_config(disable=True)
+    assert isinstance(pipeline.scheduler, DDIMScheduler)
+    assert pipeline([1], num_inference_steps=2).images[0].size[0] > 8
+
+
+def test_the_script_says_what_is_wrong_in_one_line(tmp_path):
+    import subprocess
+
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "pipelines" / "convert.py"), str(tmp_path / "no.pt"), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip().startswith("convert.py: error:") and len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_our_own_folders_open_too(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "alone")
+    model.save_pretrained(tmp_path / "checkpoint-3" / "transformer")
+    averaged = SiTTransformer2DModel(**TINY)
+    averaged.save_pretrained(tmp_path / "checkpoint-3" / "transformer_ema")
+    for folder, expected in (("alone", model), ("checkpoint-3", averaged)):
+        loaded = convert_checkpoint(str(tmp_path / folder)).state_dict()
+        assert all(torch.equal(x, loaded[name]) for name, x in expected.state_dict().items())

@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-r"""Train a class-conditional diffusion transformer (SiT) with representation alignment.
+r"""Train a class-conditional diffusion transformer (SiT, DiT) with representation alignment.
 
     accelerate launch train_vrpo.py --config configs/digits.yaml
     accelerate launch train_vrpo.py --preset SiT-B/2 --dataset_name ILSVRC/imagenet-1k --resolution 256 \
@@ -11,32 +11,37 @@ rewards on the projected tokens. Running the same command again continues the ru
 """
 
 import argparse
-import inspect
-import json
-import logging
 import math
-import os
 import sys
 import time
 import zlib
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
-from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
-from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from diffusers_vrpo.arguments import HelpFormatter, OneLineErrorParser, as_id, config_to_argv
+from diffusers_vrpo.conversion import default_scheduler
+from diffusers_vrpo.ddpm import variational_bound
 from diffusers_vrpo.encoders import load_encoder, spatial_normalize
-from diffusers_vrpo.errors import InputError, first_line
-from diffusers_vrpo.flow import flow_matching_loss, interpolate, velocity
+from diffusers_vrpo.errors import InputError
+from diffusers_vrpo.flow import flow_matching_loss, forward_process
+from diffusers_vrpo.initialization import (
+    add_lora,
+    build_error,
+    check_lora,
+    choose_prediction,
+    fit_transformer,
+    frozen_checksum,
+    load_pretrained,
+    public_config,
+    transformer_config,
+)
 from diffusers_vrpo.latents import (
     StreamBatchSampler,
     TrainingSamples,
@@ -50,7 +55,7 @@ from diffusers_vrpo.latents import (
     too_many_corrupt,
 )
 from diffusers_vrpo.pipeline_vrpo import VRPOPipeline
-from diffusers_vrpo.plots import image_grid, plot_metrics
+from diffusers_vrpo.plots import plot_metrics
 from diffusers_vrpo.representation_policy import (
     REWARDS,
     alignment_layers,
@@ -69,8 +74,12 @@ from diffusers_vrpo.training import (
     read_training_state,
     register_model_hooks,
     save_checkpoint,
+    save_lora,
+    start_accelerator,
+    trainable_parameters,
 )
-from diffusers_vrpo.transformer_sit import SiTTransformer2DModel, sit_preset
+from diffusers_vrpo.transformer_sit import SiTTransformer2DModel
+from diffusers_vrpo.validation import draw_samples, save_samples
 
 
 logger = get_logger("train_vrpo")
@@ -86,6 +95,7 @@ LR_SCHEDULERS = [s.value for s in SchedulerType if s.value != "piecewise_constan
 
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineErrorParser(
+        prog="train_vrpo.py",
         allow_abbrev=False,
         description=__doc__,
         usage="accelerate launch train_vrpo.py [--config FILE.yaml] [options]",
@@ -122,16 +132,30 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--random_flip", action=flag, default=False, help="mirror half of the images")
 
     g = parser.add_argument_group("model")
-    g.add_argument(
-        "--preset", help="SiT-{XS,S,B,L,XL}/{1,2,4,8}; SiT-B/2 where neither this nor --model_config is given"
-    )
+    g.add_argument("--preset", help="{SiT,DiT}-{XS,S,B,L,XL}/{1,2,4,8}; SiT-B/2 where nothing else says what to train")
     g.add_argument(
         "--model_config",
         metavar="FILE.json",
         help="the transformer's arguments; those that follow from the data and the objective are replaced",
     )
+    g.add_argument(
+        "--pretrained_model_name_or_path",
+        metavar="NAME|FOLDER|FILE.pt",
+        help="start from these weights: a pipeline or transformer, or an official checkpoint of SiT, REPA, iREPA or DiT",
+    )
+    g.add_argument("--lora_rank", type=int, help="train adapters of this rank and projectors, the rest stays as it is")
+    g.add_argument(
+        "--prediction_type",
+        choices=["velocity", "epsilon"],
+        help="velocity of a flow (SiT) or noise of a diffusion (DiT); without it, what preset or weights say",
+    )
+    g.add_argument("--learn_sigma", action=flag, help="epsilon: also train the variance, as DiT presets do")
     g.add_argument("--vae", help="diffusers autoencoder, Hub name or folder; `none` trains on pixels")
-    g.add_argument("--label_dropout", type=float, default=0.1, help="share of samples trained without their class")
+    g.add_argument(
+        "--label_dropout",
+        type=float,
+        help="share of samples trained without their class; 0.1, or as the starting weights had it",
+    )
 
     g = parser.add_argument_group("alignment")
     g.add_argument(
@@ -201,7 +225,7 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     argv = sys.argv[1:] if input_args is None else list(input_args)
-    find_config = OneLineErrorParser(add_help=False, allow_abbrev=False)
+    find_config = OneLineErrorParser(prog="train_vrpo.py", add_help=False, allow_abbrev=False)
     find_config.add_argument("--config")
     config = find_config.parse_known_args(argv)[0].config
     args = parser.parse_args((config_to_argv(parser, config) if config else []) + argv)
@@ -219,13 +243,13 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     at_least_one = (
         "train_batch_size gradient_accumulation_steps max_train_steps num_train_epochs max_train_samples logging_steps "
         "checkpointing_steps checkpoints_total_limit validation_steps num_validation_images num_inference_steps "
-        "projector_dim resolution"
+        "projector_dim resolution lora_rank"
     )
     for name in at_least_one.split():
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)} must be at least 1")
     for name in ("label_dropout", "ema_decay", "adam_beta1", "adam_beta2"):
-        if not 0 <= getattr(args, name) < 1:
+        if getattr(args, name) is not None and not 0 <= getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)} must lie in [0, 1)")
     for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
         if not 0 < getattr(args, name) < math.inf:
@@ -237,8 +261,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--seed {args.seed} must lie in 0 ... 2^63 - 1")
     if args.lr_scheduler == "constant" and args.lr_warmup_steps:
         parser.error("--lr_scheduler constant has no warm-up; use constant_with_warmup, or --lr_warmup_steps 0")
-    if args.preset and args.model_config:
-        parser.error("--preset and --model_config exclude each other; give one")
+    if args.model_config and (args.preset or args.pretrained_model_name_or_path):
+        parser.error("--model_config excludes --preset and --pretrained_model_name_or_path; give one")
     return args
 
 
@@ -246,56 +270,27 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 # Parts
 
 
-def transformer_config(args) -> dict:
-    """Constructor arguments of the transformer, from `--preset` or `--model_config`."""
-    if args.model_config is None:
-        try:
-            return sit_preset(args.preset or "SiT-B/2")
-        except ValueError as error:
-            raise InputError(f"--preset: {error}") from error
-    try:
-        config = json.loads(Path(args.model_config).read_text())
-        if not isinstance(config, dict):
-            raise ValueError("it must map argument names to values")
-    except (OSError, ValueError) as error:
-        raise InputError(f"--model_config {args.model_config} cannot be read as JSON: {error}") from error
-    config = {key: value for key, value in config.items() if not key.startswith("_")}
-    known = inspect.signature(SiTTransformer2DModel).parameters
-    if unknown := [key for key in config if key not in known]:
-        raise InputError(f"--model_config {args.model_config} has {unknown[0]!r}, which is none of {', '.join(known)}")
-    return config
-
-
 def run_settings(args, data, transformer: SiTTransformer2DModel) -> dict:
     """What must be the same for a run to be continued, by the name that an error shows; paths may have moved."""
     options = (
-        "seed objective resolution center_crop random_flip label_dropout encoder_layer layer_scope alignment_coeff "
+        "seed objective resolution center_crop random_flip encoder_layer lora_rank layer_scope alignment_coeff "
         "spatial_norm reward_weighting learning_rate lr_scheduler lr_warmup_steps adam_beta1 adam_beta2 adam_weight_decay "
         "adam_epsilon max_grad_norm use_ema ema_decay"
     )
     settings = {f"--{name}": getattr(args, name) for name in options.split()}
-    settings |= {f"--{name}": Path(getattr(args, name) or "none").name for name in ("vae", "encoder")}
+    settings |= {
+        f"--{name}": Path(getattr(args, name) or "none").name
+        for name in ("vae", "encoder", "pretrained_model_name_or_path")
+    }
+    settings["--label_dropout"] = transformer.config.class_dropout_prob
     settings["the number of images"] = len(data)
     settings["the checksum of the labels"] = zlib.crc32(np.asarray(data["label"][:], dtype=np.int64).tobytes())
+    if args.lora_rank:
+        settings["the checksum of the frozen weights"] = frozen_checksum(transformer)
     for name, value in transformer.config.items():
         if not name.startswith("_"):
             settings[f"the model's {name}"] = list(value) if isinstance(value, tuple) else value
     return settings
-
-
-def draw_samples(args, pipeline: VRPOPipeline, labels: list[int], device: torch.device):
-    """A grid, one column per class, always from the same noise."""
-    config = pipeline.transformer.config
-    size = (args.num_validation_images * len(labels), config.in_channels, config.sample_size, config.sample_size)
-    latents = torch.randn(size, generator=torch.Generator().manual_seed(args.seed))
-    pipeline.set_progress_bar_config(disable=True)
-    images = pipeline(
-        labels * args.num_validation_images,
-        latents=latents.to(device),
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-    ).images
-    return image_grid(images, columns=len(labels))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -304,40 +299,13 @@ def draw_samples(args, pipeline: VRPOPipeline, labels: list[int], device: torch.
 
 def main(args: argparse.Namespace):
     output_dir = prepare_output_dir(args.output_dir)
-    trackers = [] if args.report_to == "none" else args.report_to.split(",")
-    try:
-        accelerator = Accelerator(
-            mixed_precision=args.mixed_precision,
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            log_with=trackers or None,
-            project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / args.logging_dir)),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
-        )
-    except ValueError as error:
-        raise InputError(f"--mixed_precision {args.mixed_precision} --report_to {args.report_to}: {error}") from error
-    if missing := set(trackers) - {str(name) for name in accelerator.log_with} - {"all"}:
-        raise InputError(
-            f"--report_to {args.report_to}: {', '.join(missing)} is not installed; pip install it, or `none`"
-        )
-    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
-        raise InputError(
-            f"{os.environ['WORLD_SIZE']} processes were started, but accelerate does not connect them; to train on several "
-            "CPU processes set ACCELERATE_USE_CPU=true"
-        )
+    accelerator = start_accelerator(args, output_dir)
     device = accelerator.device
-    logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-    for noisy in ("httpx", "datasets", "PIL", "matplotlib", "filelock"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    one_thread = os.environ.get("OMP_NUM_THREADS", "1") == "1"
-    if device.type == "cpu" and accelerator.num_processes == 1 and one_thread and hasattr(os, "sched_getaffinity"):
-        # `accelerate launch` allows one thread, which suits a GPU; `taskset` limits what is used here.
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
-    if args.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
 
     # 1. Data, autoencoder, encoder: whatever cannot work fails here, before any long work.
     checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
     reward_weighting = parse_reward_weighting(args.reward_weighting, len(REWARDS))
+    check_lora(args.lora_rank, args.pretrained_model_name_or_path)
     with accelerator.main_process_first():
         data, id2label, num_classes = load_image_dataset(
             args.dataset_name,
@@ -352,13 +320,23 @@ def main(args: argparse.Namespace):
     if accelerator.is_main_process:
         check_images(data)
     vae = None if args.vae == "none" else load_vae(args.vae, args.cache_dir).to(device)
-    config = transformer_config(args)
+    source, source_labels = None, None
+    if args.pretrained_model_name_or_path is None:
+        config = transformer_config(args.preset, args.model_config)
+    else:
+        source, source_labels = load_pretrained(args.pretrained_model_name_or_path, args.preset, args.cache_dir)
+        config = public_config(source.config)
+    choose_prediction(config, args.prediction_type, args.learn_sigma, args.pretrained_model_name_or_path)
     patch_size = config.get("patch_size", 2)
     if not isinstance(patch_size, int) or patch_size < 1:
         raise InputError(
             f"--model_config {args.model_config}: patch_size must be a whole number above 0, not {patch_size}"
         )
     channels, height, width = latent_shape(vae, args.resolution, patch_size)
+    if source is not None and channels != config["in_channels"]:
+        raise InputError(
+            f"--vae {args.vae} gives {channels} channels, but {args.pretrained_model_name_or_path} takes {config['in_channels']}"
+        )
     grid_size = (height // patch_size, width // patch_size)
     aligned = args.objective != "none"
     encoder = None
@@ -371,24 +349,33 @@ def main(args: argparse.Namespace):
 
     # 2. Model, EMA, optimizer. All processes start from the same weights, drawn from the seed.
     torch.manual_seed(args.seed)
+    same_classes = source is not None and config["num_classes"] == num_classes
+    same_classes &= not source_labels or not id2label or source_labels == {str(k): v for k, v in id2label.items()}
+    if source is not None and source.null_class_id is not None:
+        config["null_class_id"] = source.null_class_id if same_classes else num_classes
+    label_dropout = args.label_dropout if args.label_dropout is not None else config.get("class_dropout_prob", 0.1)
     config |= {"sample_size": height, "in_channels": channels, "num_classes": num_classes}
-    config |= {"alignment_layers": [], "alignment_dims": []}
+    config |= {"alignment_layers": [], "alignment_dims": [], "class_dropout_prob": label_dropout}
     if aligned:
         config["alignment_layers"] = alignment_layers(args.layer_scope, config.get("num_layers", 12))
         config |= {"alignment_dims": [encoder.embed_dim], "projector_dim": args.projector_dim}
     try:
-        model = SiTTransformer2DModel(**config)
+        model, notes = fit_transformer(config, source, same_classes)
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
-        raise InputError(f"--model_config {args.model_config}: {first_line(error)}") from error
+        raise build_error(args, error) from error
+    for note in notes:
+        logger.info(f"{args.pretrained_model_name_or_path}: {note}")
+    if args.lora_rank:
+        add_lora(model, args.lora_rank, train_labels=not same_classes)
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     model.to(device)
     ema = None
     if args.use_ema:
         # min_decay turns diffusers' warm-up off, which would reach 0.9999 at step 90,000 only.
-        ema = EMAModel(model.parameters(), decay=args.ema_decay, min_decay=args.ema_decay, foreach=True)
+        ema = EMAModel(trainable_parameters(model), decay=args.ema_decay, min_decay=args.ema_decay, foreach=True)
     optimizer = torch.optim.AdamW(
-        model.parameters(),
+        trainable_parameters(model),
         lr=args.learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
@@ -406,8 +393,7 @@ def main(args: argparse.Namespace):
     statistics = RewardStatistics(len(layers), len(REWARDS), reward_weighting, device)
     register_model_hooks(accelerator, ema, {"reward_statistics": statistics})
 
-    scheduler = FlowMatchEulerDiscreteScheduler()
-    pipeline = VRPOPipeline(model, scheduler, vae, id2label)
+    pipeline = VRPOPipeline(model, default_scheduler(model.config.prediction_type), vae, id2label)
     columns = args.validation_labels or [
         int(i * num_classes / min(10, num_classes)) for i in range(min(10, num_classes))
     ]
@@ -415,6 +401,8 @@ def main(args: argparse.Namespace):
         columns = pipeline.get_label_ids([c if str(c).lower() in pipeline.labels else as_id(c) for c in columns])
     except ValueError as error:
         raise InputError(f"--validation_labels: {error}") from error
+
+    grid_options = (args.num_validation_images, args.num_inference_steps, args.guidance_scale, args.seed, device)
 
     # 3. Where to start: the stream of samples goes on where the checkpoint's ended.
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -434,7 +422,7 @@ def main(args: argparse.Namespace):
         args.resolution,
         (channels, height, width),
         pipeline.transformer.null_class_id,
-        args.label_dropout,
+        label_dropout,
         args.center_crop,
         args.random_flip,
         sample_posterior=vae is not None,
@@ -462,13 +450,15 @@ def main(args: argparse.Namespace):
         )
         accelerator.init_trackers("vrpo", {name: str(value) for name, value in vars(args).items()})
         metrics_file = MetricsFile(output_dir / "metrics.jsonl", step)
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = sum(p.numel() for p in trainable_parameters(model))
     logger.info(
-        f"{len(data)} images, {num_classes} classes; {parameters / 1e6:.1f} M parameters, {math.prod(grid_size)} tokens; "
+        f"{len(data)} images, {num_classes} classes; training {parameters / 1e6:.1f} M parameters, {math.prod(grid_size)} tokens; "
         f"{global_batch_size} samples a step on {accelerator.num_processes} process(es), steps {step} to {max_train_steps}"
     )
 
     # 4. The loop.
+    model_config = pipeline.transformer.config
+    learn_variance = model_config.learn_sigma and model_config.prediction_type == "epsilon"
     means = RunningMeans()
     corrupt_rows, num_corrupt = set(), 0
     progress = tqdm(
@@ -482,17 +472,25 @@ def main(args: argparse.Namespace):
             raise too_many_corrupt(corrupt_rows, len(data))
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         images = batch["pixels"].float() / 127.5 - 1
-        t, noise = batch["timestep"], batch["noise"]
 
         with accelerator.accumulate(model):
             x0 = encode_images(vae, images, batch.get("posterior_noise"))
-            x_t = interpolate(x0, noise, t)
+            x_t, timestep, target, t = forward_process(x0, batch["noise"], batch["timestep"], model_config)
             prediction, projections = model(
-                x_t, t, batch["class_labels"], return_projections=aligned, return_dict=False
+                x_t,
+                timestep,
+                batch["class_labels"],
+                return_projections=aligned,
+                return_variance=learn_variance,
+                return_dict=False,
             )
-            loss_fm = flow_matching_loss(prediction, velocity(x0, noise)).mean()
+            loss_fm = flow_matching_loss(prediction[:, :channels], target).mean()
             loss = loss_fm
             means.add(loss_fm=loss_fm)
+            if learn_variance:
+                loss_vb = variational_bound(*prediction.split(channels, dim=1), x0, x_t, timestep).mean()
+                loss = loss + loss_vb
+                means.add(loss_vb=loss_vb)
 
             if aligned:
                 features = encoder(images)
@@ -527,7 +525,7 @@ def main(args: argparse.Namespace):
         samples_seen += global_batch_size
         lr_scheduler.step()
         if ema is not None:
-            ema.step(pipeline.transformer.parameters())
+            ema.step(trainable_parameters(pipeline.transformer))
         if args.objective == "vrpo":
             statistics.update(accelerator.reduce if accelerator.num_processes > 1 else None)
         progress.update()
@@ -559,7 +557,7 @@ def main(args: argparse.Namespace):
         if step % args.validation_steps == 0 and not last and accelerator.is_main_process:
             model.eval()
             with ema_weights(ema, pipeline.transformer):
-                save_samples(accelerator, output_dir, step, draw_samples(args, pipeline, columns, device))
+                save_samples(accelerator, output_dir, step, draw_samples(pipeline, columns, *grid_options))
             model.train()
         clock = time.perf_counter()
     progress.close()
@@ -569,26 +567,15 @@ def main(args: argparse.Namespace):
     if accelerator.is_main_process:
         model.eval()
         with ema_weights(ema, pipeline.transformer):
+            if args.lora_rank:
+                save_lora(pipeline.transformer, output_dir / "lora")
             pipeline.save_pretrained(output_dir)
-            grid = draw_samples(args, pipeline, columns, device)
+            grid = draw_samples(pipeline, columns, *grid_options)
         save_samples(accelerator, output_dir, step, grid)
         grid.save(output_dir / "samples.png")
         plot_metrics(output_dir / "metrics.jsonl", output_dir / "training.png", title=f"objective {args.objective}")
         logger.info(f"wrote the pipeline, samples.png and training.png to {output_dir}")
     accelerator.end_training()
-
-
-def save_samples(accelerator: Accelerator, output_dir: Path, step: int, grid):
-    """Keeps a grid of samples as a file, and shows it in the trackers that take images."""
-    (output_dir / "samples").mkdir(exist_ok=True)
-    grid.save(output_dir / "samples" / f"step-{step:07d}.png")
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.writer.add_image("samples", np.asarray(grid), step, dataformats="HWC")
-        elif tracker.name == "wandb":
-            import wandb
-
-            tracker.log({"samples": wandb.Image(grid)}, step=step)
 
 
 if __name__ == "__main__":

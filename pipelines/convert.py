@@ -17,7 +17,6 @@ import sys
 from pathlib import Path
 
 import diffusers
-from diffusers import DiffusionPipeline
 
 from diffusers_vrpo.arguments import HelpFormatter, OneLineErrorParser
 from diffusers_vrpo.conversion import (
@@ -26,7 +25,7 @@ from diffusers_vrpo.conversion import (
     convert_checkpoint,
     default_scheduler,
     export_checkpoint,
-    find_transformer,
+    pipeline_index,
     save_official,
 )
 from diffusers_vrpo.errors import InputError, first_line
@@ -66,11 +65,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def source_parts(name_or_path: str, cache_dir: str | None) -> tuple[object, dict | None, bool]:
     """Scheduler, class names and whether there is an autoencoder, of a pipeline; nothing of what is none."""
-    if Path(name_or_path).is_file() or find_transformer(name_or_path, cache_dir)[1] != "transformer":
-        return None, None, False
-    try:
-        index = DiffusionPipeline.load_config(name_or_path, cache_dir=cache_dir)
-    except OSError:  # a training checkpoint has a `transformer` folder too
+    index = pipeline_index(name_or_path, cache_dir)
+    if index is None:
         return None, None, False
     library, class_name = index["scheduler"]
     scheduler = None

@@ -37,10 +37,20 @@ def endpoint():
     server.shutdown()
 
 
-def train(endpoint, tmp_path, name, vae="none") -> str:
+def train(endpoint, tmp_path, name, vae="none", *more) -> str:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT / "src")}
-    options = ["--dataset_name", name, "--vae", vae, "--objective", "none", "--output_dir", str(tmp_path / "run")]
+    options = [
+        "--dataset_name",
+        name,
+        "--vae",
+        vae,
+        "--objective",
+        "none",
+        "--output_dir",
+        str(tmp_path / "run"),
+        *more,
+    ]
     done = subprocess.run(
         [sys.executable, str(ROOT / "train_vrpo.py"), *options], capture_output=True, text=True, env=environment
     )
@@ -69,3 +79,14 @@ def test_hub_out_of_reach(tmp_path):
         "--dataset_name some/data: it is neither a folder here nor in the cache, and the Hub cannot be reached"
         in message
     )
+
+
+def test_gated_and_unknown_weights_to_start_from(endpoint, tmp_path):
+    for name, problem in (
+        ("gated/sit", "it is gated; accept its terms"),
+        ("no/sit", "neither a folder here nor known"),
+    ):
+        error = train(
+            endpoint, tmp_path, "digits", "none", "--pretrained_model_name_or_path", name, "--resolution", "8"
+        )
+        assert f"error: --pretrained_model_name_or_path {name}: " in error and problem in error

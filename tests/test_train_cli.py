@@ -340,7 +340,7 @@ def test_two_processes_give_the_same_losses(command, tmp_path):
         (["--dataloader_num_workers", "-1"], "--dataloader_num_workers -1 must be at least 0"),
         (["--alignment_coeff", "nan"], "--alignment_coeff nan must be at least 0"),
         (["--seed", str(2**64)], "--seed 18446744073709551616 must lie in"),
-        (["--preset", "SiT-B/2"], "--preset and --model_config exclude each other"),
+        (["--preset", "SiT-B/2"], "--model_config excludes --preset and"),
         (["--conf", "x.yaml"], "unrecognized arguments: --conf"),
         (["--config"], "--config: expected one argument"),
         (["--lerning_rate", "1"], "unrecognized arguments: --lerning_rate"),

@@ -62,7 +62,8 @@ def test_matches_the_official_code(shared, name):
 
 
 @pytest.mark.parametrize(
-    "preset, millions", [("SiT-S/2", 33), ("SiT-B/2", 130), ("SiT-L/2", 458), ("SiT-XL/2", 675), ("sit-b/4", 130)]
+    "preset, millions",
+    [("SiT-S/2", 33), ("SiT-B/2", 130), ("SiT-L/2", 458), ("SiT-XL/2", 675), ("sit-b/4", 130), ("DiT-XL/2", 675)],
 )
 def test_presets_have_the_papers_sizes(preset, millions):
     with torch.device("meta"):
@@ -187,6 +188,16 @@ def test_half_precision_is_close(dtype):
     assert (half.float() - exact).square().mean().sqrt() < 2e-2 * exact.square().mean().sqrt()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["repa_c10", "repa_c1000", "sit_learn_sigma"])
+@torch.no_grad()
+def test_half_precision_is_close_on_official_weights(shared, name, dtype):
+    model, golden = load_golden(shared, name)
+    half = model.to(dtype)(golden["x_t"].to(dtype), golden["t"], golden["labels"]).sample.float()
+    exact = golden["velocity"]
+    assert (half - exact).square().mean().sqrt() <= 2e-2 * exact.square().mean().sqrt()
+
+
 @torch.no_grad()
 def test_autocast_keeps_the_residual_stream_in_float32():
     model, dtypes = tiny_model(num_layers=12), []
@@ -202,15 +213,3 @@ def test_autocast_keeps_the_residual_stream_in_float32():
     model.to(torch.bfloat16)
     x, t, labels = inputs(height=16, width=8)
     assert model(x.bfloat16(), t, labels).sample.dtype == torch.bfloat16
-
-
-@torch.no_grad()
-def test_fused_projections_and_attention_backend_give_the_same():
-    model = tiny_model()
-    before = model(*inputs()).sample
-    model.set_attention_backend("native")
-    torch.testing.assert_close(model(*inputs()).sample, before)
-    model.fuse_qkv_projections()
-    torch.testing.assert_close(model(*inputs()).sample, before)
-    model.unfuse_qkv_projections()
-    torch.testing.assert_close(model(*inputs()).sample, before)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import DDIMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -295,7 +295,9 @@ def _attention_heads(path, dim, depth, patch, preset, num_attention_heads, train
             found = dim // qk_norm.shape[0]
     heads = num_attention_heads or found
     if heads is None:
-        raise InputError(f"{path} has depth {depth} and width {dim}, no known size: give --num_attention_heads")
+        raise InputError(
+            f"{path} has depth {depth} and width {dim}, no known size: give --num_attention_heads to pipelines/convert.py"
+        )
     if dim % heads:
         raise InputError(f"--num_attention_heads {heads} does not divide the width {dim} of {path}")
     return heads
@@ -358,7 +360,9 @@ def find_transformer(name_or_path: str, cache_dir: str | None = None) -> tuple[d
         try:
             config = SiTTransformer2DModel.load_config(name_or_path, subfolder=subfolder, cache_dir=cache_dir)
         except Exception as error:  # diffusers raises many types; all mean that this is none
-            problem = problem or hub_problem(error, name_or_path) or first_line(error)
+            if problem := hub_problem(error, name_or_path):
+                break  # asking again for another file takes long and ends the same
+            problem = first_line(error)
             continue
         if config.get("_class_name") in ("SiTTransformer2DModel", "DiTTransformer2DModel"):
             return config, subfolder
@@ -367,6 +371,16 @@ def find_transformer(name_or_path: str, cache_dir: str | None = None) -> tuple[d
         f"{name_or_path}: {problem}; a folder or Hub name with a SiTTransformer2DModel or DiTTransformer2DModel, or an "
         "official .pt file, would do"
     )
+
+
+def pipeline_index(name_or_path: str, cache_dir: str | None = None) -> dict | None:
+    """The `model_index.json` of a pipeline (its components' classes, its class names); None of anything else."""
+    if Path(name_or_path).is_file():
+        return None
+    try:
+        return DiffusionPipeline.load_config(name_or_path, cache_dir=cache_dir)
+    except OSError:
+        return None
 
 
 def _from_folder_or_hub(path: str, format: str, cache_dir: str | None) -> SiTTransformer2DModel:

@@ -219,7 +219,7 @@ class TrainingSamples(torch.utils.data.Dataset):
         data: as `load_image_dataset` returns it.
         resolution: side of the square images, in pixels.
         latent_shape: `(C, H, W)` of the noise.
-        null_class_id: the label that stands for no class.
+        null_class_id: the label that stands for no class; None where there is none, with label_dropout 0.
         label_dropout: probability that a sample is trained without its class.
         center_crop: a random square otherwise.
         random_flip: mirror half of the samples.
@@ -233,7 +233,7 @@ class TrainingSamples(torch.utils.data.Dataset):
         seed: int,
         resolution: int,
         latent_shape: tuple[int, int, int],
-        null_class_id: int,
+        null_class_id: int | None,
         label_dropout: float = 0.1,
         center_crop: bool = True,
         random_flip: bool = False,
@@ -264,7 +264,7 @@ class TrainingSamples(torch.utils.data.Dataset):
                 corrupt.append((row + tries) % len(self.data))
                 record = self.data[(row + tries + 1) % len(self.data)]
         # Not one can be read: the trainer, which counts these rows, stops before it takes a step.
-        return PILImage.new("RGB", (self.resolution, self.resolution)), self.null_class_id
+        return PILImage.new("RGB", (self.resolution, self.resolution)), 0
 
     def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
         rows = [self.row_of(index) for index in indices]

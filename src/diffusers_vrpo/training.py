@@ -3,15 +3,18 @@
 
 import contextlib
 import json
+import logging
 import os
 import pickle
 import re
 import shutil
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -39,6 +42,49 @@ def prepare_output_dir(output_dir: str) -> Path:
             f"--output_dir {output_dir} cannot be written ({error.strerror or error}); choose another folder"
         ) from error
     return path
+
+
+def start_accelerator(args, output_dir: Path) -> Accelerator:
+    """Accelerate, logging, threads and TF32 as the options want them.
+
+    Raises:
+        InputError: when a tracker is not installed, or the processes that were started are not connected.
+    """
+    trackers = [] if args.report_to == "none" else args.report_to.split(",")
+    try:
+        accelerator = Accelerator(
+            mixed_precision=args.mixed_precision,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            log_with=trackers or None,
+            project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / args.logging_dir)),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+        )
+    except ValueError as error:
+        raise InputError(f"--mixed_precision {args.mixed_precision} --report_to {args.report_to}: {error}") from error
+    if missing := set(trackers) - {str(name) for name in accelerator.log_with} - {"all"}:
+        raise InputError(
+            f"--report_to {args.report_to}: {', '.join(missing)} is not installed; pip install it, or `none`"
+        )
+    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
+        raise InputError(
+            f"{os.environ['WORLD_SIZE']} processes were started, but accelerate does not connect them; to train on several "
+            "CPU processes set ACCELERATE_USE_CPU=true"
+        )
+    logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    for noisy in ("httpx", "datasets", "PIL", "matplotlib", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    one_thread = os.environ.get("OMP_NUM_THREADS", "1") == "1"
+    if (
+        accelerator.device.type == "cpu"
+        and accelerator.num_processes == 1
+        and one_thread
+        and hasattr(os, "sched_getaffinity")
+    ):
+        # `accelerate launch` allows one thread, which suits a GPU; `taskset` limits what is used here.
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    return accelerator
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -152,48 +198,82 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, state
     logger.info(f"saved {final}")
 
 
+def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """What is trained, averaged and clipped: all parameters, or with adapters the few that are not frozen."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 @contextlib.contextmanager
 def ema_weights(ema: EMAModel | None, model: torch.nn.Module):
     """Inside, the model has its averaged weights (its own where there is no average)."""
     if ema is None:
         yield
         return
-    ema.store(model.parameters())
-    ema.copy_to(model.parameters())
+    parameters = trainable_parameters(model)
+    ema.store(parameters)
+    ema.copy_to(parameters)
     try:
         yield
     finally:
-        ema.restore(model.parameters())
+        ema.restore(parameters)
+
+
+def save_lora(model: torch.nn.Module, folder: Path):
+    """Writes the adapters, and then merges them into the model's weights.
+
+    `transformer.load_lora_adapter(folder, prefix=None, use_safetensors=True)` opens what it writes.
+    """
+    model.save_lora_adapter(folder)
+    model.fuse_lora()
+    model.unload_lora()
 
 
 def register_model_hooks(accelerator: Accelerator, ema: EMAModel | None, tensors: dict):
-    """Makes checkpoints hold `transformer/` and `transformer_ema/`, which `from_pretrained` opens, and more tensors.
+    """Makes checkpoints hold the weights and their averages, and more tensors.
+
+    Weights are in `transformer/` and `transformer_ema/`, which `from_pretrained` opens; where most are frozen, the trained
+    ones alone are in `transformer.safetensors` and `transformer_ema.safetensors`.
 
     Args:
         tensors: objects with `state_dict` and `load_state_dict` of tensors, by name; each is saved as
             `{name}.safetensors`.
     """
 
+    def trained(model):
+        return {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    def save(model, path):
+        if all(parameter.requires_grad for parameter in model.parameters()):
+            model.save_pretrained(path)
+        else:
+            save_file({name: tensor.contiguous() for name, tensor in trained(model).items()}, f"{path}.safetensors")
+
+    def load(model, path):
+        """The saved weights, in the order of the model's trained parameters."""
+        if all(parameter.requires_grad for parameter in model.parameters()):
+            saved = type(model).from_pretrained(path).state_dict()
+        else:
+            saved = load_file(f"{path}.safetensors")
+        return [saved[name].to(accelerator.device) for name in trained(model)]
+
     def save_hook(models, weights, output_dir):
         if accelerator.is_main_process:
             model = accelerator.unwrap_model(models[0])
-            model.save_pretrained(os.path.join(output_dir, "transformer"))
+            save(model, os.path.join(output_dir, "transformer"))
             if ema is not None:
                 with ema_weights(ema, model):
-                    model.save_pretrained(os.path.join(output_dir, "transformer_ema"))
+                    save(model, os.path.join(output_dir, "transformer_ema"))
             for name, holder in tensors.items():
                 save_file(holder.state_dict(), os.path.join(output_dir, f"{name}.safetensors"))
         # What is taken out here, accelerate does not save a second time.
         weights.clear()
 
+    @torch.no_grad()
     def load_hook(models, input_dir):
         model = accelerator.unwrap_model(models.pop())
-        load = type(model).from_pretrained
-        model.load_state_dict(load(input_dir, subfolder="transformer").state_dict())
+        torch._foreach_copy_(list(trained(model).values()), load(model, os.path.join(input_dir, "transformer")))
         if ema is not None:
-            averaged = load(input_dir, subfolder="transformer_ema").parameters()
-            with torch.no_grad():
-                torch._foreach_copy_(ema.shadow_params, [p.to(accelerator.device) for p in averaged])
+            torch._foreach_copy_(ema.shadow_params, load(model, os.path.join(input_dir, "transformer_ema")))
         for name, holder in tensors.items():
             holder.load_state_dict(load_file(os.path.join(input_dir, f"{name}.safetensors")))
 

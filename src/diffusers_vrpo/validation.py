@@ -1,0 +1,50 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""Sample grids of a run in training."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from .pipeline_vrpo import VRPOPipeline
+from .plots import image_grid
+
+
+def draw_samples(
+    pipeline: VRPOPipeline,
+    labels: list[int],
+    images_per_label: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+    seed: int,
+    device: torch.device,
+) -> Image.Image:
+    """A grid, one column per class, always from the same noise; unguided where the model has no null class."""
+    transformer = pipeline.transformer
+    size = transformer.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    size = (images_per_label * len(labels), transformer.config.in_channels, height, width)
+    latents = torch.randn(size, generator=torch.Generator().manual_seed(seed))
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(
+        labels * images_per_label,
+        latents=latents.to(device),
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale if transformer.null_class_id is not None else 1.0,
+    ).images
+    return image_grid(images, columns=len(labels))
+
+
+def save_samples(accelerator: Accelerator, output_dir: Path, step: int, grid: Image.Image):
+    """Keeps a grid of samples as a file, and shows it in the trackers that take images."""
+    (output_dir / "samples").mkdir(exist_ok=True)
+    grid.save(output_dir / "samples" / f"step-{step:07d}.png")
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_image("samples", np.asarray(grid), step, dataformats="HWC")
+        elif tracker.name == "wandb":
+            import wandb
+
+            tracker.log({"samples": wandb.Image(grid)}, step=step)

@@ -1,12 +1,17 @@
+import math
+
 import pytest
 import torch
 
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.reward_weights import (
+    COSINE_DECAY,
+    COSINE_STEPS,
     DECAY,
     FLOOR_STEP,
     MIN_SAMPLES,
     NUM_BINS,
+    ConflictGate,
     RewardStatistics,
     clip_shares,
     parse_reward_weighting,
@@ -194,3 +199,149 @@ def test_parse_reward_weighting():
     for wrong in ("inverse", "1", "1,2,3", "-1,2", "0,0", "nan,1"):
         with pytest.raises(InputError, match="--reward_weighting"):
             parse_reward_weighting(wrong, 2)
+
+
+def feed_gate(gate, steps, mean, spread=0.1, batch=100, seed=0):
+    """`mean` is the cosines' mean in each bin; every bin gets its samples in every step."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        t = (torch.arange(batch) + 0.5) / batch
+        noise = spread * torch.randn(batch, generator=generator)
+        gate.observe(t, torch.tensor(mean).repeat_interleave(batch // NUM_BINS) + noise)
+        gate.update()
+
+
+CONFLICT_IN_THREE = [-0.1, -0.1, -0.1] + [0.1] * 7
+
+
+def test_gate_averages_by_hand():
+    gate = ConflictGate(1000)
+    t = torch.tensor([0.05, 0.05, 0.95])
+    gate.observe(t, torch.tensor([0.2, 0.4, -1.0]))
+    gate.update()
+    torch.testing.assert_close(gate.cosine()[[0, 5, 9]], torch.tensor([0.3, 0.0, -1.0], dtype=torch.float64))
+    gate.observe(t[:2], torch.tensor([-0.1, -0.1]))
+    gate.update()
+    # (0.999 * 0.3 - 0.1) / (0.999 + 1) and the same of the squares 0.1 and 0.01.
+    m, q = (COSINE_DECAY * 0.3 - 0.1) / (COSINE_DECAY + 1), (COSINE_DECAY * 0.1 + 0.01) / (COSINE_DECAY + 1)
+    assert gate.cosine()[0].item() == pytest.approx(m)
+    assert gate.upper_bound()[0] == float("inf")
+    assert gate.state["count"].tolist() == [2, 0, 0, 0, 0, 0, 0, 0, 0, 1]
+    # The bound, by hand: with as many steps as it takes to count, and with more than 1999.
+    for count, steps in ((MIN_SAMPLES, MIN_SAMPLES), (5000, COSINE_STEPS)):
+        gate.state["count"][0] = count
+        for name, value in (("mean", m), ("square", q)):
+            gate.state[name][0] = value * (1 - COSINE_DECAY**count)
+        assert gate.upper_bound()[0].item() == pytest.approx(m + 1.645 * math.sqrt((q - m * m) / steps))
+
+
+def test_gate_leaves_out_zeros_and_what_is_not_finite():
+    clean, spoilt = ConflictGate(1000), ConflictGate(1000)
+    cosine = torch.tensor([0.0, float("nan"), float("inf"), 0.3, -0.2, 0.0])
+    t = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.1, 0.5])
+    clean.observe(t[3:5], cosine[3:5])
+    spoilt.observe(t, cosine)
+    for gate in (clean, spoilt):
+        gate.update()
+    assert clean.state["count"].sum() == 1
+    for name, tensor in clean.state.items():
+        assert torch.equal(spoilt.state[name], tensor), name
+
+
+def test_gate_closes_exactly_the_conflicting_bins_within_the_window():
+    gate = ConflictGate(2000)
+    assert gate.window == 40
+    first = MIN_SAMPLES + gate.window - 1  # the bound counts from the 32nd step on and is below 0 for 40
+    feed_gate(gate, first - 1, CONFLICT_IN_THREE)
+    assert torch.equal(gate.gates(), torch.ones(NUM_BINS, dtype=torch.float64))
+    for behind in range(1, gate.window + 1):
+        feed_gate(gate, 1, CONFLICT_IN_THREE, seed=behind)
+        expected = torch.ones(NUM_BINS, dtype=torch.float64)
+        expected[:3] = 1 - behind / gate.window
+        torch.testing.assert_close(gate.gates(), expected, atol=1e-12, rtol=0)
+    assert gate.lookup(torch.tensor([0.0, 0.15, 0.29, 0.31, 1.0])).tolist() == [0, 0, 0, 1, 1]
+    assert gate.lookup(torch.tensor([0.0])).dtype == torch.float32
+    gate.observe(torch.tensor([0.5]), torch.tensor([-1.0]))
+    assert gate.cosine()[5] > 0  # what this step saw counts from the next on
+    assert not gate.closed() and gate.steps_until_closed() == float("inf")
+
+
+def test_gate_never_reopens_and_tells_when_it_will_have_closed():
+    gate = ConflictGate(2000)
+    feed_gate(gate, MIN_SAMPLES + gate.window + 10, [-0.1] * NUM_BINS)
+    left = gate.steps_until_closed()
+    assert 0 < left < gate.window
+    previous = gate.gates()
+    for step in range(left):
+        assert not gate.closed()
+        # The conflict is over, which changes nothing.
+        feed_gate(gate, 1, [0.9] * NUM_BINS, seed=step)
+        assert (gate.gates() < previous).all()
+        previous = gate.gates()
+    assert gate.closed() and gate.steps_until_closed() == 0 and previous.abs().max() == 0
+    feed_gate(gate, 100, [0.9] * NUM_BINS)
+    assert gate.closed()
+
+
+def test_gate_wants_the_bound_below_zero_without_a_break():
+    gate = ConflictGate(5000)
+    feed_gate(gate, 131, [-0.01] * NUM_BINS, spread=0.0)
+    assert gate.state["row"].unique().tolist() == [gate.window]
+    gate = ConflictGate(5000)
+    feed_gate(gate, 130, [-0.01] * NUM_BINS, spread=0.0)
+    feed_gate(gate, 1, [2.0] * NUM_BINS, spread=0.0)
+    feed_gate(gate, 50, [-0.001] * NUM_BINS, spread=0.0)
+    assert gate.state["row"].abs().max() == 0 and (gate.gates() == 1).all()
+    # A mean below 0 that is not certain leaves the gate open.
+    gate = ConflictGate(2000)
+    feed_gate(gate, 300, [-0.001] * NUM_BINS, spread=0.5)
+    assert (gate.gates() == 1).all()
+
+
+def test_bins_without_samples_do_not_keep_alignment_on():
+    gate = ConflictGate(1000)
+    assert not gate.closed()
+    for _ in range(200):
+        gate.observe(torch.tensor([0.25, 0.75]), torch.tensor([-0.5, -0.4]))
+        gate.update()
+    assert gate.closed()
+    assert gate.gates().tolist() == [1, 1, 0, 1, 1, 1, 1, 0, 1, 1]
+
+
+def test_gate_state_round_trip_goes_on_bit_equal():
+    a = ConflictGate(2000)
+    feed_gate(a, 90, CONFLICT_IN_THREE)
+    b = ConflictGate(2000)
+    b.load_state_dict({name: tensor.clone() for name, tensor in a.state_dict().items()})
+    assert 0 < a.gates()[0] < 1
+    for gate in (a, b):
+        feed_gate(gate, 10, [-0.2] * NUM_BINS, seed=1)
+    for name, tensor in a.state_dict().items():
+        assert torch.equal(tensor, b.state_dict()[name]), name
+    # A run that is made longer, or shorter, keeps its gates at most where they were.
+    for steps in (300, 1111, 70000):
+        b = ConflictGate(steps)
+        b.load_state_dict(a.state_dict())
+        assert torch.equal(b.state["closing"], b.state["closing"].round())
+        assert (b.gates() <= a.gates()).all() and (b.gates() >= (a.gates() - 1 / b.window).clamp_min(0) - 1e-12).all()
+
+
+def test_gate_does_not_depend_on_micro_batches_and_processes():
+    generator = torch.Generator().manual_seed(0)
+    whole, halves = ConflictGate(2000), [ConflictGate(2000) for _ in range(2)]
+    for _ in range(100):
+        t = torch.rand(64, generator=generator)
+        cosine = 0.1 * torch.randn(64, generator=generator) + torch.where(t < 0.3, -0.1, 0.1)
+        whole.observe(t, cosine)
+        whole.update()
+        for rank, gate in enumerate(halves):
+            for micro in range(2):
+                part = slice(rank * 32 + micro * 16, rank * 32 + micro * 16 + 16)
+                gate.observe(t[part], cosine[part])
+        sums = sum(gate.pending for gate in halves).clone()
+        for gate in halves:
+            gate.update(lambda tensor, sums=sums: sums)
+    assert 0 < whole.gates()[0] < 1
+    for gate in halves:
+        for name, tensor in whole.state.items():
+            torch.testing.assert_close(gate.state[name], tensor, atol=1e-12, rtol=1e-12)

@@ -118,3 +118,128 @@ def expected_policy_loss(
     direction = sum(scale[..., k, None] * gradient for k, gradient in enumerate(gradients))
     loss = -(direction * mu).sum(-1).mean(-1)
     return loss, rewards.mean(1), squares.mean(1)
+
+
+def sample_actions(mu: torch.Tensor, xi: torch.Tensor, noise_scale: float = 0.1) -> torch.Tensor:
+    """Actions of the policy, `a = mu + (sigma / sqrt(E)) P_mu xi`: Gaussian in the tangent plane, `[G,B,N,E]`.
+
+    Args:
+        mu: unit tokens `[B,N,E]`, float32.
+        xi: standard normal `[G,B,N,E]`, from a random stream of the caller's.
+        noise_scale: sigma, which is about `||a - mu||` in every dimension.
+    """
+    return mu + (noise_scale / math.sqrt(mu.shape[-1])) * tangent(mu, xi)
+
+
+def log_probability(actions: torch.Tensor, mu: torch.Tensor, noise_scale: float = 0.1) -> torch.Tensor:
+    """`log pi(a) = -E ||a - mu||^2 / (2 sigma^2)`, without its constant, of `actions [G,B,N,E]` under `mu [B,N,E]`.
+
+    Float32 `[G,B,N]`, at most 0, about -E/2 for the policy's own actions.
+    """
+    return (-0.5 * mu.shape[-1] / noise_scale**2) * (actions - mu).square().sum(-1)
+
+
+def group_relative_advantages(rewards: torch.Tensor, noise_scale: float, embed_dim: int) -> torch.Tensor:
+    """`A = (R - mean_G R) / (std_G R + delta)`, `delta = 1e-3 sigma / sqrt(E)`: the group, dimension 0, is the baseline.
+
+    `std_G` divides by G, as `mean_G` does: the mean square of a group's advantages is then 1 for every G, and a group of
+    one has advantage 0. delta scales with the rewards' std, which is `sigma ||P_mu grad R|| / sqrt(E)`.
+
+    Args:
+        rewards: `[G, ...]`, float32: their differences are smaller than half precision resolves.
+
+    Returns:
+        `[G, ...]`, within `+- sqrt(G - 1)`; 0 where all rewards of a group are the same.
+    """
+    delta = 1e-3 * noise_scale / math.sqrt(embed_dim)
+    centred = rewards - rewards.mean(0)
+    return centred / (centred.square().mean(0).sqrt() + delta)
+
+
+def clipped_objective(
+    log_ratio: torch.Tensor, advantages: torch.Tensor, clip_range: float = 0.2
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """PPO's `min(rho A, clip(rho, 1 - c, 1 + c) A)`, `rho = exp(log_ratio)`, of each element; all shapes alike.
+
+    Returns:
+        the objective, to be maximised; float32 1 where clipping acts, that is where rho has left the range on the side
+        to which the advantage pushes it, and 0 elsewhere. Its mean is the clip fraction.
+    """
+    ratio = log_ratio.exp()
+    plain, clipped = ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
+    return torch.minimum(plain, clipped), (clipped < plain).float()
+
+
+def sampled_policy_loss(
+    mu: torch.Tensor,
+    y: torch.Tensor,
+    tokens: torch.Tensor,
+    xi: torch.Tensor | None,
+    shares: torch.Tensor,
+    *,
+    noise_scale: float = 0.1,
+    mu_old: torch.Tensor | None = None,
+    clip_range: float = 0.2,
+    kl_coeff: float = 0.0,
+    mu_ref: torch.Tensor | None = None,
+    actions: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The `sampled` estimator: G actions per token, group-relative advantages, clipped ratios (docs/method.md).
+
+    The loss is `-(sigma / sqrt(E)) (1/N) sum_n [mean_G min(rho A, clip(rho) A) - kl_coeff E ||mu - mu_ref||^2 /
+    (2 sigma^2)]` with `A = sum_k s_k A_k`. For small sigma the expectation of its gradient is that of
+    `expected_policy_loss` with `tau = 1e-3`, times `E[std_G z]` of G standard normal z (0.90 for G = 8, 0.99 for G = 64),
+    which is not divided out. Its value at rho = 1 is 0, as that of the other: advantages have mean 0.
+
+    Args:
+        mu, y: unit tokens `[B,N,E]`, float32. The gradient goes to `mu` through `log pi` only.
+        tokens: the tokens S of the structural reward, `[B,M]`.
+        xi: standard normal `[G,B,N,E]`, G at least 2; not used with `actions`.
+        shares: `s_k` of each sample, `[B,K]`, summing to 1.
+        mu_old: the tokens that the actions are, or were, drawn around, `[B,N,E]`; without it `mu`, and then rho = 1.
+        clip_range: c of the clipping.
+        kl_coeff, mu_ref: pull towards the unit tokens `[B,N,E]` of a reference.
+        actions: `[G,B,N,E]` drawn before, around `mu_old`, which must then be given.
+
+    Returns:
+        the loss `[B]`; at the mean action, the token mean of the rewards and that of `||P_mu grad R_k||^2`, both `[B,K]`;
+        the token mean of `std_G R_k` `[B,K]`; the clip fraction `[B]`.
+    """
+    embed_dim = mu.shape[-1]
+    # Under autocast the rewards' products would run in half precision.
+    with torch.autocast(mu.device.type, enabled=False):
+        with torch.no_grad():
+            old = mu if mu_old is None else mu_old
+            actions = sample_actions(old, xi, noise_scale) if actions is None else actions
+            # The other tokens are those of the draw too, so that an action's reward stays what it was.
+            units = normalize(actions)
+            rewards = torch.stack([semantic_reward(units, y), structural_reward(units, old, y, tokens)], dim=-1)
+            spread = rewards.std(0, correction=0)
+            advantages = group_relative_advantages(rewards, noise_scale, embed_dim)
+            advantages = (shares.unsqueeze(1) * advantages).sum(-1)
+            mean_rewards, gradients = reward_gradients(mu, y, tokens)
+            squares = torch.stack([g.square().sum(-1) for g in gradients], dim=-1)
+        log_pi = log_probability(actions, mu, noise_scale)
+        log_pi_old = log_pi.detach() if mu_old is None else log_probability(actions, mu_old.detach(), noise_scale)
+        objective, clipped = clipped_objective(log_pi - log_pi_old, advantages, clip_range)
+        loss = -objective.mean((0, 2))
+        if kl_coeff:
+            loss = loss - kl_coeff * log_probability(mu, mu_ref.detach(), noise_scale).mean(-1)
+        loss = (noise_scale / math.sqrt(embed_dim)) * loss
+    return loss, mean_rewards.mean(1), squares.mean(1), spread.mean(1), clipped.mean((0, 2))
+
+
+TIMESTEP_WEIGHTS = ("uniform", "low_noise")
+
+
+def timestep_weight(t: torch.Tensor, kind: str) -> torch.Tensor:
+    """`w(t) / E[w]` of timesteps `t [B]`, float32, with mean 1 over t uniform in [0, 1].
+
+    `uniform` is 1; `low_noise` is `w(t) = sigmoid(20 (0.7 - t))`, which leaves out the noisiest timesteps, where the image
+    says little about its features (Stable Velocity, arXiv 2602.05435).
+    """
+    if kind == "uniform":
+        return torch.ones_like(t, dtype=torch.float32)
+    # The integral of a sigmoid is a softplus: E[w] = (softplus(14) - softplus(-6)) / 20 = 0.69988.
+    mean = (math.log1p(math.exp(20 * 0.7)) - math.log1p(math.exp(-20 * 0.3))) / 20
+    return torch.sigmoid(20 * (0.7 - t.float())) / mean

@@ -1,0 +1,98 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""Where flow matching and alignment meet: a fork that weighs their gradients per sample, in one backward pass.
+
+The fidelity reward is the sample's own flow-matching loss, whose gradient reaches the aligned block anyway. The fork sits
+after that block, sees both gradients, and gives fidelity its share of the reward gradient. It also measures how much
+the two conflict. That there is such a reward comes from arXiv 2606.00583; the formulas are ours (docs/method.md).
+"""
+
+import torch
+
+
+CONFLICTS = ("none", "gate", "project")
+
+
+def _per_sample(x: torch.Tensor, ndim: int) -> torch.Tensor:
+    return x.reshape(-1, *[1] * (ndim - 1))
+
+
+def mix_gradients(
+    g_main: torch.Tensor, g_align: torch.Tensor, fidelity_share: torch.Tensor, conflict: str = "none"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the fork sends back: `g_main + (1 - s_f) g_align + s_f (||g_align|| / max(||g_main||, 1e-12)) g_main`.
+
+    Norms are over all of `[N,D]` of a sample, in float32. Both gradients may carry any common factor (loss scaling,
+    accumulation): the result carries the same one.
+
+    Args:
+        g_main, g_align: gradients of the flow-matching and of the alignment loss, `[B,N,D]`, any floating dtype.
+        fidelity_share: `s_f` in [0, 1], `[B]`.
+        conflict: with `"project"`, `g_align` loses its component against `g_main` first, in the samples where their
+            cosine is negative (PCGrad, arXiv 2001.06782, one way); `"none"` and `"gate"` leave it.
+
+    Returns:
+        the gradient `[B,N,D]` in the dtype of `g_main`; the cosine of the two as they came in, float32 `[B]`, 0 where
+        one of them is exactly zero.
+    """
+    main, align, ndim = g_main.float(), g_align.float(), g_main.ndim
+    norm_main = torch.linalg.vector_norm(main.flatten(1), dim=1)
+    norm_align = torch.linalg.vector_norm(align.flatten(1), dim=1)
+    both = (norm_main > 0) & (norm_align > 0)
+    # One division after the other: the product of two small norms would underflow.
+    dot = (main * align).flatten(1).sum(1)
+    cosine = dot / torch.where(both, norm_main, 1.0) / torch.where(both, norm_align, 1.0)
+    cosine = torch.where(both, cosine, 0.0)
+    if conflict == "project":
+        against = cosine.clamp(max=0) * norm_align / norm_main.clamp_min(1e-12)
+        align = align - _per_sample(against, ndim) * main
+        norm_align = torch.linalg.vector_norm(align.flatten(1), dim=1)
+    share = fidelity_share.float()
+    gain = 1 + share * norm_align / norm_main.clamp_min(1e-12)
+    mixed = _per_sample(gain, ndim) * main + _per_sample(1 - share, ndim) * align
+    return mixed.to(g_main.dtype), cosine
+
+
+class _Fork(torch.autograd.Function):
+    @staticmethod
+    def forward(hidden_states, fidelity_share, probe, conflict):
+        # Neither views nor equal copies: where a compiled graph ends here, AOT autograd rebuilds views from their base,
+        # past this backward, and Inductor makes equal copies one tensor, whose gradients add up. The probe is zero.
+        return hidden_states.clone(), hidden_states + _per_sample(probe, hidden_states.ndim).to(hidden_states.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, fidelity_share, probe, ctx.conflict = inputs
+        ctx.save_for_backward(fidelity_share)
+        ctx.probe_dtype = probe.dtype
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g_main, g_align):
+        # A branch that is not used arrives as zeros.
+        (fidelity_share,) = ctx.saved_tensors
+        mixed, cosine = mix_gradients(g_main, g_align, fidelity_share, ctx.conflict)
+        return mixed, None, cosine.to(ctx.probe_dtype), None
+
+
+def fork(
+    hidden_states: torch.Tensor, fidelity_share: torch.Tensor, probe: torch.Tensor, conflict: str = "none"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two copies of `hidden_states`, for the rest of the transformer and for the projector; `mix_gradients` on the way back.
+
+    The cosine of the two gradients comes out as the gradient of `probe`, a zero input made for it: backward has no side
+    effects, so that checkpointing and compilation keep it. Only the blocks below the fork see the mixed gradient;
+    the blocks above and the projector get theirs as they are. The alignment must have no other way to the blocks below.
+
+    Args:
+        hidden_states: `[B,N,D]`.
+        fidelity_share: `s_f` in [0, 1], `[B]`; it gets no gradient.
+        probe: zeros `[B]`, float32, `requires_grad=True`. After backward `probe.grad` is the cosine per sample, 0 where
+            one gradient is exactly zero, not finite where one is not (half precision that overflowed).
+        conflict: `"none"`, `"gate"` (the same here: the gate acts through the loss) or `"project"`.
+
+    Returns:
+        h_main and h_align, both equal to `hidden_states`. Either may stay unused; its gradient then counts as zero.
+    """
+    if conflict not in CONFLICTS:
+        raise ValueError(f"conflict {conflict!r} must be one of {', '.join(CONFLICTS)}")
+    return _Fork.apply(hidden_states, fidelity_share, probe, conflict)

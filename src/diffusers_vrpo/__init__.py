@@ -2,8 +2,9 @@
 """Representation-aligned training of class-conditional diffusion transformers, native to diffusers."""
 
 from .pipeline_vrpo import VRPOPipeline
+from .scheduling_sit_sde import SiTSDEScheduler
 from .transformer_sit import SIT_PRESETS, SiTTransformer2DModel, sit_preset
 
 
 __version__ = "0.1.0"
-__all__ = ["SIT_PRESETS", "SiTTransformer2DModel", "VRPOPipeline", "sit_preset"]
+__all__ = ["SIT_PRESETS", "SiTSDEScheduler", "SiTTransformer2DModel", "VRPOPipeline", "sit_preset"]

@@ -335,7 +335,9 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         # Under autocast the tokens between the blocks stay in the weights' float32, as in the official code.
         weight_dtype = self.patch_embed.weight.dtype
         hidden_states = self.patch_embed(hidden_states).flatten(2).transpose(1, 2).to(weight_dtype)
-        hidden_states = hidden_states + pos_embed.to(weight_dtype)
+        # Contiguous: of strided tokens Inductor's CPU backward gives wrong gradients (torch 2.13), and one layout lets all
+        # blocks share a compiled graph.
+        hidden_states = (hidden_states + pos_embed.to(weight_dtype)).contiguous()
         timestep = timestep.expand(batch_size)
         frequencies = self.time_proj(timestep).to(self.label_embedding.weight.dtype)
         conditioning = F.silu(self.time_embedding(frequencies) + self.label_embedding(class_labels))

@@ -1,0 +1,143 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""The SDE sampler of SiT (arXiv 2401.08740) and REPA (arXiv 2410.06940) as a diffusers scheduler.
+
+This file imports torch, numpy and diffusers only, so that it can be published beside the weights.
+"""
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+
+class SiTSDEScheduler(SchedulerMixin, ConfigMixin):
+    """Euler-Maruyama for the reverse SDE of a flow `x_t = (1 - t) x0 + t noise` with velocity `v = noise - x0`.
+
+    The diffusion is `w = 2 t`, the score `s = -(x + (1 - t) v) / t`, and so the drift `v - w s / 2 = x + (2 - t) v`
+    (arXiv 2401.08740). Time runs over `linspace(1, last_step_size, num_inference_steps)` and then to 0; the last step
+    has the same drift and no noise (REPA's official sampler). The drift is linear in v, so that guiding v guides it.
+
+    Until `set_timesteps` is called the grid has `num_train_timesteps` steps.
+
+    Args:
+        num_train_timesteps (`int`): what t = 1 is in `timesteps`, at least 2; `timesteps = num_train_timesteps * t`.
+        last_step_size (`float`): t before the last step, in (0, 1).
+
+    Raises:
+        ValueError: for a `last_step_size` outside (0, 1).
+    """
+
+    _compatibles = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"]
+    order = 1
+    init_noise_sigma = 1.0
+
+    @register_to_config
+    def __init__(self, num_train_timesteps: int = 1000, last_step_size: float = 0.04):
+        if not 0 < last_step_size < 1:
+            raise ValueError(f"`last_step_size` must lie between 0 and 1, not {last_step_size}")
+        self.set_timesteps(num_train_timesteps)
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None):
+        """Sets `sigmas` (t and a final 0, float32 on the CPU) and `timesteps` (on `device`), before sampling.
+
+        Args:
+            num_inference_steps (`int`): steps, and evaluations of the model; at least 2.
+            device (`str` or `torch.device`, *optional*): where `timesteps` go.
+
+        Raises:
+            ValueError: for fewer than 2 steps.
+        """
+        if num_inference_steps < 2:
+            raise ValueError(
+                f"`num_inference_steps` must be at least 2 for the SDE, not {num_inference_steps}: a lone step would "
+                "be the drift without the noise that belongs to it"
+            )
+        self.num_inference_steps = num_inference_steps
+        t = np.append(np.linspace(1.0, self.config.last_step_size, num_inference_steps), 0.0)
+        self.sigmas = torch.from_numpy(t).float()
+        self.timesteps = (self.sigmas[:-1] * self.config.num_train_timesteps).to(device)
+        self._step_index = None
+        self._begin_index = None
+
+    @property
+    def step_index(self) -> int | None:
+        """How many steps are done; `None` before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """The step to start at, when `set_begin_index` has set it."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0):
+        """Starts at this step instead of looking the first `timestep` up."""
+        self._begin_index = begin_index
+
+    def index_for_timestep(self, timestep: float | torch.Tensor) -> int:
+        """The place of `timestep` in `timesteps`; a ValueError when it is none of them."""
+        found = (self.timesteps == timestep).nonzero()
+        if len(found) == 0:
+            raise ValueError(f"timestep {timestep} is none of `scheduler.timesteps`; pass these, not their indices")
+        return found[0].item()
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
+        """`sample` as it is: this scheduler scales nothing."""
+        return sample
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: float | torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        noise: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple:
+        """One step towards the data.
+
+        Args:
+            model_output (`torch.Tensor` of shape `(batch, ...)`): the velocity `noise - x0` at `sample` and t.
+            timestep (`float` or `torch.Tensor` of shape `()`): one of `timesteps`; it matters for the first step only,
+                later ones follow in order.
+            sample (`torch.Tensor` of shape `(batch, ...)`): x_t.
+            generator (`torch.Generator` or a list, one per sample): draws the noise.
+            noise (`torch.Tensor` of shape `(batch, ...)`, *optional*): standard normal noise to use instead.
+            return_dict (`bool`): a [`SchedulerOutput`] instead of a tuple.
+
+        Returns:
+            The sample at the next t, in the dtype of `sample` but at least float32: rounding at each step adds up.
+
+        Raises:
+            ValueError: for a first `timestep` that is none of `timesteps`, or `noise` of another shape.
+        """
+        if noise is not None and noise.shape != sample.shape:
+            raise ValueError(f"`noise` has shape {tuple(noise.shape)}; {tuple(sample.shape)} is expected")
+        if self._step_index is None:
+            self._step_index = self.index_for_timestep(timestep) if self.begin_index is None else self.begin_index
+
+        t, t_next = self.sigmas[self._step_index : self._step_index + 2].tolist()
+        x = sample.to(torch.promote_types(sample.dtype, torch.float32))
+        v = model_output.to(x.dtype)
+        drift = x + (2 - t) * v
+        prev_sample = x + (t_next - t) * drift
+        if t_next > 0:
+            if noise is None:
+                noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=torch.float32)
+            prev_sample = prev_sample + (2 * t * (t - t_next)) ** 0.5 * noise.to(x)
+
+        self._step_index += 1
+        return SchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """`(1 - t) x0 + t noise`, `t = timesteps / num_train_timesteps`; `timesteps` of shape `(batch,)` or `()`."""
+        t = (timesteps / self.config.num_train_timesteps).to(original_samples)
+        t = t.reshape(-1, *[1] * (original_samples.ndim - 1))
+        return (1 - t) * original_samples + t * noise
+
+    def scale_noise(self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """`add_noise` under the name and with the order of arguments of diffusers' flow schedulers."""
+        return self.add_noise(sample, noise, timestep)
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps

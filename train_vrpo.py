@@ -25,23 +25,22 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-from diffusers_vrpo.arguments import HelpFormatter, OneLineErrorParser, as_id, config_to_argv
+from diffusers_vrpo.alignment import Alignment
+from diffusers_vrpo.arguments import (
+    HelpFormatter,
+    OneLineErrorParser,
+    as_id,
+    check_policy,
+    check_ranges,
+    config_to_argv,
+)
 from diffusers_vrpo.conversion import default_scheduler
 from diffusers_vrpo.ddpm import variational_bound
-from diffusers_vrpo.encoders import load_encoder, spatial_normalize
+from diffusers_vrpo.encoders import load_encoder
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.flow import flow_matching_loss, forward_process
-from diffusers_vrpo.initialization import (
-    add_lora,
-    build_error,
-    check_lora,
-    choose_prediction,
-    fit_transformer,
-    frozen_checksum,
-    load_pretrained,
-    public_config,
-    transformer_config,
-)
+from diffusers_vrpo.gradient_fork import CONFLICTS
+from diffusers_vrpo.initialization import build_transformer, frozen_checksum, read_start
 from diffusers_vrpo.latents import (
     StreamBatchSampler,
     TrainingSamples,
@@ -56,14 +55,8 @@ from diffusers_vrpo.latents import (
 )
 from diffusers_vrpo.pipeline_vrpo import VRPOPipeline
 from diffusers_vrpo.plots import plot_metrics
-from diffusers_vrpo.representation_policy import (
-    REWARDS,
-    alignment_layers,
-    expected_policy_loss,
-    normalize,
-    repa_loss,
-)
-from diffusers_vrpo.reward_weights import RewardStatistics, parse_reward_weighting
+from diffusers_vrpo.representation_policy import REWARDS, TIMESTEP_WEIGHTS
+from diffusers_vrpo.reward_weights import parse_reward_weighting
 from diffusers_vrpo.training import (
     MetricsFile,
     RunningMeans,
@@ -73,6 +66,7 @@ from diffusers_vrpo.training import (
     prepare_output_dir,
     read_training_state,
     register_model_hooks,
+    release_projectors,
     save_checkpoint,
     save_lora,
     start_accelerator,
@@ -161,15 +155,29 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument(
         "--objective", choices=["none", "repa", "vrpo"], default="vrpo", help="what to add to flow matching"
     )
-    g.add_argument("--encoder", help="frozen transformers vision encoder, Hub name or folder, or `digits` (embedded)")
+    g.add_argument(
+        "--encoder",
+        nargs="+",
+        action="extend",
+        help="frozen transformers vision encoders, Hub names or folders, or `digits` (embedded); one projector each",
+    )
     g.add_argument(
         "--encoder_layer",
         type=int,
-        help="index in its hidden_states; by default the output, of conv nets the stage of stride 16",
+        nargs="+",
+        help="index in the hidden_states of each; by default the output, of conv nets the stage of stride 16",
     )
     g.add_argument("--layer_scope", default="early", help="blocks to align: early, mid, all, or a list such as 4,8")
     g.add_argument("--alignment_coeff", type=float, default=0.5, help="lambda, the coefficient of the alignment loss")
-    g.add_argument("--projector_dim", type=int, default=2048, help="hidden width of the projectors")
+    g.add_argument("--alignment_stop_step", type=int, help="align no longer from this step on")
+    g.add_argument(
+        "--timestep_weighting",
+        choices=TIMESTEP_WEIGHTS,
+        default="uniform",
+        help="w(t) of the alignment loss: 1, or sigmoid(20 (0.7 - t))",
+    )
+    g.add_argument("--projector", choices=["mlp", "conv"], default="mlp", help="REPA's three layers or iREPA's 3x3")
+    g.add_argument("--projector_dim", type=int, default=2048, help="hidden width of the mlp projectors")
     g.add_argument(
         "--spatial_norm",
         type=float,
@@ -177,9 +185,30 @@ def build_parser() -> argparse.ArgumentParser:
         help="a in (f - a mean)/std of the targets, 0 for none; iREPA has 0.6",
     )
     g.add_argument(
+        "--conflict",
+        choices=CONFLICTS,
+        help="where alignment turns against flow matching: gate closes the timestep bin for good, project takes the "
+        "opposing part out, none lets it be; gate for vrpo, none for repa",
+    )
+
+    g = parser.add_argument_group("policy (vrpo)")
+    g.add_argument(
         "--reward_weighting",
         default="inverse_variance",
-        help=f"vrpo: inverse_variance, inverse_std, equal, or fixed shares of {', '.join(REWARDS)} such as 0.7,0.3",
+        help=f"inverse_variance, inverse_std, equal, or fixed shares of {', '.join(REWARDS)} such as 0.2,0.5,0.3",
+    )
+    g.add_argument(
+        "--estimator",
+        choices=["expected", "sampled"],
+        default="expected",
+        help="the update in closed form for small noise, or from drawn actions",
+    )
+    g.add_argument("--policy_noise", type=float, default=0.1, help="sigma of the policy")
+    g.add_argument("--group_size", type=int, default=8, help="sampled: actions per token")
+    g.add_argument("--policy_epochs", type=int, default=1, help="sampled: optimizer steps per draw")
+    g.add_argument("--clip_range", type=float, default=0.2, help="sampled: of the ratio, when policy_epochs > 1")
+    g.add_argument(
+        "--kl_coeff", type=float, default=0.0, help="pull towards the starting weights; costs a forward pass"
     )
 
     g = parser.add_argument_group("optimization")
@@ -228,7 +257,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     find_config = OneLineErrorParser(prog="train_vrpo.py", add_help=False, allow_abbrev=False)
     find_config.add_argument("--config")
     config = find_config.parse_known_args(argv)[0].config
-    args = parser.parse_args((config_to_argv(parser, config) if config else []) + argv)
+    args = parser.parse_args((config_to_argv(parser, config, argv) if config else []) + argv)
 
     if (args.dataset_name is None) == (args.train_data_dir is None):
         parser.error(
@@ -240,23 +269,18 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--objective {args.objective} needs --encoder, such as facebook/dinov2-base")
     if args.max_train_steps is not None and args.num_train_epochs is not None:
         parser.error("--max_train_steps and --num_train_epochs exclude each other; give one")
-    at_least_one = (
-        "train_batch_size gradient_accumulation_steps max_train_steps num_train_epochs max_train_samples logging_steps "
-        "checkpointing_steps checkpoints_total_limit validation_steps num_validation_images num_inference_steps "
-        "projector_dim resolution lora_rank"
+    check_ranges(
+        parser,
+        args,
+        at_least_one="train_batch_size gradient_accumulation_steps max_train_steps num_train_epochs max_train_samples "
+        "logging_steps checkpointing_steps checkpoints_total_limit validation_steps num_validation_images "
+        "num_inference_steps projector_dim resolution lora_rank policy_epochs",
+        at_least_zero="adam_weight_decay alignment_coeff alignment_stop_step spatial_norm lr_warmup_steps "
+        "dataloader_num_workers kl_coeff",
+        positive="learning_rate max_grad_norm adam_epsilon policy_noise clip_range",
+        shares="label_dropout ema_decay adam_beta1 adam_beta2",
     )
-    for name in at_least_one.split():
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)} must be at least 1")
-    for name in ("label_dropout", "ema_decay", "adam_beta1", "adam_beta2"):
-        if getattr(args, name) is not None and not 0 <= getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)} must lie in [0, 1)")
-    for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
-        if not 0 < getattr(args, name) < math.inf:
-            parser.error(f"--{name} {getattr(args, name)} must be above 0")
-    for name in ("adam_weight_decay", "alignment_coeff", "spatial_norm", "lr_warmup_steps", "dataloader_num_workers"):
-        if not 0 <= getattr(args, name) < math.inf:
-            parser.error(f"--{name} {getattr(args, name)} must be at least 0")
+    check_policy(parser, args)
     if not 0 <= args.seed < 2**63:
         parser.error(f"--seed {args.seed} must lie in 0 ... 2^63 - 1")
     if args.lr_scheduler == "constant" and args.lr_warmup_steps:
@@ -273,15 +297,15 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 def run_settings(args, data, transformer: SiTTransformer2DModel) -> dict:
     """What must be the same for a run to be continued, by the name that an error shows; paths may have moved."""
     options = (
-        "seed objective resolution center_crop random_flip encoder_layer lora_rank layer_scope alignment_coeff "
-        "spatial_norm reward_weighting learning_rate lr_scheduler lr_warmup_steps adam_beta1 adam_beta2 adam_weight_decay "
-        "adam_epsilon max_grad_norm use_ema ema_decay"
+        "seed objective resolution center_crop random_flip lora_rank encoder_layer layer_scope alignment_coeff "
+        "alignment_stop_step timestep_weighting projector spatial_norm conflict reward_weighting estimator policy_noise "
+        "group_size policy_epochs clip_range kl_coeff learning_rate lr_scheduler lr_warmup_steps adam_beta1 adam_beta2 "
+        "adam_weight_decay adam_epsilon max_grad_norm use_ema ema_decay"
     )
     settings = {f"--{name}": getattr(args, name) for name in options.split()}
-    settings |= {
-        f"--{name}": Path(getattr(args, name) or "none").name
-        for name in ("vae", "encoder", "pretrained_model_name_or_path")
-    }
+    sources = ("vae", "pretrained_model_name_or_path")
+    settings |= {f"--{name}": Path(getattr(args, name) or "none").name for name in sources}
+    settings["--encoder"] = [Path(name).name for name in args.encoder or []]
     settings["--label_dropout"] = transformer.config.class_dropout_prob
     settings["the number of images"] = len(data)
     settings["the checksum of the labels"] = zlib.crc32(np.asarray(data["label"][:], dtype=np.int64).tobytes())
@@ -304,8 +328,7 @@ def main(args: argparse.Namespace):
 
     # 1. Data, autoencoder, encoder: whatever cannot work fails here, before any long work.
     checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
-    reward_weighting = parse_reward_weighting(args.reward_weighting, len(REWARDS))
-    check_lora(args.lora_rank, args.pretrained_model_name_or_path)
+    parse_reward_weighting(args.reward_weighting, len(REWARDS))
     with accelerator.main_process_first():
         data, id2label, num_classes = load_image_dataset(
             args.dataset_name,
@@ -320,53 +343,25 @@ def main(args: argparse.Namespace):
     if accelerator.is_main_process:
         check_images(data)
     vae = None if args.vae == "none" else load_vae(args.vae, args.cache_dir).to(device)
-    source, source_labels = None, None
-    if args.pretrained_model_name_or_path is None:
-        config = transformer_config(args.preset, args.model_config)
-    else:
-        source, source_labels = load_pretrained(args.pretrained_model_name_or_path, args.preset, args.cache_dir)
-        config = public_config(source.config)
-    choose_prediction(config, args.prediction_type, args.learn_sigma, args.pretrained_model_name_or_path)
-    patch_size = config.get("patch_size", 2)
-    if not isinstance(patch_size, int) or patch_size < 1:
-        raise InputError(
-            f"--model_config {args.model_config}: patch_size must be a whole number above 0, not {patch_size}"
-        )
+    start = read_start(args)
+    patch_size = start.config["patch_size"]
     channels, height, width = latent_shape(vae, args.resolution, patch_size)
-    if source is not None and channels != config["in_channels"]:
-        raise InputError(
-            f"--vae {args.vae} gives {channels} channels, but {args.pretrained_model_name_or_path} takes {config['in_channels']}"
-        )
     grid_size = (height // patch_size, width // patch_size)
     aligned = args.objective != "none"
-    encoder = None
+    encoders = []
     if aligned:
         half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
         encoder_dtype = torch.float32 if device.type == "cpu" else half
-        encoder = load_encoder(args.encoder, grid_size, args.encoder_layer, encoder_dtype, device, args.cache_dir)
+        encoder_layers = args.encoder_layer or [None]
+        for name, layer in zip(args.encoder, encoder_layers * (len(args.encoder) // len(encoder_layers))):
+            encoders.append(load_encoder(name, grid_size, layer, encoder_dtype, device, args.cache_dir))
     elif args.encoder:
-        logger.info(f"--objective none trains without the encoder {args.encoder}")
+        logger.info(f"--objective none trains without the encoder {', '.join(args.encoder)}")
 
     # 2. Model, EMA, optimizer. All processes start from the same weights, drawn from the seed.
     torch.manual_seed(args.seed)
-    same_classes = source is not None and config["num_classes"] == num_classes
-    same_classes &= not source_labels or not id2label or source_labels == {str(k): v for k, v in id2label.items()}
-    if source is not None and source.null_class_id is not None:
-        config["null_class_id"] = source.null_class_id if same_classes else num_classes
-    label_dropout = args.label_dropout if args.label_dropout is not None else config.get("class_dropout_prob", 0.1)
-    config |= {"sample_size": height, "in_channels": channels, "num_classes": num_classes}
-    config |= {"alignment_layers": [], "alignment_dims": [], "class_dropout_prob": label_dropout}
-    if aligned:
-        config["alignment_layers"] = alignment_layers(args.layer_scope, config.get("num_layers", 12))
-        config |= {"alignment_dims": [encoder.embed_dim], "projector_dim": args.projector_dim}
-    try:
-        model, notes = fit_transformer(config, source, same_classes)
-    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
-        raise build_error(args, error) from error
-    for note in notes:
-        logger.info(f"{args.pretrained_model_name_or_path}: {note}")
-    if args.lora_rank:
-        add_lora(model, args.lora_rank, train_labels=not same_classes)
+    embed_dims = [encoder.embed_dim for encoder in encoders]
+    model = build_transformer(args, start, (channels, height, width), num_classes, id2label, embed_dims)
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     model.to(device)
@@ -385,13 +380,14 @@ def main(args: argparse.Namespace):
     global_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     max_train_steps = args.max_train_steps or 400_000
     if args.num_train_epochs:
-        max_train_steps = math.ceil(args.num_train_epochs * len(data) / global_batch_size)
+        draws = math.ceil(args.num_train_epochs * len(data) / global_batch_size)
+        max_train_steps = draws * args.policy_epochs
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps
     )
-    layers = model.config.alignment_layers
-    statistics = RewardStatistics(len(layers), len(REWARDS), reward_weighting, device)
-    register_model_hooks(accelerator, ema, {"reward_statistics": statistics})
+    alignment = Alignment(args, model, encoders, max_train_steps, device)
+    states = {"reward_statistics": alignment.statistics, "conflict_gate": alignment.gate}
+    register_model_hooks(accelerator, ema, states)
 
     pipeline = VRPOPipeline(model, default_scheduler(model.config.prediction_type), vae, id2label)
     columns = args.validation_labels or [
@@ -422,7 +418,7 @@ def main(args: argparse.Namespace):
         args.resolution,
         (channels, height, width),
         pipeline.transformer.null_class_id,
-        label_dropout,
+        pipeline.transformer.config.class_dropout_prob,
         args.center_crop,
         args.random_flip,
         sample_posterior=vae is not None,
@@ -437,6 +433,7 @@ def main(args: argparse.Namespace):
             accelerator.process_index,
             accelerator.num_processes,
             args.gradient_accumulation_steps,
+            repeats=args.policy_epochs,
         ),
         num_workers=args.dataloader_num_workers,
         collate_fn=as_is,
@@ -459,6 +456,7 @@ def main(args: argparse.Namespace):
     # 4. The loop.
     model_config = pipeline.transformer.config
     learn_variance = model_config.learn_sigma and model_config.prediction_type == "epsilon"
+    alignment.look_ahead(step)
     means = RunningMeans()
     corrupt_rows, num_corrupt = set(), 0
     progress = tqdm(
@@ -466,54 +464,48 @@ def main(args: argparse.Namespace):
     )
     model.train()
     logged_step, train_seconds, clock = step, 0.0, time.perf_counter()
-    for batch in dataloader:
+    for micro_step, batch in enumerate(dataloader):
         corrupt_rows.update(batch.pop("corrupt_rows").tolist())
         if len(corrupt_rows) > 0.01 * len(data):
             raise too_many_corrupt(corrupt_rows, len(data))
-        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        indices = batch.pop("index")
+        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()} | {"index": indices}
         images = batch["pixels"].float() / 127.5 - 1
+        aligning = alignment.active(step)
 
         with accelerator.accumulate(model):
             x0 = encode_images(vae, images, batch.get("posterior_noise"))
             x_t, timestep, target, t = forward_process(x0, batch["noise"], batch["timestep"], model_config)
+            inputs = (x_t, timestep, batch["class_labels"])
             prediction, projections = model(
-                x_t,
-                timestep,
-                batch["class_labels"],
-                return_projections=aligned,
+                *inputs,
+                return_projections=aligning,
+                alignment_fork=alignment.fork(t) if aligning else None,
                 return_variance=learn_variance,
                 return_dict=False,
             )
-            loss_fm = flow_matching_loss(prediction[:, :channels], target).mean()
-            loss = loss_fm
-            means.add(loss_fm=loss_fm)
+            loss_fm = flow_matching_loss(prediction[:, :channels], target)
+            loss = loss_fm.mean()
+            means.add(loss_fm=loss)
             if learn_variance:
                 loss_vb = variational_bound(*prediction.split(channels, dim=1), x0, x_t, timestep).mean()
                 loss = loss + loss_vb
                 means.add(loss_vb=loss_vb)
-
-            if aligned:
-                features = encoder(images)
-                if args.spatial_norm > 0:
-                    features = spatial_normalize(features, args.spatial_norm)
-                y = normalize(features)
-                shares, tau = statistics.lookup(t)
-                loss_rep = 0.0
-                for layer, projection in enumerate(projections):
-                    mu = normalize(projection)
-                    if args.objective == "repa":
-                        loss_layer = repa_loss(mu, y)
-                        rewards = -loss_layer.unsqueeze(1)
-                    else:
-                        loss_layer, rewards, gradient_squares = expected_policy_loss(
-                            mu, y, batch["tokens"], shares[layer], tau[layer]
-                        )
-                        statistics.observe(layer, t, rewards, gradient_squares)
-                    loss_rep = loss_rep + loss_layer.mean() / len(projections)
-                    means.add(**{f"reward/{name}": r for name, r in zip(REWARDS, rewards.mean(0))})
+            if aligning:
+                # REPA's cosine, or VRPO's reward-weighted policy; fidelity joins in at the fork.
+                part, targets = micro_step % args.gradient_accumulation_steps, alignment.targets(images)
+                loss_rep, logs = alignment.loss(projections, targets, t, loss_fm, batch, step, part, inputs)
                 loss = loss + args.alignment_coeff * loss_rep
+                means.add(**logs)
+            elif aligned and accelerator.num_processes > 1:
+                # DDP waits for a gradient of every parameter.
+                loss = loss + 0.0 * sum(p.sum() for p in pipeline.transformer.projectors.parameters())
 
             accelerator.backward(loss)
+            if aligning:
+                alignment.observe()
+            elif aligned:
+                release_projectors(pipeline.transformer)
             if accelerator.sync_gradients:
                 means.add(grad_norm=accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm))
             optimizer.step()
@@ -522,12 +514,12 @@ def main(args: argparse.Namespace):
         if not accelerator.sync_gradients:
             continue
         step += 1
-        samples_seen += global_batch_size
+        samples_seen += global_batch_size if step % args.policy_epochs == 0 else 0
         lr_scheduler.step()
         if ema is not None:
             ema.step(trainable_parameters(pipeline.transformer))
-        if args.objective == "vrpo":
-            statistics.update(accelerator.reduce if accelerator.num_processes > 1 else None)
+        if aligning:
+            alignment.update(step, accelerator.reduce if accelerator.num_processes > 1 else None)
         progress.update()
 
         # 5. Now and then: metrics, a checkpoint, a grid of samples.
@@ -535,9 +527,8 @@ def main(args: argparse.Namespace):
         if step % args.logging_steps == 0 or last:
             values = means.read(accelerator)
             num_corrupt = check_corrupt_rows(corrupt_rows, len(data), num_corrupt)
-            if args.objective == "vrpo":
-                for name, numbers in zip(("std", "weight", "share"), statistics.summary()):
-                    values |= {f"{name}/{reward}": number for reward, number in zip(REWARDS, numbers.tolist())}
+            if aligning:
+                values |= alignment.summary()
             train_seconds += time.perf_counter() - clock
             values["learning_rate"] = lr_scheduler.get_last_lr()[0]
             values["images_per_second"] = (step - logged_step) * global_batch_size / train_seconds

@@ -21,6 +21,7 @@ from diffusers_vrpo.encoders import load_encoder
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.flow import interpolate
 from diffusers_vrpo.latents import TrainingSamples, load_image_dataset
+from diffusers_vrpo.representation_policy import REWARDS
 from diffusers_vrpo.training import read_metrics
 
 
@@ -103,13 +104,13 @@ def test_each_objective_trains_saves_and_samples_by_name(command, tmp_path, obje
         == {
             "none": set(),
             "repa": {"reward/semantic"},
-            "vrpo": {"reward/semantic", "reward/structural"},
+            "vrpo": {"reward/fidelity", "reward/semantic", "reward/structural"},
         }[objective]
     )
     for name in rewards:
         assert rows[-1][name] > rows[0][name]
     if objective == "vrpo":
-        assert rows[-1]["share/semantic"] + rows[-1]["share/structural"] == pytest.approx(1)
+        assert sum(rows[-1][f"share/{name}"] for name in REWARDS) == pytest.approx(1)
 
     pipeline = VRPOPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
@@ -233,6 +234,7 @@ def test_resume_is_bit_equal(command, tmp_path, objective, precision):
     run(command(**options, output_dir=resumed))
     weights = "diffusion_pytorch_model.safetensors"
     names = [f"transformer/{weights}", f"transformer_ema/{weights}", "reward_statistics.safetensors"]
+    names.append("conflict_gate.safetensors")
     assert_same_files(straight / "checkpoint-10", resumed / "checkpoint-10", names)
     a, b = (torch.load(f / "checkpoint-10" / "optimizer.bin", weights_only=True) for f in (straight, resumed))
     for key, state in a["state"].items():
@@ -240,7 +242,7 @@ def test_resume_is_bit_equal(command, tmp_path, objective, precision):
             assert torch.equal(tensor, b["state"][key][name])
     assert losses(straight) == losses(resumed) and len(losses(resumed)) == 10
     if objective == "vrpo":
-        assert read_metrics(resumed / "metrics.jsonl")[-1]["share/semantic"] != pytest.approx(0.5)
+        assert read_metrics(resumed / "metrics.jsonl")[-1]["share/semantic"] != pytest.approx(1 / 3)
 
 
 def test_resume_with_another_division_of_the_batch(command, tmp_path):
@@ -312,7 +314,7 @@ def test_two_processes_give_the_same_losses(command, tmp_path):
     one, two = (read_metrics(tmp_path / folder / "metrics.jsonl")[-1] for folder in ("run", "two"))
     for name in ("reward/structural", "std/semantic", "share/semantic", "samples_seen"):
         assert two[name] == pytest.approx(one[name], abs=1e-5)
-    assert one["share/semantic"] != pytest.approx(0.5)
+    assert one["share/semantic"] != pytest.approx(1 / 3)
     # Every process has its own random state in the checkpoint.
     assert len(list((tmp_path / "two" / "checkpoint-10").glob("random_states_*.pkl"))) == 2
     # Without the switch some versions of accelerate leave the two unconnected: that must not train side by side.

@@ -3,6 +3,7 @@
 
 import argparse
 import difflib
+import math
 from pathlib import Path
 
 import yaml
@@ -22,8 +23,8 @@ class OneLineErrorParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def config_to_argv(parser: argparse.ArgumentParser, file: str) -> list[str]:
-    """The command line that a YAML file of options stands for."""
+def config_to_argv(parser: argparse.ArgumentParser, file: str, given: list[str]) -> list[str]:
+    """The command line that a YAML file of options stands for, without those that the command line gives itself."""
     try:
         options = yaml.safe_load(Path(file).read_text()) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -39,6 +40,8 @@ def config_to_argv(parser: argparse.ArgumentParser, file: str) -> list[str]:
             parser.error(
                 f"--config {file}: unknown option {name!r}" + (f"; did you mean {near[0][2:]}?" if near else "")
             )
+        if {f"--{name}", f"--no-{name}"} & {part.split("=")[0] for part in given}:
+            continue
         if value is False and action.choices and "no" in action.choices:
             value = "no"  # which YAML reads as false
         if isinstance(value, bool):
@@ -50,6 +53,59 @@ def config_to_argv(parser: argparse.ArgumentParser, file: str) -> list[str]:
         elif value is not None:
             argv += [f"--{name}={value}"]
     return argv
+
+
+def check_ranges(
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    at_least_one: str,
+    at_least_zero: str,
+    positive: str,
+    shares: str,
+):
+    """Ends with a sentence about the first number out of its range; each argument names options, with spaces between.
+
+    Args:
+        shares: those that lie in [0, 1).
+    """
+    for names, fits, wanted in (
+        (at_least_one, lambda x: x >= 1, "must be at least 1"),
+        (at_least_zero, lambda x: 0 <= x < math.inf, "must be at least 0"),
+        (positive, lambda x: 0 < x < math.inf, "must be above 0"),
+        (shares, lambda x: 0 <= x < 1, "must lie in [0, 1)"),
+    ):
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not fits(value):
+                parser.error(f"--{name} {value} {wanted}")
+
+
+def check_policy(parser: argparse.ArgumentParser, args: argparse.Namespace):
+    """Ends with a sentence about alignment options that do not go together: none is ignored in silence."""
+    sampled = ["group_size", "policy_epochs", "clip_range"]
+    for needs, names in (
+        (("objective", "vrpo"), ["reward_weighting", "estimator", "policy_noise", "kl_coeff", *sampled]),
+        (("estimator", "sampled"), sampled),
+    ):
+        if getattr(args, needs[0]) != needs[1]:
+            for name in names:
+                if getattr(args, name) != parser.get_default(name):
+                    parser.error(
+                        f"--{name} {getattr(args, name)} goes with --{needs[0]} {needs[1]} only; leave it out"
+                    )
+    if args.group_size < 2:
+        parser.error(f"--group_size {args.group_size} must be at least 2: advantages are relative to the group")
+    for name in ("checkpointing_steps", "max_train_steps"):
+        if (getattr(args, name) or 0) % args.policy_epochs:
+            parser.error(
+                f"--{name} {getattr(args, name)} must be a multiple of --policy_epochs {args.policy_epochs}, whose steps "
+                "share one draw"
+            )
+    encoders, layers = args.encoder or [], args.encoder_layer or []
+    if len(layers) > 1 and len(layers) != len(encoders):
+        parser.error(
+            f"--encoder_layer has {len(layers)} numbers for {len(encoders)} encoders; give one, or one for each"
+        )
 
 
 def as_id(label: int | str) -> int | str:

@@ -6,6 +6,8 @@ after that block, sees both gradients, and gives fidelity its share of the rewar
 the two conflict. That there is such a reward comes from arXiv 2606.00583; the formulas are ours (docs/method.md).
 """
 
+from collections.abc import Callable
+
 import torch
 
 
@@ -96,3 +98,23 @@ def fork(
     if conflict not in CONFLICTS:
         raise ValueError(f"conflict {conflict!r} must be one of {', '.join(CONFLICTS)}")
     return _Fork.apply(hidden_states, fidelity_share, probe, conflict)
+
+
+def scale_gradient(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """`x [B, ...]` as it is; its gradient is multiplied by `scale [B]`."""
+    return x.detach() + _per_sample(scale, x.ndim).to(x.dtype) * (x - x.detach())
+
+
+def alignment_fork(fidelity_share: torch.Tensor, probe: torch.Tensor, conflict: str = "none") -> Callable:
+    """The `alignment_fork` of the transformer's forward: `fork` at the deepest aligned block, which governs all.
+
+    At shallower blocks the flow-matching gradient already contains alignment gradients: there the projector branch is
+    only scaled by `1 - s_f`. Arguments as of `fork`.
+    """
+
+    def split(hidden_states: torch.Tensor, deepest: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        if deepest:
+            return fork(hidden_states, fidelity_share, probe, conflict)
+        return hidden_states, scale_gradient(hidden_states, 1 - fidelity_share)
+
+    return split

@@ -3,7 +3,9 @@
 
 import inspect
 import json
+import logging
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,8 +13,11 @@ from diffusers.utils import is_peft_available
 
 from .conversion import convert_checkpoint, pipeline_index
 from .errors import InputError, first_line
+from .representation_policy import alignment_layers
 from .transformer_sit import SiTTransformer2DModel, sit_preset
 
+
+logger = logging.getLogger(__name__)
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 
@@ -41,19 +46,82 @@ def transformer_config(preset: str | None, model_config: str | None) -> dict:
     return config
 
 
-def load_pretrained(
-    name_or_path: str, preset: str | None, cache_dir: str | None
-) -> tuple[SiTTransformer2DModel, dict | None]:
-    """The transformer of `--pretrained_model_name_or_path`, and its pipeline's class names (keys are strings) or None.
+@dataclass
+class Start:
+    """What a training starts from: constructor arguments, and with `--pretrained_model_name_or_path` weights."""
+
+    config: dict
+    source: SiTTransformer2DModel | None = None
+    labels: dict | None = None  # class names of the pipeline that the weights are from; keys are strings
+
+
+def read_start(args) -> Start:
+    """The start that `--preset`, `--model_config`, `--pretrained_model_name_or_path` and `--prediction_type` mean.
 
     Raises:
-        InputError: when there is none, or it cannot be converted.
+        InputError: when there is none, or options contradict it.
     """
+    name = args.pretrained_model_name_or_path
+    if args.lora_rank is not None and not name:
+        raise InputError("--lora_rank adapts trained weights; it needs --pretrained_model_name_or_path")
+    if args.lora_rank is not None and not is_peft_available():
+        raise InputError("--lora_rank needs peft: pip install 'diffusers-vrpo[lora]'")
+    if name is None:
+        start = Start(transformer_config(args.preset, args.model_config))
+    else:
+        try:
+            source = convert_checkpoint(name, preset=args.preset, cache_dir=args.cache_dir)
+        except InputError as error:
+            raise InputError(f"--pretrained_model_name_or_path {error}") from error
+        labels = (pipeline_index(name, args.cache_dir) or {}).get("id2label")
+        start = Start(public_config(source.config), source, labels)
+    choose_prediction(start.config, args.prediction_type, args.learn_sigma, name)
+    patch_size = start.config.setdefault("patch_size", 2)
+    if not isinstance(patch_size, int) or patch_size < 1:
+        raise InputError(
+            f"--model_config {args.model_config}: patch_size must be a whole number above 0, not {patch_size}"
+        )
+    return start
+
+
+def build_transformer(
+    args, start: Start, latent_shape: tuple, num_classes: int, id2label: dict | None, alignment_dims: list[int]
+) -> SiTTransformer2DModel:
+    """The transformer to train, fitted to the data and the encoders, with adapters if `--lora_rank` asks for them.
+
+    Args:
+        latent_shape: channels, height and width.
+        alignment_dims: widths of the encoders' patch embeddings; none trains without projectors.
+
+    Raises:
+        InputError: when weights and data do not fit, or the configuration makes no model.
+    """
+    config, source, name = dict(start.config), start.source, args.pretrained_model_name_or_path
+    channels, height, width = latent_shape
+    if source is not None and channels != config["in_channels"]:
+        raise InputError(f"--vae {args.vae} gives {channels} channels, but {name} takes {config['in_channels']}")
+    same_classes = source is not None and config["num_classes"] == num_classes
+    if start.labels and id2label:
+        same_classes &= start.labels == {str(key): label for key, label in id2label.items()}
+    if source is not None and source.null_class_id is not None:
+        config["null_class_id"] = source.null_class_id if same_classes else num_classes
+    label_dropout = args.label_dropout if args.label_dropout is not None else config.get("class_dropout_prob", 0.1)
+    config |= {"sample_size": height if height == width else (height, width), "in_channels": channels}
+    config |= {"num_classes": num_classes, "class_dropout_prob": label_dropout}
+    config |= {"alignment_layers": [], "alignment_dims": alignment_dims}
+    if alignment_dims:
+        config["alignment_layers"] = alignment_layers(args.layer_scope, config.get("num_layers", 12))
+        config |= {"projector_type": args.projector, "projector_dim": args.projector_dim}
     try:
-        transformer = convert_checkpoint(name_or_path, preset=preset, cache_dir=cache_dir)
-    except InputError as error:
-        raise InputError(f"--pretrained_model_name_or_path {error}") from error
-    return transformer, (pipeline_index(name_or_path, cache_dir) or {}).get("id2label")
+        model, notes = fit_transformer(config, source, same_classes)
+    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+        option = f"--model_config {args.model_config}" if args.model_config else f"--preset {args.preset}"
+        raise InputError(f"{name or option}: {first_line(error)}") from error
+    for note in notes:
+        logger.info(f"{name}: {note}")
+    if args.lora_rank:
+        add_lora(model, args.lora_rank, train_labels=not same_classes)
+    return model
 
 
 def public_config(config: dict) -> dict:
@@ -123,14 +191,6 @@ def fit_transformer(
     return model, notes
 
 
-def check_lora(lora_rank: int | None, pretrained: str | None):
-    """Raises an InputError where `--lora_rank` cannot work."""
-    if lora_rank is not None and not pretrained:
-        raise InputError("--lora_rank adapts trained weights; it needs --pretrained_model_name_or_path")
-    if lora_rank is not None and not is_peft_available():
-        raise InputError("--lora_rank needs peft: pip install 'diffusers-vrpo[lora]'")
-
-
 def add_lora(model: SiTTransformer2DModel, rank: int, train_labels: bool):
     """Freezes the model but for low-rank adapters (arXiv 2106.09685) of its blocks and the projectors.
 
@@ -153,9 +213,3 @@ def frozen_checksum(model: torch.nn.Module) -> int:
         if not parameter.requires_grad:
             checksum = zlib.crc32(parameter.detach().cpu().contiguous().numpy(), checksum)
     return checksum
-
-
-def build_error(args, error: Exception) -> InputError:
-    """What the model's constructor had against the configuration, by the option that it came from."""
-    option = f"--model_config {args.model_config}" if args.model_config else f"--preset {args.preset}"
-    return InputError(f"{option}: {first_line(error)}")

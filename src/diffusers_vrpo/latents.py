@@ -28,7 +28,7 @@ from .errors import UNKNOWN_TO_THE_HUB, InputError, first_line, gated, hub_probl
 logger = get_logger(__name__)
 
 # Independent streams of one sample; a new purpose gets a new number, old runs stay reproducible.
-ORDER, SAMPLE, NOISE, POSTERIOR, TOKENS = range(5)
+ORDER, SAMPLE, NOISE, POSTERIOR, TOKENS, ACTIONS = range(6)
 
 
 def random_stream(seed: int, index: int, purpose: int) -> np.random.Generator:
@@ -293,8 +293,27 @@ class TrainingSamples(torch.utils.data.Dataset):
                 batch.setdefault("tokens", []).append(order[: min(64, self.num_tokens)])
         tensors = {name: torch.from_numpy(np.stack(values)) for name, values in batch.items()}
         tensors["pixels"] = tensors["pixels"].permute(0, 3, 1, 2).contiguous()
+        tensors["index"] = torch.tensor(indices)
         tensors["corrupt_rows"] = torch.tensor(corrupt, dtype=torch.long)
         return tensors
+
+
+def action_noise(seed: int, indices: torch.Tensor, number: int, shape: tuple, device: torch.device) -> torch.Tensor:
+    """Standard normal noise of the policy's actions, `[G,B,N,E]`, a function of seed, sample index and projector.
+
+    It is drawn on the device (G * N * E numbers a sample are too many for the data loader), so that only devices of one
+    kind draw the same.
+
+    Args:
+        indices: global sample indices, `[B]`, on the CPU.
+        number: of the projector.
+        shape: `(G, N, E)`.
+    """
+    noise = []
+    for index in indices.tolist():
+        start = random_stream(seed, index, ACTIONS).integers(2**62, size=number + 1)[number]
+        noise.append(torch.randn(shape, generator=torch.Generator(device).manual_seed(int(start)), device=device))
+    return torch.stack(noise, dim=1)
 
 
 def as_is(batch):
@@ -312,22 +331,34 @@ class StreamBatchSampler(torch.utils.data.Sampler):
     """Global sample indices of one process, batch by batch, from `start` on.
 
     Optimizer step k takes the indices `k * B ... (k + 1) * B - 1` with B = batch_size * processes * accumulation, so
-    that the same B gives the same samples however it is divided.
+    that the same B gives the same samples however it is divided. With `repeats` r, so do steps `k r ... k r + r - 1`.
     """
 
-    def __init__(self, start: int, num_steps: int, batch_size: int, rank: int, processes: int, accumulation: int):
+    def __init__(
+        self,
+        start: int,
+        num_steps: int,
+        batch_size: int,
+        rank: int,
+        processes: int,
+        accumulation: int,
+        repeats: int = 1,
+    ):
         self.start = start
         self.num_steps = num_steps
         self.batch_size = batch_size
         self.rank = rank
         self.processes = processes
         self.accumulation = accumulation
+        self.repeats = repeats
 
     def __len__(self):
         return self.num_steps * self.accumulation
 
     def __iter__(self):
-        for micro_step in range(len(self)):
+        for step_of_micro in range(len(self)):
+            step, part = divmod(step_of_micro, self.accumulation)
+            micro_step = step // self.repeats * self.accumulation + part
             first = self.start + (micro_step * self.processes + self.rank) * self.batch_size
             yield list(range(first, first + self.batch_size))
 

@@ -24,6 +24,7 @@ def image_grid(images: list[Image.Image], columns: int, min_size: int = 64, gap:
 def plot_metrics(metrics_file: str | Path, output_file: str | Path, title: str = ""):
     """Loss, rewards, their shares, weights and std, gradient norm and speed over steps, from a `metrics.jsonl`."""
     # The object interface draws without touching the process's backend.
+    import matplotlib
     from matplotlib.figure import Figure
 
     rows = read_metrics(metrics_file)
@@ -37,6 +38,11 @@ def plot_metrics(metrics_file: str | Path, output_file: str | Path, title: str =
         ("reward shares s", names("share/")),
         ("raw reward weights ω", names("weight/")),
         ("reward std σ", names("std/")),
+        ("cosine of the two gradients, by t", names("cosine/")),
+        ("gate, by t", names("gate/")),
+        ("alignment coefficient in force", ["alignment_coeff"]),
+        ("spread of a group's rewards", names("spread/")),
+        ("clip fraction", ["clip_fraction"]),
         ("gradient norm", ["grad_norm"]),
         ("images per second", ["images_per_second"]),
     ]
@@ -47,14 +53,16 @@ def plot_metrics(metrics_file: str | Path, output_file: str | Path, title: str =
     figure = Figure(figsize=(4.6 * columns, 3.2 * -(-len(panels) // columns)), layout="constrained")
     axes = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flatten()
     for axis, (name, keys) in zip(axes, panels):
-        for key in keys:
+        shades = [matplotlib.colormaps["viridis"](i / max(1, len(keys) - 1)) for i in range(len(keys))]
+        for key, shade in zip(keys, shades):
             points = [(row["step"], row[key]) for row in rows if key in row]
-            axis.plot(*zip(*points), label=key.split("/")[-1], linewidth=1.5)
+            axis.plot(*zip(*points), label=key.split("/")[-1], linewidth=1.5, color=shade if len(keys) > 4 else None)
         axis.set_title(name, fontsize=11)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
         if len(keys) > 1:
-            axis.legend(frameon=False)
+            # Of the ten bins of t the legend has two columns, and their order shows in the colour.
+            axis.legend(frameon=False, fontsize="small" if len(keys) <= 4 else "x-small", ncols=1 + len(keys) // 6)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     if title:

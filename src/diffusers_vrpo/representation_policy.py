@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from .errors import InputError
 
 
-REWARDS = ("semantic", "structural")
+# The composite reward is alpha R_f + beta R_se + gamma R_st. Fidelity, R_f = -L_FM of the sample, is no function of the
+# tokens here: its gradient meets the others' in gradient_fork.py.
+REWARDS = ("fidelity", "semantic", "structural")
 
 
 def alignment_layers(layer_scope: str, num_layers: int) -> list[int]:
@@ -83,7 +85,7 @@ def reward_gradients(
     """Rewards at the mean action and their tangent gradients `P_mu grad R_k`, in closed form.
 
     Returns:
-        rewards `[B,N,K]` in the order of `REWARDS`, and K gradients `[B,N,E]`.
+        rewards `[B,N,2]`, semantic and structural, and their gradients, each `[B,N,E]`.
     """
     # Autocast would run the products in half precision: the rewards' differences are smaller than its rounding.
     with torch.autocast(mu.device.type, enabled=False):
@@ -180,14 +182,11 @@ def sampled_policy_loss(
     noise_scale: float = 0.1,
     mu_old: torch.Tensor | None = None,
     clip_range: float = 0.2,
-    kl_coeff: float = 0.0,
-    mu_ref: torch.Tensor | None = None,
     actions: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The `sampled` estimator: G actions per token, group-relative advantages, clipped ratios (docs/method.md).
 
-    The loss is `-(sigma / sqrt(E)) (1/N) sum_n [mean_G min(rho A, clip(rho) A) - kl_coeff E ||mu - mu_ref||^2 /
-    (2 sigma^2)]` with `A = sum_k s_k A_k`. For small sigma the expectation of its gradient is that of
+    The loss is `-(sigma / sqrt(E)) (1/N) sum_n mean_G min(rho A, clip(rho) A)` with `A = sum_k s_k A_k`. For small sigma the expectation of its gradient is that of
     `expected_policy_loss` with `tau = 1e-3`, times `E[std_G z]` of G standard normal z (0.90 for G = 8, 0.99 for G = 64),
     which is not divided out. Its value at rho = 1 is 0, as that of the other: advantages have mean 0.
 
@@ -198,7 +197,6 @@ def sampled_policy_loss(
         shares: `s_k` of each sample, `[B,K]`, summing to 1.
         mu_old: the tokens that the actions are, or were, drawn around, `[B,N,E]`; without it `mu`, and then rho = 1.
         clip_range: c of the clipping.
-        kl_coeff, mu_ref: pull towards the unit tokens `[B,N,E]` of a reference.
         actions: `[G,B,N,E]` drawn before, around `mu_old`, which must then be given.
 
     Returns:
@@ -223,10 +221,26 @@ def sampled_policy_loss(
         log_pi_old = log_pi.detach() if mu_old is None else log_probability(actions, mu_old.detach(), noise_scale)
         objective, clipped = clipped_objective(log_pi - log_pi_old, advantages, clip_range)
         loss = -objective.mean((0, 2))
-        if kl_coeff:
-            loss = loss - kl_coeff * log_probability(mu, mu_ref.detach(), noise_scale).mean(-1)
         loss = (noise_scale / math.sqrt(embed_dim)) * loss
     return loss, mean_rewards.mean(1), squares.mean(1), spread.mean(1), clipped.mean((0, 2))
+
+
+def kl_penalty(mu: torch.Tensor, mu_ref: torch.Tensor, noise_scale: float = 0.1) -> torch.Tensor:
+    """The divergence from a reference policy, `E ||mu - mu_ref||^2 / (2 sigma^2)`, as it stands beside either estimator.
+
+    That is the token mean times `sigma / sqrt(E)`, by which the objective is multiplied; `[B]`, float32. `mu_ref [B,N,E]`
+    gets no gradient.
+    """
+    scale = noise_scale / math.sqrt(mu.shape[-1])
+    return -scale * log_probability(mu, mu_ref.detach(), noise_scale).mean(-1)
+
+
+def token_shares(shares: torch.Tensor) -> torch.Tensor:
+    """Shares of the semantic and the structural reward among themselves, `[B,2]`, from all three `[B,3]`.
+
+    What fidelity takes is taken where the gradients meet. Zeros where fidelity has everything.
+    """
+    return shares[:, 1:] / shares[:, 1:].sum(-1, keepdim=True).clamp_min(1e-12)
 
 
 TIMESTEP_WEIGHTS = ("uniform", "low_noise")
@@ -236,7 +250,7 @@ def timestep_weight(t: torch.Tensor, kind: str) -> torch.Tensor:
     """`w(t) / E[w]` of timesteps `t [B]`, float32, with mean 1 over t uniform in [0, 1].
 
     `uniform` is 1; `low_noise` is `w(t) = sigmoid(20 (0.7 - t))`, which leaves out the noisiest timesteps, where the image
-    says little about its features (Stable Velocity, arXiv 2602.05435).
+    says little about its features (Stable Velocity).
     """
     if kind == "uniform":
         return torch.ones_like(t, dtype=torch.float32)

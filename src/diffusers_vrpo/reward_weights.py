@@ -280,6 +280,16 @@ class ConflictGate:
         begun = (closing[used] > 0).all() & used.any()
         return self.window - int(closing[used].min()) if begun else float("inf")
 
+    def summary(self) -> dict[str, float]:
+        """For the log: cosine and gate of the bins that had samples, `cosine/0.0-0.1` and so on. Waits for the device."""
+        used = (self.state["count"] > 0).tolist()
+        values = {}
+        for name, numbers in (("cosine", self.cosine().tolist()), ("gate", self.gates().tolist())):
+            for i, number in enumerate(numbers):
+                if used[i]:
+                    values[f"{name}/{i / NUM_BINS:.1f}-{(i + 1) / NUM_BINS:.1f}"] = number
+        return values
+
     def closed(self) -> bool:
         """Whether alignment has ended in every bin that ever had samples. Waits for the device."""
         return self.steps_until_closed() == 0

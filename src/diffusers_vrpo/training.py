@@ -218,6 +218,12 @@ def ema_weights(ema: EMAModel | None, model: torch.nn.Module):
         ema.restore(parameters)
 
 
+def release_projectors(model: torch.nn.Module):
+    """Takes the projectors' gradients away: once alignment is off they rest, with one process and with many."""
+    for parameter in model.projectors.parameters():
+        parameter.grad = None
+
+
 def save_lora(model: torch.nn.Module, folder: Path):
     """Writes the adapters, and then merges them into the model's weights.
 

@@ -7,6 +7,7 @@ can be published beside the weights.
 """
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -306,6 +307,7 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         timestep: torch.Tensor,
         class_labels: torch.Tensor,
         return_projections: bool = False,
+        alignment_fork: Callable | None = None,
         return_variance: bool = False,
         return_dict: bool = True,
     ) -> SiTTransformer2DModelOutput | tuple:
@@ -316,6 +318,9 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
                 or an integer timestep (see the class).
             class_labels (`torch.LongTensor` of shape `(batch,)`): 0 ... K-1, or `null_class_id` for no class.
             return_projections (`bool`): run the projectors at `alignment_layers` and return what they give.
+            alignment_fork: called as `f(hidden_states, deepest)` after every aligned block, `deepest` telling the last of
+                them; returns the tokens for the blocks above and those for the projectors. Training weighs their
+                gradients with it.
             return_variance (`bool`): keep the variance channels of a model with `learn_sigma`.
             return_dict (`bool`): a [`SiTTransformer2DModelOutput`] instead of a tuple.
         """
@@ -352,9 +357,13 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
                 hidden_states = block(hidden_states, conditioning)
             if return_projections and number in self.config.alignment_layers:
                 first = self.config.alignment_layers.index(number) * per_layer
+                to_project = hidden_states
+                if alignment_fork is not None:
+                    deepest = number == max(self.config.alignment_layers)
+                    hidden_states, to_project = alignment_fork(hidden_states, deepest)
                 for projector in self.projectors[first : first + per_layer]:
                     grid = ((rows, columns),) if self.config.projector_type == "conv" else ()
-                    projections.append(projector(hidden_states, *grid))
+                    projections.append(projector(to_project, *grid))
 
         # 3. Output: tokens back to an image.
         shift, scale = self.modulation_out(conditioning).chunk(2, dim=1)

@@ -137,6 +137,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME|FOLDER|FILE.pt",
         help="start from these weights: a pipeline or transformer, or an official checkpoint of SiT, REPA, iREPA or DiT",
     )
+    g.add_argument(
+        "--keep_labels", action="store_true", help="its classes are those of the data, however they are spelled"
+    )
     g.add_argument("--lora_rank", type=int, help="train adapters of this rank and projectors, the rest stays as it is")
     g.add_argument(
         "--prediction_type",
@@ -362,6 +365,7 @@ def main(args: argparse.Namespace):
     torch.manual_seed(args.seed)
     embed_dims = [encoder.embed_dim for encoder in encoders]
     model = build_transformer(args, start, (channels, height, width), num_classes, id2label, embed_dims)
+    del start
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     model.to(device)

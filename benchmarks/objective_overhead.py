@@ -69,7 +69,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16 is autocast")
     parser.add_argument("--threads", type=int, help="of the CPU; 1 is steadier where other work runs")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="cpu: the process's own processor time; for a CPU that is shared with other work, with --threads 1",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and the order of the arms")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers, with the time of each step")
     return parser
 
@@ -140,58 +146,70 @@ def draw_batch(settings, batch_size: int, num_tokens: int, generator: torch.Gene
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def train_step(arm: SimpleNamespace, batch: dict, accelerator: Accelerator):
-    """One optimizer step, line by line the loop of train_vrpo.py for a model that predicts no variance."""
-    args, alignment, transformer = arm.args, arm.alignment, arm.transformer
+def compute_gradients(arm: SimpleNamespace, batch: dict, accelerator: Accelerator):
+    """Forward and backward, line by line the loop of train_vrpo.py for a model that predicts no variance."""
+    alignment, transformer = arm.alignment, arm.transformer
     aligning = alignment.active(arm.step)
-    with accelerator.accumulate(arm.model):
-        x_t, timestep, target, t = forward_process(batch["x0"], batch["noise"], batch["timestep"], transformer.config)
-        inputs = (x_t, timestep, batch["class_labels"])
-        prediction, projections = arm.model(
-            *inputs,
-            return_projections=aligning,
-            alignment_fork=alignment.fork(t) if aligning else None,
-            return_dict=False,
-        )
-        loss_fm = flow_matching_loss(prediction, target)
-        loss = loss_fm.mean()
-        arm.means.add(loss_fm=loss)
-        if aligning:
-            loss_rep, logs = alignment.loss(projections, [batch["targets"]], t, loss_fm, batch, arm.step, 0, inputs)
-            loss = loss + args.alignment_coeff * loss_rep
-            arm.means.add(**logs)
-        accelerator.backward(loss)
-        if aligning:
-            alignment.observe()
-        elif arm.aligned:
-            release_projectors(transformer)
-        arm.means.add(grad_norm=accelerator.clip_grad_norm_(arm.model.parameters(), args.max_grad_norm))
-        arm.optimizer.step()
-        arm.optimizer.zero_grad()
-    arm.step += 1
-    arm.ema.step(trainable_parameters(transformer))
+    x_t, timestep, target, t = forward_process(batch["x0"], batch["noise"], batch["timestep"], transformer.config)
+    inputs = (x_t, timestep, batch["class_labels"])
+    prediction, projections = arm.model(
+        *inputs,
+        return_projections=aligning,
+        alignment_fork=alignment.fork(t) if aligning else None,
+        return_dict=False,
+    )
+    loss_fm = flow_matching_loss(prediction, target)
+    loss = loss_fm.mean()
+    arm.means.add(loss_fm=loss)
     if aligning:
-        alignment.update(arm.step)
+        loss_rep, logs = alignment.loss(projections, [batch["targets"]], t, loss_fm, batch, arm.step, 0, inputs)
+        loss = loss + arm.args.alignment_coeff * loss_rep
+        arm.means.add(**logs)
+    accelerator.backward(loss)
+    if aligning:
+        alignment.observe()
+    elif arm.aligned:
+        release_projectors(transformer)
+
+
+def apply_gradients(arm: SimpleNamespace, accelerator: Accelerator):
+    """The rest of the step: clipping, optimizer, average, statistics."""
+    aligning = arm.alignment.active(arm.step)
+    arm.means.add(grad_norm=accelerator.clip_grad_norm_(arm.model.parameters(), arm.args.max_grad_norm))
+    arm.optimizer.step()
+    arm.optimizer.zero_grad()
+    arm.step += 1
+    arm.ema.step(trainable_parameters(arm.transformer))
+    if aligning:
+        arm.alignment.update(arm.step)
+
+
+def train_step(arm: SimpleNamespace, batch: dict, accelerator: Accelerator):
+    with accelerator.accumulate(arm.model):
+        compute_gradients(arm, batch, accelerator)
+        apply_gradients(arm, accelerator)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Time
 
 
-def measure_seconds(arms: dict, next_batch, accelerator: Accelerator, warmup: int, repeats: int, seed: int) -> dict:
+def measure_seconds(arms: dict, next_batch, accelerator: Accelerator, settings) -> dict[str, list[float]]:
     """Seconds of each arm's step, a number for every round that counts."""
+    clock = {"wall": time.perf_counter, "cpu": time.process_time}[settings.clock]
+    warmup = max(1, settings.warmup)
     wait = torch.cuda.synchronize if accelerator.device.type == "cuda" else lambda: None
-    order = random.Random(seed)
+    order = random.Random(settings.seed)
     seconds = {name: [] for name in arms}
-    for round_number in range(warmup + repeats):
+    for round_number in range(warmup + settings.repeats):
         batch = next_batch()
         for name in order.sample(list(arms), len(arms)):
             wait()
-            start = time.perf_counter()
+            start = clock()
             train_step(arms[name], batch, accelerator)
             wait()
             if round_number >= warmup:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 
@@ -207,57 +225,63 @@ def median_ratio(above: list[float], below: list[float]) -> tuple[float, float, 
 # Memory
 
 
-def measure_memory(build, next_batch, accelerator: Accelerator, steps: int = 3) -> dict[str, int]:
-    """Bytes of tensors that one arm, alone, has at rest between steps, and at most within its last step.
+def measure_memory(build, next_batch, accelerator: Accelerator, warmup: int = 2) -> dict[str, int]:
+    """Bytes of tensors that one arm, alone, has at most: in forward and backward (`gradients`), and in all of a step.
 
-    On a GPU the allocator counts them. On the CPU the profiler does: unlike the peak resident size of a process it holds
-    no libraries, no freed pages and no chance, so that small differences are seen; scratch space inside MKL is not in it.
+    The objective costs in forward and backward only. At a small batch the step's peak is elsewhere, in the average's
+    temporary copy of all weights. On a GPU the allocator counts the bytes; on the CPU the profiler does, since unlike the
+    peak resident size of a process it holds no libraries, no freed pages and no chance (nor scratch space inside MKL).
     """
+    cuda = accelerator.device.type == "cuda"
+    before = torch.cuda.memory_allocated() if cuda else 0
 
-    def run_steps(arm, count):
-        for _ in range(count):
-            train_step(arm, next_batch(), accelerator)
+    def peak():
+        return torch.cuda.max_memory_allocated() - before if cuda else 0
 
-    if accelerator.device.type == "cuda":
-        before = torch.cuda.memory_allocated()
+    def run():
         arm = build()
-        run_steps(arm, steps - 1)
-        torch.cuda.synchronize()
-        rest = torch.cuda.memory_allocated() - before
-        torch.cuda.reset_peak_memory_stats()
-        run_steps(arm, 1)
-        torch.cuda.synchronize()
-        result = {"rest": rest, "peak": torch.cuda.max_memory_allocated() - before}
+        for _ in range(warmup):
+            train_step(arm, next_batch(), accelerator)
+        batch = next_batch()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        with accelerator.accumulate(arm.model):
+            with torch.profiler.record_function("measured_gradients"):
+                compute_gradients(arm, batch, accelerator)
+            in_gradients = peak()
+            with torch.profiler.record_function("measured_rest"):
+                apply_gradients(arm, accelerator)
+        accelerator.free_memory()
+        return {"gradients": in_gradients, "peak": peak()}
+
+    if cuda:
+        result = run()
     else:
-        # The arm lives and dies inside the profile, or the profiler would see memory freed that it never saw taken.
+        # The arm lives and dies inside the profile, which would otherwise see memory freed that it never saw taken.
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            arm = build()
-            run_steps(arm, steps - 1)
-            with torch.profiler.record_function("measured_step"):
-                run_steps(arm, 1)
-            del arm
-            accelerator.free_memory()
+            run()
             gc.collect()
-        result = read_memory_trace(profile)
-    accelerator.free_memory()
+        gradients, rest = read_memory_trace(profile, ["measured_gradients", "measured_rest"])
+        result = {"gradients": gradients, "peak": max(gradients, rest)}
+    gc.collect()
     return result
 
 
-def read_memory_trace(profile: torch.profiler.profile) -> dict[str, int]:
-    """Bytes in use before and at most within the range `measured_step` of a finished profile."""
+def read_memory_trace(profile: torch.profiler.profile, ranges: list[str]) -> list[int]:
+    """The most bytes that were in use within each named range of a finished profile."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
-    measured = next(e for e in events if e.get("name") == "measured_step" and e.get("ph") == "X")
-    used, rest, peak = 0, 0, 0
-    for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
-        used += event["args"]["Bytes"]
-        if event["ts"] < measured["ts"]:
-            rest = used
-        elif event["ts"] <= measured["ts"] + measured["dur"]:
-            peak = max(peak, used)
-    return {"rest": rest, "peak": peak}
+    changes = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
+    times = np.array([e["ts"] for e in changes])
+    used = np.cumsum([e["args"]["Bytes"] for e in changes])
+    peaks = []
+    for name in ranges:
+        event = next(e for e in events if e.get("name") == name and e.get("ph") == "X")
+        inside = (times >= event["ts"]) & (times <= event["ts"] + event["dur"])
+        peaks.append(int(used[inside].max()))
+    return peaks
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -280,11 +304,9 @@ def build_report(settings, batch_size: int, num_tokens: int, seconds: dict, memo
         return dict(what=kind, above=above, below=below, ratio=value, low=low, high=high, at_most=most)
 
     ratios = [ratio("time", a, b, most, *median_ratio(seconds[a], seconds[b])) for a, b, most in TIME_RATIOS]
-    for a, b, most in MEMORY_RATIOS:
-        ratios.append(ratio("peak memory", a, b, most, memory[a]["peak"] / memory[b]["peak"]))
-    for a, b, _ in MEMORY_RATIOS:
-        above_rest = {name: memory[name]["peak"] - memory[name]["rest"] for name in (a, b)}
-        ratios.append(ratio("peak - rest", a, b, None, above_rest[a] / above_rest[b]))
+    for kind, key in (("peak memory", "peak"), ("forward-backward peak", "gradients")):
+        for a, b, most in MEMORY_RATIOS:
+            ratios.append(ratio(kind, a, b, most, memory[a][key] / memory[b][key]))
     return {
         "hardware": hardware_name(device),
         "torch": torch.__version__,
@@ -303,26 +325,28 @@ def print_report(report: dict):
     print(f"{report['hardware']}, torch {report['torch']}")
     print(
         f"{s['preset']}, {s['num_tokens']} tokens, targets of width {s['embed_dim']}, projectors of width "
-        f"{s['projector_dim']}, batch {s['batch_size']}, {s['dtype']}, {s['repeats']} rounds\n"
+        f"{s['projector_dim']}, batch {s['batch_size']}, {s['dtype']}, {s['repeats']} rounds, {s['clock']} clock\n"
     )
-    print(f"{'arm':<14}{'s/step':>10}{'images/s':>10}{'rest MiB':>11}{'peak MiB':>11}{'peak - rest':>13}")
+    print(f"{'arm':<14}{'s/step':>10}{'images/s':>10}{'peak MiB':>11}{'in forward and backward':>26}")
     for name, arm in report["arms"].items():
-        rest, peak = arm["rest"] / 2**20, arm["peak"] / 2**20
-        speed = s["batch_size"] / arm["median_seconds"]
-        print(f"{name:<14}{arm['median_seconds']:>10.4f}{speed:>10.1f}{rest:>11.1f}{peak:>11.1f}{peak - rest:>13.1f}")
-    print(f"\n{'ratio':<36}{'value':>9}{'95 % interval':>18}{'target':>9}")
+        seconds, speed = arm["median_seconds"], s["batch_size"] / arm["median_seconds"]
+        peak, gradients = arm["peak"] / 2**20, arm["gradients"] / 2**20
+        print(f"{name:<14}{seconds:>10.4f}{speed:>10.1f}{peak:>11.1f}{gradients:>26.1f}")
+    print(f"\n{'ratio':<46}{'value':>9}{'95 % interval':>18}{'target':>13}")
     for r in report["ratios"]:
         label = f"{r['what']}, {r['above']} / {r['below']}"
         interval = "" if r["low"] is None else f"{r['low']:.4f} - {r['high']:.4f}"
         verdict = ""
         if r["at_most"] is not None:
             verdict = f"{'<=' if r['ratio'] <= r['at_most'] else 'NOT <='} {r['at_most']}"
-        print(f"{label:<36}{r['ratio']:>9.4f}{interval:>18}{verdict:>13}")
+        print(f"{label:<46}{r['ratio']:>9.4f}{interval:>18}{verdict:>13}")
 
 
 def main(settings: argparse.Namespace):
     device_type = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     batch_size = settings.batch_size or (256 if device_type == "cuda" else 2)
+    if device_type == "cuda" and settings.clock == "cpu":
+        raise SystemExit("--clock cpu does not see what a GPU does; use wall")
     if settings.threads:
         torch.set_num_threads(settings.threads)
     mixed_precision = {"float32": "no", "bfloat16": "bf16"}[settings.dtype]
@@ -341,7 +365,7 @@ def main(settings: argparse.Namespace):
 
     memory = {name: measure_memory(lambda name=name: build(name), next_batch, accelerator) for name in ARMS}
     arms = {name: build(name) for name in ARMS}
-    seconds = measure_seconds(arms, next_batch, accelerator, max(1, settings.warmup), settings.repeats, settings.seed)
+    seconds = measure_seconds(arms, next_batch, accelerator, settings)
     report = build_report(settings, batch_size, num_tokens, seconds, memory, device)
     print_report(report)
     if settings.json:

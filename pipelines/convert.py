@@ -31,6 +31,7 @@ from diffusers_vrpo.conversion import (
 from diffusers_vrpo.errors import InputError, first_line
 from diffusers_vrpo.latents import load_vae
 from diffusers_vrpo.pipeline_vrpo import VRPOPipeline
+from diffusers_vrpo.scheduling_sit_sde import SiTSDEScheduler
 
 
 logger = logging.getLogger("convert")
@@ -49,8 +50,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder of the pipeline; with --to a .pt or .safetensors file, or a folder",
     )
     parser.add_argument("--format", choices=FORMATS, default="auto", help="what CHECKPOINT is; auto looks at its keys")
-    parser.add_argument("--preset", help="its size, such as SiT-XL/2, where depth and width are not of the papers")
-    parser.add_argument("--num_attention_heads", type=int, help="instead of --preset: the size that weights hide")
+    parser.add_argument("--preset", help="what a file holds, such as SiT-XL/2 or DiT-XL/2; checked against it")
+    parser.add_argument(
+        "--num_attention_heads", type=int, help="of a file whose depth and width are not of the papers"
+    )
     parser.add_argument("--num_classes", type=int, help="for a file trained without label dropout: rows of its labels")
     parser.add_argument("--alignment_layer", type=int, help="block that feeds REPA's projectors, if the file hides it")
     parser.add_argument(
@@ -70,10 +73,11 @@ def source_parts(name_or_path: str, cache_dir: str | None) -> tuple[object, dict
         return None, None, False
     library, class_name = index["scheduler"]
     scheduler = None
-    if library == "diffusers":
-        scheduler = getattr(diffusers, class_name).from_pretrained(
-            name_or_path, subfolder="scheduler", cache_dir=cache_dir
-        )
+    scheduler_class = {"SiTSDEScheduler": SiTSDEScheduler}.get(class_name) or getattr(diffusers, class_name, None)
+    if scheduler_class is not None:
+        scheduler = scheduler_class.from_pretrained(name_or_path, subfolder="scheduler", cache_dir=cache_dir)
+    else:
+        logger.warning(f"{name_or_path}: its scheduler {library}.{class_name} is unknown here; taking the default")
     return scheduler, index.get("id2label"), index.get("vae", [None])[0] is not None
 
 
@@ -81,8 +85,13 @@ def main(args: argparse.Namespace):
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     output = Path(args.output)
-    if args.to is None and output.is_file():
-        raise InputError(f"{output} is a file; the pipeline needs a folder (or give --to)")
+    if args.to is None:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"OUTPUT_DIR {output} cannot be made a folder ({error.strerror}); choose another"
+            ) from error
     if args.ema_key and args.to is None:
         raise InputError("--ema_key goes with --to")
     id2label = None
@@ -110,7 +119,8 @@ def main(args: argparse.Namespace):
     )
 
     if args.to is not None:
-        file = output if output.suffix else output / f"{args.to}.pt"
+        is_file = output.suffix in (".pt", ".pth", ".safetensors") and not output.is_dir()
+        file = output if is_file else output / f"{args.to}.pt"
         state = export_checkpoint(transformer, args.to)
         if args.ema_key and file.suffix == ".safetensors":
             raise InputError("--ema_key needs a .pt file: safetensors are flat")
@@ -126,9 +136,14 @@ def main(args: argparse.Namespace):
         vae = load_vae(args.checkpoint, args.cache_dir)
     elif args.vae is None and config.in_channels not in (1, 3):
         logger.warning("without --vae the pipeline gives latents only; stabilityai/sd-vae-ft-ema is SiT's and DiT's")
-    pipeline = VRPOPipeline(
-        transformer, scheduler or default_scheduler(config.prediction_type), vae, id2label or names
-    )
+    latent_channels = getattr(vae.config, "latent_channels", config.in_channels) if vae is not None else None
+    if latent_channels not in (None, config.in_channels):
+        raise InputError(f"--vae {args.vae} has {latent_channels} channels, the transformer {config.in_channels}")
+    scheduler = scheduler or default_scheduler(config.prediction_type)
+    try:
+        pipeline = VRPOPipeline(transformer, scheduler, vae, id2label or names)
+    except ValueError as error:
+        raise InputError(f"--id2label {args.id2label}: {error}") from error
     pipeline.save_pretrained(output)
     logger.info(f"wrote {output}; open it with VRPOPipeline.from_pretrained({str(output)!r})")
 

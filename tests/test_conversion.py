@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel, DPMSolv
 from test_latents import tiny_vae
 from test_transformer import TINY, inputs, tiny_model
 
-from diffusers_vrpo import SiTTransformer2DModel, VRPOPipeline
+from diffusers_vrpo import SiTSDEScheduler, SiTTransformer2DModel, VRPOPipeline
 from diffusers_vrpo.conversion import convert_checkpoint, export_checkpoint, read_checkpoint
 from diffusers_vrpo.errors import InputError
 
@@ -206,20 +206,43 @@ def test_irepa_convolution(tmp_path):
     assert exported.keys() == state.keys() and torch.equal(exported["projectors.0.projection_layer.weight"], weight)
 
 
-def test_format_is_told_from_what_there_is(tmp_path):
+def test_format_is_told_from_what_there_is(tmp_path, caplog):
+    caplog.set_level("INFO")
     state = official_state()
 
     def direction(content, name="weights.pt", **kwargs):
+        caplog.clear()
         config = convert_checkpoint(saved(tmp_path, content, name), num_attention_heads=3, **kwargs).config
         return config.prediction_type, config.time_direction
 
     dit, sit, repa = ("epsilon", "data_to_noise"), ("velocity", "noise_to_data"), ("velocity", "data_to_noise")
-    assert direction(state) == sit
-    assert direction(state, "DiT-XL-2-256x256.pt") == dit
+    assert direction(state) == sit and "nothing else tells" in caplog.text
+    assert direction(state, "DiT-XL-2-256x256.pt") == dit and "taken as dit by its name" in caplog.text
+    assert direction(state, "my_repa.pt") == repa
+    # Whole words only.
+    for name in ("SiT-conditional.pt", "edited.pt", "prepared-SiT.pt"):
+        assert direction(state, name) == sit
     assert direction(state, "DiT-XL-2-256x256.pt", format="sit") == sit
     assert direction({"ema": state, "args": argparse.Namespace(model="DiT-B/4", num_classes=7)}) == dit
     assert direction({"ema": state, "args": argparse.Namespace(enc_type="dinov2-vit-b")}) == repa
     assert direction(state, format="repa") == repa
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_files_open(tmp_path, dtype):
+    state = {name: x.to(dtype) for name, x in official_state().items()}
+    model = convert_checkpoint(saved(tmp_path, state), num_attention_heads=3)
+    assert model.dtype == torch.float32
+    assert torch.equal(model.proj_out.weight.to(dtype), state["final_layer.linear.weight"])
+
+
+@pytest.mark.parametrize("name, to", [("repa_c10", "repa"), ("repa_c1000", "repa"), ("sit_learn_sigma", "sit")])
+def test_official_files_come_back_bit_equal(shared, name, to):
+    path = shared / "golden" / name / "checkpoint.pt"
+    state = read_checkpoint(str(path))[0]
+    back = export_checkpoint(convert_checkpoint(str(path), num_attention_heads=4), to)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[key], value) for key, value in state.items())
 
 
 def test_no_null_class(tmp_path):
@@ -227,10 +250,12 @@ def test_no_null_class(tmp_path):
     model = convert_checkpoint(path, num_attention_heads=3, num_classes=8)
     assert model.null_class_id is None and model.config.num_classes == 8 and model.config.class_dropout_prob == 0
     assert convert_checkpoint(path, num_attention_heads=3).null_class_id == 7
+    args = argparse.Namespace(cfg_prob=0.0)
+    path = saved(tmp_path, {"ema": official_state(rows=8), "args": args})
+    assert convert_checkpoint(path, num_attention_heads=3).config.num_classes == 8
 
 
-@pytest.mark.parametrize("layout", ["sit", "repa", "dit"])
-@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("layout, qk_norm", [("sit", False), ("repa", False), ("repa", True), ("dit", False)])
 def test_round_trips_are_bit_equal(tmp_path, layout, qk_norm):
     conventions = {
         "sit": {
@@ -249,7 +274,8 @@ def test_round_trips_are_bit_equal(tmp_path, layout, qk_norm):
     }[layout]
     model = tiny_model(qk_norm=qk_norm, **conventions)
     path = saved(tmp_path, export_checkpoint(model, layout))
-    back = convert_checkpoint(path, num_attention_heads=2, format=layout, alignment_layer=2)
+    aligned = {"alignment_layer": 2} if layout == "repa" else {}
+    back = convert_checkpoint(path, num_attention_heads=None if qk_norm else 2, format=layout, **aligned)
     ours = model.state_dict()
     assert back.state_dict().keys() == ours.keys()
     assert all(torch.equal(x, ours[name]) for name, x in back.state_dict().items())
@@ -299,10 +325,14 @@ def tiny_dit(**changes) -> DiTTransformer2DModel:
 
 
 @pytest.mark.parametrize("changes", [{}, {"out_channels": 4, "num_embeds_ada_norm": 5, "patch_size": 4}])
+@pytest.mark.parametrize("class_name", ["DiTTransformer2DModel", "Transformer2DModel"])
 @torch.no_grad()
-def test_diffusers_dit_gives_the_same_output(tmp_path, changes):
+def test_diffusers_dit_gives_the_same_output(tmp_path, changes, class_name):
     dit = tiny_dit(**changes)
     dit.save_pretrained(tmp_path)
+    # The published weights were saved when diffusers' DiT had the second name.
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "_class_name": class_name}))
     model = convert_checkpoint(str(tmp_path))
     assert model.config.downscale_freq_shift == 1 and model.config.norm2_eps == 1e-5
     x = inputs(batch=3)[0]
@@ -323,6 +353,15 @@ def test_diffusers_dit_with_separate_embedders_is_refused(tmp_path):
     dit.save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"transformer_blocks.2.*training has separated"):
         convert_checkpoint(str(tmp_path))
+
+
+def test_other_transformers_of_diffusers_are_refused(tmp_path):
+    tiny_dit(activation_fn="gelu").save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="activation_fn is 'gelu'; only DiT's own 'gelu-approximate'"):
+        convert_checkpoint(str(tmp_path))
+    tiny_vae("kl").save_pretrained(tmp_path / "vae")
+    with pytest.raises(InputError, match="it holds a AutoencoderKL"):
+        convert_checkpoint(str(tmp_path / "vae"))
 
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler])
@@ -376,18 +415,43 @@ def test_files_that_are_refused(tmp_path, capsys):
     refused(state, "do not fit --num_classes 3", num_classes=3)
     refused({"ema": state, "args": argparse.Namespace(path_type="GVP")}, "path_type 'GVP'")
     refused(state, "--format 'sitt' must be one of", format="sitt")
+    refused(state, "--preset DiT-S/2 contradicts --format sit", preset="DiT-S/2", format="sit")
+    refused(state, "--alignment_layer 2: .* has no projectors", alignment_layer=2)
+    for name in ("num_attention_heads", "num_classes", "alignment_layer"):
+        refused(state, f"--{name} 0 must be at least 1", **{name: 0})
+    refused(official_state(rows=1), "do not fit --num_classes 0")
+    refused(official_state(qk_norm=8), "--num_attention_heads 2: .* has 3 heads; leave it out", num_attention_heads=2)
+    refused(state | {"blocks.x.foo": torch.zeros(1), "projectors.foo": torch.zeros(1)}, "projectors", format="sit")
+    refused(state | {"blocks.x.foo": torch.zeros(1)}, "1 unknown: blocks.x.foo")
+    refused(state | {"pos_embed": torch.zeros(1, 15, 24)}, "sine-cosine table")
+    refused(state | {"pos_embed": torch.zeros(15)}, "another shape")
+    refused(state | {"x_embedder.proj.weight": torch.zeros(24)}, "another shape")
+    refused({3: torch.zeros(1)}, "no state dict")
     (tmp_path / "text.pt").write_text("no checkpoint")
     refused(str(tmp_path / "text.pt"), "text.pt")
-    refused(str(tmp_path / "absent.pt"), "neither a folder nor a file")
-    refused(str(tmp_path), "SiTTransformer2DModel or DiTTransformer2DModel")
+    whole = Path(saved(tmp_path, state)).read_bytes()
+    (tmp_path / "short.pt").write_bytes(whole[: len(whole) // 2])
+    refused(str(tmp_path / "short.pt"), "it may be cut short; get it again")
+    refused(str(tmp_path / "absent.pt"), "absent.pt is not a file")
+    refused("./absent", "neither a folder nor a file", num_attention_heads=None)
+    refused(str(tmp_path), "SiTTransformer2DModel or DiTTransformer2DModel", num_attention_heads=None)
+    tiny_model().save_pretrained(tmp_path / "ours")
+    refused(str(tmp_path / "ours"), "--num_attention_heads 3: .* has a config.json that says it all")
     with pytest.raises(InputError, match="it goes to sit or repa"):
         export_checkpoint(tiny_model(), "dit")
     with pytest.raises(InputError, match="frequencies or the norm of diffusers' DiT"):
         export_checkpoint(tiny_model(prediction_type="epsilon", downscale_freq_shift=1.0), "dit")
+    for changes, layout, message in (
+        ({"qk_norm": True}, "sit", "which only REPA's code has"),
+        ({"null_class_id": 9}, "repa", "the null class is 9, the official code has it at 5"),
+        ({"sample_size": (8, 4)}, "repa", "the official models are square"),
+    ):
+        with pytest.raises(InputError, match=message):
+            export_checkpoint(tiny_model(**changes), layout)
 
 
 def test_sizes_of_the_papers_need_no_heads(tmp_path):
-    # SiT-S by its depth and width; the weights are all zero, only the shapes matter.
+    # SiT-S by its depth and width.
     state = official_state(dim=384, depth=12, side=2)
     assert convert_checkpoint(saved(tmp_path, state)).config.num_attention_heads == 6
     assert convert_checkpoint(saved(tmp_path, state), preset="DiT-S/2").config.prediction_type == "epsilon"
@@ -424,6 +488,31 @@ def test_the_script_converts_and_exports(tmp_path, caplog):
     assert pipeline([1], num_inference_steps=2).images[0].size[0] > 8
 
 
+def test_the_script_refuses_what_would_not_sample(tmp_path):
+    state = saved(tmp_path, official_state())
+    tiny_vae("kl").save_pretrained(tmp_path / "vae")
+    (tmp_path / "names.json").write_text('{"99": "zebra"}')
+    (tmp_path / "file").write_text("")
+    pixels = saved(tmp_path, official_state(channels=3), "pixels.pt")
+    for arguments, message in (
+        ((pixels, tmp_path / "out", "--vae", tmp_path / "vae"), "--vae .* has 4 channels, the transformer 3"),
+        ((state, tmp_path / "out", "--id2label", tmp_path / "names.json"), "names class 99, but .* ids 0 ... 6"),
+        ((state, tmp_path / "file" / "out"), "OUTPUT_DIR .* cannot be made a folder"),
+        ((state, tmp_path / "file" / "out.pt", "--to", "sit"), "out.pt cannot be written"),
+        ((state, tmp_path / "out", "--ema_key"), "--ema_key goes with --to"),
+    ):
+        with pytest.raises(InputError, match=message):
+            convert_script(*arguments, "--num_attention_heads", 3)
+
+
+def test_the_script_keeps_the_pipelines_parts(tmp_path):
+    pipeline = VRPOPipeline(tiny_model(), SiTSDEScheduler(last_step_size=0.1), tiny_vae("kl"), {0: "zebra"})
+    pipeline.save_pretrained(tmp_path / "a")
+    convert_script(tmp_path / "a", tmp_path / "b")
+    again = VRPOPipeline.from_pretrained(tmp_path / "b")
+    assert again.scheduler.config.last_step_size == 0.1 and again.labels["zebra"] == [0] and again.vae is not None
+
+
 def test_the_script_says_what_is_wrong_in_one_line(tmp_path):
     import subprocess
 
@@ -434,7 +523,7 @@ def test_the_script_says_what_is_wrong_in_one_line(tmp_path):
     )
     assert done.returncode == 1
     assert done.stderr.strip().startswith("convert.py: error:") and len(done.stderr.strip().splitlines()) == 1
-    assert not (tmp_path / "out").exists()
+    assert "no.pt is not a file" in done.stderr
 
 
 def test_our_own_folders_open_too(tmp_path):

@@ -541,3 +541,20 @@ def test_latents_without_an_autoencoder_are_no_images():
     assert sample(pipeline).shape == (2, 4, 8, 8)
     with pytest.raises(ValueError, match="`output_type` 'pil' needs the autoencoder of these 4-channel latents"):
         sample(pipeline, output_type="pil")
+
+
+def test_clipped_latents_are_refused():
+    pipeline = make_pipeline(in_channels=4, prediction_type="epsilon")
+    pipeline.scheduler = DDIMScheduler(beta_schedule="linear")
+    with pytest.raises(
+        ValueError, match="clip_sample=True cuts latents off; build this DDIMScheduler with clip_sample=F"
+    ):
+        sample(pipeline)
+    pipeline = make_pipeline(prediction_type="epsilon")  # pixels may be clipped
+    pipeline.scheduler = DDIMScheduler(beta_schedule="linear")
+    assert sample(pipeline).abs().max() <= 1
+
+
+def test_class_names_beyond_the_classes_are_refused():
+    with pytest.raises(ValueError, match="`id2label` names class 5, but the transformer has ids 0 ... 4"):
+        make_pipeline(names={5: "zebra"})

@@ -145,11 +145,25 @@ def test_other_classes_start_the_label_table_anew(command, tmp_path, caplog):  #
 
 def test_the_same_number_of_other_classes_is_noticed(command, tmp_path, caplog):  # noqa: F811
     caplog.set_level("INFO")
-    names = {i: f"something else {i}" for i in range(10)}
-    VRPOPipeline(digits_model(), default_scheduler("velocity"), None, names).save_pretrained(tmp_path / "start")
-    options = {"model_config": None, "pretrained_model_name_or_path": tmp_path / "start", "max_train_steps": 1}
-    run(command(**options))
-    assert "the classes differ" in caplog.text
+    model = digits_model()
+    digits = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    other = {i: f"something else {i}" for i in range(10)}
+    options = {"model_config": None, "pretrained_model_name_or_path": tmp_path / "start", "learning_rate": 1e-12}
+    options |= {"max_train_steps": 1}
+    for names, more, same in (
+        (other, [], False),
+        (other, ["--keep_labels"], True),
+        ({i: name.upper() for i, name in enumerate(digits)}, [], True),
+    ):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        caplog.clear()
+        VRPOPipeline(model, default_scheduler("velocity"), None, names).save_pretrained(tmp_path / "start")
+        run(command(**options) + more)
+        assert ("0 is 'zero' here, 'something else 0' there" in caplog.text) != same
+        table = load_file(tmp_path / "run" / "transformer" / WEIGHTS)["label_embedding.weight"]
+        assert torch.allclose(table, model.label_embedding.weight, atol=1e-6) == same
+    with pytest.raises(InputError, match="--keep_labels: a fresh model does not have the 10 classes"):
+        run(command(output_dir=tmp_path / "fresh") + ["--keep_labels"])
 
 
 def test_a_run_continues_another_with_its_projectors(command, tmp_path, caplog):  # noqa: F811
@@ -158,7 +172,7 @@ def test_a_run_continues_another_with_its_projectors(command, tmp_path, caplog):
     first = load_file(tmp_path / "run" / "transformer" / WEIGHTS)
     options = {"model_config": None, "pretrained_model_name_or_path": tmp_path / "run", "learning_rate": 1e-12}
     run(command(**options, max_train_steps=1, output_dir=tmp_path / "second"))
-    assert "anew" not in caplog.text and "training " in caplog.text
+    assert "anew" not in caplog.text and "predicts velocity, time data_to_noise" in caplog.text
     second = load_file(tmp_path / "second" / "transformer" / WEIGHTS)
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, atol=1e-6, rtol=0)
@@ -199,6 +213,8 @@ def test_lora_trains_adapters_and_projectors_alone(command, tmp_path):  # noqa: 
     assert_same_files(folder / "checkpoint-6", resumed / "checkpoint-6", names)
     model.proj_out.bias.data += 1
     model.save_pretrained(tmp_path / "start")
+    with pytest.raises(InputError, match="checkpoint-3 holds adapters only"):
+        convert_checkpoint(str(folder / "checkpoint-3"))
     with pytest.raises(InputError, match="the checksum of the frozen weights is"):
         run(command(**{**options, "max_train_steps": 9}, output_dir=resumed))
 
@@ -227,7 +243,11 @@ def test_no_label_dropout_means_no_null_class(command, tmp_path):  # noqa: F811
     "changes, message",
     [
         ({"lora_rank": 2, "pretrained_model_name_or_path": None}, "--lora_rank adapts trained weights; it needs"),
-        ({"prediction_type": "epsilon"}, "--prediction_type epsilon: .*start was trained with velocity; leave it out"),
+        (
+            {"prediction_type": "epsilon"},
+            "--prediction_type epsilon: .*start was trained with prediction_type velocity",
+        ),
+        ({"preset": "SiT-XS/2"}, "--preset SiT-XS/2: .* has a config.json that says it all"),
         ({"pretrained_model_name_or_path": "./nowhere"}, "./nowhere is neither a folder nor a file"),
         ({"vae": "VAE"}, "gives 4 channels, but .*start takes 3"),
     ],

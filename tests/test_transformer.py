@@ -166,15 +166,18 @@ def test_save_and_load_round_trip(tmp_path):
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():
-    gradients = []
+    gradients, forwards = [], []
     for checkpointing in (False, True):
         model = tiny_model().train()
+        forwards.append([])
+        model.transformer_blocks[0].ff.register_forward_hook(lambda *_: forwards[-1].append(1))
         if checkpointing:
             model.enable_gradient_checkpointing()
         output = model(*inputs(), return_projections=True)
         (output.sample.square().mean() + output.projections[0].square().mean()).backward()
         gradients.append([p.grad for p in model.parameters()])
-    for a, b in zip(*gradients):
+    assert [len(calls) for calls in forwards] == [1, 2]
+    for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
 
 

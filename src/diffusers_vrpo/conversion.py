@@ -1,8 +1,9 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """Checkpoints of the SiT, REPA, iREPA and DiT repositories and of diffusers' DiT, to and from ours.
 
-Keys are renamed and qkv is split or joined; no value changes, so ours -> official -> ours is bit-equal. What the
-repositories do differently (which way time runs, what is predicted, timestep frequencies) goes into the config.
+Keys are renamed and qkv is split or joined; within one convention no value changes, so ours -> official -> ours is
+bit-equal. What the repositories do differently (which way time runs, what is predicted, timestep frequencies) goes into
+the config.
 """
 
 import argparse
@@ -85,22 +86,39 @@ def convert_checkpoint(
         path: an official `.pt` (or `.safetensors` in the same keys) of SiT, REPA, iREPA or DiT, its averaged weights
             where it has them; or a folder or Hub name of a pipeline or transformer, ours or diffusers'
             `DiTTransformer2DModel`.
-        preset: such as `"SiT-XL/2"`, where the file does not say; checked against the weights.
-        num_attention_heads: the only size that the weights cannot show; not needed with a preset, nor for the depths
-            and widths of the papers.
+        preset: such as `"SiT-XL/2"`; tells SiT from DiT, and is checked against the weights.
+        num_attention_heads: the only size that the weights cannot show; not needed for the depths and widths of the
+            papers, nor with qk-norm.
         format: one of `FORMATS`. SiT's and DiT's files have the same keys: `"auto"` tells them apart by the training
-            arguments in the file, the preset or the file's name, and takes SiT where nothing tells.
-        num_classes: needed for a label table without a row for "no class" (label dropout 0); else one less than the
-            table's rows.
+            arguments in the file, the preset or a word of the file's name, and takes SiT where nothing tells.
+        num_classes: needed for a label table without a row for "no class" (label dropout 0), unless the training
+            arguments in the file tell; else one less than the table's rows.
         alignment_layer: the block, counted from 1, that feeds REPA's projectors, where the file does not say.
+        cache_dir: where downloads go.
 
     Raises:
         InputError: a missing or unknown key (all are listed), a size that does not fit, a file that holds more than
-            tensors and plain values, a diffusers-DiT whose blocks have separate embedders.
+            tensors and plain values, a diffusers-DiT whose blocks have separate embedders, an argument that contradicts
+            the checkpoint or that it leaves no room for.
     """
     if format not in FORMATS:
         raise InputError(f"--format {format!r} must be one of {', '.join(FORMATS)}")
+    hints = {
+        "preset": preset,
+        "num_attention_heads": num_attention_heads,
+        "num_classes": num_classes,
+        "alignment_layer": alignment_layer,
+    }
+    for name, value in hints.items():
+        if isinstance(value, int) and value < 1:
+            raise InputError(f"--{name} {value} must be at least 1")
     if not Path(path).is_file():
+        if str(path).endswith((".pt", ".pth", ".ckpt", ".safetensors")):
+            raise InputError(f"{path} is not a file")
+        if given := [name for name, value in hints.items() if value is not None]:
+            raise InputError(
+                f"--{given[0]} {hints[given[0]]}: {path} has a config.json that says it all; leave it out"
+            )
         return _from_folder_or_hub(path, format, cache_dir)
     state, training_args = read_checkpoint(path)
     if format in ("auto", "diffusers-dit"):
@@ -108,10 +126,19 @@ def convert_checkpoint(
             raise InputError(
                 f"{path}: a diffusers DiT is converted from its folder, which has the config.json beside it"
             )
-        format = detect_format(state, preset, training_args, Path(path).name)
-    return _from_official(
-        path, state, training_args, preset, num_attention_heads, format, num_classes, alignment_layer
-    )
+        format, why = detect_format(state, preset, training_args, Path(path).name)
+        logger.info(f"{path}: taken as {format} by {why}")
+    if preset and format in ("sit", "dit") and not preset.lower().startswith(format):
+        raise InputError(f"--preset {preset} contradicts --format {format}")
+    try:
+        return _from_official(
+            path, state, training_args, preset, num_attention_heads, format, num_classes, alignment_layer
+        )
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
+        if isinstance(error, InputError):
+            raise
+        # Whatever else a file with the right names may hold.
+        raise InputError(f"{path} is damaged, or no SiT, REPA or DiT checkpoint: {first_line(error)}") from error
 
 
 def read_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict]:
@@ -136,7 +163,9 @@ def read_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict]:
             f"dict alone ({first_line(error)})"
         ) from error
     except (OSError, EOFError, RuntimeError, ValueError, SafetensorError) as error:
-        raise InputError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from error
+        raise InputError(
+            f"{path} cannot be read as a checkpoint, it may be cut short; get it again ({first_line(error)})"
+        ) from error
     training_args = content.get("args") if isinstance(content, dict) else None
     training_args = vars(training_args) if isinstance(training_args, argparse.Namespace) else training_args
     for name in ("ema", "model", "state_dict"):
@@ -144,27 +173,35 @@ def read_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict]:
             content = content[name]
             logger.info(f"{path}: taking {name!r}")
             break
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()
+    ):
         raise InputError(f"{path} has no state dict, neither flat nor under 'ema' or 'model'")
     state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in content.items()}
     return state, training_args if isinstance(training_args, dict) else {}
 
 
-def detect_format(state: dict, preset: str | None, training_args: dict, file_name: str) -> str:
-    """`sit`, `repa`, `irepa` or `dit`, from the keys and, since SiT's and DiT's keys are the same, from other signs."""
+def detect_format(state: dict, preset: str | None, training_args: dict, file_name: str) -> tuple[str, str]:
+    """`sit`, `repa`, `irepa` or `dit`, and what told: the keys, or since SiT's and DiT's are the same, other signs."""
     if any(name.startswith("projectors.") and ".projection_layer." in name for name in state):
-        return "irepa"
-    if any(name.startswith(("projectors.", "decoder_blocks.")) for name in state) or "enc_type" in training_args:
-        return "repa"
-    for sign in (str(training_args.get("model") or ""), preset or ""):
-        for kind in ("sit", "dit"):
-            if sign.lower().startswith(kind):
-                return kind
-    for kind in ("repa", "dit", "sit"):
-        if kind in file_name.lower():
-            return kind
-    logger.warning("the keys fit SiT and DiT alike, and nothing else tells: taken as SiT (give --format to say)")
-    return "sit"
+        return "irepa", "its projectors"
+    if any(name.startswith(("projectors.", "decoder_blocks.")) for name in state):
+        return "repa", "its keys"
+    if "enc_type" in training_args:
+        return "repa", "its training arguments"
+    for sign, what in (
+        (str(training_args.get("model") or ""), "its training arguments"),
+        (preset or "", "the preset"),
+    ):
+        if match := re.match("sit|dit", sign.lower()):
+            return match[0], what
+    if match := re.search(r"(?:^|[-_. ])(repa|dit|sit)(?=[-_. ])", file_name.lower()):
+        return match[1], "its name"
+    logger.warning(
+        f"{file_name}: the keys fit SiT and DiT (and REPA without projectors) alike, and nothing else tells; if it is not "
+        "SiT, convert it with --format"
+    )
+    return "sit", "default"
 
 
 def official_name(name: str) -> tuple[str, int | None]:
@@ -185,7 +222,7 @@ def official_name(name: str) -> tuple[str, int | None]:
 def _from_official(path, state, training_args, preset, num_attention_heads, format, num_classes, alignment_layer):
     state = dict(state)
     # Early REPA files number the blocks after the aligned one anew.
-    encoder_depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    encoder_depth = len(_numbers(state, "blocks"))
     if any(name.startswith("decoder_blocks.") for name in state):
         alignment_layer = alignment_layer or encoder_depth
         state = {
@@ -200,15 +237,20 @@ def _from_official(path, state, training_args, preset, num_attention_heads, form
     needed += ["blocks.0.mlp.fc1.weight"]
     if missing := [name for name in needed if name not in state]:
         raise InputError(f"{path} is no SiT, REPA or DiT checkpoint: {', '.join(missing)} not in it")
+    if state["x_embedder.proj.weight"].ndim != 4 or state["pos_embed"].ndim != 3:
+        raise InputError(
+            f"{path} is no SiT, REPA or DiT checkpoint: its patch or position embedding has another shape"
+        )
     dim, channels, patch = state["x_embedder.proj.weight"].shape[:3]
-    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    depth = 1 + max(_numbers(state, "blocks"))
     side = math.isqrt(state["pos_embed"].shape[1])
     rows = state["final_layer.linear.weight"].shape[0]
     label_rows = state["y_embedder.embedding_table.weight"].shape[0]
     qk_norm = state.get("blocks.0.attn.q_norm.weight")
-    heads = _attention_heads(path, dim, depth, patch, preset, num_attention_heads, training_args, qk_norm)
-    num_classes = num_classes or training_args.get("num_classes") or label_rows - 1
-    if label_rows - num_classes not in (0, 1):
+    heads = _attention_heads(path, dim, depth, patch, preset, num_attention_heads, qk_norm)
+    no_dropout = 0 in (training_args.get("cfg_prob"), training_args.get("class_dropout_prob"))
+    num_classes = num_classes or training_args.get("num_classes") or label_rows - (0 if no_dropout else 1)
+    if num_classes < 1 or label_rows - num_classes not in (0, 1):
         raise InputError(f"{path} has {label_rows} rows of labels, which do not fit --num_classes {num_classes}")
     config = {
         "sample_size": side * patch,
@@ -237,8 +279,10 @@ def _from_official(path, state, training_args, preset, num_attention_heads, form
         config["guidance_channels"] = 3
 
     # 3. Projectors.
-    if format in ("repa", "irepa"):
-        config |= _projector_config(state, depth, training_args, alignment_layer)
+    if format in ("repa", "irepa") and _numbers(state, "projectors"):
+        config |= _projector_config(path, state, depth, training_args, alignment_layer)
+    elif alignment_layer is not None:
+        raise InputError(f"--alignment_layer {alignment_layer}: {path} has no projectors; leave it out")
 
     # 4. Every key of the file is used once.
     try:
@@ -260,7 +304,8 @@ def _from_official(path, state, training_args, preset, num_attention_heads, form
             wrong.append(f"{official} {tuple(state[official].shape)}")
         converted[name] = value.float().clone(memory_format=torch.contiguous_format)
     _check_keys(path, missing=used - state.keys(), unknown=state.keys() - used, wrong=wrong)
-    if not torch.allclose(state["pos_embed"].float(), model.pos_embed, atol=1e-5):
+    table, stored = model.pos_embed, state["pos_embed"]
+    if stored.shape != table.shape or not torch.allclose(stored.float(), table.to(stored.dtype).float(), atol=1e-5):
         raise InputError(f"{path}: its pos_embed is not SiT's sine-cosine table of {side} x {side} patches")
     model.load_state_dict(converted, assign=True)
     return model.eval()
@@ -271,7 +316,16 @@ def _mlp_ratio(inner_dim: int, dim: int) -> float:
     return inner_dim / dim if int(dim * (inner_dim / dim)) == inner_dim else (inner_dim + 0.5) / dim
 
 
-def _attention_heads(path, dim, depth, patch, preset, num_attention_heads, training_args, qk_norm) -> int:
+def _numbers(state: dict, group: str) -> set[int]:
+    """The numbers N of keys `group.N. ...`."""
+    return {int(match[1]) for name in state if (match := re.match(rf"{group}\.(\d+)\.", name))}
+
+
+def _attention_heads(path, dim, depth, patch, preset, num_attention_heads, qk_norm) -> int:
+    sizes = {(s["num_layers"], s["num_attention_heads"] * s["attention_head_dim"]): s for s in SIT_SIZES.values()}
+    found = sizes.get((depth, dim), {}).get("num_attention_heads")
+    if qk_norm is not None:
+        found = dim // qk_norm.shape[0]
     if preset is not None:
         try:
             config = sit_preset(preset)
@@ -286,13 +340,6 @@ def _attention_heads(path, dim, depth, patch, preset, num_attention_heads, train
             raise InputError(
                 f"--preset {preset} has depth, width and patch size {size}, but {path} has {(depth, dim, patch)}"
             )
-        found = config["num_attention_heads"]
-    else:
-        # The name in the file's arguments is no better than its depth and width, which name the paper's sizes.
-        sizes = {(s["num_layers"], s["num_attention_heads"] * s["attention_head_dim"]): s for s in SIT_SIZES.values()}
-        found = sizes.get((depth, dim), {}).get("num_attention_heads")
-        if qk_norm is not None:
-            found = dim // qk_norm.shape[0]
     heads = num_attention_heads or found
     if heads is None:
         raise InputError(
@@ -300,18 +347,21 @@ def _attention_heads(path, dim, depth, patch, preset, num_attention_heads, train
         )
     if dim % heads:
         raise InputError(f"--num_attention_heads {heads} does not divide the width {dim} of {path}")
+    if found not in (None, heads):
+        problem = f"--num_attention_heads {heads}: a model of this depth and width has {found} heads"
+        if preset is not None or qk_norm is not None:
+            raise InputError(f"{problem}; leave it out")
+        logger.warning(f"{problem}; taken as you say")
     return heads
 
 
-def _projector_config(state: dict, depth: int, training_args: dict, alignment_layer: int | None) -> dict:
-    numbers = sorted({int(name.split(".")[1]) for name in state if name.startswith("projectors.")})
-    if not numbers:
-        return {}
+def _projector_config(path, state: dict, depth: int, training_args: dict, alignment_layer: int | None) -> dict:
+    numbers = sorted(_numbers(state, "projectors"))
     if alignment_layer is None:
-        # REPA's own choice: 8 for L and XL, 4 for B, which is the early layer of ours but for L.
+        # The REPA paper's choice: 8 for L and XL, 4 for B, which is the early layer of ours but for L.
         alignment_layer = training_args.get("encoder_depth") or (8 if depth >= 24 else math.ceil(depth * 2 / 7))
         if "encoder_depth" not in training_args:
-            logger.info(f"projectors: taken as fed by block {alignment_layer} (the file does not say)")
+            logger.info(f"{path}: projectors taken as fed by block {alignment_layer} (the file does not say)")
     config = {"alignment_layers": [alignment_layer]}
     if conv := "projectors.0.projection_layer.weight" in state:
         last = "projection_layer"
@@ -320,9 +370,7 @@ def _projector_config(state: dict, depth: int, training_args: dict, alignment_la
         last = "4"
     dims = [state.get(f"projectors.{i}.{last}.weight") for i in numbers]
     if any(weight is None for weight in dims):
-        raise InputError(
-            f"projectors.*.{last}.weight is not in the file: its projectors are neither REPA's nor iREPA's"
-        )
+        raise InputError(f"{path}: its projectors are neither REPA's nor iREPA's (no projectors.*.{last}.weight)")
     config["alignment_dims"] = [weight.shape[0] for weight in dims]
     if not conv:
         config["projector_dim"] = state["projectors.0.4.weight"].shape[1]
@@ -354,19 +402,26 @@ def find_transformer(name_or_path: str, cache_dir: str | None = None) -> tuple[d
     problem = None
     if not Path(name_or_path).is_dir() and name_or_path.startswith((".", "/", "~")):
         raise InputError(f"{name_or_path} is neither a folder nor a file")
+    if (Path(name_or_path) / "transformer.safetensors").is_file():
+        raise InputError(f"{name_or_path} holds adapters only; give the run's output folder, whose pipeline is whole")
     for subfolder in ("transformer_ema", "transformer", None):
         if subfolder == "transformer_ema" and not (Path(name_or_path) / subfolder).is_dir():
             continue
         try:
             config = SiTTransformer2DModel.load_config(name_or_path, subfolder=subfolder, cache_dir=cache_dir)
         except Exception as error:  # diffusers raises many types; all mean that this is none
-            if problem := hub_problem(error, name_or_path):
+            if found := hub_problem(error, name_or_path):
+                problem = found
                 break  # asking again for another file takes long and ends the same
-            problem = first_line(error)
+            problem = problem or first_line(error)
             continue
-        if config.get("_class_name") in ("SiTTransformer2DModel", "DiTTransformer2DModel"):
-            return config, subfolder
-        problem = f"it holds a {config.get('_class_name')}"
+        class_name = config.get("_class_name")
+        # What diffusers called its DiT when the published weights were saved.
+        if class_name == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero":
+            class_name = "DiTTransformer2DModel"
+        if class_name in ("SiTTransformer2DModel", "DiTTransformer2DModel"):
+            return {**config, "_class_name": class_name}, subfolder
+        problem = f"it holds a {class_name}" if class_name else problem
     raise InputError(
         f"{name_or_path}: {problem}; a folder or Hub name with a SiTTransformer2DModel or DiTTransformer2DModel, or an "
         "official .pt file, would do"
@@ -464,6 +519,9 @@ def flip_time(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     The sign goes into the last layer. With frequencies f, `cos f(1-t) = cos f cos ft + sin f sin ft` and `sin f(1-t) =
     sin f cos ft - cos f sin ft`: the flip is a linear map of the timestep's features, and goes into the first layer that
     sees them. Exact up to rounding.
+
+    Args:
+        state: `time_embedding.linear_1.weight [D, 256]`, `proj_out.weight` and `proj_out.bias` are changed, others kept.
     """
     state = dict(state)
     weight = state["time_embedding.linear_1.weight"].double()
@@ -478,11 +536,19 @@ def flip_time(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def export_checkpoint(model: SiTTransformer2DModel, layout: str) -> dict[str, torch.Tensor]:
-    """The state dict that the SiT, REPA or DiT repository's model loads with `strict=True`; float32.
+    """The state dict that the SiT, REPA or DiT repository's model loads with `strict=True`.
 
-    The official model must be constructed alike: same sizes, and for `sit` and `dit` its `learn_sigma` as in our config.
+    The official model must be constructed alike: same sizes, for `sit` and `dit` its `learn_sigma` as in our config, for
+    `repa` its `z_dims` and `projector_dim` (`z_dims=[]` for a model without projectors, iREPA's code for conv ones).
     A model whose time runs the other way is converted (`flip_time`), so that it samples the same images there.
     `repa` keeps the projectors of one aligned block and drops variance channels, `sit` and `dit` drop projectors.
+
+    Args:
+        model: of any convention.
+        layout: one of `LAYOUTS`.
+
+    Returns:
+        float32 tensors on the CPU, by official key.
 
     Raises:
         InputError: when the official model cannot compute what this one does.
@@ -500,6 +566,12 @@ def export_checkpoint(model: SiTTransformer2DModel, layout: str) -> dict[str, to
         )
     if model.grid_size[0] != model.grid_size[1]:
         raise InputError(f"--to {layout}: the official models are square, this one has {config.sample_size}")
+    if config.qk_norm and layout != "repa":
+        raise InputError(f"--to {layout}: this model has qk-norm, which only REPA's code has; use --to repa")
+    if model.null_class_id not in (None, config.num_classes):
+        raise InputError(
+            f"--to {layout}: the null class is {model.null_class_id}, the official code has it at {config.num_classes}"
+        )
     state = {name: tensor.detach().float().cpu() for name, tensor in model.state_dict().items()}
     if layout != "dit" and config.time_direction != {"sit": "noise_to_data", "repa": "data_to_noise"}[layout]:
         state = flip_time(state)
@@ -512,7 +584,11 @@ def export_checkpoint(model: SiTTransformer2DModel, layout: str) -> dict[str, to
         dropped = [name for name in state if name.startswith("projectors.")]
         state = {name: tensor for name, tensor in state.items() if name not in dropped}
         if dropped:
-            logger.info(f"--to {layout}: without the {len(dropped)} tensors of the projectors")
+            logger.warning(f"--to {layout}: without the {len(dropped)} tensors of the projectors")
+    if layout == "repa" and not any(name.startswith("projectors.") for name in state):
+        logger.warning(
+            "--to repa: no projectors; REPA's model takes it with z_dims=[], and convert.py with --format repa"
+        )
 
     official = {"pos_embed": model.pos_embed.detach().float().cpu()}
     thirds: dict[str, list] = {}
@@ -527,9 +603,16 @@ def export_checkpoint(model: SiTTransformer2DModel, layout: str) -> dict[str, to
 
 
 def save_official(state: dict[str, torch.Tensor], file: Path):
-    """Writes a flat state dict, as `.safetensors` or for `torch.load`."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if file.suffix == ".safetensors":
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
-    else:
-        torch.save(state, file)
+    """Writes a flat state dict, as `.safetensors` or for `torch.load`.
+
+    Raises:
+        InputError: when the file cannot be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix == ".safetensors":
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
+        else:
+            torch.save(state, file)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{file} cannot be written: {first_line(error)}") from error

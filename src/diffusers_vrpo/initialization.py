@@ -101,8 +101,17 @@ def build_transformer(
     if source is not None and channels != config["in_channels"]:
         raise InputError(f"--vae {args.vae} gives {channels} channels, but {name} takes {config['in_channels']}")
     same_classes = source is not None and config["num_classes"] == num_classes
-    if start.labels and id2label:
-        same_classes &= start.labels == {str(key): label for key, label in id2label.items()}
+    difference = f"{num_classes} here, {start.config.get('num_classes')} there"
+    if same_classes and start.labels and id2label and not args.keep_labels:
+        for key, label in id2label.items():
+            old = str(start.labels.get(str(key)))
+            if old.strip().lower() != label.strip().lower():
+                same_classes, difference = False, f"{key} is {label!r} here, {old!r} there; --keep_labels keeps it"
+                break
+    if args.keep_labels and not same_classes:
+        raise InputError(
+            f"--keep_labels: {name or 'a fresh model'} does not have the {num_classes} classes of the data"
+        )
     if source is not None and source.null_class_id is not None:
         config["null_class_id"] = source.null_class_id if same_classes else num_classes
     label_dropout = args.label_dropout if args.label_dropout is not None else config.get("class_dropout_prob", 0.1)
@@ -117,6 +126,10 @@ def build_transformer(
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
         option = f"--model_config {args.model_config}" if args.model_config else f"--preset {args.preset}"
         raise InputError(f"{name or option}: {first_line(error)}") from error
+    if source is not None and not same_classes:
+        notes.append(f"the classes differ ({difference}): the label table starts anew, but for the row of no class")
+    if source is not None:
+        notes.append(f"predicts {model.config.prediction_type}, time {model.config.time_direction}")
     for note in notes:
         logger.info(f"{name}: {note}")
     if args.lora_rank:
@@ -140,11 +153,14 @@ def choose_prediction(config: dict, prediction_type: str | None, learn_sigma: bo
         ("learn_sigma", learn_sigma, False),
     ):
         if value is not None and pretrained and config.get(name, default) != value:
+            option = f"--no-{name}" if value is False else f"--{name}" + ("" if value is True else f" {value}")
             raise InputError(
-                f"--{name} {value}: {pretrained} was trained with {config.get(name, default)}; leave it out"
+                f"{option}: {pretrained} was trained with {name} {config.get(name, default)}; leave it out"
             )
         if value is not None:
             config[name] = value
+    if prediction_type == "velocity" and not pretrained:
+        config["learn_sigma"] = False  # a DiT preset's variance has no loss here
     if learn_sigma and config.get("prediction_type", "velocity") != "epsilon":
         raise InputError("--learn_sigma trains a diffusion's variance; it needs --prediction_type epsilon")
 
@@ -179,11 +195,8 @@ def fit_transformer(
             labels[: config["num_classes"]] = old_labels[: config["num_classes"]]
         if model.null_class_id is not None and pretrained.null_class_id is not None:
             labels[model.null_class_id] = old_labels[pretrained.null_class_id]
-    if not same_classes:
-        notes.append(
-            f"the classes differ ({config['num_classes']} here, {pretrained.config.num_classes} there): the label table "
-            "starts anew, but for the row of no class"
-        )
+        elif model.null_class_id is not None:
+            notes.append("its label table had no row for no class: a new one starts for --label_dropout")
     if model.config.alignment_layers and not same_projectors:
         notes.append("the projectors start anew")
     if model.grid_size != pretrained.grid_size:

@@ -6,6 +6,7 @@ This file imports torch, numpy and diffusers only, so that it can be published b
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -70,6 +71,9 @@ class VRPOPipeline(DiffusionPipeline):
         id2label = {str(key): name for key, name in (id2label or {}).items()}
         self.register_to_config(id2label=id2label)
         self.image_processor = VaeImageProcessor(do_resize=False)
+        num_classes = transformer.config.num_classes if transformer is not None else math.inf
+        if wrong := [key for key in id2label if not 0 <= int(key) < num_classes]:
+            raise ValueError(f"`id2label` names class {wrong[0]}, but the transformer has ids 0 ... {num_classes - 1}")
 
         # Whole names first, then names without case, then the synonyms: "Cardigan" and "cardigan" are two classes.
         self.labels: dict[str, list[int]] = {}
@@ -149,6 +153,10 @@ class VRPOPipeline(DiffusionPipeline):
             raise ValueError(
                 f"`scheduler`: the transformer predicts noise, which this {name} does not take; use {NOISE_SCHEDULERS}"
             )
+        # Clipping is for pixels; latents are no numbers in [-1, 1].
+        clips = [key for key in ("clip_sample", "thresholding") if options.get(key)]
+        if clips and (self.vae is not None or config.in_channels > 3):
+            raise ValueError(f"`scheduler`: {clips[0]}=True cuts latents off; build this {name} with {clips[0]}=False")
         # Where others than DDPM have the option, they cut the prediction to three channels.
         is_ddpm = isinstance(self.scheduler, DDPMScheduler)
         if self.learned_variance and not (is_ddpm and config.learn_sigma):

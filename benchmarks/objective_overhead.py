@@ -12,8 +12,8 @@ Four arms, each with its own model of the same seed, take turns step by step in 
     vrpo-stopped    the same, after `--alignment_stop_step`: neither encoder nor projectors run
 A step is forward, backward, clipping, AdamW, EMA, running means and the update of the statistics, by the package's own
 code. Left out is what all arms share (decoding, the autoencoder) and the encoder: its features are given, random unit
-vectors. It costs repa and vrpo the same, so their ratio without it is the larger, stricter one; so is the ratio at a
-small batch on a GPU, where the launches of small kernels are not hidden.
+vectors. It costs repa and vrpo the same, so their ratio without it is the larger, the stricter one. On a GPU look at a
+small batch too: there the launches of small kernels are not hidden behind large ones.
 
 Every round has a new batch, the same for all arms, and an order of the arms of its own. Ratios are medians over rounds
 of the ratio within a round, which slow changes of the machine's load leave alone; intervals are a 95 % bootstrap over
@@ -26,6 +26,7 @@ import importlib.util
 import json
 import platform
 import random
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -37,6 +38,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
 from diffusers_vrpo.alignment import Alignment
+from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.flow import flow_matching_loss, forward_process
 from diffusers_vrpo.initialization import build_transformer, read_start
 from diffusers_vrpo.representation_policy import normalize
@@ -228,9 +230,10 @@ def median_ratio(above: list[float], below: list[float]) -> tuple[float, float, 
 def measure_memory(build, next_batch, accelerator: Accelerator, warmup: int = 2) -> dict[str, int]:
     """Bytes of tensors that one arm, alone, has at most: in forward and backward (`gradients`), and in all of a step.
 
-    The objective costs in forward and backward only. At a small batch the step's peak is elsewhere, in the average's
-    temporary copy of all weights. On a GPU the allocator counts the bytes; on the CPU the profiler does, since unlike the
-    peak resident size of a process it holds no libraries, no freed pages and no chance (nor scratch space inside MKL).
+    The objective costs in forward and backward only, and shows where activations decide: at a small batch all gradients
+    at the end of backward, or the average's temporary copy of the weights, are the peak whatever the objective is. On a
+    GPU the allocator counts the bytes; on the CPU the profiler does, since unlike the peak resident size of a process it
+    holds no libraries, no freed pages and no chance (nor scratch space inside MKL).
     """
     cuda = accelerator.device.type == "cuda"
     before = torch.cuda.memory_allocated() if cuda else 0
@@ -346,7 +349,7 @@ def main(settings: argparse.Namespace):
     device_type = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     batch_size = settings.batch_size or (256 if device_type == "cuda" else 2)
     if device_type == "cuda" and settings.clock == "cpu":
-        raise SystemExit("--clock cpu does not see what a GPU does; use wall")
+        raise InputError("--clock cpu does not see what a GPU does; use wall")
     if settings.threads:
         torch.set_num_threads(settings.threads)
     mixed_precision = {"float32": "no", "bfloat16": "bf16"}[settings.dtype]
@@ -373,4 +376,7 @@ def main(settings: argparse.Namespace):
 
 
 if __name__ == "__main__":
-    main(build_parser().parse_args())
+    try:
+        main(build_parser().parse_args())
+    except InputError as error:
+        sys.exit(f"objective_overhead.py: error: {error}")

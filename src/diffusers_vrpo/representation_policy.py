@@ -51,7 +51,7 @@ def normalize(x: torch.Tensor) -> torch.Tensor:
 
 def tangent(mu: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """`P_mu g = g - <g, mu> mu`: what of a gradient moves a unit vector along the sphere."""
-    return gradient - (gradient * mu).sum(-1, keepdim=True) * mu
+    return torch.addcmul(gradient, (gradient * mu).sum(-1, keepdim=True), mu, value=-1)
 
 
 def repa_loss(mu: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -90,10 +90,12 @@ def reward_gradients(
     # Autocast would run the products in half precision: the rewards' differences are smaller than its rounding.
     with torch.autocast(mu.device.type, enabled=False):
         mu_s = take_tokens(mu, tokens)
-        difference = mu @ mu_s.mT - y @ take_tokens(y, tokens).mT
-        rewards = torch.stack([semantic_reward(mu, y), -difference.square().mean(-1)], dim=-1)
-        gradient_st = (-2 / tokens.shape[1]) * (difference @ mu_s)
-        return rewards, [tangent(mu, y), tangent(mu, gradient_st)]
+        difference = torch.baddbmm(mu @ mu_s.mT, y, take_tokens(y, tokens).mT, alpha=-1)
+        semantic = semantic_reward(mu, y)
+        rewards = torch.stack([semantic, -difference.square().mean(-1)], dim=-1)
+        gradient_st = (difference * (-2 / tokens.shape[1])) @ mu_s
+        # The first is `tangent(mu, y)`, whose product is the reward.
+        return rewards, [torch.addcmul(y, semantic.unsqueeze(-1), mu, value=-1), tangent(mu, gradient_st)]
 
 
 def expected_policy_loss(
@@ -115,11 +117,11 @@ def expected_policy_loss(
         the loss `[B]`; the token mean of the rewards `[B,K]`; the token mean of `||P_mu grad R_k||^2` `[B,K]`.
     """
     rewards, gradients = reward_gradients(mu, y, tokens)
-    squares = torch.stack([g.square().sum(-1) for g in gradients], dim=-1)
-    scale = shares.unsqueeze(1) / (squares.sqrt() + tau.unsqueeze(1)).clamp_min(1e-12)
-    direction = sum(scale[..., k, None] * gradient for k, gradient in enumerate(gradients))
+    norms = torch.stack([torch.linalg.vector_norm(g, dim=-1) for g in gradients], dim=-1)
+    scale = shares.unsqueeze(1) / (norms + tau.unsqueeze(1)).clamp_min(1e-12)
+    direction = torch.addcmul(scale[..., :1] * gradients[0], scale[..., 1:], gradients[1])
     loss = -(direction * mu).sum(-1).mean(-1)
-    return loss, rewards.mean(1), squares.mean(1)
+    return loss, rewards.mean(1), norms.square().mean(1)
 
 
 def sample_actions(mu: torch.Tensor, xi: torch.Tensor, noise_scale: float = 0.1) -> torch.Tensor:

@@ -46,21 +46,14 @@ def clip_shares(shares: torch.Tensor, low: float = 1 / 3, high: float = 3.0) -> 
     """
     num_rewards = shares.shape[-1]
     low, high = low / num_rewards, min(high / num_rewards, 1.0)
-    fixed = torch.zeros_like(shares, dtype=torch.bool)
-    clipped = shares
-    for _ in range(num_rewards):
-        # The free shares divide what the fixed ones leave; those that then cross a bound are fixed there.
-        free = shares.masked_fill(fixed, 0.0)
-        rest = 1 - clipped.masked_fill(~fixed, 0.0).sum(-1, keepdim=True)
-        scaled = free * (rest / free.sum(-1, keepdim=True).clamp_min(1e-30))
-        clipped = torch.where(fixed, clipped, scaled)
-        # Fix one side at a time, the one that moves more mass, or both ends could be fixed wrongly.
-        over, under = (clipped - high).clamp_min(0), (low - clipped).clamp_min(0)
-        take_over = over.sum(-1, keepdim=True) >= under.sum(-1, keepdim=True)
-        crossed = torch.where(take_over, over > 0, under > 0) & ~fixed
-        clipped = torch.where(crossed, clipped.clamp(low, high), clipped)
-        fixed = fixed | crossed
-    return clipped
+    shares = shares.clamp_min(1e-12)
+    # sum_k clamp(c s_k) grows with the factor c, linearly between those at which a share meets a bound.
+    factors = torch.cat([low / shares, high / shares], dim=-1).sort(dim=-1).values
+    sums = (factors.unsqueeze(-1) * shares.unsqueeze(-2)).clamp(low, high).sum(-1)
+    i = ((sums <= 1).sum(-1, keepdim=True) - 1).clamp(0, 2 * num_rewards - 2)
+    (c0, c1), (sum0, sum1) = ((x.gather(-1, i), x.gather(-1, i + 1)) for x in (factors, sums))
+    factor = c0 + (c1 - c0) * (1 - sum0) / (sum1 - sum0).clamp_min(1e-30)
+    return (factor * shares).clamp(low, high)
 
 
 def shares_from_std(sigma: torch.Tensor, weighting: str) -> torch.Tensor:

@@ -137,6 +137,34 @@ def test_one_step_of_the_script_is_the_formula(command, tmp_path, layers, option
         torch.testing.assert_close(trained[name][real], parameter.detach()[real], atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("layers", [[2], [1, 3]])
+def test_compiled_and_checkpointed_blocks_give_the_same_gradients(command, layers):  # noqa: F811
+    """The fork stands between compiled blocks: gradients, cosines and statistics are those of the eager model."""
+    args = train_vrpo.parse_args(command(conflict="project"))
+    x, t, labels = inputs()
+    y = normalize(torch.randn(2, 16, 12, generator=torch.Generator().manual_seed(3)))
+    batch, results = {"tokens": torch.arange(16).expand(2, -1)}, []
+    for kind in ("eager", "checkpointed", "compiled"):
+        model = tiny_model(alignment_layers=layers).train()
+        torch._dynamo.reset()
+        if kind == "checkpointed":
+            model.enable_gradient_checkpointing()
+        elif kind == "compiled":
+            model.compile_repeated_blocks(fullgraph=True)
+        alignment = Alignment(args, model, [None], 100, torch.device("cpu"))
+        output = model(x, t, labels, return_projections=True, alignment_fork=alignment.fork(t))
+        loss_fm = output.sample.square().flatten(1).mean(1)
+        loss, _ = alignment.loss(output.projections, [y], t, loss_fm, batch, 0, 0)
+        (loss_fm.mean() + 0.5 * loss).backward()
+        assert (alignment.probe.grad != 0).all()
+        results.append(
+            [alignment.probe.grad, *(p.grad for p in model.parameters()), *alignment.statistics.pending.values()]
+        )
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
 def test_several_encoders_have_a_projector_each(command, tmp_path):  # noqa: F811
     from transformers import ResNetConfig, ResNetModel
 

@@ -312,7 +312,9 @@ def test_two_processes_give_the_same_losses(command, tmp_path):
     a, b = torch.tensor(losses(tmp_path / "run")), torch.tensor(losses(tmp_path / "two"))
     assert (a - b).abs().max() <= 1e-5 and (a - b).mean().abs() <= 1e-6
     one, two = (read_metrics(tmp_path / folder / "metrics.jsonl")[-1] for folder in ("run", "two"))
-    for name in ("reward/structural", "std/semantic", "share/semantic", "samples_seen"):
+    cosines = [name for name in one if name.startswith("cosine/")]
+    assert len(cosines) == 10
+    for name in ("reward/structural", "std/fidelity", "std/semantic", "share/semantic", "samples_seen", *cosines):
         assert two[name] == pytest.approx(one[name], abs=1e-5)
     assert one["share/semantic"] != pytest.approx(1 / 3)
     # Every process has its own random state in the checkpoint.
@@ -481,7 +483,7 @@ def test_config_files(command, tmp_path, capsys):
 
 def test_the_embedded_configuration_opens():
     args = train_vrpo.parse_args(["--config", str(ROOT / "configs" / "digits.yaml")])
-    assert args.dataset_name == args.encoder == "digits" and args.objective == "vrpo"
+    assert args.dataset_name == "digits" and args.encoder == ["digits"] and args.objective == "vrpo"
 
 
 def test_help_explains_every_option(capsys):

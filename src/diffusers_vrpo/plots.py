@@ -61,8 +61,9 @@ def plot_metrics(metrics_file: str | Path, output_file: str | Path, title: str =
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
         if len(keys) > 1:
-            # Of the ten bins of t the legend has two columns, and their order shows in the colour.
-            axis.legend(frameon=False, fontsize="small" if len(keys) <= 4 else "x-small", ncols=1 + len(keys) // 6)
+            # The ten bins of t fill the panel: their legend is small, in two columns, before a pale ground.
+            many = len(keys) > 4
+            axis.legend(frameon=many, fontsize="x-small" if many else "small", ncols=2 if many else 1, framealpha=0.85)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     if title:

@@ -20,7 +20,7 @@ from test_train_cli import (  # noqa: F401
     run,
     train_vrpo,
 )
-from test_transformer import inputs, tiny_model
+from test_transformer import inputs, needs_compiler, tiny_model
 
 from diffusers_vrpo import alignment as alignment_module
 from diffusers_vrpo import ddpm
@@ -137,6 +137,7 @@ def test_one_step_of_the_script_is_the_formula(command, tmp_path, layers, option
         torch.testing.assert_close(trained[name][real], parameter.detach()[real], atol=1e-4, rtol=1e-3)
 
 
+@needs_compiler
 @pytest.mark.parametrize("layers", [[2], [1, 3]])
 def test_compiled_and_checkpointed_blocks_give_the_same_gradients(command, layers):  # noqa: F811
     """The fork stands between compiled blocks: gradients, cosines and statistics are those of the eager model."""
@@ -465,6 +466,7 @@ def test_no_nan_from_degenerate_features_in_half_precision(command, dtype, case)
         ({"estimator": "sampled", "group_size": 1}, "--group_size 1 must be at least 2"),
         ({"estimator": "sampled", "policy_epochs": 3}, "must be a multiple of --policy_epochs 3"),
         ({"policy_noise": 0}, "--policy_noise 0.0 must be above 0"),
+        ({"policy_noise": 0.2}, "--policy_noise 0.2 goes with --estimator sampled or --kl_coeff"),
         ({"conflict": "close"}, "invalid choice: 'close'"),
     ],
 )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler
-from test_transformer import inputs, tiny_model
+from test_transformer import inputs, needs_compiler, tiny_model
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffusers_vrpo import SiTTransformer2DModel, VRPOPipeline
@@ -52,6 +52,7 @@ def test_qk_norm_bounds_the_attention_logits():
     assert (plain(*inputs()).sample - before).abs().max() > 1e-3
 
 
+@needs_compiler
 def test_regional_compilation_gives_the_same_output_and_gradients():
     """The repeated blocks are compiled, whole, once for all of them; projections stay outside."""
     results = []
@@ -69,6 +70,7 @@ def test_regional_compilation_gives_the_same_output_and_gradients():
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
+@needs_compiler
 def test_compiled_checkpointed_blocks_train():
     torch._dynamo.reset()
     gradients, saved = [], []

@@ -22,6 +22,10 @@ TINY = {
 }
 
 
+# There diffusers' attention dispatch asks for versions in a way that torch cannot trace.
+needs_compiler = pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 cannot compile the blocks whole")
+
+
 def tiny_model(**changes) -> SiTTransformer2DModel:
     """A small model with random weights everywhere: fresh adaLN-zero models output 0 and show nothing."""
     torch.manual_seed(0)

@@ -93,6 +93,11 @@ def check_policy(parser: argparse.ArgumentParser, args: argparse.Namespace):
                     parser.error(
                         f"--{name} {getattr(args, name)} goes with --{needs[0]} {needs[1]} only; leave it out"
                     )
+    if args.policy_noise != parser.get_default("policy_noise") and args.estimator == "expected" and not args.kl_coeff:
+        parser.error(
+            f"--policy_noise {args.policy_noise} goes with --estimator sampled or --kl_coeff: the expected update is its "
+            "limit for small noise"
+        )
     if args.group_size < 2:
         parser.error(f"--group_size {args.group_size} must be at least 2: advantages are relative to the group")
     for name in ("checkpointing_steps", "max_train_steps"):

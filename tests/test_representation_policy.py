@@ -276,7 +276,25 @@ def test_kl_by_hand():
 
 def test_token_shares_divide_what_fidelity_leaves():
     shares = torch.tensor([[0.5, 0.3, 0.2], [1.0, 0.0, 0.0]])
-    torch.testing.assert_close(token_shares(shares), torch.tensor([[0.6, 0.4], [0.0, 0.0]]))
+    torch.testing.assert_close(token_shares(shares), torch.tensor([[0.6, 0.4], [0.5, 0.5]]))
+
+
+def test_short_vectors_have_no_gradient():
+    x = torch.tensor([[0.0, 0.0], [3.0, 4.0], [1e-9, 0.0]], requires_grad=True)
+    unit = normalize(x)
+    assert unit.tolist()[0] == unit.tolist()[2] == [0, 0]
+    torch.testing.assert_close(unit[1], torch.tensor([0.6, 0.8]))
+    (unit @ torch.tensor([1.0, 1.0])).sum().backward()
+    assert x.grad[[0, 2]].abs().max() == 0 and x.grad[1].abs().max() > 0.01
+    half = torch.zeros(2, 3, dtype=torch.float16, requires_grad=True)
+    expected_policy_loss(
+        normalize(half)[None],
+        normalize(torch.ones(1, 2, 3)),
+        torch.tensor([[0, 1]]),
+        torch.ones(1, 2) / 2,
+        torch.zeros(1, 2),
+    )[0].sum().backward()
+    assert half.grad.abs().max() == 0
 
 
 def test_the_rewards_variance_falls_as_one_over_the_dimension():

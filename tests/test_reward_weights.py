@@ -211,11 +211,16 @@ def feed_gate(gate, steps, mean, spread=0.1, batch=100, seed=0):
         gate.update()
 
 
+def gate_of(max_train_steps: int) -> ConflictGate:
+    """A gate that may close from the first step on."""
+    return ConflictGate(max_train_steps, warmup=0)
+
+
 CONFLICT_IN_THREE = [-0.1, -0.1, -0.1] + [0.1] * 7
 
 
 def test_gate_averages_by_hand():
-    gate = ConflictGate(1000)
+    gate = gate_of(1000)
     t = torch.tensor([0.05, 0.05, 0.95])
     gate.observe(t, torch.tensor([0.2, 0.4, -1.0]))
     gate.update()
@@ -236,7 +241,7 @@ def test_gate_averages_by_hand():
 
 
 def test_gate_leaves_out_zeros_and_what_is_not_finite():
-    clean, spoilt = ConflictGate(1000), ConflictGate(1000)
+    clean, spoilt = gate_of(1000), gate_of(1000)
     cosine = torch.tensor([0.0, float("nan"), float("inf"), 0.3, -0.2, 0.0])
     t = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.1, 0.5])
     clean.observe(t[3:5], cosine[3:5])
@@ -249,7 +254,7 @@ def test_gate_leaves_out_zeros_and_what_is_not_finite():
 
 
 def test_gate_closes_exactly_the_conflicting_bins_within_the_window():
-    gate = ConflictGate(2000)
+    gate = gate_of(2000)
     assert gate.window == 40
     first = MIN_SAMPLES + gate.window - 1  # the bound counts from the 32nd step on and is below 0 for 40
     feed_gate(gate, first - 1, CONFLICT_IN_THREE)
@@ -267,7 +272,7 @@ def test_gate_closes_exactly_the_conflicting_bins_within_the_window():
 
 
 def test_gate_never_reopens_and_tells_when_it_will_have_closed():
-    gate = ConflictGate(2000)
+    gate = gate_of(2000)
     feed_gate(gate, MIN_SAMPLES + gate.window + 10, [-0.1] * NUM_BINS)
     left = gate.steps_until_closed()
     assert 0 < left < gate.window
@@ -284,22 +289,22 @@ def test_gate_never_reopens_and_tells_when_it_will_have_closed():
 
 
 def test_gate_wants_the_bound_below_zero_without_a_break():
-    gate = ConflictGate(5000)
+    gate = gate_of(5000)
     feed_gate(gate, 131, [-0.01] * NUM_BINS, spread=0.0)
     assert gate.state["row"].unique().tolist() == [gate.window]
-    gate = ConflictGate(5000)
+    gate = gate_of(5000)
     feed_gate(gate, 130, [-0.01] * NUM_BINS, spread=0.0)
     feed_gate(gate, 1, [2.0] * NUM_BINS, spread=0.0)
     feed_gate(gate, 50, [-0.001] * NUM_BINS, spread=0.0)
     assert gate.state["row"].abs().max() == 0 and (gate.gates() == 1).all()
     # A mean below 0 that is not certain leaves the gate open.
-    gate = ConflictGate(2000)
+    gate = gate_of(2000)
     feed_gate(gate, 300, [-0.001] * NUM_BINS, spread=0.5)
     assert (gate.gates() == 1).all()
 
 
 def test_bins_without_samples_do_not_keep_alignment_on():
-    gate = ConflictGate(1000)
+    gate = gate_of(1000)
     assert not gate.closed()
     for _ in range(200):
         gate.observe(torch.tensor([0.25, 0.75]), torch.tensor([-0.5, -0.4]))
@@ -309,9 +314,9 @@ def test_bins_without_samples_do_not_keep_alignment_on():
 
 
 def test_gate_state_round_trip_goes_on_bit_equal():
-    a = ConflictGate(2000)
+    a = gate_of(2000)
     feed_gate(a, 90, CONFLICT_IN_THREE)
-    b = ConflictGate(2000)
+    b = gate_of(2000)
     b.load_state_dict({name: tensor.clone() for name, tensor in a.state_dict().items()})
     assert 0 < a.gates()[0] < 1
     for gate in (a, b):
@@ -320,7 +325,7 @@ def test_gate_state_round_trip_goes_on_bit_equal():
         assert torch.equal(tensor, b.state_dict()[name]), name
     # A run that is made longer, or shorter, keeps its gates at most where they were.
     for steps in (300, 1111, 70000):
-        b = ConflictGate(steps)
+        b = gate_of(steps)
         b.load_state_dict(a.state_dict())
         assert torch.equal(b.state["closing"], b.state["closing"].round())
         assert (b.gates() <= a.gates()).all() and (b.gates() >= (a.gates() - 1 / b.window).clamp_min(0) - 1e-12).all()
@@ -328,7 +333,7 @@ def test_gate_state_round_trip_goes_on_bit_equal():
 
 def test_gate_does_not_depend_on_micro_batches_and_processes():
     generator = torch.Generator().manual_seed(0)
-    whole, halves = ConflictGate(2000), [ConflictGate(2000) for _ in range(2)]
+    whole, halves = gate_of(2000), [gate_of(2000) for _ in range(2)]
     for _ in range(100):
         t = torch.rand(64, generator=generator)
         cosine = 0.1 * torch.randn(64, generator=generator) + torch.where(t < 0.3, -0.1, 0.1)
@@ -345,3 +350,30 @@ def test_gate_does_not_depend_on_micro_batches_and_processes():
     for gate in halves:
         for name, tensor in whole.state.items():
             torch.testing.assert_close(gate.state[name], tensor, atol=1e-12, rtol=1e-12)
+
+
+def test_the_conflict_of_a_fresh_model_closes_nothing():
+    gate = ConflictGate(2000)
+    assert gate.warmup == 200 and ConflictGate(400_000).warmup == 1000
+    feed_gate(gate, 150, [-0.5] * NUM_BINS)
+    assert gate.cosine().max() < -0.3  # measured and logged, but no evidence
+    feed_gate(gate, 250, [0.01] * NUM_BINS, spread=0.01)
+    assert (gate.gates() == 1).all() and (gate.cosine() > 0).all()
+    # Nor does a resumed one forget where it is.
+    again = ConflictGate(2000)
+    again.load_state_dict(gate.state_dict())
+    assert again.step == 400
+    feed_gate(again, 1000, [-0.5] * NUM_BINS)
+    assert again.closed()
+
+
+def test_a_gate_that_does_not_act_measures_only():
+    gate = ConflictGate(1000, acts=False, warmup=0)
+    feed_gate(gate, 300, [-0.5] * NUM_BINS)
+    assert (gate.gates() == 1).all() and not gate.closed()
+    assert {name.split("/")[0] for name in gate.summary()} == {"cosine"}
+    gate = gate_of(1000)
+    feed_gate(gate, 300, CONFLICT_IN_THREE)
+    names = set(gate.summary())
+    # A closed bin has no alignment gradient left to compare.
+    assert "gate/0.0-0.1" in names and "cosine/0.0-0.1" not in names and "cosine/0.9-1.0" in names

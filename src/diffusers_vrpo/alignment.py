@@ -6,8 +6,10 @@ the policy's on every projector, timestep weight and gate, the fork that gives f
 docs/method.md.
 """
 
+import contextlib
 import copy
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,11 @@ from .representation_policy import (
 from .reward_weights import ConflictGate, RewardStatistics, parse_reward_weighting
 
 
+def conflict_mode(args) -> str:
+    """`--conflict`, or its default: the gate belongs to VRPO; REPA is REPA unless it is asked for."""
+    return args.conflict or ("gate" if args.objective == "vrpo" else "none")
+
+
 class Alignment:
     """REPA's or VRPO's loss on the projections of a transformer, and everything it remembers from step to step.
 
@@ -40,21 +47,29 @@ class Alignment:
         encoders: frozen, one for each entry of the transformer's `alignment_dims`; none trains without alignment.
         max_train_steps: the gate's window is 2 % of it.
         device: where the statistics live.
+        autocast: makes the context that the transformer computes in, for the reference.
 
     Raises:
         InputError: for a `--reward_weighting` that is none.
     """
 
-    def __init__(self, args, transformer: torch.nn.Module, encoders: list, max_train_steps: int, device: torch.device):
-        self.args, self.encoders, self.device = args, encoders, device
+    def __init__(
+        self,
+        args,
+        transformer: torch.nn.Module,
+        encoders: list,
+        max_train_steps: int,
+        device: torch.device,
+        autocast: Callable = contextlib.nullcontext,
+    ):
+        self.args, self.encoders, self.device, self.autocast = args, encoders, device, autocast
         self.vrpo = args.objective == "vrpo"
-        # The gate belongs to VRPO; REPA is REPA unless it is asked for.
-        self.conflict = args.conflict or ("gate" if self.vrpo else "none")
+        self.conflict = conflict_mode(args)
         self.forks = self.vrpo or self.conflict != "none"
         weighting = parse_reward_weighting(args.reward_weighting, len(REWARDS))
         # A row for every projector: aligned blocks, and the encoders within each.
         self.statistics = RewardStatistics(len(transformer.projectors), len(REWARDS), weighting, device)
-        self.gate = ConflictGate(max_train_steps, device)
+        self.gate = ConflictGate(max_train_steps, device, acts=self.conflict == "gate")
         self.stop_step = math.inf if args.alignment_stop_step is None else args.alignment_stop_step
         self.mean_weight = self._mean_timestep_weight(transformer.config.prediction_type)
         self.reference = copy.deepcopy(transformer).eval().requires_grad_(False) if args.kl_coeff else None
@@ -69,7 +84,12 @@ class Alignment:
 
     def active(self, step: int) -> bool:
         """Whether this step aligns. Once it does not, none after it does, on no process."""
-        return bool(self.encoders) and step < self.stop_step
+        return bool(self.encoders) and self.args.alignment_coeff > 0 and step < self.stop_step
+
+    def end(self):
+        """Frees what is needed no longer, once `active` has said no."""
+        self.encoders, self.reference = [], None
+        self.draws.clear()
 
     def look_ahead(self, step: int):
         """Learns from the gate when it will have closed everywhere; once in its window is often enough."""
@@ -80,9 +100,12 @@ class Alignment:
         """The transformer's `alignment_fork` for a batch of timesteps `t [B]`; None where nothing is to be weighed."""
         if not self.forks:
             return None
-        self.shares, self.tau = self.statistics.lookup(t)
-        # The fork stands at the deepest aligned block; several encoders there share it.
-        s_f = self.shares[-len(self.encoders) :, :, 0].mean(0) if self.vrpo else torch.zeros_like(t)
+        shares, self.tau = self.statistics.lookup(t)
+        # The encoders of a block share its weights, as they share the fork.
+        by_block = shares.unflatten(0, (-1, len(self.encoders))).mean(1)
+        self.shares = by_block.repeat_interleave(len(self.encoders), dim=0)
+        # The fork stands at the deepest aligned block.
+        s_f = by_block[-1, :, 0] if self.vrpo else torch.zeros_like(t)
         self.t, self.probe = t, torch.zeros_like(t, requires_grad=True)
         return alignment_fork(s_f, self.probe, self.conflict)
 
@@ -121,7 +144,7 @@ class Alignment:
         if self.conflict == "gate":
             weight = weight * self.gate.lookup(t)
         if self.reference is not None:
-            with torch.no_grad():
+            with torch.no_grad(), self.autocast():
                 references = self.reference(*reference_inputs, return_projections=True).projections
         total = 0.0
         for i, projection in enumerate(projections):

@@ -81,18 +81,24 @@ def check_ranges(
 
 
 def check_policy(parser: argparse.ArgumentParser, args: argparse.Namespace):
-    """Ends with a sentence about alignment options that do not go together: none is ignored in silence."""
+    """Ends with a sentence about alignment options that do not go together and would be ignored."""
     sampled = ["group_size", "policy_epochs", "clip_range"]
     for needs, names in (
+        (
+            ("objective", None),
+            ["timestep_weighting", "conflict", "spatial_norm", "projector", "alignment_stop_step", "layer_scope"],
+        ),
         (("objective", "vrpo"), ["reward_weighting", "estimator", "policy_noise", "kl_coeff", *sampled]),
         (("estimator", "sampled"), sampled),
     ):
-        if getattr(args, needs[0]) != needs[1]:
-            for name in names:
-                if getattr(args, name) != parser.get_default(name):
-                    parser.error(
-                        f"--{name} {getattr(args, name)} goes with --{needs[0]} {needs[1]} only; leave it out"
-                    )
+        option, wanted = needs
+        fits = getattr(args, option) != "none" if wanted is None else getattr(args, option) == wanted
+        for name in names:
+            if not fits and getattr(args, name) != parser.get_default(name):
+                wanted = wanted or "repa or vrpo"
+                parser.error(f"--{name} {getattr(args, name)} goes with --{option} {wanted} only; leave it out")
+    if args.clip_range != parser.get_default("clip_range") and args.policy_epochs == 1:
+        parser.error(f"--clip_range {args.clip_range} acts with --policy_epochs above 1 only; leave it out")
     if args.policy_noise != parser.get_default("policy_noise") and args.estimator == "expected" and not args.kl_coeff:
         parser.error(
             f"--policy_noise {args.policy_noise} goes with --estimator sampled or --kl_coeff: the expected update is its "
@@ -101,9 +107,12 @@ def check_policy(parser: argparse.ArgumentParser, args: argparse.Namespace):
     if args.group_size < 2:
         parser.error(f"--group_size {args.group_size} must be at least 2: advantages are relative to the group")
     for name in ("checkpointing_steps", "max_train_steps"):
-        if (getattr(args, name) or 0) % args.policy_epochs:
+        value = getattr(args, name)
+        if name == "max_train_steps" and value is None and args.num_train_epochs is None:
+            value = 400_000  # what the script takes then
+        if (value or 0) % args.policy_epochs:
             parser.error(
-                f"--{name} {getattr(args, name)} must be a multiple of --policy_epochs {args.policy_epochs}, whose steps "
+                f"--{name} {value} must be a multiple of --policy_epochs {args.policy_epochs}, whose steps "
                 "share one draw"
             )
     encoders, layers = args.encoder or [], args.encoder_layer or []

@@ -9,7 +9,6 @@ in the terms that the paper (arXiv 2606.00583) fixes: group-relative rewards in 
 import math
 
 import torch
-import torch.nn.functional as F
 
 from .errors import InputError
 
@@ -45,8 +44,13 @@ def alignment_layers(layer_scope: str, num_layers: int) -> list[int]:
 
 
 def normalize(x: torch.Tensor) -> torch.Tensor:
-    """Unit vectors in float32, zero vectors staying zero. Half precision here is REPA's known source of NaN."""
-    return F.normalize(x.float(), dim=-1)
+    """Unit vectors in float32; half precision here is REPA's known source of NaN.
+
+    Vectors shorter than 1e-6 become zero and get no gradient: it would be as large as they are short.
+    """
+    x = x.float()
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.where(norm > 1e-6, x / norm.clamp_min(1e-6), 0.0)
 
 
 def tangent(mu: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -240,9 +244,11 @@ def kl_penalty(mu: torch.Tensor, mu_ref: torch.Tensor, noise_scale: float = 0.1)
 def token_shares(shares: torch.Tensor) -> torch.Tensor:
     """Shares of the semantic and the structural reward among themselves, `[B,2]`, from all three `[B,3]`.
 
-    What fidelity takes is taken where the gradients meet. Zeros where fidelity has everything.
+    What fidelity takes is taken where the gradients meet. Where it takes all, they are equal: fidelity's part is as large
+    as the gradient that it replaces.
     """
-    return shares[:, 1:] / shares[:, 1:].sum(-1, keepdim=True).clamp_min(1e-12)
+    rest = shares[:, 1:].sum(-1, keepdim=True)
+    return torch.where(rest > 0, shares[:, 1:] / rest.clamp_min(1e-12), 0.5)
 
 
 TIMESTEP_WEIGHTS = ("uniform", "low_noise")

@@ -176,7 +176,7 @@ class RewardStatistics:
 
         omega_k are the weights of the raw rewards that the shares amount to: `omega_k ~ s_k / sigma_k`.
         """
-        weight = (self.state["count"] > 0).double()
+        weight = (self.state["count"] > 0).to(self.state["count"].dtype)
         weight = weight / weight.sum().clamp_min(1)
         shares = self.shares().mean(0) @ weight
         sigma = self.variance().sqrt().mean(0) @ weight
@@ -208,17 +208,24 @@ class ConflictGate:
     variance is the one among samples, while a step averages several: with many samples a step it errs towards open.
 
     Choices of ours: the bound of a bin counts once it had samples in `MIN_SAMPLES` steps; in a step without samples a bin
-    keeps its bound and its row goes on; a bin that never had samples keeps gate 1, but does not count for `closed`.
+    keeps its bound and its row goes on; a bin that never had samples keeps gate 1, but does not count for `closed`; the
+    averages start anew after the first 10 % of the training (1,000 steps at most), and before that nothing closes: a fresh
+    model's gradients oppose each other for a while and then no longer do.
     Step k uses the statistics through step k-1, whose sums enter once per optimizer step, as in `RewardStatistics`.
 
     Args:
         max_train_steps (`int`): the window is 2 % of it, at least 1.
         device: where the statistics live, float64 (float32 on MPS).
+        acts (`bool`): without it cosines are measured and no gate closes.
+        warmup (`int`, *optional*): after this many steps the averages start anew; as above when not given.
     """
 
-    def __init__(self, max_train_steps: int, device="cpu"):
+    def __init__(self, max_train_steps: int, device="cpu", acts: bool = True, warmup: int | None = None):
         dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
         self.window = max(1, round(0.02 * max_train_steps))
+        self.warmup = min(1000, max_train_steps // 10) if warmup is None else warmup
+        self.acts = acts
+        self.step = 0
         # `row`: steps that the bound has been below 0 for; `closing`: steps of the way from 1 to 0 that are behind.
         names = ("mean", "square", "count", "row", "closing")
         self.state = {name: torch.zeros(NUM_BINS, device=device, dtype=dtype) for name in names}
@@ -239,9 +246,14 @@ class ConflictGate:
         state["mean"].lerp_(cosine / count.clamp_min(1), (1 - COSINE_DECAY) * populated)
         state["square"].lerp_(square / count.clamp_min(1), (1 - COSINE_DECAY) * populated)
         state["count"] += populated
-        state["row"].add_(1).mul_(self.upper_bound() < 0)
-        state["closing"] += (state["row"] >= self.window) | (state["closing"] > 0)
-        state["closing"].clamp_(max=self.window)
+        self.step += 1
+        if self.acts and self.step > self.warmup:
+            state["row"].add_(1).mul_(self.upper_bound() < 0)
+            state["closing"] += (state["row"] >= self.window) | (state["closing"] > 0)
+            state["closing"].clamp_(max=self.window)
+        elif self.step == self.warmup:
+            for name in ("mean", "square", "count"):
+                state[name].zero_()
         self.pending.zero_()
 
     def cosine(self) -> torch.Tensor:
@@ -274,13 +286,18 @@ class ConflictGate:
         return self.window - int(closing[used].min()) if begun else float("inf")
 
     def summary(self) -> dict[str, float]:
-        """For the log: cosine and gate of the bins that had samples, `cosine/0.0-0.1` and so on. Waits for the device."""
-        used = (self.state["count"] > 0).tolist()
+        """For the log: cosine and gate of the bins that had samples, `cosine/0.0-0.1` and so on. Waits for the device.
+
+        A closed bin has no alignment gradient, and no cosine any more.
+        """
         values = {}
-        for name, numbers in (("cosine", self.cosine().tolist()), ("gate", self.gates().tolist())):
-            for i, number in enumerate(numbers):
-                if used[i]:
-                    values[f"{name}/{i / NUM_BINS:.1f}-{(i + 1) / NUM_BINS:.1f}"] = number
+        used, cosines, gates = (x.tolist() for x in (self.state["count"] > 0, self.cosine(), self.gates()))
+        for i in range(NUM_BINS):
+            name = f"{i / NUM_BINS:.1f}-{(i + 1) / NUM_BINS:.1f}"
+            if used[i] and gates[i] > 0:
+                values[f"cosine/{name}"] = cosines[i]
+            if used[i] and self.acts:
+                values[f"gate/{name}"] = gates[i]
         return values
 
     def closed(self) -> bool:
@@ -288,9 +305,11 @@ class ConflictGate:
         return self.steps_until_closed() == 0
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return {**self.state, "window": torch.tensor(self.window, device=self.pending.device)}
+        numbers = {"window": self.window, "step": self.step}
+        return {**self.state, **{name: torch.tensor(x, device=self.pending.device) for name, x in numbers.items()}}
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]):
+        self.step = int(state_dict["step"])
         for name, tensor in self.state.items():
             tensor.copy_(state_dict[name])
         # A run that goes on for longer has a longer window; the gates must not rise.

@@ -12,24 +12,20 @@ rewards on the projected tokens. Running the same command again continues the ru
 
 import argparse
 import math
+import signal
 import sys
 import time
-import zlib
-from pathlib import Path
 
-import numpy as np
 import torch
 import yaml
 from accelerate.logging import get_logger
 from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from diffusers_vrpo.alignment import Alignment
 from diffusers_vrpo.arguments import (
     HelpFormatter,
     OneLineErrorParser,
-    as_id,
     check_policy,
     check_ranges,
     config_to_argv,
@@ -40,16 +36,15 @@ from diffusers_vrpo.encoders import load_encoder
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.flow import flow_matching_loss, forward_process
 from diffusers_vrpo.gradient_fork import CONFLICTS
-from diffusers_vrpo.initialization import build_transformer, frozen_checksum, read_start
+from diffusers_vrpo.initialization import build_transformer, read_start
+from diffusers_vrpo.interruption import Interruption, StepGuard, TrainingStopped, ignore_signals, settle
+from diffusers_vrpo.latent_cache import batch_latents, cached_encoders, load_training_data, training_samples
 from diffusers_vrpo.latents import (
     StreamBatchSampler,
-    TrainingSamples,
     as_is,
     check_corrupt_rows,
     check_images,
-    encode_images,
     latent_shape,
-    load_image_dataset,
     load_vae,
     too_many_corrupt,
 )
@@ -57,23 +52,27 @@ from diffusers_vrpo.pipeline_vrpo import VRPOPipeline
 from diffusers_vrpo.plots import plot_metrics
 from diffusers_vrpo.representation_policy import REWARDS, TIMESTEP_WEIGHTS
 from diffusers_vrpo.reward_weights import parse_reward_weighting
+from diffusers_vrpo.throughput import ForeachEMA, TrainingSpeed, add_speed_options
 from diffusers_vrpo.training import (
     MetricsFile,
     RunningMeans,
+    alignment_end,
+    build_optimizer,
+    choose_checkpoint,
     ema_weights,
-    find_checkpoint,
     load_checkpoint,
     prepare_output_dir,
     read_training_state,
     register_model_hooks,
     release_projectors,
+    restore_alignment_end,
+    run_settings,
     save_checkpoint,
     save_lora,
     start_accelerator,
     trainable_parameters,
 )
-from diffusers_vrpo.transformer_sit import SiTTransformer2DModel
-from diffusers_vrpo.validation import draw_samples, save_samples
+from diffusers_vrpo.validation import draw_samples, grid_columns, save_samples
 
 
 logger = get_logger("train_vrpo")
@@ -118,6 +117,9 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--dataset_config_name", help="configuration of that data set")
     g.add_argument("--dataset_split", default="train", help="split to train on")
     g.add_argument("--train_data_dir", help="folder with one folder of images per class, instead of --dataset_name")
+    g.add_argument(
+        "--latents_dir", help="train from what `python -m diffusers_vrpo.latents prepare` wrote there, not from images"
+    )
     g.add_argument("--image_column", default="image", help="column with the images")
     g.add_argument("--label_column", default="label", help="column with the integer class labels")
     g.add_argument("--max_train_samples", type=int, help="train on a random subset of this size")
@@ -234,6 +236,7 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--max_grad_norm", type=float, default=1.0, help="clip the gradient to this norm")
     g.add_argument("--use_ema", action=flag, default=True, help="average the weights; samples and results use them")
     g.add_argument("--ema_decay", type=float, default=0.9999, help="of the averaged weights, per step")
+    add_speed_options(parser)
 
     g = parser.add_argument_group("checkpoints and samples")
     g.add_argument("--checkpointing_steps", type=int, default=10000, help="save a checkpoint every this many steps")
@@ -243,6 +246,11 @@ def build_parser() -> argparse.ArgumentParser:
         default="latest",
         metavar="latest|none|DIR",
         help="what to continue from, if it is there",
+    )
+    g.add_argument(
+        "--skip_nonfinite",
+        action="store_true",
+        help="leave a step out whose loss or gradient is NaN or infinite, and count it; without it the run stops there",
     )
     g.add_argument("--validation_steps", type=int, default=10000, help="draw a sample grid every this many steps")
     g.add_argument(
@@ -262,11 +270,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     config = find_config.parse_known_args(argv)[0].config
     args = parser.parse_args((config_to_argv(parser, config, argv) if config else []) + argv)
 
-    if (args.dataset_name is None) == (args.train_data_dir is None):
+    if [args.dataset_name, args.train_data_dir, args.latents_dir].count(None) != 2:
         parser.error(
-            "give either --dataset_name or --train_data_dir (or, for a first run, --config configs/digits.yaml)"
+            "give either --dataset_name or --train_data_dir or --latents_dir (or, for a first run, --config "
+            "configs/digits.yaml)"
         )
-    if args.vae is None:
+    if args.vae is None and args.latents_dir is None:
         parser.error("give --vae, such as stabilityai/sd-vae-ft-ema, or `--vae none` to train on pixels")
     if args.objective != "none" and args.encoder is None:
         parser.error(f"--objective {args.objective} needs --encoder, such as facebook/dinov2-base")
@@ -277,10 +286,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         args,
         at_least_one="train_batch_size gradient_accumulation_steps max_train_steps num_train_epochs max_train_samples "
         "logging_steps checkpointing_steps checkpoints_total_limit validation_steps num_validation_images "
-        "num_inference_steps projector_dim resolution lora_rank policy_epochs",
+        "num_inference_steps projector_dim resolution lora_rank policy_epochs profile",
         at_least_zero="adam_weight_decay alignment_coeff alignment_stop_step spatial_norm lr_warmup_steps "
         "dataloader_num_workers kl_coeff",
-        positive="learning_rate max_grad_norm adam_epsilon policy_noise clip_range",
+        positive="learning_rate max_grad_norm adam_epsilon policy_noise clip_range peak_tflops",
         shares="label_dropout ema_decay adam_beta1 adam_beta2",
     )
     check_policy(parser, args)
@@ -294,56 +303,32 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Parts
-
-
-def run_settings(args, data, transformer: SiTTransformer2DModel) -> dict:
-    """What must be the same for a run to be continued, by the name that an error shows; paths may have moved."""
-    options = (
-        "seed objective resolution center_crop random_flip lora_rank encoder_layer layer_scope alignment_coeff "
-        "alignment_stop_step timestep_weighting projector spatial_norm conflict reward_weighting estimator policy_noise "
-        "group_size policy_epochs clip_range kl_coeff learning_rate lr_scheduler lr_warmup_steps adam_beta1 adam_beta2 "
-        "adam_weight_decay adam_epsilon max_grad_norm use_ema ema_decay"
-    )
-    settings = {f"--{name}": getattr(args, name) for name in options.split()}
-    sources = ("vae", "pretrained_model_name_or_path")
-    settings |= {f"--{name}": Path(getattr(args, name) or "none").name for name in sources}
-    settings["--encoder"] = [Path(name).name for name in args.encoder or []]
-    settings["--label_dropout"] = transformer.config.class_dropout_prob
-    settings["the number of images"] = len(data)
-    settings["the checksum of the labels"] = zlib.crc32(np.asarray(data["label"][:], dtype=np.int64).tobytes())
-    if args.lora_rank:
-        settings["the checksum of the frozen weights"] = frozen_checksum(transformer)
-    for name, value in transformer.config.items():
-        if not name.startswith("_"):
-            settings[f"the model's {name}"] = list(value) if isinstance(value, tuple) else value
-    return settings
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Training
 
 
 def main(args: argparse.Namespace):
+    """Trains, or goes on where the newest checkpoint of `--output_dir` ends.
+
+    Raises:
+        InputError: for options, data or checkpoints that cannot work.
+        TrainingStopped: when the run cannot go on.
+        SystemExit: 128 + the number of a signal (143, 130), after a checkpoint was saved.
+    """
+    with Interruption() as interruption:
+        train(args, interruption)
+
+
+def train(args: argparse.Namespace, interruption: Interruption):
     output_dir = prepare_output_dir(args.output_dir)
     accelerator = start_accelerator(args, output_dir)
     device = accelerator.device
 
     # 1. Data, autoencoder, encoder: whatever cannot work fails here, before any long work.
-    checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
+    checkpoint = choose_checkpoint(accelerator, args.resume_from_checkpoint, output_dir)
     parse_reward_weighting(args.reward_weighting, len(REWARDS))
     with accelerator.main_process_first():
-        data, id2label, num_classes = load_image_dataset(
-            args.dataset_name,
-            args.dataset_config_name,
-            args.train_data_dir,
-            args.dataset_split,
-            args.image_column,
-            args.label_column,
-            args.max_train_samples,
-            args.cache_dir,
-        )
-    if accelerator.is_main_process:
+        data, id2label, num_classes = load_training_data(args)
+    if accelerator.is_main_process and args.latents_dir is None:
         check_images(data)
     vae = None if args.vae == "none" else load_vae(args.vae, args.cache_dir).to(device)
     start = read_start(args)
@@ -351,14 +336,14 @@ def main(args: argparse.Namespace):
     channels, height, width = latent_shape(vae, args.resolution, patch_size)
     grid_size = (height // patch_size, width // patch_size)
     aligned = args.objective != "none"
-    encoders = []
-    if aligned:
+    encoders = cached_encoders(data, args, grid_size)
+    if aligned and not encoders:
         half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
         encoder_dtype = torch.float32 if device.type == "cpu" else half
         encoder_layers = args.encoder_layer or [None]
         for name, layer in zip(args.encoder, encoder_layers * (len(args.encoder) // len(encoder_layers))):
             encoders.append(load_encoder(name, grid_size, layer, encoder_dtype, device, args.cache_dir))
-    elif args.encoder:
+    elif args.encoder and not aligned:
         logger.info(f"--objective none trains without the encoder {', '.join(args.encoder)}")
 
     # 2. Model, EMA, optimizer. All processes start from the same weights, drawn from the seed.
@@ -369,18 +354,12 @@ def main(args: argparse.Namespace):
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     model.to(device)
+    speed = TrainingSpeed(args, model, encoders, accelerator, logger.info)
     ema = None
     if args.use_ema:
         # min_decay turns diffusers' warm-up off, which would reach 0.9999 at step 90,000 only.
-        ema = EMAModel(trainable_parameters(model), decay=args.ema_decay, min_decay=args.ema_decay, foreach=True)
-    optimizer = torch.optim.AdamW(
-        trainable_parameters(model),
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-        fused=True,
-    )
+        ema = ForeachEMA(trainable_parameters(model), decay=args.ema_decay, min_decay=args.ema_decay)
+    optimizer = build_optimizer(args, trainable_parameters(model))
     global_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     max_train_steps = args.max_train_steps or 400_000
     if args.num_train_epochs:
@@ -389,45 +368,31 @@ def main(args: argparse.Namespace):
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps
     )
-    alignment = Alignment(args, model, encoders, max_train_steps, device)
+    alignment = Alignment(args, model, encoders, max_train_steps, device, accelerator.autocast)
     states = {"reward_statistics": alignment.statistics, "conflict_gate": alignment.gate}
-    register_model_hooks(accelerator, ema, states)
+    means = RunningMeans()
+    register_model_hooks(accelerator, ema, states, means)
 
     pipeline = VRPOPipeline(model, default_scheduler(model.config.prediction_type), vae, id2label)
-    columns = args.validation_labels or [
-        int(i * num_classes / min(10, num_classes)) for i in range(min(10, num_classes))
-    ]
-    try:
-        columns = pipeline.get_label_ids([c if str(c).lower() in pipeline.labels else as_id(c) for c in columns])
-    except ValueError as error:
-        raise InputError(f"--validation_labels: {error}") from error
-
+    columns = grid_columns(pipeline, args.validation_labels)
     grid_options = (args.num_validation_images, args.num_inference_steps, args.guidance_scale, args.seed, device)
 
     # 3. Where to start: the stream of samples goes on where the checkpoint's ended.
     model, optimizer = accelerator.prepare(model, optimizer)
-    step, samples_seen = 0, 0
+    guard = StepGuard(accelerator, optimizer, interruption, args.skip_nonfinite)
+    step, samples_seen, saved_step = 0, 0, 0
     settings = run_settings(args, data, pipeline.transformer)
     if checkpoint is not None:
         state = read_training_state(checkpoint, settings)
         load_checkpoint(accelerator, checkpoint)
         lr_scheduler.load_state_dict(state["lr_scheduler"])
-        step, samples_seen = state["step"], state["samples_seen"]
+        step, samples_seen, guard.skipped = state["step"], state["samples_seen"], state["skipped"]
+        saved_step = step if checkpoint.parent.resolve() == output_dir.resolve() else None
         if ema is not None:
             ema.optimization_step = step
         logger.info(f"continuing from {checkpoint} at step {step}")
-    samples = TrainingSamples(
-        data,
-        args.seed,
-        args.resolution,
-        (channels, height, width),
-        pipeline.transformer.null_class_id,
-        pipeline.transformer.config.class_dropout_prob,
-        args.center_crop,
-        args.random_flip,
-        sample_posterior=vae is not None,
-        num_tokens=grid_size[0] * grid_size[1] if args.objective == "vrpo" else None,
-    )
+    shape = (channels, height, width)
+    samples = training_samples(data, args, pipeline.transformer, shape, math.prod(grid_size), encoders)
     dataloader = torch.utils.data.DataLoader(
         samples,
         batch_sampler=StreamBatchSampler(
@@ -441,6 +406,7 @@ def main(args: argparse.Namespace):
         ),
         num_workers=args.dataloader_num_workers,
         collate_fn=as_is,
+        worker_init_fn=ignore_signals,
         pin_memory=device.type == "cuda",
     )
     if accelerator.is_main_process:
@@ -449,7 +415,9 @@ def main(args: argparse.Namespace):
                 {name: value for name, value in vars(args).items() if value is not None and name != "config"}
             )
         )
-        accelerator.init_trackers("vrpo", {name: str(value) for name, value in vars(args).items()})
+        # What a continued run logs a second time replaces what TensorBoard has.
+        purge = {"tensorboard": {"purge_step": step + 1}} if step else {}
+        accelerator.init_trackers("vrpo", {name: str(value) for name, value in vars(args).items()}, purge)
         metrics_file = MetricsFile(output_dir / "metrics.jsonl", step)
     parameters = sum(p.numel() for p in trainable_parameters(model))
     logger.info(
@@ -460,25 +428,36 @@ def main(args: argparse.Namespace):
     # 4. The loop.
     model_config = pipeline.transformer.config
     learn_variance = model_config.learn_sigma and model_config.prediction_type == "epsilon"
-    alignment.look_ahead(step)
-    means = RunningMeans()
+    if checkpoint is None or not restore_alignment_end(alignment, state["alignment"]):
+        alignment.look_ahead(step)
     corrupt_rows, num_corrupt = set(), 0
     progress = tqdm(
         total=max_train_steps, initial=step, disable=not accelerator.is_main_process, desc=args.objective, unit="step"
     )
+
+    def save() -> bool:
+        if accelerator.is_main_process:
+            metrics_file.sync()
+        state = {"step": step, "samples_seen": samples_seen, "skipped": guard.skipped, "settings": settings}
+        state |= {"lr_scheduler": lr_scheduler.state_dict(), "alignment": alignment_end(alignment)}
+        return save_checkpoint(accelerator, output_dir, step, state, args.checkpoints_total_limit)
+
     model.train()
+    interruption.listen()
     logged_step, train_seconds, clock = step, 0.0, time.perf_counter()
     for micro_step, batch in enumerate(dataloader):
+        speed.mark("data")
         corrupt_rows.update(batch.pop("corrupt_rows").tolist())
         if len(corrupt_rows) > 0.01 * len(data):
             raise too_many_corrupt(corrupt_rows, len(data))
         indices = batch.pop("index")
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()} | {"index": indices}
-        images = batch["pixels"].float() / 127.5 - 1
+        # What the encoders see: images, or their features out of the cache.
+        seen = batch["pixels"].float() / 127.5 - 1 if "pixels" in batch else batch
         aligning = alignment.active(step)
 
         with accelerator.accumulate(model):
-            x0 = encode_images(vae, images, batch.get("posterior_noise"))
+            x0 = speed.mark("autoencoder", batch_latents(vae, batch))
             x_t, timestep, target, t = forward_process(x0, batch["noise"], batch["timestep"], model_config)
             inputs = (x_t, timestep, batch["class_labels"])
             prediction, projections = model(
@@ -489,7 +468,7 @@ def main(args: argparse.Namespace):
                 return_dict=False,
             )
             loss_fm = flow_matching_loss(prediction[:, :channels], target)
-            loss = loss_fm.mean()
+            loss = speed.mark("forward", loss_fm.mean())
             means.add(loss_fm=loss)
             if learn_variance:
                 loss_vb = variational_bound(*prediction.split(channels, dim=1), x0, x_t, timestep).mean()
@@ -497,34 +476,51 @@ def main(args: argparse.Namespace):
                 means.add(loss_vb=loss_vb)
             if aligning:
                 # REPA's cosine, or VRPO's reward-weighted policy; fidelity joins in at the fork.
-                part, targets = micro_step % args.gradient_accumulation_steps, alignment.targets(images)
+                targets = speed.mark("encoder", alignment.targets(seen))
+                part = micro_step % args.gradient_accumulation_steps
                 loss_rep, logs = alignment.loss(projections, targets, t, loss_fm, batch, step, part, inputs)
                 loss = loss + args.alignment_coeff * loss_rep
-                means.add(**logs)
-            elif aligned and accelerator.num_processes > 1:
-                # DDP waits for a gradient of every parameter.
-                loss = loss + 0.0 * sum(p.sum() for p in pipeline.transformer.projectors.parameters())
+                means.add(**speed.mark("alignment loss", logs))
+            elif aligned:
+                if alignment.encoders:
+                    alignment.end()
+                    logger.info(f"alignment has ended at step {step}; neither encoder nor projector runs from here on")
+                means.add(alignment_coeff=torch.zeros((), device=device))
+                if accelerator.num_processes > 1:  # DDP waits for a gradient of every parameter
+                    loss = loss + 0.0 * sum(p.sum() for p in pipeline.transformer.projectors.parameters())
 
-            accelerator.backward(loss)
+            guard.watch(loss)
+            speed.mark("backward", accelerator.backward(loss))
             if aligning:
                 alignment.observe()
             elif aligned:
                 release_projectors(pipeline.transformer)
             if accelerator.sync_gradients:
-                means.add(grad_norm=accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm))
+                grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                means.add(grad_norm=grad_norm)
+                guard.ask(grad_norm)
             optimizer.step()
-            optimizer.zero_grad()
+            speed.mark("optimizer", optimizer.zero_grad())
 
         if not accelerator.sync_gradients:
             continue
+        if problem := guard.answer():
+            # The optimizer has left the step out: weights, averages and statistics are as they were before it.
+            where = f"step {step + 1} (samples {samples_seen} to {samples_seen + global_batch_size - 1}): {problem}"
+            if guard.must_stop():
+                if step != saved_step and step % args.policy_epochs == 0 and save():
+                    saved_step = step
+                raise guard.stop(where, output_dir, saved_step)
+            logger.warning(f"{where} is NaN or infinite; the step is skipped, {guard.skipped} so far")
         step += 1
+        means.commit()
         samples_seen += global_batch_size if step % args.policy_epochs == 0 else 0
         lr_scheduler.step()
         if ema is not None:
-            ema.step(trainable_parameters(pipeline.transformer))
+            speed.mark("average", ema.step(trainable_parameters(pipeline.transformer)))
         if aligning:
             alignment.update(step, accelerator.reduce if accelerator.num_processes > 1 else None)
-        progress.update()
+        speed.mark("statistics", progress.update())
 
         # 5. Now and then: metrics, a checkpoint, a grid of samples.
         last = step == max_train_steps
@@ -534,26 +530,36 @@ def main(args: argparse.Namespace):
             if aligning:
                 values |= alignment.summary()
             train_seconds += time.perf_counter() - clock
+            if args.skip_nonfinite:
+                values["skipped_steps"] = guard.skipped
             values["learning_rate"] = lr_scheduler.get_last_lr()[0]
             values["images_per_second"] = (step - logged_step) * global_batch_size / train_seconds
+            values |= speed.metrics(values["images_per_second"], aligning)
             values["samples_seen"] = samples_seen
             logged_step, train_seconds, clock = step, 0.0, time.perf_counter()
             shown = {"loss": values["loss_fm"], **{name: values.get(f"reward/{name}") for name in REWARDS}}
             shown = {name: f"{value:.4f}" for name, value in shown.items() if value is not None}
-            progress.set_postfix(shown | {"images/s": f"{values['images_per_second']:.0f}"})
+            progress.set_postfix(shown | speed.shown(values))
             accelerator.log(values, step=step)
             if accelerator.is_main_process:
                 metrics_file.write(step, values)
         train_seconds += time.perf_counter() - clock
-        if step % args.checkpointing_steps == 0 or last:
-            state = {"step": step, "samples_seen": samples_seen, "settings": settings}
-            state["lr_scheduler"] = lr_scheduler.state_dict()
-            save_checkpoint(accelerator, output_dir, step, state, args.checkpoints_total_limit)
+        leaving = guard.signum and step % args.policy_epochs == 0
+        if step % args.checkpointing_steps == 0 or last or leaving:
+            saved_step = step if save() else saved_step
+            if step != saved_step and (last or leaving):
+                raise TrainingStopped(f"step {step} could not be saved; make room and run the same command again")
+        if leaving:
+            logger.info(f"{signal.Signals(guard.signum).name}: the same command continues from step {step}")
+            settle(accelerator)
+            accelerator.end_training()
+            sys.exit(128 + guard.signum)
         if step % args.validation_steps == 0 and not last and accelerator.is_main_process:
             model.eval()
             with ema_weights(ema, pipeline.transformer):
                 save_samples(accelerator, output_dir, step, draw_samples(pipeline, columns, *grid_options))
             model.train()
+        speed.step()
         clock = time.perf_counter()
     progress.close()
 
@@ -570,11 +576,12 @@ def main(args: argparse.Namespace):
         grid.save(output_dir / "samples.png")
         plot_metrics(output_dir / "metrics.jsonl", output_dir / "training.png", title=f"objective {args.objective}")
         logger.info(f"wrote the pipeline, samples.png and training.png to {output_dir}")
+    settle(accelerator)
     accelerator.end_training()
 
 
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except InputError as error:
+    except (InputError, TrainingStopped) as error:
         sys.exit(f"train_vrpo.py: error: {error}")

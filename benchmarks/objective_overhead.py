@@ -35,13 +35,13 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers.training_utils import EMAModel
 
 from diffusers_vrpo.alignment import Alignment
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.flow import flow_matching_loss, forward_process
 from diffusers_vrpo.initialization import build_transformer, read_start
 from diffusers_vrpo.representation_policy import normalize
+from diffusers_vrpo.throughput import ForeachEMA
 from diffusers_vrpo.training import RunningMeans, release_projectors, trainable_parameters
 
 
@@ -105,7 +105,7 @@ def build_arm(name: str, train_parser: argparse.ArgumentParser, settings, accele
     embed_dims = [settings.embed_dim] if aligned else []
     model = build_transformer(args, read_start(args), (4, size, size), NUM_CLASSES, None, embed_dims)
     model.to(accelerator.device).train()
-    ema = EMAModel(trainable_parameters(model), decay=args.ema_decay, min_decay=args.ema_decay, foreach=True)
+    ema = ForeachEMA(trainable_parameters(model), decay=args.ema_decay, min_decay=args.ema_decay)
     optimizer = torch.optim.AdamW(
         trainable_parameters(model),
         lr=args.learning_rate,

@@ -19,6 +19,7 @@ from diffusers_vrpo.training import (
     read_metrics,
     read_training_state,
     save_checkpoint,
+    write_manifest,
 )
 
 
@@ -32,6 +33,7 @@ def fake_checkpoint(folder, step, settings=None):
     path = folder / f"checkpoint-{step}"
     path.mkdir()
     (path / "training_state.json").write_text(json.dumps({"step": step, "settings": settings or {}}))
+    write_manifest(path)
     return path
 
 

@@ -202,10 +202,94 @@ def check_corrupt_rows(rows: set[int], num_rows: int, known: int) -> int:
     return len(found)
 
 
-class TrainingSamples(torch.utils.data.Dataset):
-    """The samples of a run. Its indices are not rows but global sample indices i = 0, 1, 2, ... without end.
+def first_readable(data: Dataset, row: int, record: dict) -> tuple[PILImage.Image | None, int, list[int]]:
+    """Image and label of a row, or of the next one that can be read; the rows tried before it, which cannot.
 
-    Each epoch goes through the rows in an order of its own. A batch is a dict:
+    Where not one can be read, the image is None. `record` is the row of `data`, already fetched.
+    """
+    corrupt = []
+    for tries in range(len(data)):
+        try:
+            return decode_image(record["image"]), record["label"], corrupt
+        except Exception:  # PIL's readers raise many types; all mean the same here
+            corrupt.append((row + tries) % len(data))
+            record = data[(row + tries + 1) % len(data)]
+    return None, 0, corrupt
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Samples of a run
+
+
+class SampleStreams(torch.utils.data.Dataset):
+    """What is drawn for the samples of a run: a function of the seed and the global sample index i = 0, 1, 2, ...
+
+    Wherever the images come from, the draws are these. Each epoch goes through the rows in an order of its own.
+
+    Args:
+        num_rows: of the data set.
+        latent_shape: `(C, H, W)` of the noise.
+        null_class_id: the label that stands for no class; None where there is none, with label_dropout 0.
+        label_dropout: probability that a sample is trained without its class.
+        random_flip: mirror half of the samples.
+        sample_posterior: also draw the noise of the autoencoder's posterior.
+        num_tokens: N of the transformer; M = min(64, N).
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        seed: int,
+        latent_shape: tuple[int, int, int],
+        null_class_id: int | None,
+        label_dropout: float = 0.1,
+        random_flip: bool = False,
+        sample_posterior: bool = False,
+        num_tokens: int | None = None,
+    ):
+        self.num_rows = num_rows
+        self.seed = seed
+        self.latent_shape = latent_shape
+        self.null_class_id = null_class_id
+        self.label_dropout = label_dropout
+        self.random_flip = random_flip
+        self.sample_posterior = sample_posterior
+        self.num_tokens = num_tokens
+
+    def row_of(self, index: int) -> int:
+        epoch, position = divmod(index, self.num_rows)
+        return int(epoch_order(self.seed, epoch, self.num_rows)[position])
+
+    def uniforms(self, indices: list[int]) -> np.ndarray:
+        """Five uniform numbers of each sample, float64 `[B,5]`: timestep, label drop, flip, and the crop's x and y."""
+        return np.stack([random_stream(self.seed, index, SAMPLE).random(5) for index in indices])
+
+    def flips(self, uniforms: np.ndarray) -> np.ndarray:
+        """Which samples are mirrored, bool `[B]`."""
+        return np.logical_and(self.random_flip, uniforms[:, 2] < 0.5)
+
+    def drawn(self, indices: list[int], uniforms: np.ndarray, labels) -> dict[str, torch.Tensor]:
+        """The part of a batch that does not depend on the images; `labels [B]` are those of the rows."""
+
+        def noise(purpose):
+            streams = (random_stream(self.seed, index, purpose) for index in indices)
+            return np.stack([stream.standard_normal(self.latent_shape, dtype=np.float32) for stream in streams])
+
+        timestep, drop = uniforms[:, 0], uniforms[:, 1]
+        labels = [self.null_class_id if u < self.label_dropout else int(label) for u, label in zip(drop, labels)]
+        batch = {"class_labels": np.array(labels), "timestep": timestep.astype(np.float32), "noise": noise(NOISE)}
+        if self.sample_posterior:
+            batch["posterior_noise"] = noise(POSTERIOR)
+        if self.num_tokens is not None:
+            orders = [random_stream(self.seed, index, TOKENS).permutation(self.num_tokens) for index in indices]
+            batch["tokens"] = np.stack(orders)[:, : min(64, self.num_tokens)]
+        return {**{name: torch.from_numpy(values) for name, values in batch.items()}, "index": torch.tensor(indices)}
+
+
+class TrainingSamples(SampleStreams):
+    """The samples of a run, from images. Its indices are not rows but global sample indices without end.
+
+    A batch is a dict:
 
         pixels          uint8 `[B,3,R,R]`
         class_labels    int64 `[B]`, dropped ones already replaced by `null_class_id`
@@ -213,18 +297,14 @@ class TrainingSamples(torch.utils.data.Dataset):
         noise           float32 `[B, *latent_shape]`
         posterior_noise float32 `[B, *latent_shape]`, only with `sample_posterior`
         tokens          int64 `[B,M]`: the token subset of the structural reward, only with `num_tokens`
+        index           int64 `[B]`, the global sample indices
         corrupt_rows    rows that could not be decoded; the next row that can be stands in for each
 
     Args:
         data: as `load_image_dataset` returns it.
         resolution: side of the square images, in pixels.
-        latent_shape: `(C, H, W)` of the noise.
-        null_class_id: the label that stands for no class; None where there is none, with label_dropout 0.
-        label_dropout: probability that a sample is trained without its class.
         center_crop: a random square otherwise.
-        random_flip: mirror half of the samples.
-        sample_posterior: also draw the noise of the autoencoder's posterior.
-        num_tokens: N of the transformer; M = min(64, N).
+        Others: those of `SampleStreams`.
     """
 
     def __init__(
@@ -240,62 +320,31 @@ class TrainingSamples(torch.utils.data.Dataset):
         sample_posterior: bool = False,
         num_tokens: int | None = None,
     ):
+        streams = (latent_shape, null_class_id, label_dropout, random_flip, sample_posterior, num_tokens)
+        super().__init__(len(data), seed, *streams)
         self.data = data
-        self.seed = seed
         self.resolution = resolution
-        self.latent_shape = latent_shape
-        self.null_class_id = null_class_id
-        self.label_dropout = label_dropout
         self.center_crop = center_crop
-        self.random_flip = random_flip
-        self.sample_posterior = sample_posterior
-        self.num_tokens = num_tokens
-
-    def row_of(self, index: int) -> int:
-        epoch, position = divmod(index, len(self.data))
-        return int(epoch_order(self.seed, epoch, len(self.data))[position])
-
-    def _readable(self, row: int, record: dict, corrupt: list[int]) -> tuple[PILImage.Image, int]:
-        """Image and label of a row, or of the next one that can be read."""
-        for tries in range(len(self.data)):
-            try:
-                return decode_image(record["image"]), record["label"]
-            except Exception:  # PIL's readers raise many types; all mean the same here
-                corrupt.append((row + tries) % len(self.data))
-                record = self.data[(row + tries + 1) % len(self.data)]
-        # Not one can be read: the trainer, which counts these rows, stops before it takes a step.
-        return PILImage.new("RGB", (self.resolution, self.resolution)), 0
 
     def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
         rows = [self.row_of(index) for index in indices]
         records = self.data[rows]
-        corrupt: list[int] = []
-        batch: dict[str, list] = {"pixels": [], "class_labels": [], "timestep": [], "noise": []}
-        for index, row, image, label in zip(indices, rows, records["image"], records["label"]):
-            stream = random_stream(self.seed, index, SAMPLE)
-            t, drop, flip, u, v = stream.random(5)
-            image, label = self._readable(row, {"image": image, "label": label}, corrupt)
-            pixels = resize_and_crop(image, self.resolution, None if self.center_crop else (u, v))
-            if self.random_flip and flip < 0.5:
-                pixels = pixels[:, ::-1]
-            batch["pixels"].append(pixels)
-            batch["class_labels"].append(self.null_class_id if drop < self.label_dropout else label)
-            batch["timestep"].append(np.float32(t))
-            noise = random_stream(self.seed, index, NOISE).standard_normal(self.latent_shape, dtype=np.float32)
-            batch["noise"].append(noise)
-            if self.sample_posterior:
-                stream = random_stream(self.seed, index, POSTERIOR)
-                batch.setdefault("posterior_noise", []).append(
-                    stream.standard_normal(self.latent_shape, dtype=np.float32)
-                )
-            if self.num_tokens is not None:
-                order = random_stream(self.seed, index, TOKENS).permutation(self.num_tokens)
-                batch.setdefault("tokens", []).append(order[: min(64, self.num_tokens)])
-        tensors = {name: torch.from_numpy(np.stack(values)) for name, values in batch.items()}
-        tensors["pixels"] = tensors["pixels"].permute(0, 3, 1, 2).contiguous()
-        tensors["index"] = torch.tensor(indices)
-        tensors["corrupt_rows"] = torch.tensor(corrupt, dtype=torch.long)
-        return tensors
+        uniforms = self.uniforms(indices)
+        pixels, labels, corrupt = [], [], []
+        for i, flip in enumerate(self.flips(uniforms)):
+            record = {"image": records["image"][i], "label": records["label"][i]}
+            image, label, tried = first_readable(self.data, rows[i], record)
+            # Where not one can be read: the trainer, which counts these rows, stops before it takes a step.
+            image = image or PILImage.new("RGB", (self.resolution, self.resolution))
+            square = resize_and_crop(image, self.resolution, None if self.center_crop else tuple(uniforms[i, 3:]))
+            pixels.append(square[:, ::-1] if flip else square)
+            labels.append(label)
+            corrupt += tried
+        return {
+            "pixels": torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(),
+            **self.drawn(indices, uniforms, labels),
+            "corrupt_rows": torch.tensor(corrupt, dtype=torch.long),
+        }
 
 
 def action_noise(seed: int, indices: torch.Tensor, number: int, shape: tuple, device: torch.device) -> torch.Tensor:
@@ -396,6 +445,29 @@ def load_vae(name_or_path: str, cache_dir: str | None = None) -> torch.nn.Module
 
 
 @torch.no_grad()
+def encode_moments(vae, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Mean and standard deviation of the latents of `pixels [B,3,H,W]` in [-1, 1], as the autoencoder gives them.
+
+    Both are `[B,C,h,w]` float32 and not scaled yet; where an autoencoder has no posterior, the second is None.
+    """
+    means, stds = [], []
+    # 32 at a time: a batch of 256 images of 256 pixels would take tens of gigabytes of activations.
+    for part in pixels.split(32):
+        with torch.autocast(pixels.device.type, enabled=False):
+            encoded = vae.encode(part.to(vae.dtype))
+        if hasattr(encoded, "latent_dist"):
+            means.append(encoded.latent_dist.mean.float())
+            stds.append(encoded.latent_dist.std.float())
+        else:
+            means.append((encoded.latents if hasattr(encoded, "latents") else encoded.latent).float())
+    return torch.cat(means), torch.cat(stds) if stds else None
+
+
+def scale_and_shift(vae) -> tuple[float, float]:
+    """`(scale, shift)` of an autoencoder: the transformer sees `(latents - shift) * scale`."""
+    return getattr(vae.config, "scaling_factor", None) or 1.0, getattr(vae.config, "shift_factor", None) or 0.0
+
+
 def encode_images(vae, pixels: torch.Tensor, posterior_noise: torch.Tensor | None = None) -> torch.Tensor:
     """Scaled latents `[B,C,h,w]` float32 of `pixels [B,3,H,W]` in [-1, 1]; the posterior's mean without noise.
 
@@ -403,21 +475,10 @@ def encode_images(vae, pixels: torch.Tensor, posterior_noise: torch.Tensor | Non
     """
     if vae is None:
         return pixels
-    latents = []
-    # 32 at a time: a batch of 256 images of 256 pixels would take tens of gigabytes of activations.
-    for start in range(0, len(pixels), 32):
-        with torch.autocast(pixels.device.type, enabled=False):
-            encoded = vae.encode(pixels[start : start + 32].to(vae.dtype))
-        if hasattr(encoded, "latent_dist"):
-            part = encoded.latent_dist.mean.float()
-            if posterior_noise is not None:
-                part = part + encoded.latent_dist.std.float() * posterior_noise[start : start + 32]
-        else:
-            part = (encoded.latents if hasattr(encoded, "latents") else encoded.latent).float()
-        latents.append(part)
-    latents = torch.cat(latents)
-    scale = getattr(vae.config, "scaling_factor", None) or 1.0
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    latents, std = encode_moments(vae, pixels)
+    if std is not None and posterior_noise is not None:
+        latents = latents + std * posterior_noise
+    scale, shift = scale_and_shift(vae)
     return (latents - shift) * scale
 
 
@@ -446,3 +507,9 @@ def latent_shape(vae, resolution: int, patch_size: int) -> tuple[int, int, int]:
             f"{patch_size}); {near} would do"
         )
     return channels, resolution // factor, resolution // factor
+
+
+if __name__ == "__main__":
+    from .prepare_latents import command_line
+
+    command_line()

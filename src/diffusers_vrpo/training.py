@@ -4,25 +4,39 @@
 import contextlib
 import json
 import logging
+import math
 import os
-import pickle
 import re
 import shutil
+import time
+import zlib
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from pickle import UnpicklingError
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import (
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+)
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from .alignment import conflict_mode
 from .errors import InputError, first_line
+from .initialization import frozen_checksum
+from .interruption import TrainingStopped, settle
 
 
 logger = get_logger(__name__)
+MANIFEST = "manifest.json"  # in a checkpoint: size and CRC-32 of every other file
 
 
 def prepare_output_dir(output_dir: str) -> Path:
@@ -92,20 +106,95 @@ def start_accelerator(args, output_dir: Path) -> Accelerator:
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Complete checkpoints of a run, the oldest first."""
+    """Checkpoints of a run, the oldest first."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file: 4 GB/s, enough against torn writes and rotten bits."""
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def sync_to_disk(*paths: Path):
+    """Waits until files and folders are on the disk."""
+    for path in paths:
+        if os.name == "nt" and path.is_dir():
+            continue
+        descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_manifest(folder: Path):
+    """Writes size and checksum of every file; the last thing that a checkpoint gets."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    table = {str(path.relative_to(folder).as_posix()): [path.stat().st_size, checksum(path)] for path in files}
+    (folder / MANIFEST).write_text(json.dumps({"size and CRC-32": table}, indent=1))
+    sync_to_disk(folder / MANIFEST)
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, read in full; None where every file is as it was saved."""
+    name = MANIFEST
+    try:
+        table = json.loads((checkpoint / MANIFEST).read_text())["size and CRC-32"]
+        for name, (size, value) in table.items():
+            found = (checkpoint / name).stat().st_size
+            if found != size:
+                return f"{name} has {found} bytes, not {size}"
+            if checksum(checkpoint / name) != value:
+                return f"{name} is not what was saved"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror or error}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is not what was saved"
+    return None
+
+
+def tidy_checkpoints(output_dir: str | Path):
+    """Removes what a killed process left half made or half deleted; one that lacks only its name gets it."""
+    for path in Path(output_dir).glob(".checkpoint-*.tmp"):
+        final = path.with_name(path.name[1 : -len(".tmp")])
+        if not final.exists() and find_damage(path) is None:
+            os.replace(path, final)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+    for path in Path(output_dir).glob(".checkpoint-*.old"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in Path(output_dir).glob(".shared-*"):
+        path.unlink(missing_ok=True)
+
+
+def remove_checkpoint(checkpoint: Path):
+    """Deletes a checkpoint; killed on the way, nothing is left that looks like one."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(checkpoint, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def find_checkpoint(resume_from_checkpoint: str, output_dir: str | Path) -> Path | None:
     """The folder that `--resume_from_checkpoint` means: `latest` (None where there is none), `none`, or a path.
 
+    `latest` is the newest that is whole: damaged ones are reported and renamed to `checkpoint-N.damaged`. For one process.
+
     Raises:
-        InputError: for a path that is not a checkpoint; for `none` where the output folder holds a run already.
+        InputError: for a path that is not a checkpoint or a damaged one; for `none` where the output folder holds a run
+            already; where no checkpoint is whole.
     """
+    tidy_checkpoints(output_dir)
     existing = list_checkpoints(output_dir)
     if resume_from_checkpoint == "latest":
-        return existing[-1] if existing else None
+        return newest_whole_checkpoint(existing)
     if resume_from_checkpoint == "none":
         if existing:
             raise InputError(
@@ -116,7 +205,7 @@ def find_checkpoint(resume_from_checkpoint: str, output_dir: str | Path) -> Path
     path = Path(resume_from_checkpoint)
     if not path.is_dir() and (Path(output_dir) / resume_from_checkpoint).is_dir():
         path = Path(output_dir) / resume_from_checkpoint
-    if not (path / "training_state.json").is_file():
+    if not ((path / "training_state.json").is_file() or (path / MANIFEST).is_file()):
         known = f"; {output_dir} has {', '.join(p.name for p in existing)}" if existing else ""
         raise InputError(
             f"--resume_from_checkpoint {resume_from_checkpoint} is not a checkpoint of this script (no "
@@ -127,7 +216,114 @@ def find_checkpoint(resume_from_checkpoint: str, output_dir: str | Path) -> Path
             f"--resume_from_checkpoint {resume_from_checkpoint} is older than {existing[-1]}; to branch off from it choose "
             "another --output_dir, to continue that run take `latest`"
         )
+    if damage := find_damage(path):
+        raise InputError(
+            f"--resume_from_checkpoint {resume_from_checkpoint} is damaged ({damage}); give another, or `latest` for the "
+            "newest whole one of --output_dir"
+        )
     return path
+
+
+def newest_whole_checkpoint(existing: list[Path]) -> Path | None:
+    """The last of `existing` whose files are as they were saved; damaged ones after it are renamed.
+
+    Raises:
+        InputError: where there are some and none is whole.
+    """
+    damaged: list[tuple[Path, str]] = []
+    for path in reversed(existing):
+        damage = find_damage(path)
+        if damage is None:
+            break
+        damaged.append((path, damage))
+    else:
+        if existing:
+            raise InputError(
+                f"no checkpoint in {existing[0].parent} is whole ({'; '.join(f'{p.name}: {d}' for p, d in damaged)}); "
+                "mend one, remove them to start anew, or choose another --output_dir"
+            )
+        return None
+    for bad, damage in damaged:
+        aside = bad.with_name(f"{bad.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(bad, aside)
+        # Not accelerate's logger: this is for one process.
+        logging.getLogger(__name__).warning(
+            f"{bad} is damaged ({damage}): continuing from {path.name}; the damaged one is {aside.name} now"
+        )
+    return path
+
+
+def together(accelerator: Accelerator, action: Callable, *arguments, where: bool = True) -> str | None:
+    """Does `action` on the processes with `where`, waits for all, and tells every one of them what failed on any.
+
+    A failing process so never leaves the others waiting for it.
+
+    Returns:
+        why a file could not be read or written, or None.
+
+    Raises:
+        InputError, RuntimeError: another failure's, of this process or (as its text) of another.
+    """
+    own, outcome = None, []
+    try:
+        if where:
+            action(*arguments)
+    except Exception as error:  # whatever it is, the others must hear of it
+        own, reason = error, unwritable(error)
+        outcome = [(reason is not None, isinstance(error, InputError), reason or str(error))]
+    outcomes = gather_object(outcome)
+    for is_file, is_input, text in outcomes:
+        if not is_file:
+            settle(accelerator)
+            raise own or (InputError(text) if is_input else RuntimeError(f"another process failed: {text}"))
+    return outcomes[0][2] if outcomes else None
+
+
+def unwritable(error: Exception) -> str | None:
+    """The cause in words of an exception that is a failing disk's, as Python, safetensors and torch raise it."""
+    if isinstance(error, OSError):
+        return error.strerror or first_line(error)
+    if isinstance(error, SafetensorError) and "I/O error" in str(error):
+        return str(error).split("I/O error: ")[-1].split(" (os error")[0]
+    if isinstance(error, RuntimeError) and re.search("inline_container|PytorchStreamWriter|iostream", str(error)):
+        return "a file could not be written in full"
+    return None
+
+
+def choose_checkpoint(accelerator: Accelerator, resume_from_checkpoint: str, output_dir: Path) -> Path | None:
+    """`find_checkpoint` for all processes: the main one looks, all get its answer.
+
+    Raises:
+        InputError: as there; or when the processes do not share the output folder.
+    """
+    found: list[str | None] = [None]
+    mark = output_dir / broadcast_object_list([f".shared-{time.time_ns()}"])[0]
+
+    def look():
+        checkpoint = find_checkpoint(resume_from_checkpoint, output_dir)
+        found[0] = None if checkpoint is None else str(checkpoint)
+        mark.write_text("")
+
+    def see():
+        # A network file system may show a new file late.
+        for _ in range(60):
+            if mark.name in os.listdir(output_dir):
+                return
+            time.sleep(1)
+        raise InputError(
+            f"--output_dir {output_dir} is not the same folder for all processes; give one on a file system that all "
+            "machines share"
+        )
+
+    try:
+        failure = together(accelerator, look, where=accelerator.is_main_process) or together(accelerator, see)
+    finally:
+        if accelerator.is_main_process:
+            mark.unlink(missing_ok=True)
+    if failure:
+        raise InputError(f"--output_dir {output_dir} cannot be read or written: {failure}")
+    return None if broadcast_object_list(found)[0] is None else Path(found[0])
 
 
 def read_training_state(checkpoint: Path, expected: dict) -> dict:
@@ -144,8 +340,8 @@ def read_training_state(checkpoint: Path, expected: dict) -> dict:
         settings = state["settings"]
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"--resume_from_checkpoint {checkpoint} is damaged (training_state.json: {error}); remove it to continue "
-            "from the one before"
+            f"--resume_from_checkpoint {checkpoint} is damaged (training_state.json: {first_line(error)}); remove it to "
+            "continue from the one before"
         ) from error
     for name, value in expected.items():
         if settings.get(name) != value:
@@ -156,46 +352,135 @@ def read_training_state(checkpoint: Path, expected: dict) -> dict:
     return state
 
 
+def run_settings(args, data, transformer: torch.nn.Module) -> dict:
+    """What must be the same for a run to be continued, by the name that an error shows; paths may have moved."""
+    options = (
+        "seed objective resolution center_crop random_flip lora_rank encoder_layer layer_scope alignment_coeff "
+        "alignment_stop_step timestep_weighting projector spatial_norm reward_weighting estimator policy_noise "
+        "group_size policy_epochs clip_range kl_coeff learning_rate lr_scheduler lr_warmup_steps adam_beta1 adam_beta2 "
+        "adam_weight_decay adam_epsilon max_grad_norm use_ema ema_decay"
+    )
+    settings = {f"--{name}": getattr(args, name) for name in options.split()}
+    sources = ("vae", "pretrained_model_name_or_path")
+    settings |= {f"--{name}": Path(getattr(args, name) or "none").name for name in sources}
+    settings["--encoder"] = [Path(name).name for name in args.encoder or []]
+    settings["--conflict"] = conflict_mode(args)
+    settings["--label_dropout"] = transformer.config.class_dropout_prob
+    settings["the number of images"] = len(data)
+    settings["the checksum of --latents_dir"] = getattr(data, "checksum", None)
+    settings["the checksum of the labels"] = zlib.crc32(np.asarray(data["label"][:], dtype=np.int64).tobytes())
+    if args.lora_rank:
+        settings["the checksum of the frozen weights"] = frozen_checksum(transformer)
+    for name, value in transformer.config.items():
+        if not name.startswith("_"):
+            settings[f"the model's {name}"] = list(value) if isinstance(value, tuple) else value
+    return settings
+
+
+def alignment_end(alignment) -> dict:
+    """What the trainer knows about the step from which on it no longer aligns, for the checkpoint."""
+    stop = alignment.stop_step
+    return {"stop_step": None if math.isinf(stop) else stop, "gate_window": alignment.gate.window}
+
+
+def restore_alignment_end(alignment, state: dict) -> bool:
+    """Takes over what a checkpoint knows; False where it was made for a run of another length, and so does not hold."""
+    if state["gate_window"] != alignment.gate.window:
+        return False
+    alignment.stop_step = math.inf if state["stop_step"] is None else state["stop_step"]
+    return True
+
+
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path):
     """Loads what `save_checkpoint` saved: weights, averages, optimizer, statistics.
 
     Raises:
-        InputError: when a part of it is missing or damaged.
+        InputError: when a part of it is missing or does not fit.
     """
-    try:
-        accelerator.load_state(str(checkpoint))
-    except (OSError, EOFError, KeyError, RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
-        raise InputError(
-            f"--resume_from_checkpoint {checkpoint} is damaged ({first_line(error)}); remove it to continue from the one "
-            "before"
-        ) from error
+
+    def load():
+        try:
+            accelerator.load_state(str(checkpoint))
+        except (OSError, LookupError, EOFError, RuntimeError, ValueError, SafetensorError, UnpicklingError) as error:
+            raise InputError(
+                f"--resume_from_checkpoint {checkpoint} cannot be loaded ({first_line(error)}); remove it to continue from "
+                "the one before"
+            ) from error
+
+    together(accelerator, load)
     # Steps are saved whole. Micro-steps count from here, or another accumulation would cut across them.
     accelerator.step = 0
 
 
-def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, state: dict, limit: int | None = None):
-    """Saves `checkpoint-{step}` on all processes. It gets its name only when it is complete.
+def save_checkpoint(
+    accelerator: Accelerator, output_dir: Path, step: int, state: dict, limit: int | None = None
+) -> bool:
+    """Saves `checkpoint-{step}` on all processes.
+
+    It is written to a temporary folder, which gets its name when every file is on the disk: whatever happens meanwhile,
+    the checkpoint before is as it was. Where it cannot be written, a log line says so, and all processes get False.
 
     Args:
         state: what `read_training_state` gives back; JSON types only.
         limit: how many checkpoints to keep; the oldest go, after the new one is complete.
     """
     final, temporary = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.tmp"
-    if accelerator.is_main_process:
+
+    def make():
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary))
-    if accelerator.is_main_process:
-        (temporary / "training_state.json").write_text(json.dumps(state, indent=1))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shutil.rmtree(final, ignore_errors=True)
+
+    def write():
+        accelerator.save_state(str(temporary))
+        if accelerator.is_main_process:
+            (temporary / "training_state.json").write_text(json.dumps(state, indent=1))
+
+    def flush():
+        sync_to_disk(*temporary.rglob("*"))
+
+    def publish():
+        write_manifest(temporary)
+        sync_to_disk(temporary)
+        if final.exists():
+            remove_checkpoint(final)
         os.replace(temporary, final)
-        for old in list_checkpoints(output_dir)[:-limit] if limit else []:
-            shutil.rmtree(old, ignore_errors=True)
+        sync_to_disk(output_dir)
+
+    is_main, is_local_main = accelerator.is_main_process, accelerator.is_local_main_process
+    failure = (
+        together(accelerator, make, where=is_main)
+        or together(accelerator, write)
+        # What a machine has written is in its own memory first.
+        or together(accelerator, flush, where=is_local_main)
+        or together(accelerator, publish, where=is_main)
+    )
+    if failure is None:
+        if is_main:
+            for old in list_checkpoints(output_dir)[:-limit] if limit else []:
+                with contextlib.suppress(OSError):
+                    remove_checkpoint(old)
+            shutil.rmtree(output_dir / f"{final.name}.damaged", ignore_errors=True)
+        logger.info(f"saved {final}")
+    elif is_main:
+        free = shutil.disk_usage(output_dir).free
+        shutil.rmtree(temporary, ignore_errors=True)
+        kept = list_checkpoints(output_dir)
+        before = f"{kept[-1]} is whole, and the run can be continued from it" if kept else "there is none before it"
+        logger.error(f"{final} could not be saved ({failure}; {free / 1e9:.1f} GB were free): {before}")
     accelerator.wait_for_everyone()
-    logger.info(f"saved {final}")
+    return failure is None
+
+
+def build_optimizer(args, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW as the options want it; fused, which also lets it leave a step out without asking the host."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+        fused=True,
+    )
 
 
 def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -234,15 +519,16 @@ def save_lora(model: torch.nn.Module, folder: Path):
     model.unload_lora()
 
 
-def register_model_hooks(accelerator: Accelerator, ema: EMAModel | None, tensors: dict):
+def register_model_hooks(accelerator: Accelerator, ema: EMAModel | None, tensors: dict, means: "RunningMeans"):
     """Makes checkpoints hold the weights and their averages, and more tensors.
 
     Weights are in `transformer/` and `transformer_ema/`, which `from_pretrained` opens; where most are frozen, the trained
     ones alone are in `transformer.safetensors` and `transformer_ema.safetensors`.
 
     Args:
-        tensors: objects with `state_dict` and `load_state_dict` of tensors, by name; each is saved as
-            `{name}.safetensors`.
+        tensors: objects with `state_dict` and `load_state_dict` of tensors, by name, the same on all processes; each is
+            saved as `{name}.safetensors`.
+        means: of each process, `running_means_{process}.safetensors`.
     """
 
     def trained(model):
@@ -271,6 +557,8 @@ def register_model_hooks(accelerator: Accelerator, ema: EMAModel | None, tensors
                     save(model, os.path.join(output_dir, "transformer_ema"))
             for name, holder in tensors.items():
                 save_file(holder.state_dict(), os.path.join(output_dir, f"{name}.safetensors"))
+        name = f"running_means_{accelerator.process_index}.safetensors"
+        save_file(means.state_dict(), os.path.join(output_dir, name))
         # What is taken out here, accelerate does not save a second time.
         weights.clear()
 
@@ -282,6 +570,9 @@ def register_model_hooks(accelerator: Accelerator, ema: EMAModel | None, tensors
             torch._foreach_copy_(ema.shadow_params, load(model, os.path.join(input_dir, "transformer_ema")))
         for name, holder in tensors.items():
             holder.load_state_dict(load_file(os.path.join(input_dir, f"{name}.safetensors")))
+        saved = list(Path(input_dir).glob("running_means_*.safetensors"))
+        saved.sort(key=lambda path: int(path.stem.split("_")[-1]))
+        means.load_state_dicts([load_file(path) for path in saved], accelerator)
 
     accelerator.register_save_state_pre_hook(save_hook)
     accelerator.register_load_state_pre_hook(load_hook)
@@ -292,26 +583,55 @@ def register_model_hooks(accelerator: Accelerator, ema: EMAModel | None, tensors
 
 
 class RunningMeans:
-    """Means of device scalars between two reads: adding never waits for the device, reading waits once."""
+    """Means of device scalars between two reads: adding never waits for the device, reading waits once.
+
+    Numbers that are not finite are left out. `commit` ends a step: only what came before it is saved with a checkpoint.
+    """
 
     def __init__(self):
-        self.sums: dict[str, torch.Tensor] = {}
-        self.counts: dict[str, int] = {}
+        # By the names that were added together: their sums, and below how many numbers those are, `[2, names]`.
+        self.groups: dict[tuple[str, ...], torch.Tensor] = {}
+        self.committed: dict[tuple[str, ...], torch.Tensor] = {}
 
     def add(self, **values: torch.Tensor):
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.detach().float()
-            self.counts[name] = self.counts.get(name, 0) + 1
+        new = torch.stack([value.detach().float() for value in values.values()])
+        finite = new.isfinite()
+        new = torch.stack([torch.where(finite, new, 0.0), finite.float()])
+        # Not in place: `commit` keeps the tensors.
+        self.groups[tuple(values)] = self.groups.get(tuple(values), 0.0) + new
+
+    def commit(self):
+        self.committed = dict(self.groups)
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means over what was added and over processes; starts anew."""
-        names = sorted(self.sums)
-        if not names:
+        """Means over what was added and over processes; NaN where no number was finite. Starts anew."""
+        keys = sorted(self.groups)
+        if not keys:
             return {}
-        means = torch.stack([self.sums[name] / self.counts[name] for name in names])
-        means = accelerator.reduce(means, reduction="mean").tolist()
-        self.sums, self.counts = {}, {}
-        return dict(zip(names, means))
+        sums, counts = accelerator.reduce(torch.cat([self.groups[key] for key in keys], 1), reduction="sum").tolist()
+        totals: dict[str, tuple[float, float]] = {}
+        for name, value, count in zip((name for key in keys for name in key), sums, counts):
+            before = totals.get(name, (0.0, 0.0))
+            totals[name] = before[0] + value, before[1] + count
+        self.groups, self.committed = {}, {}
+        return {name: value / count if count else float("nan") for name, (value, count) in sorted(totals.items())}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"|".join(key): tensor.contiguous() for key, tensor in self.committed.items()}
+
+    def load_state_dicts(self, saved: list[dict[str, torch.Tensor]], accelerator: Accelerator):
+        """Continues from the sums of every process; with another number of processes the first takes all."""
+        for state in saved:
+            state.update({name: tensor.to(accelerator.device) for name, tensor in state.items()})
+        if len(saved) == accelerator.num_processes:
+            own = saved[accelerator.process_index]
+        else:
+            names = {name for state in saved for name in state}
+            own = {name: sum(state[name] for state in saved if name in state) for name in names}
+            if not accelerator.is_main_process:
+                own = {name: torch.zeros_like(tensor) for name, tensor in own.items()}
+        self.groups = {tuple(name.split("|")): tensor for name, tensor in own.items()}
+        self.commit()
 
 
 class MetricsFile:
@@ -322,11 +642,28 @@ class MetricsFile:
         kept = [row for row in read_metrics(path) if row["step"] <= resume_step] if path.exists() else []
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        sync_to_disk(temporary)
         os.replace(temporary, path)
 
     def write(self, step: int, values: dict[str, float]):
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        """Adds a line.
+
+        Raises:
+            TrainingStopped: when it cannot be written.
+        """
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            raise TrainingStopped(
+                f"{self.path} cannot be written at step {step} ({error.strerror or error}); make room and run the same "
+                "command again: it continues from the newest checkpoint"
+            ) from error
+
+    def sync(self):
+        """Waits until the lines are on the disk, where a checkpoint counts on them."""
+        with contextlib.suppress(OSError):
+            sync_to_disk(self.path)
 
 
 def read_metrics(path: str | Path) -> list[dict]:

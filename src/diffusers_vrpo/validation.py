@@ -8,8 +8,25 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from .arguments import as_id
+from .errors import InputError
 from .pipeline_vrpo import VRPOPipeline
 from .plots import image_grid
+
+
+def grid_columns(pipeline: VRPOPipeline, labels: list[str] | None) -> list[int]:
+    """The classes of `--validation_labels`, names or ids; without them ten, spread over all.
+
+    Raises:
+        InputError: for a label that the model does not have.
+    """
+    num_classes = pipeline.transformer.config.num_classes
+    columns = min(10, num_classes)
+    labels = labels or [int(i * num_classes / columns) for i in range(columns)]
+    try:
+        return pipeline.get_label_ids([c if str(c).lower() in pipeline.labels else as_id(c) for c in labels])
+    except ValueError as error:
+        raise InputError(f"--validation_labels: {error}") from error
 
 
 def draw_samples(

@@ -1,0 +1,530 @@
+"""Runs that are killed, interrupted, divided otherwise, or meet NaN and full disks.
+
+A process that has imported everything forks the trainers, so that a start costs no seconds: `trainers(...)`.
+"""
+
+import errno
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from test_train_cli import (  # noqa: F401
+    SCRIPT,
+    assert_same_files,
+    command,
+    losses,
+    no_network_environment,
+    run,
+    train_vrpo,
+)
+
+from diffusers_vrpo import training
+from diffusers_vrpo.errors import InputError
+from diffusers_vrpo.interruption import OVERFLOWS_IN_A_ROW, SKIPPED_IN_A_ROW, Interruption, StepGuard, TrainingStopped
+from diffusers_vrpo.latents import TrainingSamples
+from diffusers_vrpo.training import RunningMeans, find_checkpoint, find_damage, list_checkpoints, read_metrics
+
+
+# Reads JSON lines: what to start (then it prints the process id) or which process to wait for (its exit code).
+FORK_SERVER = """
+import faulthandler, importlib.util, json, os, resource, shutil, signal, sys, traceback
+import sklearn.datasets, tensorboard  # noqa: what a run would import later
+spec = importlib.util.spec_from_file_location("train_vrpo", sys.argv[1])
+train_vrpo = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(train_vrpo)
+from diffusers_vrpo import latents, training
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def nth_call(n, before, module, name):  # or every call, for 0
+    original, calls = getattr(module, name), []
+    def patched(*args, **kwargs):
+        calls.append(0)
+        if n in (0, len(calls)):
+            before(*args, **kwargs)
+        return original(*args, **kwargs)
+    setattr(module, name, patched)
+
+def half_a_file(tensors, path):
+    with open(path, "wb") as file:
+        file.write(b"half")
+    die()
+
+def half_deleted(path, ignore_errors=False):
+    if path.name.endswith(".old") and path.exists():
+        (path / "training_state.json").unlink()
+        die()
+
+def no_name(*paths):
+    if len(paths) == 1 and paths[0].name.startswith(".checkpoint-"):
+        die()
+
+def nan_sample(index):
+    original = latents.TrainingSamples.__getitems__
+    def patched(self, indices):
+        batch = original(self, indices)
+        batch["noise"][batch["index"] == index] = float("nan")
+        return batch
+    latents.TrainingSamples.__getitems__ = patched
+
+HOOKS = {
+    None: lambda: None,
+    # Each kills itself on the way to a checkpoint.
+    "half a file": lambda: nth_call(5, half_a_file, training, "save_file"),
+    "no manifest": lambda: nth_call(2, lambda folder: die(), training, "write_manifest"),
+    "no name": lambda: nth_call(0, no_name, training, "sync_to_disk"),
+    "half deleted": lambda: nth_call(0, half_deleted, training.shutil, "rmtree"),
+    "nan": lambda: nan_sample(60),
+    # From the second checkpoint on no file may be longer than 10 kB.
+    "disk full": lambda: nth_call(2, lambda *args: resource.setrlimit(resource.RLIMIT_FSIZE, (10000, -1)),
+                                  train_vrpo, "save_checkpoint"),
+}
+
+for line in sys.stdin:
+    order = json.loads(line)
+    if "wait" in order:
+        print(os.waitstatus_to_exitcode(os.waitpid(order["wait"], 0)[1]), flush=True)
+        continue
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(log, 1), os.dup2(log, 2)
+            faulthandler.dump_traceback_later(150, exit=True)
+            os.environ.update(order["environment"])
+            if hasattr(os, "sched_setaffinity"):
+                # One core each: threads that wait for one another are slow where cores are shared.
+                cores = sorted(os.sched_getaffinity(0))
+                os.sched_setaffinity(0, {cores[int(os.environ.get("RANK", os.getpid())) % len(cores)]})
+            HOOKS[order["hook"]]()
+            train_vrpo.main(train_vrpo.parse_args(order["options"]))
+            code = 0
+        except SystemExit as error:
+            code = error.code
+        except Exception as error:
+            print(type(error).__name__, error, flush=True)
+            traceback.print_exc()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    print(pid, flush=True)
+"""
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+
+
+class Trainer:
+    """A trainer of one or more processes, in the background."""
+
+    def __init__(self, ask, log: Path, options: list[str], hook: str | None, processes: int):
+        self.ask, self.log = ask, log
+        environment = {"OMP_NUM_THREADS": "1"}
+        if processes > 1:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            environment |= {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        self.pids = []
+        for rank in range(processes):
+            ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+            order = {"options": options, "environment": environment | ranks, "hook": hook, "log": str(log)}
+            self.pids.append(ask(order))
+
+    def wait(self) -> list[int]:
+        return [self.ask({"wait": pid}) for pid in self.pids]
+
+    def kill(self, signum=signal.SIGKILL, rank=0):
+        os.kill(self.pids[rank], signum)
+
+    def wait_for_step(self, output_dir: Path, step: int):
+        """Until the run has logged this step."""
+        for _ in range(6000):
+            path = output_dir / "metrics.jsonl"
+            if path.exists() and any(row["step"] >= step for row in read_metrics(path)):
+                return
+            time.sleep(0.01)
+        raise AssertionError(f"step {step} was not reached: {self.log.read_text()[-3000:]}")
+
+
+@pytest.fixture(scope="module")
+def trainers(tmp_path_factory):
+    """Starts trainers: `trainers(options, hook=None, processes=1)`."""
+    folder = tmp_path_factory.mktemp("fork_server")
+    (folder / "server.py").write_text(FORK_SERVER)
+    server = subprocess.Popen(
+        [sys.executable, str(folder / "server.py"), str(SCRIPT)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**no_network_environment(), "OMP_NUM_THREADS": "1"},
+    )
+
+    def ask(order: dict) -> int:
+        server.stdin.write(json.dumps(order) + "\n")
+        server.stdin.flush()
+        return int(server.stdout.readline())
+
+    yield lambda options, hook=None, processes=1: Trainer(ask, folder / "log.txt", options, hook, processes)
+    server.stdin.close()
+    server.wait()
+
+
+def assert_same_end(a: Path, b: Path, step: int):
+    """Weights, averages, optimizer, statistics, what is published, and every logged number but the speed."""
+    weights = "diffusion_pytorch_model.safetensors"
+    names = [f"transformer/{weights}", f"transformer_ema/{weights}"]
+    names += ["reward_statistics.safetensors", "conflict_gate.safetensors", "running_means_0.safetensors"]
+    checkpoints = a / f"checkpoint-{step}", b / f"checkpoint-{step}"
+    assert_same_files(*checkpoints, names)
+    assert_same_files(a, b, [f"transformer/{weights}"])
+    left, right = (torch.load(path / "optimizer.bin", weights_only=True)["state"] for path in checkpoints)
+    assert left.keys() == right.keys() and left
+    for key, state in left.items():
+        for name, tensor in state.items():
+            assert torch.equal(tensor, right[key][name])
+    left, right = (json.loads((path / "training_state.json").read_text()) for path in checkpoints)
+    assert left == right
+    left, right = (read_metrics(path / "metrics.jsonl") for path in (a, b))
+    for row in left + right:
+        for speed in ("images_per_second", "tflops_per_device"):
+            row.pop(speed)
+    assert left == right and left[-1]["step"] == step
+
+
+# Killed and interrupted
+
+
+@needs_fork
+def test_killed_at_any_moment_the_end_is_bit_equal(command, trainers, tmp_path):  # noqa: F811
+    # Logged every third step, saved every second: sums of half a log interval are part of a checkpoint.
+    options = {"max_train_steps": 44, "checkpointing_steps": 2, "checkpoints_total_limit": 2, "logging_steps": 3}
+    options |= {"lr_scheduler": "cosine", "lr_warmup_steps": 5, "train_batch_size": 32, "learning_rate": 1e-3}
+    straight, killed = tmp_path / "run", tmp_path / "killed"
+    assert trainers(command(**options)).wait() == [0]
+    dice = random.Random(os.environ.get("KILL_SEED", "0"))
+    again = command(**options, output_dir=killed)
+    saved, folders = 0, []
+    in_checkpoints = ["half a file", "no manifest", "no name", "half deleted"]
+    plan = [*in_checkpoints, *[None] * 7]
+    dice.shuffle(plan)
+    for number, hook in enumerate(plan):
+        trainer = trainers(again, hook=hook)
+        if hook is None:
+            # Now and then on the way to the first step, otherwise after some.
+            if number % 4:
+                trainer.wait_for_step(killed, min(saved + 3, 42))
+            time.sleep(dice.uniform(0, 0.3))
+            trainer.kill()
+        codes = trainer.wait()
+        assert codes == [-signal.SIGKILL], (hook, trainer.log.read_text()[-2000:])
+        # Whatever happened, the newest checkpoint with a name is whole, and they only get newer.
+        existing = list_checkpoints(killed)
+        folders.append(sorted(path.name for path in killed.glob(".checkpoint-*")))
+        if existing:
+            assert find_damage(existing[-1]) is None
+            assert int(existing[-1].name.split("-")[1]) >= saved
+            saved = int(existing[-1].name.split("-")[1])
+    assert 0 < saved < 44 and any(folders)
+    assert trainers(again).wait() == [0]
+    assert_same_end(straight, killed, 44)
+    assert [path.name for path in list_checkpoints(killed)] == ["checkpoint-42", "checkpoint-44"]
+    assert not list(killed.glob(".*"))
+    share = read_metrics(killed / "metrics.jsonl")[-1]["share/semantic"]
+    assert share != pytest.approx(1 / 3)
+
+
+@needs_fork
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_end_is_bit_equal(command, trainers, tmp_path, signum):  # noqa: F811
+    options = {"max_train_steps": 14, "dataloader_num_workers": 1, "logging_steps": 2, "learning_rate": 1e-3}
+    assert trainers(command(**options)).wait() == [0]
+    again = command(**options, output_dir=tmp_path / "left")
+    trainer = trainers(again)
+    trainer.wait_for_step(tmp_path / "left", 4)
+    trainer.kill(signum)
+    assert trainer.wait() == [128 + signum]
+    (checkpoint,) = list_checkpoints(tmp_path / "left")
+    assert 4 <= json.loads((checkpoint / "training_state.json").read_text())["step"] < 14
+    assert trainers(again).wait() == [0]
+    assert_same_end(tmp_path / "run", tmp_path / "left", 14)
+
+
+def test_signals_before_and_after_the_loop_act_as_always():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with Interruption() as interruption:
+        assert signal.getsignal(signal.SIGINT) == before[1]
+        interruption.listen()
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # the same Ctrl-C, passed on by the launcher
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        assert interruption.signum == signal.SIGINT
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_second_ctrl_c_leaves_at_once():
+    code = (
+        "import os, signal, time\nfrom diffusers_vrpo.interruption import Interruption\n"
+        "with Interruption() as i:\n    i.listen()\n    os.kill(os.getpid(), 2)\n    time.sleep(1.1)\n"
+        "    os.kill(os.getpid(), 2)\n    time.sleep(5)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=no_network_environment(), capture_output=True, text=True)
+    assert done.returncode == 130 and "SIGINT: saving a checkpoint" in done.stderr
+
+
+# However the batch is divided
+
+
+@needs_fork
+def test_three_divisions_give_the_same_trajectory(command, trainers, tmp_path):  # noqa: F811
+    """1 process of 16, 2 of 8 (one of which gets a signal on the way), and 8 twice, over 50 steps."""
+    options = {"max_train_steps": 50, "learning_rate": 1e-4, "checkpointing_steps": 10}
+    assert trainers(command(**options)).wait() == [0]
+    divided = {"train_batch_size": 8, **options}
+    assert trainers(command(**divided, gradient_accumulation_steps=2, output_dir=tmp_path / "twice")).wait() == [0]
+    two = command(**divided, output_dir=tmp_path / "two")
+    trainer = trainers(two, processes=2)
+    trainer.wait_for_step(tmp_path / "two", 15)
+    trainer.kill(signal.SIGTERM, rank=1)
+    assert trainer.wait() == [143, 143]
+    checkpoint = list_checkpoints(tmp_path / "two")[-1]
+    # Every process has its own random state and sums in it.
+    assert len(list(checkpoint.glob("random_states_*.pkl"))) == len(list(checkpoint.glob("running_means_*"))) == 2
+    assert trainers(two, processes=2).wait() == [0, 0]
+
+    reference = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    # The weights adapt: bins have enough samples, and rewards vary unequally.
+    assert reference[-1]["share/structural"] > 0.4 and reference[-1]["share/fidelity"] < 0.3
+    for name in ("twice", "two"):
+        rows = read_metrics(tmp_path / name / "metrics.jsonl")
+        assert [row["step"] for row in rows] == list(range(1, 51))
+        for key in ("loss_fm", "reward/semantic", "reward/structural"):
+            drift = torch.tensor([row[key] for row in rows]) - torch.tensor([row[key] for row in reference])
+            print(f"{name} {key}: max |drift| {drift.abs().max():.1e}, mean {drift.mean():.1e}")
+            assert drift.abs().max() <= 1e-5 and drift.mean().abs() <= 1e-6
+
+
+# Damaged checkpoints
+
+
+@pytest.fixture
+def two_checkpoints(command, tmp_path):  # noqa: F811
+    run(command(checkpointing_steps=2))
+    return tmp_path / "run"
+
+
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(command, two_checkpoints, caplog):  # noqa: F811
+    folder, last = two_checkpoints, two_checkpoints / "checkpoint-4"
+    before = losses(folder)
+    optimizer = last / "optimizer.bin"
+    data = bytearray(optimizer.read_bytes())
+    data[len(data) // 2] ^= 1
+    optimizer.write_bytes(data)
+    with pytest.raises(InputError, match="checkpoint-4 is damaged .optimizer.bin is not what was saved.; give"):
+        run(command(resume_from_checkpoint="checkpoint-4"))
+    # One checkpoint is kept, and it is the whole one until the next is complete.
+    run(command(max_train_steps=3, checkpoints_total_limit=1))
+    assert "checkpoint-4 is damaged (optimizer.bin is not what was saved): continuing from checkpoint-2" in caplog.text
+    assert sorted(p.name for p in folder.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4.damaged"]
+    run(command())
+    assert sorted(p.name for p in folder.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+    assert losses(folder) == before
+
+
+def test_every_kind_of_damage_has_a_name(two_checkpoints):
+    path = two_checkpoints / "checkpoint-4"
+    assert find_damage(path) is None
+    shutil.copytree(path, two_checkpoints / "copy")
+    (two_checkpoints / "copy" / "transformer" / "config.json").unlink()
+    assert find_damage(two_checkpoints / "copy") == "transformer/config.json is missing"
+    (path / "manifest.json").write_text("{}")
+    assert find_damage(path) == "manifest.json is not what was saved"
+    (path / "manifest.json").unlink()
+    assert find_damage(path) == "manifest.json is missing"
+    os.truncate(two_checkpoints / "checkpoint-2" / "training_state.json", 7)
+    with pytest.raises(InputError, match="no checkpoint in .* is whole .checkpoint-4: .*; checkpoint-2: .* 7 bytes"):
+        find_checkpoint("latest", two_checkpoints)
+    assert len(list_checkpoints(two_checkpoints)) == 2
+
+
+def test_what_a_kill_left_is_tidied(two_checkpoints):
+    last = two_checkpoints / "checkpoint-4"
+    os.replace(last, two_checkpoints / ".checkpoint-4.tmp")  # complete, but for its name
+    shutil.copytree(two_checkpoints / "checkpoint-2", two_checkpoints / ".checkpoint-6.tmp")
+    (two_checkpoints / ".checkpoint-6.tmp" / "optimizer.bin").unlink()
+    shutil.copytree(two_checkpoints / "checkpoint-2", two_checkpoints / ".checkpoint-1.old")
+    assert find_checkpoint("latest", two_checkpoints) == last
+    assert not list(two_checkpoints.glob(".checkpoint-*"))
+
+
+# NaN and infinity
+
+
+@pytest.fixture
+def nan_sample(monkeypatch):
+    """Sample 60 of the stream, in step 4 of 16 samples each, has NaN as noise."""
+    original = TrainingSamples.__getitems__
+
+    def patched(self, indices):
+        batch = original(self, indices)
+        batch["noise"][batch["index"] == 60] = math.nan
+        return batch
+
+    monkeypatch.setattr(TrainingSamples, "__getitems__", patched)
+
+
+def test_a_loss_that_is_nan_stops_with_the_state_before_it(command, tmp_path, nan_sample, caplog):  # noqa: F811
+    message = r"step 4 \(samples 48 to 63\): the loss is NaN or infinite; .*checkpoint-3 is .*--skip_nonfinite leaves"
+    options = {"max_train_steps": 6, "gradient_accumulation_steps": 2, "train_batch_size": 8}
+    for _ in range(2):  # the same command tries the step again
+        with pytest.raises(TrainingStopped, match=message):
+            run(command(**options))
+        assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-3"]
+    run(command(**options, output_dir=tmp_path / "clean", max_train_steps=3))
+    assert_same_files(
+        *(tmp_path / folder / "checkpoint-3" for folder in ("run", "clean")),
+        ["transformer/diffusion_pytorch_model.safetensors", "transformer_ema/diffusion_pytorch_model.safetensors"],
+    )
+    # With the option it goes on, and to the same end as if it had been there from the start.
+    for folder in ("run", "skipped"):
+        run([*command(**options, output_dir=tmp_path / folder), "--skip_nonfinite"])
+    assert "step 4 (samples 48 to 63): the loss is NaN or infinite; the step is skipped, 1 so far" in caplog.text
+    assert_same_end(tmp_path / "run", tmp_path / "skipped", 6)
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["skipped_steps"] for row in rows[3:]] == [1, 1, 1]
+    # The half of the batch without NaN has a loss; where none has, it is NaN.
+    assert all(math.isfinite(row["loss_fm"]) for row in rows) and math.isnan(rows[3]["grad_norm"])
+    weights = load_file(tmp_path / "run" / "checkpoint-6" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+@needs_fork
+def test_nan_on_one_process_stops_both(command, trainers, tmp_path):  # noqa: F811
+    trainer = trainers(command(max_train_steps=6, train_batch_size=8), hook="nan", processes=2)
+    assert trainer.wait() == [1, 1]
+    message = "TrainingStopped step 4 (samples 48 to 63): the loss is NaN or infinite"
+    assert trainer.log.read_text().count(message) == 2
+    assert find_checkpoint("latest", tmp_path / "run").name == "checkpoint-3"
+
+
+class Guarded:
+    """A guard over one parameter, whose gradient and loss are given."""
+
+    def __init__(self, skip_nonfinite: bool, scaler=None):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = Accelerator(cpu=True)
+        accelerator.scaler = scaler
+        self.parameter = torch.nn.Parameter(torch.ones(3))
+        self.optimizer = torch.optim.AdamW([self.parameter], lr=0.1, fused=True)
+        self.guard = StepGuard(accelerator, self.optimizer, Interruption(), skip_nonfinite)
+
+    def step(self, loss: float, gradient: float) -> str | None:
+        self.parameter.grad = torch.full((3,), gradient)
+        self.guard.watch(torch.tensor(loss))
+        self.guard.ask(self.parameter.grad.norm())
+        self.optimizer.step()
+        return self.guard.answer()
+
+
+def test_a_step_that_is_not_finite_leaves_the_optimizer_as_it_was():
+    guarded = Guarded(skip_nonfinite=True)
+    assert guarded.step(1.0, 1.0) is None
+    state = [tensor.clone() for tensor in (guarded.parameter, *guarded.optimizer.state[guarded.parameter].values())]
+    assert guarded.step(1.0, math.inf) == "the gradient"
+    assert guarded.step(math.inf, 1.0) == "the loss"
+    after = (guarded.parameter, *guarded.optimizer.state[guarded.parameter].values())
+    assert all(torch.equal(a, b) for a, b in zip(state, after))
+    assert guarded.guard.skipped == 2 and not guarded.guard.must_stop()
+    assert guarded.step(1.0, 1.0) is None and guarded.guard.skipped_in_a_row == 0
+    assert not torch.equal(state[0], guarded.parameter)
+    for _ in range(SKIPPED_IN_A_ROW):
+        assert not guarded.guard.must_stop()
+        guarded.step(math.nan, 1.0)
+    assert guarded.guard.must_stop()
+    assert "the 100th in a row" in str(guarded.guard.stop("step 9: the loss", Path("run"), 8))
+
+
+def test_overflow_of_fp16_is_normal_until_it_is_not():
+    guarded = Guarded(skip_nonfinite=False, scaler=object())
+    for _ in range(OVERFLOWS_IN_A_ROW):
+        assert guarded.step(1.0, math.inf) is None
+    assert guarded.step(1.0, math.inf) == "the gradient"
+    assert guarded.step(1.0, 1.0) is None and guarded.step(1.0, math.inf) is None
+    assert guarded.step(math.nan, 1.0) == "the loss"
+
+
+def test_means_leave_out_what_is_not_finite(tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    means, accelerator = RunningMeans(), Accelerator(cpu=True)
+    for a, b in ((1.0, math.nan), (math.inf, math.nan), (3.0, math.nan)):
+        means.add(a=torch.tensor(a), b=torch.tensor(b))
+    means.commit()
+    means.add(a=torch.tensor(100.0), b=torch.tensor(1.0))  # of a step that does not end
+    # Of two processes: each its own; with one process the sums of both.
+    again = RunningMeans()
+    again.load_state_dicts([means.state_dict(), means.state_dict(), {}], accelerator)
+    again.add(a=torch.tensor(5.0))
+    values = again.read(accelerator)
+    assert values["a"] == (1 + 3 + 1 + 3 + 5) / 5 and math.isnan(values["b"])
+
+
+# A full disk
+
+
+@needs_fork
+def test_a_full_disk_leaves_the_checkpoint_before(command, trainers, tmp_path):  # noqa: F811
+    options = {"max_train_steps": 6, "checkpointing_steps": 2, "logging_steps": 6, "checkpoints_total_limit": 1}
+    assert trainers(command(**options)).wait() == [0]
+    full = command(**options, output_dir=tmp_path / "full")
+    trainer = trainers(full, hook="disk full")
+    assert trainer.wait() == [1]
+    log = trainer.log.read_text()
+    for step in (4, 6):
+        assert f"full/checkpoint-{step} could not be saved (" in log
+    assert "GB were free): " in log and "full/checkpoint-2 is whole, and the run can be continued from it" in log
+    assert "TrainingStopped step 6 could not be saved; make room and run the same command again" in log
+    assert [path.name for path in (tmp_path / "full").glob("*checkpoint-*")] == ["checkpoint-2"]
+    assert trainers(full).wait() == [0]
+    assert_same_end(tmp_path / "run", tmp_path / "full", 6)
+
+
+@pytest.mark.parametrize("where", ["save_file", "write_manifest", "sync_to_disk"])
+def test_no_space_at_any_stage_of_saving(command, tmp_path, monkeypatch, caplog, where):  # noqa: F811
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    run(command(max_train_steps=2))
+    with monkeypatch.context() as patch:
+        original = getattr(training, where)
+        # metrics.jsonl is written.
+        patch.setattr(training, where, lambda *a: original(*a) if "metrics" in str(a[0]) else full())
+        with pytest.raises(TrainingStopped, match="step 4 could not be saved"):
+            run(command())
+    assert "checkpoint-4 could not be saved (No space left on device; " in caplog.text
+    assert [path.name for path in (tmp_path / "run").glob("*checkpoint-*")] == ["checkpoint-2"]
+    run(command())
+    assert len(losses(tmp_path / "run")) == 4
+
+
+def test_other_failures_while_saving_are_not_hidden(command, monkeypatch):  # noqa: F811
+    def broken(*args):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(training, "write_manifest", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(command(max_train_steps=1))

@@ -352,7 +352,7 @@ train_vrpo.main(train_vrpo.parse_args())
 @pytest.mark.parametrize("ends_by", ["gate", "stop"])
 def test_two_processes_cross_the_end_of_alignment(command, tmp_path, ends_by):  # noqa: F811
     """The gate closes (or the stop comes) at the same step on both; nothing hangs; the losses stay those of one."""
-    options = {"max_train_steps": 45, "train_batch_size": 128, "logging_steps": 1}
+    options = {"max_train_steps": 45, "train_batch_size": 128, "logging_steps": 1, "learning_rate": 1e-3}
     options |= {"conflict": "none", "alignment_stop_step": 36} if ends_by == "stop" else {}
     options["resolution"] = 8
     runs = {}

@@ -52,6 +52,7 @@ from diffusers_vrpo.pipeline_vrpo import VRPOPipeline
 from diffusers_vrpo.plots import plot_metrics
 from diffusers_vrpo.representation_policy import REWARDS, TIMESTEP_WEIGHTS
 from diffusers_vrpo.reward_weights import parse_reward_weighting
+from diffusers_vrpo.sharding import is_sharded, prepare, whole, whole_pipeline
 from diffusers_vrpo.throughput import ForeachEMA, TrainingSpeed, add_speed_options
 from diffusers_vrpo.training import (
     MetricsFile,
@@ -59,7 +60,6 @@ from diffusers_vrpo.training import (
     alignment_end,
     build_optimizer,
     choose_checkpoint,
-    ema_weights,
     load_checkpoint,
     prepare_output_dir,
     read_training_state,
@@ -355,10 +355,6 @@ def train(args: argparse.Namespace, interruption: Interruption):
         model.enable_gradient_checkpointing()
     model.to(device)
     speed = TrainingSpeed(args, model, encoders, accelerator, logger.info)
-    ema = None
-    if args.use_ema:
-        # min_decay turns diffusers' warm-up off, which would reach 0.9999 at step 90,000 only.
-        ema = ForeachEMA(trainable_parameters(model), decay=args.ema_decay, min_decay=args.ema_decay)
     optimizer = build_optimizer(args, trainable_parameters(model))
     global_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     max_train_steps = args.max_train_steps or 400_000
@@ -369,16 +365,21 @@ def train(args: argparse.Namespace, interruption: Interruption):
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps
     )
     alignment = Alignment(args, model, encoders, max_train_steps, device, accelerator.autocast)
-    states = {"reward_statistics": alignment.statistics, "conflict_gate": alignment.gate}
-    means = RunningMeans()
-    register_model_hooks(accelerator, ema, states, means)
-
     pipeline = VRPOPipeline(model, default_scheduler(model.config.prediction_type), vae, id2label)
     columns = grid_columns(pipeline, args.validation_labels)
     grid_options = (args.num_validation_images, args.num_inference_steps, args.guidance_scale, args.seed, device)
 
+    # FSDP replaces the weights: the averages are of the new ones.
+    model, optimizer = prepare(accelerator, model, optimizer)
+    sharded, ema = is_sharded(model), None
+    if args.use_ema:
+        # min_decay turns diffusers' warm-up off, which would reach 0.9999 at step 90,000 only.
+        ema = ForeachEMA(trainable_parameters(model), decay=args.ema_decay, min_decay=args.ema_decay)
+
     # 3. Where to start: the stream of samples goes on where the checkpoint's ended.
-    model, optimizer = accelerator.prepare(model, optimizer)
+    states = {"reward_statistics": alignment.statistics, "conflict_gate": alignment.gate}
+    means = RunningMeans()
+    register_model_hooks(accelerator, ema, states, means)
     guard = StepGuard(accelerator, optimizer, interruption, args.skip_nonfinite)
     step, samples_seen, saved_step = 0, 0, 0
     settings = run_settings(args, data, pipeline.transformer)
@@ -486,7 +487,7 @@ def train(args: argparse.Namespace, interruption: Interruption):
                     alignment.end()
                     logger.info(f"alignment has ended at step {step}; neither encoder nor projector runs from here on")
                 means.add(alignment_coeff=torch.zeros((), device=device))
-                if accelerator.num_processes > 1:  # DDP waits for a gradient of every parameter
+                if accelerator.num_processes > 1 and not sharded:  # DDP waits for a gradient of every parameter
                     loss = loss + 0.0 * sum(p.sum() for p in pipeline.transformer.projectors.parameters())
 
             guard.watch(loss)
@@ -496,7 +497,7 @@ def train(args: argparse.Namespace, interruption: Interruption):
             elif aligned:
                 release_projectors(pipeline.transformer)
             if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                grad_norm = whole(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm))
                 means.add(grad_norm=grad_norm)
                 guard.ask(grad_norm)
             optimizer.step()
@@ -554,24 +555,23 @@ def train(args: argparse.Namespace, interruption: Interruption):
             settle(accelerator)
             accelerator.end_training()
             sys.exit(128 + guard.signum)
-        if step % args.validation_steps == 0 and not last and accelerator.is_main_process:
-            model.eval()
-            with ema_weights(ema, pipeline.transformer):
-                save_samples(accelerator, output_dir, step, draw_samples(pipeline, columns, *grid_options))
-            model.train()
+        if step % args.validation_steps == 0 and not last:
+            with whole_pipeline(accelerator, pipeline, ema) as averaged:
+                if accelerator.is_main_process:
+                    save_samples(accelerator, output_dir, step, draw_samples(averaged, columns, *grid_options))
         speed.step()
         clock = time.perf_counter()
     progress.close()
 
     # 6. The result: a folder that `VRPOPipeline.from_pretrained` opens, with averaged weights.
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        model.eval()
-        with ema_weights(ema, pipeline.transformer):
+    with whole_pipeline(accelerator, pipeline, ema) as averaged:
+        if accelerator.is_main_process:
             if args.lora_rank:
-                save_lora(pipeline.transformer, output_dir / "lora")
-            pipeline.save_pretrained(output_dir)
-            grid = draw_samples(pipeline, columns, *grid_options)
+                save_lora(averaged.transformer, output_dir / "lora")
+            averaged.save_pretrained(output_dir)
+            grid = draw_samples(averaged, columns, *grid_options)
+    if accelerator.is_main_process:
         save_samples(accelerator, output_dir, step, grid)
         grid.save(output_dir / "samples.png")
         plot_metrics(output_dir / "metrics.jsonl", output_dir / "training.png", title=f"objective {args.objective}")

@@ -15,14 +15,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 from test_train_cli import (  # noqa: F401
     SCRIPT,
+    TINY,
     assert_same_files,
     command,
     losses,
@@ -31,11 +36,13 @@ from test_train_cli import (  # noqa: F401
     train_vrpo,
 )
 
-from diffusers_vrpo import training
+from diffusers_vrpo import SiTTransformer2DModel, training
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.interruption import OVERFLOWS_IN_A_ROW, SKIPPED_IN_A_ROW, Interruption, StepGuard, TrainingStopped
 from diffusers_vrpo.latents import TrainingSamples
+from diffusers_vrpo.sharding import check_distributed
 from diffusers_vrpo.training import RunningMeans, find_checkpoint, find_damage, list_checkpoints, read_metrics
+from diffusers_vrpo.transformer_sit import SiTTransformerBlock
 
 
 # Reads JSON lines: what to start (then it prints the process id) or which process to wait for (its exit code).
@@ -81,6 +88,25 @@ def nan_sample(index):
         return batch
     latents.TrainingSamples.__getitems__ = patched
 
+def fsdp(reshard):
+    # accelerate has FSDP for GPUs only; on the CPU its parts work all the same.
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+    from diffusers_vrpo.sharding import check_distributed
+    original = train_vrpo.start_accelerator
+    def patched(args, output_dir):
+        accelerator = original(args, output_dir)
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, reshard_after_forward=reshard, cpu_ram_efficient_loading=False,
+            auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["SiTTransformerBlock"],
+            state_dict_type="SHARDED_STATE_DICT",
+        )
+        PartialState._shared_state["distributed_type"] = accelerator.state.distributed_type = DistributedType.FSDP
+        check_distributed(accelerator, args.lora_rank)
+        return accelerator
+    train_vrpo.start_accelerator = patched
+
 HOOKS = {
     None: lambda: None,
     # Each kills itself on the way to a checkpoint.
@@ -89,11 +115,15 @@ HOOKS = {
     "no name": lambda: nth_call(0, no_name, training, "sync_to_disk"),
     "half deleted": lambda: nth_call(0, half_deleted, training.shutil, "rmtree"),
     "nan": lambda: nan_sample(60),
+    "fsdp": lambda: fsdp(True),
+    "zero2": lambda: fsdp(False),
+    "fsdp nan": lambda: (fsdp(True), nan_sample(60)),
     # From the second checkpoint on no file may be longer than 10 kB.
     "disk full": lambda: nth_call(2, lambda *args: resource.setrlimit(resource.RLIMIT_FSIZE, (10000, -1)),
                                   train_vrpo, "save_checkpoint"),
 }
 
+cores = [*getattr(os, "sched_getaffinity", lambda pid: [])(0)]
 for line in sys.stdin:
     order = json.loads(line)
     if "wait" in order:
@@ -108,16 +138,14 @@ for line in sys.stdin:
             faulthandler.dump_traceback_later(150, exit=True)
             os.environ.update(order["environment"])
             if hasattr(os, "sched_setaffinity"):
-                # One core each: threads that wait for one another are slow where cores are shared.
-                cores = sorted(os.sched_getaffinity(0))
-                os.sched_setaffinity(0, {cores[int(os.environ.get("RANK", os.getpid())) % len(cores)]})
+                os.sched_setaffinity(0, {cores[int(os.environ.get("RANK", 0)) % len(cores)]})
             HOOKS[order["hook"]]()
             train_vrpo.main(train_vrpo.parse_args(order["options"]))
             code = 0
         except SystemExit as error:
             code = error.code
         except Exception as error:
-            print(type(error).__name__, error, flush=True)
+            os.write(1, f"ended by {type(error).__name__}: {error}\\n".encode())
             traceback.print_exc()
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)
@@ -140,6 +168,7 @@ class Trainer:
             environment |= {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
         self.pids = []
+        log.touch()
         for rank in range(processes):
             ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
             order = {"options": options, "environment": environment | ranks, "hook": hook, "log": str(log)}
@@ -179,7 +208,10 @@ def trainers(tmp_path_factory):
         server.stdin.flush()
         return int(server.stdout.readline())
 
-    yield lambda options, hook=None, processes=1: Trainer(ask, folder / "log.txt", options, hook, processes)
+    def start(options: list[str], hook: str | None = None, processes: int = 1) -> Trainer:
+        return Trainer(ask, folder / f"{len(list(folder.iterdir()))}.txt", options, hook, processes)
+
+    yield start
     server.stdin.close()
     server.wait()
 
@@ -201,9 +233,21 @@ def assert_same_end(a: Path, b: Path, step: int):
     assert left == right
     left, right = (read_metrics(path / "metrics.jsonl") for path in (a, b))
     for row in left + right:
-        for speed in ("images_per_second", "tflops_per_device"):
-            row.pop(speed)
-    assert left == right and left[-1]["step"] == step
+        for name in ("images_per_second", "tflops_per_device", "skipped_steps"):
+            row.pop(name, None)
+    assert [str(row) for row in left] == [str(row) for row in right] and left[-1]["step"] == step  # NaN equals NaN
+
+
+@pytest.fixture(autouse=True)
+def one_core(trainers):
+    """Each process has a core: threads that wait for one another are slow where cores are shared."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    yield
+    os.sched_setaffinity(0, cores)
 
 
 # Killed and interrupted
@@ -249,9 +293,11 @@ def test_killed_at_any_moment_the_end_is_bit_equal(command, trainers, tmp_path):
 
 
 @needs_fork
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_end_is_bit_equal(command, trainers, tmp_path, signum):  # noqa: F811
+@pytest.mark.parametrize("signum, policy_epochs", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
+def test_a_signal_saves_and_the_end_is_bit_equal(command, trainers, tmp_path, signum, policy_epochs):  # noqa: F811
     options = {"max_train_steps": 14, "dataloader_num_workers": 1, "logging_steps": 2, "learning_rate": 1e-3}
+    if policy_epochs > 1:
+        options |= {"estimator": "sampled", "policy_epochs": policy_epochs, "logging_steps": 1}
     assert trainers(command(**options)).wait() == [0]
     again = command(**options, output_dir=tmp_path / "left")
     trainer = trainers(again)
@@ -259,7 +305,8 @@ def test_a_signal_saves_and_the_end_is_bit_equal(command, trainers, tmp_path, si
     trainer.kill(signum)
     assert trainer.wait() == [128 + signum]
     (checkpoint,) = list_checkpoints(tmp_path / "left")
-    assert 4 <= json.loads((checkpoint / "training_state.json").read_text())["step"] < 14
+    step = json.loads((checkpoint / "training_state.json").read_text())["step"]
+    assert 4 <= step < 14 and step % policy_epochs == 0
     assert trainers(again).wait() == [0]
     assert_same_end(tmp_path / "run", tmp_path / "left", 14)
 
@@ -317,6 +364,70 @@ def test_three_divisions_give_the_same_trajectory(command, trainers, tmp_path): 
             drift = torch.tensor([row[key] for row in rows]) - torch.tensor([row[key] for row in reference])
             print(f"{name} {key}: max |drift| {drift.abs().max():.1e}, mean {drift.mean():.1e}")
             assert drift.abs().max() <= 1e-5 and drift.mean().abs() <= 1e-6
+
+
+needs_sharding = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="torch shards on GPUs only")
+
+
+@needs_fork
+@needs_sharding
+@pytest.mark.parametrize("hook", ["fsdp", "zero2"])
+def test_sharded_weights_train_save_and_resume_alike(command, trainers, tmp_path, hook):  # noqa: F811
+    """FSDP2 over two processes: the losses of one process, a bit-equal resume, and the same folder in the end."""
+    options = {"max_train_steps": 10, "learning_rate": 1e-4, "validation_steps": 5, "alignment_stop_step": 8}
+    assert trainers(command(**options)).wait() == [0]
+    options["train_batch_size"] = 8
+    assert trainers(command(**options, output_dir=tmp_path / "sharded"), hook=hook, processes=2).wait() == [0, 0]
+    left = command(**options, output_dir=tmp_path / "left")
+    trainer = trainers(left, hook=hook, processes=2)
+    trainer.wait_for_step(tmp_path / "left", 3)
+    trainer.kill(signal.SIGTERM)
+    assert trainer.wait() == [143, 143]
+    assert 3 <= json.loads((list_checkpoints(tmp_path / "left")[-1] / "training_state.json").read_text())["step"] < 10
+    assert trainers(left, hook=hook, processes=2).wait() == [0, 0]
+    assert losses(tmp_path / "left") == losses(tmp_path / "sharded")
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    files = [weights, f"checkpoint-10/{weights}", "checkpoint-10/conflict_gate.safetensors"]
+    assert_same_files(tmp_path / "left", tmp_path / "sharded", files)
+    drift = torch.tensor(losses(tmp_path / "run")) - torch.tensor(losses(tmp_path / "sharded"))
+    assert drift.abs().max() <= 1e-5 and drift.mean().abs() <= 1e-6
+    one, two = (load_file(tmp_path / folder / weights) for folder in ("run", "sharded"))
+    assert max((one[name] - two[name]).abs().max() for name in one) < 1e-3
+    config = json.loads((tmp_path / "sharded" / "transformer" / "config.json").read_text())
+    assert config == json.loads((tmp_path / "run" / "transformer" / "config.json").read_text())
+    assert len(list((tmp_path / "sharded" / "samples").iterdir())) == 2
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "fsdp2_zero2"])
+def test_accelerate_opens_its_configurations(monkeypatch, name):
+    path = str(SCRIPT.parent / "configs" / "accelerate" / f"{name}.yaml")
+    arguments = launch_command_parser().parse_args(["--config_file", path, str(SCRIPT)])
+    arguments, _, _ = _validate_launch_command(arguments)
+    assert arguments.num_processes == 8 and arguments.mixed_precision == "bf16"
+    assert arguments.multi_gpu == (name == "ddp") and arguments.use_fsdp == (name != "ddp")
+    for variable, value in prepare_multi_gpu_env(arguments).items():
+        if variable.startswith("FSDP"):
+            monkeypatch.setenv(variable, value)
+    if name != "ddp":
+        plugin = FullyShardedDataParallelPlugin()
+        assert plugin.fsdp_version == 2 and plugin.reshard_after_forward == (name == "fsdp2")
+        plugin.set_auto_wrap_policy(SiTTransformer2DModel(**TINY, sample_size=8, in_channels=3, num_classes=10))
+        assert plugin.auto_wrap_policy.keywords["transformer_layer_cls"] == {SiTTransformerBlock}
+
+
+@pytest.mark.parametrize(
+    "kind, version, lora, precision, message",
+    [
+        (DistributedType.DEEPSPEED, 0, False, "bf16", "configured for DEEPSPEED, .*fsdp2_zero2.yaml.* or ddp.yaml"),
+        (DistributedType.FSDP, 1, False, "bf16", "configured for FSDP 1; set fsdp_version: 2"),
+        (DistributedType.FSDP, 2, True, "bf16", "--lora_rank does not go with FSDP; take .*ddp.yaml"),
+        (DistributedType.FSDP, 2, False, "fp16", "--mixed_precision fp16 does not go with FSDP; .* or bf16"),
+    ],
+)
+def test_what_is_not_done_right_is_refused(kind, version, lora, precision, message):
+    accelerator = SimpleNamespace(distributed_type=kind, is_fsdp2=version == 2, mixed_precision=precision)
+    with pytest.raises(InputError, match=message):
+        check_distributed(accelerator, lora)
 
 
 # Damaged checkpoints
@@ -395,7 +506,7 @@ def test_a_loss_that_is_nan_stops_with_the_state_before_it(command, tmp_path, na
         with pytest.raises(TrainingStopped, match=message):
             run(command(**options))
         assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-3"]
-    run(command(**options, output_dir=tmp_path / "clean", max_train_steps=3))
+    run(command(**options | {"output_dir": tmp_path / "clean", "max_train_steps": 3}))
     assert_same_files(
         *(tmp_path / folder / "checkpoint-3" for folder in ("run", "clean")),
         ["transformer/diffusion_pytorch_model.safetensors", "transformer_ema/diffusion_pytorch_model.safetensors"],
@@ -414,12 +525,17 @@ def test_a_loss_that_is_nan_stops_with_the_state_before_it(command, tmp_path, na
 
 
 @needs_fork
-def test_nan_on_one_process_stops_both(command, trainers, tmp_path):  # noqa: F811
-    trainer = trainers(command(max_train_steps=6, train_batch_size=8), hook="nan", processes=2)
+@pytest.mark.parametrize("hook", ["nan", pytest.param("fsdp nan", marks=needs_sharding)])
+def test_nan_on_one_process_stops_both(command, trainers, tmp_path, hook):  # noqa: F811
+    trainer = trainers(command(max_train_steps=6, train_batch_size=8), hook=hook, processes=2)
     assert trainer.wait() == [1, 1]
-    message = "TrainingStopped step 4 (samples 48 to 63): the loss is NaN or infinite"
+    message = "ended by TrainingStopped: step 4 (samples 48 to 63): the loss is NaN or infinite"
     assert trainer.log.read_text().count(message) == 2
     assert find_checkpoint("latest", tmp_path / "run").name == "checkpoint-3"
+    options = [*command(max_train_steps=6, train_batch_size=8), "--skip_nonfinite"]
+    assert trainers(options, hook=hook, processes=2).wait() == [0, 0]
+    weights = load_file(tmp_path / "run" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
 class Guarded:
@@ -497,7 +613,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(command, trainers, tmp_path): 
     for step in (4, 6):
         assert f"full/checkpoint-{step} could not be saved (" in log
     assert "GB were free): " in log and "full/checkpoint-2 is whole, and the run can be continued from it" in log
-    assert "TrainingStopped step 6 could not be saved; make room and run the same command again" in log
+    assert "ended by TrainingStopped: step 6 could not be saved; make room and run the same command again" in log
     assert [path.name for path in (tmp_path / "full").glob("*checkpoint-*")] == ["checkpoint-2"]
     assert trainers(full).wait() == [0]
     assert_same_end(tmp_path / "run", tmp_path / "full", 6)

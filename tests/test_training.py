@@ -9,10 +9,10 @@ from PIL import Image
 
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.plots import image_grid, plot_metrics
+from diffusers_vrpo.sharding import ema_weights
 from diffusers_vrpo.training import (
     MetricsFile,
     RunningMeans,
-    ema_weights,
     find_checkpoint,
     list_checkpoints,
     prepare_output_dir,

@@ -28,11 +28,13 @@ from accelerate.utils import (
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
 
 from .alignment import conflict_mode
 from .errors import InputError, first_line
 from .initialization import frozen_checksum
 from .interruption import TrainingStopped, settle
+from .sharding import check_distributed, fill, original_class, whole_model
 
 
 logger = get_logger(__name__)
@@ -84,6 +86,7 @@ def start_accelerator(args, output_dir: Path) -> Accelerator:
             f"{os.environ['WORLD_SIZE']} processes were started, but accelerate does not connect them; to train on several "
             "CPU processes set ACCELERATE_USE_CPU=true"
         )
+    check_distributed(accelerator, bool(args.lora_rank))
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     for noisy in ("httpx", "datasets", "PIL", "matplotlib", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -269,7 +272,7 @@ def together(accelerator: Accelerator, action: Callable, *arguments, where: bool
     try:
         if where:
             action(*arguments)
-    except Exception as error:  # whatever it is, the others must hear of it
+    except (Exception, CheckpointException) as error:  # whatever it is, the others must hear of it
         own, reason = error, unwritable(error)
         outcome = [(reason is not None, isinstance(error, InputError), reason or str(error))]
     outcomes = gather_object(outcome)
@@ -280,12 +283,15 @@ def together(accelerator: Accelerator, action: Callable, *arguments, where: bool
     return outcomes[0][2] if outcomes else None
 
 
-def unwritable(error: Exception) -> str | None:
+def unwritable(error: BaseException) -> str | None:
     """The cause in words of an exception that is a failing disk's, as Python, safetensors and torch raise it."""
+    if isinstance(error, CheckpointException):  # of sharded weights: what failed on which process
+        return next(iter({unwritable(failure[0]) for failure in error.failures.values()}), None)
     if isinstance(error, OSError):
         return error.strerror or first_line(error)
-    if isinstance(error, SafetensorError) and "I/O error" in str(error):
-        return str(error).split("I/O error: ")[-1].split(" (os error")[0]
+    if isinstance(error, SafetensorError):
+        found = re.search(r'I/O error: (.*) \(os error|IoError\(.*message: "(.*)"', str(error))
+        return (found[1] or found[2]) if found else None
     if isinstance(error, RuntimeError) and re.search("inline_container|PytorchStreamWriter|iostream", str(error)):
         return "a file could not be written in full"
     return None
@@ -488,21 +494,6 @@ def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-@contextlib.contextmanager
-def ema_weights(ema: EMAModel | None, model: torch.nn.Module):
-    """Inside, the model has its averaged weights (its own where there is no average)."""
-    if ema is None:
-        yield
-        return
-    parameters = trainable_parameters(model)
-    ema.store(parameters)
-    ema.copy_to(parameters)
-    try:
-        yield
-    finally:
-        ema.restore(parameters)
-
-
 def release_projectors(model: torch.nn.Module):
     """Takes the projectors' gradients away: once alignment is off they rest, with one process and with many."""
     for parameter in model.projectors.parameters():
@@ -543,18 +534,19 @@ def register_model_hooks(accelerator: Accelerator, ema: EMAModel | None, tensors
     def load(model, path):
         """The saved weights, in the order of the model's trained parameters."""
         if all(parameter.requires_grad for parameter in model.parameters()):
-            saved = type(model).from_pretrained(path).state_dict()
+            saved = original_class(model).from_pretrained(path).state_dict()
         else:
             saved = load_file(f"{path}.safetensors")
-        return [saved[name].to(accelerator.device) for name in trained(model)]
+        return [saved[name] for name in trained(model)]
 
     def save_hook(models, weights, output_dir):
+        model = accelerator.unwrap_model(models[0])
+        for name, average in {"transformer": None, "transformer_ema": ema}.items():
+            if name == "transformer" or average is not None:
+                with whole_model(accelerator, model, average) as whole:
+                    if accelerator.is_main_process:
+                        save(whole, os.path.join(output_dir, name))
         if accelerator.is_main_process:
-            model = accelerator.unwrap_model(models[0])
-            save(model, os.path.join(output_dir, "transformer"))
-            if ema is not None:
-                with ema_weights(ema, model):
-                    save(model, os.path.join(output_dir, "transformer_ema"))
             for name, holder in tensors.items():
                 save_file(holder.state_dict(), os.path.join(output_dir, f"{name}.safetensors"))
         name = f"running_means_{accelerator.process_index}.safetensors"
@@ -564,10 +556,11 @@ def register_model_hooks(accelerator: Accelerator, ema: EMAModel | None, tensors
 
     @torch.no_grad()
     def load_hook(models, input_dir):
-        model = accelerator.unwrap_model(models.pop())
-        torch._foreach_copy_(list(trained(model).values()), load(model, os.path.join(input_dir, "transformer")))
+        # Sharded ones are not among them: accelerate has loaded what it saved itself, the same.
+        model = accelerator.unwrap_model(models.pop() if models else accelerator._models[0])
+        fill(list(trained(model).values()), load(model, os.path.join(input_dir, "transformer")))
         if ema is not None:
-            torch._foreach_copy_(ema.shadow_params, load(model, os.path.join(input_dir, "transformer_ema")))
+            fill(ema.shadow_params, load(model, os.path.join(input_dir, "transformer_ema")))
         for name, holder in tensors.items():
             holder.load_state_dict(load_file(os.path.join(input_dir, f"{name}.safetensors")))
         saved = list(Path(input_dir).glob("running_means_*.safetensors"))

@@ -32,7 +32,7 @@ from diffusers_vrpo.arguments import (
 )
 from diffusers_vrpo.conversion import default_scheduler
 from diffusers_vrpo.ddpm import variational_bound
-from diffusers_vrpo.encoders import load_encoder
+from diffusers_vrpo.encoders import layers_of_encoders, load_encoder
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.flow import flow_matching_loss, forward_process
 from diffusers_vrpo.gradient_fork import CONFLICTS
@@ -340,8 +340,7 @@ def train(args: argparse.Namespace, interruption: Interruption):
     if aligned and not encoders:
         half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
         encoder_dtype = torch.float32 if device.type == "cpu" else half
-        encoder_layers = args.encoder_layer or [None]
-        for name, layer in zip(args.encoder, encoder_layers * (len(args.encoder) // len(encoder_layers))):
+        for name, layer in zip(args.encoder, layers_of_encoders(args.encoder, args.encoder_layer)):
             encoders.append(load_encoder(name, grid_size, layer, encoder_dtype, device, args.cache_dir))
     elif args.encoder and not aligned:
         logger.info(f"--objective none trains without the encoder {', '.join(args.encoder)}")
@@ -453,8 +452,10 @@ def train(args: argparse.Namespace, interruption: Interruption):
             raise too_many_corrupt(corrupt_rows, len(data))
         indices = batch.pop("index")
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()} | {"index": indices}
+        if "pixels" in batch:
+            batch["pixels"] = batch["pixels"].float() / 127.5 - 1
         # What the encoders see: images, or their features out of the cache.
-        seen = batch["pixels"].float() / 127.5 - 1 if "pixels" in batch else batch
+        seen = batch.get("pixels", batch)
         aligning = alignment.active(step)
 
         with accelerator.accumulate(model):

@@ -42,7 +42,7 @@ from diffusers_vrpo.flow import flow_matching_loss, forward_process
 from diffusers_vrpo.initialization import build_transformer, read_start
 from diffusers_vrpo.representation_policy import normalize
 from diffusers_vrpo.throughput import ForeachEMA
-from diffusers_vrpo.training import RunningMeans, release_projectors, trainable_parameters
+from diffusers_vrpo.training import RunningMeans, build_optimizer, release_projectors, trainable_parameters
 
 
 ARMS = {
@@ -106,14 +106,7 @@ def build_arm(name: str, train_parser: argparse.ArgumentParser, settings, accele
     model = build_transformer(args, read_start(args), (4, size, size), NUM_CLASSES, None, embed_dims)
     model.to(accelerator.device).train()
     ema = ForeachEMA(trainable_parameters(model), decay=args.ema_decay, min_decay=args.ema_decay)
-    optimizer = torch.optim.AdamW(
-        trainable_parameters(model),
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-        fused=True,
-    )
+    optimizer = build_optimizer(args, trainable_parameters(model))
     # Targets are given: of the encoders only their number is asked for.
     alignment = Alignment(args, model, [lambda images: None] if aligned else [], MAX_TRAIN_STEPS, accelerator.device)
     alignment.look_ahead(0)

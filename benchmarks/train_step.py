@@ -50,7 +50,7 @@ from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.flow import flow_matching_loss, forward_process
 from diffusers_vrpo.initialization import build_transformer, read_start
 from diffusers_vrpo.interruption import Interruption, StepGuard
-from diffusers_vrpo.throughput import ForeachEMA, peak_flops, speed_up, step_flops, throughput_metrics
+from diffusers_vrpo.throughput import peak_flops, speed_up, step_flops, throughput_metrics
 from diffusers_vrpo.training import trainable_parameters
 
 
@@ -162,8 +162,7 @@ def build_ours(setup: Setup, objective: str) -> SimpleNamespace:
     )
     arm = build_arm(objective, setup.train_parser, shapes, setup.accelerator)
     arm.alignment.encoders = [encoder]
-    decay = arm.args.ema_decay
-    arm.ema = ForeachEMA(trainable_parameters(arm.transformer), decay=decay, min_decay=decay)
+
     speed_up(arm.transformer, [], compile=compiled)  # the encoder is already
     arm.guard = StepGuard(setup.accelerator, arm.optimizer, Interruption(), skip_nonfinite=False)
     arm.run = lambda batch: ours_step(arm, batch, setup.accelerator)

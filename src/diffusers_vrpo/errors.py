@@ -33,9 +33,7 @@ def hub_problem(error: BaseException, page: str) -> str | None:
         return any(isinstance(link, types) for link in chain)
 
     if is_any(GatedRepoError):
-        return (
-            f"it is gated; accept its terms at https://huggingface.co/{page} and run `hf auth login` (or set HF_TOKEN)"
-        )
+        return gated(page)
     if is_any(RepositoryNotFoundError):
         return UNKNOWN_TO_THE_HUB
     if is_any(LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError):

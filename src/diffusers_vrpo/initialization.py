@@ -5,6 +5,7 @@ import inspect
 import json
 import logging
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -219,10 +220,9 @@ def add_lora(model: SiTTransformer2DModel, rank: int, train_labels: bool):
     model.label_embedding.requires_grad_(train_labels)
 
 
-def frozen_checksum(model: torch.nn.Module) -> int:
-    """CRC-32 of the weights that are not trained: adapters continue on the same ones only."""
+def weights_checksum(parameters: Iterable[torch.Tensor]) -> int:
+    """CRC-32 of weights, as float32."""
     checksum = 0
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            checksum = zlib.crc32(parameter.detach().cpu().contiguous().numpy(), checksum)
+    for parameter in parameters:
+        checksum = zlib.crc32(parameter.detach().float().cpu().contiguous().numpy(), checksum)
     return checksum

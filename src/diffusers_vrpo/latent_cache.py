@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from PIL import Image as PILImage
 
+from .encoders import layers_of_encoders
 from .errors import InputError, first_line
 from .latents import SampleStreams, TrainingSamples, encode_images, load_image_dataset
 
@@ -559,10 +560,10 @@ class CachedSamples(SampleStreams):
 def batch_latents(vae, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """The clean latents `[B,C,h,w]` float32 of a batch of `CachedSamples` or `TrainingSamples`, on its device.
 
-    From a cache they do not need the autoencoder; else it encodes the pixels.
+    From a cache they do not need the autoencoder; else it encodes the pixels, which are float32 in [-1, 1] here.
     """
     if "latents" not in batch:
-        return encode_images(vae, batch["pixels"].float() / 127.5 - 1, batch.get("posterior_noise"))
+        return encode_images(vae, batch["pixels"], batch.get("posterior_noise"))
     latents = batch["latents"].float()
     if "posterior_noise" not in batch:
         return latents
@@ -590,6 +591,20 @@ class CachedEncoder:
         return batch[f"features_{self.number}"].float()
 
 
+def load_images(args):
+    """`load_image_dataset` of the data options that `train_vrpo.py` and `prepare` share."""
+    return load_image_dataset(
+        args.dataset_name,
+        args.dataset_config_name,
+        args.train_data_dir,
+        args.dataset_split,
+        args.image_column,
+        args.label_column,
+        args.max_train_samples,
+        args.cache_dir,
+    )
+
+
 def load_training_data(args):
     """What the data options of `train_vrpo.py` name: a `Dataset` or a `LatentCache`, class names, number of classes.
 
@@ -599,16 +614,7 @@ def load_training_data(args):
         InputError: when it cannot be had, or the options contradict the cache.
     """
     if args.latents_dir is None:
-        return load_image_dataset(
-            args.dataset_name,
-            args.dataset_config_name,
-            args.train_data_dir,
-            args.dataset_split,
-            args.image_column,
-            args.label_column,
-            args.max_train_samples,
-            args.cache_dir,
-        )
+        return load_images(args)
     cache, there = LatentCache(args.latents_dir), f"--latents_dir {args.latents_dir}"
     made_with, resolution = cache.about["vae"], cache.config["resolution"]
     if args.resolution != resolution:
@@ -633,8 +639,7 @@ def cached_encoders(data, args, grid_size: tuple[int, int]) -> list[CachedEncode
     """
     if not isinstance(data, LatentCache) or args.objective == "none":
         return []
-    layers = args.encoder_layer or [None]
-    found = data.find_features(args.encoder, layers * (len(args.encoder) // len(layers)), grid_size)
+    found = data.find_features(args.encoder, layers_of_encoders(args.encoder, args.encoder_layer), grid_size)
     return [CachedEncoder(number, i, data.config["features"][i]["dim"]) for number, i in enumerate(found)]
 
 

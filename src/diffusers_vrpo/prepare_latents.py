@@ -33,13 +33,15 @@ from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
 from .arguments import HelpFormatter, OneLineErrorParser, check_ranges
-from .encoders import load_encoder
+from .encoders import layers_of_encoders, load_encoder
 from .errors import InputError, first_line, hub_problem
+from .initialization import weights_checksum
 from .latent_cache import (
     CacheWriter,
     LatentCache,
     array_layout,
     chunk_rows,
+    load_images,
     num_chunks,
     read_meta,
     write_atomically,
@@ -52,7 +54,6 @@ from .latents import (
     encode_moments,
     first_readable,
     latent_shape,
-    load_image_dataset,
     load_vae,
     random_stream,
     resize_and_crop,
@@ -148,16 +149,7 @@ def prepare(args: argparse.Namespace):
     if args.images == "none" and not args.encoder:
         logger.info("--images none: the cache will do for --objective none only")
     with state.main_process_first():
-        data, id2label, num_classes = load_image_dataset(
-            args.dataset_name,
-            args.dataset_config_name,
-            args.train_data_dir,
-            args.dataset_split,
-            args.image_column,
-            args.label_column,
-            args.max_train_samples,
-            args.cache_dir,
-        )
+        data, id2label, num_classes = load_images(args)
     if state.is_main_process:
         check_images(data)
     vae = load_vae(args.vae, args.cache_dir).to(state.device)
@@ -165,8 +157,7 @@ def prepare(args: argparse.Namespace):
         vae.to(getattr(torch, args.vae_dtype))
     shape = latent_shape(vae, args.resolution, args.patch_size)
     grid_size = (shape[1] // args.patch_size, shape[2] // args.patch_size)
-    layers = args.encoder_layer or [None]
-    layers = layers * (len(args.encoder or []) // len(layers))
+    layers = layers_of_encoders(args.encoder, args.encoder_layer)
     encoders = [
         load_encoder(name, grid_size, layer, torch.float32, state.device, args.cache_dir)
         for name, layer in zip(args.encoder or [], layers)
@@ -224,7 +215,7 @@ def cache_config(args, data, vae, shape, encoders: list, layers: list) -> dict:
         "dataset_checksum": dataset_checksum(data),
         "resolution": args.resolution,
         "crop": "center",
-        "vae_checksum": weights_checksum(vae),
+        "vae_checksum": weights_checksum(vae.parameters()),
         "vae_dtype": args.vae_dtype,
         "scaling_factor": scale,
         "shift_factor": shift,
@@ -240,7 +231,7 @@ def cache_config(args, data, vae, shape, encoders: list, layers: list) -> dict:
                 "layer_used": encoder.layer,
                 "grid": list(encoder.grid_size),
                 "dim": encoder.embed_dim,
-                "checksum": weights_checksum(encoder),
+                "checksum": weights_checksum(encoder.parameters()),
             }
             for name, layer, encoder in zip(args.encoder or [], layers, encoders)
         ],
@@ -259,14 +250,6 @@ def dataset_checksum(data, sample: int = 256) -> int:
             except OSError:
                 image = {"bytes": b""}
         checksum = zlib.crc32(image["bytes"], checksum)
-    return checksum
-
-
-def weights_checksum(model: torch.nn.Module) -> int:
-    """CRC-32 of the weights of a model, as float32."""
-    checksum = 0
-    for parameter in model.parameters():
-        checksum = zlib.crc32(parameter.detach().float().cpu().contiguous().numpy(), checksum)
     return checksum
 
 

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from .alignment import conflict_mode
 from .errors import InputError, first_line
-from .initialization import frozen_checksum
+from .initialization import weights_checksum
 from .interruption import TrainingStopped, settle
 from .sharding import check_distributed, fill, original_class, whole_model
 
@@ -376,7 +376,9 @@ def run_settings(args, data, transformer: torch.nn.Module) -> dict:
     settings["the checksum of --latents_dir"] = getattr(data, "checksum", None)
     settings["the checksum of the labels"] = zlib.crc32(np.asarray(data["label"][:], dtype=np.int64).tobytes())
     if args.lora_rank:
-        settings["the checksum of the frozen weights"] = frozen_checksum(transformer)
+        # Adapters continue on the same weights only.
+        frozen = (parameter for parameter in transformer.parameters() if not parameter.requires_grad)
+        settings["the checksum of the frozen weights"] = weights_checksum(frozen)
     for name, value in transformer.config.items():
         if not name.startswith("_"):
             settings[f"the model's {name}"] = list(value) if isinstance(value, tuple) else value

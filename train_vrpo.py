@@ -15,6 +15,7 @@ import math
 import signal
 import sys
 import time
+from pathlib import Path
 
 import torch
 import yaml
@@ -61,6 +62,7 @@ from diffusers_vrpo.training import (
     build_optimizer,
     choose_checkpoint,
     load_checkpoint,
+    locked,
     prepare_output_dir,
     read_training_state,
     register_model_hooks,
@@ -71,6 +73,7 @@ from diffusers_vrpo.training import (
     save_lora,
     start_accelerator,
     trainable_parameters,
+    written,
 )
 from diffusers_vrpo.validation import draw_samples, grid_columns, save_samples
 
@@ -314,12 +317,12 @@ def main(args: argparse.Namespace):
         TrainingStopped: when the run cannot go on.
         SystemExit: 128 + the number of a signal (143, 130), after a checkpoint was saved.
     """
-    with Interruption() as interruption:
-        train(args, interruption)
-
-
-def train(args: argparse.Namespace, interruption: Interruption):
     output_dir = prepare_output_dir(args.output_dir)
+    with Interruption() as interruption, locked(output_dir):
+        train(args, output_dir, interruption)
+
+
+def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption):
     accelerator = start_accelerator(args, output_dir)
     device = accelerator.device
 
@@ -410,15 +413,13 @@ def train(args: argparse.Namespace, interruption: Interruption):
         pin_memory=device.type == "cuda",
     )
     if accelerator.is_main_process:
-        (output_dir / "train_config.yaml").write_text(
-            yaml.safe_dump(
-                {name: value for name, value in vars(args).items() if value is not None and name != "config"}
-            )
-        )
-        # What a continued run logs a second time replaces what TensorBoard has.
-        purge = {"tensorboard": {"purge_step": step + 1}} if step else {}
-        accelerator.init_trackers("vrpo", {name: str(value) for name, value in vars(args).items()}, purge)
-        metrics_file = MetricsFile(output_dir / "metrics.jsonl", step)
+        given = {name: value for name, value in vars(args).items() if value is not None and name != "config"}
+        with written(f"train_config.yaml or metrics.jsonl in {output_dir}"):
+            (output_dir / "train_config.yaml").write_text(yaml.safe_dump(given))
+            # What a continued run logs a second time replaces what TensorBoard has.
+            purge = {"tensorboard": {"purge_step": step + 1}} if step else {}
+            accelerator.init_trackers("vrpo", {name: str(value) for name, value in vars(args).items()}, purge)
+            metrics_file = MetricsFile(output_dir / "metrics.jsonl", step)
     parameters = sum(p.numel() for p in trainable_parameters(model))
     logger.info(
         f"{len(data)} images, {num_classes} classes; training {parameters / 1e6:.1f} M parameters, {math.prod(grid_size)} tokens; "
@@ -566,17 +567,18 @@ def train(args: argparse.Namespace, interruption: Interruption):
 
     # 6. The result: a folder that `VRPOPipeline.from_pretrained` opens, with averaged weights.
     accelerator.wait_for_everyone()
-    with whole_pipeline(accelerator, pipeline, ema) as averaged:
+    with whole_pipeline(accelerator, pipeline, ema) as averaged, written(f"the pipeline in {output_dir}"):
         if accelerator.is_main_process:
             if args.lora_rank:
                 save_lora(averaged.transformer, output_dir / "lora")
             averaged.save_pretrained(output_dir)
             grid = draw_samples(averaged, columns, *grid_options)
-    if accelerator.is_main_process:
-        save_samples(accelerator, output_dir, step, grid)
-        grid.save(output_dir / "samples.png")
-        plot_metrics(output_dir / "metrics.jsonl", output_dir / "training.png", title=f"objective {args.objective}")
-        logger.info(f"wrote the pipeline, samples.png and training.png to {output_dir}")
+            save_samples(accelerator, output_dir, step, grid)
+            grid.save(output_dir / "samples.png")
+            plot_metrics(
+                output_dir / "metrics.jsonl", output_dir / "training.png", title=f"objective {args.objective}"
+            )
+            logger.info(f"wrote the pipeline, samples.png and training.png to {output_dir}")
     settle(accelerator)
     accelerator.end_training()
 

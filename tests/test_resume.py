@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -121,6 +122,8 @@ HOOKS = {
     # From the second checkpoint on no file may be longer than 10 kB.
     "disk full": lambda: nth_call(2, lambda *args: resource.setrlimit(resource.RLIMIT_FSIZE, (10000, -1)),
                                   train_vrpo, "save_checkpoint"),
+    "no room for the result": lambda: nth_call(1, lambda *args: resource.setrlimit(resource.RLIMIT_FSIZE, (10000, -1)),
+                                               train_vrpo.VRPOPipeline, "save_pretrained"),
 }
 
 cores = [*getattr(os, "sched_getaffinity", lambda pid: [])(0)]
@@ -617,6 +620,42 @@ def test_a_full_disk_leaves_the_checkpoint_before(command, trainers, tmp_path): 
     assert [path.name for path in (tmp_path / "full").glob("*checkpoint-*")] == ["checkpoint-2"]
     assert trainers(full).wait() == [0]
     assert_same_end(tmp_path / "run", tmp_path / "full", 6)
+
+
+@needs_fork
+def test_a_full_disk_at_the_start_and_at_the_end(command, trainers, tmp_path, monkeypatch):  # noqa: F811
+    options = command(max_train_steps=2)
+    again = "cannot be written .*; make room and run the same command again"
+    with monkeypatch.context() as patch:
+        patch.setattr(train_vrpo.yaml, "safe_dump", lambda *a: (tmp_path / "run" / "logs" / "a" / "b").write_text(""))
+        with pytest.raises(TrainingStopped, match="train_config.yaml or metrics.jsonl in .*/run " + again):
+            run(options)
+    trainer = trainers(options, hook="no room for the result")
+    assert trainer.wait() == [1]
+    assert re.search("ended by TrainingStopped: the pipeline in .*/run " + again, trainer.log.read_text())
+    assert trainers(options).wait() == [0]
+    assert len(losses(tmp_path / "run")) == 2 and (tmp_path / "run" / "model_index.json").exists()
+
+
+@needs_fork
+def test_two_runs_do_not_share_a_folder(command, trainers, tmp_path):  # noqa: F811
+    options = command(max_train_steps=10000, dataloader_num_workers=1)
+    first = trainers(options)
+    first.wait_for_step(tmp_path / "run", 1)
+    second = trainers(options)
+    assert second.wait() == [1]
+    in_use = (
+        f"run is in use by another run \\(process {first.pids[0]} on .*; wait for its end or choose another folder"
+    )
+    assert re.search(in_use, second.log.read_text())
+    first.kill()
+    assert first.wait() == [-signal.SIGKILL]
+    # Its data loader's process may still be alive.
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    third = trainers(options)
+    third.wait_for_step(tmp_path / "run", 1)
+    third.kill(signal.SIGTERM)
+    assert third.wait() == [143]
 
 
 @pytest.mark.parametrize("where", ["save_file", "write_manifest", "sync_to_disk"])

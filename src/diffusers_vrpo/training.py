@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import socket
 import time
 import zlib
 from collections.abc import Callable
@@ -37,6 +38,11 @@ from .interruption import TrainingStopped, settle
 from .sharding import check_distributed, fill, original_class, whole_model
 
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 logger = get_logger(__name__)
 MANIFEST = "manifest.json"  # in a checkpoint: size and CRC-32 of every other file
 
@@ -58,6 +64,55 @@ def prepare_output_dir(output_dir: str) -> Path:
             f"--output_dir {output_dir} cannot be written ({error.strerror or error}); choose another folder"
         ) from error
     return path
+
+
+@contextlib.contextmanager
+def locked(folder: Path):
+    """Inside, no other run can be started in the folder; the lock ends with the process, however that ends.
+
+    Only the main process takes it. File systems without locks are used without.
+
+    Raises:
+        InputError: when a run is going on there.
+    """
+    if fcntl is None or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    with (folder / ".lock").open("a+") as file:
+        try:
+            # A POSIX lock: unlike flock's, the data loader's processes do not inherit it.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            raise InputError(
+                f"--output_dir {folder} is in use by another run ({file.read().strip() or 'unknown'}); wait for its end or "
+                "choose another folder"
+            ) from error
+        except OSError:
+            pass
+        with contextlib.suppress(OSError):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def written(what: str):
+    """Inside, a file that cannot be written (a full disk) ends the run with a sentence.
+
+    Raises:
+        TrainingStopped: then.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (reason := unwritable(error)) is None:
+            raise
+        raise TrainingStopped(
+            f"{what} cannot be written ({reason}); make room and run the same command again: it continues from the newest "
+            "checkpoint"
+        ) from error
 
 
 def start_accelerator(args, output_dir: Path) -> Accelerator:
@@ -646,14 +701,8 @@ class MetricsFile:
         Raises:
             TrainingStopped: when it cannot be written.
         """
-        try:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
-        except OSError as error:
-            raise TrainingStopped(
-                f"{self.path} cannot be written at step {step} ({error.strerror or error}); make room and run the same "
-                "command again: it continues from the newest checkpoint"
-            ) from error
+        with written(f"step {step} of {self.path}"), self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
 
     def sync(self):
         """Waits until the lines are on the disk, where a checkpoint counts on them."""

@@ -6,12 +6,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from PIL import Image
 
 from .arguments import as_id
 from .errors import InputError
 from .pipeline_vrpo import VRPOPipeline
 from .plots import image_grid
+
+
+logger = get_logger(__name__)
 
 
 def grid_columns(pipeline: VRPOPipeline, labels: list[str] | None) -> list[int]:
@@ -56,8 +60,12 @@ def draw_samples(
 
 def save_samples(accelerator: Accelerator, output_dir: Path, step: int, grid: Image.Image):
     """Keeps a grid of samples as a file, and shows it in the trackers that take images."""
-    (output_dir / "samples").mkdir(exist_ok=True)
-    grid.save(output_dir / "samples" / f"step-{step:07d}.png")
+    path = output_dir / "samples" / f"step-{step:07d}.png"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        grid.save(path)
+    except OSError as error:  # a full disk: a grid is not worth a run
+        logger.error(f"{path} could not be written ({error.strerror or error})")
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.writer.add_image("samples", np.asarray(grid), step, dataformats="HWC")

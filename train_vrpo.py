@@ -73,6 +73,7 @@ from diffusers_vrpo.training import (
     save_lora,
     start_accelerator,
     trainable_parameters,
+    write_start,
     written,
 )
 from diffusers_vrpo.validation import draw_samples, grid_columns, save_samples
@@ -383,13 +384,14 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
     means = RunningMeans()
     register_model_hooks(accelerator, ema, states, means)
     guard = StepGuard(accelerator, optimizer, interruption, args.skip_nonfinite)
-    step, samples_seen, saved_step = 0, 0, 0
+    step, samples_seen, saved_step, seconds, flops = 0, 0, 0, 0.0, 0.0
     settings = run_settings(args, data, pipeline.transformer)
     if checkpoint is not None:
         state = read_training_state(checkpoint, settings)
         load_checkpoint(accelerator, checkpoint)
         lr_scheduler.load_state_dict(state["lr_scheduler"])
         step, samples_seen, guard.skipped = state["step"], state["samples_seen"], state["skipped"]
+        seconds, flops = state["train_seconds"], state["train_flops"]
         saved_step = step if checkpoint.parent.resolve() == output_dir.resolve() else None
         if ema is not None:
             ema.optimization_step = step
@@ -420,6 +422,7 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
             purge = {"tensorboard": {"purge_step": step + 1}} if step else {}
             accelerator.init_trackers("vrpo", {name: str(value) for name, value in vars(args).items()}, purge)
             metrics_file = MetricsFile(output_dir / "metrics.jsonl", step)
+            write_start(output_dir, step, accelerator, pipeline.transformer, global_batch_size)
     parameters = sum(p.numel() for p in trainable_parameters(model))
     logger.info(
         f"{len(data)} images, {num_classes} classes; training {parameters / 1e6:.1f} M parameters, {math.prod(grid_size)} tokens; "
@@ -441,11 +444,12 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
             metrics_file.sync()
         state = {"step": step, "samples_seen": samples_seen, "skipped": guard.skipped, "settings": settings}
         state |= {"lr_scheduler": lr_scheduler.state_dict(), "alignment": alignment_end(alignment)}
+        state |= {"train_seconds": seconds, "train_flops": flops}
         return save_checkpoint(accelerator, output_dir, step, state, args.checkpoints_total_limit)
 
     model.train()
     interruption.listen()
-    logged_step, train_seconds, clock = step, 0.0, time.perf_counter()
+    logged_step, logged_seconds, clock = step, seconds, time.perf_counter()
     for micro_step, batch in enumerate(dataloader):
         speed.mark("data")
         corrupt_rows.update(batch.pop("corrupt_rows").tolist())
@@ -517,6 +521,7 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
             logger.warning(f"{where} is NaN or infinite; the step is skipped, {guard.skipped} so far")
         step += 1
         means.commit()
+        flops += speed.flops_per_image[aligning] * global_batch_size
         samples_seen += global_batch_size if step % args.policy_epochs == 0 else 0
         lr_scheduler.step()
         if ema is not None:
@@ -532,21 +537,21 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
             num_corrupt = check_corrupt_rows(corrupt_rows, len(data), num_corrupt)
             if aligning:
                 values |= alignment.summary()
-            train_seconds += time.perf_counter() - clock
+            seconds += time.perf_counter() - clock
             if args.skip_nonfinite:
                 values["skipped_steps"] = guard.skipped
             values["learning_rate"] = lr_scheduler.get_last_lr()[0]
-            values["images_per_second"] = (step - logged_step) * global_batch_size / train_seconds
+            values["images_per_second"] = (step - logged_step) * global_batch_size / (seconds - logged_seconds)
             values |= speed.metrics(values["images_per_second"], aligning)
-            values["samples_seen"] = samples_seen
-            logged_step, train_seconds, clock = step, 0.0, time.perf_counter()
+            values |= {"samples_seen": samples_seen, "train_seconds": seconds, "train_flops": flops}
+            logged_step, logged_seconds, clock = step, seconds, time.perf_counter()
             shown = {"loss": values["loss_fm"], **{name: values.get(f"reward/{name}") for name in REWARDS}}
             shown = {name: f"{value:.4f}" for name, value in shown.items() if value is not None}
             progress.set_postfix(shown | speed.shown(values))
             accelerator.log(values, step=step)
             if accelerator.is_main_process:
                 metrics_file.write(step, values)
-        train_seconds += time.perf_counter() - clock
+        seconds += time.perf_counter() - clock
         leaving = guard.signum and step % args.policy_epochs == 0
         if step % args.checkpointing_steps == 0 or last or leaving:
             saved_step = step if save() else saved_step

@@ -24,7 +24,6 @@ import argparse
 import gc
 import importlib.util
 import json
-import platform
 import random
 import sys
 import tempfile
@@ -41,7 +40,7 @@ from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.flow import flow_matching_loss, forward_process
 from diffusers_vrpo.initialization import build_transformer, read_start
 from diffusers_vrpo.representation_policy import normalize
-from diffusers_vrpo.throughput import ForeachEMA
+from diffusers_vrpo.throughput import ForeachEMA, hardware_name
 from diffusers_vrpo.training import RunningMeans, build_optimizer, release_projectors, trainable_parameters
 
 
@@ -282,15 +281,6 @@ def read_memory_trace(profile: torch.profiler.profile, ranges: list[str]) -> lis
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Report
-
-
-def hardware_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s)"
 
 
 def build_report(settings, batch_size: int, num_tokens: int, seconds: dict, memory: dict, device) -> dict:

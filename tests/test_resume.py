@@ -233,10 +233,11 @@ def assert_same_end(a: Path, b: Path, step: int):
         for name, tensor in state.items():
             assert torch.equal(tensor, right[key][name])
     left, right = (json.loads((path / "training_state.json").read_text()) for path in checkpoints)
+    assert left.pop("train_seconds") > 0 and right.pop("train_seconds") > 0
     assert left == right
     left, right = (read_metrics(path / "metrics.jsonl") for path in (a, b))
     for row in left + right:
-        for name in ("images_per_second", "tflops_per_device", "skipped_steps"):
+        for name in ("images_per_second", "tflops_per_device", "train_seconds", "skipped_steps"):
             row.pop(name, None)
     assert [str(row) for row in left] == [str(row) for row in right] and left[-1]["step"] == step  # NaN equals NaN
 

@@ -7,9 +7,11 @@ step is what the mathematics asks for: recomputation with gradient checkpointing
 
 import argparse
 import inspect
+import platform
 import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -117,10 +119,14 @@ def throughput_metrics(
 
 
 def throughput_meter(
-    transformer: SiTTransformer2DModel, encoders: list, accelerator: Accelerator, peak_tflops: float | None = None
+    flops: tuple[float, float], accelerator: Accelerator, peak_tflops: float | None = None
 ) -> Callable[[float, bool], dict[str, float]]:
-    """`meter(images_per_second, aligning)` gives `throughput_metrics` of a run; `peak_tflops` replaces the looked-up peak."""
-    flops = step_flops(transformer, encoders)
+    """`meter(images_per_second, aligning)` gives `throughput_metrics` of a run.
+
+    Args:
+        flops: of `step_flops`.
+        peak_tflops: of one device, instead of the looked-up peak.
+    """
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}.get(accelerator.mixed_precision)
     tf32 = torch.backends.cuda.matmul.allow_tf32
     peak = 1e12 * peak_tflops if peak_tflops else peak_flops(accelerator.device, dtype, tf32)
@@ -184,6 +190,16 @@ def peak_flops(device: torch.device | str, dtype: torch.dtype, tf32: bool = Fals
     if dtype == torch.float32:
         return 1e12 * (tensor_float if tf32 and tensor_float else single)
     return 1e12 * half if dtype in (torch.bfloat16, torch.float16) else None
+
+
+def hardware_name(device: torch.device) -> str:
+    """A GPU by its name, a CPU with the threads that torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s)"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -295,7 +311,8 @@ def speed_up(transformer: SiTTransformer2DModel, encoders: list, compile: bool =
 class TrainingSpeed:
     """All of the above for `train_vrpo.py`, from the options of `add_speed_options`: sets the switches when it is made.
 
-    `mark` and `step` are of the `StepProfile`, `metrics(images_per_second, aligning)` of the `throughput_meter`.
+    `mark` and `step` are of the `StepProfile`, `metrics(images_per_second, aligning)` of the `throughput_meter`, and
+    `flops_per_image[aligning]` of `step_flops`.
 
     Raises:
         InputError: as `speed_up`.
@@ -310,7 +327,8 @@ class TrainingSpeed:
         report: Callable[[str], None] = print,
     ):
         # FLOPs are counted before anything is compiled.
-        self.metrics = throughput_meter(transformer, encoders, accelerator, args.peak_tflops)
+        self.flops_per_image = step_flops(transformer, encoders)
+        self.metrics = throughput_meter(self.flops_per_image, accelerator, args.peak_tflops)
         speed_up(transformer, encoders, args.compile, args.attention_backend)
         profile = StepProfile(args.profile, accelerator.device, report)
         self.mark, self.step = profile.mark, profile.step

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""What a training run keeps on disk: checkpoints that resume exactly, and its metrics."""
+"""What a training run keeps on disk: checkpoints that resume exactly, its metrics, what it ran on."""
 
 import contextlib
 import json
@@ -36,6 +36,7 @@ from .errors import InputError, first_line
 from .initialization import weights_checksum
 from .interruption import TrainingStopped, settle
 from .sharding import check_distributed, fill, original_class, whole_model
+from .throughput import hardware_name
 
 
 try:
@@ -708,6 +709,25 @@ class MetricsFile:
         """Waits until the lines are on the disk, where a checkpoint counts on them."""
         with contextlib.suppress(OSError):
             sync_to_disk(self.path)
+
+
+def write_start(
+    output_dir: Path, step: int, accelerator: Accelerator, transformer: torch.nn.Module, global_batch_size: int
+):
+    """Adds a line to `starts.jsonl`: from which step on the run goes on what hardware, and how large its model is."""
+    projectors = sum(parameter.numel() for parameter in transformer.projectors.parameters())
+    start = {
+        "step": step,
+        "hardware": hardware_name(accelerator.device),
+        "num_processes": accelerator.num_processes,
+        "global_batch_size": global_batch_size,
+        "mixed_precision": accelerator.mixed_precision,
+        "parameters": sum(parameter.numel() for parameter in transformer.parameters()) - projectors,
+        "projector_parameters": projectors,
+        "torch": torch.__version__,
+    }
+    with contextlib.suppress(OSError), (output_dir / "starts.jsonl").open("a") as file:
+        file.write(json.dumps(start) + "\n")
 
 
 def read_metrics(path: str | Path) -> list[dict]:

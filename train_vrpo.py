@@ -53,7 +53,7 @@ from diffusers_vrpo.pipeline_vrpo import VRPOPipeline
 from diffusers_vrpo.plots import plot_metrics
 from diffusers_vrpo.representation_policy import REWARDS, TIMESTEP_WEIGHTS
 from diffusers_vrpo.reward_weights import parse_reward_weighting
-from diffusers_vrpo.sharding import is_sharded, prepare, whole, whole_pipeline
+from diffusers_vrpo.sharding import clip_grad_norm, is_sharded, prepare, whole_pipeline
 from diffusers_vrpo.throughput import ForeachEMA, TrainingSpeed, add_speed_options
 from diffusers_vrpo.training import (
     MetricsFile,
@@ -503,7 +503,7 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
             elif aligned:
                 release_projectors(pipeline.transformer)
             if accelerator.sync_gradients:
-                grad_norm = whole(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm))
+                grad_norm = clip_grad_norm(accelerator, model, args.max_grad_norm)
                 means.add(grad_norm=grad_norm)
                 guard.ask(grad_norm)
             optimizer.step()

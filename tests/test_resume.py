@@ -20,11 +20,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils import DistributedType, is_deepspeed_available
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file
 from test_train_cli import (  # noqa: F401
     SCRIPT,
@@ -108,6 +108,29 @@ def fsdp(reshard):
         return accelerator
     train_vrpo.start_accelerator = patched
 
+def deepspeed_zero2():
+    # As with FSDP: accelerate starts DeepSpeed for accelerators only, which runs on the CPU all the same.
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    # Left by a configuration: the script's options count.
+    os.environ |= {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1", "ACCELERATE_GRADIENT_CLIPPING": "3.0"}
+    import deepspeed.comm.torch
+    from accelerate import DeepSpeedPlugin
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+    from diffusers_vrpo.sharding import check_distributed
+    deepspeed.comm.torch.build_shm_op = lambda: None  # a faster way over shared memory, to be compiled
+    original = train_vrpo.start_accelerator
+    def patched(args, output_dir):
+        accelerator = original(args, output_dir)
+        plugin = accelerator.state.deepspeed_plugins = DeepSpeedPlugin(zero_stage=2)
+        plugin.set_mixed_precision(args.mixed_precision or "no")
+        plugin.select(_from_accelerator_state=True)
+        PartialState._shared_state["distributed_type"] = accelerator.state.distributed_type = DistributedType.DEEPSPEED
+        accelerator.deepspeed_engine_wrapped = None
+        check_distributed(accelerator, args.lora_rank)
+        return accelerator
+    train_vrpo.start_accelerator = patched
+
 HOOKS = {
     None: lambda: None,
     # Each kills itself on the way to a checkpoint.
@@ -119,6 +142,8 @@ HOOKS = {
     "fsdp": lambda: fsdp(True),
     "zero2": lambda: fsdp(False),
     "fsdp nan": lambda: (fsdp(True), nan_sample(60)),
+    "deepspeed": deepspeed_zero2,
+    "deepspeed nan": lambda: (deepspeed_zero2(), nan_sample(60)),
     # From the second checkpoint on no file may be longer than 10 kB.
     "disk full": lambda: nth_call(2, lambda *args: resource.setrlimit(resource.RLIMIT_FSIZE, (10000, -1)),
                                   train_vrpo, "save_checkpoint"),
@@ -371,13 +396,18 @@ def test_three_divisions_give_the_same_trajectory(command, trainers, tmp_path): 
 
 
 needs_sharding = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="torch shards on GPUs only")
+needs_deepspeed = pytest.mark.skipif(not is_deepspeed_available(), reason="DeepSpeed is not installed")
+hooks_that_shard = [
+    pytest.param("fsdp", marks=needs_sharding),
+    pytest.param("zero2", marks=needs_sharding),
+    pytest.param("deepspeed", marks=needs_deepspeed),
+]
 
 
 @needs_fork
-@needs_sharding
-@pytest.mark.parametrize("hook", ["fsdp", "zero2"])
-def test_sharded_weights_train_save_and_resume_alike(command, trainers, tmp_path, hook):  # noqa: F811
-    """FSDP2 over two processes: the losses of one process, a bit-equal resume, and the same folder in the end."""
+@pytest.mark.parametrize("hook", hooks_that_shard)
+def test_sharded_runs_train_save_and_resume_alike(command, trainers, tmp_path, hook):  # noqa: F811
+    """Two processes with parts: the losses of one process, a bit-equal resume, and the same folder in the end."""
     options = {"max_train_steps": 10, "learning_rate": 1e-4, "validation_steps": 5, "alignment_stop_step": 8}
     assert trainers(command(**options)).wait() == [0]
     options["train_batch_size"] = 8
@@ -397,9 +427,62 @@ def test_sharded_weights_train_save_and_resume_alike(command, trainers, tmp_path
     assert drift.abs().max() <= 1e-5 and drift.mean().abs() <= 1e-6
     one, two = (load_file(tmp_path / folder / weights) for folder in ("run", "sharded"))
     assert max((one[name] - two[name]).abs().max() for name in one) < 1e-3
+    assert max((one[name] - two[name]).abs().max() for name in one if "projectors" not in name) < 1e-5
     config = json.loads((tmp_path / "sharded" / "transformer" / "config.json").read_text())
     assert config == json.loads((tmp_path / "run" / "transformer" / "config.json").read_text())
     assert len(list((tmp_path / "sharded" / "samples").iterdir())) == 2
+
+
+@needs_fork
+@needs_deepspeed
+def test_deepspeed_accumulates_clips_and_trains_adapters_in_bf16(command, trainers, tmp_path):  # noqa: F811
+    """What DDP does with the same samples, whose numbers are those of one process."""
+    options = {"max_train_steps": 10, "learning_rate": 1e-2, "max_grad_norm": 0.01, "lr_warmup_steps": 5}
+    run(command(**options, output_dir=tmp_path / "start"))
+    start = tmp_path / "start" / "transformer"
+    options |= {"model_config": None, "pretrained_model_name_or_path": start, "lora_rank": 2, "kl_coeff": 0.1}
+    options |= {"train_batch_size": 4, "gradient_accumulation_steps": 2, "mixed_precision": "bf16"}
+    assert trainers(command(**options), processes=2).wait() == [0, 0]
+    parts = command(**options, output_dir=tmp_path / "parts")
+    assert trainers(parts, hook="deepspeed", processes=2).wait() == [0, 0]
+    one, two = (read_metrics(tmp_path / folder / "metrics.jsonl") for folder in ("run", "parts"))
+    for name in ("loss_fm", "grad_norm", "weight/semantic", "kl"):
+        assert [row[name] for row in one] == pytest.approx([row[name] for row in two], abs=1e-5)
+    assert min(row["grad_norm"] for row in one) > 0.01  # else nothing was clipped
+    weights = "lora/pytorch_lora_weights.safetensors"
+    one, two = (load_file(tmp_path / folder / weights) for folder in ("run", "parts"))
+    assert max((one[name] - two[name]).abs().max() for name in one) < 1e-5
+    # What DDP has saved is not in two parts.
+    other = command(
+        **options, output_dir=tmp_path / "other", resume_from_checkpoint=tmp_path / "run" / "checkpoint-10"
+    )
+    trainer = trainers(other, hook="deepspeed", processes=2)
+    assert trainer.wait() == [1, 1]
+    message = r"ended by InputError: .* \(zero2_0_of_2.safetensors is not in it: it was not saved by as many processes"
+    assert re.search(message, trainer.log.read_text())
+
+
+@needs_deepspeed
+def test_accelerate_opens_the_configuration_of_deepspeed(monkeypatch):
+    path = str(SCRIPT.parent / "configs" / "accelerate" / "deepspeed_zero2.yaml")
+    arguments = launch_command_parser().parse_args(["--config_file", path, str(SCRIPT)])
+    arguments, _, _ = _validate_launch_command(arguments)
+    assert arguments.num_processes == 8 and arguments.mixed_precision == "bf16" and arguments.use_deepspeed
+    arguments.deepspeed_fields_from_accelerate_config = ""  # which the launcher adds
+    for variable, value in prepare_deepspeed_cmd_env(arguments)[1].items():
+        if variable.startswith("ACCELERATE"):
+            monkeypatch.setenv(variable, value)
+    plugin = DeepSpeedPlugin()
+    plugin.set_mixed_precision("bf16")
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType.DEEPSPEED,
+        deepspeed_plugin=plugin,
+        mixed_precision="bf16",
+        device=torch.device("cpu"),
+    )
+    check_distributed(accelerator, False)
+    with accelerator.autocast():
+        assert torch.ones(1, 1).mm(torch.ones(1, 1)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "fsdp2_zero2"])
@@ -422,7 +505,7 @@ def test_accelerate_opens_its_configurations(monkeypatch, name):
 @pytest.mark.parametrize(
     "kind, version, lora, precision, message",
     [
-        (DistributedType.DEEPSPEED, 0, False, "bf16", "configured for DEEPSPEED, .*fsdp2_zero2.yaml.* or ddp.yaml"),
+        (DistributedType.MEGATRON_LM, 0, False, "bf16", "configured for MEGATRON_LM, .*fsdp2.yaml or ddp.yaml"),
         (DistributedType.FSDP, 1, False, "bf16", "configured for FSDP 1; set fsdp_version: 2"),
         (DistributedType.FSDP, 2, True, "bf16", "--lora_rank does not go with FSDP; take .*ddp.yaml"),
         (DistributedType.FSDP, 2, False, "fp16", "--mixed_precision fp16 does not go with FSDP; .* or bf16"),
@@ -432,6 +515,28 @@ def test_what_is_not_done_right_is_refused(kind, version, lora, precision, messa
     accelerator = SimpleNamespace(distributed_type=kind, is_fsdp2=version == 2, mixed_precision=precision)
     with pytest.raises(InputError, match=message):
         check_distributed(accelerator, lora)
+
+
+@pytest.mark.parametrize(
+    "config, precision, message",
+    [
+        ({"zero_optimization": {"stage": 3}}, "bf16", "zero_stage: 3; only stage 2 without offloading goes"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+            "bf16",
+            "zero_stage: 2 with offloading; only stage 2 without",
+        ),
+        ({"zero_optimization": {"stage": 2}}, "fp16", "--mixed_precision fp16 does not go with DeepSpeed; take bf16"),
+        ({"zero_optimization": {"stage": 2}, "optimizer": {}}, "bf16", "has its own optimizer; leave that out"),
+    ],
+)
+def test_what_deepspeed_is_not_taken_for(config, precision, message):
+    plugin = SimpleNamespace(deepspeed_config=config)
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType.DEEPSPEED, deepspeed_plugin=plugin, mixed_precision=precision
+    )
+    with pytest.raises(InputError, match=message):
+        check_distributed(accelerator, False)
 
 
 # Damaged checkpoints
@@ -529,7 +634,10 @@ def test_a_loss_that_is_nan_stops_with_the_state_before_it(command, tmp_path, na
 
 
 @needs_fork
-@pytest.mark.parametrize("hook", ["nan", pytest.param("fsdp nan", marks=needs_sharding)])
+@pytest.mark.parametrize(
+    "hook",
+    ["nan", pytest.param("fsdp nan", marks=needs_sharding), pytest.param("deepspeed nan", marks=needs_deepspeed)],
+)
 def test_nan_on_one_process_stops_both(command, trainers, tmp_path, hook):  # noqa: F811
     trainer = trainers(command(max_train_steps=6, train_batch_size=8), hook=hook, processes=2)
     assert trainer.wait() == [1, 1]

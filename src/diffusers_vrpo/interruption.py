@@ -91,7 +91,9 @@ class StepGuard:
 
     def __init__(self, accelerator: Accelerator, optimizer, interruption: Interruption, skip_nonfinite: bool):
         self.accelerator, self.interruption, self.skip_nonfinite = accelerator, interruption, skip_nonfinite
-        self.optimizer = getattr(optimizer, "optimizer", optimizer)  # within accelerate's wrapper
+        while hasattr(optimizer, "optimizer"):  # within accelerate's wrapper and DeepSpeed's
+            optimizer = optimizer.optimizer
+        self.optimizer = optimizer
         self.signum, self.skipped, self.skipped_in_a_row, self._overflows = 0, 0, 0, 0
         self._bad_loss = torch.zeros((), dtype=torch.bool, device=accelerator.device)
         on_gpu = accelerator.device.type == "cuda"

@@ -1,14 +1,17 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Weights that are spread over processes (accelerate's FSDP2): who may train so, and whole models out of the parts."""
+"""Training that is spread over processes (accelerate's FSDP2, DeepSpeed's ZeRO-2): who may train so, and whole models."""
 
 import contextlib
 import copy
+import os
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, convert_outputs_to_fp32
 from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
 
 from .errors import InputError
 
@@ -20,12 +23,13 @@ def check_distributed(accelerator: Accelerator, lora: bool):
         InputError: for one that this trainer does not do right.
     """
     kind = accelerator.distributed_type
-    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA):
+    if kind in (DistributedType.MEGATRON_LM, DistributedType.XLA):
         raise InputError(
             f"accelerate is configured for {kind.value}, which averages, guards and checkpoints of this script do not "
-            "know; take configs/accelerate/fsdp2_zero2.yaml, which shards gradients and optimizer as ZeRO-2 does, or "
-            "ddp.yaml"
+            "know; take configs/accelerate/fsdp2.yaml or ddp.yaml"
         )
+    if kind == DistributedType.DEEPSPEED:
+        check_deepspeed(accelerator)
     if kind != DistributedType.FSDP:
         return
     if not accelerator.is_fsdp2:
@@ -41,12 +45,121 @@ def check_distributed(accelerator: Accelerator, lora: bool):
     accelerator.state.fsdp_plugin.mixed_precision_policy = None
 
 
+def check_deepspeed(accelerator: Accelerator):
+    """Prepares DeepSpeed's ZeRO-2.
+
+    Raises:
+        InputError: for what else it is configured for.
+    """
+    config = accelerator.deepspeed_plugin.deepspeed_config
+    zero = config["zero_optimization"]
+    offloads = any(
+        (zero.get(f"offload_{part}") or {}).get("device", "none") != "none" for part in ("optimizer", "param")
+    )
+    if zero.get("stage") != 2 or offloads:
+        raise InputError(
+            f"DeepSpeed is configured for zero_stage: {zero.get('stage')}{' with offloading' * offloads}; only stage 2 "
+            "without offloading goes, as in configs/accelerate/deepspeed_zero2.yaml; fsdp2.yaml saves more memory"
+        )
+    if accelerator.mixed_precision == "fp16":
+        raise InputError(
+            "--mixed_precision fp16 does not go with DeepSpeed; take bf16, or configs/accelerate/ddp.yaml"
+        )
+    if given := {"optimizer", "scheduler"} & config.keys():
+        raise InputError(
+            f"the DeepSpeed configuration has its own {' and '.join(sorted(given))}; leave that out: --learning_rate, "
+            "--lr_scheduler, --adam_beta1, ... say what to take"
+        )
+    if accelerator.mixed_precision == "bf16":
+        # accelerate's own would do nothing here.
+        accelerator.autocast = partial(torch.autocast, accelerator.device.type, torch.bfloat16)
+
+
 def prepare(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
     """`accelerator.prepare`; the model's class and weights change in place where they are sharded."""
-    if accelerator.distributed_type == DistributedType.FSDP and accelerator.mixed_precision == "bf16":
-        # accelerate does so for all but FSDP2.
+    autocasts = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if autocasts and accelerator.mixed_precision == "bf16":
+        # accelerate does so for all but these.
         model.forward = convert_outputs_to_fp32(torch.autocast(accelerator.device.type, torch.bfloat16)(model.forward))
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return prepare_deepspeed(accelerator, model, optimizer)
     return accelerator.prepare(model, optimizer)
+
+
+def prepare_deepspeed(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
+    """DeepSpeed's engine and its optimizer, in the order of this script's loop.
+
+    accelerate would let the engine step within `accelerator.backward`, which leaves nobody the time to look at the
+    gradients. Here `backward` sums them up, `clip_grad_norm` clips them, and `optimizer.step` steps: an AdamW over this
+    process's part of the weights, which StepGuard can tell to leave a step out, and then an all-gather.
+    """
+    config = accelerator.deepspeed_plugin.deepspeed_config
+    accumulation = accelerator.gradient_accumulation_steps
+    # The options rule, whatever accelerate's file says; the batch size is for DeepSpeed's own progress lines only.
+    config |= {"train_micro_batch_size_per_gpu": 1, "train_batch_size": accelerator.num_processes * accumulation}
+    config |= {"gradient_accumulation_steps": accumulation, "gradient_clipping": 0.0}
+    config["zero_optimization"].setdefault("reduce_bucket_size", 50_000_000)  # 0.2 GB; DeepSpeed's default takes 2 GB
+    # Float32 weights and autocast, as everywhere else: DeepSpeed's bf16 leaves no float32 weights to average.
+    precision, config["bf16"] = config.get("bf16"), {"enabled": False}
+    engine, optimizer = accelerator.prepare(model, optimizer)
+    config["bf16"] = precision
+
+    def backward(loss: torch.Tensor, sync_gradients: bool):
+        engine.set_gradient_accumulation_boundary(sync_gradients)
+        engine.backward(loss)
+
+    accelerator.deepspeed_engine_wrapped.backward = backward
+    # Between two boundaries it does nothing.
+    optimizer.step = engine.step
+    # Not DeepSpeed's files: reading them runs whatever code is in them.
+    engine.save_checkpoint = lambda folder, name: save_partition(accelerator, engine, folder)
+    engine.load_checkpoint = lambda folder, name: load_partition(accelerator, engine, folder)
+    return engine, optimizer
+
+
+def clip_grad_norm(accelerator: Accelerator, model: torch.nn.Module, max_norm: float) -> torch.Tensor:
+    """`accelerator.clip_grad_norm_`, also where each process has a part of the gradients only."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return whole(accelerator.clip_grad_norm_(model.parameters(), max_norm))
+    gradients = [part for group in model.optimizer.averaged_gradients.values() for part in group]
+    square = torch.nn.utils.get_total_norm(gradients).square()
+    torch.distributed.all_reduce(square)
+    torch._foreach_mul_(gradients, (max_norm / (square.sqrt() + 1e-6)).clamp(max=1.0))
+    return square.sqrt()
+
+
+def partition_path(accelerator: Accelerator, folder: str) -> str:
+    return os.path.join(folder, f"zero2_{accelerator.process_index}_of_{accelerator.num_processes}.safetensors")
+
+
+def save_partition(accelerator: Accelerator, engine, folder: str):
+    """Writes this process's part of the weights and of Adam's moments."""
+    weights = engine.optimizer.single_partition_of_fp32_groups
+    tensors = {f"{i}.weights": part.detach() for i, part in enumerate(weights)}
+    for i, state in engine.basic_optimizer.state_dict()["state"].items():
+        tensors |= {f"{i}.{name}": tensor for name, tensor in state.items()}
+    save_file(tensors, partition_path(accelerator, folder))
+
+
+@torch.no_grad()
+def load_partition(accelerator: Accelerator, engine, folder: str):
+    """Reads what `save_partition` wrote; the model's own weights, which are whole, are for others to read.
+
+    Raises:
+        ValueError: when another number of processes, or another way to train, has saved the checkpoint.
+    """
+    path = partition_path(accelerator, folder)
+    if not os.path.exists(path):
+        raise ValueError(
+            f"{os.path.basename(path)} is not in it: it was not saved by as many processes with DeepSpeed"
+        )
+    tensors, state = load_file(path), {}
+    for i, part in enumerate(engine.optimizer.single_partition_of_fp32_groups):
+        part.copy_(tensors.pop(f"{i}.weights"))
+    for key, tensor in tensors.items():
+        i, name = key.split(".")
+        state.setdefault(int(i), {})[name] = tensor
+    engine.basic_optimizer.load_state_dict(engine.basic_optimizer.state_dict() | {"state": state})
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -142,9 +142,11 @@ def start_accelerator(args, output_dir: Path) -> Accelerator:
             f"{os.environ['WORLD_SIZE']} processes were started, but accelerate does not connect them; to train on several "
             "CPU processes set ACCELERATE_USE_CPU=true"
         )
+    # A launcher's environment would count more than the option.
+    accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
     check_distributed(accelerator, bool(args.lora_rank))
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-    for noisy in ("httpx", "datasets", "PIL", "matplotlib", "filelock"):
+    for noisy in ("httpx", "datasets", "PIL", "matplotlib", "filelock", "DeepSpeed"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     one_thread = os.environ.get("OMP_NUM_THREADS", "1") == "1"
     if (

@@ -1,0 +1,161 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""The plots of `report.py`: quality against cost with the spread over seeds, and the last values."""
+
+import io
+import math
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogFormatter, LogLocator, MaxNLocator
+
+
+# Colours of Okabe and Ito, which readers with any colour vision tell apart; on dark ground lighter ones of the same hues.
+# Line styles and markers differ too, and their cycles are of other lengths, so that no two arms of a dozen look alike.
+COLORS = {
+    "light": ["#0072B2", "#D55E00", "#009E73", "#AA4499", "#8A6D00", "#000000", "#56B4E9"],
+    "dark": ["#56B4E9", "#FF8A3D", "#2FD3A2", "#F0A6D0", "#F0E442", "#FFFFFF", "#8FA8FF"],
+}
+LINES = ["-", "--", "-.", ":"]
+MARKERS = ["o", "s", "^", "D", "v"]
+THEMES = {
+    "light": {"ink": "#1b1b1b", "ground": "#ffffff"},
+    "dark": {"ink": "#e6e6e6", "ground": "none"},  # the page shows through
+}
+
+
+def style(theme: str) -> dict:
+    """matplotlib's settings of a theme; the same data always give the same SVG file."""
+    ink, ground = THEMES[theme]["ink"], THEMES[theme]["ground"]
+    names = "text.color axes.labelcolor axes.edgecolor axes.titlecolor xtick.color ytick.color legend.labelcolor grid.color"
+    return dict.fromkeys(names.split(), ink) | {
+        "figure.facecolor": ground,
+        "axes.facecolor": ground,
+        "savefig.facecolor": ground,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.18,
+        "font.size": 10.5,
+        "svg.hashsalt": "diffusers-vrpo",
+        "svg.fonttype": "path",
+        "text.parse_math": False,  # a name may have a $
+    }
+
+
+def flop_unit(flops: float) -> tuple[float, str]:
+    """What to divide a number of FLOPs by, and the unit that they then have."""
+    power = min(7, max(0, int(math.log10(flops) / 3))) if flops > 0 else 0
+    return 1000.0**power, ["", "k", "M", "G", "T", "P", "E", "Z"][power] + "FLOP"
+
+
+def scale_of(axis: str, largest: float) -> tuple[float, str]:
+    """What to divide a cost by, and how the axis is then called; `axis` is `steps`, `seconds` or `flops`."""
+    if axis == "steps":
+        return 1.0, "training steps"
+    if axis == "seconds":
+        for size, unit in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
+            if largest >= 3 * size:
+                return size, f"training time ({unit})"
+        return 1.0, "training time (seconds)"
+    size, unit = flop_unit(largest)
+    return size, f"training compute ({unit})"
+
+
+def logarithmic_quality(axes):
+    """A logarithmic y axis that names 1, 2 and 5 of each power of ten."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(9, 9)))
+    axes.yaxis.set_minor_formatter("")
+
+
+def curves(arms: list[dict], axis: str, metric: str, target: tuple[float, str] | None, theme: str) -> Figure:
+    """Quality against `axis`: the mean over seeds with a marker at every evaluation, in a band of one standard deviation.
+
+    Args:
+        arms: of the report: `name`, `n`, `curve` with `mean`, `std` and the costs, and `runs`, which are drawn one by one
+            where they share no evaluated step.
+        target: a value to draw a line at, and its name.
+    """
+    longest = max(len(arm["name"]) for arm in arms)
+    columns = 1 if longest > 22 else 2 if longest > 11 else 3
+    rows = math.ceil((len(arms) + (target is not None)) / columns)
+    figure = Figure(figsize=(5.2, 3.7 + 0.21 * rows), layout="constrained")
+    axes = figure.subplots()
+    shown = [
+        value for arm in arms for value in arm["curve"]["mean"] or sum((run["values"] for run in arm["runs"]), [])
+    ]
+    shown += [target[0]] if target else []
+    # Frechet distances fall by orders of magnitude early on.
+    logarithmic = min(shown) > 0 and max(shown) > 8 * min(shown)
+    size, label = scale_of(axis, max(max(run[axis]) for arm in arms for run in arm["runs"]))
+    for i, arm in enumerate(arms):
+        look = {"color": COLORS[theme][i % 7], "linestyle": LINES[i % 4], "marker": MARKERS[i % 5]}
+        look |= {"linewidth": 1.8, "markersize": 4.5}
+        name, curve = f"{arm['name']} (n = {arm['n']})", arm["curve"]
+        if not curve["steps"]:
+            for j, run in enumerate(arm["runs"]):
+                axes.plot(np.array(run[axis]) / size, run["values"], label=None if j else name, **look)
+            continue
+        x, mean = np.array(curve[axis]) / size, np.array(curve["mean"])
+        axes.plot(x, mean, label=name, **look)
+        if curve["std"]:
+            std = np.array(curve["std"])
+            # No room below zero on a logarithmic axis: there the band ends at half the mean.
+            below = np.where(logarithmic & (std >= mean), mean / 2, mean - std)
+            axes.fill_between(x, below, mean + std, color=look["color"], alpha=0.2, linewidth=0)
+            if len(x) == 1:
+                axes.errorbar(x, mean, [mean - below, std], color=look["color"], capsize=4)
+    if target is not None:
+        axes.axhline(target[0], color=THEMES[theme]["ink"], linewidth=1, linestyle=(0, (1, 2)), label=target[1])
+    if logarithmic:
+        logarithmic_quality(axes)
+    axes.set_xlim(left=0)
+    axes.set_xlabel(label)
+    axes.set_ylabel(metric)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=axis == "steps"))
+    if axis == "steps":
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    figure.legend(loc="outside lower left", ncols=columns, frameon=False, fontsize=9.5, handlelength=3.2)
+    return figure
+
+
+def final_values(arms: list[dict], metric: str, theme: str) -> Figure:
+    """The last value of each arm: mean and standard deviation over seeds, and each seed as a small ring."""
+    figure = Figure(figsize=(5.2, 1.2 + 0.42 * len(arms)), layout="constrained")
+    axes = figure.subplots()
+    for i, arm in enumerate(arms):
+        color = COLORS[theme][i % 7]
+        std = arm["final"]["std"]
+        axes.errorbar(
+            arm["final"]["mean"], i, xerr=std, fmt=MARKERS[i % 5], color=color, capsize=4 if std else 0, markersize=6
+        )
+        axes.plot(
+            arm["final"]["values"],
+            [i + 0.22] * len(arm["final"]["values"]),
+            "o",
+            color=color,
+            mfc="none",
+            markersize=4,
+        )
+    axes.set_yticks(range(len(arms)), [f"{arm['name']} (n = {arm['n']})" for arm in arms])
+    axes.set_ylim(len(arms) - 0.5, -0.5)
+    figure.supxlabel(f"{metric}, last evaluation", fontsize="medium")
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    return figure
+
+
+def as_bytes(figure: Figure, kind: str) -> bytes:
+    """The figure as a `png` or `svg` file."""
+    buffer = io.BytesIO()
+    metadata = {"Date": None, "Creator": None} if kind == "svg" else {}
+    figure.savefig(buffer, format=kind, dpi=160, metadata=metadata)
+    return buffer.getvalue()
+
+
+def draw(plot, *arguments, theme: str, kinds: tuple[str, ...]) -> dict[str, bytes]:
+    """`plot(*arguments, theme)` as files of these kinds, in the theme."""
+    with matplotlib.rc_context(style(theme)):
+        figure = plot(*arguments, theme)
+        return {kind: as_bytes(figure, kind) for kind in kinds}

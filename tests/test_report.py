@@ -162,6 +162,16 @@ def test_a_given_target_with_and_without_a_baseline(tmp_path):
     assert "in at most 57 % of repa's steps for it" in found["sentences"][1]
 
 
+def test_a_baseline_that_was_evaluated_before_training_only(tmp_path):
+    runs = [
+        write_run(tmp_path / name, {0: 9, **more}, rows=[{"step": 100, "train_seconds": 60}], objective=name)
+        for name, more in (("none", {}), ("repa", {50: 4}))
+    ]
+    found = numbers(*runs, "--baseline", "none")
+    assert found["speed_up"]["reference"] is None
+    assert found["sentences"][1] == f"repa reaches the last {FD} of none (9) in at most 0 steps and 0.0 s (one seed)."
+
+
 def test_mean_and_deviation_over_seeds(tmp_path):
     runs = [
         write_run(tmp_path / "0", {100: 10, 200: 8, 300: 6}, seconds=1.0, seed=0, objective="repa"),

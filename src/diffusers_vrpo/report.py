@@ -290,8 +290,13 @@ def page(report: dict, plots: list[str], grids: str) -> str:
     parts.append(html_table(*hardware_table(report)))
     if report["options"]:
         parts.append("<h2>What differs</h2>")
+        arms = [arm["name"] for arm in report["arms"]]
         rows = [[name, *(value or "not set" for value in values)] for name, values in report["options"].items()]
-        parts.append(html_table(["option", *(arm["name"] for arm in report["arms"])], rows))
+        if len(rows) < len(arms):  # upright where that is narrower
+            names, *rows = [list(column) for column in zip(*rows, strict=True)]
+            parts.append(html_table(["arm", *names], [[arm, *row] for arm, row in zip(arms, rows)]))
+        else:
+            parts.append(html_table(["option", *arms], rows))
     if grids:
         noise = "from the same noise in each place" if report["grids"]["same_noise"] else "not from the same noise"
         parts.append(f'<h2>Samples</h2>\n<p class="faint">One run an arm, {noise}.</p>\n{grids}')

@@ -430,6 +430,8 @@ def speed_ups(
             reference = {cost: base["final"][cost]["mean"] for cost in costs}
         elif own:
             reference = {cost: mean_cost(baseline, cost, own[0]) for cost in costs}
+        if reference and not all(reference.values()):
+            reference = None  # an evaluation before training: no shares of nothing
     result = {"target": target, "baseline": baseline, "given": given, "reference": reference, "arms": []}
     for name, group in arms.items():
         curve = described[name]["curve"]
@@ -442,15 +444,15 @@ def speed_ups(
         for cost in costs:
             spent = [float(run.cost(cost, c[0])) if c else None for run, c in zip(group, seeds)]
             of_mean = mean_cost(name, cost, mean[0]) if mean else None
-            of_all = reference[cost] if reference else math.nan
-            shares = [each / of_all for each in spent if each is not None and of_all > 0]
+            of_all = reference[cost] if reference else None
+            shares = [each / of_all for each in spent if each is not None and of_all]
             whole = len(shares) == len(group)
             record[cost] = {
                 "seeds": spent,
                 "mean_curve": of_mean,
                 "share": float(np.mean(shares)) if whole else None,
                 "share_std": spread(shares) if whole else None,
-                "share_of_mean_curve": of_mean / of_all if mean and of_all > 0 else None,
+                "share_of_mean_curve": of_mean / of_all if mean and of_all else None,
                 "factor_first_to_first": mean_cost(baseline, cost, own[0]) / of_mean if own and of_mean else None,
             }
         result["arms"].append(record)

@@ -28,6 +28,7 @@ from PIL import Image as PILImage
 
 from .encoders import layers_of_encoders
 from .errors import InputError, first_line
+from .files import write_atomically
 from .latents import SampleStreams, TrainingSamples, encode_images, load_image_dataset
 
 
@@ -42,20 +43,6 @@ SETTING_NAMES = {
     "latent_shape": "the shape of the latents",
     "features": "--encoder, its layer, weights or token grid",
 }
-
-
-def write_atomically(path: Path, data: bytes):
-    """The file is the old one or the new one, whole, whenever the process or the machine stops."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    if os.name == "posix":  # the new name itself
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
 
 
 def read_meta(folder: Path, option: str) -> dict:

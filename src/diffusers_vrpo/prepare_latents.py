@@ -19,14 +19,12 @@ import sys
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from accelerate import PartialState
 from datasets import ClassLabel, Features, Image, Value
 from huggingface_hub import HfApi, snapshot_download
 from PIL import Image as PILImage
@@ -35,6 +33,7 @@ from tqdm.auto import tqdm
 from .arguments import HelpFormatter, OneLineErrorParser, check_ranges
 from .encoders import layers_of_encoders, load_encoder
 from .errors import InputError, first_line, hub_problem
+from .files import write_atomically
 from .initialization import weights_checksum
 from .latent_cache import (
     CacheWriter,
@@ -44,7 +43,6 @@ from .latent_cache import (
     load_images,
     num_chunks,
     read_meta,
-    write_atomically,
 )
 from .latents import (
     ORDER,
@@ -60,6 +58,7 @@ from .latents import (
     scale_and_shift,
     too_many_corrupt,
 )
+from .processes import start_processes
 
 
 logger = logging.getLogger("latents")
@@ -179,28 +178,6 @@ def prepare(args: argparse.Namespace):
     write_chunks(writer, data, BatchEncoder(vae, encoders, config), args.dataloader_num_workers)
     writer.finish()
     logger.info(f"wrote {len(data)} images to {args.output_dir}; train with --latents_dir {args.output_dir}")
-
-
-def start_processes() -> PartialState:
-    """The processes that were launched, connected.
-
-    Raises:
-        InputError: when they are not.
-    """
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
-    # The wait for the slowest process can be long.
-    several = {"timeout": timedelta(hours=12)} if int(os.environ.get("WORLD_SIZE", 1)) > 1 else {}
-    state = PartialState(cpu=on_cpu, **several)
-    if state.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
-        raise InputError(
-            f"{os.environ['WORLD_SIZE']} processes were started, but accelerate does not connect them; for several CPU "
-            "processes set ACCELERATE_USE_CPU=true"
-        )
-    level = logging.INFO if state.is_main_process else logging.WARNING
-    logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=level)
-    for noisy in ("httpx", "datasets", "PIL", "filelock"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    return state
 
 
 def cache_config(args, data, vae, shape, encoders: list, layers: list) -> dict:

@@ -174,7 +174,7 @@ def set_sampler(pipeline: VRPOPipeline, sampler: str, name: str):
     pipeline.scheduler = make_scheduler(sampler, config, pipeline.scheduler_options)
 
 
-def check_seeded(pipeline: VRPOPipeline, num_inference_steps: int):
+def check_steps(pipeline: VRPOPipeline, num_inference_steps: int):
     """Sets the timesteps and takes one step of nothing: its noise must come from the image's generator.
 
     Raises:
@@ -185,9 +185,19 @@ def check_seeded(pipeline: VRPOPipeline, num_inference_steps: int):
         pipeline.prepare_times(num_inference_steps, "cpu")
     except ValueError as error:
         raise InputError(f"--num_inference_steps {num_inference_steps}: {first_line(error)}") from error
+    scheduler = pipeline.scheduler
+    if isinstance(scheduler, DDIMScheduler):
+        # Its step goes down by this (diffusers issue 12633), whatever the next of its timesteps is.
+        stride = scheduler.config.num_train_timesteps // num_inference_steps
+        if (scheduler.timesteps[:-1] - scheduler.timesteps[1:] != stride).any():
+            raise InputError(
+                f"--num_inference_steps {num_inference_steps}: diffusers' DDIM needs a divisor of "
+                f"{scheduler.config.num_train_timesteps} (and timestep_spacing 'trailing' or 'leading'), else its steps miss "
+                "its timesteps; --sampler dpmsolver++ takes any number"
+            )
     channels = pipeline.transformer.config.in_channels
     x, prediction = torch.zeros(1, channels, 2, 2), torch.zeros(1, channels * (1 + pipeline.learned_variance), 2, 2)
-    scheduler, state = pipeline.scheduler, torch.get_rng_state()
+    state = torch.get_rng_state()
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     generator = {"generator": [torch.Generator().manual_seed(0)]} if takes_generator else {}
     if hasattr(scheduler, "scale_model_input"):
@@ -283,7 +293,7 @@ def sample(args: argparse.Namespace):
         pipeline = load_pipeline(args.pipeline, args.revision, args.variant, args.cache_dir)
     set_sampler(pipeline, args.sampler, args.pipeline)
     arguments = sampling_arguments(pipeline, args)
-    check_seeded(pipeline, args.num_inference_steps)
+    check_steps(pipeline, args.num_inference_steps)
     given = args.labels or list(range(pipeline.transformer.config.num_classes))
     try:
         classes = pipeline.get_label_ids([c if str(c).lower() in pipeline.labels else as_id(c) for c in given])

@@ -1,6 +1,7 @@
 """pipelines/sample.py: what is written, that it depends on (seed, index) alone, and what is refused."""
 
 import functools
+import importlib
 import json
 import os
 import shutil
@@ -273,7 +274,7 @@ def test_two_processes_write_the_same(models, reference, tmp_path):
 
 def test_killed_and_continued(models, reference, tmp_path):
     # So many steps that the kill comes in time: the images are others, which an uninterrupted run is compared with.
-    options = {**REFERENCE, "num_inference_steps": 300}
+    options = {**REFERENCE, "num_inference_steps": 120}
     folder = tmp_path / "out"
     process = script(argv(models / "latents", folder, **options))
     deadline = time.monotonic() + 120
@@ -589,3 +590,35 @@ def test_noise_that_no_seed_fixes_is_refused():
         sample.check_steps(quiet_pipeline(tiny_model(), Unseeded()), 5)
     for scheduler in (SiTSDEScheduler(), FlowMatchEulerDiscreteScheduler(), UniPCMultistepScheduler(**FLOW_SIGMAS)):
         sample.check_steps(quiet_pipeline(tiny_model(), scheduler), 5)
+
+
+# Its benchmark
+
+
+@pytest.fixture(scope="module")
+def sampling_cost():
+    """benchmarks/sampling_cost.py as a module."""
+    folder = str(ROOT / "benchmarks")
+    sys.path.insert(0, folder)
+    try:
+        yield importlib.import_module("sampling_cost")
+    finally:
+        sys.path.remove(folder)
+
+
+def test_the_benchmark_counts_rows_and_compares_times(sampling_cost, tmp_path, capsys):
+    words = "--preset SiT-XS/8 --batch_size 3 --num_inference_steps 10 --rounds 2 --device cpu --clock cpu --json"
+    report = sampling_cost.main(
+        sampling_cost.build_parser().parse_args([*words.split(), str(tmp_path / "report.json")])
+    )
+    # t = 1, 0.9, 0.8 are not guided.
+    assert {name: arm["rows"] for name, arm in report["arms"].items()} == {"always": 60, "interval": 51, "never": 30}
+    assert all(len(arm["seconds"]) == 2 and min(arm["seconds"]) > 0 for arm in report["arms"].values())
+    interval, never = report["ratios"]
+    assert interval["share"] == 0.85 and interval["at_most"] == 0.88 and never["share"] == 0.5
+    assert interval["low"] <= interval["ratio"] <= interval["high"]
+    assert json.loads((tmp_path / "report.json").read_text())["arms"] == report["arms"]
+    assert "<= 0.8800" in capsys.readouterr().out
+    for wrong in (["--throughput", "--compile"], ["--sampler", "ddim"], ["--device", "cuda", "--clock", "cpu"]):
+        with pytest.raises(InputError, match="leave out|takes|use wall"):
+            sampling_cost.main(sampling_cost.build_parser().parse_args(["--preset", "SiT-XS/8", *wrong]))

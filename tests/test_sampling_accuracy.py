@@ -94,8 +94,8 @@ def flow_error(pipeline, steps) -> tuple[float, float]:
     [
         (FlowMatchEulerDiscreteScheduler(), (32, 64, 128), 1.9, 2.1),
         (FlowMatchHeunDiscreteScheduler(), (32, 64, 128), 3.8, 4.4),
-        (UniPCMultistepScheduler(**FLOW_SIGMAS), (16, 32, 64, 128), 3.5, 7.0),
-        # It starts at t = 0.999, which leaves an error of about a thousandth at any number of steps.
+        # These start at t = 0.999 (UniPC in old versions), which leaves an error of a thousandth at any number of steps.
+        (UniPCMultistepScheduler(**FLOW_SIGMAS), (8, 16, 32), 3.0, 7.0),
         (DPMSolverMultistepScheduler(**FLOW_SIGMAS), (8, 16, 32), 3.0, 5.0),
     ],
     ids=["euler", "heun", "unipc", "dpmsolver++"],
@@ -249,10 +249,10 @@ def test_guided_moments(scheduler, interval):
     assert mean > 0.9 and std < 0.4
     z = normal_quantiles(4096)
     if sde:
-        z = torch.randn(4, 1, 256, 256, generator=torch.Generator().manual_seed(1))
+        z = torch.randn(1, 1, 256, 256, generator=torch.Generator().manual_seed(1))
         z = (z - z.mean()) / z.std()
     images = exact_pipeline(scheduler)(
-        [1] * len(z),
+        1,
         latents=z,
         num_inference_steps=250,
         guidance_scale=2.0,

@@ -1,0 +1,227 @@
+#!/usr/bin/env python
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+r"""Measure what a guidance interval saves, and how many images a second a sampler gives.
+
+    python benchmarks/sampling_cost.py --preset SiT-XS/2 --batch_size 2 --threads 1 --clock cpu
+    python benchmarks/sampling_cost.py --preset SiT-XL/2 --device cuda --dtype bfloat16 --batch_size 64
+    python benchmarks/sampling_cost.py --preset SiT-XL/2 --device cuda --batch_size 64 --rounds 3 --throughput \
+        --sampler sde --num_inference_steps 250
+
+Without `--throughput`, three arms sample the same batch with the same model:
+    always      guided at every step
+    interval    guided within `--guidance_interval` alone, the unconditional half left out elsewhere
+    never       not guided
+The time of `interval` over that of `always` is to be at most its share of the rows that the model evaluates, which is
+counted, plus 3 %: what else a step costs must not eat up what guidance saves.
+
+With `--throughput`, two arms sample with always guided steps: float32 eager, and bfloat16 with compiled blocks.
+
+A call is `VRPOPipeline.__call__` up to the latents, with a generator for each image, as pipelines/sample.py makes it;
+weights are fresh. Arms take turns within a round, in an order of the round's own. Ratios are medians over rounds of the
+ratio within a round; intervals are a 95 % bootstrap over rounds. `--clock cpu` counts the process's processor time,
+for a machine that does other work too.
+"""
+
+import argparse
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from objective_overhead import NUM_CLASSES, hardware_name, median_ratio
+
+from diffusers_vrpo import SiTTransformer2DModel, VRPOPipeline, sit_preset
+from diffusers_vrpo.conversion import default_scheduler
+from diffusers_vrpo.errors import InputError
+from diffusers_vrpo.sample import DTYPES, SAMPLERS, set_sampler, start_noise, step_generator
+
+
+MARGIN = 0.03
+THROUGHPUT_ARMS = {"float32, eager": ("float32", False), "bfloat16, compiled": ("bfloat16", True)}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="SiT-S/2", help="as of train_vrpo.py (default: SiT-S/2)")
+    parser.add_argument("--latent_size", type=int, default=32, help="side of the four-channel latents (default: 32)")
+    parser.add_argument("--batch_size", type=int, help="default: 64 on a GPU, 2 on the CPU")
+    parser.add_argument(
+        "--sampler", default="default", help="as of pipelines/sample.py (default: the pipeline's, Euler)"
+    )
+    parser.add_argument("--num_inference_steps", type=int, default=50, help="default: 50")
+    parser.add_argument("--guidance_scale", type=float, default=1.5, help="default: 1.5")
+    parser.add_argument("--guidance_interval", type=float, nargs=2, default=[0.0, 0.7], help="default: 0 0.7")
+    parser.add_argument("--throughput", action="store_true", help="compare precisions instead of intervals")
+    parser.add_argument("--rounds", type=int, default=9, help="that count (default: 9)")
+    parser.add_argument("--warmup", type=int, default=1, help="rounds before them, at least 1 (default: 1)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the transformer (default: float32)")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks")
+    parser.add_argument("--threads", type=int, help="of the CPU; 1 is steadier where other work runs")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: the process's processor time")
+    parser.add_argument("--seed", type=int, default=0, help="of noise and of the order of the arms")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers, with the time of each call")
+    return parser
+
+
+def build_pipeline(settings, dtype: str, compiled: bool) -> VRPOPipeline:
+    """A pipeline without an autoencoder, of the preset with fresh weights, and with the sampler."""
+    config = {**sit_preset(settings.preset), "sample_size": settings.latent_size, "num_classes": NUM_CLASSES}
+    torch.manual_seed(0)
+    model = SiTTransformer2DModel(**config).eval()
+    pipeline = VRPOPipeline(model, default_scheduler(model.config.prediction_type))
+    if settings.sampler not in ("default", *SAMPLERS[model.config.prediction_type]):
+        raise InputError(
+            f"--sampler {settings.sampler}: {settings.preset} takes {SAMPLERS[model.config.prediction_type]}"
+        )
+    set_sampler(pipeline, settings.sampler, settings.preset)
+    model.to(settings.device)
+    if dtype != "float32":
+        model.to(getattr(torch, dtype))
+    if compiled:
+        model.compile_repeated_blocks(dynamic=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def build_arms(settings) -> dict:
+    """`{name: function}`; each samples a batch of given latents."""
+
+    def arm(pipeline, **guidance):
+        def call(latents, generators):
+            return pipeline(
+                [i % NUM_CLASSES for i in range(len(latents))],
+                num_inference_steps=settings.num_inference_steps,
+                latents=latents,
+                generator=generators,
+                output_type="latent",
+                **guidance,
+            )
+
+        call.pipeline = pipeline
+        return call
+
+    scale = settings.guidance_scale
+    if settings.throughput:
+        return {
+            name: arm(build_pipeline(settings, *precision), guidance_scale=scale)
+            for name, precision in THROUGHPUT_ARMS.items()
+        }
+    pipeline = build_pipeline(settings, settings.dtype, settings.compile)
+    return {
+        "always": arm(pipeline, guidance_scale=scale),
+        "interval": arm(pipeline, guidance_scale=scale, guidance_interval=tuple(settings.guidance_interval)),
+        "never": arm(pipeline, guidance_scale=1.0),
+    }
+
+
+def count_rows(call, latents, generators) -> int:
+    """Rows that the model evaluates in a call."""
+    rows = []
+    hook = call.pipeline.transformer.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    call(latents, generators)
+    hook.remove()
+    return sum(rows)
+
+
+def measure(settings) -> dict:
+    clock = {"wall": time.perf_counter, "cpu": time.process_time}[settings.clock]
+    wait = torch.cuda.synchronize if settings.device == "cuda" else lambda: None
+    arms = build_arms(settings)
+    shape = (4, settings.latent_size, settings.latent_size)
+    order = random.Random(settings.seed)
+    rows, seconds = {}, {name: [] for name in arms}
+    for round_number in range(max(1, settings.warmup) + settings.rounds):
+        first = round_number * settings.batch_size
+        indices = range(first, first + settings.batch_size)
+        latents = torch.stack([start_noise(settings.seed, i, shape) for i in indices])
+        for name in order.sample(list(arms), len(arms)):
+            generators = [step_generator(settings.seed, i) for i in indices]
+            if round_number == 0:
+                rows[name] = count_rows(arms[name], latents, generators)
+                continue
+            wait()
+            start = clock()
+            arms[name](latents, generators)
+            wait()
+            if round_number >= max(1, settings.warmup):
+                seconds[name].append(clock() - start)
+    return {"rows": rows, "seconds": seconds}
+
+
+def build_report(settings, measured: dict) -> dict:
+    rows, seconds = measured["rows"], measured["seconds"]
+    if settings.throughput:
+        slow, fast = THROUGHPUT_ARMS
+        pairs = [(slow, fast, None)]
+    else:
+        pairs = [(name, "always", rows[name] / rows["always"]) for name in ("interval", "never")]
+
+    def ratio(above, below, share):
+        value, low, high = median_ratio(seconds[above], seconds[below])
+        at_most = share + MARGIN if above == "interval" else None
+        return dict(above=above, below=below, ratio=value, low=low, high=high, share=share, at_most=at_most)
+
+    return {
+        "hardware": hardware_name(torch.device(settings.device)),
+        "torch": torch.__version__,
+        "settings": {name: value for name, value in vars(settings).items() if name != "json"},
+        "arms": {
+            name: {
+                "rows": rows[name],
+                "median_seconds": float(np.median(times)),
+                "images_per_second": settings.batch_size / float(np.median(times)),
+                "seconds": times,
+            }
+            for name, times in seconds.items()
+        },
+        "ratios": [ratio(*pair) for pair in pairs],
+    }
+
+
+def print_report(report: dict):
+    s = report["settings"]
+    how = "" if s["throughput"] else f", {s['dtype']}, {'compiled' if s['compile'] else 'eager'}"
+    interval = "" if s["throughput"] else f", interval {s['guidance_interval'][0]} to {s['guidance_interval'][1]}"
+    print(f"{report['hardware']}, torch {report['torch']}")
+    print(
+        f"{s['preset']}, {s['num_inference_steps']} steps of {s['sampler']}, batch {s['batch_size']}, guidance "
+        f"{s['guidance_scale']}{interval}{how}, {s['rounds']} rounds, {s['clock']} clock\n"
+    )
+    print(f"{'arm':<22}{'rows':>8}{'s/batch':>10}{'images/s':>10}")
+    for name, arm in report["arms"].items():
+        print(f"{name:<22}{arm['rows']:>8}{arm['median_seconds']:>10.3f}{arm['images_per_second']:>10.3f}")
+    print(f"\n{'ratio of times':<40}{'value':>9}{'95 % interval':>18}{'of rows':>10}{'target':>14}")
+    for r in report["ratios"]:
+        share = "" if r["share"] is None else f"{r['share']:.4f}"
+        verdict = ""
+        if r["at_most"] is not None:
+            verdict = f"{'<=' if r['ratio'] <= r['at_most'] else 'NOT <='} {r['at_most']:.4f}"
+        bounds = f"{r['low']:.4f} - {r['high']:.4f}"
+        print(f"{r['above'] + ' / ' + r['below']:<40}{r['ratio']:>9.4f}{bounds:>18}{share:>10}{verdict:>14}")
+
+
+def main(settings: argparse.Namespace) -> dict:
+    settings.device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if settings.device == "cuda" and settings.clock == "cpu":
+        raise InputError("--clock cpu does not see what a GPU does; use wall")
+    if settings.throughput and (settings.dtype != "float32" or settings.compile):
+        raise InputError("--throughput compares float32 eager with bfloat16 compiled; leave out --dtype and --compile")
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    settings.batch_size = settings.batch_size or (64 if settings.device == "cuda" else 2)
+    report = build_report(settings, measure(settings))
+    print_report(report)
+    if settings.json:
+        settings.json.write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+if __name__ == "__main__":
+    try:
+        main(build_parser().parse_args())
+    except InputError as error:
+        sys.exit(f"sampling_cost.py: error: {error}")

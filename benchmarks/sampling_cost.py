@@ -73,10 +73,9 @@ def build_pipeline(settings, dtype: str, compiled: bool) -> VRPOPipeline:
     torch.manual_seed(0)
     model = SiTTransformer2DModel(**config).eval()
     pipeline = VRPOPipeline(model, default_scheduler(model.config.prediction_type))
-    if settings.sampler not in ("default", *SAMPLERS[model.config.prediction_type]):
-        raise InputError(
-            f"--sampler {settings.sampler}: {settings.preset} takes {SAMPLERS[model.config.prediction_type]}"
-        )
+    samplers = ("default", *SAMPLERS[model.config.prediction_type])
+    if settings.sampler not in samplers:
+        raise InputError(f"--sampler {settings.sampler}: {settings.preset} takes {', '.join(samplers)}")
     set_sampler(pipeline, settings.sampler, settings.preset)
     model.to(settings.device)
     if dtype != "float32":

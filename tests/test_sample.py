@@ -340,7 +340,7 @@ def test_more_images_of_the_same_kind(models, tmp_path, rows):
 
 
 def test_another_batch_size_changes_a_rounding_at_most(models, tmp_path):
-    options = {"sampler": "sde", "num_images": 48, "num_inference_steps": 20, "guidance_scale": 3.0}
+    options = {"sampler": "sde", "num_images": 48, "num_inference_steps": 10, "guidance_scale": 3.0}
     one = pngs(run(models / "latents", tmp_path / "one", batch_size=48, **options)).astype(int)
     for size in (1, 5, 32):
         other = pngs(run(models / "latents", tmp_path / str(size), batch_size=size, **options)).astype(int)
@@ -480,6 +480,8 @@ def test_wrong_options(models, tmp_path, capsys, options, message):
         ),
         ("velocity", {"guidance_channels": 4}, "`guidance_channels` must be in 1 ... 3, not 4"),
         ("grey", {"guidance_scale": 2.0}, "needs a null class"),
+        ("velocity", {"vae_dtype": "bfloat16"}, "--vae_dtype bfloat16: PIPELINE"),
+        ("velocity", {"revision": "main"}, "--revision main goes with a Hub name"),
         ("nowhere", {}, "cannot be opened"),
     ],
 )

@@ -104,6 +104,8 @@ def load_pipeline(name_or_path: str, revision: str | None, variant: str | None, 
     if not Path(name_or_path).is_dir() and (is_path or Path(name_or_path).exists()):
         raise InputError(f"PIPELINE {name_or_path} is not a folder; pipelines/convert.py makes one of a checkpoint")
     if Path(name_or_path).is_dir():
+        if revision is not None:
+            raise InputError(f"--revision {revision} goes with a Hub name; PIPELINE {name_or_path} is a folder")
         index = pipeline_index(name_or_path)
         if index is None:
             raise InputError(
@@ -243,6 +245,8 @@ def sampling_arguments(pipeline: VRPOPipeline, args: argparse.Namespace) -> dict
             f"PIPELINE {args.pipeline} has no autoencoder for its {config.in_channels}-channel latents; pipelines/convert.py "
             "puts one in with --vae"
         )
+    if pipeline.vae is None and args.vae_dtype != "float32":
+        raise InputError(f"--vae_dtype {args.vae_dtype}: PIPELINE {args.pipeline} has no autoencoder; leave it out")
     try:
         pipeline.check_inputs(num_images_per_label=1, **arguments, output_type="pt", tensor_inputs=())
     except ValueError as error:

@@ -27,6 +27,7 @@ from diffusers_vrpo.alignment import Alignment
 from diffusers_vrpo.arguments import (
     HelpFormatter,
     OneLineErrorParser,
+    check_data,
     check_policy,
     check_ranges,
     config_to_argv,
@@ -38,11 +39,16 @@ from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.flow import flow_matching_loss, forward_process
 from diffusers_vrpo.gradient_fork import CONFLICTS
 from diffusers_vrpo.initialization import build_transformer, read_start
-from diffusers_vrpo.interruption import Interruption, StepGuard, TrainingStopped, ignore_signals, settle
-from diffusers_vrpo.latent_cache import batch_latents, cached_encoders, load_training_data, training_samples
+from diffusers_vrpo.interruption import Interruption, StepGuard, TrainingStopped, settle
+from diffusers_vrpo.latent_cache import (
+    batch_latents,
+    cached_encoders,
+    load_training_data,
+    training_batches,
+    training_samples,
+)
 from diffusers_vrpo.latents import (
     StreamBatchSampler,
-    as_is,
     check_corrupt_rows,
     check_images,
     latent_shape,
@@ -114,7 +120,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     g.add_argument("--logging_dir", default="logs", help="tracker files, inside the output folder")
     g.add_argument("--logging_steps", type=int, default=50, help="read and write the metrics every this many steps")
-    g.add_argument("--dataloader_num_workers", type=int, default=4, help="processes that decode images")
+    g.add_argument(
+        "--dataloader_num_workers", type=int, default=4, help="processes (threads with --streaming) that decode"
+    )
 
     g = parser.add_argument_group("data")
     g.add_argument("--dataset_name", help="Hub name or folder of an image data set, or `digits` (embedded)")
@@ -123,6 +131,9 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--train_data_dir", help="folder with one folder of images per class, instead of --dataset_name")
     g.add_argument(
         "--latents_dir", help="train from what `python -m diffusers_vrpo.latents prepare` wrote there, not from images"
+    )
+    g.add_argument(
+        "--streaming", action="store_true", help="read the parquet files of --dataset_name in training, keep no copy"
     )
     g.add_argument("--image_column", default="image", help="column with the images")
     g.add_argument("--label_column", default="label", help="column with the integer class labels")
@@ -274,11 +285,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     config = find_config.parse_known_args(argv)[0].config
     args = parser.parse_args((config_to_argv(parser, config, argv) if config else []) + argv)
 
-    if [args.dataset_name, args.train_data_dir, args.latents_dir].count(None) != 2:
-        parser.error(
-            "give either --dataset_name or --train_data_dir or --latents_dir (or, for a first run, --config "
-            "configs/digits.yaml)"
-        )
+    check_data(parser, args)
     if args.vae is None and args.latents_dir is None:
         parser.error("give --vae, such as stabilityai/sd-vae-ft-ema, or `--vae none` to train on pixels")
     if args.objective != "none" and args.encoder is None:
@@ -385,7 +392,7 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
     register_model_hooks(accelerator, ema, states, means)
     guard = StepGuard(accelerator, optimizer, interruption, args.skip_nonfinite)
     step, samples_seen, saved_step, seconds, flops = 0, 0, 0, 0.0, 0.0
-    settings = run_settings(args, data, pipeline.transformer)
+    settings = run_settings(args, data, pipeline.transformer, global_batch_size)
     if checkpoint is not None:
         state = read_training_state(checkpoint, settings)
         load_checkpoint(accelerator, checkpoint)
@@ -397,23 +404,18 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
             ema.optimization_step = step
         logger.info(f"continuing from {checkpoint} at step {step}")
     shape = (channels, height, width)
-    samples = training_samples(data, args, pipeline.transformer, shape, math.prod(grid_size), encoders)
-    dataloader = torch.utils.data.DataLoader(
-        samples,
-        batch_sampler=StreamBatchSampler(
-            samples_seen,
-            max(0, max_train_steps - step),
-            args.train_batch_size,
-            accelerator.process_index,
-            accelerator.num_processes,
-            args.gradient_accumulation_steps,
-            repeats=args.policy_epochs,
-        ),
-        num_workers=args.dataloader_num_workers,
-        collate_fn=as_is,
-        worker_init_fn=ignore_signals,
-        pin_memory=device.type == "cuda",
+    options = (math.prod(grid_size), encoders, global_batch_size)
+    samples = training_samples(data, args, pipeline.transformer, shape, *options)
+    batch_sampler = StreamBatchSampler(
+        samples_seen,
+        max(0, max_train_steps - step),
+        args.train_batch_size,
+        accelerator.process_index,
+        accelerator.num_processes,
+        args.gradient_accumulation_steps,
+        repeats=args.policy_epochs,
     )
+    dataloader = training_batches(samples, batch_sampler, args.dataloader_num_workers, device.type == "cuda")
     if accelerator.is_main_process:
         given = {name: value for name, value in vars(args).items() if value is not None and name != "config"}
         with written(f"train_config.yaml or metrics.jsonl in {output_dir}"):

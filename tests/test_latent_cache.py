@@ -386,7 +386,13 @@ def trainer_options(folder, **changes) -> SimpleNamespace:
     plain = "dataset_name dataset_config_name train_data_dir max_train_samples cache_dir vae encoder_layer"
     values = dict.fromkeys(plain.split())
     values |= {"dataset_split": "train", "image_column": "image", "label_column": "label", "seed": 0, "resolution": 8}
-    values |= {"latents_dir": folder, "center_crop": True, "random_flip": False, "encoder": ["digits"]}
+    values |= {
+        "latents_dir": folder,
+        "center_crop": True,
+        "random_flip": False,
+        "encoder": ["digits"],
+        "streaming": False,
+    }
     return SimpleNamespace(**{**values, "objective": "vrpo", **changes})
 
 
@@ -399,18 +405,18 @@ def test_what_the_trainer_opens(reference, vae_folder):
     assert args.vae == vae_folder and num_classes == 10 and id2label[0] == "zero" and len(data) == ROWS
     encoders = cached_encoders(data, args, (4, 4))
     assert [encoder.embed_dim for encoder in encoders] == [64]
-    batch = training_samples(data, args, TRANSFORMER, (4, 4, 4), 16, encoders).__getitems__([0])
+    batch = training_samples(data, args, TRANSFORMER, (4, 4, 4), 16, encoders, 16).__getitems__([0])
     assert {"latents", "features_0", "tokens"} <= set(batch) and "pixels" not in batch
     # For another grid the images are there.
     assert cached_encoders(data, args, (2, 2)) == []
-    batch = training_samples(data, args, TRANSFORMER, (4, 4, 4), 16, [object()]).__getitems__([0])
+    batch = training_samples(data, args, TRANSFORMER, (4, 4, 4), 16, [object()], 16).__getitems__([0])
     assert "pixels" in batch and "features_0" not in batch
     args = trainer_options(reference, objective="none", encoder=None)
-    batch = training_samples(data, args, TRANSFORMER, (4, 4, 4), 16, cached_encoders(data, args, (4, 4)))
+    batch = training_samples(data, args, TRANSFORMER, (4, 4, 4), 16, cached_encoders(data, args, (4, 4)), 16)
     assert not {"pixels", "features_0", "tokens"} & set(batch.__getitems__([0]))
     images = trainer_options(None, dataset_name="digits", vae="none")
     data, _, _ = load_training_data(images)
-    assert "pixels" in training_samples(data, images, TRANSFORMER, (3, 8, 8), 16, []).__getitems__([0])
+    assert "pixels" in training_samples(data, images, TRANSFORMER, (3, 8, 8), 16, [], 16).__getitems__([0])
 
 
 @pytest.mark.parametrize(
@@ -436,9 +442,9 @@ def test_a_cache_that_lacks_what_training_needs(tmp_path, vae_folder):
         cached_encoders(data, args, (2, 2))
     args.random_flip = True
     with pytest.raises(InputError, match="--random_flip: .* has no flipped copies; prepare one with --flip"):
-        training_samples(data, args, TRANSFORMER, (4, 4, 4), 16, [])
+        training_samples(data, args, TRANSFORMER, (4, 4, 4), 16, [], 16)
     with pytest.raises(InputError, match=r"makes latents of \[4, 8, 8\]"):
-        training_samples(data, args, TRANSFORMER, (4, 8, 8), 16, [])
+        training_samples(data, args, TRANSFORMER, (4, 8, 8), 16, [], 16)
 
 
 # Export and import

@@ -4,6 +4,7 @@
 import argparse
 import difflib
 import math
+import os
 from pathlib import Path
 
 import yaml
@@ -78,6 +79,29 @@ def check_ranges(
             value = getattr(args, name)
             if value is not None and not fits(value):
                 parser.error(f"--{name} {value} {wanted}")
+
+
+def check_data(parser: argparse.ArgumentParser, args: argparse.Namespace):
+    """Ends with a sentence where not exactly one data set is named, or `--streaming` does not go with it."""
+    if [args.dataset_name, args.train_data_dir, args.latents_dir].count(None) != 2:
+        parser.error(
+            "give either --dataset_name or --train_data_dir or --latents_dir (or, for a first run, --config "
+            "configs/digits.yaml)"
+        )
+    if not args.streaming:
+        return
+    for name, why in (
+        ("latents_dir", "a latent cache is read from the disk as it is"),
+        ("train_data_dir", "it reads parquet files; name a data set that has them with --dataset_name"),
+        (
+            "max_train_samples",
+            "a subset would be spread over all row groups; take a --dataset_split such as validation",
+        ),
+    ):
+        if getattr(args, name) is not None:
+            parser.error(f"--streaming does not go with --{name} {getattr(args, name)}: {why}")
+    if args.dataset_name == "digits" and not os.path.isdir("digits"):
+        parser.error("--streaming does not go with --dataset_name digits, which is embedded; leave it out")
 
 
 def check_policy(parser: argparse.ArgumentParser, args: argparse.Namespace):

@@ -29,7 +29,9 @@ from PIL import Image as PILImage
 from .encoders import layers_of_encoders
 from .errors import InputError, first_line
 from .files import write_atomically
-from .latents import SampleStreams, TrainingSamples, encode_images, load_image_dataset
+from .interruption import ignore_signals
+from .latents import SampleStreams, TrainingSamples, as_is, encode_images, load_image_dataset
+from .streaming import ParquetRows, StreamedBatches, StreamedSamples, stream_image_dataset
 
 
 FORMAT = 1
@@ -593,13 +595,20 @@ def load_images(args):
 
 
 def load_training_data(args):
-    """What the data options of `train_vrpo.py` name: a `Dataset` or a `LatentCache`, class names, number of classes.
+    """What the data options of `train_vrpo.py` name, class names, number of classes.
+
+    It is a `Dataset`, a `LatentCache` or, with `--streaming`, `ParquetRows`.
 
     With a cache, `args.vae` becomes the one that it was made with.
 
     Raises:
         InputError: when it cannot be had, or the options contradict the cache.
     """
+    if args.streaming:
+        columns = (args.image_column, args.label_column)
+        return stream_image_dataset(
+            args.dataset_name, args.dataset_config_name, args.dataset_split, *columns, args.cache_dir
+        )
     if args.latents_dir is None:
         return load_images(args)
     cache, there = LatentCache(args.latents_dir), f"--latents_dir {args.latents_dir}"
@@ -630,22 +639,34 @@ def cached_encoders(data, args, grid_size: tuple[int, int]) -> list[CachedEncode
     return [CachedEncoder(number, i, data.config["features"][i]["dim"]) for number, i in enumerate(found)]
 
 
-def training_samples(data, args, transformer, latent_shape: tuple[int, int, int], num_tokens: int, encoders: list):
-    """The samples of a run, `TrainingSamples` or `CachedSamples`, for what `load_training_data` gave.
+def training_samples(
+    data,
+    args,
+    transformer,
+    latent_shape: tuple[int, int, int],
+    num_tokens: int,
+    encoders: list,
+    global_batch_size: int,
+):
+    """The samples of a run for what `load_training_data` gave: `TrainingSamples`, `CachedSamples` or `StreamedSamples`.
 
     Args:
         transformer: it knows the null class and the share of dropped labels.
         num_tokens: N of the transformer.
         encoders: with `CachedEncoder`s their features take the place of the images.
+        global_batch_size: samples of an optimizer step on all processes.
 
     Raises:
-        InputError: when the options contradict the cache.
+        InputError: when the options contradict the cache, or the processes stream different files.
     """
     null_class_id, dropout = transformer.null_class_id, transformer.config.class_dropout_prob
     num_tokens = num_tokens if args.objective == "vrpo" else None
     if not isinstance(data, LatentCache):
-        options = (args.center_crop, args.random_flip, args.vae != "none", num_tokens)
-        return TrainingSamples(data, args.seed, args.resolution, latent_shape, null_class_id, dropout, *options)
+        options = (args.seed, args.resolution, latent_shape, null_class_id, dropout)
+        options += (args.center_crop, args.random_flip, args.vae != "none", num_tokens)
+        if isinstance(data, ParquetRows):
+            return StreamedSamples(data, global_batch_size, *options)
+        return TrainingSamples(data, *options)
     if list(latent_shape) != data.config["latent_shape"]:
         raise InputError(
             f"--vae {args.vae} makes latents of {list(latent_shape)}, but --latents_dir {args.latents_dir} holds "
@@ -654,3 +675,23 @@ def training_samples(data, args, transformer, latent_shape: tuple[int, int, int]
     features = [encoder.array for encoder in encoders if isinstance(encoder, CachedEncoder)]
     images = bool(encoders) and not features
     return CachedSamples(data, args.seed, null_class_id, dropout, args.random_flip, num_tokens, images, features)
+
+
+def training_batches(samples: SampleStreams, batch_sampler, num_workers: int, pin_memory: bool):
+    """The batches of a process in order: by worker processes, or by threads for what is streamed.
+
+    Args:
+        batch_sampler: a `StreamBatchSampler`.
+        num_workers: processes or threads; with 0 everything happens when a batch is asked for.
+        pin_memory: for copies to a GPU.
+    """
+    if isinstance(samples, StreamedSamples):
+        return StreamedBatches(samples, batch_sampler, num_workers, pin_memory)
+    return torch.utils.data.DataLoader(
+        samples,
+        batch_sampler=batch_sampler,
+        num_workers=num_workers,
+        collate_fn=as_is,
+        worker_init_fn=ignore_signals,
+        pin_memory=pin_memory,
+    )

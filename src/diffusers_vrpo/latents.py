@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
-from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset
+from datasets import ClassLabel, Dataset, Features, Image, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 from datasets.features import Value
 from diffusers import AutoModel
@@ -28,7 +28,7 @@ from .errors import UNKNOWN_TO_THE_HUB, InputError, first_line, gated, hub_probl
 logger = get_logger(__name__)
 
 # Independent streams of one sample; a new purpose gets a new number, old runs stay reproducible.
-ORDER, SAMPLE, NOISE, POSTERIOR, TOKENS, ACTIONS = range(6)
+ORDER, SAMPLE, NOISE, POSTERIOR, TOKENS, ACTIONS, ROW_GROUPS, ROWS_OF_GROUP = range(8)
 
 
 def random_stream(seed: int, index: int, purpose: int) -> np.random.Generator:
@@ -65,48 +65,18 @@ def load_image_dataset(
 
         data = load_digits_dataset()
     else:
-        data = _load_named(option, name, dataset_config_name, cache_dir)
+        data = open_named(option, name, dataset_config_name, cache_dir)
     if split not in data:
         raise InputError(f"--dataset_split {split!r} is not in {option} {name}; it has {', '.join(map(repr, data))}")
     data = data[split]
 
-    for column_option, column in (("--image_column", image_column), ("--label_column", label_column)):
-        if column not in data.column_names:
-            raise InputError(
-                f"{column_option} {column!r} is not in {option} {name}; its columns are "
-                f"{', '.join(map(repr, data.column_names))}"
-            )
-    if not isinstance(data.features[image_column], Image):
-        raise InputError(
-            f"--image_column {image_column!r} of {option} {name} holds {data.features[image_column]}, not images; cast "
-            "it with dataset.cast_column(column, datasets.Image())"
-        )
-    label = data.features[label_column]
-    is_integer = isinstance(label, Value) and label.dtype.startswith(("int", "uint"))
-    if not (isinstance(label, ClassLabel) or is_integer):
-        raise InputError(
-            f"--label_column {label_column!r} of {option} {name} holds {label}, not integer class labels; "
-            f"dataset.class_encode_column({label_column!r}) makes them"
-        )
+    check_columns(data.features, option, name, image_column, label_column)
     if len(data) == 0:
         raise InputError(f"--dataset_split {split!r} of {option} {name} has no images")
-
-    labels = data.data.column(label_column)
-    if labels.null_count:
-        raise InputError(f"--label_column {label_column!r} of {option} {name} is empty in {labels.null_count} rows")
+    labels, label = data.data.column(label_column), data.features[label_column]
     smallest, largest = pc.min_max(labels).as_py().values()
-    names = label.names if isinstance(label, ClassLabel) else None
-    num_classes = len(names) if names else largest + 1
-    if not names and num_classes > max(1000, len(data)):
-        raise InputError(
-            f"--label_column {label_column!r} of {option} {name} goes up to {largest} with {len(data)} images: these are "
-            f"no class labels; dataset.class_encode_column({label_column!r}) makes them"
-        )
-    if smallest < 0 or largest >= num_classes:
-        raise InputError(
-            f"--label_column {label_column!r} of {option} {name} has labels from {smallest} to {largest}, but they must "
-            "lie in 0 ... classes - 1; choose a --dataset_split that is labelled"
-        )
+    there = f"--label_column {label_column!r} of {option} {name}"
+    names, num_classes = check_labels(label, labels.null_count, smallest, largest, len(data), there)
     if max_train_samples is not None:
         # A random subset, since many data sets are sorted by class; the same for every seed.
         rows = random_stream(0, 0, ORDER).permutation(len(data))[:max_train_samples]
@@ -118,18 +88,77 @@ def load_image_dataset(
     return data, dict(enumerate(names)) if names else None, num_classes
 
 
-def _load_named(option: str, name: str, config_name: str | None, cache_dir: str | None) -> DatasetDict:
+def check_columns(features: Features, option: str, name: str, image_column: str, label_column: str):
+    """Ends with a sentence where a data set has no such columns, or not with images and integers in them."""
+    for column_option, column in (("--image_column", image_column), ("--label_column", label_column)):
+        if column not in features:
+            raise InputError(
+                f"{column_option} {column!r} is not in {option} {name}; its columns are "
+                f"{', '.join(map(repr, features))}"
+            )
+    if not isinstance(features[image_column], Image):
+        raise InputError(
+            f"--image_column {image_column!r} of {option} {name} holds {features[image_column]}, not images; cast "
+            "it with dataset.cast_column(column, datasets.Image())"
+        )
+    label = features[label_column]
+    is_integer = isinstance(label, Value) and label.dtype.startswith(("int", "uint"))
+    if not (isinstance(label, ClassLabel) or is_integer):
+        raise InputError(
+            f"--label_column {label_column!r} of {option} {name} holds {label}, not integer class labels; "
+            f"dataset.class_encode_column({label_column!r}) makes them"
+        )
+
+
+def check_labels(
+    label: ClassLabel | Value, nulls: int, smallest: int, largest: int, count: int, there: str
+) -> tuple[list[str] | None, int]:
+    """Class names, or None where there are none, and the number of classes, of `count` labels.
+
+    Args:
+        label: their feature.
+        nulls: rows without one.
+        there: the column and the data set, for the error.
+
+    Raises:
+        InputError: when they are not class ids.
+    """
+    if nulls:
+        raise InputError(f"{there} is empty in {nulls} rows")
+    names = label.names if isinstance(label, ClassLabel) else None
+    num_classes = len(names) if names else largest + 1
+    if not names and num_classes > max(1000, count):
+        raise InputError(
+            f"{there} goes up to {largest} with {count} images: these are no class labels; "
+            "dataset.class_encode_column(column) makes them"
+        )
+    if smallest < 0 or largest >= num_classes:
+        raise InputError(
+            f"{there} has labels from {smallest} to {largest}, but they must lie in 0 ... classes - 1; choose a "
+            "--dataset_split that is labelled"
+        )
+    return names, num_classes
+
+
+def open_named(option: str, name: str, config_name: str | None, cache_dir: str | None, opener=load_dataset):
+    """What `load_dataset` or `load_dataset_builder` gives for a folder, or for a Hub name (`name@revision` too).
+
+    Raises:
+        InputError: when there is no such data set.
+    """
     is_local = os.path.isdir(name)
     if not is_local and (option == "--train_data_dir" or name.startswith((".", "/", "~"))):
         raise InputError(f"{option} {name} is not a folder")
+    repository, _, revision = (name, "", "") if is_local else name.partition("@")
     try:
         if option == "--train_data_dir":
-            return load_dataset("imagefolder", data_dir=name, cache_dir=cache_dir)
-        return load_dataset(name, config_name, cache_dir=cache_dir)
+            return opener("imagefolder", data_dir=name, cache_dir=cache_dir)
+        return opener(repository, config_name, cache_dir=cache_dir, revision=revision or None)
     except Exception as error:  # each reader of datasets has its own; all mean that this data set cannot be had
-        problem = hub_problem(error, f"datasets/{name}") or f"it cannot be opened as a data set ({first_line(error)})"
+        problem = hub_problem(error, f"datasets/{repository}")
+        problem = problem or f"it cannot be opened as a data set ({first_line(error)})"
         if isinstance(error, DatasetNotFoundError):  # which hides the Hub's own error
-            problem = gated(f"datasets/{name}") if "gated" in str(error) else UNKNOWN_TO_THE_HUB
+            problem = gated(f"datasets/{repository}") if "gated" in str(error) else UNKNOWN_TO_THE_HUB
         raise InputError(f"{option} {name}: {problem}") from error
 
 
@@ -172,7 +201,10 @@ def check_images(data: Dataset, sample: int = 256) -> None:
     Raises:
         InputError: when over 1 % of them cannot be decoded (3 % where the sample is not the whole data set).
     """
-    rows = random_stream(0, 0, ORDER).permutation(len(data))[:sample]
+    if hasattr(data, "rows_to_try"):  # a streamed one, which is fetched a row group at a time
+        rows = data.rows_to_try(sample)
+    else:
+        rows = random_stream(0, 0, ORDER).permutation(len(data))[:sample]
     corrupt = []
     for row in rows.tolist():
         try:

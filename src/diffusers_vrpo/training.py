@@ -416,7 +416,7 @@ def read_training_state(checkpoint: Path, expected: dict) -> dict:
     return state
 
 
-def run_settings(args, data, transformer: torch.nn.Module) -> dict:
+def run_settings(args, data, transformer: torch.nn.Module, global_batch_size: int) -> dict:
     """What must be the same for a run to be continued, by the name that an error shows; paths may have moved."""
     options = (
         "seed objective resolution center_crop random_flip lora_rank encoder_layer layer_scope alignment_coeff "
@@ -432,7 +432,13 @@ def run_settings(args, data, transformer: torch.nn.Module) -> dict:
     settings["--label_dropout"] = transformer.config.class_dropout_prob
     settings["the number of images"] = len(data)
     settings["the checksum of --latents_dir"] = getattr(data, "checksum", None)
-    settings["the checksum of the labels"] = zlib.crc32(np.asarray(data["label"][:], dtype=np.int64).tobytes())
+    settings["--streaming"] = args.streaming or None  # None: older checkpoints do not know it
+    if args.streaming:
+        # The order of the images depends on both.
+        settings["the checksum of the streamed files"] = data.fingerprint
+        settings["the number of samples a step"] = global_batch_size
+    else:
+        settings["the checksum of the labels"] = zlib.crc32(np.asarray(data["label"][:], dtype=np.int64).tobytes())
     if args.lora_rank:
         # Adapters continue on the same weights only.
         frozen = (parameter for parameter in transformer.parameters() if not parameter.requires_grad)

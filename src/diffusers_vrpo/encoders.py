@@ -148,7 +148,7 @@ def spatial_normalize(features, strength=0.6):
 # Loading
 
 
-def _locate(name_or_path):
+def _locate(name_or_path, option="--encoder"):
     """The folder or Hub name that is meant, and whether it is a folder."""
     path = Path(name_or_path).expanduser()
     if name_or_path == "digits" and not path.is_dir():
@@ -157,11 +157,11 @@ def _locate(name_or_path):
         path = DIGITS_ENCODER
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise InputError(f"--encoder {name_or_path}: the folder has no config.json of transformers; {REMEDY}")
+            raise InputError(f"{option} {name_or_path}: the folder has no config.json of transformers; {REMEDY}")
         return str(path), True
     is_name = isinstance(name_or_path, str) and not name_or_path.startswith((".", "~")) and name_or_path.count("/") < 2
     if not is_name or path.is_absolute() or path.exists():
-        raise InputError(f"--encoder {name_or_path}: there is no such folder; {REMEDY}")
+        raise InputError(f"{option} {name_or_path}: there is no such folder; {REMEDY}")
     return name_or_path, False
 
 

@@ -82,7 +82,7 @@ from diffusers_vrpo.training import (
     write_start,
     written,
 )
-from diffusers_vrpo.validation import draw_samples, grid_columns, save_samples
+from diffusers_vrpo.validation import Validation
 
 
 logger = get_logger("train_vrpo")
@@ -272,8 +272,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--validation_labels", nargs="+", help="class names or ids of the grid's columns; ten ids without it"
     )
     g.add_argument("--num_validation_images", type=int, default=4, help="rows of the grid: images per class")
-    g.add_argument("--num_inference_steps", type=int, default=50, help="solver steps of the grid")
+    g.add_argument("--num_inference_steps", type=int, default=50, help="solver steps of grid and --fd_encoder")
     g.add_argument("--guidance_scale", type=float, default=1.5, help="classifier-free guidance of the grid")
+    g.add_argument("--fd_encoder", help="log the Fréchet distance to training images in this encoder's features, too")
+    g.add_argument("--num_fd_samples", type=int, default=2048, help="unguided samples for it")
     return parser
 
 
@@ -297,7 +299,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         args,
         at_least_one="train_batch_size gradient_accumulation_steps max_train_steps num_train_epochs max_train_samples "
         "logging_steps checkpointing_steps checkpoints_total_limit validation_steps num_validation_images "
-        "num_inference_steps projector_dim resolution lora_rank policy_epochs profile",
+        "num_inference_steps num_fd_samples projector_dim resolution lora_rank policy_epochs profile",
         at_least_zero="adam_weight_decay alignment_coeff alignment_stop_step spatial_norm lr_warmup_steps "
         "dataloader_num_workers kl_coeff",
         positive="learning_rate max_grad_norm adam_epsilon policy_noise clip_range peak_tflops",
@@ -376,8 +378,6 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
     )
     alignment = Alignment(args, model, encoders, max_train_steps, device, accelerator.autocast)
     pipeline = VRPOPipeline(model, default_scheduler(model.config.prediction_type), vae, id2label)
-    columns = grid_columns(pipeline, args.validation_labels)
-    grid_options = (args.num_validation_images, args.num_inference_steps, args.guidance_scale, args.seed, device)
 
     # FSDP replaces the weights: the averages are of the new ones.
     model, optimizer = prepare(accelerator, model, optimizer)
@@ -416,6 +416,8 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
         repeats=args.policy_epochs,
     )
     dataloader = training_batches(samples, batch_sampler, args.dataloader_num_workers, device.type == "cuda")
+    validation = Validation(args, accelerator, pipeline, data, output_dir)
+    metrics_file = None
     if accelerator.is_main_process:
         given = {name: value for name, value in vars(args).items() if value is not None and name != "config"}
         with written(f"train_config.yaml or metrics.jsonl in {output_dir}"):
@@ -449,6 +451,7 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
         state |= {"train_seconds": seconds, "train_flops": flops}
         return save_checkpoint(accelerator, output_dir, step, state, args.checkpoints_total_limit)
 
+    validation.catch_up(step, ema, metrics_file)
     model.train()
     interruption.listen()
     logged_step, logged_seconds, clock = step, seconds, time.perf_counter()
@@ -565,22 +568,19 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
             accelerator.end_training()
             sys.exit(128 + guard.signum)
         if step % args.validation_steps == 0 and not last:
-            with whole_pipeline(accelerator, pipeline, ema) as averaged:
-                if accelerator.is_main_process:
-                    save_samples(accelerator, output_dir, step, draw_samples(averaged, columns, *grid_options))
+            validation(step, ema, metrics_file)
         speed.step()
         clock = time.perf_counter()
     progress.close()
 
     # 6. The result: a folder that `VRPOPipeline.from_pretrained` opens, with averaged weights.
     accelerator.wait_for_everyone()
+    grid = validation(step, ema, metrics_file)
     with whole_pipeline(accelerator, pipeline, ema) as averaged, written(f"the pipeline in {output_dir}"):
         if accelerator.is_main_process:
             if args.lora_rank:
                 save_lora(averaged.transformer, output_dir / "lora")
             averaged.save_pretrained(output_dir)
-            grid = draw_samples(averaged, columns, *grid_options)
-            save_samples(accelerator, output_dir, step, grid)
             grid.save(output_dir / "samples.png")
             plot_metrics(
                 output_dir / "metrics.jsonl", output_dir / "training.png", title=f"objective {args.objective}"

@@ -1,7 +1,6 @@
 """Conversion from and to the official layouts, against a plain rendering of the official forward pass."""
 
 import argparse
-import importlib.util
 import json
 import math
 import sys
@@ -14,7 +13,7 @@ from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel, DPMSolv
 from test_latents import tiny_vae
 from test_transformer import TINY, inputs, tiny_model
 
-from diffusers_vrpo import SiTSDEScheduler, SiTTransformer2DModel, VRPOPipeline
+from diffusers_vrpo import SiTSDEScheduler, SiTTransformer2DModel, VRPOPipeline, convert
 from diffusers_vrpo.conversion import convert_checkpoint, export_checkpoint, read_checkpoint
 from diffusers_vrpo.errors import InputError
 
@@ -23,10 +22,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def convert_script(*argv):
-    spec = importlib.util.spec_from_file_location("convert", ROOT / "pipelines" / "convert.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.main(module.build_parser().parse_args([str(a) for a in argv]))
+    convert.convert(convert.build_parser("convert.py").parse_args([str(a) for a in argv]))
 
 
 def sincos(dim: int, side: int) -> torch.Tensor:

@@ -336,8 +336,10 @@ def test_command_lines_that_cannot_work(capsys, change, message):
 
 
 def test_command_line_errors_are_one_sentence(tmp_path):
-    with pytest.raises(SystemExit, match="^diffusers_vrpo.latents verify: error: --latents_dir .* no latent cache"):
-        prepare_latents.command_line(["verify", "--latents_dir", str(tmp_path)])
+    with pytest.raises(
+        SystemExit, match="^python -m diffusers_vrpo.latents verify: error: --latents_dir .* no latent cache"
+    ):
+        prepare_latents.main(["verify", "--latents_dir", str(tmp_path)])
 
 
 def test_too_large_values_are_refused(tmp_path):
@@ -452,12 +454,12 @@ def test_a_cache_that_lacks_what_training_needs(tmp_path, vae_folder):
 
 @pytest.fixture
 def exported(reference, tmp_path):
-    prepare_latents.command_line(["export", "--latents_dir", str(reference), "--output_dir", str(tmp_path / "export")])
+    prepare_latents.main(["export", "--latents_dir", str(reference), "--output_dir", str(tmp_path / "export")])
     return tmp_path / "export"
 
 
 def test_export_and_import_give_the_same_bytes(reference, exported, tmp_path):
-    prepare_latents.command_line(["import", "--dataset", str(exported), "--output_dir", str(tmp_path / "cache")])
+    prepare_latents.main(["import", "--dataset", str(exported), "--output_dir", str(tmp_path / "cache")])
     assert_same(tmp_path / "cache", reference)
     cache = LatentCache(reference)
     data = load_dataset(str(exported), split="train", cache_dir=str(tmp_path / "hf"))
@@ -470,8 +472,8 @@ def test_export_and_import_give_the_same_bytes(reference, exported, tmp_path):
     assert np.array_equal(np.asarray(decode_image(row["image"])), cache.pixels(77))
     # Given again, both have nothing to do.
     before = (exported / "data" / "train-00000-of-00001.parquet").stat().st_mtime_ns
-    prepare_latents.command_line(["export", "--latents_dir", str(reference), "--output_dir", str(exported)])
-    prepare_latents.command_line(["import", "--dataset", str(exported), "--output_dir", str(tmp_path / "cache")])
+    prepare_latents.main(["export", "--latents_dir", str(reference), "--output_dir", str(exported)])
+    prepare_latents.main(["import", "--dataset", str(exported), "--output_dir", str(tmp_path / "cache")])
     assert (exported / "data" / "train-00000-of-00001.parquet").stat().st_mtime_ns == before
 
 
@@ -513,7 +515,7 @@ def test_push_uploads_the_folder(reference, exported, monkeypatch):
 
     monkeypatch.setattr(prepare_latents, "HfApi", Api)
     args = ["export", "--latents_dir", str(reference), "--output_dir", str(exported), "--push_to_hub", "me/digits"]
-    prepare_latents.command_line([*args, "--private"])
+    prepare_latents.main([*args, "--private"])
     assert calls[0] == ("me/digits", {"repo_type": "dataset", "private": True, "exist_ok": True})
     assert calls[1]["folder_path"] == exported and calls[1]["repo_type"] == "dataset"
 
@@ -522,4 +524,4 @@ def test_push_uploads_the_folder(reference, exported, monkeypatch):
 
     monkeypatch.setattr(Api, "create_repo", offline)
     with pytest.raises(SystemExit, match="--push_to_hub me/digits: .*the Hub cannot be reached"):
-        prepare_latents.command_line(args)
+        prepare_latents.main(args)

@@ -46,7 +46,7 @@ def write_run(folder, values: dict, seconds=2.0, flops=5.0, rows=(), start=None,
 
 def numbers(*arguments) -> dict:
     """What would be in `report.json`, without a plot."""
-    found, _ = collect(build_parser().parse_args([*map(str, arguments)]))
+    found, _ = collect(build_parser("report").parse_args([*map(str, arguments)]))
     return json.loads(json.dumps(found, allow_nan=False))
 
 

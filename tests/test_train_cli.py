@@ -303,9 +303,10 @@ def test_accelerate_launch(command, tmp_path):
 
 
 def test_two_processes_give_the_same_losses(command, tmp_path):
-    run(command(max_train_steps=10, train_batch_size=64))
+    fd = {"fd_encoder": "digits", "num_fd_samples": 100}
+    run(command(max_train_steps=10, train_batch_size=64, **fd))
     torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    options = command(max_train_steps=10, train_batch_size=32, output_dir=tmp_path / "two")
+    options = command(max_train_steps=10, train_batch_size=32, output_dir=tmp_path / "two", **fd)
     done = launch(torchrun, options, ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr[-3000:]
     a, b = torch.tensor(losses(tmp_path / "run")), torch.tensor(losses(tmp_path / "two"))
@@ -316,6 +317,7 @@ def test_two_processes_give_the_same_losses(command, tmp_path):
     for name in ("reward/structural", "std/fidelity", "std/semantic", "share/semantic", "samples_seen", *cosines):
         assert two[name] == pytest.approx(one[name], abs=1e-5)
     assert one["share/semantic"] != pytest.approx(1 / 3)
+    assert two["validation/fd_digits"] == pytest.approx(one["validation/fd_digits"], rel=1e-3)
     # Every process has its own random state in the checkpoint.
     assert len(list((tmp_path / "two" / "checkpoint-10").glob("random_states_*.pkl"))) == 2
     # Without the switch some versions of accelerate leave the two unconnected: that must not train side by side.

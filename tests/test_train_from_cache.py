@@ -18,21 +18,25 @@ def folders(tmp_path_factory):
     tiny_vae("kl").save_pretrained(root / "vae")
     for name, more in (("features", ["--encoder", "digits", "--patch_size", "1"]), ("images", [])):
         argv = ["prepare", "--dataset_name", "digits", "--vae", str(root / "vae"), "--resolution", "8", "--flip"]
-        prepare_latents.command_line([*argv, "--output_dir", str(root / name), "--dataloader_num_workers", "0", *more])
+        prepare_latents.main([*argv, "--output_dir", str(root / name), "--dataloader_num_workers", "0", *more])
     return root
 
 
 def test_the_losses_are_those_of_training_from_images(command, folders, tmp_path):  # noqa: F811
     changes = {"model_config": None, "preset": "SiT-XS/1", "max_train_steps": 4}
-    run(command(**changes, vae=folders / "vae") + ["--random_flip"])
+    fd = {"fd_encoder": "digits", "num_fd_samples": 32}
+    run(command(**changes, **fd, vae=folders / "vae") + ["--random_flip"])
     rows = {"run": read_metrics(tmp_path / "run" / "metrics.jsonl")}
     for name in ("features", "images"):
         cached = {"dataset_name": None, "vae": None, "latents_dir": folders / name, "output_dir": tmp_path / name}
-        run(command(**changes, **cached) + ["--random_flip"])
+        run(command(**changes, **cached, **(fd if name == "images" else {})) + ["--random_flip"])
         rows[name] = read_metrics(tmp_path / name / "metrics.jsonl")
         for expected, row in zip(rows["run"], rows[name], strict=True):
             for key in ("loss_fm", "reward/semantic", "reward/structural"):
                 assert row[key] == pytest.approx(expected[key], abs=2e-3), key
+    assert rows["images"][-1]["validation/fd_digits"] == pytest.approx(
+        rows["run"][-1]["validation/fd_digits"], rel=2e-2
+    )
     # The pipeline decodes with the autoencoder that the cache names, and knows the classes.
     pipeline = VRPOPipeline.from_pretrained(tmp_path / "features")
     pipeline.set_progress_bar_config(disable=True)

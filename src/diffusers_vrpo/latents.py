@@ -542,6 +542,6 @@ def latent_shape(vae, resolution: int, patch_size: int) -> tuple[int, int, int]:
 
 
 if __name__ == "__main__":
-    from .prepare_latents import command_line
+    from .prepare_latents import main
 
-    command_line()
+    main()

@@ -34,6 +34,7 @@ def plot_metrics(metrics_file: str | Path, output_file: str | Path, title: str =
 
     panels = [
         ("flow-matching loss", ["loss_fm"]),
+        *((f"Fréchet distance, {name.removeprefix('validation/fd_')}", [name]) for name in names("validation/fd_")),
         *((name.replace("/", ": "), [name]) for name in names("reward/")),
         ("reward shares s", names("share/")),
         ("raw reward weights ω", names("weight/")),

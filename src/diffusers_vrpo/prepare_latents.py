@@ -485,13 +485,11 @@ def damage(folder: str, cache: LatentCache, chunks: list[int]) -> InputError:
 # Command line
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(prog: str) -> argparse.ArgumentParser:
     def formatter(prog):
         return HelpFormatter(prog, max_help_position=36, width=118)
 
-    parser = OneLineErrorParser(
-        prog="python -m diffusers_vrpo.latents", allow_abbrev=False, description=__doc__, formatter_class=formatter
-    )
+    parser = OneLineErrorParser(prog=prog, allow_abbrev=False, description=__doc__, formatter_class=formatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{prepare,verify,export,import}")
 
     def command(name, help, run):
@@ -568,9 +566,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = build_parser()
-    args = parser.parse_args(input_args)
+def parse_args(argv: list[str] | None = None, prog: str = "python -m diffusers_vrpo.latents") -> argparse.Namespace:
+    parser = build_parser(prog)
+    args = parser.parse_args(argv)
     if args.command != "prepare":
         return args
     if (args.dataset_name is None) == (args.train_data_dir is None):
@@ -591,10 +589,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def command_line(input_args: list[str] | None = None):
+def main(argv: list[str] | None = None, prog: str = "python -m diffusers_vrpo.latents"):
+    """The command; `prog` is what its errors call it."""
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-    args = parse_args(input_args)
+    args = parse_args(argv, prog)
     try:
         args.run(args)
     except InputError as error:
-        sys.exit(f"diffusers_vrpo.latents {args.command}: error: {error}")
+        sys.exit(f"{prog} {args.command}: error: {error}")

@@ -311,9 +311,9 @@ def page(report: dict, plots: list[str], grids: str) -> str:
 # Command line
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(prog: str) -> argparse.ArgumentParser:
     parser = OneLineErrorParser(
-        prog="python -m diffusers_vrpo.report",
+        prog=prog,
         allow_abbrev=False,
         description=__doc__,
         formatter_class=lambda prog: HelpFormatter(prog, max_help_position=30, width=118),
@@ -376,16 +376,17 @@ def write_report(report: dict, grids: dict | None, output_dir: Path):
     (output_dir / "report.html").write_text(page(report, inline, pictures), encoding="utf-8")
 
 
-def main(input_args: list[str] | None = None):
-    parser = build_parser()
-    args = parser.parse_args(input_args)
+def main(argv: list[str] | None = None, prog: str = "python -m diffusers_vrpo.report"):
+    """The command; `prog` is what its errors call it."""
+    parser = build_parser(prog)
+    args = parser.parse_args(argv)
     if args.target is not None and not math.isfinite(args.target):
         parser.error(f"--target {args.target} must be a finite number")
     try:
         report, grids = collect(args)
         write_report(report, grids, prepare_output_dir(args.output_dir))
     except InputError as error:
-        sys.exit(f"{parser.prog}: error: {error}")
+        sys.exit(f"{prog}: error: {error}")
     for text in report["warnings"]:
         print(f"warning: {text}", file=sys.stderr)
     for arm in report["arms"]:

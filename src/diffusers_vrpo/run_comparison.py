@@ -22,7 +22,7 @@ HOUSEKEEPING = (
 # What quality is judged on: values of runs that differ in one of these cannot be compared.
 JUDGED_ON = (
     "dataset_name dataset_config_name dataset_split train_data_dir latents_dir max_train_samples resolution vae "
-    "num_inference_steps guidance_scale"
+    "num_inference_steps guidance_scale fd_encoder num_fd_samples"
 )
 COSTS = {"steps": "steps", "seconds": "training time", "flops": "FLOPs"}
 

@@ -193,18 +193,16 @@ _copies: WeakKeyDictionary = WeakKeyDictionary()
 
 
 @torch.no_grad()
-def whole_copy(
-    accelerator: Accelerator, model: torch.nn.Module, weights: list[torch.Tensor]
-) -> torch.nn.Module | None:
-    """A model on the CPU of the main process with the gathered `weights`, those of `model.parameters()`; else None."""
-    if accelerator.is_main_process and model not in _copies:
+def whole_copy(model: torch.nn.Module, weights: list[torch.Tensor], here: bool) -> torch.nn.Module | None:
+    """A model on the CPU with the gathered `weights`, those of `model.parameters()`; None unless `here`."""
+    if here and model not in _copies:
         _copies[model] = original_class(model).from_config(model.config).eval()
     names = [name for name, _ in model.named_parameters()]
     for name, tensor in zip(names, weights):
         tensor = whole(tensor.detach())
-        if accelerator.is_main_process:
+        if here:
             _copies[model].get_parameter(name).copy_(tensor)
-    return _copies.get(model)
+    return _copies[model] if here else None
 
 
 @contextlib.contextmanager
@@ -223,14 +221,15 @@ def ema_weights(ema: EMAModel | None, model: torch.nn.Module):
 
 
 @contextlib.contextmanager
-def whole_model(accelerator: Accelerator, model: torch.nn.Module, ema: EMAModel | None):
-    """Inside, on the main process, the model with averaged weights (its own for None) in one piece; elsewhere None.
+def whole_model(accelerator: Accelerator, model: torch.nn.Module, ema: EMAModel | None, everywhere: bool = False):
+    """Inside, on the main process or everywhere, the model with averaged weights (its own for None); elsewhere None.
 
     All processes take part. Sharded weights are gathered, tensor by tensor, into a copy on the CPU.
     """
+    here = everywhere or accelerator.is_main_process
     if is_sharded(model):
-        yield whole_copy(accelerator, model, list(model.parameters()) if ema is None else ema.shadow_params)
-    elif accelerator.is_main_process:
+        yield whole_copy(model, list(model.parameters()) if ema is None else ema.shadow_params, here)
+    elif here:
         with ema_weights(ema, model):
             yield model
     else:
@@ -238,12 +237,12 @@ def whole_model(accelerator: Accelerator, model: torch.nn.Module, ema: EMAModel 
 
 
 @contextlib.contextmanager
-def whole_pipeline(accelerator: Accelerator, pipeline, ema: EMAModel | None):
+def whole_pipeline(accelerator: Accelerator, pipeline, ema: EMAModel | None, everywhere: bool = False):
     """As `whole_model`, a pipeline to sample from: its transformer is in evaluation mode, on the device."""
     transformer = pipeline.transformer
     training = transformer.training
     transformer.eval()
-    with whole_model(accelerator, transformer, ema) as model:
+    with whole_model(accelerator, transformer, ema, everywhere) as model:
         if model is None or model is transformer:
             yield pipeline if model is transformer else None
         else:

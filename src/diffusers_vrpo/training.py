@@ -739,11 +739,18 @@ def write_start(
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """The rows of a `metrics.jsonl`, without a last line that a crash cut short."""
+    """A row for each step of a `metrics.jsonl`, without a last line that a crash cut short.
+
+    Validation, which comes after the checkpoint, adds a line of its own for its step.
+    """
     rows = []
     for line in Path(path).read_text().splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             break
+        if rows and rows[-1]["step"] == row["step"]:
+            rows[-1] |= row
+        else:
+            rows.append(row)
     return rows

@@ -1,21 +1,186 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Sample grids of a run in training."""
+"""What is looked at while a run trains: a grid of samples, and their Fréchet distance to training images."""
 
+import json
+import math
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from .arguments import as_id
 from .errors import InputError
+from .evaluate import merge_moments
+from .evaluation import RunningMoments, frechet_distance
+from .image_features import encoder_checksum, load_image_encoder
+from .latent_cache import LatentCache
+from .latents import ORDER, first_readable, random_stream, resize_and_crop
 from .pipeline_vrpo import VRPOPipeline
 from .plots import image_grid
+from .sample import sample_batch
+from .sharding import whole_pipeline
+from .streaming import ParquetRows
+from .training import MetricsFile, written
 
 
 logger = get_logger(__name__)
+REFERENCE_IMAGES = 10_000  # training images behind the Fréchet distance; all of them where there are fewer
+
+
+class Validation:
+    """Every `--validation_steps`, and at the end: what the averaged model draws.
+
+    The grid has one column per class, from the noise of the seed. With `--fd_encoder`, `--num_fd_samples` unguided samples,
+    each time of the same classes from the same noise, are set against training images by the Fréchet distance of their
+    features; `metrics.jsonl` gets it as `validation/fd_{encoder}`. All processes share that work.
+
+    Raises:
+        InputError: for labels or an encoder that cannot be, or where there are no images to compare with.
+    """
+
+    def __init__(self, args, accelerator: Accelerator, pipeline: VRPOPipeline, data, output_dir: Path):
+        self.args, self.accelerator, self.pipeline, self.output_dir = args, accelerator, pipeline, output_dir
+        self.columns = grid_columns(pipeline, args.validation_labels)
+        self.judge = None
+        if args.fd_encoder:
+            if args.num_fd_samples < 2:
+                raise InputError(f"--num_fd_samples {args.num_fd_samples} has no covariance; take 2048 or more")
+            if isinstance(data, LatentCache) and data.config["images"] == "none":
+                raise InputError(
+                    f"--fd_encoder {args.fd_encoder} compares with images, and --latents_dir {args.latents_dir} has none; "
+                    "prepare it with --images webp"
+                )
+            self.name = f"validation/fd_{Path(args.fd_encoder).name}"
+            self.judge = load_image_encoder(
+                args.fd_encoder, device=accelerator.device, cache_dir=args.cache_dir, option="--fd_encoder"
+            )
+            self.reference = self.reference_moments(data)
+
+    def __call__(self, step: int, ema, metrics_file: MetricsFile | None) -> Image.Image | None:
+        """Looks at the model of a step; for all processes.
+
+        Args:
+            metrics_file: of the main process.
+
+        Returns:
+            the grid, on the main process.
+        """
+        args, accelerator, grid = self.args, self.accelerator, None
+        with whole_pipeline(accelerator, self.pipeline, ema, everywhere=self.judge is not None) as averaged:
+            if accelerator.is_main_process:
+                drawing = (args.num_validation_images, args.num_inference_steps, args.guidance_scale, args.seed)
+                grid = draw_samples(averaged, self.columns, *drawing, accelerator.device)
+                save_samples(accelerator, self.output_dir, step, grid)
+            if self.judge is not None:
+                values = {self.name: self.distance(averaged)}
+                accelerator.log(values, step=step)
+                if accelerator.is_main_process:
+                    logger.info(f"step {step}: {self.name} {values[self.name]:.2f}")
+                    metrics_file.write(step, values)
+        return grid
+
+    def catch_up(self, step: int, ema, metrics_file: MetricsFile | None):
+        """Looks at the step that a run continues from, if it was killed after the checkpoint and before the grid."""
+        missing = step > 0 and step % self.args.validation_steps == 0 and not grid_file(self.output_dir, step).exists()
+        if broadcast_object_list([missing])[0]:
+            self(step, ema, metrics_file)
+
+    def distance(self, pipeline: VRPOPipeline) -> float:
+        """The Fréchet distance of samples of `pipeline` to the reference."""
+        args, count = self.args, self.args.num_fd_samples
+        num_classes = pipeline.transformer.config.num_classes
+        options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": 1.0}
+        pipeline.set_progress_bar_config(disable=True)
+
+        def batches():
+            for indices in self.own_batches(count):
+                # Every class as often, but for one.
+                labels = [i * num_classes // count for i in indices]
+                try:
+                    with self.accelerator.autocast():
+                        images = sample_batch(pipeline, indices, labels, args.seed, options)
+                except InputError as error:
+                    # Not finite. Training goes on, and no process waits for another.
+                    logger.warning(f"{self.name}: {error}", main_process_only=False)
+                    images = None
+                yield images
+
+        mean, covariance = self.moments(batches())
+        return frechet_distance(*self.reference, mean, covariance) if mean.isfinite().all() else math.nan
+
+    def reference_moments(self, data) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and covariance of the features of training images, the same ones for every run on the data.
+
+        They are kept in the output folder, for a continued run.
+        """
+        rows = fixed_rows(data, REFERENCE_IMAGES)
+        made_of = [encoder_checksum(self.judge), self.args.resolution, len(data), zlib.crc32(rows.tobytes())]
+        made_of, file = json.dumps(made_of), self.output_dir / "fd_reference.safetensors"
+        if file.exists():
+            with safe_open(file, "pt", device=str(self.accelerator.device)) as saved:
+                if (saved.metadata() or {}).get("made_of") == made_of:
+                    return saved.get_tensor("mean"), saved.get_tensor("covariance")
+        logger.info(f"{self.name}: features of {len(rows)} training images")
+        own = self.own_batches(len(rows))
+        mean, covariance = self.moments(
+            training_images(data, rows[i.start : i.stop], self.args.resolution) for i in own
+        )
+        if self.accelerator.is_main_process:
+            with written(f"fd_reference.safetensors in {self.output_dir}"):
+                save_file({"mean": mean.cpu(), "covariance": covariance.cpu()}, file, {"made_of": made_of})
+        # So that none looks for the file while another writes it.
+        self.accelerator.wait_for_everyone()
+        return mean, covariance
+
+    def own_batches(self, count: int) -> list[range]:
+        """The batches of `range(count)` that are this process's to do."""
+        size, accelerator = self.args.train_batch_size, self.accelerator
+        starts = range(accelerator.process_index * size, count, accelerator.num_processes * size)
+        return [range(start, min(start + size, count)) for start in starts]
+
+    def moments(self, batches: Iterable[np.ndarray | None]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean `[D]` and covariance `[D,D]` of the features of all processes' images, uint8 `[B,H,W,3]`; None counts as NaN."""
+        device, dim = self.accelerator.device, self.judge.dim
+        moments = RunningMoments(dim, device)
+        for images in batches:
+            if images is None:
+                moments.update(torch.full((1, dim), math.nan, device=device))
+            else:
+                moments.update(self.judge(torch.from_numpy(images).permute(0, 3, 1, 2).to(device))["pool"])
+        moments = merge_moments(moments, dim, self.accelerator)
+        return moments.mean, moments.covariance
+
+
+def fixed_rows(data, count: int) -> np.ndarray:
+    """Rows of a data set, drawn without regard to the run's seed; of parquet files that are streamed, whole row groups."""
+    stream = random_stream(0, 0, ORDER)
+    if isinstance(data, ParquetRows):
+        groups = stream.permutation(len(data.group_rows))
+        groups = groups[: np.searchsorted(np.cumsum(data.group_rows[groups]), count) + 1]
+        return np.concatenate([data.first_rows[g] + np.arange(data.group_rows[g]) for g in groups])[:count]
+    return np.sort(stream.permutation(len(data))[:count])
+
+
+def training_images(data, rows: np.ndarray, resolution: int) -> np.ndarray:
+    """The images of some rows of the training data, as they are trained on with a centre crop: uint8 `[B,R,R,3]`."""
+    if isinstance(data, LatentCache):
+        return np.stack([data.pixels(row) for row in rows.tolist()])
+    records = data[rows.tolist()]
+    images = []
+    for row, image, label in zip(rows.tolist(), records["image"], records["label"]):
+        image = first_readable(data, row, {"image": image, "label": label})[0]
+        images.append(resize_and_crop(image, resolution))
+    if isinstance(data, ParquetRows):
+        data.release()
+    return np.stack(images)
 
 
 def grid_columns(pipeline: VRPOPipeline, labels: list[str] | None) -> list[int]:
@@ -58,9 +223,13 @@ def draw_samples(
     return image_grid(images, columns=len(labels))
 
 
+def grid_file(output_dir: Path, step: int) -> Path:
+    return output_dir / "samples" / f"step-{step:07d}.png"
+
+
 def save_samples(accelerator: Accelerator, output_dir: Path, step: int, grid: Image.Image):
     """Keeps a grid of samples as a file, and shows it in the trackers that take images."""
-    path = output_dir / "samples" / f"step-{step:07d}.png"
+    path = grid_file(output_dir, step)
     try:
         path.parent.mkdir(exist_ok=True)
         grid.save(path)

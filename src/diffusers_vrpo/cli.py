@@ -1,0 +1,77 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""`vrpo`: what the scripts do, as one command."""
+
+import difflib
+import os
+import sys
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+
+
+# Command: module (and first argument), what it does. Each has `main(argv, prog)`; `train` goes through `accelerate launch`.
+COMMANDS = {
+    "train": (None, "train a transformer, with or without alignment (train_vrpo.py)"),
+    "prepare": ("prepare_latents prepare", "encode a data set once, for train --latents_dir"),
+    "latents": ("prepare_latents", "verify what prepare wrote, export it to the Hub, import it"),
+    "sample": ("sample", "many images from a pipeline, as PNG files or an .npz"),
+    "evaluate": ("evaluate", "FID and other metrics of images against a reference"),
+    "probe": ("probing", "linear probes and CKNNA of a transformer's blocks"),
+    "convert": ("convert", "checkpoints of SiT, REPA, iREPA and DiT, to pipelines and back"),
+    "report": ("report", "compare training runs: quality against steps, time and FLOPs"),
+    "push": ("hub", "publish a run or a pipeline on the Hub"),
+}
+USAGE = """usage: vrpo COMMAND [options]
+       vrpo train [options of `accelerate launch` --] [options]
+
+Train, sample, measure and publish class-conditional diffusion transformers with representation alignment.
+
+commands:
+{commands}
+
+`vrpo COMMAND --help` shows the options of a command, `vrpo --version` the version.
+
+    vrpo train --config configs/digits.yaml
+    vrpo train --multi_gpu --num_processes 8 -- --dataset_name ILSVRC/imagenet-1k --vae stabilityai/sd-vae-ft-ema ...
+    vrpo sample outputs/digits --num_images 100 --output_dir samples"""
+
+
+def train_script() -> Path:
+    """`train_vrpo.py`: in the package where it is installed from a wheel, at the top of a checkout."""
+    beside = Path(__file__).with_name("train_vrpo.py")
+    return beside if beside.is_file() else Path(__file__).parents[2] / "train_vrpo.py"
+
+
+def train(argv: list[str]):
+    """Becomes the process of `accelerate launch`, so that signals and exit codes are those of the trainer's launcher."""
+    split = argv.index("--") if "--" in argv else 0
+    launcher, options = argv[:split], argv[split + ("--" in argv) :]
+    command = [sys.executable, str(train_script()), *options]
+    if not {"-h", "--help"} & set(options):
+        # `-q`: no traceback of the launcher's after the trainer's own sentence.
+        command[1:1] = ["-m", "accelerate.commands.launch", "-q", *launcher]
+    sys.stdout.flush()
+    os.execv(command[0], command)
+
+
+def main(argv: list[str] | None = None):
+    argv = sys.argv[1:] if argv is None else argv
+    name, *rest = argv or ["--help"]
+    if name in ("-h", "--help"):
+        print(USAGE.format(commands="\n".join(f"  {name:<10}{what}" for name, (_, what) in COMMANDS.items())))
+    elif name == "--version":
+        print(version("diffusers-vrpo"))
+    elif name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+        sys.exit(f"vrpo: error: no command is named {name!r}; {hint}")
+    elif name == "train":
+        train(rest)
+    else:
+        module, *first = COMMANDS[name][0].split()
+        prog = "vrpo" if first else f"vrpo {name}"  # "vrpo prepare" either way
+        import_module(f"diffusers_vrpo.{module}").main([*first, *rest], prog=prog)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+r"""A page to sample from a pipeline, in the browser of a computer or a phone; also a Space.
+
+    python space/app.py --pipeline outputs/digits
+
+In a Space the variable VRPO_PIPELINE names the pipeline: a repository of the Hub. docs/app.md says more.
+"""
+
+import html
+import os
+import re
+import secrets
+import tempfile
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
+
+import gradio as gr
+from generation import (
+    MAX_GUIDANCE_SCALE,
+    MAX_IMAGES_PER_CLASS,
+    MAX_SEED,
+    MAX_STEPS,
+    class_choices,
+    class_name,
+    generate,
+    open_pipeline,
+)
+
+from diffusers_vrpo import VRPOPipeline
+from diffusers_vrpo.arguments import HelpFormatter, OneLineErrorParser
+from diffusers_vrpo.errors import InputError
+from diffusers_vrpo.sample import DTYPES, SAMPLERS
+
+
+SAMPLER_NAMES = {
+    "default": "the pipeline's own",
+    "ode": "Euler",
+    "heun": "Heun (two evaluations a step)",
+    "sde": "SDE (Euler-Maruyama)",
+    "ddim": "DDIM",
+    "ddpm": "DDPM",
+    "dpmsolver++": "DPM-Solver++",
+    "unipc": "UniPC",
+}
+# The fonts of the device: those of gradio's themes would be fetched from Google.
+THEME = gr.themes.Default(
+    primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+)
+STYLE = Path(__file__).parent / "style.css"
+
+
+def write_files(images: list, pipeline: VRPOPipeline, folder: Path) -> tuple[list[tuple[str, str]], str]:
+    """Writes the images of `generate` as PNG, and all in a .zip; returns `(path, caption)` of each, and the archive."""
+    shown, archive = [], folder / "samples.zip"
+    with zipfile.ZipFile(archive, "w") as files:
+        for image, class_id, seed in images:
+            name = class_name(pipeline, class_id)
+            file = folder / f"{class_id:04d}-{re.sub('[^a-zA-Z0-9]+', '-', name)[:50]}-seed-{seed}.png"
+            image.save(file)
+            files.write(file, file.name)
+            shown.append((str(file), f"{name} · seed {seed}"))
+    return shown, str(archive)
+
+
+def build_app(pipeline: VRPOPipeline, title: str) -> gr.Blocks:
+    """The page; start it with `.launch(theme=THEME, css_paths=STYLE)`."""
+    config, turn = pipeline.transformer.config, threading.Lock()
+    choices = class_choices(pipeline)
+    samplers = [(SAMPLER_NAMES[key], key) for key in ("default", *SAMPLERS[config.prediction_type])]
+    is_guidable = pipeline.transformer.null_class_id is not None
+    height = config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0]
+    few_pixels = pipeline.vae is None and height < 128
+
+    def on_generate(stopped, classes, count, steps, scale, low, high, sampler, seed, is_random):
+        seed, begin = secrets.randbelow(1_000_000) if is_random else seed, time.monotonic()
+        yield "<p>Waiting for the first step …</p>", gr.skip(), gr.skip(), seed
+        try:
+            for item in generate(pipeline, turn, classes, count, steps, scale, low, high, sampler, seed):
+                if stopped is not None and stopped.is_set():
+                    yield "<p>Stopped.</p>", gr.skip(), gr.skip(), gr.skip()
+                    return
+                if isinstance(item, tuple):
+                    bar = "<progress value={0} max={1} aria-label='steps'></progress><p>Step {0} of {1}</p>"
+                    yield bar.format(*item), gr.skip(), gr.skip(), gr.skip()
+        except InputError as error:
+            raise gr.Error(html.escape(str(error), quote=False), duration=None, print_exception=False) from error
+        with tempfile.TemporaryDirectory() as folder:  # gradio copies the files before it asks for more
+            shown, archive = write_files(item, pipeline, Path(folder))
+            status = f"<p>{len(shown)} images in {time.monotonic() - begin:.1f} s, from seed {seed}</p>"
+            yield status, shown, archive, seed
+
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as app:
+        info = f"the model predicts {'velocities' if config.prediction_type == 'velocity' else 'noise'}"
+        gr.Markdown(f"# {html.escape(title)}\n{len(choices)} classes, {info}")
+        with gr.Row(elem_id="page"):
+            with gr.Column(elem_id="pick"):
+                info = "Type a part of a name, or an id."
+                classes = gr.Dropdown(choices, value=[0], multiselect=True, label="Classes", info=info)
+                count = gr.Slider(1, MAX_IMAGES_PER_CLASS, 4, step=1, label="Images per class", buttons=[])
+                with gr.Row():
+                    start = gr.Button("Generate", variant="primary", min_width=120)
+                    stop = gr.Button("Stop", variant="stop", min_width=120, interactive=False)
+            with gr.Column(elem_id="results"):
+                status = gr.HTML("<p>No images yet.</p>", elem_id="status")
+                gallery = gr.Gallery(
+                    show_label=False,
+                    object_fit="contain",
+                    interactive=False,
+                    buttons=["download", "fullscreen"],
+                    elem_id="gallery",
+                    elem_classes=["pixels"] if few_pixels else None,
+                )
+                download = gr.DownloadButton("Download all (.zip)", interactive=False)
+            with gr.Column(elem_id="settings"):
+                steps = gr.Slider(1, MAX_STEPS, 50, step=1, label="Steps", buttons=[])
+                info = f"The pipeline's own is {type(pipeline.scheduler).__name__}."
+                sampler = gr.Dropdown(samplers, value="default", label="Sampler", info=info)
+                seed = gr.Number(0, precision=0, minimum=0, maximum=MAX_SEED, label="Seed")
+                is_random = gr.Checkbox(True, label="A new seed every time")
+                guided = {"visible": is_guidable, "buttons": []}
+                if not is_guidable:
+                    gr.Markdown("This model was trained without a null class, so it cannot be guided.")
+                scale = gr.Slider(
+                    1,
+                    MAX_GUIDANCE_SCALE,
+                    1.5 if is_guidable else 1,
+                    step=0.1,
+                    label="Guidance scale (1: off)",
+                    **guided,
+                )
+                low = gr.Slider(0, 1, 0, step=0.01, label="Guided from t", info="1 is noise, 0 the image", **guided)
+                high = gr.Slider(0, 1, 1, step=0.01, label="Guided to t", **guided)
+
+        def buttons(is_running: bool):
+            return gr.Button(interactive=not is_running), gr.Button(interactive=is_running)
+
+        def on_press(count):
+            # A row for each class, where it fits.
+            columns = min(int(count), 8) if count > 2 else 4
+            return *buttons(True), threading.Event(), gr.Gallery(columns=columns)
+
+        # An event for each press of Generate, kept with the session: the run looks at it after every step.
+        stopped = gr.State(None)
+        quick = {"queue": False, "api_visibility": "private"}
+        busy = start.click(on_press, count, [start, stop, stopped, gallery], **quick)
+        running = busy.then(
+            on_generate,
+            [stopped, classes, count, steps, scale, low, high, sampler, seed, is_random],
+            [status, gallery, download, seed],
+            api_name="generate",
+            concurrency_limit=1,
+            show_progress="minimal",
+            show_progress_on=status,
+        )
+        running.then(
+            lambda images: (*buttons(False), gr.DownloadButton(interactive=bool(images))),
+            gallery,
+            [start, stop, download],
+            **quick,
+        )
+        # `then` does not run after a failure (gradio 6.31).
+        running.failure(lambda: (*buttons(False), "<p>No images were made.</p>"), None, [start, stop, status], **quick)
+        stop.click(lambda event: event.set() or gr.Button(interactive=False), stopped, stop, **quick)
+    return app.queue(max_size=32)
+
+
+def main(argv: list[str] | None = None):
+    parser = OneLineErrorParser(prog="app.py", description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--pipeline", default=os.environ.get("VRPO_PIPELINE"), help="folder or Hub repository (or set VRPO_PIPELINE)")
+    add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
+    add("--server_name", help="0.0.0.0 to be reached by a phone in the same network")
+    add("--server_port", type=int, help="default: the first free one from 7860 on")
+    args = parser.parse_args(argv)
+    if not args.pipeline:
+        parser.error(
+            "--pipeline is missing: name a folder or Hub repository, or set VRPO_PIPELINE (a Space's variable)"
+        )
+    try:
+        pipeline = open_pipeline(args.pipeline, args.dtype)
+    except InputError as error:
+        parser.error(str(error))
+    app = build_app(pipeline, title=Path(args.pipeline).resolve().name)
+    try:
+        app.launch(
+            server_name=args.server_name, server_port=args.server_port, ssr_mode=False, theme=THEME, css_paths=STYLE
+        )
+    except OSError as error:
+        parser.error(f"{str(error).split('. ')[0]}; choose another --server_port or --server_name")
+
+
+if __name__ == "__main__":
+    main()

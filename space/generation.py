@@ -1,0 +1,166 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""What the page's buttons do, without the page: opening a pipeline, and samples from it that can be stopped."""
+
+import copy
+import math
+import queue
+import re
+import threading
+from collections.abc import Iterator
+
+import torch
+
+from diffusers_vrpo import VRPOPipeline
+from diffusers_vrpo.errors import InputError
+from diffusers_vrpo.sample import check_steps, load_pipeline, set_sampler
+
+
+MAX_STEPS, MAX_IMAGES_PER_CLASS, MAX_IMAGES, MAX_GUIDANCE_SCALE, MAX_SEED = 250, 16, 64, 8, 2**32 - 1
+
+
+class Stopped(Exception):
+    """Raised between two steps of a run that nobody waits for any more."""
+
+
+def open_pipeline(name: str, dtype: str | None = None) -> VRPOPipeline:
+    """The pipeline of a folder or Hub repository, on the GPU where there is one.
+
+    Args:
+        dtype: of the transformer, such as `"bfloat16"`; when not given, that on a GPU and `"float32"` on a CPU.
+
+    Raises:
+        InputError: when it cannot be opened, or makes no images.
+    """
+    pipeline = load_pipeline(name, revision=None, variant=None, cache_dir=None)
+    try:
+        pipeline.check_inputs(1, 1, 1.0, (0.0, 1.0), 1, output_type="pil", tensor_inputs=())
+    except ValueError as error:
+        raise InputError(f"PIPELINE {name}: {error}") from error
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, dtype or ("bfloat16" if device == "cuda" else "float32"))
+    pipeline.to(device)
+    if pipeline.transformer.dtype != dtype:
+        pipeline.transformer.to(dtype)
+    return pipeline
+
+
+def class_choices(pipeline: VRPOPipeline) -> list[tuple[str, int]]:
+    """`(text, id)` of every class; the text has the name, where there is one, and the id: it is found by both."""
+    names = pipeline.config.id2label
+    ids = range(pipeline.transformer.config.num_classes)
+    return [(f"{names[str(i)]} ({i})" if str(i) in names else f"class {i}", i) for i in ids]
+
+
+def class_name(pipeline: VRPOPipeline, class_id: int) -> str:
+    """The first of a class's synonyms."""
+    return pipeline.config.id2label.get(str(class_id), f"class {class_id}").split(",")[0].strip()
+
+
+def check_number(name: str, value, low: int, high: int, is_whole: bool = True):
+    """An InputError when `value` is no number in `low ... high`."""
+    is_number = isinstance(value, int | float) and math.isfinite(value)
+    if not is_number or not low <= value <= high or (is_whole and value != int(value)):
+        raise InputError(f"{name} must be a {'whole ' if is_whole else ''}number from {low} to {high}, not {value}")
+
+
+def run(pipeline: VRPOPipeline, turn: threading.Lock, **arguments) -> Iterator[tuple[int, int] | list]:
+    """Yields `(steps done, steps)` while the pipeline runs, then its images; closed, it ends the run after a step.
+
+    The pipeline runs in a thread of its own, so that closing never waits for it.
+
+    Args:
+        turn: held while the pipeline runs, so that a run waits for one that is about to end.
+
+    Raises:
+        InputError: when latents are not finite. What else the pipeline raises is raised too.
+    """
+    news, unwanted = queue.SimpleQueue(), threading.Event()
+
+    def after_step(pipeline, step, timestep, tensors):
+        if unwanted.is_set():
+            raise Stopped
+        if not tensors["latents"].isfinite().all():
+            raise InputError(f"Step {step + 1} gave numbers that are not finite; is the guidance scale too high?")
+        news.put((step + 1, pipeline.num_timesteps))
+        return tensors
+
+    def work():
+        try:
+            with turn:
+                news.put(pipeline(callback_on_step_end=after_step, **arguments).images)
+        except Exception as error:
+            news.put(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        item = None
+        while not isinstance(item, list):
+            item = news.get()
+            while not news.empty():  # steps that are over need not be shown
+                item = news.get()
+            if isinstance(item, Exception):
+                raise item
+            yield item
+    finally:
+        unwanted.set()
+
+
+def generate(
+    pipeline: VRPOPipeline,
+    turn: threading.Lock,
+    classes: list[int],
+    images_per_class: int,
+    steps: int,
+    guidance_scale: float,
+    guided_from: float,
+    guided_to: float,
+    sampler: str,
+    seed: int,
+) -> Iterator[tuple[int, int] | list]:
+    """As `run`; at the end a list of `(image, class id, seed)`. Image k of every class has the seed `seed + k`.
+
+    Args:
+        sampler: one of `sample.SAMPLERS` for what the model predicts, or `"default"`.
+
+    Raises:
+        InputError: for what the pipeline does not take, in a sentence.
+    """
+    if not classes:
+        raise InputError("Choose at least one class.")
+    check_number("Images per class", images_per_class, 1, MAX_IMAGES_PER_CLASS)
+    check_number("Steps", steps, 1, MAX_STEPS)
+    check_number("Guidance scale", guidance_scale, 1, MAX_GUIDANCE_SCALE, is_whole=False)
+    check_number("Guided from t", guided_from, 0, 1, is_whole=False)
+    check_number("Guided to t", guided_to, guided_from, 1, is_whole=False)
+    check_number("Seed", seed, 0, MAX_SEED)
+    count = int(images_per_class)
+    if len(classes) * count > MAX_IMAGES:
+        raise InputError(
+            f"{len(classes)} classes with {count} images each are more than {MAX_IMAGES} images; take fewer"
+        )
+
+    # Weights are shared by all users, schedulers are not: what one chose must not stay for the next.
+    scheduler = copy.deepcopy(pipeline.scheduler)
+    pipeline = VRPOPipeline(pipeline.transformer, scheduler, pipeline.vae, pipeline.config.id2label)
+    pipeline.set_progress_bar_config(disable=True)
+    labels = [c for c in classes for _ in range(count)]
+    seeds = [(int(seed) + k) % (MAX_SEED + 1) for _ in classes for k in range(count)]
+    try:
+        set_sampler(pipeline, sampler, "of this page")
+        check_steps(pipeline, int(steps))
+        for item in run(
+            pipeline,
+            turn,
+            class_labels=labels,
+            num_inference_steps=int(steps),
+            guidance_scale=guidance_scale,
+            guidance_interval=(guided_from, guided_to),
+            generator=[torch.Generator().manual_seed(s) for s in seeds],
+        ):
+            yield item if isinstance(item, tuple) else list(zip(item, labels, seeds))
+    except ValueError as error:
+        # In the words of the page, not of the command line.
+        words = {"--num_inference_steps": "Steps", "--sampler": "Sampler", "`guidance_scale`": "Guidance scale"}
+        raise InputError(re.sub("|".join(words), lambda found: words[found[0]], str(error))) from error
+    except torch.OutOfMemoryError as error:
+        raise InputError(f"There is not enough memory for {len(labels)} images at once; take fewer") from error

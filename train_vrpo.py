@@ -38,6 +38,7 @@ from diffusers_vrpo.encoders import layers_of_encoders, load_encoder
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.flow import flow_matching_loss, forward_process
 from diffusers_vrpo.gradient_fork import CONFLICTS
+from diffusers_vrpo.hub_run import HubPush, add_hub_options
 from diffusers_vrpo.initialization import build_transformer, read_start
 from diffusers_vrpo.interruption import Interruption, StepGuard, TrainingStopped, settle
 from diffusers_vrpo.latent_cache import (
@@ -257,10 +258,7 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--checkpointing_steps", type=int, default=10000, help="save a checkpoint every this many steps")
     g.add_argument("--checkpoints_total_limit", type=int, help="keep only the newest checkpoints")
     g.add_argument(
-        "--resume_from_checkpoint",
-        default="latest",
-        metavar="latest|none|DIR",
-        help="what to continue from, if it is there",
+        "--resume_from_checkpoint", default="latest", metavar="latest|none|hub|DIR", help="what to continue, if there"
     )
     g.add_argument(
         "--skip_nonfinite",
@@ -276,6 +274,7 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--guidance_scale", type=float, default=1.5, help="classifier-free guidance of the grid")
     g.add_argument("--fd_encoder", help="log the Fréchet distance to training images in this encoder's features, too")
     g.add_argument("--num_fd_samples", type=int, default=2048, help="unguided samples for it")
+    add_hub_options(parser)
     return parser
 
 
@@ -337,6 +336,7 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
     device = accelerator.device
 
     # 1. Data, autoencoder, encoder: whatever cannot work fails here, before any long work.
+    hub = HubPush(args, accelerator, output_dir, interruption)
     checkpoint = choose_checkpoint(accelerator, args.resume_from_checkpoint, output_dir)
     parse_reward_weighting(args.reward_weighting, len(REWARDS))
     with accelerator.main_process_first():
@@ -560,6 +560,7 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
         leaving = guard.signum and step % args.policy_epochs == 0
         if step % args.checkpointing_steps == 0 or last or leaving:
             saved_step = step if save() else saved_step
+            hub.push_checkpoint(pipeline, saved_step)
             if step != saved_step and (last or leaving):
                 raise TrainingStopped(f"step {step} could not be saved; make room and run the same command again")
         if leaving:
@@ -582,12 +583,11 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
                 save_lora(averaged.transformer, output_dir / "lora")
             averaged.save_pretrained(output_dir)
             grid.save(output_dir / "samples.png")
-            plot_metrics(
-                output_dir / "metrics.jsonl", output_dir / "training.png", title=f"objective {args.objective}"
-            )
+            plot_metrics(output_dir / "metrics.jsonl", output_dir / "training.png", f"objective {args.objective}")
             logger.info(f"wrote the pipeline, samples.png and training.png to {output_dir}")
     settle(accelerator)
     accelerator.end_training()
+    hub.push_result()
 
 
 if __name__ == "__main__":

@@ -458,7 +458,7 @@ def test_the_script_converts_and_exports(tmp_path, caplog):
     convert_script(saved(tmp_path, {"ema": state}), tmp_path / "pipeline", "--num_attention_heads", 3)
     pipeline = VRPOPipeline.from_pretrained(tmp_path / "pipeline")
     assert pipeline.transformer.config.time_direction == "noise_to_data" and pipeline.vae is None
-    assert {p.suffix for p in (tmp_path / "pipeline").rglob("*.*")} == {".json", ".safetensors"}
+    assert {p.suffix for p in (tmp_path / "pipeline").rglob("*.*")} == {".json", ".safetensors", ".py"}
     for to, file in (("sit", "back.pt"), ("sit", "back.safetensors")):
         convert_script(tmp_path / "pipeline", tmp_path / file, "--to", to)
         back = read_checkpoint(str(tmp_path / file))[0]

@@ -1,92 +1,84 @@
-"""Data set names on the Hub: what a user reads when one cannot be had, asked of a small local server over HTTP."""
+"""Names on the Hub: what a user reads when one cannot be had, asked of a small local server over HTTP."""
 
-import http.server
-import os
+import json
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
+from hub_server import Hub, serve
 
 
 ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "train_vrpo.py"
+OPTIONS = ["--objective", "none", "--output_dir", "run", "--resolution", "8"]
+CASES = {
+    "gated data": ["--dataset_name", "gated/imagenet", "--vae", "none"],
+    "unknown data": ["--dataset_name", "no/such-data", "--vae", "none"],
+    "gated vae": ["--dataset_name", "digits", "--vae", "gated/vae"],
+    "gated weights": ["--dataset_name", "digits", "--vae", "none", "--pretrained_model_name_or_path", "gated/sit"],
+    "unknown weights": ["--dataset_name", "digits", "--vae", "none", "--pretrained_model_name_or_path", "no/sit"],
+}
+# One process for all: most of the time goes into imports.
+ALL_CASES = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import train_vrpo
+for name, options in json.loads(sys.argv[2]).items():
+    try:
+        train_vrpo.main(train_vrpo.parse_args(options))
+    except train_vrpo.InputError as error:
+        print(json.dumps([name, str(error)]))
+"""
 
 
-class FakeHub(http.server.BaseHTTPRequestHandler):
-    """Every data set of the user `gated` is gated, and there is nothing else."""
-
-    def do_GET(self):
-        gated = "/gated/" in self.path
-        self.send_response(403 if gated else 401)
-        self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    do_HEAD = do_GET
-
-    def log_message(self, *args):
-        pass
+def run(hub: Hub, folder: Path, *command: str) -> subprocess.CompletedProcess:
+    environment = hub.environment(folder / "home") | {"PYTHONPATH": str(ROOT / "src")}
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, cwd=folder)
 
 
-@pytest.fixture
-def endpoint():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+@pytest.fixture(scope="module")
+def messages(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("errors")
+    cases = {name: [*options, *OPTIONS] for name, options in CASES.items()}
+    with serve() as hub:  # everything of the user `gated` is gated, and there is nothing else
+        done = run(hub, folder, "-c", ALL_CASES, str(ROOT), json.dumps(cases))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
 
 
-def train(endpoint, tmp_path, name, vae="none", *more) -> str:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT / "src")}
-    options = [
-        "--dataset_name",
-        name,
-        "--vae",
-        vae,
-        "--objective",
-        "none",
-        "--output_dir",
-        str(tmp_path / "run"),
-        *more,
-    ]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train_vrpo.py"), *options], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    return done.stderr.strip().splitlines()[-1]
-
-
-def test_gated_and_unknown_data_sets(endpoint, tmp_path):
-    assert train(endpoint, tmp_path, "gated/imagenet") == (
-        "train_vrpo.py: error: --dataset_name gated/imagenet: it is gated; accept its terms at "
+def test_gated_and_unknown_data_sets(messages):
+    assert messages["gated data"] == (
+        "--dataset_name gated/imagenet: it is gated; accept its terms at "
         "https://huggingface.co/datasets/gated/imagenet and run `hf auth login` (or set HF_TOKEN)"
     )
-    assert "--dataset_name no/such-data: it is neither a folder here nor known to the Hub" in train(
-        endpoint, tmp_path, "no/such-data"
-    )
+    unknown = "--dataset_name no/such-data: it is neither a folder here nor known to the Hub"
+    assert messages["unknown data"].startswith(unknown)
 
 
-def test_a_gated_autoencoder(endpoint, tmp_path):
-    message = train(endpoint, tmp_path, "digits", vae="gated/vae")
-    assert "--vae gated/vae: it is gated; accept its terms at https://huggingface.co/gated/vae" in message
+def test_a_gated_autoencoder(messages):
+    terms = "--vae gated/vae: it is gated; accept its terms at https://huggingface.co/gated/vae"
+    assert messages["gated vae"].startswith(terms)
+
+
+def test_gated_and_unknown_weights_to_start_from(messages):
+    for case, problem in (
+        ("gated weights", "--pretrained_model_name_or_path gated/sit: it is gated; accept its terms"),
+        ("unknown weights", "--pretrained_model_name_or_path no/sit: it is neither a folder here nor known"),
+    ):
+        assert messages[case].startswith(problem)
 
 
 def test_hub_out_of_reach(tmp_path):
-    message = train("http://127.0.0.1:9", tmp_path, "some/data")
+    hub = Hub()
+    hub.url = "http://127.0.0.1:9"
+    done = run(hub, tmp_path, str(SCRIPT), "--dataset_name", "some/data", "--vae", "none", *OPTIONS)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
     assert (
-        "--dataset_name some/data: it is neither a folder here nor in the cache, and the Hub cannot be reached"
-        in message
-    )
-
-
-def test_gated_and_unknown_weights_to_start_from(endpoint, tmp_path):
-    for name, problem in (
-        ("gated/sit", "it is gated; accept its terms"),
-        ("no/sit", "neither a folder here nor known"),
-    ):
-        error = train(
-            endpoint, tmp_path, "digits", "none", "--pretrained_model_name_or_path", name, "--resolution", "8"
+        done.stderr.strip()
+        .splitlines()[-1]
+        .startswith(
+            "train_vrpo.py: error: --dataset_name some/data: it is neither a folder here nor in the cache, and the Hub cannot "
+            "be reached"
         )
-        assert f"error: --pretrained_model_name_or_path {name}: " in error and problem in error
+    )

@@ -193,7 +193,7 @@ def test_lora_trains_adapters_and_projectors_alone(command, tmp_path):  # noqa: 
     # The pipeline has the adapters merged: it equals the starting weights with the adapters loaded.
     merged = VRPOPipeline.from_pretrained(folder).transformer.eval()
     adapted = SiTTransformer2DModel.from_pretrained(tmp_path / "start").eval()
-    adapted.load_lora_adapter(str(folder / "lora"), prefix=None, use_safetensors=True)
+    adapted.load_lora_adapter(str(folder / "lora"), use_safetensors=True)
     x0, batch = batch_of_digits()
     inputs = (batch["noise"], batch["timestep"], batch["class_labels"])
     with torch.no_grad():

@@ -5,17 +5,27 @@ This file imports torch, numpy and diffusers only, so that it can be published b
 """
 
 import difflib
+import importlib
 import inspect
+import json
 import math
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, FlowMatchHeunDiscreteScheduler
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import CogVideoXLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+
+# Of the components that diffusers does not have: the file that a published pipeline carries beside their weights.
+COMPONENT_FILES = {"SiTTransformer2DModel": "transformer_sit", "SiTSDEScheduler": "scheduling_sit_sde"}
+# The installed package, of which this file may be a part; published, it stands alone.
+PACKAGE = "diffusers_vrpo" if __name__.startswith("diffusers_vrpo.") else None
 
 # Which schedulers take which prediction, for the messages.
 VELOCITY_SCHEDULERS = (
@@ -43,11 +53,14 @@ def guide(prediction: torch.Tensor, guidance_scale: float, channels: int) -> tor
     return torch.cat([guided[:, :channels], of_class[:, channels:]], dim=1)
 
 
-class VRPOPipeline(DiffusionPipeline):
+# The mixin is for any pipeline whose adapters are all on its `transformer`; diffusers has no name for it without a model.
+class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
     """Samples images of given classes by an ODE or SDE solver, with classifier-free guidance.
 
     The transformer's config names its conventions. For the schedulers and in all arguments here, t = 1 is noise and
-    the velocity is `noise - x0`.
+    the velocity is `noise - x0`. `load_lora_weights`, `fuse_lora`, `set_adapters` and the like are diffusers' (with peft).
+    `save_pretrained` and `push_to_hub` add the code of pipeline and transformer, so that
+    `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` opens the result where this package is not installed.
 
     Args:
         transformer ([`SiTTransformer2DModel`]): predicts velocities (SiT, either direction of time) or noise (DiT).
@@ -87,6 +100,62 @@ class VRPOPipeline(DiffusionPipeline):
                 for spelling in dict.fromkeys(spellings(name)):
                     found.setdefault(spelling, []).append(int(key))
             self.labels = {**found, **self.labels}
+
+    def save_config(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """Writes `model_index.json`, and beside it the code that it names: this file and those of the components.
+
+        Raises:
+            ValueError: with `push_to_hub`, which publishes a whole pipeline only.
+        """
+        if push_to_hub:
+            raise ValueError("`save_config` cannot publish: use `pipeline.push_to_hub`, which takes the weights along")
+        super().save_config(save_directory)
+        folder = Path(save_directory)
+        index = json.loads((folder / self.config_name).read_text(encoding="utf-8"))
+        sources = {}
+        if type(self).__name__ == "VRPOPipeline":
+            index["_class_name"] = ["pipeline_vrpo", "VRPOPipeline"]
+            sources["pipeline_vrpo.py"] = __file__
+        for name, value in index.items():
+            library, class_name = value if isinstance(value, list) and len(value) == 2 else (None, None)
+            component = getattr(sys.modules.get(library), class_name, None) if class_name in COMPONENT_FILES else None
+            if component is not None:
+                index[name] = [COMPONENT_FILES[class_name], class_name]
+                sources[f"{name}/{COMPONENT_FILES[class_name]}.py"] = inspect.getsourcefile(component)
+        for path, source in sources.items():
+            code = Path(source).read_bytes()
+            (folder / path).parent.mkdir(exist_ok=True)
+            (folder / path).write_bytes(code)
+        (folder / self.config_name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file, **options):
+        """The index; the classes that it has from files beside the weights are the package's own where that is installed."""
+        index = super()._dict_from_json_file(json_file, **options)
+        if PACKAGE is None:
+            return index
+        if isinstance(index.get("_class_name"), list):
+            index["_class_name"] = index["_class_name"][1]
+        for name, value in index.items():
+            if isinstance(value, list) and len(value) == 2 and value[1] in COMPONENT_FILES:
+                index[name] = [PACKAGE, value[1]]
+        return index
+
+    def _upload_folder(self, working_dir, repo_id, token=None, commit_message=None, create_pr=False, subfolder=None):
+        """What `push_to_hub` ends with: a fresh model card, where diffusers would keep the old one and double its tags."""
+        try:
+            hub = importlib.import_module("diffusers_vrpo.hub")
+        except ImportError:
+            return super()._upload_folder(working_dir, repo_id, token, commit_message, create_pr, subfolder)
+        return hub.push_folder(
+            working_dir,
+            repo_id,
+            token=token,
+            commit_message=commit_message or "Upload VRPOPipeline",
+            create_pr=create_pr,
+            subfolder=subfolder,
+            replace_variants=False,
+        )
 
     def get_label_ids(self, class_labels: int | str | list[int | str] | torch.Tensor) -> list[int]:
         """Class ids for ids or names (case does not matter; a string is one name, not its characters).

@@ -35,6 +35,7 @@ from .alignment import conflict_mode
 from .errors import InputError, first_line
 from .initialization import weights_checksum
 from .interruption import TrainingStopped, settle
+from .pipeline_vrpo import VRPOPipeline
 from .sharding import check_distributed, fill, original_class, whole_model
 from .throughput import hardware_name
 
@@ -246,7 +247,7 @@ def remove_checkpoint(checkpoint: Path):
 def find_checkpoint(resume_from_checkpoint: str, output_dir: str | Path) -> Path | None:
     """The folder that `--resume_from_checkpoint` means: `latest` (None where there is none), `none`, or a path.
 
-    `latest` is the newest that is whole: damaged ones are reported and renamed to `checkpoint-N.damaged`. For one process.
+    `hub` is `latest` of what `hub_run.py` has fetched before. `latest` is the newest that is whole: damaged ones are reported and renamed to `checkpoint-N.damaged`. For one process.
 
     Raises:
         InputError: for a path that is not a checkpoint or a damaged one; for `none` where the output folder holds a run
@@ -254,7 +255,7 @@ def find_checkpoint(resume_from_checkpoint: str, output_dir: str | Path) -> Path
     """
     tidy_checkpoints(output_dir)
     existing = list_checkpoints(output_dir)
-    if resume_from_checkpoint == "latest":
+    if resume_from_checkpoint in ("latest", "hub"):
         return newest_whole_checkpoint(existing)
     if resume_from_checkpoint == "none":
         if existing:
@@ -569,9 +570,12 @@ def release_projectors(model: torch.nn.Module):
 def save_lora(model: torch.nn.Module, folder: Path):
     """Writes the adapters, and then merges them into the model's weights.
 
-    `transformer.load_lora_adapter(folder, prefix=None, use_safetensors=True)` opens what it writes.
+    `VRPOPipeline.load_lora_weights(folder)` opens what it writes, and `transformer.load_lora_adapter`.
     """
-    model.save_lora_adapter(folder)
+    from peft import get_peft_model_state_dict
+
+    layers, config = get_peft_model_state_dict(model), model.peft_config["default"].to_dict()
+    VRPOPipeline.save_lora_weights(folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=config)
     model.fuse_lora()
     model.unload_lora()
 
@@ -732,6 +736,7 @@ def write_start(
         "mixed_precision": accelerator.mixed_precision,
         "parameters": sum(parameter.numel() for parameter in transformer.parameters()) - projectors,
         "projector_parameters": projectors,
+        "trained": sorted({name.split(".")[0] for name, p in transformer.named_parameters() if p.requires_grad}),
         "torch": torch.__version__,
     }
     with contextlib.suppress(OSError), (output_dir / "starts.jsonl").open("a") as file:

@@ -15,12 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, FlowMatchHeunDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchHeunDiscreteScheduler
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import CogVideoXLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
+
+logger = logging.get_logger(__name__)
 
 # Of the components that diffusers does not have: the file that a published pipeline carries beside their weights.
 COMPONENT_FILES = {"SiTTransformer2DModel": "transformer_sit", "SiTSDEScheduler": "scheduling_sit_sde"}
@@ -313,6 +316,13 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             scheduler.set_begin_index(0)
 
         timesteps = scheduler.timesteps
+        if isinstance(scheduler, DDIMScheduler):
+            stride = scheduler.config.num_train_timesteps // num_inference_steps
+            if (timesteps[:-1] - timesteps[1:] != stride).any():
+                logger.warning(
+                    f"`num_inference_steps` {num_inference_steps}: diffusers' DDIM goes down by {stride} a step and so misses "
+                    f"its timesteps; a divisor of {scheduler.config.num_train_timesteps} is exact"
+                )
         if self.transformer.config.prediction_type == "epsilon":
             alpha_bar = scheduler.alphas_cumprod.cpu().double().numpy()
             alpha_bar = np.interp(timesteps.cpu().double().numpy(), np.arange(len(alpha_bar)), alpha_bar)

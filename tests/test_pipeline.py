@@ -339,6 +339,13 @@ def test_ddim_is_its_formula():
     torch.testing.assert_close(images, ddpm_loop(pipeline, x, labels, 2.0, next_sample), atol=1e-4, rtol=1e-4)
 
 
+def test_ddim_warns_of_steps_that_miss_its_timesteps(caplog):
+    pipeline = epsilon_pipeline(DDIMScheduler(**ddpm.SCHEDULER_CONFIG, timestep_spacing="trailing"))
+    for steps, warns in ((100, False), (128, True)):
+        pipeline.prepare_times(steps, "cpu")
+        assert ("a divisor of 1000 is exact" in caplog.text) == warns
+
+
 @torch.no_grad()
 def test_ddpm_uses_the_learned_variance_of_the_class():
     pipeline = epsilon_pipeline(DDPMScheduler(variance_type="learned_range", **ddpm.SCHEDULER_CONFIG))

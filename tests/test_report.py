@@ -257,7 +257,15 @@ def test_runs_that_differ_in_the_seed_are_one_arm(tmp_path):
     same = {"objective": "repa", "encoder": ["facebook/dinov2-base"], "validation_steps": 100, "start": start}
     runs = [
         write_run(tmp_path / "a", values, seed=0, **same),
-        write_run(tmp_path / "b", values, seed=1, logging_steps=7, **{**same, "validation_steps": 50}),
+        write_run(
+            tmp_path / "b",
+            values,
+            seed=1,
+            logging_steps=7,
+            hub_private_repo=True,
+            allow_tf32=False,
+            **{**same, "validation_steps": 50},
+        ),
         write_run(tmp_path / "c", values, seed=0, **{**same, "encoder": ["facebook/dinov3-base"]}),
         write_run(tmp_path / "d", values, seed=0, **{**same, "start": {**start, "global_batch_size": 512}}),
         write_run(tmp_path / "e", values, seed=0, objective="none", start={**start, "hardware": "NVIDIA A100"}),

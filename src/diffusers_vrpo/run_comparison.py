@@ -17,7 +17,7 @@ from .errors import InputError, first_line
 HOUSEKEEPING = (
     "seed output_dir cache_dir logging_dir logging_steps report_to resume_from_checkpoint checkpointing_steps "
     "checkpoints_total_limit dataloader_num_workers profile peak_tflops validation_steps validation_labels "
-    "num_validation_images push_to_hub hub_model_id"
+    "num_validation_images push_to_hub hub_model_id hub_private_repo hub_license hub_push_checkpoints push_training_state"
 )
 # What quality is judged on: values of runs that differ in one of these cannot be compared.
 JUDGED_ON = (
@@ -209,7 +209,9 @@ def method(run: Run) -> dict[str, str]:
     def text(value) -> str:
         return "+".join(map(text, value)) if isinstance(value, list) else str(value)
 
-    options = {name: text(value) for name, value in run.options.items() if name not in HOUSEKEEPING.split()}
+    # A switch that is off is as one that an older version did not have.
+    chosen = {name: value for name, value in run.options.items() if value is not False}
+    options = {name: text(value) for name, value in chosen.items() if name not in HOUSEKEEPING.split()}
     batch = run.global_batch_size()
     return options | ({"global batch size": str(batch)} if batch else {})
 

@@ -70,6 +70,7 @@ from diffusers_vrpo.training import (
     choose_checkpoint,
     load_checkpoint,
     locked,
+    log_values,
     prepare_output_dir,
     read_training_state,
     register_model_hooks,
@@ -273,7 +274,7 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--num_inference_steps", type=int, default=50, help="solver steps of grid and --fd_encoder")
     g.add_argument("--guidance_scale", type=float, default=1.5, help="classifier-free guidance of the grid")
     g.add_argument("--fd_encoder", help="log the Fréchet distance to training images in this encoder's features, too")
-    g.add_argument("--num_fd_samples", type=int, default=2048, help="unguided samples for it")
+    g.add_argument("--num_fd_samples", type=int, help="unguided samples for it; 2048 when not given")
     add_hub_options(parser)
     return parser
 
@@ -416,17 +417,17 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
         repeats=args.policy_epochs,
     )
     dataloader = training_batches(samples, batch_sampler, args.dataloader_num_workers, device.type == "cuda")
-    validation = Validation(args, accelerator, pipeline, data, output_dir)
+    validation = Validation(args, accelerator, pipeline, data, output_dir, interruption)
     metrics_file = None
     if accelerator.is_main_process:
         given = {name: value for name, value in vars(args).items() if value is not None and name != "config"}
         with written(f"train_config.yaml or metrics.jsonl in {output_dir}"):
             (output_dir / "train_config.yaml").write_text(yaml.safe_dump(given))
-            # What a continued run logs a second time replaces what TensorBoard has.
-            purge = {"tensorboard": {"purge_step": step + 1}} if step else {}
-            accelerator.init_trackers("vrpo", {name: str(value) for name, value in vars(args).items()}, purge)
             metrics_file = MetricsFile(output_dir / "metrics.jsonl", step)
             write_start(output_dir, step, accelerator, pipeline.transformer, global_batch_size)
+        # What a continued run logs a second time replaces what TensorBoard has.
+        purge = {"tensorboard": {"purge_step": step + 1}} if step else {}
+        accelerator.init_trackers("vrpo", {name: str(value) for name, value in vars(args).items()}, purge)
     parameters = sum(p.numel() for p in trainable_parameters(model))
     logger.info(
         f"{len(data)} images, {num_classes} classes; training {parameters / 1e6:.1f} M parameters, {math.prod(grid_size)} tokens; "
@@ -553,7 +554,7 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
             shown = {"loss": values["loss_fm"], **{name: values.get(f"reward/{name}") for name in REWARDS}}
             shown = {name: f"{value:.4f}" for name, value in shown.items() if value is not None}
             progress.set_postfix(shown | speed.shown(values))
-            accelerator.log(values, step=step)
+            log_values(accelerator, values, step)
             if accelerator.is_main_process:
                 metrics_file.write(step, values)
         seconds += time.perf_counter() - clock

@@ -409,6 +409,7 @@ hooks_that_shard = [
 def test_sharded_runs_train_save_and_resume_alike(command, trainers, tmp_path, hook):  # noqa: F811
     """Two processes with parts: the losses of one process, a bit-equal resume, and the same folder in the end."""
     options = {"max_train_steps": 10, "learning_rate": 1e-4, "validation_steps": 5, "alignment_stop_step": 8}
+    options["lr_warmup_steps"] = 20
     assert trainers(command(**options)).wait() == [0]
     options["train_batch_size"] = 8
     assert trainers(command(**options, output_dir=tmp_path / "sharded"), hook=hook, processes=2).wait() == [0, 0]

@@ -1,22 +1,27 @@
 """What is looked at while training: the Fréchet distance beside the grid, and looks that a killed run missed."""
 
+import errno
 import json
+import os
 import shutil
+import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from test_streaming import write_files
 from test_train_cli import command, run  # noqa: F401
 
-from diffusers_vrpo import VRPOPipeline
+from diffusers_vrpo import VRPOPipeline, validation
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.evaluation import frechet_distance, mean_and_covariance
 from diffusers_vrpo.image_features import load_image_encoder, pooled_features
 from diffusers_vrpo.latents import load_image_dataset
 from diffusers_vrpo.sample import sample_batch
 from diffusers_vrpo.streaming import stream_image_dataset
-from diffusers_vrpo.training import read_metrics
+from diffusers_vrpo.training import log_values, read_metrics
 from diffusers_vrpo.validation import fixed_rows, training_images
 
 
@@ -48,7 +53,8 @@ def test_the_distance_is_that_of_the_saved_pipeline(command, tmp_path):  # noqa:
     assert rows[-1]["validation/fd_digits"] != rows[1]["validation/fd_digits"]
 
 
-def test_a_look_that_a_kill_prevented_is_made_good(command, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("what", ["the grid", "the distance"])
+def test_a_look_that_a_kill_prevented_is_made_good(command, tmp_path, what):  # noqa: F811
     options = {"max_train_steps": 4, "validation_steps": 2, "checkpointing_steps": 2, **FD}
     run(command(**options))
     expected = read_metrics(tmp_path / "run" / "metrics.jsonl")
@@ -57,7 +63,8 @@ def test_a_look_that_a_kill_prevented_is_made_good(command, tmp_path):  # noqa: 
     shutil.rmtree(killed / "checkpoint-4")
     grid = killed / "samples" / "step-0000002.png"
     before = grid.read_bytes()
-    grid.unlink()
+    if what == "the grid":
+        grid.unlink()
     (killed / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in expected[:1]))
     with (killed / "metrics.jsonl").open("a") as file:
         file.write(
@@ -73,6 +80,8 @@ def test_a_look_that_a_kill_prevented_is_made_good(command, tmp_path):  # noqa: 
 def test_what_cannot_be_compared(command, tmp_path):  # noqa: F811
     with pytest.raises(InputError, match="--num_fd_samples 1 has no covariance; take 2048 or more"):
         run(command(fd_encoder="digits", num_fd_samples=1))
+    with pytest.raises(InputError, match="--num_fd_samples 9 goes with --fd_encoder only"):
+        run(command(num_fd_samples=9))
     with pytest.raises(InputError, match="--fd_encoder ./nowhere: there is no such folder"):
         run(command(fd_encoder="./nowhere"))
 
@@ -85,3 +94,52 @@ def test_streamed_references_are_whole_row_groups(tmp_path):
     images = training_images(data, rows, 8)
     assert images.shape == (25, 8, 8, 3) and images[:, 0, 0, 0].tolist() == rows.tolist()
     assert np.array_equal(np.sort(fixed_rows(data, 10_000)), np.arange(103))
+
+
+def test_a_signal_ends_the_work(command, tmp_path, monkeypatch):  # noqa: F811
+    """No number is logged, and the run leaves with a checkpoint after its next step."""
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return sample_batch(*arguments)
+
+    monkeypatch.setattr(validation, "sample_batch", interrupted)
+    with pytest.raises(SystemExit) as end:
+        run(command(max_train_steps=9, validation_steps=2, **{**FD, "train_batch_size": 8}))
+    assert end.value.code == 143
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert len(rows) == 3 and not any("validation/fd_digits" in row for row in rows)
+    assert (tmp_path / "run" / "checkpoint-3").is_dir()
+
+
+def test_the_reference_is_that_of_the_data(command, tmp_path):  # noqa: F811
+    options = {"max_train_steps": 1, "resume_from_checkpoint": "none", **FD}
+    run(command(**options))
+    file, again = tmp_path / "run" / "fd_reference.safetensors", tmp_path / "again"
+    again.mkdir()
+    for content in (file.read_bytes(), b"damaged"):
+        (again / file.name).write_bytes(content)
+        run(command(**options, output_dir=again))
+        assert (again / file.name).read_bytes() == file.read_bytes()
+        shutil.rmtree(again / "checkpoint-1")
+
+
+def test_a_tracker_that_cannot_write_is_left_out():
+    class Full:
+        name = "full"
+
+        def log(self, values, step):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    class Kept:
+        name = "kept"
+
+        def log(self, values, step):
+            got.append((values, step))
+
+    got = []
+    accelerator = SimpleNamespace(trackers=[Full(), Kept()])
+    PartialState()  # accelerate's loggers ask it
+    for step in (1, 2):
+        log_values(accelerator, {"a": 1.0}, step)
+    assert got == [({"a": 1.0}, 1), ({"a": 1.0}, 2)] and [t.name for t in accelerator.trackers] == ["kept"]

@@ -207,8 +207,9 @@ def check_images(data: Dataset, sample: int = 256) -> None:
         rows = random_stream(0, 0, ORDER).permutation(len(data))[:sample]
     corrupt = []
     for row in rows.tolist():
+        record = data[row]
         try:
-            decode_image(data[row]["image"])
+            decode_image(record["image"])
         except Exception:  # PIL's readers raise many types; all mean the same here
             corrupt.append(row)
     if len(corrupt) > (0.01 if len(rows) == len(data) else 0.03) * len(rows):

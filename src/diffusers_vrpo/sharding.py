@@ -138,7 +138,10 @@ def save_partition(accelerator: Accelerator, engine, folder: str):
     tensors = {f"{i}.weights": part.detach() for i, part in enumerate(weights)}
     for i, state in engine.basic_optimizer.state_dict()["state"].items():
         tensors |= {f"{i}.{name}": tensor for name, tensor in state.items()}
-    save_file(tensors, partition_path(accelerator, folder))
+    rates = [group["lr"] for group in engine.basic_optimizer.param_groups]
+    save_file(
+        tensors | {"learning rates": torch.tensor(rates, dtype=torch.float64)}, partition_path(accelerator, folder)
+    )
 
 
 @torch.no_grad()
@@ -154,12 +157,16 @@ def load_partition(accelerator: Accelerator, engine, folder: str):
             f"{os.path.basename(path)} is not in it: it was not saved by as many processes with DeepSpeed"
         )
     tensors, state = load_file(path), {}
+    # A fresh scheduler has set them to those of step 0, and its next step comes after the optimizer's.
+    rates = tensors.pop("learning rates").tolist()
     for i, part in enumerate(engine.optimizer.single_partition_of_fp32_groups):
         part.copy_(tensors.pop(f"{i}.weights"))
     for key, tensor in tensors.items():
         i, name = key.split(".")
         state.setdefault(int(i), {})[name] = tensor
     engine.basic_optimizer.load_state_dict(engine.basic_optimizer.state_dict() | {"state": state})
+    for group, rate in zip(engine.basic_optimizer.param_groups, rates):
+        group["lr"] = rate
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,7 @@ from accelerate.utils import (
     ProjectConfiguration,
     broadcast_object_list,
     gather_object,
+    get_int_from_env,
 )
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
@@ -77,10 +78,15 @@ def locked(folder: Path):
     Raises:
         InputError: when a run is going on there.
     """
-    if fcntl is None or os.environ.get("RANK", "0") != "0":
+    rank = get_int_from_env(["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"], 0)
+    try:
+        file = (folder / ".lock").open("a+") if fcntl is not None and rank == 0 else None
+    except OSError:
+        file = None
+    if file is None:
         yield
         return
-    with (folder / ".lock").open("a+") as file:
+    with file:
         try:
             # A POSIX lock: unlike flock's, the data loader's processes do not inherit it.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -115,6 +121,21 @@ def written(what: str):
             f"{what} cannot be written ({reason}); make room and run the same command again: it continues from the newest "
             "checkpoint"
         ) from error
+
+
+def use_trackers(accelerator: Accelerator, action: Callable):
+    """`action(tracker)` for each; one that cannot write (a full disk) is an error line, and left out from then on."""
+    for tracker in list(accelerator.trackers):
+        try:
+            action(tracker)
+        except OSError as error:
+            accelerator.trackers.remove(tracker)
+            logger.error(f"{tracker.name} cannot be written ({error.strerror or error}) and gets no more of this run")
+
+
+def log_values(accelerator: Accelerator, values: dict[str, float], step: int):
+    """Gives numbers to the trackers."""
+    use_trackers(accelerator, lambda tracker: tracker.log(values, step=step))
 
 
 def start_accelerator(args, output_dir: Path) -> Accelerator:

@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """What is looked at while a run trains: a grid of samples, and their Fréchet distance to training images."""
 
+import contextlib
 import json
 import math
 import zlib
@@ -13,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .arguments import as_id
@@ -21,17 +22,19 @@ from .errors import InputError
 from .evaluate import merge_moments
 from .evaluation import RunningMoments, frechet_distance
 from .image_features import encoder_checksum, load_image_encoder
+from .interruption import Interruption
 from .latent_cache import LatentCache
 from .latents import ORDER, first_readable, random_stream, resize_and_crop
 from .pipeline_vrpo import VRPOPipeline
 from .plots import image_grid
-from .sample import sample_batch
+from .sample import check_steps, sample_batch
 from .sharding import whole_pipeline
 from .streaming import ParquetRows
-from .training import MetricsFile, written
+from .training import MetricsFile, log_values, read_metrics, use_trackers, written
 
 
 logger = get_logger(__name__)
+SAMPLES = 2048
 REFERENCE_IMAGES = 10_000  # training images behind the Fréchet distance; all of them where there are fewer
 
 
@@ -46,22 +49,38 @@ class Validation:
         InputError: for labels or an encoder that cannot be, or where there are no images to compare with.
     """
 
-    def __init__(self, args, accelerator: Accelerator, pipeline: VRPOPipeline, data, output_dir: Path):
+    def __init__(
+        self,
+        args,
+        accelerator: Accelerator,
+        pipeline: VRPOPipeline,
+        data,
+        output_dir: Path,
+        interruption: Interruption,
+    ):
         self.args, self.accelerator, self.pipeline, self.output_dir = args, accelerator, pipeline, output_dir
+        self.interruption = interruption
         self.columns = grid_columns(pipeline, args.validation_labels)
+        check_steps(pipeline, args.num_inference_steps)
         self.judge = None
+        if args.num_fd_samples and not args.fd_encoder:
+            raise InputError(
+                f"--num_fd_samples {args.num_fd_samples} goes with --fd_encoder only; add that, or leave it out"
+            )
         if args.fd_encoder:
-            if args.num_fd_samples < 2:
-                raise InputError(f"--num_fd_samples {args.num_fd_samples} has no covariance; take 2048 or more")
+            self.num_samples = args.num_fd_samples or SAMPLES
+            if self.num_samples < 2:
+                raise InputError(f"--num_fd_samples {args.num_fd_samples} has no covariance; take {SAMPLES} or more")
             if isinstance(data, LatentCache) and data.config["images"] == "none":
                 raise InputError(
                     f"--fd_encoder {args.fd_encoder} compares with images, and --latents_dir {args.latents_dir} has none; "
                     "prepare it with --images webp"
                 )
             self.name = f"validation/fd_{Path(args.fd_encoder).name}"
-            self.judge = load_image_encoder(
-                args.fd_encoder, device=accelerator.device, cache_dir=args.cache_dir, option="--fd_encoder"
-            )
+            with accelerator.main_process_first():
+                self.judge = load_image_encoder(
+                    args.fd_encoder, device=accelerator.device, cache_dir=args.cache_dir, option="--fd_encoder"
+                )
             self.reference = self.reference_moments(data)
 
     def __call__(self, step: int, ema, metrics_file: MetricsFile | None) -> Image.Image | None:
@@ -81,27 +100,36 @@ class Validation:
                 save_samples(accelerator, self.output_dir, step, grid)
             if self.judge is not None:
                 values = {self.name: self.distance(averaged)}
-                accelerator.log(values, step=step)
-                if accelerator.is_main_process:
+                # Interrupted, it is no number; the continued run makes up for it.
+                if accelerator.is_main_process and not self.interruption.signum:
+                    log_values(accelerator, values, step)
                     logger.info(f"step {step}: {self.name} {values[self.name]:.2f}")
                     metrics_file.write(step, values)
         return grid
 
     def catch_up(self, step: int, ema, metrics_file: MetricsFile | None):
-        """Looks at the step that a run continues from, if it was killed after the checkpoint and before the grid."""
-        missing = step > 0 and step % self.args.validation_steps == 0 and not grid_file(self.output_dir, step).exists()
+        """Looks at the step that a run continues from, if it ended after the checkpoint and before this was done."""
+        missing = False
+        if step > 0 and step % self.args.validation_steps == 0 and metrics_file is not None:
+            judged = self.judge is None or any(
+                row["step"] == step and self.name in row for row in read_metrics(metrics_file.path)
+            )
+            missing = not (judged and grid_file(self.output_dir, step).exists())
         if broadcast_object_list([missing])[0]:
             self(step, ema, metrics_file)
 
     def distance(self, pipeline: VRPOPipeline) -> float:
         """The Fréchet distance of samples of `pipeline` to the reference."""
-        args, count = self.args, self.args.num_fd_samples
+        args, count = self.args, self.num_samples
         num_classes = pipeline.transformer.config.num_classes
         options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": 1.0}
         pipeline.set_progress_bar_config(disable=True)
 
         def batches():
             for indices in self.own_batches(count):
+                if self.interruption.signum:
+                    yield None
+                    return
                 # Every class as often, but for one.
                 labels = [i * num_classes // count for i in indices]
                 try:
@@ -122,12 +150,12 @@ class Validation:
         They are kept in the output folder, for a continued run.
         """
         rows = fixed_rows(data, REFERENCE_IMAGES)
-        made_of = [encoder_checksum(self.judge), self.args.resolution, len(data), zlib.crc32(rows.tobytes())]
+        some = training_images(data, rows[:16], self.args.resolution)
+        made_of = [encoder_checksum(self.judge), len(data), zlib.crc32(rows.tobytes()), zlib.crc32(some.tobytes())]
         made_of, file = json.dumps(made_of), self.output_dir / "fd_reference.safetensors"
-        if file.exists():
-            with safe_open(file, "pt", device=str(self.accelerator.device)) as saved:
-                if (saved.metadata() or {}).get("made_of") == made_of:
-                    return saved.get_tensor("mean"), saved.get_tensor("covariance")
+        with contextlib.suppress(FileNotFoundError, SafetensorError), safe_open(file, "pt") as saved:
+            if (saved.metadata() or {}).get("made_of") == made_of:
+                return tuple(saved.get_tensor(name).to(self.device) for name in ("mean", "covariance"))
         logger.info(f"{self.name}: features of {len(rows)} training images")
         own = self.own_batches(len(rows))
         mean, covariance = self.moments(
@@ -138,18 +166,29 @@ class Validation:
                 save_file({"mean": mean.cpu(), "covariance": covariance.cpu()}, file, {"made_of": made_of})
         # So that none looks for the file while another writes it.
         self.accelerator.wait_for_everyone()
+        if isinstance(data, ParquetRows):
+            data.release()
         return mean, covariance
 
+    @property
+    def device(self) -> torch.device:
+        """Where the moments are; Apple's GPUs have no float64."""
+        return torch.device("cpu") if self.accelerator.device.type == "mps" else self.accelerator.device
+
     def own_batches(self, count: int) -> list[range]:
-        """The batches of `range(count)` that are this process's to do."""
-        size, accelerator = self.args.train_batch_size, self.accelerator
-        starts = range(accelerator.process_index * size, count, accelerator.num_processes * size)
-        return [range(start, min(start + size, count)) for start in starts]
+        """The batches of `range(count)` that are this process's to do, one after another."""
+        size, rank, processes = (
+            self.args.train_batch_size,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
+        return batches[rank * len(batches) // processes : (rank + 1) * len(batches) // processes]
 
     def moments(self, batches: Iterable[np.ndarray | None]) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean `[D]` and covariance `[D,D]` of the features of all processes' images, uint8 `[B,H,W,3]`; None counts as NaN."""
         device, dim = self.accelerator.device, self.judge.dim
-        moments = RunningMoments(dim, device)
+        moments = RunningMoments(dim, self.device)
         for images in batches:
             if images is None:
                 moments.update(torch.full((1, dim), math.nan, device=device))
@@ -179,7 +218,9 @@ def training_images(data, rows: np.ndarray, resolution: int) -> np.ndarray:
         image = first_readable(data, row, {"image": image, "label": label})[0]
         images.append(resize_and_crop(image, resolution))
     if isinstance(data, ParquetRows):
-        data.release()
+        # The next batch may go on in the row group in which this one ends.
+        last = int(np.searchsorted(data.first_rows, rows[-1], side="right")) - 1
+        data.hold([last], lambda read, *arguments: read(*arguments))
     return np.stack(images)
 
 
@@ -235,10 +276,13 @@ def save_samples(accelerator: Accelerator, output_dir: Path, step: int, grid: Im
         grid.save(path)
     except OSError as error:  # a full disk: a grid is not worth a run
         logger.error(f"{path} could not be written ({error.strerror or error})")
-    for tracker in accelerator.trackers:
+
+    def show(tracker):
         if tracker.name == "tensorboard":
             tracker.writer.add_image("samples", np.asarray(grid), step, dataformats="HWC")
         elif tracker.name == "wandb":
             import wandb
 
             tracker.log({"samples": wandb.Image(grid)}, step=step)
+
+    use_trackers(accelerator, show)

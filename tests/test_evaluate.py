@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,59 @@ def test_folders_and_npz_are_the_same_images(tmp_path):
         assert opened.size == (16, 16) and torch.equal(torch.stack([opened[i] for i in range(12)]), as_tensor(images))
 
 
+def test_images_pickle_for_workers_that_are_not_forked(tmp_path):
+    np.savez(tmp_path / "images.npz", pictures(40))
+    folder = save_folder(tmp_path / "folder", pictures(4), classes=1)
+    for images in (
+        open_images("SAMPLES", str(tmp_path / "images.npz")),
+        open_images("SAMPLES", str(folder)),
+        open_images("--reference", str(folder), resolution=8),
+        open_images("--reference", "digits", dataset_resolution=8),
+    ):
+        pickled = pickle.dumps(images)
+        assert torch.equal(pickle.loads(pickled)[3], images[3])
+        assert images.kind != ".npz" or len(pickled) < 1000  # where the pixels are, not what they are
+
+
+def test_folders_of_samples(run, tmp_path, caplog):
+    """What `sample.py` wrote, when it is not whole or has no image files."""
+    folder = save_folder(tmp_path / "samples", pictures(30), classes=1)
+    manifest = {"complete": True, "options": {"num_images": 40}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    run(folder, folder)
+    assert "unfinished" not in caplog.text
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"complete": False}))
+    run(folder, folder)
+    assert f"SAMPLES {folder} is an unfinished set of 40 samples; those that are there count" in caplog.text
+    (tmp_path / "npz").mkdir()
+    np.savez(tmp_path / "npz" / "samples.npz", pictures(30))
+    with pytest.raises(SystemExit, match="SAMPLES .*npz has no image files; give .*npz/samples.npz, which is in it"):
+        run(tmp_path / "npz", folder)
+    (tmp_path / "npz" / "samples.npz").unlink()
+    (tmp_path / "npz" / "manifest.json").write_text((folder / "manifest.json").read_text())
+    with pytest.raises(SystemExit, match="SAMPLES .*npz is an unfinished set of 40 samples; give the command"):
+        run(tmp_path / "npz", folder)
+
+
+def test_a_wrong_second_encoder_costs_no_work_of_the_first(run, checkpoint, tmp_path):  # noqa: F811
+    np.savez(tmp_path / "images.npz", pictures(30))
+    with pytest.raises(SystemExit, match="--encoder .*nowhere: there is no such folder"):
+        run(*[tmp_path / "images.npz"] * 2, "--encoder", checkpoint("dinov2"), tmp_path / "nowhere")
+    assert not (tmp_path / "cache").exists()  # where the statistics of the reference go
+
+
+def test_numbers_are_printed_before_files_are_written(run, tmp_path, capsys, monkeypatch):
+    np.savez(tmp_path / "images.npz", pictures(30))
+
+    def full(self, text):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(tmp_path / "images.npz", tmp_path / "images.npz", "--output_file", tmp_path / "a.json")
+    assert "coverage" in capsys.readouterr().out
+
+
 def test_the_embedded_digits_are_a_reference():
     opened = open_images("--reference", "digits", dataset_resolution=8)
     assert opened.size == (8, 8) and opened[0].shape == (3, 8, 8) and len(opened) > 1000
@@ -154,12 +208,16 @@ def test_statistics_of_the_reference_are_kept(run, tmp_path, caplog):
     assert "computing them again" in caplog.text
 
 
-def test_a_statistics_file_is_a_reference(run, tmp_path):
+def test_a_statistics_file_is_a_reference(run, tmp_path, monkeypatch):
     np.savez(tmp_path / "samples.npz", pictures(30))
     np.savez(tmp_path / "reference.npz", pictures(40, seed=1))
     file = tmp_path / "statistics.safetensors"
     expected = run(tmp_path / "samples.npz", tmp_path / "reference.npz", "--save_reference", file)
     assert run(tmp_path / "samples.npz", file) == expected
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run(tmp_path / "samples.npz", "~/statistics.safetensors") == expected
+    with pytest.raises(SystemExit, match="--image_column picture goes with a data set, which .* is not; leave it out"):
+        run(tmp_path / "samples.npz", file, "--image_column", "picture")
     with pytest.raises(SystemExit, match="is of another encoder or other weights .*; give the images instead"):
         run(tmp_path / "samples.npz", file, encoder="vit")
     with pytest.raises(SystemExit, match="is of another vector of the encoder"):
@@ -221,6 +279,8 @@ def test_reference_batch_of_adm(run, weights, tmp_path):  # noqa: F811
     for name, (mu, sigma) in batch_moments(str(tmp_path / "moments.npz")).items():
         direct = evaluation.mean_and_covariance(others[name])
         assert torch.equal(mu, direct[0]) and torch.equal(sigma, direct[1])
+    with pytest.raises(SystemExit, match="--reference_split test goes with a data set, which .*moments.npz is not"):
+        run(tmp_path / "samples.npz", tmp_path / "moments.npz", *options[:-1], "--reference_split", "test")
     with pytest.raises(SystemExit, match="--metrics kid: the reference has statistics only; it needs images"):
         run(tmp_path / "samples.npz", tmp_path / "moments.npz", *options, "kid")
     with pytest.raises(SystemExit, match="has no images, only statistics of Inception features; give images"):
@@ -318,6 +378,8 @@ def test_bad_input_ends_in_a_sentence(run, tmp_path, capsys):
         (["x", "--reference", "y", "--save_reference", "z"], "must end in .safetensors"),
         (["x", "--reference", "y", "--pooling", "mean"], "--pooling mean does not go with --encoder inception"),
         (["x", "--reference", "y", "--metrics", "fd"], "invalid choice: 'fd'"),
+        (["x", "--metrics", "is", "--image_column", "y"], "--image_column y goes with a --reference only"),
+        (["x", "--reference", "y.safetensors", "--encoder", "a", "b"], "holds the statistics of one encoder"),
     ):
         with pytest.raises(SystemExit):
             main(arguments)

@@ -1,7 +1,9 @@
 """Probes of hidden states, on the embedded digits and tiny models."""
 
 import json
+import pickle
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -11,7 +13,7 @@ from test_transformer import inputs, tiny_model
 
 from diffusers_vrpo import VRPOPipeline
 from diffusers_vrpo.latents import decode_image, load_image_dataset, resize_and_crop
-from diffusers_vrpo.probing import block_features, main, pooled_blocks
+from diffusers_vrpo.probing import LabelledImages, block_features, main, pooled_blocks
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,13 @@ def test_report(pipeline, checkpoint, tmp_path):  # noqa: F811
     assert report["encoder_accuracy"][encoder] > 0.3
 
 
+def test_images_pickle_for_workers_that_are_not_forked():
+    data, _, _ = load_image_dataset("digits")
+    images = LabelledImages(data, np.array([3, 1]), 8, "images", 0).images
+    again = pickle.loads(pickle.dumps(images))
+    assert torch.equal(again[1], images[1]) and not torch.equal(again[1], images[0])
+
+
 def test_training_and_test_images_differ(pipeline, monkeypatch):
     """No image is in both; features and labels belong together."""
     from diffusers_vrpo import probing
@@ -118,6 +127,9 @@ def test_bad_input_ends_in_a_sentence(pipeline, tmp_path, capsys):
     for options, message in (
         (["--timesteps", "1"], "--timesteps 1.0 must lie in"),
         (["--cknna_k", "1"], "--cknna_k 1 must be at least 2"),
+        (["--cknna_k", "5"], "--cknna_k 5 goes with --encoder only; leave it out"),
+        (["--pooling", "auto"], "--pooling auto goes with --encoder only; leave it out"),
+        (["--pooling", "auto", "--encoder", "inception"], "--pooling auto does not go with --encoder inception"),
         (["--encoder", "x", "--num_test", "10"], "--num_test 10 must be at least 11 for CKNNA with --cknna_k 10"),
     ):
         with pytest.raises(SystemExit):

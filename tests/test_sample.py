@@ -480,6 +480,12 @@ def test_wrong_options(models, tmp_path, capsys, options, message):
         ),
         ("velocity", {"guidance_channels": 4}, "`guidance_channels` must be in 1 ... 3, not 4"),
         ("grey", {"guidance_scale": 2.0}, "needs a null class"),
+        (
+            "velocity",
+            {"guidance_scale": 1, "guidance_interval": (0, 0.7)},
+            "--guidance_interval 0.0 0.7 does nothing with guidance scale 1",
+        ),
+        ("grey", {"guidance_channels": "all"}, "--guidance_channels all does nothing with guidance scale 1"),
         ("velocity", {"vae_dtype": "bfloat16"}, "--vae_dtype bfloat16: PIPELINE"),
         ("velocity", {"revision": "main"}, "--revision main goes with a Hub name"),
         ("nowhere", {}, "cannot be opened"),
@@ -582,13 +588,25 @@ def test_images_that_are_not_finite_are_refused(models, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) in ([], ["000000.png", "000001.png"])
 
 
+def test_the_autoencoder_keeps_its_dtype_under_autocast(models, monkeypatch):
+    pipeline = VRPOPipeline.from_pretrained(models / "latents")
+    pipeline.set_progress_bar_config(disable=True)
+    latents, decode = [], pipeline.decode_latents
+    monkeypatch.setattr(pipeline, "decode_latents", lambda x: latents.append(x) or decode(x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        images = sample.sample_batch(pipeline, range(3), [0, 1, 2], 0, {"num_inference_steps": 2})
+    with torch.no_grad():
+        exact = pipeline.image_processor.postprocess(decode(latents[0]), output_type="np")
+    assert np.array_equal(images, (exact * 255).round().astype(np.uint8))
+
+
 def test_noise_that_no_seed_fixes_is_refused():
     class Unseeded(FlowMatchEulerDiscreteScheduler):
         def step(self, model_output, timestep, sample, generator=None, return_dict=True):
             noise = torch.randn_like(sample)
             return super().step(model_output + noise, timestep, sample, return_dict=return_dict)
 
-    with pytest.raises(InputError, match="the Unseeded of PIPELINE draws noise that --seed does not fix"):
+    with pytest.raises(InputError, match="the pipeline's Unseeded draws noise that no seed fixes; choose another"):
         sample.check_steps(quiet_pipeline(tiny_model(), Unseeded()), 5)
     for scheduler in (SiTSDEScheduler(), FlowMatchEulerDiscreteScheduler(), UniPCMultistepScheduler(**FLOW_SIGMAS)):
         sample.check_steps(quiet_pipeline(tiny_model(), scheduler), 5)

@@ -253,9 +253,10 @@ def test_resuming_reads_nothing_but_the_next_batches(folder):
 
 @pytest.fixture
 def no_delay(monkeypatch):
-    """A hundredth of a second in place of a minute."""
+    """A hundredth of a second in place of minutes."""
     monkeypatch.setattr(streaming, "FIRST_DELAY", 0.001)
-    monkeypatch.setattr(streaming, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(streaming, "OPENING_SECONDS", 0.01)
+    monkeypatch.setattr(streaming, "TRAINING_SECONDS", 0.01)
 
 
 def test_a_dropped_connection_is_tried_again(folder, monkeypatch, no_delay, caplog):
@@ -269,10 +270,66 @@ def test_a_dropped_connection_is_tried_again(folder, monkeypatch, no_delay, capl
         raise ConnectionError("connection reset")
 
     samples = stream(folder)
-    monkeypatch.setattr(streaming, "RETRY_SECONDS", 60)
+    monkeypatch.setattr(streaming, "TRAINING_SECONDS", 60)
     monkeypatch.setattr(streaming, "read_range", flaky)
     assert [rows_in(batch) for batch in StreamedBatches(samples, sampler(steps=30), 2)] == expected
     assert "connection reset; trying again in 0.001 s" in caplog.text
+
+
+class Clock:
+    """Stands in for `time`: sleeping takes no time but counts."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+@pytest.mark.parametrize("training, seconds", [(False, 60), (True, 20 * 60)])
+def test_how_long_an_outage_may_last(folder, monkeypatch, training, seconds):
+    samples, clock, tried = stream(folder), Clock(), []
+
+    def down(*arguments):
+        tried.append(clock.now)
+        raise ConnectionError("no route to host")
+
+    if training:
+        next(iter(StreamedBatches(samples, sampler(), 1)))  # which ends at once
+        samples.data.closed.clear()
+    samples.data.release()
+    monkeypatch.setattr(streaming, "time", clock)
+    monkeypatch.setattr(streaming, "read_range", down)
+    with pytest.raises(TrainingStopped, match="no route to host"):
+        samples.data.read_group(0)
+    assert tried[:6] == [0, 1, 3, 7, 15, 31] and tried[-1] == seconds
+    assert np.diff(tried).max() == (30 if training else 29)
+    # A signal need not wait for that, but a read that has just failed may yet succeed.
+    del tried[:]
+    clock.now, samples.data.interrupted = 0.0, lambda: True
+    with pytest.raises(TrainingStopped):
+        samples.data.read_group(0)
+    assert tried == [0, 1, 3, 7, 10]
+
+
+def test_what_could_not_be_fetched_ahead_is_read_when_it_is_due(folder, monkeypatch, no_delay):
+    data, original = stream(folder).data, streaming.read_range
+
+    def down(*arguments):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(streaming, "read_range", down)
+    data.hold([0, 1], lambda fill, *arguments: fill(*arguments))
+    with pytest.raises(TrainingStopped, match="no route to host"):
+        data[0]
+    monkeypatch.setattr(streaming, "read_range", original)
+    data.hold([0, 1], lambda *arguments: pytest.fail("it is not fetched ahead again"))
+    assert data[0]["image"]["bytes"] == numbered(0) and data[15]["image"]["bytes"] == numbered(15)
+    data.read_group = lambda group: pytest.fail("it is in memory")
+    assert data[1]["label"] == 1
 
 
 @pytest.mark.parametrize("damage", ["vanish", "shrink", "overwrite"])
@@ -311,6 +368,26 @@ def test_an_error_of_a_thread_is_raised_in_order(folder):
         for batch in StreamedBatches(samples, sampler(steps=9), 2):
             seen.append(int(batch["index"][0]))
     assert seen == [0, 16, 32]
+
+
+def test_a_batch_that_failed_ahead_is_computed_when_it_is_due(folder):
+    expected = [rows_in(batch) for batch in StreamedBatches(stream(folder), sampler(steps=9), 2)]
+    samples, later = stream(folder), threading.Event()
+    original = samples.__getitems__
+
+    def failing(indices):
+        if indices[0] == 64:
+            later.set()  # by the one thread, which is done with 48
+        if indices[0] == 48 and not later.is_set():
+            raise TrainingStopped("the network was down")
+        return original(indices)
+
+    samples.__class__ = type("Failing", (StreamedSamples,), {"__getitems__": lambda self, indices: failing(indices)})
+    found = []
+    for batch in StreamedBatches(samples, sampler(steps=9), 1):
+        found.append(rows_in(batch))
+        assert batch["index"][0] != 32 or later.wait(20)
+    assert found == expected
 
 
 def test_leaving_a_run_ends_its_threads(folder):

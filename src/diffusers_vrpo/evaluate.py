@@ -48,6 +48,7 @@ from .image_sets import ImageSet, npz_keys, open_images, read_npz
 from .inception import FIDInception
 from .latents import ORDER, as_is, random_stream
 from .prepare_latents import start_processes
+from .sample_files import unfinished_samples
 
 
 logger = logging.getLogger("evaluate")
@@ -66,6 +67,7 @@ SETTINGS = (
     "density_coverage_k",
     "seed",
 )
+DATASET_OPTIONS = {"dataset_config_name": None, "reference_split": "train", "image_column": "image"}
 GATHERED_ROWS = 4096  # features that travel between processes at a time
 
 
@@ -568,6 +570,14 @@ def evaluate(args: argparse.Namespace) -> dict | None:
         reference = open_reference(args, samples)
     given = batch_moments(args.reference) if (args.reference or "").endswith(".npz") else {}
     results, features, details = {}, {}, {}
+    if state.is_main_process:
+        for name, source in (("SAMPLES", args.samples), ("--reference", args.reference)):
+            wanted = unfinished_samples(Path(source or "").expanduser())
+            if wanted is not None:
+                logger.warning(f"{name} {source} is an unfinished set of {wanted} samples; those that are there count")
+
+    # 1. Whatever cannot work with one of the encoders, before the work with another.
+    metrics_of, encoders = {}, {}
     for name in args.encoder:
         has_images = reference is not None or (args.reference or "").endswith(".safetensors")
         metrics = choose_metrics(args.metrics, name, has_images, has_images or "spatial" in given)
@@ -576,10 +586,15 @@ def evaluate(args: argparse.Namespace) -> dict | None:
                 f"--encoder {name}: {args.reference} has no images, only statistics of Inception features; give images"
             )
         check_counts(metrics, args, len(samples), None if reference is None else len(reference))
+        metrics_of[name] = metrics
         with state.main_process_first():
-            encoder = load_image_encoder(
+            encoders[name] = load_image_encoder(
                 name, args.pooling, args.inception_weights, device=state.device, cache_dir=args.cache_dir
             )
+
+    # 2. Features and metrics.
+    for name, metrics in metrics_of.items():
+        encoder = encoders.pop(name)
         compared = [metric for metric in metrics if metric != "is"]
         known = None
         if compared:
@@ -615,6 +630,7 @@ def evaluate(args: argparse.Namespace) -> dict | None:
         "versions": {"diffusers_vrpo": __version__, "torch": torch.__version__},
         "seconds": round(time.perf_counter() - started, 1),
     }
+    print(format_table(results))  # first: a disk may be full
     if args.output_file:
         Path(args.output_file).write_text(json.dumps(report, indent=2) + "\n")
     if args.plot_file:
@@ -622,7 +638,6 @@ def evaluate(args: argparse.Namespace) -> dict | None:
             plot_features(features, Path(args.plot_file), args.seed)
         else:
             logger.warning("--plot_file needs features of a reference; nothing is drawn")
-    print(format_table(results))
     return report
 
 
@@ -634,13 +649,14 @@ def open_reference(args, samples: ImageSet) -> ImageSet | None:
     """
     if args.reference is None:
         return None
-    path = Path(args.reference).expanduser()
+    path = Path(args.reference)
     name = f"--reference {args.reference}"
     if path.suffix in (".npz", ".safetensors"):
         if not path.is_file():
             raise InputError(f"{name}: there is no such file")
         if args.resolution is not None:
             raise InputError(f"--resolution {args.resolution}: {args.reference} is taken as it is; leave it out")
+        refuse_dataset_options(args)
         if path.suffix == ".safetensors" or "arr_0" not in npz_keys(name, path):
             if path.suffix == ".npz" and not batch_moments(args.reference):
                 raise InputError(f"{name} has neither arr_0 (images) nor mu and sigma (statistics)")
@@ -660,15 +676,24 @@ def open_reference(args, samples: ImageSet) -> ImageSet | None:
         args.cache_dir,
         dataset_resolution=side,
     )
-    for option, default in (("dataset_config_name", None), ("reference_split", "train"), ("image_column", "image")):
-        value = getattr(args, option)
-        if reference.kind != "data set" and value != default:
-            raise InputError(f"--{option} {value} goes with a data set, which {args.reference} is not; leave it out")
+    if reference.kind != "data set":
+        refuse_dataset_options(args)
     if reference.size != samples.size:
         (h, w), (height, width) = reference.size, samples.size
         remedy = f"; --resolution {side} crops the reference to it" if side and path.suffix != ".npz" else ""
         raise InputError(f"{name}: its images are {w}x{h}, those of SAMPLES {width}x{height}{remedy}")
     return reference
+
+
+def refuse_dataset_options(args):
+    """For a reference that is no data set.
+
+    Raises:
+        InputError: when an option is given that goes with one.
+    """
+    for option, default in DATASET_OPTIONS.items():
+        if (value := getattr(args, option)) != default:
+            raise InputError(f"--{option} {value} goes with a data set, which {args.reference} is not; leave it out")
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
@@ -774,8 +799,14 @@ def parse_args(argv: list[str] | None = None, prog: str = "evaluate.py") -> argp
         parser.error("--inception_weights goes with --encoder inception only; leave it out")
     if args.pooling != "auto" and args.encoder == ["inception"]:
         parser.error(f"--pooling {args.pooling} does not go with --encoder inception, which has its own; leave it out")
-    if args.reference is None and args.resolution is not None:
-        parser.error(f"--resolution {args.resolution} crops the images of a --reference; leave it out")
+    for name in ("resolution", *DATASET_OPTIONS):
+        value = getattr(args, name)
+        if args.reference is None and value != parser.get_default(name):
+            parser.error(f"--{name} {value} goes with a --reference only; leave it out")
+    if (args.reference or "").endswith(".safetensors") and len(args.encoder) > 1:
+        parser.error(f"--reference {args.reference} holds the statistics of one encoder; name that --encoder alone")
+    if (args.reference or "").startswith("~"):
+        args.reference = os.path.expanduser(args.reference)  # as after `--reference=`, where no shell does
     return args
 
 

@@ -6,16 +6,18 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Image
+from datasets import Dataset, Image
 from PIL import Image as PILImage
 
 from .digits import load_digits_dataset
 from .errors import InputError, first_line
 from .latents import ORDER, decode_image, open_named, random_stream, resize_and_crop
+from .sample_files import unfinished_samples
 
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -28,6 +30,7 @@ class ImageSet(torch.utils.data.Dataset):
         name (`str`): for messages, the option and its value.
         size (`tuple[int, int]`): height and width.
         kind (`str`): "folder", ".npz" or "data set".
+        read: gives the pixels of an image, uint8 `[H, W, 3]`; pickles, for worker processes that are not forked.
         origin: whatever tells this set from another one (names and dates of files, a data set's fingerprint).
     """
 
@@ -66,6 +69,43 @@ class ImageSet(torch.utils.data.Dataset):
         return {"count": len(self), "size": list(self.size), "checksum": checksum}
 
 
+@dataclass
+class FileReader:
+    """Image files as they are, or cropped to `resolution` as for training."""
+
+    paths: list[Path]
+    resolution: int | None
+
+    def __call__(self, row: int) -> np.ndarray:
+        image = decode_image({"bytes": None, "path": self.paths[row]})
+        return np.asarray(image) if self.resolution is None else resize_and_crop(image, self.resolution)
+
+
+class ArrayReader:
+    """The `arr_0` of an `.npz`; pickled is the name of the file, not what is in it."""
+
+    def __init__(self, name: str, file: str | Path):
+        self.name, self.file, self.array = name, file, read_npz(name, file, "arr_0")
+
+    def __reduce__(self):
+        return ArrayReader, (self.name, self.file)
+
+    def __call__(self, row: int) -> np.ndarray:
+        return self.array[row]
+
+
+@dataclass
+class DatasetReader:
+    """Images of a data set of `datasets`, cropped to `resolution` as for training."""
+
+    data: Dataset
+    image_column: str
+    resolution: int
+
+    def __call__(self, row: int) -> np.ndarray:
+        return resize_and_crop(decode_image(self.data[row][self.image_column]), self.resolution)
+
+
 def find_images(folder: str | Path) -> list[Path]:
     """All image files below a folder, in the order of their names; hidden ones are left out."""
     found = (path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
@@ -95,13 +135,9 @@ def folder_images(name: str, folder: str | Path, resolution: int | None = None) 
                 f"{size[0]}x{size[1]}); a metric needs one size"
             )
 
-    def read(row):
-        image = decode_image({"bytes": None, "path": paths[row]})
-        return np.asarray(image) if resolution is None else resize_and_crop(image, resolution)
-
     height, width = (first[1][1], first[1][0]) if resolution is None else (resolution, resolution)
     origin = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    return ImageSet(name, "folder", len(paths), (height, width), read, origin)
+    return ImageSet(name, "folder", len(paths), (height, width), FileReader(paths, resolution), origin)
 
 
 def array_images(name: str, file: str | Path) -> ImageSet:
@@ -110,13 +146,14 @@ def array_images(name: str, file: str | Path) -> ImageSet:
     Raises:
         InputError: when there is none, or it is something else.
     """
-    array = read_npz(name, file, "arr_0")
+    reader = ArrayReader(name, file)
+    array = reader.array
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or len(array) == 0:
         raise InputError(
             f"{name}: arr_0 must be uint8 of the shape [images, height, width, 3], not {array.dtype} {list(array.shape)}"
         )
     origin = (os.path.getsize(file), os.stat(file).st_mtime_ns)
-    return ImageSet(name, ".npz", len(array), array.shape[1:3], lambda row: array[row], origin)
+    return ImageSet(name, ".npz", len(array), array.shape[1:3], reader, origin)
 
 
 def read_npz(name: str, file: str | Path, key: str) -> np.ndarray:
@@ -187,11 +224,8 @@ def dataset_images(
     if len(data) == 0:
         raise InputError(f"--reference_split {split!r} of {source} has no images")
     data = data.select_columns([image_column]).cast_column(image_column, Image(decode=False))
-
-    def read(row):
-        return resize_and_crop(decode_image(data[row][image_column]), resolution)
-
-    return ImageSet(name, "data set", len(data), (resolution, resolution), read, data._fingerprint)
+    reader = DatasetReader(data, image_column, resolution)
+    return ImageSet(name, "data set", len(data), (resolution, resolution), reader, data._fingerprint)
 
 
 def open_images(
@@ -220,6 +254,11 @@ def open_images(
             raise InputError(f"{name}: there is no such file")
         return array_images(name, path)
     has_images = path.is_dir() and next((p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES), None)
+    wanted = unfinished_samples(path)
+    if wanted is not None and not has_images:
+        raise InputError(f"{name} is an unfinished set of {wanted} samples; give the command that made it again")
+    if not has_images and (path / "samples.npz").is_file():
+        raise InputError(f"{name} has no image files; give {path / 'samples.npz'}, which is in it")
     if has_images:
         return folder_images(name, path, resolution)
     if path.is_file() or (not path.exists() and (path.is_absolute() or source.startswith((".", "~")))):

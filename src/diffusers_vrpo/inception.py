@@ -255,7 +255,7 @@ def load_inception(weights: str | Path | None = None, device: torch.device | str
         InputError: for a file that is none of these, or when there is none and it cannot be downloaded.
     """
     path = Path(weights).expanduser() if weights is not None else find_inception_weights() or _download()
-    option = f"--inception_weights {path}"
+    option = f"--inception_weights {path}" if weights is not None else str(path)
     if not path.is_file():
         raise InputError(f"{option}: there is no such file; {WEIGHTS_URL} has it")
     is_safetensors = path.suffix == ".safetensors"
@@ -309,6 +309,7 @@ def _download() -> Path:
     except Exception as error:  # the network's, the disk's, a wrong checksum
         raise InputError(
             f"the Inception network of FID cannot be downloaded ({first_line(error)}); fetch {WEIGHTS_URL} elsewhere and "
-            "give it as --inception_weights, or measure with another --encoder"
+            f"put it into {path.parent} (or give it to evaluate.py or probe.py as --inception_weights), or measure with "
+            "another encoder"
         ) from error
     return path

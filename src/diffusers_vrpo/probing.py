@@ -29,16 +29,14 @@ from .evaluate import Batches, check_output_files, gather_rows
 from .evaluation import cka, cknna, linear_probe
 from .flow import forward_process
 from .image_features import POOLINGS, load_image_encoder
-from .image_sets import ImageSet
+from .image_sets import DatasetReader, ImageSet
 from .latents import (
     NOISE,
     ORDER,
     as_is,
-    decode_image,
     encode_images,
     load_image_dataset,
     random_stream,
-    resize_and_crop,
 )
 from .pipeline_vrpo import VRPOPipeline
 from .prepare_latents import start_processes
@@ -103,14 +101,8 @@ class LabelledImages:
 
     def __init__(self, data, rows: np.ndarray, resolution: int, name: str, first_index: int):
         data = data.select(rows)
-        self.images = ImageSet(
-            name,
-            "data set",
-            len(rows),
-            (resolution, resolution),
-            lambda row: resize_and_crop(decode_image(data[row]["image"]), resolution),
-            None,
-        )
+        reader = DatasetReader(data, "image", resolution)
+        self.images = ImageSet(name, "data set", len(rows), (resolution, resolution), reader, None)
         self.labels = torch.tensor(data["label"][:])
         self.first_index = first_index  # of its noise, so that no two images share it
 
@@ -285,11 +277,11 @@ def probe(args: argparse.Namespace) -> dict | None:
             train.vectors[name], train.labels, test.vectors[name], test.labels, args.l2, state.device
         )
         report["encoder_accuracy"][name] = held_out
+    print(format_probe(report))  # first: a disk may be full
     if args.output_file:
         Path(args.output_file).write_text(json.dumps(report, indent=2) + "\n")
     if args.plot_file:
         plot_probe(report, Path(args.plot_file))
-    print(format_probe(report))
     return report
 
 
@@ -396,6 +388,12 @@ def parse_args(argv: list[str] | None = None, prog: str = "probe.py") -> argpars
     least = max(4, args.cknna_k + 1)
     if args.encoder and args.num_test < least:
         parser.error(f"--num_test {args.num_test} must be at least {least} for CKNNA with --cknna_k {args.cknna_k}")
+    for name in ("pooling", "cknna_k"):
+        value = getattr(args, name)
+        if not args.encoder and value != parser.get_default(name):
+            parser.error(f"--{name} {value} goes with --encoder only; leave it out")
+    if args.pooling != parser.get_default("pooling") and args.encoder == ["inception"]:
+        parser.error(f"--pooling {args.pooling} does not go with --encoder inception, which has its own; leave it out")
     if args.inception_weights and "inception" not in (args.encoder or []):
         parser.error("--inception_weights goes with --encoder inception only; leave it out")
     return args

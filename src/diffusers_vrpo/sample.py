@@ -195,7 +195,7 @@ def check_steps(pipeline: VRPOPipeline, num_inference_steps: int):
             raise InputError(
                 f"--num_inference_steps {num_inference_steps}: diffusers' DDIM needs a divisor of "
                 f"{scheduler.config.num_train_timesteps} (and timestep_spacing 'trailing' or 'leading'), else its steps miss "
-                "its timesteps; --sampler dpmsolver++ takes any number"
+                "its timesteps; sample.py --sampler dpmsolver++ takes any number"
             )
     channels = pipeline.transformer.config.in_channels
     x, prediction = torch.zeros(1, channels, 2, 2), torch.zeros(1, channels * (1 + pipeline.learned_variance), 2, 2)
@@ -206,7 +206,7 @@ def check_steps(pipeline: VRPOPipeline, num_inference_steps: int):
         scheduler.scale_model_input(x, scheduler.timesteps[0])
     scheduler.step(prediction, scheduler.timesteps[0], x, **generator)
     if not torch.equal(torch.get_rng_state(), state):
-        raise InputError(f"the {name} of PIPELINE draws noise that --seed does not fix; choose another --sampler")
+        raise InputError(f"the pipeline's {name} draws noise that no seed fixes; choose another scheduler")
 
 
 def checksum(pipeline: VRPOPipeline) -> int:
@@ -234,6 +234,15 @@ def sampling_arguments(pipeline: VRPOPipeline, args: argparse.Namespace) -> dict
     scale = args.guidance_scale
     if scale is None:
         scale = 1.5 if pipeline.transformer.null_class_id is not None else 1.0
+    ignored = {
+        "guidance_interval": args.guidance_interval != [0.0, 1.0],
+        "guidance_channels": args.guidance_channels is not None,
+    }
+    if scale == 1 and any(ignored.values()):
+        name = next(name for name, given in ignored.items() if given)
+        value = getattr(args, name)
+        value = " ".join(map(str, value)) if isinstance(value, list) else value
+        raise InputError(f"--{name} {value} does nothing with guidance scale 1, which is off; leave it out")
     arguments = {
         "num_inference_steps": args.num_inference_steps,
         "guidance_scale": scale,
@@ -274,7 +283,9 @@ def sample_batch(pipeline: VRPOPipeline, indices: range, labels: list[int], seed
         output_type="latent",
         **arguments,
     ).images
-    pixels = pipeline.decode_latents(latents)
+    # The autoencoder has a dtype of its own, under training's autocast too.
+    with torch.autocast(latents.device.type, enabled=False):
+        pixels = pipeline.decode_latents(latents)
     finite = (latents.isfinite().flatten(1).all(1) & pixels.isfinite().flatten(1).all(1)).tolist()
     if not all(finite):
         raise InputError(

@@ -200,6 +200,15 @@ class SampleFolder:
             raise cannot_write(self.folder, error) from error
 
 
+def unfinished_samples(folder: Path) -> int | None:
+    """How many images a folder of samples is to have that has not got them yet; None for any other folder."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        return None if manifest["complete"] else manifest["options"]["num_images"]
+    except (OSError, ValueError, KeyError, TypeError):  # another program's
+        return None
+
+
 def is_whole_png(path: Path) -> bool:
     """Whether the file is there and ends as a PNG does; one that a power failure cut short does not."""
     try:

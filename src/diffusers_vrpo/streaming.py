@@ -60,8 +60,11 @@ MOST_STREAMS = 64
 # Row groups of all streams together, and so the most that one row group may have: S is smaller where they are large.
 MOST_BYTES = 4 << 30
 READERS = 8  # threads that fetch row groups
-# What fails is tried again after one second, two, four ... for this long. Below that huggingface_hub has its own retries.
-FIRST_DELAY, RETRY_SECONDS = 1, 60
+# What fails is tried again after one second, two, four ... and then every half minute; below, huggingface_hub has retries
+# of its own. Before training a wrong name should soon be told; in training waiting loses nothing, and ending does.
+FIRST_DELAY, LONGEST_DELAY = 1, 30
+OPENING_SECONDS, TRAINING_SECONDS = 60, 20 * 60
+SIGNAL_SECONDS = 10  # how long a read must have failed for a signal to end it
 FOOTER_BYTES = 1 << 16  # read first from the end of a file; more where the footer is longer
 GAP_BYTES = 1 << 20  # columns in between that are read too rather than asking twice
 
@@ -79,18 +82,30 @@ class ParquetFile:
     checksum: int  # CRC-32 of the footer, which has place, size and statistics of all that is in the file
 
 
-def retried(action: Callable, what: str, closed: threading.Event | None = None):
-    """`action()`, tried again after 1, 2, 4, ... seconds where it fails, for a minute or until `closed` is set."""
-    closed, start, delay = closed or threading.Event(), time.monotonic(), FIRST_DELAY
+def retried(action: Callable, what: str, seconds: float | None = None, give_up: Callable[[float], bool] | None = None):
+    """`action()`, tried again where it fails, after 1, 2, 4, ... and at most 30 seconds.
+
+    Args:
+        what: for the log.
+        seconds: for which it is tried, the last time when they are over; `OPENING_SECONDS` when not given.
+        give_up: gets the seconds since the start, and says whether to try no more; asked twice a second.
+    """
+    seconds = OPENING_SECONDS if seconds is None else seconds
+    give_up = give_up or (lambda _: False)
+    start, delay = time.monotonic(), FIRST_DELAY
     while True:
         try:
             return action()
         except Exception as error:  # every file system has its own
-            if closed.is_set() or time.monotonic() - start + delay > RETRY_SECONDS:
+            passed = time.monotonic() - start
+            if passed >= seconds or give_up(passed):
                 raise
-            logger.warning(f"{what}: {first_line(error)}; trying again in {delay} s")
-        closed.wait(delay)
-        delay *= 2
+            wait = min(delay, seconds - passed)
+            logger.warning(f"{what}: {first_line(error)}; trying again in {wait:.3g} s")
+        end = time.monotonic() + wait
+        while (left := end - time.monotonic()) > 0 and not give_up(time.monotonic() - start):
+            time.sleep(min(left, 0.5))
+        delay = min(2 * delay, LONGEST_DELAY)
 
 
 def read_range(fs: fsspec.AbstractFileSystem, path: str, start: int, end: int) -> bytes:
@@ -210,6 +225,10 @@ class Threads:
             thread.join(max(0, end - time.monotonic()))
 
 
+def has_failed(future: Future) -> bool:
+    return future.done() and not future.cancelled() and future.exception() is not None
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Rows
 
@@ -229,6 +248,8 @@ class ParquetRows:
         group_bytes: int64 `[G]`, their images and labels in memory.
         fingerprint (`int`): CRC-32 of the files' names, sizes and footers, and of the columns.
         closed: once set, no read is tried again.
+        interrupted: says whether a signal has come; from then on a read is given up once it has failed for 10 seconds.
+        retry_seconds: for which a failing read is tried again; `StreamedBatches` makes them `TRAINING_SECONDS`.
     """
 
     def __init__(self, files: list[ParquetFile], image_column: str, label_column: str):
@@ -247,6 +268,8 @@ class ParquetRows:
         content = [[Path(file.path).name, file.size, file.checksum] for file in files]
         self.fingerprint = zlib.crc32(json.dumps([content, self.columns]).encode())
         self.closed = threading.Event()
+        self.interrupted: Callable[[], bool] = lambda: False
+        self.retry_seconds = OPENING_SECONDS
         self._held: dict[int, Future] = {}
         self._lock = threading.Lock()
 
@@ -275,7 +298,8 @@ class ParquetRows:
     def _table(self, group: int) -> pa.Table:
         with self._lock:
             future = self._held.get(group)
-            mine = future is None
+            # One whose fetch ahead has failed is read again: that may have been long ago.
+            mine = future is None or has_failed(future)
             if mine:
                 future = self._held[group] = Future()
         if mine:
@@ -296,12 +320,16 @@ class ParquetRows:
         """
         file, number = self.groups[group]
         try:
-            return retried(partial(read_columns, file, number, self.columns), file.path, self.closed)
+            action = partial(read_columns, file, number, self.columns)
+            return retried(action, file.path, self.retry_seconds, self._give_up)
         except Exception as error:  # of the file system, or pyarrow's where the file is not what it was
             raise TrainingStopped(
                 f"{file.path} can no longer be read (row group {number}: {first_line(error)}); see to it and run the same "
                 "command again: it continues from the newest checkpoint"
             ) from error
+
+    def _give_up(self, seconds: float) -> bool:
+        return self.closed.is_set() or (seconds >= SIGNAL_SECONDS and self.interrupted())
 
     def hold(self, groups: Iterable[int], submit: Callable):
         """Forgets all other row groups and has these fetched, the first one first, by `submit(function, *arguments)`."""
@@ -563,24 +591,25 @@ class StreamedBatches:
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         data = self.samples.data
         data.closed.clear()
+        data.retry_seconds = TRAINING_SECONDS
         readers, decoders = Threads(READERS), Threads(self.num_threads)
         coming = ((indices, self.samples.groups_of(indices)) for indices in self.batch_sampler)
-        ahead = self.samples.order.steps_ahead * self.batch_sampler.accumulation
-        window, batches = deque(islice(coming, ahead)), deque()
+        length = self.samples.order.steps_ahead * self.batch_sampler.accumulation
+        window, batches = deque(islice(coming, length)), deque()
 
         def work_ahead():
             data.hold((group for _, groups in window for group in groups), readers.submit)
             for indices, _ in islice(window, len(batches), max(1, 2 * self.num_threads)):
-                later = decoders.submit(self._compute, indices).result if self.num_threads else None
-                batches.append(later or partial(self._compute, indices))
+                batches.append(decoders.submit(self._compute, indices) if self.num_threads else None)
 
         # Also when the process ends and nobody has closed the generator.
         end = weakref.finalize(self, end_threads, data, decoders, readers)
         try:
             work_ahead()
             while batches:
-                batch = batches.popleft()()
-                window.popleft()
+                ahead, (indices, _) = batches.popleft(), window.popleft()
+                # Without threads it is computed now; and again where it has failed ahead, which may have been long ago.
+                batch = self._compute(indices) if ahead is None or has_failed(ahead) else ahead.result()
                 window.extend(islice(coming, 1))
                 work_ahead()
                 yield batch

@@ -342,6 +342,8 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
     parse_reward_weighting(args.reward_weighting, len(REWARDS))
     with accelerator.main_process_first():
         data, id2label, num_classes = load_training_data(args)
+    if args.streaming:  # in an outage, a signal ends the waiting
+        data.interrupted = lambda: interruption.signum > 0
     if accelerator.is_main_process and args.latents_dir is None:
         check_images(data)
     vae = None if args.vae == "none" else load_vae(args.vae, args.cache_dir).to(device)

@@ -98,6 +98,8 @@ def retried(action: Callable, what: str, seconds: float | None = None, give_up: 
             return action()
         except Exception as error:  # every file system has its own
             passed = time.monotonic() - start
+            # A file that is gone does not come back; a network file system may show it late.
+            seconds = min(seconds, OPENING_SECONDS) if isinstance(error, FileNotFoundError) else seconds
             if passed >= seconds or give_up(passed):
                 raise
             wait = min(delay, seconds - passed)

@@ -426,7 +426,7 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
             purge = {"tensorboard": {"purge_step": step + 1}} if step else {}
             accelerator.init_trackers("vrpo", {name: str(value) for name, value in vars(args).items()}, purge)
             metrics_file = MetricsFile(output_dir / "metrics.jsonl", step)
-            write_start(output_dir, step, accelerator, pipeline.transformer, global_batch_size)
+            write_start(output_dir, step, accelerator, pipeline.transformer, global_batch_size, max_train_steps, given)
     parameters = sum(p.numel() for p in trainable_parameters(model))
     logger.info(
         f"{len(data)} images, {num_classes} classes; training {parameters / 1e6:.1f} M parameters, {math.prod(grid_size)} tokens; "

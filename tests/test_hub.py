@@ -21,7 +21,7 @@ from diffusers_vrpo import SiTSDEScheduler, VRPOPipeline
 from diffusers_vrpo import hub as publishing
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.hub import push_folder
-from diffusers_vrpo.hub_run import HubPush, fetch_state, push_state, stage_state
+from diffusers_vrpo.hub_run import HubPush, check_license, fetch_state, push_state, stage_state
 from diffusers_vrpo.interruption import Interruption
 from diffusers_vrpo.training import find_damage, write_manifest
 
@@ -426,6 +426,10 @@ def test_what_has_no_record_leaves_the_card_and_claims_no_licence(here, tmp_path
     assert again.count("- diffusers\n") == 1 and yaml.safe_load(again.split("---")[1])["model-index"]
     push_folder(tmp_path / "plain", "org/kept", license="mit")
     assert "license: mit" in kept.files()["README.md"].decode()
+
+    check_license("mit")
+    with pytest.raises(InputError, match="--hub_license no-such is none that the Hub knows; give one such as"):
+        check_license("no-such")
 
     push_folder(tmp_path / "plain", "org/plain")
     assert b"license" not in here.repositories["org/plain"].files()["README.md"].split(b"---")[1]

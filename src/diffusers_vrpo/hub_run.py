@@ -12,8 +12,8 @@ import threading
 from pathlib import Path
 
 from accelerate import Accelerator
-from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub import HfApi, ModelCardData, snapshot_download
+from huggingface_hub.utils import disable_progress_bars, get_session, hf_raise_for_status
 from safetensors.torch import load_file, save_file
 
 from .errors import InputError, first_line
@@ -208,12 +208,13 @@ def check_license(license: str):
     Raises:
         InputError: when it does not.
     """
-    try:
-        ModelCard(f"---\n{ModelCardData(license=license).to_yaml()}\n---\n").validate()
-    except ValueError as error:
+    card = {"repoType": "model", "content": f"---\n{ModelCardData(license=license).to_yaml()}\n---\n"}
+    answer = get_session().post(f"{HfApi().endpoint}/api/validate-yaml", json=card)
+    if answer.status_code == 400:
         raise InputError(
             f"--hub_license {license} is none that the Hub knows; give one such as apache-2.0, mit, cc-by-nc-4.0 or other"
-        ) from error
+        )
+    hf_raise_for_status(answer)
 
 
 class HubPush:

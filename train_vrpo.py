@@ -426,7 +426,7 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
         with written(f"train_config.yaml or metrics.jsonl in {output_dir}"):
             (output_dir / "train_config.yaml").write_text(yaml.safe_dump(given))
             metrics_file = MetricsFile(output_dir / "metrics.jsonl", step)
-            write_start(output_dir, step, accelerator, pipeline.transformer, global_batch_size)
+            write_start(output_dir, step, accelerator, pipeline.transformer, global_batch_size, max_train_steps, given)
         # What a continued run logs a second time replaces what TensorBoard has.
         purge = {"tensorboard": {"purge_step": step + 1}} if step else {}
         accelerator.init_trackers("vrpo", {name: str(value) for name, value in vars(args).items()}, purge)

@@ -17,6 +17,8 @@ import yaml
 
 from diffusers_vrpo import SiTTransformer2DModel, sit_preset
 from diffusers_vrpo.model_card import render_card
+from diffusers_vrpo.representation_policy import alignment_layers
+from diffusers_vrpo.throughput import forward_flops, projector_flops, training_flops
 
 
 FOLDER = Path(__file__).parent
@@ -25,15 +27,21 @@ COMMON = (
     "--dataset_name ILSVRC/imagenet-1k --resolution 256 --random_flip --vae stabilityai/sd-vae-ft-ema "
     "--encoder facebook/dinov2-base --objective vrpo --mixed_precision bf16 --train_batch_size 32"
 )
-# Name, preset, steps, and the multiply-adds of a training step for one image, in 1e9 (docs/data.md).
+# Name, preset and steps.
 RECIPES = [
-    ("sit-b-2-imagenet-256", "SiT-B/2", 400_000, 75),
-    ("sit-xl-2-imagenet-256", "SiT-XL/2", 4_000_000, 362),
-    ("dit-xl-2-imagenet-256", "DiT-XL/2", 4_000_000, 362),
+    ("sit-b-2-imagenet-256", "SiT-B/2", 400_000),
+    ("sit-xl-2-imagenet-256", "SiT-XL/2", 4_000_000),
+    ("dit-xl-2-imagenet-256", "DiT-XL/2", 4_000_000),
 ]
+TESTED = {
+    "SiT": "velocities and projections of this architecture agree with tensors of the official SiT and REPA code within "
+    "1e-5 (`tests/test_transformer.py`, where those tensors are at hand)",
+    "DiT": "the predictions of this architecture agree with those of diffusers' `DiTTransformer2DModel` within 1e-5 at "
+    "whole timesteps (`tests/test_conversion.py`)",
+}
 
 
-def card(name: str, preset: str, steps: int, gmac: int) -> str:
+def card(name: str, preset: str, steps: int) -> str:
     """The model card of a recipe that has not been run."""
     spec = importlib.util.spec_from_file_location("train_vrpo", FOLDER.parent / "train_vrpo.py")
     train_vrpo = importlib.util.module_from_spec(spec)
@@ -45,10 +53,17 @@ def card(name: str, preset: str, steps: int, gmac: int) -> str:
         parameters = sum(parameter.numel() for parameter in SiTTransformer2DModel(**config).parameters())
     words = f"{LAUNCH} {options}".split(" --")
     recipe = words[0] + "".join((" \\\n  --" if i % 4 == 3 else " --") + word for i, word in enumerate(words[1:]))
+    aligned = {
+        **config,
+        "alignment_layers": alignment_layers(args.layer_scope, config["num_layers"]),
+        "alignment_dims": [768],
+        "projector_dim": args.projector_dim,
+    }
+    flops = training_flops(forward_flops(config) + projector_flops(aligned))
     measured = (
-        f"Counted: {parameters / 1e6:.1f} M parameters, {gmac} GMAC a training step and image without encoder and "
-        "autoencoder (`docs/data.md`). Tested: velocities and projections of this architecture agree with tensors of the "
-        "official SiT and REPA code within 1e-5 (`tests/test_transformer.py`, where those tensors are at hand). "
+        f"Counted: {parameters / 1e6:.1f} M parameters, {flops / 2e9:.0f} GMAC a training step and image without encoder "
+        "and autoencoder: three times the forward pass of transformer and projector (`training_flops` in "
+        f"`throughput.py`). Tested: {TESTED[preset[:3]]}. "
         "Speed, loss curve and image quality of this recipe have not been measured."
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -56,6 +71,7 @@ def card(name: str, preset: str, steps: int, gmac: int) -> str:
         given = {key: value for key, value in vars(args).items() if value is not None and key != "config"}
         (folder / "train_config.yaml").write_text(yaml.safe_dump(given))
         start = {"parameters": parameters, "global_batch_size": 256, "mixed_precision": "bf16", "num_processes": 8}
+        start |= {"local": [], "max_train_steps": steps}
         (folder / "starts.jsonl").write_text(json.dumps(start | {"hardware": "GPU"}) + "\n")
         (folder / "transformer").mkdir()
         (folder / "transformer" / "config.json").write_text(json.dumps(config))

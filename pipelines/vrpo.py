@@ -145,7 +145,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         return index
 
     def _upload_folder(self, working_dir, repo_id, token=None, commit_message=None, create_pr=False, subfolder=None):
-        """What `push_to_hub` ends with: a fresh model card, where diffusers would keep the old one and double its tags."""
+        """What `push_to_hub` ends with: a model card of our own, or the one that is there, whose tags diffusers would double."""
         try:
             hub = importlib.import_module("diffusers_vrpo.hub")
         except ImportError:

@@ -55,10 +55,12 @@ class Repository:
         self.private = private
         self.commits: list[tuple[str, str, dict[str, bytes]]] = []  # id, message, files
         self.refs: dict[str, str] = {}
+        self.count = 0  # of commits, those too that are squashed
         self.commit("initial commit", {".gitattributes": b""})
 
     def commit(self, message: str, files: dict[str, bytes]) -> str:
-        oid = hashlib.sha1(f"{id(self)} {len(self.commits)} {message}".encode()).hexdigest()
+        self.count += 1
+        oid = hashlib.sha1(f"{id(self)} {self.count} {message}".encode()).hexdigest()
         self.commits.append((oid, message, files))
         self.refs["main"] = oid
         return oid
@@ -177,12 +179,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if repository is None or (repository.private and self.user() is None):
             return self.refuse(404 if self.user() else 401, "RepoNotFound")
         what = parts["what"] or "revision"
-        if what in ("preupload", "commit", "batch", "tag") and not self.may_write(parts["id"]):
+        if what in ("preupload", "commit", "batch", "tag", "super-squash") and not self.may_write(parts["id"]):
             return self.refuse(403, message="Forbidden: you need write access")
         files = repository.files(parts.get("revision") or "main")
         if files is None and what != "tag":
             return self.refuse(404, "RevisionNotFound")
-        method = getattr(self, f"do_{what}", None)
+        method = getattr(self, f"do_{what.replace('-', '_')}", None)
         return method(repository, files, parts, content) if method else self.refuse(404, message=f"no {what}")
 
     def may_write(self, repo_id: str) -> bool:
@@ -266,6 +268,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         oid = repository.commit(header["summary"], files)
         url = f"{self.hub.url}/{parts['id']}/commit/{oid}"
         self.answer(200, {"commitUrl": url, "commitOid": oid, "hookOutput": ""})
+
+    def do_super_squash(self, repository: Repository, files: dict, parts: dict, content: bytes):
+        repository.commits.clear()
+        repository.commit(json.loads(content)["message"], files)
+        self.answer(200, {})
+
+    def do_refs(self, repository: Repository, files: dict, parts: dict, content: bytes):
+        refs = [{"name": n, "ref": f"refs/{n}", "targetCommit": oid} for n, oid in repository.refs.items()]
+        is_tag = [ref["name"] != "main" for ref in refs]
+        branches, tags = ([ref for ref, tag in zip(refs, is_tag) if tag == wanted] for wanted in (False, True))
+        self.answer(200, {"branches": branches, "converts": [], "tags": tags})
 
     def do_tag(self, repository: Repository, files: dict, parts: dict, content: bytes):
         if self.command == "DELETE":

@@ -3,16 +3,27 @@
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from hub_server import metadata_errors, serve
+import yaml
+from hub_server import Repository, metadata_errors, serve
+from huggingface_hub import constants
+from test_hub_files import save_pipeline, write_run
 from test_latents import tiny_vae
 from test_transformer import tiny_model
 
 from diffusers_vrpo import SiTSDEScheduler, VRPOPipeline
+from diffusers_vrpo import hub as publishing
+from diffusers_vrpo.errors import InputError
+from diffusers_vrpo.hub import push_folder
+from diffusers_vrpo.hub_run import HubPush, check_license, fetch_state, push_state, stage_state
+from diffusers_vrpo.interruption import Interruption
+from diffusers_vrpo.training import find_damage, write_manifest
 
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +36,18 @@ def hub():
     with serve() as hub:
         hub.tokens = {TOKEN: ("alice", "write", ["org"]), READ_TOKEN: ("alice", "read", ["org"])}
         yield hub
+
+
+@pytest.fixture
+def here(hub, monkeypatch, tmp_path):
+    """That Hub for this process, too."""
+    known = {"ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": False}
+    known |= {"HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}"}
+    for name, value in (known | {"HF_HUB_DISABLE_XET": True}).items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(publishing, "WAITS", (0.01,))
+    return hub
 
 
 def python(hub, folder: Path, script: str, token: str | None = TOKEN, package: bool = True, ok: bool = True) -> str:
@@ -221,13 +244,16 @@ states = ("--push_training_state",)
 train("first", "org/digits", 4, "--hub_private_repo", *checkpoints, *states)
 assert not Path("first/.hub").exists()
 
+refused("no9", "org/digits", 2, "--hub_license", "no-such")
+
 # Elsewhere the run goes on from the Hub; its newest state there is damaged, and so from the one before.
 HfApi().upload_file(
     path_or_fileobj=b"{}", path_in_repo="checkpoint-4/training_state.json", repo_id="org/digits-state"
 )
 train("second", "org/digits", 5, *states, "--resume_from_checkpoint", "hub")
 rows = [json.loads(line) for line in Path("second/metrics.jsonl").read_text().splitlines()]
-assert [row["step"] for row in rows] == [3, 4, 5]
+assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]  # what was measured elsewhere has come along
+assert len(Path("second/starts.jsonl").read_text().splitlines()) == 2
 hub_run.fetch_state("org/digits-state", Path("second"))  # has it already, and asks for nothing
 
 # Adapters on a base that is on the Hub.
@@ -235,6 +261,7 @@ train(
     "adapted", "org/adapters", 2, *checkpoints, "--lora_rank", "2",
     start=("--pretrained_model_name_or_path", "org/digits"),
 )
+refused("no10", "org/digits", 2, "--lora_rank", "2", start=("--pretrained_model_name_or_path", "org/digits"))
 base = VRPOPipeline.from_pretrained("org/digits")
 def images():
     base.set_progress_bar_config(disable=True)
@@ -284,6 +311,8 @@ def test_a_run_publishes_itself_and_never_fails_for_it(hub, tmp_path_factory):
     output = python(hub, folder, head + TRAIN)
     refusals = [line.split(" ", 2)[1:] for line in output.splitlines() if line.startswith("REFUSED")]
     reasons = [
+        "--hub_license no-such is none that the Hub knows; give one such as apache-2.0",
+        "--hub_model_id org/digits has the weights that the adapters are for; give the adapters another name",
         "--resume_from_checkpoint hub continues from a training state on the Hub; add --push_to_hub",
         "--hub_model_id other/x: the token may not write to other/x (403); take one with write access to it",
         "--hub_model_id a/b/c: that is no name of a repository; give owner/name",
@@ -322,7 +351,8 @@ def test_a_run_publishes_itself_and_never_fails_for_it(hub, tmp_path_factory):
     assert not metadata_errors(card)
     # Whole training states, the two newest, and nowhere else than in the private repository.
     assert {path.split("/")[0] for path in states.files()} == {".gitattributes", "checkpoint-4", "checkpoint-5"}
-    assert "checkpoint-5/optimizer.bin" in states.files()
+    assert "checkpoint-5/optimizer.bin" in states.files() and "checkpoint-5/metrics.jsonl" in states.files()
+    assert len(states.commits) == 1  # no commit keeps older states
     assert "checkpoint-4 is damaged (training_state.json has 2 bytes" in output
     assert sum(request.endswith("/manifest.json") for request in hub.requests if "GET" in request) == 2
 
@@ -334,7 +364,7 @@ def test_a_run_publishes_itself_and_never_fails_for_it(hub, tmp_path_factory):
     assert "base_model_relation: adapter" in card and not metadata_errors(card)
 
     assert (
-        "not on the Hub: step 2 (the Hub answers 503), the result (the Hub answers 503). All of it is safe in"
+        "not on the Hub: step 2 (the Hub answers 503), the result (the Hub answers 503). The result is safe in"
         in output
     )
     assert len(hub.repositories["org/broken"].commits) == 1 and "org/x" not in hub.repositories
@@ -344,3 +374,105 @@ def test_a_run_publishes_itself_and_never_fails_for_it(hub, tmp_path_factory):
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
     for repository in hub.repositories.values():
         assert all(TOKEN.encode() not in data for _, _, files in repository.commits for data in files.values())
+
+
+def whole_checkpoint(folder: Path, step: int) -> Path:
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    (path / "optimizer.bin").write_text(str(step))
+    write_manifest(path)
+    return path
+
+
+def test_states_of_later_steps_go_and_the_runs_history_comes_along(here, tmp_path, caplog):
+    push_state(whole_checkpoint(tmp_path / "earlier", 30), "org/again-state")
+    for step in (2, 4, 6):
+        checkpoint = whole_checkpoint(tmp_path / "run", step)
+        with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step}) + "\n")
+        stage_state(checkpoint, tmp_path / "staged" / checkpoint.name)
+        push_state(tmp_path / "staged" / checkpoint.name, "org/again-state")
+    there = here.repositories["org/again-state"]
+    assert {path.split("/")[0] for path in there.files()} == {".gitattributes", "checkpoint-4", "checkpoint-6"}
+    assert len(there.commits) == 1
+
+    (tmp_path / "other").mkdir()
+    fetch_state("org/again-state", tmp_path / "other")
+    assert (tmp_path / "other" / "metrics.jsonl").read_text() == (tmp_path / "run" / "metrics.jsonl").read_text()
+    fetched = tmp_path / "other" / "checkpoint-6"
+    assert find_damage(fetched) is None and {path.name for path in fetched.iterdir()} == {
+        "manifest.json",
+        "optimizer.bin",
+    }
+    # That the history stays is worth a warning, no more.
+    here.faults = [("super-squash", 403)]
+    push_state(whole_checkpoint(tmp_path / "run", 8), "org/again-state")
+    assert not here.faults and "the older commits of org/again-state are still there" in caplog.text
+
+
+def test_what_has_no_record_leaves_the_card_and_claims_no_licence(here, tmp_path):
+    pipeline = save_pipeline(tmp_path / "run")
+    save_pipeline(tmp_path / "plain")
+    write_run(tmp_path / "run", pretrained_model_name_or_path="org/base")
+    push_folder(tmp_path / "run", "org/kept", license="cc-by-nc-4.0")
+    kept = here.repositories["org/kept"]
+    card = kept.files()["README.md"]
+    pipeline._upload_folder(tmp_path / "plain", "org/kept")
+    assert kept.files()["README.md"] == card and b"cc-by-nc-4.0" in card and b"base_model: org/base" in card
+    # As diffusers leaves it, each of its tags is there once more.
+    kept.commit("Tags", kept.files() | {"README.md": card.replace(b"- diffusers\n", b"- diffusers\n- diffusers\n")})
+    push_folder(tmp_path / "plain", "org/kept")
+    again = kept.files()["README.md"].decode()
+    assert again.count("- diffusers\n") == 1 and yaml.safe_load(again.split("---")[1])["model-index"]
+    push_folder(tmp_path / "plain", "org/kept", license="mit")
+    assert "license: mit" in kept.files()["README.md"].decode()
+
+    check_license("mit")
+    with pytest.raises(InputError, match="--hub_license no-such is none that the Hub knows; give one such as"):
+        check_license("no-such")
+
+    push_folder(tmp_path / "plain", "org/plain")
+    assert b"license" not in here.repositories["org/plain"].files()["README.md"].split(b"---")[1]
+
+
+def test_adapters_leave_the_weights_that_are_there(here, tmp_path):
+    run = tmp_path / "run"
+    save_pipeline(run, variant="fp16")
+    (run / "lora").mkdir()
+    (run / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"adapters")
+    write_run(run, {"adapters_suffice": True}, pretrained_model_name_or_path="org/base", lora_rank=2)
+    base = here.repositories["org/base"] = Repository(private=False)
+    before = {"transformer/diffusion_pytorch_model.safetensors": b"weights", "README.md": b"card"}
+    base.commit("Weights", before)
+    with pytest.raises(InputError, match="has the weights that the adapters are for"):
+        push_folder(run, "org/base")
+    assert base.files() == before
+    mixed = here.repositories["org/mixed"] = Repository(private=False)
+    mixed.commit("Weights", before)
+    push_folder(run, "org/mixed")
+    assert {"transformer/diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors"} <= set(
+        mixed.files()
+    )
+
+
+def test_a_refused_pipeline_does_not_keep_its_training_state_back(here, tmp_path):
+    options = {"push_to_hub": False, "hub_model_id": None, "hub_license": None, "hub_private_repo": False}
+    options |= {"resume_from_checkpoint": "latest", "hub_push_checkpoints": False, "push_training_state": False}
+    push = HubPush(Namespace(**options), SimpleNamespace(is_main_process=True), tmp_path, Interruption())
+    push.repo_id = "org/parts"
+    save_pipeline(tmp_path / "step-2" / "pipeline")
+    whole_checkpoint(tmp_path / "step-2", 2)
+    here.faults = [("POST .*org/parts/commit", 403)]
+    with pytest.raises(InputError, match="may not write to org/parts"):
+        push._send_checkpoint(tmp_path / "step-2", 2)
+    assert "checkpoint-2/optimizer.bin" in here.repositories["org/parts-state"].files()
+    # Nor the other way round.
+    save_pipeline(tmp_path / "step-4" / "pipeline")
+    whole_checkpoint(tmp_path / "step-4", 4)
+    here.faults = [("POST .*org/parts-state/commit", 403)]
+    push._send_checkpoint(tmp_path / "step-4", 4)
+    assert "may not write to org/parts-state" in push.missing["the training state of step 4"]
+    assert (
+        "step-4" in here.repositories["org/parts"].refs
+        and b"step-N" in here.repositories["org/parts"].files()["README.md"]
+    )

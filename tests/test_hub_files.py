@@ -4,6 +4,8 @@ import importlib.util
 import inspect
 import json
 import shutil
+import subprocess
+import sys
 import threading
 from argparse import Namespace
 from pathlib import Path
@@ -11,19 +13,22 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.loaders import CogVideoXLoraLoaderMixin
 from diffusers.pipelines import pipeline_loading_utils
 from hub_server import metadata_errors
+from safetensors.torch import load_file, save_file
 from test_transformer import tiny_model
 
 from diffusers_vrpo import SiTSDEScheduler, SiTTransformer2DModel, VRPOPipeline
 from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.hub import outdated_files, published_files, variant_of, without_paths
-from diffusers_vrpo.hub_run import HubPush
+from diffusers_vrpo.hub import hub_sentence, is_passing, outdated_files, published_files, variant_of, without_paths
+from diffusers_vrpo.hub_run import HubPush, stage_pipeline
+from diffusers_vrpo.initialization import Start, build_transformer
 from diffusers_vrpo.interruption import Interruption
-from diffusers_vrpo.model_card import public_name, render_card
+from diffusers_vrpo.model_card import public_name, pushes_adapters_only, read_run, render_card
+from diffusers_vrpo.training import write_start
 
 
 ROOT = Path(__file__).parents[1]
@@ -137,7 +142,7 @@ def test_weights_that_are_replaced_go():
     assert outdated_files(there, new, ["transformer"], replace_variants=True) == there[:3]
 
 
-def write_run(folder: Path, **options):
+def write_run(folder: Path, start: dict | None = None, **options):
     folder.mkdir(exist_ok=True)
     config = {"objective": "vrpo", "encoder": ["/data/models/dinov2"], "vae": "stabilityai/sd-vae-ft-ema", "seed": 3}
     config |= {"dataset_name": "ILSVRC/imagenet-1k", "resolution": 256, "learning_rate": 1e-4, "max_train_steps": 20}
@@ -147,17 +152,21 @@ def write_run(folder: Path, **options):
     for name, value in (("fidelity", 0.25), ("semantic", 0.5)):
         row |= {f"reward/{name}": value, f"std/{name}": 0.1, f"weight/{name}": 0.3, f"share/{name}": value}
     # Validation adds a line of its own for its step.
-    rows = [{"step": 10, "loss_fm": 1.0, "fd/dinov2": 300.5}, row, {"step": 20, "fd/dinov2": 120.25}]
+    rows = [{"step": 10, "loss_fm": 1.0, "validation/fd_dinov2": 300.5}, row]
+    rows += [{"step": 20, "validation/fd_dinov2": 120.25}, {"step": 22, "validation/fd_dinov2": float("nan")}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 30, "lo')
-    start = {"hardware": "NVIDIA H200", "num_processes": 8, "global_batch_size": 256, "parameters": 130_000_000}
-    (folder / "starts.jsonl").write_text(json.dumps(start | {"mixed_precision": "bf16", "trained": ["projectors"]}))
+    known = {"hardware": "NVIDIA H200", "num_processes": 8, "global_batch_size": 256, "parameters": 130_000_000}
+    known |= {"mixed_precision": "bf16", "max_train_steps": 20, "adapters_suffice": False, "local": []}
+    (folder / "starts.jsonl").write_text(json.dumps(known | (start or {})))
 
 
 def test_the_card_says_what_the_files_say(tmp_path):
     write_run(tmp_path)
     save_pipeline(tmp_path)
     report = {"samples": {"count": 50000}, "reference": {"source": "/data/VIRTUAL_imagenet256.npz"}}
-    report["metrics"] = {"inception": {"fid": 7.25, "inception_score": 120.0, "inception_score_std": 1.0}}
+    report["metrics"] = {
+        "inception": {"fid": 7.25, "inception_score": 120.0, "inception_score_std": 1.0, "kid": float("nan")}
+    }
     (tmp_path / "evaluation.json").write_text(json.dumps(report))
     card = render_card(tmp_path, "org/sit")
     assert not metadata_errors(card) and card == render_card(tmp_path, "org/sit")
@@ -171,12 +180,16 @@ def test_the_card_says_what_the_files_say(tmp_path):
         "| compute | 2 h, 1.5e+18 FLOPs |",
         "| hardware | 8 × NVIDIA H200 |",
         "| FID | 7.25 | inception | 50000 | VIRTUAL_imagenet256.npz | `evaluation.json` |",
-        "| steps | 20, 5,120 samples |",
+        "| steps | 22, 5,120 samples |",
+        "At step 20:",
+        "| dinov2 | 20 | 120.2 |",
         "256 samples a step, bf16",
         'pipeline("goldfish"',
     ):
         assert text in card, text
     assert "/home/someone" not in card and "/data/" not in card and "not measured yet" not in card
+    assert "nan" not in card and "KID" not in card and "pip install" not in card and "step-N" not in card
+    assert "step-N" in render_card(tmp_path, "org/sit", tagged=True)
     # Every row of a table has as many cells.
     lines = card.splitlines()
     for above, below in zip(lines, lines[1:]):
@@ -184,7 +197,7 @@ def test_the_card_says_what_the_files_say(tmp_path):
 
 
 def test_cards_of_adapters_and_of_pipelines_without_a_record(tmp_path):
-    write_run(tmp_path / "run", pretrained_model_name_or_path="org/base", lora_rank=4)
+    write_run(tmp_path / "run", {"adapters_suffice": True}, pretrained_model_name_or_path="org/base", lora_rank=4)
     (tmp_path / "run" / "lora").mkdir()
     (tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"")
     save_pipeline(tmp_path / "run")
@@ -199,6 +212,7 @@ def test_cards_of_adapters_and_of_pipelines_without_a_record(tmp_path):
     assert "base_model" not in yaml.safe_load(render_card(tmp_path / "run", "org/adapters").split("---")[1])
 
     save_pipeline(tmp_path / "plain")
+    assert "license" not in yaml.safe_load(render_card(tmp_path / "plain", "org/plain").split("---")[1])
     card = render_card(tmp_path / "plain", "org/plain", license="mit")
     assert "No record of a training" in card and "license: mit" in card and not metadata_errors(card)
 
@@ -210,6 +224,100 @@ def test_no_path_of_this_machine_gets_out():
     assert public_name(str(ROOT)) == ROOT.name
 
 
+def test_what_was_a_folder_there_is_no_name_on_the_hub_here(tmp_path, monkeypatch):
+    (tmp_path / "there" / "outputs" / "digits").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "there")
+    given = {"pretrained_model_name_or_path": "outputs/digits", "vae": "org/vae", "encoder": ["outputs/digits", "a/b"]}
+    (tmp_path / "train_config.yaml").write_text(yaml.safe_dump(given))
+    model = tiny_model()
+    model.adapters_suffice = False
+    accelerator = SimpleNamespace(device=next(model.parameters()).device, num_processes=1, mixed_precision="no")
+    write_start(tmp_path, 0, accelerator, model, 8, 1250, given)
+    monkeypatch.chdir(tmp_path)
+    run = read_run(tmp_path)
+    assert run["options"] == given | {"pretrained_model_name_or_path": "digits", "encoder": ["digits", "a/b"]}
+    assert run["max_train_steps"] == 1250
+    data = yaml.safe_load(render_card(tmp_path, "org/x").split("---")[1])
+    assert "base_model" not in data and data["license"] == "other"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(
+            {},
+            {"size": 16},
+            {"labels": {0: "a", 1: "b", 2: "c", 3: "d", 4: "f"}},
+            {"base": {"class_dropout_prob": 0.0}},
+        ),
+        *({"on_hub": False}, {"lora_rank": None}),
+    ],
+)
+def test_adapters_suffice_where_all_else_is_the_bases(change):
+    pytest.importorskip("peft")
+    base = tiny_model(alignment_layers=[], **change.get("base", {}))
+    config = {key: value for key, value in base.config.items() if not key.startswith("_")}
+    labels = dict(enumerate("abcde"))
+    start = Start(config, base, {str(key): name for key, name in labels.items()}, change.get("on_hub", True))
+    args = Namespace(
+        pretrained_model_name_or_path="org/base", vae=None, keep_labels=False, label_dropout=0.1, layer_scope="early",
+        projector="mlp", projector_dim=16, model_config=None, preset=None, lora_rank=change.get("lora_rank", 2),
+    )  # fmt: skip
+    size = change.get("size", base.config.sample_size)
+    model = build_transformer(args, start, (4, size, size), 5, change.get("labels", labels), [])
+    assert model.adapters_suffice == (change == {})
+
+
+def test_adapters_of_a_checkpoint_and_its_card(tmp_path):
+    start = {"adapters_suffice": True, "max_train_steps": 40}
+    write_run(tmp_path / "run", start, pretrained_model_name_or_path="org/dit", lora_rank=2, max_train_steps=None)
+    pipeline = VRPOPipeline(tiny_model(in_channels=3, prediction_type="epsilon"), DDPMScheduler())
+    (tmp_path / "run" / "checkpoint-30").mkdir()
+    weights = {"transformer_blocks.0.attn.to_q.lora_A.default.weight": pipeline.transformer.proj_out.weight.data}
+    save_file(weights, tmp_path / "run" / "checkpoint-30" / "transformer_ema.safetensors")
+    pipeline.transformer.adapters_suffice = False
+    with pytest.raises(InputError, match="of no use to others"):
+        stage_pipeline(pipeline, tmp_path / "run" / "checkpoint-30", tmp_path / "refused")
+    pipeline.transformer.adapters_suffice = True
+    stage_pipeline(pipeline, tmp_path / "run" / "checkpoint-30", tmp_path / "staged")
+    assert set(published_files(tmp_path / "staged")) == {"pytorch_lora_weights.safetensors", "metrics.jsonl"}
+    adapters = load_file(tmp_path / "staged" / "lora" / "pytorch_lora_weights.safetensors")
+    assert list(adapters) == ["transformer.transformer_blocks.0.attn.to_q.lora_A.weight"]
+    assert pushes_adapters_only(read_run(tmp_path / "staged"))
+    card = render_card(tmp_path / "staged", "org/adapters")
+    assert "weights of step 30 of 40" in card and "a class-conditional DiT" in card and "flow-matching" not in card
+    assert "| semantic | 0.5 |" in card and "| compute | 2 h" in card  # of the last line that has them
+
+
+def test_mistakes_in_the_code_and_a_full_disk_are_not_the_hubs(tmp_path):
+    full = OSError(28, "No space left on device", str(tmp_path / "x"))
+    assert not is_passing(full) and hub_sentence(full, "org/x") == "the disk here is full; make room"
+    mistake = KeyError("reward")
+    assert not is_passing(mistake) and hub_sentence(mistake, "org/x").startswith("an error of this program: KeyError")
+    assert is_passing(ConnectionError()) and "cannot be reached" in hub_sentence(ConnectionError(), "org/x")
+
+
+IMPORT_WITHOUT = """
+import importlib, importlib.util, sys
+hidden, find_spec = ("transformers", "peft", "datasets"), importlib.util.find_spec
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in hidden:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Hidden())
+importlib.util.find_spec = lambda name, *package: None if name.split(".")[0] in hidden else find_spec(name, *package)
+for name in ("diffusers_vrpo", "diffusers_vrpo.hub", "diffusers_vrpo.sample"):
+    importlib.import_module(name)
+assert not set(hidden) & set(sys.modules)
+"""
+
+
+def test_publishing_and_sampling_import_without_what_only_training_needs():
+    script = f"import sys\nsys.path.insert(0, {str(ROOT / 'src')!r})\n{IMPORT_WITHOUT}"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_no_path_of_this_machine_is_in_what_is_sent(tmp_path):
     report = {"samples": {"source": "/data/samples", "count": 3}, "metrics": {"/models/dinov2": {"fd": 1.5}}}
     (tmp_path / "evaluation-a.json").write_text(json.dumps(report))
@@ -218,6 +326,9 @@ def test_no_path_of_this_machine_is_in_what_is_sent(tmp_path):
     assert sent == {"samples": {"source": "samples", "count": 3}, "metrics": {"dinov2": {"fd": 1.5}}}
     sent = json.loads(without_paths("vae/config.json", tmp_path / "config.json"))
     assert sent == {"_name_or_path": "vae", "eps": 1e-06}
+    (tmp_path / "config.json").write_text('{"_name_or_path": "outputs/vae"}')  # a folder of the machine that trained
+    sent = without_paths("vae/config.json", tmp_path / "config.json", local=["outputs/vae"])
+    assert json.loads(sent) == {"_name_or_path": "vae"}
     (tmp_path / "config.json").write_text('{"latent_channels": 4}')
     assert without_paths("vae/config.json", tmp_path / "config.json") == tmp_path / "config.json"
 
@@ -252,6 +363,7 @@ def test_checkpoints_give_way_to_newer_ones_and_nothing_waits(tmp_path, caplog):
             raise ConnectionError("hf_secret in an address")
 
     push.active, push.args.hub_push_checkpoints = True, True
+    push.repo_id, push.args.hub_private_repo, push.args.hub_license = "org/x", True, "mit"
     push._send_checkpoint, push._send_result = send, lambda: sent.append("result")
     threading.Thread(target=push._work, daemon=True).start()
     for step in (2, 4, 6):
@@ -271,9 +383,26 @@ def test_checkpoints_give_way_to_newer_ones_and_nothing_waits(tmp_path, caplog):
     threading.Timer(0.3, lambda: setattr(interruption, "signum", 15)).start()
     push.push_result()
     assert "the result (interrupted)" in caplog.text
+    # Whoever follows the advice publishes as the run would have.
+    assert f"{tmp_path} --hub_model_id org/x --hub_private_repo --hub_license mit`" in caplog.text
+    assert caplog.text.count("safe in") == 1  # of the result alone: checkpoints may be gone
+
+
+def test_a_checkpoint_that_cannot_be_shown_is_kept(tmp_path):
+    options = {"push_to_hub": False, "hub_model_id": None, "hub_license": None, "hub_private_repo": False}
+    options |= {"resume_from_checkpoint": "latest", "hub_push_checkpoints": False, "push_training_state": False}
+    push = HubPush(Namespace(**options), SimpleNamespace(is_main_process=True), tmp_path, Interruption())
+    push.active = push.args.hub_push_checkpoints = push.args.push_training_state = True
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "transformer.safetensors").write_bytes(b"")
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    push.push_checkpoint(SimpleNamespace(transformer=SimpleNamespace(adapters_suffice=False)), 2)
+    assert list(push.missing) == ["step 2"] and push._waiting[0] == "step 2"
+    assert {path.name for path in (tmp_path / ".hub" / "step-2").iterdir()} == {"checkpoint-2"}
+    assert (tmp_path / ".hub" / "step-2" / "checkpoint-2" / "metrics.jsonl").is_file()
 
 
 def test_a_wheel_has_the_template_and_the_pipelines():
     text = (ROOT / "pyproject.toml").read_text()
-    for folder in ("model_cards", "pipelines", "configs"):
+    for folder in ("model_cards", "pipelines", "configs", "space", "train_vrpo.py"):
         assert f'"{folder}" = "diffusers_vrpo/{folder}"' in text

@@ -7,6 +7,7 @@ Only the pipeline, its code, adapters, sample grid, curves and metrics go there.
 HF_TOKEN.
 """
 
+import errno
 import json
 import logging
 import re
@@ -15,14 +16,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+import jinja2
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+from huggingface_hub.repocard import metadata_load
 
 from .arguments import HelpFormatter, OneLineErrorParser
 from .errors import InputError, first_line
@@ -33,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 WAITS = (2, 8, 30, 60)  # seconds before each further try of what a network may have stopped
 RUN_FILES = ("samples.png", "training.png", "metrics.jsonl")
+# Mistakes in the code, which no further try mends and no sentence about the Hub explains.
+DEFECTS = (TypeError, LookupError, AttributeError, NameError, AssertionError, jinja2.TemplateError)
 ADAPTERS = "pytorch_lora_weights.safetensors"
 # Weights as diffusers and transformers name them: a variant such as .fp16, shards, and the shards' index.
 WEIGHTS = re.compile(
@@ -70,7 +76,7 @@ def published_files(folder: str | Path) -> dict[str, Path]:
                 hidden = any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
                 if path.is_file() and not hidden and path.suffix != ".lock":
                     files[path.relative_to(folder).as_posix()] = path
-        if "model_index.json" not in files and ADAPTERS not in files:
+        if "model_index.json" not in files:
             raise InputError(
                 f"{folder} holds no pipeline (no model_index.json); give the output folder of a finished run"
             )
@@ -80,13 +86,17 @@ def published_files(folder: str | Path) -> dict[str, Path]:
     return files
 
 
-def without_paths(path: str, file: Path) -> Path | bytes:
-    """A file for the Hub; of reports and configurations the content without this machine's folders."""
+def without_paths(path: str, file: Path, local: list[str] | None = None) -> Path | bytes:
+    """A file for the Hub; of reports and configurations the content without this machine's folders.
+
+    Args:
+        local: the options of the run that were files or folders, as its record has them (`public_name`).
+    """
     content = read_mapping(file) if path.endswith(".json") else {}
     if path.startswith("evaluation"):
         return json.dumps(public_json(content), indent=2).encode() + b"\n"
     if isinstance(content.get("_name_or_path"), str):  # where diffusers has loaded it from
-        content["_name_or_path"] = public_name(content["_name_or_path"])
+        content["_name_or_path"] = public_name(content["_name_or_path"], local)
         return json.dumps(content, indent=2, sort_keys=True).encode() + b"\n"
     return file
 
@@ -133,14 +143,19 @@ def status_of(error: BaseException) -> int | None:
     return found[0] if found else None
 
 
+def disk_is_full(error: BaseException) -> bool:
+    return any(getattr(link, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for link in causes(error))
+
+
 def is_passing(error: BaseException) -> bool:
     """Whether trying again may help: not for a refusal, bad metadata or a file that is missing here."""
     status = status_of(error)
     if status is not None:
         return status >= 500 or status in (408, 409, 412, 425, 429)
-    if "JSONDecodeError" in type(error).__name__:  # a proxy's page instead of the Hub's answer
+    # A proxy's page instead of the Hub's answer; no answer, and nothing in the cache.
+    if "JSONDecodeError" in type(error).__name__ or isinstance(error, LocalEntryNotFoundError):
         return True
-    if isinstance(error, LocalTokenNotFoundError):
+    if isinstance(error, (LocalTokenNotFoundError, *DEFECTS)) or disk_is_full(error):
         return False
     return not isinstance(error, InputError | ValueError | FileNotFoundError | IsADirectoryError | PermissionError)
 
@@ -165,7 +180,11 @@ def hub_sentence(error: BaseException, repo_id: str) -> str:
         return f"the Hub refuses it ({status}{': ' + said.splitlines()[0][:200] if said else ''})"
     if status is not None:
         return f"the Hub answers {status}"
-    if isinstance(error, InputError | ValueError):
+    if disk_is_full(error):
+        return "the disk here is full; make room"
+    if isinstance(error, DEFECTS):
+        return f"an error of this program: {type(error).__name__}: {first_line(error)}"
+    if isinstance(error, InputError | ValueError) and not isinstance(error, LocalEntryNotFoundError):
         return first_line(error)
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{Path(error.filename).name} cannot be read ({error.strerror})"
@@ -230,6 +249,8 @@ def open_repository(repo_id: str, private: bool | None = None, token: str | None
         # Asks how a file would be uploaded, which takes the right to do so.
         api.preupload_lfs_files(repo_id, [CommitOperationAdd("README.md", b"-")])
         return repo_id
+    except DEFECTS:
+        raise
     except Exception as error:
         if not is_passing(error):
             raise InputError(f"--hub_model_id {repo_id}: {hub_sentence(error, repo_id)}") from error
@@ -273,7 +294,8 @@ def push_folder(
 ) -> CommitInfo:
     """Publishes the folder of a pipeline or a run, with a model card made anew, in one commit.
 
-    Weights that were there and are none of the new ones go in the same commit.
+    Weights that were there and are none of the new ones go in the same commit. A folder without the record of a run leaves
+    the card that is there as it is.
 
     Args:
         folder: as `save_pretrained` or a run wrote it; of other files in it nothing is read.
@@ -287,32 +309,69 @@ def push_folder(
         replace_variants: also remove variants (`fp16`) that the folder does not have.
 
     Raises:
-        InputError: when the folder is no pipeline, or the Hub refuses.
+        InputError: when the folder is no pipeline, adapters would go to their base's repository, or the Hub refuses.
         HfHubHTTPError, OSError, RuntimeError: when the Hub could not be reached, after all retries.
     """
     keep_addresses_private()
     folder = Path(folder)
-    files = {path: without_paths(path, file) for path, file in published_files(folder).items()}
-    folders = component_folders(folder)
+    run = read_run(folder)
+    local = run["start"].get("local")
+    files = {path: without_paths(path, file, local) for path, file in published_files(folder).items()}
+    # Of adapters alone nothing is replaced: the folder's pipeline is not what is pushed.
+    folders = component_folders(folder) if "model_index.json" in files and not subfolder else []
     if subfolder:
         files = {f"{subfolder}/{path}": file for path, file in files.items()}
-        folders = []
 
     def outdated(there):
         return outdated_files(there, files, folders, replace_variants)
 
     try:
         repo_id = with_retries(make_repository, repo_id, private, token)
+        check_base(repo_id, run["options"])
         if not subfolder:
-            files["README.md"] = render_card(folder, repo_id, license).encode()
+            card = None if run["options"] else with_retries(card_there, repo_id, license, token)
+            if card is None:
+                tagged = tag is not None or with_retries(has_step_tags, repo_id, token)
+                card = render_card(folder, repo_id, license, tagged=tagged)
+            files["README.md"] = card.encode()
         done = with_retries(commit, repo_id, files, commit_message, outdated, token, create_pr)
         if tag is not None:
             with_retries(move_tag, repo_id, tag, done.oid, token)
     except Exception as error:
-        if is_passing(error):
+        if is_passing(error) or isinstance(error, DEFECTS):
             raise
         raise InputError(f"--hub_model_id {repo_id}: {hub_sentence(error, repo_id)}") from error
     return done
+
+
+def check_base(repo_id: str, options: dict):
+    """Whether a run may be published there.
+
+    Raises:
+        InputError: for adapters when it is the repository of their base.
+    """
+    if options.get("lora_rank") and options.get("pretrained_model_name_or_path") == repo_id:
+        raise InputError(f"{repo_id} has the weights that the adapters are for; give the adapters another name")
+
+
+def card_there(repo_id: str, license: str | None = None, token: str | None = None) -> str | None:
+    """The model card that a repository has, every tag once and with `license` if given; None where it has none."""
+    api = HfApi(token=token)
+    if "README.md" not in api.list_repo_files(repo_id):
+        return None
+    file = Path(api.hf_hub_download(repo_id, "README.md"))
+    text, metadata = file.read_text(encoding="utf-8"), metadata_load(file) or {}
+    tags = metadata.get("tags") or []
+    if len(tags) == len(dict.fromkeys(tags)) and license in (None, metadata.get("license")):
+        return text
+    card = ModelCard(text, ignore_metadata_errors=True)  # has taken the doubles out
+    card.data.license = license or card.data.license
+    return str(card)
+
+
+def has_step_tags(repo_id: str, token: str | None = None) -> bool:
+    """Whether the repository has tags `step-N`, as a run sets them that pushes its checkpoints."""
+    return any(tag.name.startswith("step-") for tag in HfApi(token=token).list_repo_refs(repo_id).tags)
 
 
 def move_tag(repo_id: str, tag: str, revision: str, token: str | None = None):
@@ -338,7 +397,8 @@ def add_push_options(group):
         "--hub_private_repo", action="store_true", help="make the repository private if it is made here"
     )
     group.add_argument(
-        "--hub_license", help="of the weights; by default apache-2.0, or `other` for what continues other weights"
+        "--hub_license",
+        help="of the weights; by default apache-2.0, `other` for what continues other weights, none without a record",
     )
 
 
@@ -367,6 +427,8 @@ def main(argv: list[str] | None = None, prog: str = "python -m diffusers_vrpo.hu
         )
     except InputError as error:
         sys.exit(f"{prog}: error: {error}")
+    except DEFECTS:
+        raise
     except Exception as error:
         sys.exit(f"{prog}: error: --hub_model_id {repo_id}: {hub_sentence(error, repo_id)}")
     print(f"published: {done.commit_url}")

@@ -2,22 +2,26 @@
 """What a run in training sends to the Hub, in a thread of its own: never waited for, never the end of the run."""
 
 import atexit
+import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import threading
 from pathlib import Path
 
 from accelerate import Accelerator
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub import HfApi, ModelCardData, snapshot_download
+from huggingface_hub.utils import disable_progress_bars, get_session, hf_raise_for_status
 from safetensors.torch import load_file, save_file
 
 from .errors import InputError, first_line
 from .hub import (
     ADAPTERS,
+    DEFECTS,
     add_push_options,
+    check_base,
     commit,
     hub_sentence,
     is_passing,
@@ -27,6 +31,7 @@ from .hub import (
     with_retries,
 )
 from .interruption import Interruption
+from .model_card import STAGED
 from .pipeline_vrpo import VRPOPipeline
 from .training import find_damage, list_checkpoints, together, unwritable
 
@@ -34,6 +39,7 @@ from .training import find_damage, list_checkpoints, together, unwritable
 logger = logging.getLogger(__name__)
 
 KEPT_STATES = 2  # training states that the Hub's newest commit has
+HISTORY = ("metrics.jsonl", "starts.jsonl")  # of the output folder; go along with a training state
 
 
 def add_hub_options(parser):
@@ -91,6 +97,9 @@ def stage_pipeline(pipeline: VRPOPipeline, checkpoint: Path, folder: Path):
         pipeline: of the training; its transformer's weights are not touched.
         checkpoint: `checkpoint-N` of the run.
         folder: a new one.
+
+    Raises:
+        InputError: for adapters that are of no use without the rest.
     """
     output_dir, step = checkpoint.parent, int(checkpoint.name.split("-")[1])
     folder.mkdir(parents=True)
@@ -102,9 +111,9 @@ def stage_pipeline(pipeline: VRPOPipeline, checkpoint: Path, folder: Path):
                 component.save_pretrained(folder / name)
         link_tree(checkpoint / averaged, folder / "transformer")
     else:
+        if not pipeline.transformer.adapters_suffice:
+            raise InputError("its adapters alone are of no use to others; the result will be the whole pipeline")
         weights = load_file(checkpoint / f"{averaged}.safetensors")
-        if "label_embedding.weight" in weights:
-            raise InputError("its label table is trained too, so that adapters alone would not do; the result will")
         adapters = {
             f"transformer.{name.replace('.default.', '.')}": tensor
             for name, tensor in weights.items()
@@ -112,7 +121,9 @@ def stage_pipeline(pipeline: VRPOPipeline, checkpoint: Path, folder: Path):
         }
         (folder / "lora").mkdir()
         save_file(adapters, folder / "lora" / ADAPTERS)
-    for name in ("metrics.jsonl", "train_config.yaml", "starts.jsonl"):
+        pipeline.transformer.save_config(folder / "transformer")  # for the card: what the model predicts
+    (folder / STAGED).write_text(json.dumps({"step": step}))
+    for name in ("train_config.yaml", *HISTORY):
         if (output_dir / name).is_file():
             shutil.copyfile(output_dir / name, folder / name)
     grids = [path for path in (output_dir / "samples").glob("step-*.png") if int(path.stem.split("-")[1]) <= step]
@@ -120,23 +131,43 @@ def stage_pipeline(pipeline: VRPOPipeline, checkpoint: Path, folder: Path):
         shutil.copyfile(max(grids), folder / "samples.png")
 
 
+def stage_state(checkpoint: Path, folder: Path):
+    """A whole checkpoint, with the run's metrics and starts until then, which a checkpoint itself does not hold."""
+    link_tree(checkpoint, folder)
+    for name in HISTORY:
+        if (checkpoint.parent / name).is_file():
+            shutil.copyfile(checkpoint.parent / name, folder / name)
+
+
 def push_state(folder: Path, repo_id: str):
-    """Keeps a whole checkpoint, and the one before, in the repository of training states."""
+    """Keeps a whole checkpoint, and the one before, in the repository of training states, and nothing of later steps.
+
+    Later ones are another run's, or what this run has gone back from.
+    """
     files = {
         f"{folder.name}/{path.relative_to(folder).as_posix()}": path for path in folder.rglob("*") if path.is_file()
     }
 
+    step = int(folder.name.split("-")[1])
+
     def outdated(there):
-        names = {path.split("/")[0] for path in there if re.match(r"checkpoint-\d+/", path)} | {folder.name}
-        kept = sorted(names, key=lambda name: int(name.split("-")[1]))[-KEPT_STATES:]
+        steps = {int(found[1]) for path in there if (found := re.match(r"checkpoint-(\d+)/", path))} | {step}
+        kept = [f"checkpoint-{n}" for n in sorted(n for n in steps if n <= step)[-KEPT_STATES:]]
         return [path for path in there if path.startswith("checkpoint-") and path.split("/")[0] not in kept]
 
     repo_id = with_retries(make_repository, repo_id, True)
-    with_retries(commit, repo_id, files, f"Training state of step {folder.name.split('-')[1]}", outdated)
+    with_retries(commit, repo_id, files, f"Training state of step {step}", outdated)
+    try:
+        # Or else the repository's commits keep every state that it ever had.
+        with_retries(HfApi().super_squash_history, repo_id)
+    except Exception as error:
+        logger.warning(f"the older commits of {repo_id} are still there ({hub_sentence(error, repo_id)})")
 
 
 def fetch_state(repo_id: str, output_dir: Path):
     """Puts the newest whole training state on the Hub into the output folder, where that has none as new.
+
+    The metrics and starts of the run come with it.
 
     Raises:
         InputError: when the Hub has some and none of them is whole.
@@ -155,6 +186,9 @@ def fetch_state(repo_id: str, output_dir: Path):
         damage = find_damage(download / name)
         if damage is None:
             shutil.rmtree(output_dir / name, ignore_errors=True)
+            for history in HISTORY:
+                if (download / name / history).is_file():
+                    os.replace(download / name / history, output_dir / history)
             os.replace(download / name, output_dir / name)
             shutil.rmtree(download, ignore_errors=True)
             logger.info(f"{repo_id}: fetched the training state of step {step}")
@@ -166,6 +200,21 @@ def fetch_state(repo_id: str, output_dir: Path):
         )
     if not steps:
         logger.info(f"{repo_id} has no training state yet: starting anew")
+
+
+def check_license(license: str):
+    """Asks the Hub whether it knows a licence, as it does at every push.
+
+    Raises:
+        InputError: when it does not.
+    """
+    card = {"repoType": "model", "content": f"---\n{ModelCardData(license=license).to_yaml()}\n---\n"}
+    answer = get_session().post(f"{HfApi().endpoint}/api/validate-yaml", json=card)
+    if answer.status_code == 400:
+        raise InputError(
+            f"--hub_license {license} is none that the Hub knows; give one such as apache-2.0, mit, cc-by-nc-4.0 or other"
+        )
+    hf_raise_for_status(answer)
 
 
 class HubPush:
@@ -197,18 +246,22 @@ class HubPush:
         try:
             private = self.args.hub_private_repo or None
             self.repo_id = with_retries(open_repository, self.repo_id, private, retries=1)
+            try:
+                check_base(self.repo_id, vars(self.args))
+            except InputError as error:
+                raise InputError(f"--hub_model_id {error}") from error
+            if self.args.hub_license:
+                with_retries(check_license, self.args.hub_license, retries=1)
             if self.args.push_training_state:
                 state = with_retries(open_repository, f"{self.repo_id}-state", True, retries=1)
                 if self.args.resume_from_checkpoint == "hub":
                     fetch_state(state, self.output_dir)
-        except InputError:
+        except (InputError, *DEFECTS):
             raise
         except Exception as error:
             problem = f"--push_to_hub: {hub_sentence(error, self.repo_id)}"
             if not is_passing(error) or not list_checkpoints(self.output_dir):
-                raise InputError(
-                    f"{problem}; or train without it and publish later: python -m diffusers_vrpo.hub {self.output_dir}"
-                ) from error
+                raise InputError(f"{problem}; or train without it and publish later: {self._command()}") from error
             logger.warning(f"{problem}; the run is continued, and tries again at its next push")
         # A daemon: a run that ends early does not wait for it.
         threading.Thread(target=self._work, daemon=True, name="hub").start()
@@ -223,15 +276,21 @@ class HubPush:
         if not self.active or not wanted or not step or step == self._last_step or not checkpoint.is_dir():
             return
         self._last_step, folder = step, self.staging / f"step-{step}"
-        try:
-            shutil.rmtree(folder, ignore_errors=True)
-            if self.args.hub_push_checkpoints:
-                stage_pipeline(pipeline, checkpoint, folder / "pipeline")
-            if self.args.push_training_state:
-                link_tree(checkpoint, folder / checkpoint.name)
-        except Exception as error:  # a full disk, as Python and safetensors raise it; none of it is worth the run
-            self._failed(f"step {step}", unwritable(error) or first_line(error))
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        parts = []
+        if self.args.push_training_state:
+            target = folder / checkpoint.name
+            parts.append((f"the training state of step {step}", target, lambda: stage_state(checkpoint, target)))
+        if self.args.hub_push_checkpoints:
+            staged = folder / "pipeline"
+            parts.append((f"step {step}", staged, lambda: stage_pipeline(pipeline, checkpoint, staged)))
+        for name, part, stage in parts:
+            try:
+                stage()
+            except Exception as error:  # a full disk, as Python and safetensors raise it; none of it is worth the run
+                self._failed(name, unwritable(error) or first_line(error))
+                shutil.rmtree(part, ignore_errors=True)
+        if not any(part.is_dir() for _, part, _ in parts):
             return
         with self._changed:
             if self._waiting is not None:
@@ -256,13 +315,19 @@ class HubPush:
                     self.missing[job[0]] = "interrupted"
         if self.missing:
             what = ", ".join(f"{name} ({why})" for name, why in self.missing.items())
-            again = f"python -m diffusers_vrpo.hub {self.output_dir} --hub_model_id {self.repo_id}"
-            remedy = f"; publish it by `{again}`" if "the result" in self.missing else ""
-            logger.warning(f"not on the Hub: {what}. All of it is safe in {self.output_dir}{remedy}")
+            remedy = f". The result is safe in {self.output_dir}; publish it by `{self._command()}`"
+            logger.warning(f"not on the Hub: {what}{remedy if 'the result' in self.missing else ''}")
         else:
             logger.info(f"published: {HfApi().endpoint}/{self.repo_id}")
         if not self.interruption.signum:
             shutil.rmtree(self.staging, ignore_errors=True)
+
+    def _command(self) -> str:
+        """What publishes the result later, as this run would."""
+        words = ["python", "-m", "diffusers_vrpo.hub", str(self.output_dir), "--hub_model_id", self.repo_id]
+        words += ["--hub_private_repo"] if self.args.hub_private_repo else []
+        words += ["--hub_license", self.args.hub_license] if self.args.hub_license else []
+        return shlex.join(words)
 
     def _say_what_is_left(self):
         """When the run ends early."""
@@ -282,7 +347,6 @@ class HubPush:
             name, send = self._working
             try:
                 send()
-                self.missing.pop(name, None)
             except Exception as error:
                 self._failed(name, hub_sentence(error, self.repo_id))
             with self._changed:
@@ -294,6 +358,13 @@ class HubPush:
         logger.warning(f"{name} could not be sent to the Hub: {why}; training is not affected")
 
     def _send_checkpoint(self, folder: Path, step: int):
+        # The state first: a run can be continued without its cards, and neither is kept back by the other.
+        try:
+            if (folder / f"checkpoint-{step}").is_dir():
+                push_state(folder / f"checkpoint-{step}", f"{self.repo_id}-state")
+                logger.info(f"the training state of step {step} is on the Hub")
+        except Exception as error:
+            self._failed(f"the training state of step {step}", hub_sentence(error, f"{self.repo_id}-state"))
         try:
             if (folder / "pipeline").is_dir():
                 push_folder(
@@ -304,9 +375,7 @@ class HubPush:
                     commit_message=f"Step {step}",
                     tag=f"step-{step}",
                 )
-            if (folder / f"checkpoint-{step}").is_dir():
-                push_state(folder / f"checkpoint-{step}", f"{self.repo_id}-state")
-            logger.info(f"step {step} is on the Hub")
+                logger.info(f"step {step} is on the Hub")
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -54,6 +54,9 @@ class Start:
     config: dict
     source: SiTTransformer2DModel | None = None
     labels: dict | None = None  # class names of the pipeline that the weights are from; keys are strings
+    on_hub: bool = (
+        False  # the weights are from a pipeline on the Hub that `VRPOPipeline.from_pretrained` opens as they are
+    )
 
 
 def read_start(args) -> Start:
@@ -74,8 +77,10 @@ def read_start(args) -> Start:
             source = convert_checkpoint(name, preset=args.preset, cache_dir=args.cache_dir)
         except InputError as error:
             raise InputError(f"--pretrained_model_name_or_path {error}") from error
-        labels = (pipeline_index(name, args.cache_dir) or {}).get("id2label")
-        start = Start(public_config(source.config), source, labels)
+        index = pipeline_index(name, args.cache_dir) or {}
+        ours = index.get("transformer", [None, None])[1] == "SiTTransformer2DModel"
+        on_hub = ours and not Path(name).exists()
+        start = Start(public_config(source.config), source, index.get("id2label"), on_hub)
     choose_prediction(start.config, args.prediction_type, args.learn_sigma, name)
     patch_size = start.config.setdefault("patch_size", 2)
     if not isinstance(patch_size, int) or patch_size < 1:
@@ -89,6 +94,8 @@ def build_transformer(
     args, start: Start, latent_shape: tuple, num_classes: int, id2label: dict | None, alignment_dims: list[int]
 ) -> SiTTransformer2DModel:
     """The transformer to train, fitted to the data and the encoders, with adapters if `--lora_rank` asks for them.
+
+    Its `adapters_suffice` says whether the adapters alone, on the base from the Hub, are the whole result.
 
     Args:
         latent_shape: channels, height and width.
@@ -135,6 +142,12 @@ def build_transformer(
         logger.info(f"{name}: {note}")
     if args.lora_rank:
         add_lora(model, args.lora_rank, train_labels=not same_classes)
+    # Where labels, the row of no class and positions are the base's, and others can have that.
+    same_null_class = source is not None and model.null_class_id == source.null_class_id
+    same_positions = source is not None and model.grid_size == source.grid_size
+    model.adapters_suffice = bool(
+        args.lora_rank and start.on_hub and same_classes and same_null_class and same_positions
+    )
     return model
 
 

@@ -2,6 +2,7 @@
 """Model cards: what the files of a run or pipeline say about it, rendered anew each time."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -23,6 +24,8 @@ PRIVATE_OPTIONS = {
     ),
     *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_license", "hub_push_checkpoints", "push_training_state"),
 }
+STAGED = "staged.json"  # in the folder of a checkpoint on its way to the Hub: its step
+DISTANCE = "validation/fd_"  # in `metrics.jsonl`, before the encoder's name
 # In an evaluation file and in `metrics.jsonl`: names of people's, and the Hub's for the index of results.
 METRIC_NAMES = {
     "fid": ("FID", "fid"),
@@ -49,15 +52,21 @@ def template_file(name: str) -> Path:
 
 
 def is_hub_id(name) -> bool:
-    """Whether a model or data set is on the Hub for all we know here: `owner/name`, and no folder."""
-    return isinstance(name, str) and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
+    """Whether a name reads as a model's or data set's on the Hub: `owner/name`."""
+    return isinstance(name, str) and bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name))
 
 
-def public_name(value):
-    """An option's value without the folders of the machine that it was given on."""
+def public_name(value, local: list[str] | None = None):
+    """An option's value without the folders of the machine that it was given on.
+
+    Args:
+        local: the values that were files or folders there; None looks for them here.
+    """
     if isinstance(value, list):
-        return [public_name(item) for item in value]
-    if not isinstance(value, str) or is_hub_id(value) or re.fullmatch(r"(SiT|DiT)-\w+/\d+", value, re.IGNORECASE):
+        return [public_name(item, local) for item in value]
+    if not isinstance(value, str) or re.fullmatch(r"(SiT|DiT)-\w+/\d+", value, re.IGNORECASE):
+        return value
+    if is_hub_id(value) and not (Path(value).exists() if local is None else value in local):
         return value
     return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
 
@@ -95,6 +104,10 @@ def read_lines(file: Path, one_a_step: bool = False) -> list[dict]:
     return rows
 
 
+def is_finite(value) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
 def evaluations(folder: Path) -> list[dict]:
     """Rows (metric, value, encoder, samples, reference, file) of the `evaluation*.json` that `evaluate.py` wrote there."""
     rows = []
@@ -103,7 +116,7 @@ def evaluations(folder: Path) -> list[dict]:
         samples, reference = report.get("samples", {}), report.get("reference", {})
         for encoder, values in (report.get("metrics") or {}).items():
             for name, (title, metric) in METRIC_NAMES.items():
-                if isinstance(values.get(name), int | float):
+                if is_finite(values.get(name)):
                     rows.append(
                         {
                             "title": title,
@@ -122,14 +135,19 @@ def read_run(folder: str | Path) -> dict:
     """What is known of a run or pipeline, for the template; whatever no file says is None or empty."""
     folder = Path(folder)
     given = read_mapping(folder / "train_config.yaml")
-    options = {name: public_name(v) for name, v in given.items() if name not in PRIVATE_OPTIONS and v is not None}
     rows, starts = read_lines(folder / "metrics.jsonl", one_a_step=True), read_lines(folder / "starts.jsonl")
-    last = rows[-1] if rows else {}
+    start = starts[-1] if starts else {}
+    local = start.get("local")
+    options = {
+        name: public_name(v, local) for name, v in given.items() if name not in PRIVATE_OPTIONS and v is not None
+    }
+    # The last finite number of each column, and its step: validation, for one, has rows of its own.
+    columns = {name: (row.get("step"), value) for row in rows for name, value in row.items() if is_finite(value)}
 
-    def column(name):
-        return next(((row["step"], row[name]) for row in reversed(rows) if row.get(name) is not None), None)
+    def last(name):
+        return columns[name][1] if name in columns else None
 
-    rewards = [name.split("/", 1)[1] for name in last if name.startswith("reward/")]
+    rewards = [name.split("/", 1)[1] for name in columns if name.startswith("reward/")]
     hardware = [f"{start['num_processes']} × {start['hardware']}" for start in starts]
     objective = options.get("objective")
     return {
@@ -138,36 +156,35 @@ def read_run(folder: str | Path) -> dict:
         "objective_in_words": OBJECTIVES.get(objective),
         "transformer": read_mapping(folder / "transformer" / "config.json"),
         "index": read_mapping(folder / "model_index.json"),
-        "start": starts[-1] if starts else {},
+        "start": start,
         "hardware": list(dict.fromkeys(hardware)),
-        "step": last.get("step"),
-        "max_train_steps": options.get("max_train_steps"),
-        "samples_seen": last.get("samples_seen"),
-        "train_seconds": last.get("train_seconds"),
-        "train_flops": last.get("train_flops"),
-        "loss": column("loss_fm"),
+        # Of a checkpoint that is staged: its own step, where the metrics may end before.
+        "step": read_mapping(folder / STAGED).get("step", last("step")),
+        "max_train_steps": start.get("max_train_steps", options.get("max_train_steps")),
+        "samples_seen": last("samples_seen"),
+        "train_seconds": last("train_seconds"),
+        "train_flops": last("train_flops"),
+        "loss": columns.get("loss_fm"),
         "rewards": [
-            {"name": name, **{key: last.get(f"{key}/{name}") for key in ("reward", "std", "weight", "share")}}
+            {"name": name, **{key: last(f"{key}/{name}") for key in ("reward", "std", "weight", "share")}}
             for name in rewards
         ],
+        "rewards_step": max((columns[f"reward/{name}"][0] for name in rewards), default=None),
         "distances": [
-            {"encoder": name.split("/", 1)[1], "step": column(name)[0], "value": column(name)[1]}
-            for name in dict.fromkeys(name for row in rows for name in row if name.startswith("fd/"))
-            if column(name)
+            {"encoder": name.removeprefix(DISTANCE), "step": step, "value": value}
+            for name, (step, value) in columns.items()
+            if name.startswith(DISTANCE)
         ],
         "evaluations": evaluations(folder),
         "has_samples": (folder / "samples.png").is_file(),
         "has_curves": (folder / "training.png").is_file(),
-        "tagged": bool(given.get("hub_push_checkpoints")),
         "lora_rank": options.get("lora_rank"),
-        "trained": starts[-1].get("trained", []) if starts else [],
     }
 
 
 def pushes_adapters_only(run: dict) -> bool:
-    """Whether the adapters are all that is published of a run: the base is on the Hub and they alone were trained."""
-    base = run["options"].get("pretrained_model_name_or_path")
-    return bool(run["lora_rank"]) and (not run["index"] or is_hub_id(base) and "label_embedding" not in run["trained"])
+    """Whether the adapters are all that is published of a run: as its start has found (`build_transformer`)."""
+    return bool(run["lora_rank"]) and bool(run["start"].get("adapters_suffice"))
 
 
 def kind(run: dict) -> str:
@@ -187,6 +204,8 @@ def card_data(run: dict, repo_id: str, license: str | None) -> ModelCardData:
         run["objective"], []
     )
     tags += ["lora"] if run["lora_rank"] else []
+    if license is None and options:  # nothing is known of weights without a record
+        license = "other" if base else "apache-2.0"
     known = options.get("dataset_name") or options.get("train_data_dir") or options.get("latents_dir") or "unknown"
     where = {"dataset_type": dataset if is_hub_id(dataset) else "custom", "dataset_name": str(known)}
     task = {"task_type": "unconditional-image-generation", "task_name": "Class-conditional image generation"}
@@ -212,7 +231,7 @@ def card_data(run: dict, repo_id: str, license: str | None) -> ModelCardData:
     return ModelCardData(
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
-        license=license or ("other" if base else "apache-2.0"),
+        license=license,
         base_model=base if is_hub_id(base) else None,
         base_model_relation=("adapter" if run["lora_rank"] else "finetune") if is_hub_id(base) else None,
         datasets=[dataset] if is_hub_id(dataset) else None,
@@ -268,8 +287,10 @@ def render_card(folder: str | Path, repo_id: str, license: str | None = None, **
         folder: with `model_index.json` or `lora/`, and perhaps `train_config.yaml`, `metrics.jsonl`, `starts.jsonl`,
             `samples.png`, `training.png`, `evaluation*.json`.
         repo_id: `owner/name` of the repository.
-        license: of the weights, as the Hub writes it; `apache-2.0` when not given, `other` for what continues other weights.
-        extra: more variables of the template: `recipe`, the command of a card without weights; `measured`, a paragraph.
+        license: of the weights, as the Hub writes it. When not given, `apache-2.0` for what a run has trained, `other` for
+            what continues other weights, and none for a pipeline without the record of a run.
+        extra: more variables of the template: `recipe`, the command of a card without weights; `measured`, a paragraph;
+            `tagged`, whether the repository has tags `step-N`.
     """
     run = read_run(folder)
     options = run["options"]

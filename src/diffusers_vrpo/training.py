@@ -745,10 +745,21 @@ class MetricsFile:
 
 
 def write_start(
-    output_dir: Path, step: int, accelerator: Accelerator, transformer: torch.nn.Module, global_batch_size: int
+    output_dir: Path,
+    step: int,
+    accelerator: Accelerator,
+    transformer: torch.nn.Module,
+    global_batch_size: int,
+    max_train_steps: int,
+    options: dict,
 ):
-    """Adds a line to `starts.jsonl`: from which step on the run goes on what hardware, and how large its model is."""
+    """Adds a line to `starts.jsonl`: from which step on the run goes on what hardware, and how large its model is.
+
+    Args:
+        options: as given; their values that are files or folders here are listed, which nobody could tell elsewhere.
+    """
     projectors = sum(parameter.numel() for parameter in transformer.projectors.parameters())
+    names = [name for value in options.values() for name in (value if isinstance(value, list) else [value])]
     start = {
         "step": step,
         "hardware": hardware_name(accelerator.device),
@@ -757,7 +768,9 @@ def write_start(
         "mixed_precision": accelerator.mixed_precision,
         "parameters": sum(parameter.numel() for parameter in transformer.parameters()) - projectors,
         "projector_parameters": projectors,
-        "trained": sorted({name.split(".")[0] for name, p in transformer.named_parameters() if p.requires_grad}),
+        "max_train_steps": max_train_steps,
+        "adapters_suffice": transformer.adapters_suffice,
+        "local": sorted({name for name in names if isinstance(name, str) and os.path.exists(name)}),
         "torch": torch.__version__,
     }
     with contextlib.suppress(OSError), (output_dir / "starts.jsonl").open("a") as file:

@@ -19,8 +19,9 @@ from diffusers_vrpo.errors import InputError
 
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "yardstick"
 MODEL = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "patch_size": 2}
-TIMING = {"ratios": {"repa": 1.0, "none": 0.5, "repa+stop": 1.0}, "arms": {}}
-TIMING |= {"reference_seconds": 0.2, "features_seconds": 0.4, "file": "timing-tiny.json"}
+TIMING = {"reference_seconds": 0.2, "features_seconds": 0.4, "file": "timing-tiny.json", "arms": []}
+TIMING["arms"] += [{"name": "repa", "flags": {"objective": "repa"}, "ratio": 1.0}]
+TIMING["arms"] += [{"name": "none", "flags": {"objective": "none"}, "ratio": 0.5}]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,9 @@ def tiny(tmp_path_factory, yardstick):
     recipe |= {"reference_steps": 2, "charge_features": False, "evaluations": 2, "curve_samples": 20}
     recipe |= {"final_samples": 24, "reference_images": 40, "probe_timestep": 0.3, "train": train}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
-    (folder / "timing-tiny.json").write_text(json.dumps(TIMING))
+    options = {"classes": 3, "encoder": "digits", "reference": "repa", "train": train}
+    for name in ("tiny", "longer"):
+        (folder / f"timing-{name}.json").write_text(json.dumps(TIMING | {"options": options}))
     places = [str(folder / "tiny.yaml"), "--work", str(folder / "work"), "--results", str(folder)]
 
     def run(*options):
@@ -66,7 +69,13 @@ def test_equal_compute_by_hand(yardstick, tiny):
     recipe = yardstick.recipe.load_recipe(tiny.places[0])
     recipe = yardstick.recipe.dataclasses.replace(recipe, reference_steps=100, charge_features=True)
     arms = yardstick.recipe.load_arms()
-    timing = TIMING | {"ratios": {"repa": 1.0, "none": 0.8, "repa+stop": 1.25}}
+    weighted = {"objective": "repa", "timestep_weighting": "low_noise"}
+    timed = [
+        ("repa", {"objective": "repa"}, 1.0),
+        ("none", {"objective": "none"}, 0.8),
+        ("repa+w+stop", weighted, 1.25),
+    ]
+    timing = TIMING | {"arms": [dict(zip(("name", "flags", "ratio"), each)) for each in timed]}
 
     def plan(name):
         return yardstick.recipe.equal_compute(recipe, arms[name], name, timing)
@@ -76,9 +85,10 @@ def test_equal_compute_by_hand(yardstick, tiny):
     assert plan("none")["steps"] == round(102 / 0.8)
     assert plan("none")["nominal_seconds"][0] == (0, 0.0)
     # Half of the 100 at 1.25 each, the other half at 0.8.
-    stopped = plan("repa+stop")
+    stopped = plan("repa+w+stop")
     assert (stopped["alignment_stop_step"], stopped["steps"]) == (40, 40 + round(50 / 0.8))
-    for name in ("repa", "none", "repa+stop"):
+    assert plan("repa-1.5")["steps"] == plan("repa")["steps"]  # the coefficient costs nothing
+    for name in ("repa", "none", "repa+stop", "repa+w+stop"):
         assert plan(name)["nominal_seconds"][-1][1] == pytest.approx(102 * 0.2, rel=0.01)
     with pytest.raises(InputError, match="arm vrpo has no time in timing-tiny.json; run `timing.py tiny --arms vrpo`"):
         plan("vrpo")
@@ -145,7 +155,6 @@ def test_two_arms_and_seeds_once(tiny, yardstick, capsys):
 def test_a_stopped_run_goes_on(tiny, yardstick):
     recipe = tiny.folder / "longer.yaml"
     recipe.write_text(yaml.safe_dump(tiny.values | {"reference_steps": 400, "evaluations": 1}))
-    (tiny.folder / "timing-longer.json").write_text(json.dumps(TIMING))
     options = [str(recipe), *tiny.places[1:], "--workers", "0", "--arms", "repa", "--seeds", "3"]
     runs, sent = tiny.folder / "work" / "longer" / "runs", []
 
@@ -155,16 +164,10 @@ def test_a_stopped_run_goes_on(tiny, yardstick):
         os.kill(os.getpid(), signal.SIGTERM)
         sent.append(True)
 
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    thread = threading.Thread(target=interrupt, daemon=True)
-    thread.start()
-    try:
-        assert yardstick.run.main(options) == 1 and sent
-        assert not (tiny.folder / "results-longer.jsonl").exists()
-        assert yardstick.run.main(options) == 0
-    finally:
-        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before):
-            signal.signal(number, handler)
+    threading.Thread(target=interrupt, daemon=True).start()
+    assert yardstick.run.main(options) == 1 and sent
+    assert not (tiny.folder / "results-longer.jsonl").exists()
+    assert yardstick.run.main(options) == 0
     (line,) = yardstick.run.read_results(tiny.folder / "results-longer.jsonl")
     assert line["steps"] == 400 and [step for step, _ in line["curve"]] == [400]
     (folder,) = runs.iterdir()
@@ -179,11 +182,17 @@ def test_timing_by_real_steps(tiny, yardstick):
     places = [*tiny.places[:3], "--results", str(results)]
     yardstick.timing.main([*places, "--arms", "none", "--rounds", "1", "--steps", "2", "--skipped", "1"])
     found = json.loads((results / "timing-tiny.json").read_text())
-    assert found["ratios"]["repa"] == 1.0 and found["ratios"]["none"] > 0
+    assert [(timed["name"], timed["ratio"] == 1.0) for timed in found["arms"]] == [("repa", True), ("none", False)]
     assert found["reference_seconds"] > 0 and found["features_seconds"] > 0
     kept = (results / "timing-tiny.json").read_text()
     yardstick.timing.main([*places, "--arms", "none"])
     assert (results / "timing-tiny.json").read_text() == kept
+    recipe = yardstick.recipe.load_recipe(tiny.places[0])
+    other = yardstick.recipe.dataclasses.replace(recipe, train=recipe.train | {"train_batch_size": 4})
+    with pytest.raises(
+        InputError, match="timing-tiny.json is of other options than tiny; run `timing.py tiny --again`"
+    ):
+        yardstick.timing.read_timing(other, results)
 
 
 def test_difference_in_pooled_std_by_hand(yardstick):

@@ -96,6 +96,16 @@ def aligned_flags(arm: dict) -> dict:
     return {name: value for name, value in arm.items() if name != "stop"}
 
 
+def cost_flags(arm: dict) -> dict:
+    """Options that the time of a step depends on, while the arm aligns."""
+    return {name: value for name, value in aligned_flags(arm).items() if name != "alignment_coeff"}
+
+
+def step_ratio(arm: dict, timing: dict) -> float | None:
+    """A step's time in steps of the reference; None where it was not measured."""
+    return next((timed["ratio"] for timed in timing["arms"] if timed["flags"] == cost_flags(arm)), None)
+
+
 def equal_compute(recipe: Recipe, arm: dict, name: str, timing: dict) -> dict:
     """Steps of an arm that take as long as the reference's, and the step at which it stops to align.
 
@@ -111,22 +121,22 @@ def equal_compute(recipe: Recipe, arm: dict, name: str, timing: dict) -> dict:
     Raises:
         InputError: for an arm that was not timed.
     """
-    ratios, second = timing["ratios"], timing["reference_seconds"]
-    needed = [name] + (["none"] if "stop" in arm else [])
-    for each in needed:
-        if each not in ratios:
+    ratio, plain = step_ratio(arm, timing), step_ratio({"objective": "none"}, timing)
+    for each, found in ((name, ratio), ("none", plain if "stop" in arm else 1.0)):
+        if found is None:
             raise InputError(
                 f"arm {each} has no time in {timing['file']}; run `timing.py {recipe.name} --arms {each}`"
             )
+    second = timing["reference_seconds"]
     features = timing["features_seconds"] / second if recipe.charge_features else 0.0
     spent = features if arm["objective"] != "none" else 0.0
     budget = recipe.reference_steps + features - spent
     share = arm.get("stop", 1.0)
-    aligned = round(share * budget / ratios[name])
-    after = round((1 - share) * budget / ratios["none"]) if "stop" in arm else 0
-    points = [(0, spent * second), (aligned, (spent + aligned * ratios[name]) * second)]
+    aligned = round(share * budget / ratio)
+    after = round((1 - share) * budget / plain) if "stop" in arm else 0
+    points = [(0, spent * second), (aligned, (spent + aligned * ratio) * second)]
     if after:
-        points.append((aligned + after, points[-1][1] + after * ratios["none"] * second))
+        points.append((aligned + after, points[-1][1] + after * plain * second))
     return {
         "steps": aligned + after,
         "alignment_stop_step": aligned if "stop" in arm else None,

@@ -28,12 +28,22 @@ from pathlib import Path
 
 import diffusers
 import judge
+import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 from recipe import HERE, Recipe, aligned_flags, choose_arms, equal_compute, load_recipe, recipe_hash
 from subset import pack
 from timing import read_timing
-from training_run import ROOT, TRAIN_SCRIPT, add_common_options, check_common, make_cache, train_argv, train_script
+from training_run import (
+    ROOT,
+    TRAIN_SCRIPT,
+    add_common_options,
+    check_common,
+    make_cache,
+    make_moments,
+    train_argv,
+    train_script,
+)
 
 from diffusers_vrpo.arguments import OneLineErrorParser
 from diffusers_vrpo.errors import InputError
@@ -96,6 +106,8 @@ def result_line(job: dict, recipe: Recipe, folder: Path) -> dict:
     metric = next(name for row in rows for name in row if name.startswith("validation/fd_"))
     last = [row for row in rows if "train_seconds" in row][-1]
     starts = [json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines()]
+    at, flops = zip((0, 0.0), *((row["step"], row["train_flops"]) for row in rows if "train_flops" in row))
+    curve = [[row["step"], row[metric]] for row in rows if metric in row]
     return {
         "size": recipe.name,
         "arm": job["arm"],
@@ -108,8 +120,8 @@ def result_line(job: dict, recipe: Recipe, folder: Path) -> dict:
         "train_seconds": last["train_seconds"],
         "train_flops": last["train_flops"],
         "metric": metric,
-        "curve": [[row["step"], row[metric]] for row in rows if metric in row],
-        "flops": [[row["step"], row["train_flops"]] for row in rows if "train_flops" in row and metric in row],
+        "curve": curve,
+        "curve_flops": [float(np.interp(step, at, flops)) for step, _ in curve],
         **json.loads((folder / "judged.json").read_text()),
         "parameters": starts[-1]["parameters"],
         "hardware": sorted({start["hardware"] for start in starts}),
@@ -147,7 +159,6 @@ class Workers:
         self.args, self.recipe, self.work = args, recipe, args.work / recipe.name
         self.processes: set[subprocess.Popen] = set()
         self.lock, self.stopping = threading.Lock(), threading.Event()
-        self.training_here = False
 
     def train(self, argv: list[str], log: Path) -> bool:
         """Whether train_vrpo.py came to its end, in a process of its own or, with `--workers 0`, here."""
@@ -156,14 +167,7 @@ class Workers:
         if self.stopping.is_set():
             return False
         AcceleratorState._reset_state(reset_partial_state=True)
-        self.training_here = True
-        try:
-            train_script().main(train_script().parse_args(argv))
-        except SystemExit as left:  # a signal, after which it saved
-            self.stopping.set()
-            return left.code in (None, 0)
-        finally:
-            self.training_here = False
+        train_script().main(train_script().parse_args(argv))
         return True
 
     def judge(self, folder: Path, seed: int, output: Path, log: Path) -> bool:
@@ -178,8 +182,6 @@ class Workers:
     def stop(self):
         """Every run saves where it is; none starts."""
         self.stopping.set()
-        if self.training_here:
-            os.kill(os.getpid(), signal.SIGTERM)  # the training's own handler has it
         with self.lock:
             for process in self.processes:
                 process.terminate()
@@ -213,18 +215,12 @@ class Workers:
         folder.mkdir(parents=True, exist_ok=True)
         log, trained, judged = folder / "log.txt", folder / "trained", folder / "judged.json"
         if not trained.exists():
-            moments = self.work / "fd_reference.safetensors"
-            own = folder / moments.name
-            if moments.exists() and not own.exists():
-                shutil.copyfile(moments, own)
+            moments = make_moments(self.recipe, self.work)
+            shutil.copyfile(moments, folder / moments.name)
             argv = train_argv(self.recipe, job["flags"], job["plan"], job["seed"], self.work, folder)
             if not self.train(argv, log):
                 return False
             trained.touch()
-            if not moments.exists():  # of the training images, so the same for every run
-                partial = moments.with_name(f"{folder.name}.tmp")
-                shutil.copyfile(own, partial)
-                partial.replace(moments)
         if not judged.exists():
             partial = folder / "judged.tmp"
             if not self.judge(folder, job["seed"], partial, log):
@@ -269,6 +265,8 @@ def main(argv: list[str] | None = None) -> int:
     check_common(parser, args, "threads time_limit_s")
     if args.workers < 0:
         parser.error(f"--workers {args.workers} must be at least 0")
+    if args.time_limit_s is not None and args.time_limit_s <= GRACE:
+        parser.error(f"--time_limit_s {args.time_limit_s:g} must be above {GRACE}, which runs get to save")
     if args.threads is None and not torch.cuda.is_available():
         args.threads = 1
     if args.threads:
@@ -292,24 +290,39 @@ def main(argv: list[str] | None = None) -> int:
     pack(recipe, args.shared, work / "packed")
     make_cache(recipe, work)
     judge.make_references(recipe, work)
+    make_moments(recipe, work)
 
     workers = Workers(args, recipe)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: workers.stop())
-    clock = None
-    if args.time_limit_s:
-        left = args.time_limit_s - GRACE - (time.monotonic() - start)
-        clock = threading.Timer(max(0, left), workers.stop)
-        clock.start()
-    if args.workers:
-        with ThreadPoolExecutor(args.workers) as pool:
-            finished = sum(pool.map(workers.run, jobs))
-    else:
-        finished = sum(map(workers.run, jobs))
-    if clock:
+
+    def leave(number, _):
+        workers.stop()
+        if not args.workers:  # a training that can save has a handler of its own in place of this one
+            sys.exit(128 + number)
+
+    def time_is_over():
+        workers.stop()
+        if not args.workers:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    handlers = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
+    left = args.time_limit_s - GRACE - (time.monotonic() - start) if args.time_limit_s else threading.TIMEOUT_MAX
+    clock = threading.Timer(max(0, left), time_is_over)
+    clock.daemon = True
+    clock.start()
+    try:
+        if args.workers:
+            with ThreadPoolExecutor(args.workers) as pool:
+                list(pool.map(workers.run, jobs))
+        else:
+            with contextlib.suppress(SystemExit):  # after a signal
+                list(map(workers.run, jobs))
+    finally:
         clock.cancel()
-    print(f"{finished} runs done, {len(jobs) - finished} left; results in {results}", flush=True)
-    return len(jobs) - finished
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    undone = len(plan_jobs(recipe, arms, args.seeds, timing, read_results(results)))
+    print(f"{len(jobs) - undone} runs done, {undone} left; results in {results}", flush=True)
+    return undone
 
 
 if __name__ == "__main__":

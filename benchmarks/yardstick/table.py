@@ -10,6 +10,7 @@ one another down; those that were spent are in the results file.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
@@ -87,11 +88,15 @@ def write_run(line: dict, folder: Path):
     folder.mkdir(parents=True)
     options = line["flags"] | {"seed": line["seed"], "fd_encoder": line["metric"].removeprefix("validation/fd_")}
     (folder / "train_config.yaml").write_text(yaml.safe_dump(options))
-    flops, (at, seconds) = dict(line["flops"]), zip(*line["nominal_seconds"])
+    at, seconds = zip(*line["nominal_seconds"])
     rows = [
-        {"step": step, line["metric"]: value, "train_seconds": float(np.interp(step, at, seconds))}
-        | ({"train_flops": flops[step]} if step in flops else {})
-        for step, value in line["curve"]
+        {
+            "step": step,
+            line["metric"]: value,
+            "train_seconds": float(np.interp(step, at, seconds)),
+            "train_flops": flops,
+        }
+        for (step, value), flops in zip(line["curve"], line["curve_flops"])
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     start = {"step": 0, "hardware": " / ".join(line["hardware"]), "parameters": line["parameters"]}
@@ -123,7 +128,7 @@ def main(argv: list[str] | None = None):
     recipe = load_recipe(args.size)
     timing, hashes = read_timing(recipe, args.results), {}
     for name, arm in choose_arms(args.arms, recipe).items():
-        if name in timing["ratios"] and ("stop" not in arm or "none" in timing["ratios"]):
+        with contextlib.suppress(InputError):  # not timed, so never run
             hashes[name] = recipe_hash(recipe, arm, equal_compute(recipe, arm, name, timing))
     arms = group_lines(read_results(args.results / f"results-{recipe.name}.jsonl"), hashes)
     if not arms:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState
-from recipe import HERE, Recipe, aligned_flags, choose_arms, load_recipe
+from recipe import HERE, Recipe, aligned_flags, choose_arms, cost_flags, load_recipe, step_ratio
 from subset import pack
 from training_run import add_common_options, check_common, make_cache, train_argv, train_script
 
@@ -34,11 +34,26 @@ def timing_file(recipe: Recipe, folder: Path = HERE) -> Path:
     return folder / f"timing-{recipe.name}.json"
 
 
+def timed_options(recipe: Recipe) -> dict:
+    """What of a recipe the times are of."""
+    return {"classes": recipe.classes, "encoder": recipe.encoder, "reference": recipe.reference, "train": recipe.train}
+
+
 def read_timing(recipe: Recipe, folder: Path = HERE) -> dict:
-    """The file of a size; one without any time where there is none yet."""
+    """The file of a size; one without any time where there is none yet.
+
+    Raises:
+        InputError: where its times are of other options.
+    """
     path = timing_file(recipe, folder)
-    found = json.loads(path.read_text()) if path.exists() else {"ratios": {}, "arms": {}}
-    return found | {"file": path.name}
+    found = {"file": path.name, "arms": []}
+    if path.exists():
+        found |= json.loads(path.read_text())
+        if found["options"] != timed_options(recipe):
+            raise InputError(
+                f"{path.name} is of other options than {recipe.name}; run `timing.py {recipe.name} --again`"
+            )
+    return found
 
 
 def burst(recipe: Recipe, arm: dict, work: Path, steps: int, skipped: int) -> float:
@@ -58,10 +73,13 @@ def burst(recipe: Recipe, arm: dict, work: Path, steps: int, skipped: int) -> fl
     AcceleratorState._reset_state(reset_partial_state=True)
     script = train_script()
     script.main(script.parse_args(train_argv(recipe, arm, plan, 0, work, folder, few)))
-    seconds = {
-        row["step"]: row["train_seconds"] for row in read_metrics(folder / "metrics.jsonl") if "train_seconds" in row
-    }
+    rows = [row for row in read_metrics(folder / "metrics.jsonl") if "train_seconds" in row]
+    seconds = {row["step"]: row["train_seconds"] for row in rows}
     shutil.rmtree(folder)
+    if rows[-1].get("alignment_coeff") == 0:
+        raise InputError(
+            f"--steps {steps}: the gate closed within so few, and steps became cheaper; take another number"
+        )
     return (seconds[skipped + steps] - seconds[skipped]) / steps
 
 
@@ -80,24 +98,21 @@ def measure(recipe: Recipe, arms: dict[str, dict], work: Path, rounds: int, step
 
 
 def summarize(recipe: Recipe, arms: dict[str, dict], seconds: dict[str, list[float]], old: dict) -> dict:
-    """The content of the file: medians over rounds of the ratio within a round, and what was there before."""
+    """The content of the file: what was there, and medians over rounds of the ratio within a round."""
     reference = np.array(seconds[recipe.reference])
-    ratios = {name: float(np.median(np.array(values) / reference)) for name, values in seconds.items()}
-    spans = {name: [min(values), max(values)] for name, values in seconds.items()}
-    first = "reference_seconds" not in old
-    return {
-        "reference": recipe.reference,
-        # Nominal: of the first measurement, so that results of later ones go on with the same steps.
-        "reference_seconds": float(np.median(reference)) if first else old["reference_seconds"],
-        "features_seconds": old["features_seconds"],
-        "hardware": hardware_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        if first
-        else old["hardware"],
-        "torch": torch.__version__ if first else old["torch"],
-        "ratios": ratios | old["ratios"],
-        "arms": {name: aligned_flags(arms[name]) for name in ratios} | old["arms"],
-        "seconds": spans | old.get("seconds", {}),
+    first = {
+        "options": timed_options(recipe),
+        "reference_seconds": float(np.median(reference)),
+        "hardware": hardware_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "torch": torch.__version__,
     }
+    known = list(old["arms"])
+    for name, values in seconds.items():
+        if step_ratio(arms[name], {"arms": known}) is None:
+            ratio = float(np.median(np.array(values) / reference))
+            known.append({"name": name, "flags": cost_flags(arms[name]), "ratio": ratio, "seconds": values})
+    # What is there stays: results of later sessions go on with the same steps.
+    return first | old | {"arms": known}
 
 
 def main(argv: list[str] | None = None):
@@ -110,26 +125,26 @@ def main(argv: list[str] | None = None):
     args = parser.parse_args(argv)
     check_common(parser, args, "rounds steps skipped")
     recipe = load_recipe(args.size)
-    work, old = args.work / recipe.name, read_timing(recipe, args.results)
-    arms = choose_arms(args.arms, recipe)
-    known = {} if args.again else old["arms"]
-    arms = {name: arm for name, arm in arms.items() if known.get(name) != aligned_flags(arm)}
+    work = args.work / recipe.name
+    old = {"arms": []} if args.again else read_timing(recipe, args.results)
+    arms = {}
+    for name, arm in choose_arms(args.arms, recipe).items():
+        if step_ratio(arm, {"arms": old["arms"]}) is None and cost_flags(arm) not in map(cost_flags, arms.values()):
+            arms[name] = arm
     if not arms:
         print(f"{timing_file(recipe, args.results)} has all of them")
         return
-    arms = choose_arms([recipe.reference], recipe) | arms
+    # The reference takes part always, and under its own name.
+    reference = choose_arms([recipe.reference], recipe)
+    arms = reference | {n: a for n, a in arms.items() if cost_flags(a) != cost_flags(reference[recipe.reference])}
     pack(recipe, args.shared, work / "packed")
-    if args.again:
-        old = {"ratios": {}, "arms": {}}
-    features_seconds = make_cache(recipe, work)
-    old.setdefault("features_seconds", features_seconds)
+    old.setdefault("features_seconds", make_cache(recipe, work))
     seconds = measure(recipe, arms, work, args.rounds, args.steps, args.skipped)
-    changed = {name for name in seconds if name not in known}
-    old["ratios"] = {name: ratio for name, ratio in old["ratios"].items() if name not in changed}
-    old["arms"] = {name: arm for name, arm in old["arms"].items() if name not in changed}
     found = summarize(recipe, arms, seconds, old)
+    found.pop("file", None)
     write_atomically(timing_file(recipe, args.results), (json.dumps(found, indent=1) + "\n").encode())
-    print(json.dumps(found["ratios"], indent=1))
+    for timed in found["arms"]:
+        print(f"{timed['name']}: {timed['ratio']:.3f} of a step of {recipe.reference}")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,12 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import time
 from functools import cache
 from pathlib import Path
 
+from accelerate.state import AcceleratorState
 from recipe import HERE, Recipe
 from subset import packed
 
@@ -104,6 +106,19 @@ def make_cache(recipe: Recipe, work: Path) -> float:
     seconds = time.perf_counter() - start
     write_atomically(done, json.dumps(seconds).encode())
     return seconds
+
+
+def make_moments(recipe: Recipe, work: Path) -> Path:
+    """The moments of the training images behind the curve's Fréchet distance, as a run leaves them; once for all runs."""
+    file, folder = work / "fd_reference.safetensors", work / "first_step"
+    if not file.exists():
+        few = {"num_fd_samples": 2, "num_inference_steps": 1, "num_validation_images": 1}
+        argv = train_argv(recipe, {"objective": "none"}, ONE_STEP, 0, work, folder, few)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        train_script().main(train_script().parse_args(argv))
+        (folder / file.name).replace(file)
+        shutil.rmtree(folder)
+    return file
 
 
 def add_common_options(parser: argparse.ArgumentParser):

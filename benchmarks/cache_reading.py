@@ -144,7 +144,7 @@ def prepare_cost(folder: Path, images: int, resolution: int, rounds: int) -> tup
 
     def whole(round_):
         writer = CacheWriter(folder / f"prepared-{round_}", config, ABOUT, PartialState())
-        write_chunks(writer, data, BatchEncoder(vae, [], config), num_workers=1)
+        write_chunks(writer, data, BatchEncoder(vae, [], config, vae.device), num_workers=1)
         writer.finish()
 
     seconds = ([], [])

@@ -322,7 +322,8 @@ def test_folders_with_something_else(tmp_path, vae_folder, monkeypatch):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"vae": "none"}, "--vae none: a cache holds latents"),
+        ({"vae": "none", "encoder": None}, "--vae none: a cache of pixels is for encoder features"),
+        ({"vae": "none", "vae_dtype": "float16"}, "--vae_dtype float16 is of an autoencoder"),
         ({"dataset_name": None}, "give either --dataset_name or --train_data_dir"),
         ({"chunk_rows": 0}, "--chunk_rows 0 must be at least 1"),
         ({"encoder": None, "encoder_layer": 3}, "--encoder_layer goes with --encoder only"),

@@ -43,6 +43,18 @@ def test_the_losses_are_those_of_training_from_images(command, folders, tmp_path
     assert pipeline("seven", num_inference_steps=1).images[0].size[0] >= 8
 
 
+def test_pixels_with_features_in_a_cache(command, tmp_path):  # noqa: F811
+    argv = ["prepare", "--dataset_name", "digits", "--vae", "none", "--encoder", "digits", "--resolution", "8"]
+    prepare_latents.main([*argv, "--output_dir", str(tmp_path / "cache"), "--dataloader_num_workers", "0"])
+    run(command())
+    expected = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    run(command(dataset_name=None, vae=None, latents_dir=tmp_path / "cache", output_dir=tmp_path / "cached"))
+    for row, cached in zip(expected, read_metrics(tmp_path / "cached" / "metrics.jsonl"), strict=True):
+        for key in ("loss_fm", "reward/semantic", "reward/structural"):
+            assert cached[key] == pytest.approx(row[key], abs=2e-3), key
+    assert VRPOPipeline.from_pretrained(tmp_path / "cached").vae is None
+
+
 def test_another_cache_does_not_continue_the_run(command, folders, tmp_path):  # noqa: F811
     changes = {"model_config": None, "preset": "SiT-XS/1", "dataset_name": None, "vae": None, "max_train_steps": 2}
     run(command(**changes, latents_dir=folders / "features"))

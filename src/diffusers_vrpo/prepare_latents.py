@@ -108,18 +108,19 @@ class BatchEncoder:
     """Encodes batches of images as the arrays of a cache have them.
 
     Args:
-        vae: on its device.
+        vae: on the device; None keeps the pixels, in [-1, 1].
         encoders: frozen, for `features-0` and so on.
         config: of the cache.
+        device: that all of them are on.
     """
 
-    def __init__(self, vae, encoders: list, config: dict):
-        self.vae, self.encoders, self.config = vae, encoders, config
+    def __init__(self, vae, encoders: list, config: dict, device: torch.device):
+        self.vae, self.encoders, self.config, self.device = vae, encoders, config, device
 
     @torch.no_grad()
     def __call__(self, pixels: torch.Tensor, rows: list[int]) -> dict[str, torch.Tensor]:
-        """Float16 tensors `[copies, B, ...]` on the autoencoder's device, for uint8 `pixels [B,3,R,R]` of the rows."""
-        images = pixels.to(self.vae.device, non_blocking=True).float() / 127.5 - 1
+        """Float16 tensors `[copies, B, ...]` on the device, for uint8 `pixels [B,3,R,R]` of the rows."""
+        images = pixels.to(self.device, non_blocking=True).float() / 127.5 - 1
         copies = [images, images.flip(-1)] if self.config["flip"] else [images]
         arrays = {"latents": [self._latents(images, rows, copy) for copy, images in enumerate(copies)]}
         for i, encoder in enumerate(self.encoders):
@@ -127,6 +128,8 @@ class BatchEncoder:
         return {name: torch.stack(parts).half() for name, parts in arrays.items()}
 
     def _latents(self, images: torch.Tensor, rows: list[int], copy: int) -> torch.Tensor:
+        if self.vae is None:
+            return images
         mean, std = encode_moments(self.vae, images)
         scale, shift = scale_and_shift(self.vae)
         if self.config["kind"] == "sampled":
@@ -151,8 +154,8 @@ def prepare(args: argparse.Namespace):
         data, id2label, num_classes = load_images(args)
     if state.is_main_process:
         check_images(data)
-    vae = load_vae(args.vae, args.cache_dir).to(state.device)
-    if args.vae_dtype != "float32":
+    vae = None if args.vae == "none" else load_vae(args.vae, args.cache_dir).to(state.device)
+    if vae is not None and args.vae_dtype != "float32":
         vae.to(getattr(torch, args.vae_dtype))
     shape = latent_shape(vae, args.resolution, args.patch_size)
     grid_size = (shape[1] // args.patch_size, shape[2] // args.patch_size)
@@ -175,24 +178,25 @@ def prepare(args: argparse.Namespace):
         return
     if writer.num_done:
         logger.info(f"continuing: {writer.num_done} of {num_chunks(config)} chunks are there")
-    write_chunks(writer, data, BatchEncoder(vae, encoders, config), args.dataloader_num_workers)
+    write_chunks(writer, data, BatchEncoder(vae, encoders, config, state.device), args.dataloader_num_workers)
     writer.finish()
     logger.info(f"wrote {len(data)} images to {args.output_dir}; train with --latents_dir {args.output_dir}")
 
 
 def cache_config(args, data, vae, shape, encoders: list, layers: list) -> dict:
     """All that the content of a cache depends on, as JSON."""
-    has_posterior = encode_moments(vae, torch.zeros(1, 3, 128, 128, device=vae.device))[1] is not None
+    has_posterior = vae is not None and has_moments(vae)
     if args.sampled and not has_posterior:
-        raise InputError(f"--sampled: {args.vae} is a {type(vae).__name__}, which has no posterior; leave it out")
-    scale, shift = scale_and_shift(vae)
+        what = "keeps pixels" if vae is None else f"is a {type(vae).__name__}, which has no posterior"
+        raise InputError(f"--sampled: {args.vae} {what}; leave it out")
+    scale, shift = (1.0, 0.0) if vae is None else scale_and_shift(vae)
     kind = "sampled" if args.sampled else "moments" if has_posterior else "latents"
     return {
         "count": len(data),
         "dataset_checksum": dataset_checksum(data),
         "resolution": args.resolution,
         "crop": "center",
-        "vae_checksum": weights_checksum(vae.parameters()),
+        "vae_checksum": None if vae is None else weights_checksum(vae.parameters()),
         "vae_dtype": args.vae_dtype,
         "scaling_factor": scale,
         "shift_factor": shift,
@@ -214,6 +218,10 @@ def cache_config(args, data, vae, shape, encoders: list, layers: list) -> dict:
         ],
         "chunk_rows": args.chunk_rows,
     }
+
+
+def has_moments(vae) -> bool:
+    return encode_moments(vae, torch.zeros(1, 3, 128, 128, device=vae.device))[1] is not None
 
 
 def dataset_checksum(data, sample: int = 256) -> int:
@@ -242,7 +250,7 @@ def write_chunks(writer: CacheWriter, data, encode: BatchEncoder, num_workers: i
         batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=as_is,
-        pin_memory=encode.vae.device.type == "cuda",
+        pin_memory=encode.device.type == "cuda",
     )
     many, rank = writer.state.num_processes > 1, writer.state.process_index
     progress = tqdm(
@@ -517,7 +525,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     g.add_argument("--cache_dir", help="where downloads go")
     g.add_argument("--resolution", type=int, default=256, help="side of ADM's centre crop in pixels")
     g = p.add_argument_group("what is kept")
-    g.add_argument("--vae", required=True, help="diffusers autoencoder, Hub name or folder")
+    g.add_argument("--vae", required=True, help="diffusers autoencoder, Hub name or folder; `none` keeps pixels")
     g.add_argument(
         "--vae_dtype",
         choices=["float32", "bfloat16", "float16"],
@@ -573,8 +581,10 @@ def parse_args(argv: list[str] | None = None, prog: str = "python -m diffusers_v
         return args
     if (args.dataset_name is None) == (args.train_data_dir is None):
         parser.error("give either --dataset_name or --train_data_dir")
-    if args.vae == "none":
-        parser.error("--vae none: a cache holds latents; to train on pixels give train_vrpo.py the images")
+    if args.vae == "none" and not args.encoder:
+        parser.error("--vae none: a cache of pixels is for encoder features; give --encoder, or train from the images")
+    if args.vae == "none" and args.vae_dtype != "float32":
+        parser.error(f"--vae_dtype {args.vae_dtype} is of an autoencoder; leave it out with --vae none")
     if args.encoder_layer and not args.encoder:
         parser.error("--encoder_layer goes with --encoder only; leave it out")
     if args.seed and not args.sampled:

@@ -21,7 +21,7 @@ from .arguments import as_id
 from .errors import InputError
 from .evaluate import merge_moments
 from .evaluation import RunningMoments, frechet_distance
-from .image_features import encoder_checksum, load_image_encoder
+from .image_features import encoder_checksum, load_image_encoder, pooled_features
 from .interruption import Interruption
 from .latent_cache import LatentCache
 from .latents import ORDER, first_readable, random_stream, resize_and_crop
@@ -193,7 +193,7 @@ class Validation:
             if images is None:
                 moments.update(torch.full((1, dim), math.nan, device=device))
             else:
-                moments.update(self.judge(torch.from_numpy(images).permute(0, 3, 1, 2).to(device))["pool"])
+                moments.update(pooled_features(self.judge, torch.from_numpy(images).permute(0, 3, 1, 2)))
         moments = merge_moments(moments, dim, self.accelerator)
         return moments.mean, moments.covariance
 

@@ -1,0 +1,177 @@
+#!/usr/bin/env python
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+r"""Judge one finished run of a yardstick; `run.py` calls this.
+
+    python benchmarks/yardstick/judge.py cpu --run outputs/yardstick/cpu/runs/repa-1a2b3c4d-0 --output judged.json
+
+Samples of the averaged weights, unguided, every class as often, are set against training and validation images:
+    Fréchet distance, recall and coverage in the features of an encoder that no reward or target uses;
+    sliced Wasserstein distance of the pixels, which uses no learned features at all;
+and a linear probe reads the class off the block that REPA aligns.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from recipe import Recipe, load_recipe
+from safetensors.torch import load_file, save_file
+from subset import SPLITS, packed
+from training_run import add_common_options, check_common
+
+from diffusers_vrpo.arguments import OneLineErrorParser
+from diffusers_vrpo.errors import InputError
+from diffusers_vrpo.evaluation import (
+    density_coverage,
+    frechet_distance,
+    linear_probe,
+    mean_and_covariance,
+    precision_recall,
+)
+from diffusers_vrpo.image_features import load_image_encoder, pooled_features
+from diffusers_vrpo.latents import NOISE, decode_image, load_image_dataset, random_stream, resize_and_crop
+from diffusers_vrpo.pipeline_vrpo import VRPOPipeline
+from diffusers_vrpo.probing import block_features
+from diffusers_vrpo.representation_policy import alignment_layers
+from diffusers_vrpo.sample import sample_batch
+
+
+def sliced_wasserstein(x: torch.Tensor, y: torch.Tensor, projections: int = 512, seed: int = 0) -> float:
+    """The root of the mean over random directions of the squared 2-Wasserstein distance of the projected sets.
+
+    In one dimension that distance is the one of the quantiles, of which as many are compared as the smaller set has.
+
+    Args:
+        x, y: `[M, D]` and `[N, D]`, float32 on one device.
+    """
+    directions = torch.randn(x.shape[1], projections, generator=torch.Generator().manual_seed(seed)).to(x)
+    directions = directions / directions.norm(dim=0)
+    count = min(len(x), len(y))
+    levels = (torch.arange(count, device=x.device) + 0.5) / count
+    quantiles = []
+    for values in (x, y):
+        ordered = (values @ directions).sort(dim=0).values
+        place = (levels * len(values) - 0.5).clamp(0, len(values) - 1)
+        low, share = place.floor().long(), (place - place.floor())[:, None]
+        high = (low + 1).clamp(max=len(values) - 1)
+        quantiles.append((1 - share) * ordered[low] + share * ordered[high])
+    return (quantiles[0] - quantiles[1]).square().mean().sqrt().item()
+
+
+def flat_pixels(images: torch.Tensor) -> torch.Tensor:
+    """uint8 `[N,3,H,W]` -> float32 `[N, 3 H W]` in [0, 1]."""
+    return images.flatten(1).float() / 255
+
+
+def spread_rows(total: int, count: int) -> np.ndarray:
+    """`count` of `total` rows, evenly spread; all where there are fewer."""
+    count = min(count, total)
+    return np.arange(count) * total // count
+
+
+def make_references(recipe: Recipe, work: Path) -> dict[str, torch.Tensor]:
+    """Images uint8 `[N,3,R,R]`, labels and features of the judge, of both splits; kept in a file.
+
+    Of the training images `reference_images`, evenly spread; features are of these, mean and covariance as well.
+    """
+    file = work / "references.safetensors"
+    if file.exists():
+        return load_file(file)
+    encoder = load_image_encoder(packed(work / "packed", recipe.judge), device=default_device(), option="judge")
+    tensors = {}
+    for split in SPLITS:
+        data, _, _ = load_image_dataset(str(work / "packed" / "data"), split=split)
+        rows = spread_rows(len(data), recipe.reference_images if split == "train" else len(data))
+        records = data[rows.tolist()]
+        images = [resize_and_crop(decode_image(image), recipe.train["resolution"]) for image in records["image"]]
+        images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+        tensors[f"{split}_images"], tensors[f"{split}_labels"] = images, torch.tensor(records["label"][:])
+        tensors[f"{split}_features"] = pooled_features(encoder, images).cpu()
+    partial = file.with_suffix(".tmp")
+    save_file(tensors, partial)
+    partial.replace(file)
+    return tensors
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def draw(recipe: Recipe, pipeline: VRPOPipeline, seed: int) -> torch.Tensor:
+    """Samples, uint8 `[N,3,R,R]` on the CPU. Their noise is not that of the curve's."""
+    pipeline.set_progress_bar_config(disable=True)
+    count, num_classes = recipe.final_samples, pipeline.transformer.config.num_classes
+    options = {"num_inference_steps": recipe.train["num_inference_steps"], "guidance_scale": 1.0}
+    size, parts = (256 if default_device().type == "cuda" else 32), []
+    for start in range(0, count, size):
+        indices = range(start, min(start + size, count))
+        labels = [i * num_classes // count for i in indices]
+        parts.append(torch.from_numpy(sample_batch(pipeline, indices, labels, 10**6 + seed, options)))
+    return torch.cat(parts).permute(0, 3, 1, 2).contiguous()
+
+
+def probe(recipe: Recipe, pipeline: VRPOPipeline, references: dict) -> float:
+    """Accuracy on validation images of a linear probe after the block that `early` means, the same for every arm."""
+    block = alignment_layers("early", len(pipeline.transformer.transformer_blocks))[0] - 1
+    features, first = [], 0
+    for split in SPLITS:
+        images = references[f"{split}_images"].float() / 127.5 - 1
+        streams = (random_stream(0, first + i, NOISE) for i in range(len(images)))
+        noise = np.stack([stream.standard_normal(images.shape[1:], dtype=np.float32) for stream in streams])
+        first += len(images)
+        of_blocks = block_features(pipeline.transformer, images, torch.from_numpy(noise), recipe.probe_timestep)
+        features += [of_blocks[:, block], references[f"{split}_labels"]]
+    return linear_probe(*features)[0]
+
+
+def judge(recipe: Recipe, work: Path, run: Path, seed: int) -> dict:
+    """Everything that is measured on a finished run.
+
+    Raises:
+        InputError: where samples are not finite.
+    """
+    references, device = make_references(recipe, work), default_device()
+    pipeline = VRPOPipeline.from_pretrained(run)
+    pipeline.transformer.eval().requires_grad_(False).to(device)
+    images = draw(recipe, pipeline, seed)
+    encoder = load_image_encoder(packed(work / "packed", recipe.judge), device=device, option="judge")
+    features = pooled_features(encoder, images).cpu()
+    moments = mean_and_covariance(features)
+    result = {"final_samples": len(images)}
+    for split in SPLITS:
+        reference = references[f"{split}_features"]
+        result[f"fd_{split}"] = frechet_distance(*mean_and_covariance(reference), *moments)
+        pixels = flat_pixels(references[f"{split}_images"])
+        result[f"sliced_wasserstein_{split}"] = sliced_wasserstein(pixels, flat_pixels(images))
+    result["precision"], result["recall"] = precision_recall(references["train_features"], features)
+    result["density"], result["coverage"] = density_coverage(references["train_features"], features)
+    return result | {"probe_accuracy": probe(recipe, pipeline, references)}
+
+
+def main(argv: list[str] | None = None):
+    parser = OneLineErrorParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_options(parser)
+    parser.add_argument("--run", type=Path, help="output folder of the run; without it only the references are made")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
+    parser.add_argument("--output", type=Path, help="JSON file with the numbers")
+    args = parser.parse_args(argv)
+    check_common(parser, args, "")
+    recipe = load_recipe(args.size)
+    work = args.work / recipe.name
+    if args.run is None:
+        make_references(recipe, work)
+        return
+    text = json.dumps(judge(recipe, work, args.run, args.seed), allow_nan=False)
+    print(text)
+    if args.output:
+        args.output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"judge.py: error: {error}")

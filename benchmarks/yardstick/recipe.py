@@ -1,0 +1,153 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""A yardstick's size as a YAML file, its arms, and how many steps each arm gets for the same wall time."""
+
+import dataclasses
+import json
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from diffusers_vrpo.errors import InputError, first_line
+
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One size.
+
+    Attributes:
+        dataset, encoder, judge: folders inside the shared one, or `digits`; the judge makes no reward and no target.
+        classes: how many, spread over those of the data set.
+        train: options of `train_vrpo.py` that all arms share.
+        reference: the arm whose training sets the budget.
+        reference_steps: its steps. The budget is what they take, plus the encoder's features where `charge_features`.
+        charge_features: whether each aligned arm pays for the features of one pass over the data.
+        evaluations: points of the curve, the last one at the end; each of `curve_samples` samples.
+        final_samples: of the last judgement, which has more than the curve: recall, coverage, sliced Wasserstein.
+        reference_images: training images behind recall, coverage, sliced Wasserstein and the probe.
+        probe_timestep: t of the linear probe; 1 is noise.
+    """
+
+    name: str
+    dataset: str
+    classes: int
+    encoder: str
+    judge: str
+    train: dict
+    reference: str
+    reference_steps: int
+    charge_features: bool
+    evaluations: int
+    curve_samples: int
+    final_samples: int
+    reference_images: int
+    probe_timestep: float
+
+
+def read_yaml(path: Path) -> dict:
+    try:
+        found = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path} cannot be read ({first_line(error)}); give a file such as cpu.yaml") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} must map names to values")
+    return found
+
+
+def load_recipe(name: str) -> Recipe:
+    """A size by its name (`cpu`, `gpu`) or its file.
+
+    Raises:
+        InputError: for a file that is no recipe.
+    """
+    path = Path(name) if name.endswith(".yaml") else HERE / f"{name}.yaml"
+    values = {"name": path.stem} | read_yaml(path)
+    known = {field.name for field in dataclasses.fields(Recipe)}
+    if wrong := sorted(known ^ set(values)):
+        raise InputError(f"{path}: {wrong[0]} is {'missing' if wrong[0] in known else 'unknown'}")
+    return Recipe(**values)
+
+
+def load_arms(path: Path = HERE / "arms.yaml") -> dict[str, dict]:
+    """Options of each arm by its name; `stop` is a share of the budget, all others are those of `train_vrpo.py`."""
+    return read_yaml(path)
+
+
+def choose_arms(wanted: list[str] | None, recipe: Recipe) -> dict[str, dict]:
+    """The arms that are named, or all.
+
+    Raises:
+        InputError: for a name that is none.
+    """
+    arms = load_arms()
+    if unknown := [name for name in wanted or [] if name not in arms]:
+        raise InputError(f"--arms {unknown[0]} is none of {', '.join(arms)}")
+    if recipe.reference not in arms:
+        raise InputError(f"{recipe.name}: reference {recipe.reference} is none of {', '.join(arms)}")
+    return {name: arms[name] for name in wanted or arms}
+
+
+def aligned_flags(arm: dict) -> dict:
+    """Options of an arm while it aligns."""
+    return {name: value for name, value in arm.items() if name != "stop"}
+
+
+def cost_flags(arm: dict) -> dict:
+    """Options that the time of a step depends on, while the arm aligns."""
+    return {name: value for name, value in aligned_flags(arm).items() if name != "alignment_coeff"}
+
+
+def step_ratio(arm: dict, timing: dict) -> float | None:
+    """A step's time in steps of the reference; None where it was not measured."""
+    return next((timed["ratio"] for timed in timing["arms"] if timed["flags"] == cost_flags(arm)), None)
+
+
+def equal_compute(recipe: Recipe, arm: dict, name: str, timing: dict) -> dict:
+    """Steps of an arm that take as long as the reference's, and the step at which it stops to align.
+
+    With r a step's time in steps of the reference, F the features' and B = N (+ F) the budget:
+    N_arm = (B - F [aligned]) / r_arm; with a stop after the share f of that, f (B - F) / r_arm + (1 - f) (B - F) / r_none.
+
+    Args:
+        timing: of the size, as `timing.py` writes it.
+
+    Returns:
+        `steps`, `alignment_stop_step` (or None), and `nominal_seconds`: `(step, seconds)` points of a piecewise linear cost.
+
+    Raises:
+        InputError: for an arm that was not timed.
+    """
+    ratio, plain = step_ratio(arm, timing), step_ratio({"objective": "none"}, timing)
+    for each, found in ((name, ratio), ("none", plain if "stop" in arm else 1.0)):
+        if found is None:
+            raise InputError(
+                f"arm {each} has no time in {timing['file']}; run `timing.py {recipe.name} --arms {each}`"
+            )
+    second = timing["reference_seconds"]
+    features = timing["features_seconds"] / second if recipe.charge_features else 0.0
+    spent = features if arm["objective"] != "none" else 0.0
+    budget = recipe.reference_steps + features - spent
+    share = arm.get("stop", 1.0)
+    aligned = round(share * budget / ratio)
+    after = round((1 - share) * budget / plain) if "stop" in arm else 0
+    points = [(0, spent * second), (aligned, (spent + aligned * ratio) * second)]
+    if after:
+        points.append((aligned + after, points[-1][1] + after * plain * second))
+    return {
+        "steps": aligned + after,
+        "alignment_stop_step": aligned if "stop" in arm else None,
+        "nominal_seconds": points,
+    }
+
+
+def recipe_hash(recipe: Recipe, arm: dict, plan: dict) -> str:
+    """Names everything that a result depends on but the seed: equal for equal recipes only."""
+    values = dataclasses.asdict(recipe)
+    for name in ("reference", "reference_steps", "charge_features"):  # the plan has what follows from these
+        del values[name]
+    parts = [values, aligned_flags(arm), plan["steps"], plan["alignment_stop_step"]]
+    return f"{zlib.crc32(json.dumps(parts, sort_keys=True).encode()):08x}"

@@ -1,0 +1,332 @@
+#!/usr/bin/env python
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+r"""Does VRPO beat REPA at equal compute? Train arms x seeds of a size, judge them, append a line each to the results.
+
+    python benchmarks/yardstick/timing.py cpu --arms none repa vrpo
+    python benchmarks/yardstick/run.py cpu --arms none repa vrpo --seeds 0 1 2 --workers 2
+    python benchmarks/yardstick/table.py cpu
+
+Runs that are in `results-SIZE.jsonl` are left out; what was stopped (Ctrl-C, SIGTERM, `--time_limit_s`) goes on when the same
+command is given again. How equal compute is meant: README.md.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import diffusers
+import judge
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState
+from recipe import HERE, Recipe, aligned_flags, choose_arms, equal_compute, load_recipe, recipe_hash
+from subset import pack
+from timing import read_timing
+from training_run import (
+    ROOT,
+    TRAIN_SCRIPT,
+    add_common_options,
+    check_common,
+    make_cache,
+    make_moments,
+    train_argv,
+    train_script,
+)
+
+from diffusers_vrpo.arguments import OneLineErrorParser
+from diffusers_vrpo.errors import InputError
+from diffusers_vrpo.training import list_checkpoints, read_metrics
+
+
+GRACE = 60  # seconds for a run to save where it is
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Results
+
+
+def read_results(path: Path) -> list[dict]:
+    """The lines of a results file; one that a kill cut short is left out."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines
+
+
+def append_result(path: Path, line: dict):
+    """Adds a line, whole, also after one that was cut short and while other processes do the same."""
+    with path.open("a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        end = file.seek(0, os.SEEK_END)
+        if end:
+            file.seek(end - 1)
+        whole = not end or file.read(1) == b"\n"
+        file.write(b"" if whole else b"\n")
+        file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def commit() -> str:
+    """The checkout's commit, with + where files differ from it; `unknown` outside a checkout."""
+    try:
+        options = {"cwd": ROOT, "capture_output": True, "text": True, "check": True}
+        found = subprocess.run(["git", "rev-parse", "HEAD"], **options).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **options).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found + ("+" if changed else "")
+
+
+def versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "transformers": importlib.metadata.version("transformers"),
+    }
+
+
+def result_line(job: dict, recipe: Recipe, folder: Path) -> dict:
+    """What a finished, judged run adds to the table."""
+    rows = read_metrics(folder / "metrics.jsonl")
+    metric = next(name for row in rows for name in row if name.startswith("validation/fd_"))
+    last = [row for row in rows if "train_seconds" in row][-1]
+    starts = [json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines()]
+    at, flops = zip((0, 0.0), *((row["step"], row["train_flops"]) for row in rows if "train_flops" in row))
+    curve = [[row["step"], row[metric]] for row in rows if metric in row]
+    return {
+        "size": recipe.name,
+        "arm": job["arm"],
+        "seed": job["seed"],
+        "recipe": job["hash"],
+        "flags": job["flags"],
+        "steps": job["plan"]["steps"],
+        "alignment_stop_step": job["plan"]["alignment_stop_step"],
+        "nominal_seconds": job["plan"]["nominal_seconds"],
+        "train_seconds": last["train_seconds"],
+        "train_flops": last["train_flops"],
+        "metric": metric,
+        "curve": curve,
+        "curve_flops": [float(np.interp(step, at, flops)) for step, _ in curve],
+        **json.loads((folder / "judged.json").read_text()),
+        "parameters": starts[-1]["parameters"],
+        "hardware": sorted({start["hardware"] for start in starts}),
+        "versions": versions(),
+        "commit": commit(),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def plan_jobs(recipe: Recipe, arms: dict[str, dict], seeds: list[int], timing: dict, done: list[dict]) -> list[dict]:
+    """Runs that are not in `done`, all arms of a seed before the next seed.
+
+    Raises:
+        InputError: for an arm without a time.
+    """
+    known = {(line["recipe"], line["seed"]) for line in done}
+    jobs = []
+    for seed in seeds:
+        for name, arm in arms.items():
+            plan = equal_compute(recipe, arm, name, timing)
+            key = recipe_hash(recipe, arm, plan)
+            job = {"arm": name, "seed": seed, "hash": key, "flags": aligned_flags(arm), "plan": plan}
+            if (key, seed) not in known:
+                jobs.append(job)
+    return jobs
+
+
+class Workers:
+    """Runs jobs side by side, each in processes of its own, until they are done or the time is over."""
+
+    def __init__(self, args: argparse.Namespace, recipe: Recipe):
+        self.args, self.recipe, self.work = args, recipe, args.work / recipe.name
+        self.processes: set[subprocess.Popen] = set()
+        self.lock, self.stopping = threading.Lock(), threading.Event()
+
+    def train(self, argv: list[str], log: Path) -> bool:
+        """Whether train_vrpo.py came to its end, in a process of its own or, with `--workers 0`, here."""
+        if self.args.workers:
+            return self.call([sys.executable, str(TRAIN_SCRIPT), *argv], log)
+        if self.stopping.is_set():
+            return False
+        AcceleratorState._reset_state(reset_partial_state=True)
+        train_script().main(train_script().parse_args(argv))
+        return True
+
+    def judge(self, folder: Path, seed: int, output: Path, log: Path) -> bool:
+        """The same for judge.py."""
+        argv = [self.args.size, "--run", str(folder), "--seed", str(seed), "--work", str(self.args.work)]
+        argv += ["--output", str(output)]
+        if self.args.workers:
+            return self.call([sys.executable, str(HERE / "judge.py"), *argv], log)
+        judge.main(argv)
+        return True
+
+    def stop(self):
+        """Every run saves where it is; none starts."""
+        self.stopping.set()
+        with self.lock:
+            for process in self.processes:
+                process.terminate()
+
+    def call(self, command: list[str], log: Path) -> bool:
+        """Whether a command ended well; False as well when all are to stop."""
+        threads = {"OMP_NUM_THREADS": str(self.args.threads)} if self.args.threads else {}
+        paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+        environment = os.environ | threads | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        with log.open("ab") as file:
+            with self.lock:
+                if self.stopping.is_set():
+                    return False
+                process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+                self.processes.add(process)
+            code = process.wait()
+        with self.lock:
+            self.processes.discard(process)
+        if code and not self.stopping.is_set():
+            tail = log.read_text(errors="replace").strip().splitlines()[-1:]
+            print(
+                f"{log.parent.name}: exit status {code}: {''.join(tail)[-300:]} (see {log})",
+                file=sys.stderr,
+                flush=True,
+            )
+        return code == 0
+
+    def run(self, job: dict) -> bool:
+        """Trains, judges and records; whether it came to its end."""
+        folder = self.work / "runs" / f"{job['arm']}-{job['hash']}-{job['seed']}"
+        folder.mkdir(parents=True, exist_ok=True)
+        log, trained, judged = folder / "log.txt", folder / "trained", folder / "judged.json"
+        if not trained.exists():
+            moments = make_moments(self.recipe, self.work)
+            shutil.copyfile(moments, folder / moments.name)
+            argv = train_argv(self.recipe, job["flags"], job["plan"], job["seed"], self.work, folder)
+            if not self.train(argv, log):
+                return False
+            trained.touch()
+        if not judged.exists():
+            partial = folder / "judged.tmp"
+            if not self.judge(folder, job["seed"], partial, log):
+                return False
+            partial.replace(judged)
+        line = result_line(job, self.recipe, folder)
+        append_result(self.args.results / f"results-{self.recipe.name}.jsonl", line)
+        for checkpoint in list_checkpoints(folder):
+            shutil.rmtree(checkpoint)
+        print(
+            f"{job['arm']}, seed {job['seed']}: {line['steps']} steps, {line['train_seconds']:.0f} s, Fréchet distance "
+            f"{line['fd_train']:.1f} (training images), {line['fd_validation']:.1f} (validation)",
+            flush=True,
+        )
+        return True
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = OneLineErrorParser(
+        prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_common_options(parser)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        help="runs side by side, each in its own process (default: 1); 0 is one by one in this one",
+    )
+    parser.add_argument("--threads", type=int, help="of each run (default: 1 without a GPU, else torch's)")
+    parser.add_argument("--time_limit_s", type=float, help="save and leave after this many seconds")
+    parser.add_argument("--prepare_only", action="store_true", help="pack data and encoders, to carry them elsewhere")
+    parser.add_argument("--dry_run", action="store_true", help="show what would be trained for how long")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the number of runs that are still to be done."""
+    start = time.monotonic()
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    check_common(parser, args, "threads time_limit_s")
+    if args.workers < 0:
+        parser.error(f"--workers {args.workers} must be at least 0")
+    if args.time_limit_s is not None and args.time_limit_s <= GRACE:
+        parser.error(f"--time_limit_s {args.time_limit_s:g} must be above {GRACE}, which runs get to save")
+    if args.threads is None and not torch.cuda.is_available():
+        args.threads = 1
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    recipe = load_recipe(args.size)
+    arms = choose_arms(args.arms, recipe)
+    work, results = args.work / recipe.name, args.results / f"results-{recipe.name}.jsonl"
+    if args.prepare_only:
+        pack(recipe, args.shared, work / "packed")
+        print(f"packed {recipe.name} in {work / 'packed'}")
+        return 0
+    timing = read_timing(recipe, args.results)
+    jobs = plan_jobs(recipe, arms, args.seeds, timing, read_results(results))
+    print(f"{len(jobs)} of {len(arms) * len(args.seeds)} runs to do", flush=True)
+    for job in jobs if args.dry_run else []:
+        plan = job["plan"]
+        stop = f", aligned until {plan['alignment_stop_step']}" if plan["alignment_stop_step"] else ""
+        print(f"{job['arm']}, seed {job['seed']}: {plan['steps']} steps, {plan['nominal_seconds'][-1][1]:.0f} s{stop}")
+    if args.dry_run or not jobs:
+        return len(jobs)
+    pack(recipe, args.shared, work / "packed")
+    make_cache(recipe, work)
+    judge.make_references(recipe, work)
+    make_moments(recipe, work)
+
+    workers = Workers(args, recipe)
+
+    def leave(number, _):
+        workers.stop()
+        if not args.workers:  # a training that can save has a handler of its own in place of this one
+            sys.exit(128 + number)
+
+    def time_is_over():
+        workers.stop()
+        if not args.workers:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    handlers = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
+    left = args.time_limit_s - GRACE - (time.monotonic() - start) if args.time_limit_s else threading.TIMEOUT_MAX
+    clock = threading.Timer(max(0, left), time_is_over)
+    clock.daemon = True
+    clock.start()
+    try:
+        if args.workers:
+            with ThreadPoolExecutor(args.workers) as pool:
+                list(pool.map(workers.run, jobs))
+        else:
+            with contextlib.suppress(SystemExit):  # after a signal
+                list(map(workers.run, jobs))
+    finally:
+        clock.cancel()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    undone = len(plan_jobs(recipe, arms, args.seeds, timing, read_results(results)))
+    print(f"{len(jobs) - undone} runs done, {undone} left; results in {results}", flush=True)
+    return undone
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(1 if main() else 0)
+    except InputError as error:
+        sys.exit(f"run.py: error: {error}")

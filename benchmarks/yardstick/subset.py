@@ -1,0 +1,65 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""What a yardstick needs in one small folder: some classes of a data set, and the two encoders."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+from datasets import ClassLabel, Image
+
+from diffusers_vrpo.errors import InputError
+from diffusers_vrpo.latents import load_image_dataset
+
+
+SPLITS = ("train", "validation")
+
+
+def write_subset(dataset_name: str, num_classes: int, folder: Path) -> dict[str, int]:
+    """Writes `num_classes` classes, spread evenly over all, with new ids: parquet files of both splits, images as they are.
+
+    Returns:
+        images of each split.
+
+    Raises:
+        InputError: where the data set has not that many classes, or lacks a split.
+    """
+    counts = {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in SPLITS:
+        data, names, total = load_image_dataset(dataset_name, split=split)
+        if total < num_classes:
+            raise InputError(f"classes: {num_classes} of {dataset_name}, which has {total}; take fewer")
+        kept = np.arange(num_classes) * total // num_classes
+        labels = np.asarray(data["label"][:])
+        rows = np.flatnonzero(np.isin(labels, kept))
+        part = data.select(rows).remove_columns("label")
+        new_ids = ClassLabel(names=[names[old] if names else str(old) for old in kept.tolist()])
+        part = part.add_column("label", np.searchsorted(kept, labels[rows])).cast_column("label", new_ids)
+        part = part.cast_column("image", Image())
+        part.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+        counts[split] = len(part)
+    return counts
+
+
+def pack(recipe, shared: Path, folder: Path):
+    """Data and encoders of a recipe as `data/` and `encoders/` in `folder`; what is there already stays.
+
+    Raises:
+        InputError: where `shared` has not what the recipe names.
+    """
+    if (folder / "data" / "validation-00000-of-00001.parquet").exists():
+        return
+    for name in (recipe.encoder, recipe.judge):
+        if name == "digits":
+            continue
+        source = shared / name
+        if not source.is_dir():
+            raise InputError(f"--shared {shared} has no {name}; name the folder that holds it (or set VRPO_SHARED)")
+        shutil.copytree(source, folder / name, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    dataset = "digits" if recipe.dataset == "digits" else str(shared / recipe.dataset)
+    write_subset(dataset, recipe.classes, folder / "data")
+
+
+def packed(folder: Path, name: str) -> str:
+    """What to give as the name of an encoder that was packed."""
+    return name if name == "digits" else str(folder / name)

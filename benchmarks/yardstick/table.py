@@ -1,0 +1,148 @@
+#!/usr/bin/env python
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+r"""The table and the plots of a yardstick, from its results file alone.
+
+    python benchmarks/yardstick/table.py cpu
+
+Prints the table and writes it, `report.html` and the plots (quality against steps, time and FLOPs; last values) to
+`outputs/yardstick/SIZE/report`. Seconds are nominal ones: steps times what `timing.py` measured, since runs side by side slow
+one another down; those that were spent are in the results file.
+"""
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import yaml
+from recipe import choose_arms, equal_compute, load_recipe, recipe_hash
+from run import read_results
+from timing import read_timing
+from training_run import add_common_options, check_common
+
+from diffusers_vrpo import report
+from diffusers_vrpo.arguments import OneLineErrorParser
+from diffusers_vrpo.errors import InputError
+from diffusers_vrpo.run_comparison import spread
+
+
+COLUMNS = {
+    "fd_train": "FD, training images",
+    "fd_validation": "FD, validation images",
+    "recall": "recall",
+    "coverage": "coverage",
+    "sliced_wasserstein_train": "sliced Wasserstein",
+    "probe_accuracy": "probe",
+}
+
+
+def group_lines(lines: list[dict], hashes: dict[str, str]) -> dict[str, list[dict]]:
+    """The lines of each arm by seed, those of the current recipe only; a seed counts once."""
+    arms = {}
+    for name, key in hashes.items():
+        found = {line["seed"]: line for line in lines if line["recipe"] == key}
+        if found:
+            arms[name] = [found[seed] for seed in sorted(found)]
+    return arms
+
+
+def in_std(arm: list[float], base: list[float]) -> float | None:
+    """Difference of the means in pooled standard deviations over seeds; None where no arm has two seeds."""
+    freedom = len(arm) + len(base) - 2
+    squares = sum((len(values) - 1) * statistics.variance(values) for values in (arm, base) if len(values) > 1)
+    pooled = (squares / freedom) ** 0.5 if freedom else 0.0
+    return (statistics.mean(arm) - statistics.mean(base)) / pooled if pooled else None
+
+
+def table_rows(arms: dict[str, list[dict]], reference: str) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows: mean ± standard deviation over seeds, and the difference of FD to the reference."""
+    head = ["arm", "seeds", "steps", "seconds", "FLOPs", *COLUMNS.values(), f"FD against {reference}", "in std"]
+    rows = []
+    for name, lines in arms.items():
+        values = {key: [line[key] for line in lines] for key in COLUMNS}
+        row = [name, str(len(lines)), f"{lines[0]['steps']:,}", f"{lines[0]['nominal_seconds'][-1][1]:.0f}"]
+        row.append(report.flop_count(statistics.mean(line["train_flops"] for line in lines)))
+        row += [report.number(statistics.mean(each), spread(each)) for each in values.values()]
+        if name == reference or reference not in arms:
+            row += ["–", "–"]
+        else:
+            base = [line["fd_train"] for line in arms[reference]]
+            gap = in_std(values["fd_train"], base)
+            row.append(f"{statistics.mean(values['fd_train']) - statistics.mean(base):+.1f}")
+            row.append("–" if gap is None else f"{gap:+.1f}")
+        rows.append(row)
+    return head, rows
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def write_run(line: dict, folder: Path):
+    """A result as the folder of a run, for `diffusers_vrpo.report`; seconds are the nominal ones."""
+    folder.mkdir(parents=True)
+    options = line["flags"] | {"seed": line["seed"], "fd_encoder": line["metric"].removeprefix("validation/fd_")}
+    (folder / "train_config.yaml").write_text(yaml.safe_dump(options))
+    at, seconds = zip(*line["nominal_seconds"])
+    rows = [
+        {
+            "step": step,
+            line["metric"]: value,
+            "train_seconds": float(np.interp(step, at, seconds)),
+            "train_flops": flops,
+        }
+        for (step, value), flops in zip(line["curve"], line["curve_flops"])
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    start = {"step": 0, "hardware": " / ".join(line["hardware"]), "parameters": line["parameters"]}
+    (folder / "starts.jsonl").write_text(json.dumps(start | {"projector_parameters": None}) + "\n")
+
+
+def write_plots(arms: dict[str, list[dict]], reference: str, output_dir: Path) -> list[str]:
+    """The report of these results; gives its sentences about speed-up."""
+    with tempfile.TemporaryDirectory() as temporary:
+        chosen = []
+        for i, (name, lines) in enumerate(arms.items()):
+            folders = [Path(temporary) / str(i) / str(line["seed"]) for line in lines]
+            for line, folder in zip(lines, folders):
+                write_run(line, folder)
+            chosen.append(f"{name}={','.join(map(str, folders))}")
+        options = ["--arms", *chosen, "--metric", next(iter(arms.values()))[0]["metric"]]
+        options += ["--baseline", reference] if reference in arms else []
+        args = report.build_parser("table.py").parse_args(options)
+        found, grids = report.collect(args)
+        report.write_report(found, grids, output_dir)
+    return found["sentences"]
+
+
+def main(argv: list[str] | None = None):
+    parser = OneLineErrorParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_options(parser)
+    args = parser.parse_args(argv)
+    check_common(parser, args, "")
+    recipe = load_recipe(args.size)
+    timing, hashes = read_timing(recipe, args.results), {}
+    for name, arm in choose_arms(args.arms, recipe).items():
+        with contextlib.suppress(InputError):  # not timed, so never run
+            hashes[name] = recipe_hash(recipe, arm, equal_compute(recipe, arm, name, timing))
+    arms = group_lines(read_results(args.results / f"results-{recipe.name}.jsonl"), hashes)
+    if not arms:
+        raise InputError(f"results-{recipe.name}.jsonl has no run of this recipe; `run.py {args.size}` makes them")
+    text = markdown(*table_rows(arms, recipe.reference))
+    output_dir = args.work / recipe.name / "report"
+    output_dir.mkdir(parents=True, exist_ok=True)
+    sentences = write_plots(arms, recipe.reference, output_dir)
+    (output_dir / "table.md").write_text(text + "\n" + "\n".join(sentences) + "\n")
+    print(text + "\n" + "\n".join(sentences) + f"\nwrote table.md, report.html and the plots to {output_dir}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"table.py: error: {error}")

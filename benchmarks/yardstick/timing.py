@@ -1,0 +1,154 @@
+#!/usr/bin/env python
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+r"""Measure what a training step of each arm costs, in steps of the reference arm, and write it to `timing-SIZE.json`.
+
+    python benchmarks/yardstick/timing.py cpu --arms none repa vrpo
+
+Each round trains every arm for a few steps by train_vrpo.py itself, in random order in one process; a round's ratio is that
+arm's seconds a step over the reference's in the same round, and the median over rounds is kept. So what slows the machine
+for minutes slows both. The first steps of a burst are left out. Arms that have a time, and the same options, are kept.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState
+from recipe import HERE, Recipe, aligned_flags, choose_arms, cost_flags, load_recipe, step_ratio
+from subset import pack
+from training_run import add_common_options, check_common, make_cache, train_argv, train_script
+
+from diffusers_vrpo.arguments import OneLineErrorParser
+from diffusers_vrpo.errors import InputError
+from diffusers_vrpo.files import write_atomically
+from diffusers_vrpo.throughput import hardware_name
+from diffusers_vrpo.training import read_metrics
+
+
+def timing_file(recipe: Recipe, folder: Path = HERE) -> Path:
+    return folder / f"timing-{recipe.name}.json"
+
+
+def timed_options(recipe: Recipe) -> dict:
+    """What of a recipe the times are of."""
+    return {"classes": recipe.classes, "encoder": recipe.encoder, "reference": recipe.reference, "train": recipe.train}
+
+
+def read_timing(recipe: Recipe, folder: Path = HERE) -> dict:
+    """The file of a size; one without any time where there is none yet.
+
+    Raises:
+        InputError: where its times are of other options.
+    """
+    path = timing_file(recipe, folder)
+    found = {"file": path.name, "arms": []}
+    if path.exists():
+        found |= json.loads(path.read_text())
+        if found["options"] != timed_options(recipe):
+            raise InputError(
+                f"{path.name} is of other options than {recipe.name}; run `timing.py {recipe.name} --again`"
+            )
+    return found
+
+
+def burst(recipe: Recipe, arm: dict, work: Path, steps: int, skipped: int) -> float:
+    """Seconds a step, without the first `skipped` steps."""
+    folder = work / "timing"
+    shutil.rmtree(folder, ignore_errors=True)
+    plan = {"steps": skipped + steps, "alignment_stop_step": None}
+    few = {
+        "logging_steps": skipped,
+        "validation_steps": 10**6,
+        "checkpointing_steps": 10**6,
+        "num_validation_images": 1,
+        "validation_labels": ["0"],
+        "num_inference_steps": 1,
+        "fd_encoder": None,
+    }
+    AcceleratorState._reset_state(reset_partial_state=True)
+    script = train_script()
+    script.main(script.parse_args(train_argv(recipe, arm, plan, 0, work, folder, few)))
+    rows = [row for row in read_metrics(folder / "metrics.jsonl") if "train_seconds" in row]
+    seconds = {row["step"]: row["train_seconds"] for row in rows}
+    shutil.rmtree(folder)
+    if rows[-1].get("alignment_coeff") == 0:
+        raise InputError(
+            f"--steps {steps}: the gate closed within so few, and steps became cheaper; take another number"
+        )
+    return (seconds[skipped + steps] - seconds[skipped]) / steps
+
+
+def measure(recipe: Recipe, arms: dict[str, dict], work: Path, rounds: int, steps: int, skipped: int) -> dict:
+    """Seconds a step of each arm, a number for every round.
+
+    Raises:
+        InputError: where a run cannot work.
+    """
+    order, seconds = random.Random(0), {name: [] for name in arms}
+    for round_ in range(rounds):
+        for name in order.sample(list(arms), len(arms)):
+            seconds[name].append(burst(recipe, aligned_flags(arms[name]), work, steps, skipped))
+            print(f"round {round_ + 1} of {rounds}: {name} {seconds[name][-1]:.4f} s a step", flush=True)
+    return seconds
+
+
+def summarize(recipe: Recipe, arms: dict[str, dict], seconds: dict[str, list[float]], old: dict) -> dict:
+    """The content of the file: what was there, and medians over rounds of the ratio within a round."""
+    reference = np.array(seconds[recipe.reference])
+    first = {
+        "options": timed_options(recipe),
+        "reference_seconds": float(np.median(reference)),
+        "hardware": hardware_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "torch": torch.__version__,
+    }
+    known = list(old["arms"])
+    for name, values in seconds.items():
+        if step_ratio(arms[name], {"arms": known}) is None:
+            ratio = float(np.median(np.array(values) / reference))
+            known.append({"name": name, "flags": cost_flags(arms[name]), "ratio": ratio, "seconds": values})
+    # What is there stays: results of later sessions go on with the same steps.
+    return first | old | {"arms": known}
+
+
+def main(argv: list[str] | None = None):
+    parser = OneLineErrorParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_options(parser)
+    parser.add_argument("--rounds", type=int, default=5, help="bursts of every arm (default: 5)")
+    parser.add_argument("--steps", type=int, default=8, help="steps of a burst that count (default: 8)")
+    parser.add_argument("--skipped", type=int, default=3, help="steps of a burst before these (default: 3)")
+    parser.add_argument("--again", action="store_true", help="also the arms that have a time: their steps will change")
+    args = parser.parse_args(argv)
+    check_common(parser, args, "rounds steps skipped")
+    recipe = load_recipe(args.size)
+    work = args.work / recipe.name
+    old = {"arms": []} if args.again else read_timing(recipe, args.results)
+    arms = {}
+    for name, arm in choose_arms(args.arms, recipe).items():
+        if step_ratio(arm, {"arms": old["arms"]}) is None and cost_flags(arm) not in map(cost_flags, arms.values()):
+            arms[name] = arm
+    if not arms:
+        print(f"{timing_file(recipe, args.results)} has all of them")
+        return
+    # The reference takes part always, and under its own name.
+    reference = choose_arms([recipe.reference], recipe)
+    arms = reference | {n: a for n, a in arms.items() if cost_flags(a) != cost_flags(reference[recipe.reference])}
+    pack(recipe, args.shared, work / "packed")
+    old.setdefault("features_seconds", make_cache(recipe, work))
+    seconds = measure(recipe, arms, work, args.rounds, args.steps, args.skipped)
+    found = summarize(recipe, arms, seconds, old)
+    found.pop("file", None)
+    write_atomically(timing_file(recipe, args.results), (json.dumps(found, indent=1) + "\n").encode())
+    for timed in found["arms"]:
+        print(f"{timed['name']}: {timed['ratio']:.3f} of a step of {recipe.reference}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"timing.py: error: {error}")

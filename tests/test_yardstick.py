@@ -1,0 +1,219 @@
+"""The yardstick's driver on digits: equal compute by hand, finished runs, continued runs, the table's numbers."""
+
+import importlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from diffusers_vrpo.errors import InputError
+
+
+FOLDER = Path(__file__).parents[1] / "benchmarks" / "yardstick"
+MODEL = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "patch_size": 2}
+TIMING = {"reference_seconds": 0.2, "features_seconds": 0.4, "file": "timing-tiny.json", "arms": []}
+TIMING["arms"] += [{"name": "repa", "flags": {"objective": "repa"}, "ratio": 1.0}]
+TIMING["arms"] += [{"name": "none", "flags": {"objective": "none"}, "ratio": 0.5}]
+
+
+@pytest.fixture(scope="module")
+def yardstick():
+    """The modules by name; they import one another as scripts of one folder do."""
+    names = ["recipe", "subset", "training_run", "timing", "judge", "run", "table"]
+    sys.path.insert(0, str(FOLDER))
+    try:
+        yield type("Modules", (), {name: importlib.import_module(name) for name in names})
+    finally:
+        sys.path.remove(str(FOLDER))
+        for name in names:
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, yardstick):
+    """A recipe of two steps on three classes of digits, and a function that runs the driver on it."""
+    folder = tmp_path_factory.mktemp("yardstick")
+    (folder / "model.json").write_text(json.dumps(MODEL))
+    train = {"resolution": 8, "model_config": str(folder / "model.json"), "projector_dim": 16, "train_batch_size": 8}
+    train |= {"learning_rate": 1e-3, "ema_decay": 0.5, "num_inference_steps": 2, "num_validation_images": 1}
+    train |= {"logging_steps": 1, "dataloader_num_workers": 0, "mixed_precision": "no"}
+    recipe = {"dataset": "digits", "classes": 3, "encoder": "digits", "judge": "digits", "reference": "repa"}
+    recipe |= {"reference_steps": 2, "charge_features": False, "evaluations": 2, "curve_samples": 20}
+    recipe |= {"final_samples": 24, "reference_images": 40, "probe_timestep": 0.3, "train": train}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    options = {"classes": 3, "encoder": "digits", "reference": "repa", "train": train}
+    for name in ("tiny", "longer"):
+        (folder / f"timing-{name}.json").write_text(json.dumps(TIMING | {"options": options}))
+    places = [str(folder / "tiny.yaml"), "--work", str(folder / "work"), "--results", str(folder)]
+
+    def run(*options):
+        return yardstick.run.main([*places, "--workers", "0", *options])
+
+    run.folder, run.places, run.values = folder, places, recipe
+    return run
+
+
+def results(tiny) -> list[dict]:
+    return [json.loads(line) for line in (tiny.folder / "results-tiny.jsonl").read_text().splitlines()]
+
+
+def test_equal_compute_by_hand(yardstick, tiny):
+    recipe = yardstick.recipe.load_recipe(tiny.places[0])
+    recipe = yardstick.recipe.dataclasses.replace(recipe, reference_steps=100, charge_features=True)
+    arms = yardstick.recipe.load_arms()
+    weighted = {"objective": "repa", "timestep_weighting": "low_noise"}
+    timed = [
+        ("repa", {"objective": "repa"}, 1.0),
+        ("none", {"objective": "none"}, 0.8),
+        ("repa+w+stop", weighted, 1.25),
+    ]
+    timing = TIMING | {"arms": [dict(zip(("name", "flags", "ratio"), each)) for each in timed]}
+
+    def plan(name):
+        return yardstick.recipe.equal_compute(recipe, arms[name], name, timing)
+
+    # Features cost 0.4 s, two steps of the reference: the budget is 102 steps, of which aligned arms have 100.
+    assert plan("repa")["steps"] == 100
+    assert plan("none")["steps"] == round(102 / 0.8)
+    assert plan("none")["nominal_seconds"][0] == (0, 0.0)
+    # Half of the 100 at 1.25 each, the other half at 0.8.
+    stopped = plan("repa+w+stop")
+    assert (stopped["alignment_stop_step"], stopped["steps"]) == (40, 40 + round(50 / 0.8))
+    assert plan("repa-1.5")["steps"] == plan("repa")["steps"]  # the coefficient costs nothing
+    for name in ("repa", "none", "repa+stop", "repa+w+stop"):
+        assert plan(name)["nominal_seconds"][-1][1] == pytest.approx(102 * 0.2, rel=0.01)
+    with pytest.raises(InputError, match="arm vrpo has no time in timing-tiny.json; run `timing.py tiny --arms vrpo`"):
+        plan("vrpo")
+
+
+def test_recipe_hash_names_what_results_depend_on(yardstick, tiny):
+    recipe, module = yardstick.recipe.load_recipe(tiny.places[0]), yardstick.recipe
+    plan = {"steps": 2, "alignment_stop_step": None}
+    key = module.recipe_hash(recipe, {"objective": "repa"}, plan)
+    assert key == module.recipe_hash(recipe, {"objective": "repa"}, plan)
+    changed = module.dataclasses.replace(recipe, train=recipe.train | {"learning_rate": 2e-3})
+    others = [(changed, {"objective": "repa"}, plan), (recipe, {"objective": "none"}, plan)]
+    others += [(recipe, {"objective": "repa"}, plan | {"steps": 3})]
+    assert key not in [module.recipe_hash(*each) for each in others]
+    (tiny.folder / "wrong.yaml").write_text(yaml.safe_dump(tiny.values | {"clases": 3}))
+    with pytest.raises(InputError, match="wrong.yaml: clases is unknown"):
+        module.load_recipe(str(tiny.folder / "wrong.yaml"))
+    with pytest.raises(InputError, match="--arms nothing is none of none, repa"):
+        module.choose_arms(["nothing"], recipe)
+
+
+def test_two_arms_and_seeds_once(tiny, yardstick, capsys):
+    wanted = ["--arms", "none", "repa", "--seeds", "0", "1"]
+    assert tiny(*wanted, "--dry_run") == 4
+    assert "none, seed 0: 4 steps, 0 s" in capsys.readouterr().out
+    assert tiny(*wanted) == 0
+    lines = results(tiny)
+    assert [(line["arm"], line["seed"], line["steps"]) for line in lines] == [
+        ("none", 0, 4),
+        ("repa", 0, 2),
+        ("none", 1, 4),
+        ("repa", 1, 2),
+    ]
+    for line in lines:
+        assert [step for step, _ in line["curve"]] == ([2, 4] if line["arm"] == "none" else [1, 2])
+        assert line["fd_train"] > 0 and line["fd_validation"] > 0 and line["sliced_wasserstein_train"] > 0
+        assert 0 <= line["recall"] <= 1 and 0 <= line["coverage"] <= 1 and 0 <= line["probe_accuracy"] <= 1
+        assert line["train_seconds"] > 0 and line["train_flops"] > 0 and line["hardware"] and line["commit"]
+    # The moments of the training images are made by the first run, and used by the others.
+    assert (tiny.folder / "work" / "tiny" / "fd_reference.safetensors").exists()
+
+    # Again: nothing to do; with a line cut short that one only, and from where it was: judged, not trained.
+    assert tiny(*wanted) == 0 and len(results(tiny)) == 4
+    file = tiny.folder / "results-tiny.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines[:3]) + json.dumps(lines[3])[:50])
+    capsys.readouterr()
+    assert tiny(*wanted) == 0
+    assert "1 of 4 runs to do" in capsys.readouterr().out
+    again = yardstick.run.read_results(file)
+    assert again[3]["fd_train"] == lines[3]["fd_train"] and again[3]["train_seconds"] == lines[3]["train_seconds"]
+
+    # The table of these results.
+    yardstick.table.main(tiny.places)
+    text = capsys.readouterr().out
+    mean = np.mean([line["fd_train"] for line in lines if line["arm"] == "none"])
+    gap = mean - np.mean([line["fd_train"] for line in lines if line["arm"] == "repa"])
+    row = next(line for line in text.splitlines() if line.startswith("| none |"))
+    assert f"| {gap:+.1f} |" in row and "| 2 | 4 |" in row
+    written = tiny.folder / "work" / "tiny" / "report"
+    assert (written / "table.md").read_text().startswith("| arm | seeds |")
+    assert (written / "quality_vs_time.png").exists() and (written / "quality_vs_steps.svg").exists()
+
+
+def test_a_stopped_run_goes_on(tiny, yardstick):
+    recipe = tiny.folder / "longer.yaml"
+    recipe.write_text(yaml.safe_dump(tiny.values | {"reference_steps": 400, "evaluations": 1}))
+    options = [str(recipe), *tiny.places[1:], "--workers", "0", "--arms", "repa", "--seeds", "3"]
+    runs, sent = tiny.folder / "work" / "longer" / "runs", []
+
+    def interrupt():
+        while not (found := list(runs.glob("*/metrics.jsonl"))) or not found[0].stat().st_size:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+        sent.append(True)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    assert yardstick.run.main(options) == 1 and sent
+    assert not (tiny.folder / "results-longer.jsonl").exists()
+    assert yardstick.run.main(options) == 0
+    (line,) = yardstick.run.read_results(tiny.folder / "results-longer.jsonl")
+    assert line["steps"] == 400 and [step for step, _ in line["curve"]] == [400]
+    (folder,) = runs.iterdir()
+    starts = [json.loads(each)["step"] for each in (folder / "starts.jsonl").read_text().splitlines()]
+    assert len(starts) == 2 and 0 < starts[1] < 400
+    assert not list(folder.glob("checkpoint-*"))
+
+
+def test_timing_by_real_steps(tiny, yardstick):
+    results = tiny.folder / "timed"
+    results.mkdir()
+    places = [*tiny.places[:3], "--results", str(results)]
+    yardstick.timing.main([*places, "--arms", "none", "--rounds", "1", "--steps", "2", "--skipped", "1"])
+    found = json.loads((results / "timing-tiny.json").read_text())
+    assert [(timed["name"], timed["ratio"] == 1.0) for timed in found["arms"]] == [("repa", True), ("none", False)]
+    assert found["reference_seconds"] > 0 and found["features_seconds"] > 0
+    kept = (results / "timing-tiny.json").read_text()
+    yardstick.timing.main([*places, "--arms", "none"])
+    assert (results / "timing-tiny.json").read_text() == kept
+    recipe = yardstick.recipe.load_recipe(tiny.places[0])
+    other = yardstick.recipe.dataclasses.replace(recipe, train=recipe.train | {"train_batch_size": 4})
+    with pytest.raises(
+        InputError, match="timing-tiny.json is of other options than tiny; run `timing.py tiny --again`"
+    ):
+        yardstick.timing.read_timing(other, results)
+
+
+def test_difference_in_pooled_std_by_hand(yardstick):
+    # Variances 1 and 4 of three each: the pooled one is 2.5.
+    assert yardstick.table.in_std([9.0, 10.0, 11.0], [18.0, 20.0, 22.0]) == pytest.approx(-10 / 2.5**0.5)
+    assert yardstick.table.in_std([9.0], [10.0]) is None
+    line = {"steps": 10, "nominal_seconds": [[0, 0], [10, 5.0]], "train_flops": 2e12} | dict.fromkeys(
+        yardstick.table.COLUMNS, 0.5
+    )
+    arms = {"repa": [line | {"fd_train": 20.0}], "vrpo": [line | {"fd_train": 15.0}]}
+    head, rows = yardstick.table.table_rows(arms, "repa")
+    assert rows[1][:5] == ["vrpo", "1", "10", "5", "2 TFLOP"] and rows[1][-2:] == ["-5.0", "–"]
+    assert rows[0][-2:] == ["–", "–"] and len(head) == len(rows[0])
+
+
+def test_sliced_wasserstein_of_a_shift(yardstick):
+    generator = torch.Generator().manual_seed(0)
+    x, shift = torch.randn(400, 3, generator=generator), torch.tensor([3.0, 0.0, 0.0])
+    distance = yardstick.judge.sliced_wasserstein
+    assert distance(x, x) == 0
+    # Projected on a random direction u the shift is 3 u_1, whose mean square is 9 / 3.
+    assert distance(x, x + shift, projections=20_000) == pytest.approx(3**0.5, rel=0.02)
+    # A set and the same one twice have the same quantiles.
+    assert distance(x, torch.cat([x, x])) < 0.02

@@ -69,6 +69,7 @@ def burst(recipe: Recipe, arm: dict, work: Path, steps: int, skipped: int) -> fl
         "validation_labels": ["0"],
         "num_inference_steps": 1,
         "fd_encoder": None,
+        "num_fd_samples": None,
     }
     AcceleratorState._reset_state(reset_partial_state=True)
     script = train_script()

@@ -19,18 +19,23 @@ def gated(page: str) -> str:
     return f"it is gated; accept its terms at https://huggingface.co/{page} and run `hf auth login` (or set HF_TOKEN)"
 
 
+def causes(error: BaseException) -> list[BaseException]:
+    """An exception, and those that it came from."""
+    chain = [error]
+    while (parent := chain[-1].__cause__ or chain[-1].__context__) is not None and parent not in chain:
+        chain.append(parent)
+    return chain
+
+
 def hub_problem(error: BaseException, page: str) -> str | None:
     """Why the Hub did not give something, and what to do, from an exception or one that it came from; else None.
 
     Args:
         page: the address of what was asked for, below https://huggingface.co/.
     """
-    chain = [error]
-    while (parent := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(parent)
 
     def is_any(*types):
-        return any(isinstance(link, types) for link in chain)
+        return any(isinstance(link, types) for link in causes(error))
 
     if is_any(GatedRepoError):
         return gated(page)

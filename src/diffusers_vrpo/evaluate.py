@@ -47,7 +47,7 @@ from .image_features import POOLINGS, default_batch_size, encoder_checksum, load
 from .image_sets import ImageSet, npz_keys, open_images, read_npz
 from .inception import FIDInception
 from .latents import ORDER, as_is, random_stream
-from .prepare_latents import start_processes
+from .processes import start_processes
 from .sample_files import unfinished_samples
 
 

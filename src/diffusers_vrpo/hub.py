@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.repocard import metadata_load
 
 from .arguments import HelpFormatter, OneLineErrorParser
-from .errors import InputError, first_line
+from .errors import InputError, causes, first_line
 from .model_card import public_json, public_name, pushes_adapters_only, read_mapping, read_run, render_card
 
 
@@ -128,13 +128,6 @@ def outdated_files(there: list[str], files: dict[str, Path], folders: list[str],
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What can go wrong there
-
-
-def causes(error: BaseException) -> list[BaseException]:
-    chain = [error]
-    while (parent := chain[-1].__cause__ or chain[-1].__context__) is not None and parent not in chain:
-        chain.append(parent)
-    return chain
 
 
 def status_of(error: BaseException) -> int | None:

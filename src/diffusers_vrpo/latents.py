@@ -23,17 +23,13 @@ from PIL import Image as PILImage
 from PIL import ImageOps
 
 from .errors import UNKNOWN_TO_THE_HUB, InputError, first_line, gated, hub_problem
+from .random_streams import random_stream
 
 
 logger = get_logger(__name__)
 
 # Independent streams of one sample; a new purpose gets a new number, old runs stay reproducible.
 ORDER, SAMPLE, NOISE, POSTERIOR, TOKENS, ACTIONS, ROW_GROUPS, ROWS_OF_GROUP = range(8)
-
-
-def random_stream(seed: int, index: int, purpose: int) -> np.random.Generator:
-    """The counter-based generator (Philox) of (seed, index, purpose); streams of different keys do not overlap."""
-    return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, index, 0]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

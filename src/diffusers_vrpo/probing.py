@@ -39,7 +39,7 @@ from .latents import (
     random_stream,
 )
 from .pipeline_vrpo import VRPOPipeline
-from .prepare_latents import start_processes
+from .processes import start_processes
 
 
 logger = logging.getLogger("probe")

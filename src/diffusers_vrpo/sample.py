@@ -45,6 +45,7 @@ from .errors import InputError, first_line, hub_problem
 from .initialization import public_config, weights_checksum
 from .pipeline_vrpo import VRPOPipeline
 from .processes import start_processes
+from .random_streams import random_stream
 from .sample_files import SampleFolder, cannot_write
 from .scheduling_sit_sde import SiTSDEScheduler
 
@@ -64,14 +65,9 @@ START, STEPS, LABEL = 100, 101, 102
 # What is drawn for image i
 
 
-def stream(seed: int, index: int, purpose: int) -> np.random.Generator:
-    """The counter-based generator (Philox) of (seed, index, purpose); streams of different keys do not overlap."""
-    return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, index, 0]))
-
-
 def start_noise(seed: int, index: int, shape: tuple[int, int, int]) -> torch.Tensor:
     """The noise that image `index` starts from, float32 `[C,H,W]` on the CPU."""
-    return torch.from_numpy(stream(seed, index, START).standard_normal(shape, dtype=np.float32))
+    return torch.from_numpy(random_stream(seed, index, START).standard_normal(shape, dtype=np.float32))
 
 
 def step_generator(seed: int, index: int) -> torch.Generator:
@@ -79,7 +75,7 @@ def step_generator(seed: int, index: int) -> torch.Generator:
 
     torch's takes 32 bits of a seed: counting from a place that `seed` chooses, no two images of a run get the same.
     """
-    first = int(stream(seed, 0, STEPS).integers(2**32))
+    first = int(random_stream(seed, 0, STEPS).integers(2**32))
     return torch.Generator().manual_seed((first + index) % 2**32)
 
 
@@ -87,7 +83,7 @@ def image_label(seed: int, index: int, labels: list[int], class_balance: str) ->
     """The class of image `index`: `labels` in turn (`"balanced"`), or one of them drawn (`"random"`)."""
     if class_balance == "balanced":
         return labels[index % len(labels)]
-    return labels[stream(seed, index, LABEL).integers(len(labels))]
+    return labels[random_stream(seed, index, LABEL).integers(len(labels))]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -45,7 +45,14 @@ def tiny(tmp_path_factory, yardstick):
     train = {"resolution": 8, "model_config": str(folder / "model.json"), "projector_dim": 16, "train_batch_size": 8}
     train |= {"learning_rate": 1e-3, "ema_decay": 0.5, "num_inference_steps": 2, "num_validation_images": 1}
     train |= {"logging_steps": 1, "dataloader_num_workers": 0, "mixed_precision": "no"}
-    recipe = {"dataset": "digits", "classes": 3, "encoder": "digits", "judge": "digits", "reference": "repa"}
+    recipe = {
+        "dataset": "digits",
+        "classes": 3,
+        "encoder": "digits",
+        "judge": "digits",
+        "judge_pixels": None,
+        "reference": "repa",
+    }
     recipe |= {"reference_steps": 2, "charge_features": False, "evaluations": 2, "curve_samples": 20}
     recipe |= {"final_samples": 24, "reference_images": 40, "probe_timestep": 0.3, "train": train}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))

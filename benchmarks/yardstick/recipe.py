@@ -21,6 +21,7 @@ class Recipe:
 
     Attributes:
         dataset, encoder, judge: folders inside the shared one, or `digits`; the judge makes no reward and no target.
+        judge_pixels: side of the images that the judge sees; null is its own.
         classes: how many, spread over those of the data set.
         train: options of `train_vrpo.py` that all arms share.
         reference: the arm whose training sets the budget.
@@ -37,6 +38,7 @@ class Recipe:
     classes: int
     encoder: str
     judge: str
+    judge_pixels: int | None
     train: dict
     reference: str
     reference_steps: int

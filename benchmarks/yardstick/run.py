@@ -13,10 +13,12 @@ command is given again. How equal compute is meant: README.md.
 import argparse
 import contextlib
 import fcntl
+import functools
 import importlib.metadata
 import json
 import os
 import platform
+import queue
 import shutil
 import signal
 import subprocess
@@ -152,12 +154,24 @@ def plan_jobs(recipe: Recipe, arms: dict[str, dict], seeds: list[int], timing: d
     return jobs
 
 
+def share_cores(workers: int, threads: int | None) -> list[list[int]]:
+    """The cores of each worker; empty lists, which stand for all of them, where threads are not limited."""
+    if not threads or not hasattr(os, "sched_getaffinity"):
+        return [[]] * workers
+    cores = sorted(os.sched_getaffinity(0))
+    return [[cores[(i * threads + j) % len(cores)] for j in range(threads)] for i in range(workers)]
+
+
 class Workers:
     """Runs jobs side by side, each in processes of its own, until they are done or the time is over."""
 
     def __init__(self, args: argparse.Namespace, recipe: Recipe):
         self.args, self.recipe, self.work = args, recipe, args.work / recipe.name
         self.processes: set[subprocess.Popen] = set()
+        # train_vrpo.py takes all cores that it may use, so each run gets cores of its own.
+        self.cores = queue.SimpleQueue()
+        for cores in share_cores(args.workers, args.threads):
+            self.cores.put(cores)
         self.lock, self.stopping = threading.Lock(), threading.Event()
 
     def train(self, argv: list[str], log: Path) -> bool:
@@ -188,6 +202,13 @@ class Workers:
 
     def call(self, command: list[str], log: Path) -> bool:
         """Whether a command ended well; False as well when all are to stop."""
+        cores = self.cores.get()
+        try:
+            return self.call_on(cores, command, log)
+        finally:
+            self.cores.put(cores)
+
+    def call_on(self, cores: list[int], command: list[str], log: Path) -> bool:
         threads = {"OMP_NUM_THREADS": str(self.args.threads)} if self.args.threads else {}
         paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | threads | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
@@ -195,7 +216,10 @@ class Workers:
             with self.lock:
                 if self.stopping.is_set():
                     return False
-                process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+                options = {"stdout": file, "stderr": subprocess.STDOUT, "env": environment}
+                if cores:
+                    options["preexec_fn"] = functools.partial(os.sched_setaffinity, 0, cores)
+                process = subprocess.Popen(command, **options)
                 self.processes.add(process)
             code = process.wait()
         with self.lock:

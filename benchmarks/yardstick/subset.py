@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """What a yardstick needs in one small folder: some classes of a data set, and the two encoders."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -41,6 +42,12 @@ def write_subset(dataset_name: str, num_classes: int, folder: Path) -> dict[str,
     return counts
 
 
+def show_smaller(processor: Path, side: int):
+    """Makes a packed encoder see images of `side` pixels: upsampled ones hold no more at the size it was made for."""
+    values = json.loads(processor.read_text())
+    processor.write_text(json.dumps(values | {"do_center_crop": False, "size": {"height": side, "width": side}}))
+
+
 def pack(recipe, shared: Path, folder: Path):
     """Data and encoders of a recipe as `data/` and `encoders/` in `folder`; what is there already stays.
 
@@ -56,6 +63,8 @@ def pack(recipe, shared: Path, folder: Path):
         if not source.is_dir():
             raise InputError(f"--shared {shared} has no {name}; name the folder that holds it (or set VRPO_SHARED)")
         shutil.copytree(source, folder / name, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    if recipe.judge_pixels:
+        show_smaller(folder / recipe.judge / "preprocessor_config.json", recipe.judge_pixels)
     dataset = "digits" if recipe.dataset == "digits" else str(shared / recipe.dataset)
     write_subset(dataset, recipe.classes, folder / "data")
 

@@ -10,7 +10,9 @@ for minutes slows both. The first steps of a burst are left out. Arms that have 
 """
 
 import argparse
+import contextlib
 import json
+import os
 import random
 import shutil
 import sys
@@ -54,6 +56,21 @@ def read_timing(recipe: Recipe, folder: Path = HERE) -> dict:
                 f"{path.name} is of other options than {recipe.name}; run `timing.py {recipe.name} --again`"
             )
     return found
+
+
+@contextlib.contextmanager
+def one_core():
+    """Without a GPU, the one core that run.py gives a run by default: train_vrpo.py takes all that it may use."""
+    if torch.cuda.is_available() or not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+        torch.set_num_threads(threads)
 
 
 def burst(recipe: Recipe, arm: dict, work: Path, steps: int, skipped: int) -> float:
@@ -140,7 +157,8 @@ def main(argv: list[str] | None = None):
     arms = reference | {n: a for n, a in arms.items() if cost_flags(a) != cost_flags(reference[recipe.reference])}
     pack(recipe, args.shared, work / "packed")
     old.setdefault("features_seconds", make_cache(recipe, work))
-    seconds = measure(recipe, arms, work, args.rounds, args.steps, args.skipped)
+    with one_core():
+        seconds = measure(recipe, arms, work, args.rounds, args.steps, args.skipped)
     found = summarize(recipe, arms, seconds, old)
     found.pop("file", None)
     write_atomically(timing_file(recipe, args.results), (json.dumps(found, indent=1) + "\n").encode())

@@ -24,6 +24,10 @@ class OneLineErrorParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+# Of each of these one can be given: on the command line it takes the place of another one in a file.
+ALTERNATIVES = (("dataset_name", "train_data_dir", "latents_dir"), ("max_train_steps", "num_train_epochs"))
+
+
 def config_to_argv(parser: argparse.ArgumentParser, file: str, given: list[str]) -> list[str]:
     """The command line that a YAML file of options stands for, without those that the command line gives itself."""
     try:
@@ -33,7 +37,7 @@ def config_to_argv(parser: argparse.ArgumentParser, file: str, given: list[str])
     if not isinstance(options, dict):
         parser.error(f"--config {file} must map option names to values, such as `seed: 0`")
     known = parser._option_string_actions
-    argv = []
+    argv, given = [], {part.split("=")[0] for part in given}
     for name, value in options.items():
         action = known.get(f"--{name}")
         if action is None or name in ("config", "help"):
@@ -41,7 +45,8 @@ def config_to_argv(parser: argparse.ArgumentParser, file: str, given: list[str])
             parser.error(
                 f"--config {file}: unknown option {name!r}" + (f"; did you mean {near[0][2:]}?" if near else "")
             )
-        if {f"--{name}", f"--no-{name}"} & {part.split("=")[0] for part in given}:
+        same = next((names for names in ALTERNATIVES if name in names), (name, f"no-{name}"))
+        if given & {f"--{each}" for each in same}:
             continue
         if value is False and action.choices and "no" in action.choices:
             value = "no"  # which YAML reads as false

@@ -1,0 +1,89 @@
+#!/usr/bin/env python
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+r"""What a training recipe will cost: FLOPs counted from the model's shapes, hours at an assumed speed.
+
+    python benchmarks/recipe_cost.py configs/imagenet256/*.yaml --peak_tflops 989 --mfu 0.4
+
+FLOPs are those of transformer, projectors and a ViT-B/14 encoder at 256 tokens, as in the training log (docs/speed.md); the
+autoencoder and the optimizer are not in them. Hours are of one device, and as good as `--mfu`, which is assumed.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Dinov2Config, Dinov2Model
+
+from diffusers_vrpo.arguments import OneLineErrorParser, check_ranges
+from diffusers_vrpo.errors import InputError
+from diffusers_vrpo.representation_policy import alignment_layers
+from diffusers_vrpo.throughput import forward_flops, projector_flops, training_flops
+from diffusers_vrpo.transformer_sit import SiTTransformer2DModel, sit_preset
+
+
+GLOBAL_BATCH_SIZE = 256
+
+
+def dinov2_base_flops() -> int:
+    """FLOPs of one image of 224 pixels through DINOv2-B, without its weights."""
+    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model = Dinov2Model(Dinov2Config(image_size=224, attn_implementation="sdpa"))
+        model(torch.zeros(1, 3, 224, 224))
+    return counter.get_total_flops()
+
+
+def recipe_cost(path: Path, encoder_flops: int) -> dict[str, float]:
+    """Parameters, those of the projectors, FLOPs of an image and of the whole training.
+
+    Raises:
+        InputError: for a file that is no recipe with a preset.
+    """
+    try:
+        options = yaml.safe_load(path.read_text())
+        config = sit_preset(options["preset"])
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is no recipe with a preset ({error})") from error
+    aligned = options.get("objective", "vrpo") != "none"
+    if aligned:
+        blocks = alignment_layers(str(options.get("layer_scope", "early")), config["num_layers"])
+        config |= {"alignment_layers": blocks, "alignment_dims": [768]}
+        config |= {"projector_dim": options.get("projector_dim", 2048)}
+    with torch.device("meta"):
+        model = SiTTransformer2DModel(**config)
+    forward = forward_flops(model.config) + (projector_flops(model.config) if aligned else 0)
+    flops = training_flops(forward, encoder_flops if aligned else 0)
+    projectors = sum(p.numel() for p in model.projectors.parameters()) if aligned else 0
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()) - projectors,
+        "projectors": projectors,
+        "flops": flops,
+        "total": flops * GLOBAL_BATCH_SIZE * options["max_train_steps"],
+    }
+
+
+def main(argv: list[str] | None = None):
+    parser = OneLineErrorParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipes", nargs="+", type=Path, help="YAML files for train_vrpo.py --config")
+    parser.add_argument("--peak_tflops", type=float, default=989.0, help="of a device (default: 989, H100/H200 bf16)")
+    parser.add_argument("--mfu", type=float, default=0.4, help="assumed share of it (default: 0.4)")
+    args = parser.parse_args(argv)
+    check_ranges(parser, args, "", "", "peak_tflops mfu", "")
+    encoder = dinov2_base_flops()
+    print("| recipe | parameters, projectors (M) | GFLOPs an image | training (FLOPs) | device hours |")
+    print("|---|---|---|---|---|")
+    for path in args.recipes:
+        cost = recipe_cost(path, encoder)
+        hours = cost["total"] / (args.peak_tflops * 1e12 * args.mfu) / 3600
+        sizes = f"{cost['parameters'] / 1e6:.0f}, {cost['projectors'] / 1e6:.1f}"
+        print(f"| {path.stem} | {sizes} | {cost['flops'] / 1e9:.0f} | {cost['total']:.2g} | {hours:.0f} |")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"recipe_cost.py: error: {error}")

@@ -75,7 +75,10 @@ def train_argv(
         "seed": seed,
         "output_dir": str(output_dir),
     }
-    return to_argv(options | recipe.train | arm | (more or {}))
+    options |= recipe.train | arm | (more or {})
+    if options["objective"] == "none":  # the script refuses what it would not use
+        options.pop("layer_scope", None)
+    return to_argv(options)
 
 
 def make_cache(recipe: Recipe, work: Path) -> float:

@@ -156,6 +156,15 @@ def test_conv_net_gives_the_map_of_a_stage(checkpoint, name):
     torch.testing.assert_close(encoder(images), states[default].flatten(2).mT)
 
 
+def test_conv_net_on_a_cpu_takes_few_images_at_a_time(checkpoint):
+    encoder = load_encoder(checkpoint("efficientnet"), (4, 4))
+    assert encoder.images_at_a_time == 8
+    images = random_images(64, 64).repeat(5, 1, 1, 1) * torch.linspace(0.1, 1, 10).view(-1, 1, 1, 1)
+    singly = torch.cat([encoder(image[None]) for image in images])
+    torch.testing.assert_close(encoder(images), singly)
+    assert load_encoder(checkpoint("dinov2"), (4, 4)).images_at_a_time is None
+
+
 @pytest.mark.parametrize(
     "name", ["dinov2", "dinov2-registers", "dinov3", "vit", "vit-mae", "ijepa", "clip", "siglip2"]
 )

@@ -359,6 +359,26 @@ def test_wrong_options(command, capsys, options, message):
     assert exit_info.value.code == 2 and message in error and error.count("\n") == 1
 
 
+def test_command_line_replaces_the_alternative_in_a_file(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({"dataset_name": "digits", "vae": "none", "objective": "none", "num_train_epochs": 3}))
+    args = train_vrpo.parse_args(["--config", str(file), "--latents_dir", "cache", "--max_train_steps=7"])
+    assert (args.dataset_name, args.latents_dir) == (None, "cache")
+    assert (args.num_train_epochs, args.max_train_steps, args.objective) == (None, 7, "none")
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs" / "imagenet256").glob("*.yaml")), ids=lambda file: file.stem)
+def test_recipes_of_imagenet(file):
+    args = train_vrpo.parse_args(["--config", str(file)])
+    model, objective = file.stem.rsplit("-", 1)
+    assert args.preset.lower().replace("/", "-") == model and args.objective == objective
+    assert args.train_batch_size * 8 == 256 and args.max_train_steps == 400_000
+    other = train_vrpo.parse_args(["--config", str(file.with_name(f"{model}-vrpo.yaml"))])
+    differ = {name for name, value in vars(args).items() if value != getattr(other, name)}
+    assert differ <= {"config", "objective", "layer_scope", "output_dir"}
+    assert (args.layer_scope != "early") == (file.stem == "sit-l-2-repa")
+
+
 def test_missing_options(command, capsys):
     for changes, message in [
         ({"vae": None}, "--vae"),

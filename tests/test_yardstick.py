@@ -76,11 +76,11 @@ def test_equal_compute_by_hand(yardstick, tiny):
     recipe = yardstick.recipe.load_recipe(tiny.places[0])
     recipe = yardstick.recipe.dataclasses.replace(recipe, reference_steps=100, charge_features=True)
     arms = yardstick.recipe.load_arms()
-    weighted = {"objective": "repa", "timestep_weighting": "low_noise"}
+    arms["conv+stop"] = {"objective": "repa", "projector": "conv", "alignment_coeff": 2.0, "stop": 0.5}
     timed = [
         ("repa", {"objective": "repa"}, 1.0),
         ("none", {"objective": "none"}, 0.8),
-        ("repa+w+stop", weighted, 1.25),
+        ("conv", {"objective": "repa", "projector": "conv"}, 1.25),
     ]
     timing = TIMING | {"arms": [dict(zip(("name", "flags", "ratio"), each)) for each in timed]}
 
@@ -92,10 +92,12 @@ def test_equal_compute_by_hand(yardstick, tiny):
     assert plan("none")["steps"] == round(102 / 0.8)
     assert plan("none")["nominal_seconds"][0] == (0, 0.0)
     # Half of the 100 at 1.25 each, the other half at 0.8.
-    stopped = plan("repa+w+stop")
+    stopped = plan("conv+stop")
     assert (stopped["alignment_stop_step"], stopped["steps"]) == (40, 40 + round(50 / 0.8))
-    assert plan("repa-1.5")["steps"] == plan("repa")["steps"]  # the coefficient costs nothing
-    for name in ("repa", "none", "repa+stop", "repa+w+stop"):
+    # Coefficient, shares and timestep weight cost nothing.
+    assert plan("repa-1.5")["steps"] == plan("repa")["steps"]
+    assert plan("repa+w+stop") == plan("repa+stop")
+    for name in ("repa", "none", "repa+stop", "conv+stop"):
         assert plan(name)["nominal_seconds"][-1][1] == pytest.approx(102 * 0.2, rel=0.01)
     with pytest.raises(InputError, match="arm vrpo has no time in timing-tiny.json; run `timing.py tiny --arms vrpo`"):
         plan("vrpo")

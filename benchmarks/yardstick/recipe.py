@@ -98,9 +98,13 @@ def aligned_flags(arm: dict) -> dict:
     return {name: value for name, value in arm.items() if name != "stop"}
 
 
+# Numbers that an arm computes with: other ones take as long.
+FREE = ("alignment_coeff", "reward_weighting", "timestep_weighting")
+
+
 def cost_flags(arm: dict) -> dict:
     """Options that the time of a step depends on, while the arm aligns."""
-    return {name: value for name, value in aligned_flags(arm).items() if name != "alignment_coeff"}
+    return {name: value for name, value in aligned_flags(arm).items() if name not in FREE}
 
 
 def step_ratio(arm: dict, timing: dict) -> float | None:

@@ -361,7 +361,9 @@ def test_wrong_options(command, capsys, options, message):
 
 def test_command_line_replaces_the_alternative_in_a_file(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump({"dataset_name": "digits", "vae": "none", "objective": "none", "num_train_epochs": 3}))
+    file.write_text(
+        yaml.safe_dump({"dataset_name": "digits", "vae": "none", "objective": "none", "num_train_epochs": 3})
+    )
     args = train_vrpo.parse_args(["--config", str(file), "--latents_dir", "cache", "--max_train_steps=7"])
     assert (args.dataset_name, args.latents_dir) == (None, "cache")
     assert (args.num_train_epochs, args.max_train_steps, args.objective) == (None, 7, "none")

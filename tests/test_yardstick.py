@@ -1,5 +1,6 @@
 """The yardstick's driver on digits: equal compute by hand, finished runs, continued runs, the table's numbers."""
 
+import argparse
 import importlib
 import json
 import os
@@ -226,3 +227,41 @@ def test_sliced_wasserstein_of_a_shift(yardstick):
     assert distance(x, x + shift, projections=20_000) == pytest.approx(3**0.5, rel=0.02)
     # A set and the same one twice have the same quantiles.
     assert distance(x, torch.cat([x, x])) < 0.02
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores are given to processes on Linux only")
+def test_runs_side_by_side_have_cores_of_their_own(yardstick, tmp_path, monkeypatch):
+    monkeypatch.setattr(yardstick.run.os, "sched_getaffinity", lambda _: {3, 5, 8})
+    assert yardstick.run.share_cores(2, 1) == [[3], [5]]
+    assert yardstick.run.share_cores(2, 2) == [[3, 5], [8, 3]]
+    assert yardstick.run.share_cores(2, None) == [[], []]
+    monkeypatch.undo()
+    args = argparse.Namespace(workers=1, threads=1, work=tmp_path)
+    workers = yardstick.run.Workers(args, argparse.Namespace(name="tiny"))
+    command = [
+        sys.executable,
+        "-c",
+        "import os; print(sorted(os.sched_getaffinity(0)), os.environ['OMP_NUM_THREADS'])",
+    ]
+    assert workers.call(command, tmp_path / "log.txt") and workers.cores.qsize() == 1
+    assert (tmp_path / "log.txt").read_text() == f"[{min(os.sched_getaffinity(0))}] 1\n"
+
+
+def test_none_trains_without_the_block_of_the_others(yardstick, tiny, tmp_path):
+    recipe = yardstick.recipe.load_recipe(tiny.places[0])
+    recipe = yardstick.recipe.dataclasses.replace(recipe, train=recipe.train | {"layer_scope": "1"})
+    plan = {"steps": 4, "alignment_stop_step": None}
+    argv = [
+        yardstick.training_run.train_argv(recipe, {"objective": name}, plan, 0, tmp_path, tmp_path)
+        for name in ("none", "repa")
+    ]
+    assert ["--layer_scope=1" in each for each in argv] == [False, True]
+
+
+def test_judge_sees_images_of_the_side_that_is_asked_for(yardstick, tmp_path):
+    file = tmp_path / "preprocessor_config.json"
+    values = {"do_center_crop": True, "crop_size": {"height": 289, "width": 289}, "image_mean": [0.5, 0.5, 0.5]}
+    file.write_text(json.dumps(values))
+    yardstick.subset.show_smaller(file, 128)
+    changed = {"do_center_crop": False, "size": {"height": 128, "width": 128}}
+    assert json.loads(file.read_text()) == values | changed

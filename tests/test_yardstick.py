@@ -205,6 +205,20 @@ def test_timing_by_real_steps(tiny, yardstick):
         yardstick.timing.read_timing(other, results)
 
 
+def test_arms_without_a_time_are_timed_first(tiny, yardstick, monkeypatch):
+    asked = []
+    monkeypatch.setattr(yardstick.run, "time_arms", lambda args, recipe, names: asked.append((args, names)))
+    recipe, arms = yardstick.recipe.load_recipe(tiny.places[0]), yardstick.recipe.load_arms()
+    args = yardstick.run.build_parser().parse_args(tiny.places)
+    known = ("none", "repa", "repa-1.5", "repa+stop", "repa+w+stop")
+    yardstick.run.measure_missing(args, recipe, {name: arms[name] for name in known})
+    assert asked == []
+    yardstick.run.measure_missing(args, recipe, {name: arms[name] for name in ("none", "irepa", "vrpo")})
+    ((used, names),) = asked
+    assert names == ["irepa", "vrpo"] and (used.rounds, used.again) == (5, False)
+    assert (str(used.work), str(used.results)) == (tiny.places[2], tiny.places[4])
+
+
 def test_difference_in_pooled_std_by_hand(yardstick):
     # Variances 1 and 4 of three each: the pooled one is 2.5.
     assert yardstick.table.in_std([9.0, 10.0, 11.0], [18.0, 20.0, 22.0]) == pytest.approx(-10 / 2.5**0.5)

@@ -2,12 +2,11 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 r"""Does VRPO beat REPA at equal compute? Train arms x seeds of a size, judge them, append a line each to the results.
 
-    python benchmarks/yardstick/timing.py cpu --arms none repa vrpo
-    python benchmarks/yardstick/run.py cpu --arms none repa vrpo --seeds 0 1 2 --workers 2
+    python benchmarks/yardstick/run.py cpu --arms none repa vrpo --seeds 1 2 3 --workers 2
     python benchmarks/yardstick/table.py cpu
 
-Runs that are in `results-SIZE.jsonl` are left out; what was stopped (Ctrl-C, SIGTERM, `--time_limit_s`) goes on when the same
-command is given again. How equal compute is meant: README.md.
+Arms without a time in `timing-SIZE.json` are timed first, as `timing.py` does. Runs that are in `results-SIZE.jsonl` are
+left out; what was stopped (Ctrl-C, SIGTERM, `--time_limit_s`) goes on when the same command is given again. How equal compute is meant: README.md.
 """
 
 import argparse
@@ -33,9 +32,10 @@ import judge
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState
-from recipe import HERE, Recipe, aligned_flags, choose_arms, equal_compute, load_recipe, recipe_hash
+from recipe import HERE, Recipe, aligned_flags, choose_arms, equal_compute, load_recipe, recipe_hash, step_ratio
 from subset import pack
-from timing import read_timing
+from timing import build_parser as build_timing_parser
+from timing import read_timing, time_arms
 from training_run import (
     ROOT,
     TRAIN_SCRIPT,
@@ -160,6 +160,16 @@ def share_cores(workers: int, threads: int | None) -> list[list[int]]:
         return [[]] * workers
     cores = sorted(os.sched_getaffinity(0))
     return [[cores[(i * threads + j) % len(cores)] for j in range(threads)] for i in range(workers)]
+
+
+def measure_missing(args: argparse.Namespace, recipe: Recipe, arms: dict[str, dict]):
+    """Times the arms that have none; an arm that stops to align goes on as `none`."""
+    known, plain = read_timing(recipe, args.results), {"none": {"objective": "none"}}
+    needed = arms | (plain if any("stop" in arm for arm in arms.values()) else {})
+    missing = [name for name, arm in needed.items() if step_ratio(arm, known) is None]
+    if missing:
+        places = ["--shared", str(args.shared), "--work", str(args.work), "--results", str(args.results)]
+        time_arms(build_timing_parser().parse_args([args.size, *places]), recipe, missing)
 
 
 class Workers:
@@ -302,6 +312,8 @@ def main(argv: list[str] | None = None) -> int:
         pack(recipe, args.shared, work / "packed")
         print(f"packed {recipe.name} in {work / 'packed'}")
         return 0
+    if not args.dry_run:
+        measure_missing(args, recipe, arms)
     timing = read_timing(recipe, args.results)
     jobs = plan_jobs(recipe, arms, args.seeds, timing, read_results(results))
     print(f"{len(jobs)} of {len(arms) * len(args.seeds)} runs to do", flush=True)

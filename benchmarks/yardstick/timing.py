@@ -133,20 +133,15 @@ def summarize(recipe: Recipe, arms: dict[str, dict], seconds: dict[str, list[flo
     return first | old | {"arms": known}
 
 
-def main(argv: list[str] | None = None):
-    parser = OneLineErrorParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_common_options(parser)
-    parser.add_argument("--rounds", type=int, default=5, help="bursts of every arm (default: 5)")
-    parser.add_argument("--steps", type=int, default=8, help="steps of a burst that count (default: 8)")
-    parser.add_argument("--skipped", type=int, default=3, help="steps of a burst before these (default: 3)")
-    parser.add_argument("--again", action="store_true", help="also the arms that have a time: their steps will change")
-    args = parser.parse_args(argv)
-    check_common(parser, args, "rounds steps skipped")
-    recipe = load_recipe(args.size)
-    work = args.work / recipe.name
-    old = {"arms": []} if args.again else read_timing(recipe, args.results)
+def time_arms(args: argparse.Namespace, recipe: Recipe, names: list[str] | None):
+    """Measures those of the named arms (None is all) that have no time yet, and writes the file.
+
+    Args:
+        args: of `build_parser`.
+    """
+    work, old = args.work / recipe.name, {"arms": []} if args.again else read_timing(recipe, args.results)
     arms = {}
-    for name, arm in choose_arms(args.arms, recipe).items():
+    for name, arm in choose_arms(names, recipe).items():
         if step_ratio(arm, {"arms": old["arms"]}) is None and cost_flags(arm) not in map(cost_flags, arms.values()):
             arms[name] = arm
     if not arms:
@@ -157,13 +152,34 @@ def main(argv: list[str] | None = None):
     arms = reference | {n: a for n, a in arms.items() if cost_flags(a) != cost_flags(reference[recipe.reference])}
     pack(recipe, args.shared, work / "packed")
     old.setdefault("features_seconds", make_cache(recipe, work))
+    gpu = torch.cuda.is_available()
+    steps, skipped = args.steps or (30 if gpu else 8), args.skipped or (20 if gpu else 3)
     with one_core():
-        seconds = measure(recipe, arms, work, args.rounds, args.steps, args.skipped)
+        seconds = measure(recipe, arms, work, args.rounds, steps, skipped)
     found = summarize(recipe, arms, seconds, old)
     found.pop("file", None)
     write_atomically(timing_file(recipe, args.results), (json.dumps(found, indent=1) + "\n").encode())
     for timed in found["arms"]:
         print(f"{timed['name']}: {timed['ratio']:.3f} of a step of {recipe.reference}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = OneLineErrorParser(
+        prog="timing.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_common_options(parser)
+    parser.add_argument("--rounds", type=int, default=5, help="bursts of every arm (default: 5)")
+    parser.add_argument("--steps", type=int, help="steps of a burst that count (default: 8, on a GPU 30)")
+    parser.add_argument("--skipped", type=int, help="steps of a burst before these (default: 3, on a GPU 20)")
+    parser.add_argument("--again", action="store_true", help="also the arms that have a time: their steps will change")
+    return parser
+
+
+def main(argv: list[str] | None = None):
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    check_common(parser, args, "rounds steps skipped")
+    time_arms(args, load_recipe(args.size), args.arms)
 
 
 if __name__ == "__main__":

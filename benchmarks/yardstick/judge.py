@@ -7,7 +7,7 @@ r"""Judge one finished run of a yardstick; `run.py` calls this.
 Samples of the averaged weights, unguided, every class as often, are set against training and validation images:
     Fréchet distance, recall and coverage in the features of an encoder that no reward or target uses;
     sliced Wasserstein distance of the pixels, which uses no learned features at all;
-and a linear probe reads the class off the block that REPA aligns.
+and a linear probe reads the class off the block that the recipe aligns.
 """
 
 import argparse
@@ -114,8 +114,9 @@ def draw(recipe: Recipe, pipeline: VRPOPipeline, seed: int) -> torch.Tensor:
 
 
 def probe(recipe: Recipe, pipeline: VRPOPipeline, references: dict) -> float:
-    """Accuracy on validation images of a linear probe after the block that `early` means, the same for every arm."""
-    block = alignment_layers("early", len(pipeline.transformer.transformer_blocks))[0] - 1
+    """Accuracy on validation images of a linear probe after the block that the recipe aligns, the same for every arm."""
+    scope = recipe.train.get("layer_scope", "early")
+    block = alignment_layers(scope, len(pipeline.transformer.transformer_blocks))[0] - 1
     features, first = [], 0
     for split in SPLITS:
         images = references[f"{split}_images"].float() / 127.5 - 1

@@ -4,8 +4,8 @@ r"""What a training recipe will cost: FLOPs counted from the model's shapes, hou
 
     python benchmarks/recipe_cost.py configs/imagenet256/*.yaml --peak_tflops 989 --mfu 0.4
 
-FLOPs are those of transformer, projectors and a ViT-B/14 encoder at 256 tokens, as in the training log (docs/speed.md); the
-autoencoder and the optimizer are not in them. Hours are of one device, and as good as `--mfu`, which is assumed.
+FLOPs are those of transformer, projectors and DINOv2-B at 256 tokens, as in the training log (docs/speed.md), for a batch of
+256 latents of 32x32; the autoencoder and the optimizer are not in them. Hours are of one device, and as good as `--mfu`, which is assumed.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from diffusers_vrpo.transformer_sit import SiTTransformer2DModel, sit_preset
 
 
 GLOBAL_BATCH_SIZE = 256
+ENCODER = "facebook/dinov2-base"
 
 
 def dinov2_base_flops() -> int:
@@ -44,9 +45,15 @@ def recipe_cost(path: Path, encoder_flops: int) -> dict[str, float]:
     """
     try:
         options = yaml.safe_load(path.read_text())
-        config = sit_preset(options["preset"])
+        config, steps = sit_preset(options["preset"]), options.get("max_train_steps", 400_000)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is no recipe with a preset ({error})") from error
+    if (
+        options.get("encoder", ENCODER) != ENCODER
+        or options.get("resolution", 256) != 256
+        or options.get("vae") == "none"
+    ):
+        raise InputError(f"{path} is not of {ENCODER} and 32x32 latents, which the cost is counted for")
     aligned = options.get("objective", "vrpo") != "none"
     if aligned:
         blocks = alignment_layers(str(options.get("layer_scope", "early")), config["num_layers"])
@@ -61,7 +68,7 @@ def recipe_cost(path: Path, encoder_flops: int) -> dict[str, float]:
         "parameters": sum(p.numel() for p in model.parameters()) - projectors,
         "projectors": projectors,
         "flops": flops,
-        "total": flops * GLOBAL_BATCH_SIZE * options["max_train_steps"],
+        "total": flops * GLOBAL_BATCH_SIZE * steps,
     }
 
 

@@ -161,7 +161,12 @@ def test_conv_net_on_a_cpu_takes_few_images_at_a_time(checkpoint):
     assert encoder.images_at_a_time == 8
     images = random_images(64, 64).repeat(5, 1, 1, 1) * torch.linspace(0.1, 1, 10).view(-1, 1, 1, 1)
     singly = torch.cat([encoder(image[None]) for image in images])
+    sizes = []
+    encoder.model.register_forward_pre_hook(
+        lambda _, args: sizes.append((len(args[0]), args[0].is_contiguous(memory_format=torch.channels_last)))
+    )
     torch.testing.assert_close(encoder(images), singly)
+    assert sizes == [(8, True), (2, True)]
     assert load_encoder(checkpoint("dinov2"), (4, 4)).images_at_a_time is None
 
 

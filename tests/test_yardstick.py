@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import importlib.util
 import json
 import os
 import signal
@@ -279,3 +280,26 @@ def test_judge_sees_images_of_the_side_that_is_asked_for(yardstick, tmp_path):
     yardstick.subset.show_smaller(file, 128)
     changed = {"do_center_crop": False, "size": {"height": 128, "width": 128}}
     assert json.loads(file.read_text()) == values | changed
+
+
+def test_cost_of_a_recipe_by_hand(tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("recipe_cost", FOLDER.parent / "recipe_cost.py")
+    recipe_cost = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe_cost)
+    recipe = FOLDER.parents[1] / "configs" / "imagenet256" / "sit-b-2-repa.yaml"
+    recipe_cost.main([str(recipe), "--peak_tflops", "1000", "--mfu", "0.5"])
+    # Forward: blocks 12 x 256 x (4 x 768^2 + 2 x 256 x 768 + 8 x 768^2) multiply-adds, and the small parts; DINOv2-B as much.
+    blocks = 2 * 12 * 256 * (12 * 768**2 + 2 * 256 * 768)
+    projector = 2 * 256 * (768 * 2048 + 2048**2 + 2048 * 768)
+    flops = 3 * (blocks + projector) + blocks
+    cost = recipe_cost.recipe_cost(recipe, recipe_cost.dinov2_base_flops())
+    assert cost["flops"] == pytest.approx(flops, rel=0.02) and cost["parameters"] == pytest.approx(130e6, rel=0.01)
+    hours = cost["flops"] * 256 * 400_000 / 5e14 / 3600
+    assert f"| {hours:.0f} |" in capsys.readouterr().out
+    other = tmp_path / "run.yaml"
+    other.write_text(yaml.safe_dump({"preset": "SiT-B/2", "encoder": "digits"}))
+    with pytest.raises(InputError, match="is not of facebook/dinov2-base and 32x32 latents"):
+        recipe_cost.recipe_cost(other, 0)
+    other.write_text("objective: repa")
+    with pytest.raises(InputError, match="is no recipe with a preset"):
+        recipe_cost.recipe_cost(other, 0)

@@ -21,7 +21,7 @@ class Recipe:
 
     Attributes:
         dataset, encoder, judge: folders inside the shared one, or `digits`; the judge makes no reward and no target.
-        judge_pixels: side of the images that the judge sees; null is its own.
+        judge_pixels: side of the images that the judge sees; null is its own. It is packed: change it with a new folder.
         classes: how many, spread over those of the data set.
         train: options of `train_vrpo.py` that all arms share.
         reference: the arm whose training sets the budget.

@@ -12,7 +12,6 @@ left out; what was stopped (Ctrl-C, SIGTERM, `--time_limit_s`) goes on when the 
 import argparse
 import contextlib
 import fcntl
-import functools
 import importlib.metadata
 import json
 import os
@@ -162,12 +161,16 @@ def share_cores(workers: int, threads: int | None) -> list[list[int]]:
     return [[cores[(i * threads + j) % len(cores)] for j in range(threads)] for i in range(workers)]
 
 
-def measure_missing(args: argparse.Namespace, recipe: Recipe, arms: dict[str, dict]):
-    """Times the arms that have none; an arm that stops to align goes on as `none`."""
+def untimed(args: argparse.Namespace, recipe: Recipe, arms: dict[str, dict]) -> list[str]:
+    """The arms whose steps have no time yet; an arm that stops to align goes on as `none`."""
     known, plain = read_timing(recipe, args.results), {"none": {"objective": "none"}}
     needed = arms | (plain if any("stop" in arm for arm in arms.values()) else {})
-    missing = [name for name, arm in needed.items() if step_ratio(arm, known) is None]
-    if missing:
+    return [name for name, arm in needed.items() if step_ratio(arm, known) is None]
+
+
+def measure_missing(args: argparse.Namespace, recipe: Recipe, arms: dict[str, dict]):
+    """Times the arms that have no time."""
+    if missing := untimed(args, recipe, arms):
         places = ["--shared", str(args.shared), "--work", str(args.work), "--results", str(args.results)]
         time_arms(build_timing_parser().parse_args([args.size, *places]), recipe, missing)
 
@@ -226,10 +229,9 @@ class Workers:
             with self.lock:
                 if self.stopping.is_set():
                     return False
-                options = {"stdout": file, "stderr": subprocess.STDOUT, "env": environment}
-                if cores:
-                    options["preexec_fn"] = functools.partial(os.sched_setaffinity, 0, cores)
-                process = subprocess.Popen(command, **options)
+                process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+                if cores:  # the interpreter has started by then, torch's threads have not
+                    os.sched_setaffinity(process.pid, cores)
                 self.processes.add(process)
             code = process.wait()
         with self.lock:
@@ -312,7 +314,13 @@ def main(argv: list[str] | None = None) -> int:
         pack(recipe, args.shared, work / "packed")
         print(f"packed {recipe.name} in {work / 'packed'}")
         return 0
-    if not args.dry_run:
+    if args.dry_run:
+        for name in (missing := untimed(args, recipe, arms)):
+            print(f"{name}: to be timed first")
+        arms = {
+            name: arm for name, arm in arms.items() if not {name, "none" if "stop" in arm else name} & set(missing)
+        }
+    else:
         measure_missing(args, recipe, arms)
     timing = read_timing(recipe, args.results)
     jobs = plan_jobs(recipe, arms, args.seeds, timing, read_results(results))

@@ -63,7 +63,7 @@ def pack(recipe, shared: Path, folder: Path):
         if not source.is_dir():
             raise InputError(f"--shared {shared} has no {name}; name the folder that holds it (or set VRPO_SHARED)")
         shutil.copytree(source, folder / name, dirs_exist_ok=True, copy_function=shutil.copyfile)
-    if recipe.judge_pixels:
+    if recipe.judge_pixels and recipe.judge != "digits":
         show_smaller(folder / recipe.judge / "preprocessor_config.json", recipe.judge_pixels)
     dataset = "digits" if recipe.dataset == "digits" else str(shared / recipe.dataset)
     write_subset(dataset, recipe.classes, folder / "data")

@@ -66,6 +66,7 @@ def one_core():
         return
     cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
     os.sched_setaffinity(0, {min(cores)})
+    torch.set_num_threads(1)
     try:
         yield
     finally:
@@ -129,7 +130,7 @@ def summarize(recipe: Recipe, arms: dict[str, dict], seconds: dict[str, list[flo
         if step_ratio(arms[name], {"arms": known}) is None:
             ratio = float(np.median(np.array(values) / reference))
             known.append({"name": name, "flags": cost_flags(arms[name]), "ratio": ratio, "seconds": values})
-    # What is there stays: results of later sessions go on with the same steps.
+    # What is there stays: later runs go on with the same steps.
     return first | old | {"arms": known}
 
 
@@ -151,12 +152,12 @@ def time_arms(args: argparse.Namespace, recipe: Recipe, names: list[str] | None)
     reference = choose_arms([recipe.reference], recipe)
     arms = reference | {n: a for n, a in arms.items() if cost_flags(a) != cost_flags(reference[recipe.reference])}
     pack(recipe, args.shared, work / "packed")
-    old.setdefault("features_seconds", make_cache(recipe, work))
     gpu = torch.cuda.is_available()
     steps, skipped = args.steps or (30 if gpu else 8), args.skipped or (20 if gpu else 3)
     with one_core():
+        old.setdefault("features_seconds", make_cache(recipe, work))
         seconds = measure(recipe, arms, work, args.rounds, steps, skipped)
-    found = summarize(recipe, arms, seconds, old)
+        found = summarize(recipe, arms, seconds, old)
     found.pop("file", None)
     write_atomically(timing_file(recipe, args.results), (json.dumps(found, indent=1) + "\n").encode())
     for timed in found["arms"]:

@@ -47,7 +47,7 @@ class PatchEncoder(nn.Module):
     def __init__(self, model, embed_dim, grid_size, input_size, layer, pixel_format, resize="antialias"):
         super().__init__()
         self.model = model.requires_grad_(False).eval()
-        # On a CPU a conv net takes half the time in this layout and few images at a time (docs/speed.md).
+        # On a CPU such nets are faster in this layout, with few images at a time (docs/speed.md).
         self.images_at_a_time = None
         if model.device.type == "cpu" and any(
             isinstance(module, nn.Conv2d) and module.groups > 1 for module in model.modules()

@@ -224,13 +224,19 @@ def test_difference_in_pooled_std_by_hand(yardstick):
     # Variances 1 and 4 of three each: the pooled one is 2.5.
     assert yardstick.table.in_std([9.0, 10.0, 11.0], [18.0, 20.0, 22.0]) == pytest.approx(-10 / 2.5**0.5)
     assert yardstick.table.in_std([9.0], [10.0]) is None
-    line = {"steps": 10, "nominal_seconds": [[0, 0], [10, 5.0]], "train_flops": 2e12} | dict.fromkeys(
+
+    def runs(values):
+        return [{"seed": seed, "fd_train": value} for seed, value in enumerate(values)]
+
+    assert yardstick.table.paired(runs([9.0, 12.0, 13.0]), runs([10.0, 11.0, 15.0, 99.0])) == "-0.7 ± 1.5"
+    assert yardstick.table.paired(runs([9.0]), runs([10.0])) == "-1.0"
+    line = {"seed": 1, "steps": 10, "nominal_seconds": [[0, 0], [10, 5.0]], "train_flops": 2e12} | dict.fromkeys(
         yardstick.table.COLUMNS, 0.5
     )
     arms = {"repa": [line | {"fd_train": 20.0}], "vrpo": [line | {"fd_train": 15.0}]}
     head, rows = yardstick.table.table_rows(arms, "repa")
-    assert rows[1][:5] == ["vrpo", "1", "10", "5", "2 TFLOP"] and rows[1][-2:] == ["-5.0", "–"]
-    assert rows[0][-2:] == ["–", "–"] and len(head) == len(rows[0])
+    assert rows[1][:5] == ["vrpo", "1", "10", "5", "2 TFLOP"] and rows[1][-3:] == ["-5.0", "–", "-5.0"]
+    assert rows[0][-3:] == ["–", "–", "–"] and len(head) == len(rows[0])
 
 
 def test_sliced_wasserstein_of_a_shift(yardstick):

@@ -58,9 +58,31 @@ def in_std(arm: list[float], base: list[float]) -> float | None:
     return (statistics.mean(arm) - statistics.mean(base)) / pooled if pooled else None
 
 
+def paired(arm: list[dict], base: list[dict], key: str = "fd_train") -> str:
+    """Mean ± standard deviation of the differences seed by seed; runs of a seed share weights, samples and noise."""
+    other = {line["seed"]: line[key] for line in base}
+    differences = [line[key] - other[line["seed"]] for line in arm if line["seed"] in other]
+    if len(differences) < 2:
+        return f"{differences[0]:+.1f}" if differences else "–"
+    return f"{statistics.mean(differences):+.1f} ± {statistics.stdev(differences):.1f}"
+
+
 def table_rows(arms: dict[str, list[dict]], reference: str) -> tuple[list[str], list[list[str]]]:
-    """Heading and rows: mean ± standard deviation over seeds, and the difference of FD to the reference."""
-    head = ["arm", "seeds", "steps", "seconds", "FLOPs", *COLUMNS.values(), f"FD against {reference}", "in std"]
+    """Heading and rows: mean ± standard deviation over seeds, and the difference of FD to the reference.
+
+    The difference of the means in pooled standard deviations over seeds, and the differences seed by seed.
+    """
+    head = [
+        "arm",
+        "seeds",
+        "steps",
+        "seconds",
+        "FLOPs",
+        *COLUMNS.values(),
+        f"FD against {reference}",
+        "in std",
+        "seed by seed",
+    ]
     rows = []
     for name, lines in arms.items():
         values = {key: [line[key] for line in lines] for key in COLUMNS}
@@ -68,12 +90,13 @@ def table_rows(arms: dict[str, list[dict]], reference: str) -> tuple[list[str], 
         row.append(report.flop_count(statistics.mean(line["train_flops"] for line in lines)))
         row += [report.number(statistics.mean(each), spread(each)) for each in values.values()]
         if name == reference or reference not in arms:
-            row += ["–", "–"]
+            row += ["–", "–", "–"]
         else:
             base = [line["fd_train"] for line in arms[reference]]
             gap = in_std(values["fd_train"], base)
             row.append(f"{statistics.mean(values['fd_train']) - statistics.mean(base):+.1f}")
             row.append("–" if gap is None else f"{gap:+.1f}")
+            row.append(paired(lines, arms[reference]))
         rows.append(row)
     return head, rows
 

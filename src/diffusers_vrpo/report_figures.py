@@ -78,8 +78,8 @@ def curves(arms: list[dict], axis: str, metric: str, target: tuple[float, str] |
             where they share no evaluated step.
         target: a value to draw a line at, and its name.
     """
-    longest = max(len(arm["name"]) for arm in arms)
-    columns = 1 if longest > 22 else 2 if longest > 11 else 3
+    longest = max([len(f"{arm['name']} (n = {arm['n']})") for arm in arms] + [len(target[1]) if target else 0])
+    columns = 1 if longest > 30 else 2 if longest > 17 else 3
     rows = math.ceil((len(arms) + (target is not None)) / columns)
     figure = Figure(figsize=(5.2, 3.7 + 0.21 * rows), layout="constrained")
     axes = figure.subplots()

@@ -5,7 +5,8 @@ r"""What a training recipe will cost: FLOPs counted from the model's shapes, hou
     python benchmarks/recipe_cost.py configs/imagenet256/*.yaml --peak_tflops 989 --mfu 0.4
 
 FLOPs are those of transformer, projectors and DINOv2-B at 256 tokens, as in the training log (docs/speed.md), for a batch of
-256 latents of 32x32; the autoencoder and the optimizer are not in them. Hours are of one device, and as good as `--mfu`, which is assumed.
+256 latents of 32x32; the autoencoder and the optimizer are not in them. Hours are of one device, and as good as `--mfu`,
+which is assumed.
 """
 
 import argparse

@@ -114,7 +114,7 @@ def draw(recipe: Recipe, pipeline: VRPOPipeline, seed: int) -> torch.Tensor:
 
 
 def probe(recipe: Recipe, pipeline: VRPOPipeline, references: dict) -> float:
-    """Accuracy on validation images of a linear probe after the first block that the recipe aligns, in every arm."""
+    """Accuracy on validation images of a linear probe after the first block of the recipe's, in every arm."""
     scope = str(recipe.train.get("layer_scope", "early"))
     block = alignment_layers(scope, len(pipeline.transformer.transformer_blocks))[0] - 1
     features, first = [], 0

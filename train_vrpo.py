@@ -27,6 +27,7 @@ from diffusers_vrpo.alignment import Alignment
 from diffusers_vrpo.arguments import (
     HelpFormatter,
     OneLineErrorParser,
+    add_policy_options,
     check_data,
     check_policy,
     check_ranges,
@@ -37,6 +38,8 @@ from diffusers_vrpo.ddpm import variational_bound
 from diffusers_vrpo.encoders import layers_of_encoders, load_encoder
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.flow import flow_matching_loss, forward_process
+from diffusers_vrpo.generative_options import add_generative_options, check_generative
+from diffusers_vrpo.generative_training import GenerativePolicy
 from diffusers_vrpo.gradient_fork import CONFLICTS
 from diffusers_vrpo.hub_run import HubPush, add_hub_options
 from diffusers_vrpo.initialization import build_transformer, read_start
@@ -213,26 +216,7 @@ def build_parser() -> argparse.ArgumentParser:
         "opposing part out, none lets it be; gate for vrpo, none for repa",
     )
 
-    g = parser.add_argument_group("policy (vrpo)")
-    g.add_argument(
-        "--reward_weighting",
-        default="inverse_variance",
-        help=f"inverse_variance, inverse_std, equal, or fixed shares of {', '.join(REWARDS)} such as 0.2,0.5,0.3",
-    )
-    g.add_argument(
-        "--estimator",
-        choices=["expected", "sampled"],
-        default="expected",
-        help="the update in closed form for small noise, or from drawn actions",
-    )
-    g.add_argument("--policy_noise", type=float, default=0.1, help="sigma of the policy")
-    g.add_argument("--group_size", type=int, default=8, help="sampled: actions per token")
-    g.add_argument("--policy_epochs", type=int, default=1, help="sampled: optimizer steps per draw")
-    g.add_argument("--clip_range", type=float, default=0.2, help="sampled: of the ratio, when policy_epochs > 1")
-    g.add_argument(
-        "--kl_coeff", type=float, default=0.0, help="pull towards the starting weights; costs a forward pass"
-    )
-
+    add_policy_options(parser)
     g = parser.add_argument_group("optimization")
     g.add_argument("--train_batch_size", type=int, default=256, help="samples per process and micro-step")
     g.add_argument("--gradient_accumulation_steps", type=int, default=1, help="micro-steps per optimizer step")
@@ -275,6 +259,7 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--guidance_scale", type=float, default=1.5, help="classifier-free guidance of the grid")
     g.add_argument("--fd_encoder", help="log the Fréchet distance to training images in this encoder's features, too")
     g.add_argument("--num_fd_samples", type=int, help="unguided samples for it; 2048 when not given")
+    add_generative_options(parser)
     add_hub_options(parser)
     return parser
 
@@ -299,13 +284,17 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         args,
         at_least_one="train_batch_size gradient_accumulation_steps max_train_steps num_train_epochs max_train_samples "
         "logging_steps checkpointing_steps checkpoints_total_limit validation_steps num_validation_images "
-        "num_inference_steps num_fd_samples projector_dim resolution lora_rank policy_epochs profile",
+        "num_inference_steps num_fd_samples projector_dim resolution lora_rank policy_epochs profile rollout_classes "
+        "rollout_steps rollout_every rollout_epochs mc_samples reward_reference_images guard_every",
         at_least_zero="adam_weight_decay alignment_coeff alignment_stop_step spatial_norm lr_warmup_steps "
-        "dataloader_num_workers kl_coeff",
-        positive="learning_rate max_grad_norm adam_epsilon policy_noise clip_range peak_tflops",
+        "dataloader_num_workers kl_coeff generative_policy_start_step generative_coeff anchor_coeff guard_loss_rise "
+        "guard_recall_fall guard_distance_rise",
+        positive="learning_rate max_grad_norm adam_epsilon policy_noise clip_range peak_tflops rollout_clip_range "
+        "max_gradient_ratio generative_learning_rate",
         shares="label_dropout ema_decay adam_beta1 adam_beta2",
     )
     check_policy(parser, args)
+    check_generative(parser, args)
     if not 0 <= args.seed < 2**63:
         parser.error(f"--seed {args.seed} must lie in 0 ... 2^63 - 1")
     if args.lr_scheduler == "constant" and args.lr_warmup_steps:
@@ -389,8 +378,14 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
         # min_decay turns diffusers' warm-up off, which would reach 0.9999 at step 90,000 only.
         ema = ForeachEMA(trainable_parameters(model), decay=args.ema_decay, min_decay=args.ema_decay)
 
+    validation = Validation(args, accelerator, pipeline, data, output_dir, interruption)
+    policy = GenerativePolicy(
+        args, accelerator, pipeline, data, lr_scheduler, validation, output_dir, global_batch_size
+    )
+
     # 3. Where to start: the stream of samples goes on where the checkpoint's ended.
     states = {"reward_statistics": alignment.statistics, "conflict_gate": alignment.gate}
+    states |= {"generative_policy": policy} if policy.enabled else {}
     means = RunningMeans()
     register_model_hooks(accelerator, ema, states, means)
     guard = StepGuard(accelerator, optimizer, interruption, args.skip_nonfinite)
@@ -405,6 +400,7 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
         saved_step = step if checkpoint.parent.resolve() == output_dir.resolve() else None
         if ema is not None:
             ema.optimization_step = step
+        policy.check_begun(step)
         logger.info(f"continuing from {checkpoint} at step {step}")
     shape = (channels, height, width)
     options = (math.prod(grid_size), encoders, global_batch_size)
@@ -419,7 +415,6 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
         repeats=args.policy_epochs,
     )
     dataloader = training_batches(samples, batch_sampler, args.dataloader_num_workers, device.type == "cuda")
-    validation = Validation(args, accelerator, pipeline, data, output_dir, interruption)
     metrics_file = None
     if accelerator.is_main_process:
         given = {name: value for name, value in vars(args).items() if value is not None and name != "config"}
@@ -455,6 +450,8 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
         return save_checkpoint(accelerator, output_dir, step, state, args.checkpoints_total_limit)
 
     validation.catch_up(step, ema, metrics_file)
+    if reason := policy.look(step, ema, metrics_file):
+        raise policy.stop(reason, step, saved_step)
     model.train()
     interruption.listen()
     logged_step, logged_seconds, clock = step, seconds, time.perf_counter()
@@ -511,6 +508,8 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
             elif aligned:
                 release_projectors(pipeline.transformer)
             if accelerator.sync_gradients:
+                if policy.active(step):  # rewards of generated images pull, too
+                    means.add(**speed.mark("generative policy", policy.add_gradient(step, ema)))
                 grad_norm = clip_grad_norm(accelerator, model, args.max_grad_norm)
                 means.add(grad_norm=grad_norm)
                 guard.ask(grad_norm)
@@ -523,13 +522,13 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
             # The optimizer has left the step out: weights, averages and statistics are as they were before it.
             where = f"step {step + 1} (samples {samples_seen} to {samples_seen + global_batch_size - 1}): {problem}"
             if guard.must_stop():
-                if step != saved_step and step % args.policy_epochs == 0 and save():
+                if step != saved_step and step % args.policy_epochs == 0 and not policy.unfinished(step) and save():
                     saved_step = step
                 raise guard.stop(where, output_dir, saved_step)
             logger.warning(f"{where} is NaN or infinite; the step is skipped, {guard.skipped} so far")
         step += 1
         means.commit()
-        flops += speed.flops_per_image[aligning] * global_batch_size
+        flops += speed.flops_per_image[aligning] * global_batch_size + policy.flops(step - 1)
         samples_seen += global_batch_size if step % args.policy_epochs == 0 else 0
         lr_scheduler.step()
         if ema is not None:
@@ -537,6 +536,7 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
         if aligning:
             alignment.update(step, accelerator.reduce if accelerator.num_processes > 1 else None)
         speed.mark("statistics", progress.update())
+        whole = step % args.policy_epochs == 0 and not policy.unfinished(step)  # no draw is in use
 
         # 5. Now and then: metrics, a checkpoint, a grid of samples.
         last = step == max_train_steps
@@ -559,8 +559,10 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
             log_values(accelerator, values, step)
             if accelerator.is_main_process:
                 metrics_file.write(step, values)
+        if reason := policy.look(step, ema, metrics_file):
+            raise policy.stop(reason, step, step if save() else saved_step)
         seconds += time.perf_counter() - clock
-        leaving = guard.signum and step % args.policy_epochs == 0
+        leaving = guard.signum and whole
         if step % args.checkpointing_steps == 0 or last or leaving:
             saved_step = step if save() else saved_step
             hub.push_checkpoint(pipeline, saved_step)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import yaml
 
+from .representation_policy import REWARDS
+
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
@@ -107,6 +109,29 @@ def check_data(parser: argparse.ArgumentParser, args: argparse.Namespace):
             parser.error(f"--streaming does not go with --{name} {getattr(args, name)}: {why}")
     if args.dataset_name == "digits" and not os.path.isdir("digits"):
         parser.error("--streaming does not go with --dataset_name digits, which is embedded; leave it out")
+
+
+def add_policy_options(parser: argparse.ArgumentParser):
+    """The options of `--objective vrpo`, of the training script."""
+    g = parser.add_argument_group("policy (vrpo)")
+    g.add_argument(
+        "--reward_weighting",
+        default="inverse_variance",
+        help=f"inverse_variance, inverse_std, equal, or fixed shares of {', '.join(REWARDS)} such as 0.2,0.5,0.3",
+    )
+    g.add_argument(
+        "--estimator",
+        choices=["expected", "sampled"],
+        default="expected",
+        help="the update in closed form for small noise, or from drawn actions",
+    )
+    g.add_argument("--policy_noise", type=float, default=0.1, help="sigma of the policy")
+    g.add_argument("--group_size", type=int, default=8, help="sampled: actions per token")
+    g.add_argument("--policy_epochs", type=int, default=1, help="sampled: optimizer steps per draw")
+    g.add_argument("--clip_range", type=float, default=0.2, help="sampled: of the ratio, when policy_epochs > 1")
+    g.add_argument(
+        "--kl_coeff", type=float, default=0.0, help="pull towards the starting weights; costs a forward pass"
+    )
 
 
 def check_policy(parser: argparse.ArgumentParser, args: argparse.Namespace):

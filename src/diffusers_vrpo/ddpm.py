@@ -57,6 +57,11 @@ def add_noise(x0: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> 
     return _at("signal", timestep, x0.ndim) * x0 + _at("noise", timestep, x0.ndim) * noise
 
 
+def predicted_x0(epsilon: torch.Tensor, x_n: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    """`x0 = (x_n - sqrt(1 - abar_n) epsilon) / sqrt(abar_n)`; `timestep` int64 `[B]`."""
+    return (x_n - _at("noise", timestep, x_n.ndim) * epsilon) / _at("signal", timestep, x_n.ndim)
+
+
 def flow_time(timestep: torch.Tensor) -> torch.Tensor:
     """The flow time of the same noise level, `t = sqrt(1 - abar) / (sqrt(abar) + sqrt(1 - abar))`, float32 `[B]`.
 
@@ -89,7 +94,7 @@ def variational_bound(
     def at(name):
         return _at(name, timestep, x0.ndim)
 
-    x0_prediction = (x_n - at("noise") * epsilon) / at("signal")
+    x0_prediction = predicted_x0(epsilon, x_n, timestep)
     true_mean = at("mean_from_x0") * x0 + at("mean_from_xn") * x_n
     mean = at("mean_from_x0") * x0_prediction + at("mean_from_xn") * x_n
     log_min = at("log_posterior_variance")

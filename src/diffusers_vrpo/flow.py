@@ -43,6 +43,22 @@ def forward_process(
     return x_t, u, v, u
 
 
+def x0_estimate(
+    prediction: torch.Tensor, x_t: torch.Tensor, timestep: torch.Tensor, t: torch.Tensor, config
+) -> torch.Tensor:
+    """The clean latents that a prediction stands for, `x0_hat = x_t - t v`, float32 `[B, ...]`.
+
+    Args:
+        prediction: of a transformer of this `config`, `[B, ...]`.
+        x_t, timestep, t: as `forward_process` gives them.
+    """
+    prediction, x_t = prediction.float(), x_t.float()
+    if config.prediction_type == "epsilon":
+        return ddpm.predicted_x0(prediction, x_t, timestep)
+    v = -prediction if config.time_direction == "noise_to_data" else prediction
+    return x_t - t.reshape(-1, *[1] * (x_t.ndim - 1)) * v
+
+
 def flow_matching_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """`L_FM,i = mean_d (v_theta - v)^2` of each sample (of epsilon models, of the noise), float32 `[B]`."""
     return (prediction.float() - target.float()).square().flatten(1).mean(1)

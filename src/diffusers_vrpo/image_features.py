@@ -23,6 +23,8 @@ from .encoders import (
     _native_size,
     _pixel_format,
     _quiet_transformers,
+    _states,
+    _token_map,
 )
 from .errors import InputError
 from .inception import FIDInception, load_inception
@@ -38,17 +40,18 @@ class ImageEncoder(nn.Module):
         dim (`int`): D, the length of a vector.
         input_size (`tuple[int, int]`): height and width in pixels that images are resized to.
         kind (`str`): what the vector is, in words.
+        shallow_layer (`int`, *optional*): index in the hidden states whose mean over the image is given as `shallow`, too.
     """
 
     def __init__(self, model, input_size, pixel_format, pooling):
         super().__init__()
         self.model = model.requires_grad_(False).eval()
-        self.input_size, self.pooling = input_size, pooling
+        self.input_size, self.pooling, self.shallow_layer = input_size, pooling, None
         mean, std, self.flip_channels = pixel_format
         self.register_buffer("mean", torch.tensor(mean, device=model.device).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, device=model.device).view(1, 3, 1, 1), persistent=False)
         blank = torch.zeros(1, 3, *input_size, dtype=torch.uint8, device=model.device)
-        vector, self.kind = self._encode(blank)
+        vector, self.kind = self._encode(blank)[:2]
         self.dim = vector.shape[1]
 
     def train(self, mode=True):
@@ -65,17 +68,47 @@ class ImageEncoder(nn.Module):
         return (pixels - self.mean) / self.std
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`{"pool": [B, D]}`, float32, of `images` `[B, 3, H, W]`, uint8 RGB of any size."""
+        """`{"pool": [B, D]}`, float32, of `images` `[B, 3, H, W]`, uint8 RGB of any size; with a `shallow_layer` that, too."""
         if images.dtype != torch.uint8:
             raise ValueError(f"`images` must be uint8, not {images.dtype}")
-        return {"pool": self._encode(images)[0]}
+        vector, _, shallow = self._encode(images)
+        return {"pool": vector} if shallow is None else {"pool": vector, "shallow": shallow}
 
     @torch.no_grad()
     def _encode(self, images):
+        shallow = None
         with torch.autocast(images.device.type, enabled=False):
-            output = _apply(self.model, self.preprocess(images), hidden_states=False)
+            output = _apply(self.model, self.preprocess(images), hidden_states=self.shallow_layer is not None)
             vector, kind = image_vector(output, self.model.config, self.input_size, self.pooling)
-        return vector.float(), kind
+            if self.shallow_layer is not None:
+                state = _states(output)[self.shallow_layer]
+                maps = _token_map(state, self.model.config, self.input_size) if state.ndim == 3 else state
+                shallow = maps.mean((2, 3)).float()
+        return vector.float(), kind, shallow
+
+    def take_shallow(self, layer: int | None = None, option: str = "--reward_shallow_layer"):
+        """From now on gives `shallow`, too: the mean over the image of a hidden state, without class and register tokens.
+
+        Args:
+            layer: its index; a quarter of the way into the model when not given.
+            option: that messages name.
+
+        Raises:
+            InputError: for a layer that the model does not have, or that has no extent.
+        """
+        blank = torch.zeros(1, 3, *self.input_size, device=self.mean.device)
+        with torch.no_grad():
+            states = _states(_apply(self.model, self.preprocess(blank.to(torch.uint8)), hidden_states=True))
+        layer = max(1, len(states) // 4) if layer is None else layer
+        if not 0 <= layer < len(states):
+            raise InputError(f"{option} {layer}: the reward encoder has hidden states 0 to {len(states) - 1}")
+        self.shallow_layer = layer
+        try:
+            self._encode(blank.to(torch.uint8))
+        except (ValueError, RuntimeError, IndexError) as error:
+            raise InputError(
+                f"{option} {layer} has no rows and columns ({_first_sentence(error)}); take another"
+            ) from error
 
 
 def image_vector(output, config, size: tuple[int, int], pooling: str) -> tuple[torch.Tensor, str]:

@@ -172,7 +172,7 @@ def set_sampler(pipeline: VRPOPipeline, sampler: str, name: str):
     pipeline.scheduler = make_scheduler(sampler, config, pipeline.scheduler_options)
 
 
-def check_steps(pipeline: VRPOPipeline, num_inference_steps: int):
+def check_steps(pipeline: VRPOPipeline, num_inference_steps: int, option: str = "--num_inference_steps"):
     """Sets the timesteps and takes one step of nothing: its noise must come from the image's generator.
 
     Raises:
@@ -182,14 +182,14 @@ def check_steps(pipeline: VRPOPipeline, num_inference_steps: int):
     try:
         pipeline.prepare_times(num_inference_steps, "cpu")
     except ValueError as error:
-        raise InputError(f"--num_inference_steps {num_inference_steps}: {first_line(error)}") from error
+        raise InputError(f"{option} {num_inference_steps}: {first_line(error)}") from error
     scheduler = pipeline.scheduler
     if isinstance(scheduler, DDIMScheduler):
         # Its step goes down by this (diffusers issue 12633), whatever the next of its timesteps is.
         stride = scheduler.config.num_train_timesteps // num_inference_steps
         if (scheduler.timesteps[:-1] - scheduler.timesteps[1:] != stride).any():
             raise InputError(
-                f"--num_inference_steps {num_inference_steps}: diffusers' DDIM needs a divisor of "
+                f"{option} {num_inference_steps}: diffusers' DDIM needs a divisor of "
                 f"{scheduler.config.num_train_timesteps} (and timestep_spacing 'trailing' or 'leading'), else its steps miss "
                 "its timesteps; sample.py --sampler dpmsolver++ takes any number"
             )
@@ -279,18 +279,24 @@ def sample_batch(pipeline: VRPOPipeline, indices: range, labels: list[int], seed
         output_type="latent",
         **arguments,
     ).images
+    images, finite = decoded_images(pipeline, latents)
+    if not finite.all():
+        raise InputError(
+            f"image {indices[finite.tolist().index(False)]} is not finite; are the weights sound, and would --dtype bfloat16 or "
+            "float32 do?"
+        )
+    return images.permute(0, 2, 3, 1).cpu().contiguous().numpy()
+
+
+@torch.no_grad()
+def decoded_images(pipeline: VRPOPipeline, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images of latents, uint8 `[B,3,H,W]`, grey ones with three equal channels; which of them are finite, bool `[B]`."""
     # The autoencoder has a dtype of its own, under training's autocast too.
     with torch.autocast(latents.device.type, enabled=False):
         pixels = pipeline.decode_latents(latents)
-    finite = (latents.isfinite().flatten(1).all(1) & pixels.isfinite().flatten(1).all(1)).tolist()
-    if not all(finite):
-        raise InputError(
-            f"image {indices[finite.index(False)]} is not finite; are the weights sound, and would --dtype bfloat16 or "
-            "float32 do?"
-        )
-    images = pipeline.image_processor.postprocess(pixels, output_type="pt")
-    images = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).expand(-1, -1, -1, 3)
-    return images.cpu().contiguous().numpy()
+    finite = latents.isfinite().flatten(1).all(1) & pixels.isfinite().flatten(1).all(1)
+    images = pipeline.image_processor.postprocess(pixels.nan_to_num(), output_type="pt")
+    return (images * 255).round().to(torch.uint8).expand(-1, 3, -1, -1), finite
 
 
 def sample(args: argparse.Namespace):

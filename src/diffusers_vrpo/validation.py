@@ -210,18 +210,24 @@ def fixed_rows(data, count: int) -> np.ndarray:
 
 def training_images(data, rows: np.ndarray, resolution: int) -> np.ndarray:
     """The images of some rows of the training data, as they are trained on with a centre crop: uint8 `[B,R,R,3]`."""
+    return labelled_images(data, rows, resolution)[0]
+
+
+def labelled_images(data, rows: np.ndarray, resolution: int) -> tuple[np.ndarray, np.ndarray]:
+    """`training_images`, and their class ids, int64 `[B]`; for one that cannot be read the next one stands in."""
     if isinstance(data, LatentCache):
-        return np.stack([data.pixels(row) for row in rows.tolist()])
+        return np.stack([data.pixels(row) for row in rows.tolist()]), data["label"][rows].astype(np.int64)
     records = data[rows.tolist()]
-    images = []
+    images, labels = [], []
     for row, image, label in zip(rows.tolist(), records["image"], records["label"]):
-        image = first_readable(data, row, {"image": image, "label": label})[0]
+        image, label, _ = first_readable(data, row, {"image": image, "label": label})
         images.append(resize_and_crop(image, resolution))
+        labels.append(label)
     if isinstance(data, ParquetRows):
         # The next batch may go on in the row group in which this one ends.
         last = int(np.searchsorted(data.first_rows, rows[-1], side="right")) - 1
         data.hold([last], lambda read, *arguments: read(*arguments))
-    return np.stack(images)
+    return np.stack(images), np.array(labels, dtype=np.int64)
 
 
 def grid_columns(pipeline: VRPOPipeline, labels: list[str] | None) -> list[int]:

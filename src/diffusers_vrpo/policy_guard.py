@@ -1,0 +1,72 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""When to stop optimizing rewards: the model has become worse at what no reward measures (docs/method.md)."""
+
+import math
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is measured of the averaged model at one step, always on the same images, noise and labels.
+
+    Attributes:
+        loss_fm: flow-matching loss on training images.
+        recall: share of training images within the samples' manifold, in the reward encoder's features; [0, 1].
+        reward: weighted mean of the rewards of the samples, in the reward functions of this moment.
+        start_reward: the same of the samples of the first look.
+        distance: Fréchet distance of the samples in the reward encoder's features.
+        held_out: Fréchet distance in the features of an encoder that no reward uses; NaN where there is none.
+        drift: `mean (x0_hat - x0_hat of the first look)^2` on the training images.
+    """
+
+    loss_fm: float
+    recall: float
+    reward: float
+    start_reward: float
+    distance: float
+    held_out: float
+    drift: float
+
+    @property
+    def score(self) -> float:
+        """What the best look is the lowest in."""
+        return self.distance if math.isnan(self.held_out) else self.held_out
+
+    def values(self) -> dict[str, float]:
+        """For the log, without what is not measured."""
+        return {f"guard/{name}": value for name, value in asdict(self).items() if not math.isnan(value)}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much worse than at the first look is too much.
+
+    Attributes:
+        loss_rise: of the flow-matching loss, as a share of its first value.
+        recall_fall: of recall, absolute.
+        distance_rise: of the held-out distance while the reward has risen, as a share of its first value.
+    """
+
+    loss_rise: float = 0.02
+    recall_fall: float = 0.03
+    distance_rise: float = 0.02
+
+
+def tripped(first: Look, now: Look, limits: Limits) -> str | None:
+    """Why the policy must stop, as the start of a sentence, or None."""
+    if not all(math.isfinite(value) for value in (now.loss_fm, now.recall, now.reward, now.distance)):
+        return "what the guards measure is no longer finite"
+    if now.loss_fm > first.loss_fm * (1 + limits.loss_rise):
+        return (
+            f"the flow-matching loss on training images has risen by {100 * (now.loss_fm / first.loss_fm - 1):.1f} % "
+            f"(from {first.loss_fm:.4g} to {now.loss_fm:.4g}; --guard_loss_rise {limits.loss_rise:g})"
+        )
+    if now.recall < first.recall - limits.recall_fall:
+        return f"recall has fallen from {first.recall:.3f} to {now.recall:.3f} (--guard_recall_fall {limits.recall_fall:g})"
+    if now.held_out > first.held_out * (1 + limits.distance_rise) and now.reward > now.start_reward:
+        return (
+            f"the distance to training images in features that no reward sees has risen by "
+            f"{100 * (now.held_out / first.held_out - 1):.1f} % (from {first.held_out:.4g} to {now.held_out:.4g}) while the "
+            f"reward has risen too (--guard_distance_rise {limits.distance_rise:g})"
+        )
+    return None

@@ -12,6 +12,7 @@ and a linear probe reads the class off the block that the recipe aligns.
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -100,11 +101,13 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def draw(recipe: Recipe, pipeline: VRPOPipeline, seed: int) -> torch.Tensor:
+def draw(
+    recipe: Recipe, pipeline: VRPOPipeline, seed: int, guidance_scale: float = 1.0, count: int | None = None
+) -> torch.Tensor:
     """Samples, uint8 `[N,3,R,R]` on the CPU. Their noise is not that of the curve's."""
     pipeline.set_progress_bar_config(disable=True)
-    count, num_classes = recipe.final_samples, pipeline.transformer.config.num_classes
-    options = {"num_inference_steps": recipe.train["num_inference_steps"], "guidance_scale": 1.0}
+    count, num_classes = count or recipe.final_samples, pipeline.transformer.config.num_classes
+    options = {"num_inference_steps": recipe.train["num_inference_steps"], "guidance_scale": guidance_scale}
     size, parts = (256 if default_device().type == "cuda" else 32), []
     for start in range(0, count, size):
         indices = range(start, min(start + size, count))
@@ -128,8 +131,34 @@ def probe(recipe: Recipe, pipeline: VRPOPipeline, references: dict) -> float:
     return linear_probe(*features)[0]
 
 
-def judge(recipe: Recipe, work: Path, run: Path, seed: int) -> dict:
+def reward_distance(work: Path, encoder_folder: str, references: dict, images: torch.Tensor) -> float:
+    """The Fréchet distance of samples to the training images in the features of a reward's encoder."""
+    encoder = load_image_encoder(encoder_folder, device=default_device(), option="--reward_encoder")
+    file = work / f"reference_moments_{Path(encoder_folder).name}.safetensors"
+    if not file.exists():
+        mean, covariance = mean_and_covariance(pooled_features(encoder, references["train_images"]).cpu())
+        partial = file.with_suffix(f".{os.getpid()}.tmp")
+        save_file({"mean": mean, "covariance": covariance}, partial)
+        partial.replace(file)
+    moments = load_file(file)
+    features = pooled_features(encoder, images).cpu()
+    return frechet_distance(moments["mean"], moments["covariance"], *mean_and_covariance(features))
+
+
+def judge(
+    recipe: Recipe,
+    work: Path,
+    run: Path,
+    seed: int,
+    reward_encoder: str | None = None,
+    guidance_scales: list[float] = (),
+    guided_samples: int | None = None,
+) -> dict:
     """Everything that is measured on a finished run.
+
+    Args:
+        reward_encoder: folder of an encoder whose features the distance is computed in, too, as `fd_reward`.
+        guidance_scales: for each, the distance of `guided_samples` guided samples to the training images.
 
     Raises:
         InputError: where samples are not finite.
@@ -149,6 +178,18 @@ def judge(recipe: Recipe, work: Path, run: Path, seed: int) -> dict:
         result[f"sliced_wasserstein_{split}"] = sliced_wasserstein(pixels, flat_pixels(images))
     result["precision"], result["recall"] = precision_recall(references["train_features"], features)
     result["density"], result["coverage"] = density_coverage(references["train_features"], features)
+    if reward_encoder:
+        result["fd_reward"] = reward_distance(work, reward_encoder, references, images)
+    if guidance_scales:
+        train, guided = mean_and_covariance(references["train_features"]), {}
+        # Unguided ones as many, since the distance depends on their number.
+        guided[1.0] = frechet_distance(
+            *train, *mean_and_covariance(features[:: max(1, len(features) // guided_samples)])
+        )
+        for scale in guidance_scales:
+            samples = pooled_features(encoder, draw(recipe, pipeline, seed, scale, guided_samples)).cpu()
+            guided[scale] = frechet_distance(*train, *mean_and_covariance(samples))
+        result["fd_guided"] = guided
     return result | {"probe_accuracy": probe(recipe, pipeline, references)}
 
 
@@ -157,15 +198,19 @@ def main(argv: list[str] | None = None):
     add_common_options(parser)
     parser.add_argument("--run", type=Path, help="output folder of the run; without it only the references are made")
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
+    parser.add_argument("--reward_encoder", help="folder of an encoder whose features are looked at, too")
+    parser.add_argument("--guidance_scales", nargs="+", type=float, default=[], help="also judge guided samples")
+    parser.add_argument("--guided_samples", type=int, default=500, help="of each scale (default: 500)")
     parser.add_argument("--output", type=Path, help="JSON file with the numbers")
     args = parser.parse_args(argv)
-    check_common(parser, args, "")
+    check_common(parser, args, "guided_samples")
     recipe = load_recipe(args.size)
     work = args.work / recipe.name
     if args.run is None:
         make_references(recipe, work)
         return
-    text = json.dumps(judge(recipe, work, args.run, args.seed), allow_nan=False)
+    more = (args.reward_encoder, args.guidance_scales, args.guided_samples)
+    text = json.dumps(judge(recipe, work, args.run, args.seed, *more), allow_nan=False)
     print(text)
     if args.output:
         args.output.write_text(text + "\n")

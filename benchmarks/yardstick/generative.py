@@ -1,0 +1,323 @@
+#!/usr/bin/env python
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+r"""Does the generative policy beat flow matching at equal wall time? Arms x seeds from one trained model.
+
+    python benchmarks/yardstick/generative.py cpu --seeds 1 2 3 --workers 2
+    python benchmarks/yardstick/generative.py cpu --table
+
+All arms start from the averaged weights of the same base, which is trained first, once. The budget is the wall time of
+`budget_steps` steps of flow matching; an arm that follows rewards pays from it for its rollouts, likelihoods, the statistics of
+the training images and the guards' first look. Results append to `results-generative-SIZE.jsonl`; a run that has a line is
+left out.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import judge
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState
+from recipe import HERE, Recipe, load_recipe, read_yaml
+from run import Workers, append_result, commit, read_results, versions
+from subset import pack, packed, show_smaller
+from training_run import (
+    add_common_options,
+    check_common,
+    make_cache,
+    make_moments,
+    train_argv,
+    train_script,
+)
+
+from diffusers_vrpo.arguments import OneLineErrorParser
+from diffusers_vrpo.errors import InputError
+from diffusers_vrpo.files import write_atomically
+from diffusers_vrpo.run_comparison import spread
+from diffusers_vrpo.training import list_checkpoints, read_metrics
+
+
+COLUMNS = {
+    "fd_train": "FD, held-out features",
+    "fd_reward": "FD, the reward's features",
+    "guided": "FD, held-out, best guidance",
+    "coverage": "coverage",
+    "recall": "recall",
+    "sliced_wasserstein_train": "sliced Wasserstein",
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A `generative-SIZE.yaml`; fields are its keys."""
+
+    size: str
+    base: dict
+    base_seed: int
+    base_steps: int
+    budget_steps: int
+    reward_pixels: int
+    guidance_scales: list[float]
+    guided_samples: int
+    train: dict
+    policy: dict
+    arms: dict[str, dict]
+
+
+def load_comparison(name: str) -> Comparison:
+    """A comparison by the name of its size, or its file.
+
+    Raises:
+        InputError: for a file that is none.
+    """
+    path = Path(name) if name.endswith(".yaml") else HERE / f"generative-{name}.yaml"
+    try:
+        return Comparison(**read_yaml(path))
+    except TypeError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def arm_options(comparison: Comparison, arm: dict, reward_encoder: str) -> dict:
+    """Options of `train_vrpo.py` beside those of the size."""
+    options = {"objective": "none"} | comparison.train
+    if arm.get("policy"):
+        options |= comparison.policy | {"reward_encoder": reward_encoder}
+    return options | {name: value for name, value in arm.items() if name != "policy"}
+
+
+def arm_argv(
+    comparison: Comparison, recipe: Recipe, arm: dict, steps: int, seed: int, work: Path, folder: Path, more=None
+) -> list[str]:
+    """The command line of a run from the base."""
+    options = arm_options(comparison, arm, make_reward_encoder(comparison, recipe, work))
+    start = {"pretrained_model_name_or_path": str(work / "base"), "preset": None, "checkpointing_steps": 10**6}
+    # The samples of training are not those that the base began with.
+    return train_argv(
+        recipe, options, {"steps": steps, "alignment_stop_step": None}, 100 + seed, work, folder, start | (more or {})
+    )
+
+
+def make_base(comparison: Comparison, recipe: Recipe, work: Path, workers: Workers) -> Path:
+    """The trained model that all arms start from; once."""
+    folder = work / "base"
+    if not (folder / "model_index.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(make_moments(recipe, work), folder / "fd_reference.safetensors")
+        plan = {"steps": comparison.base_steps, "alignment_stop_step": None}
+        argv = train_argv(recipe, comparison.base, plan, comparison.base_seed, work, folder)
+        if not workers.train(argv, folder / "log.txt"):
+            raise InputError(f"the base was not trained to its end; see {folder / 'log.txt'}")
+        for checkpoint in list_checkpoints(folder):
+            shutil.rmtree(checkpoint)
+    return folder
+
+
+def make_reward_encoder(comparison: Comparison, recipe: Recipe, work: Path) -> str:
+    """A copy of the aligning encoder that sees images of `reward_pixels`; its folder."""
+    if recipe.encoder == "digits":
+        return recipe.encoder
+    folder = work / "packed" / "reward"
+    if not folder.exists():
+        partial = folder.with_suffix(".tmp")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(packed(work / "packed", recipe.encoder), partial)
+        show_smaller(partial / "preprocessor_config.json", comparison.reward_pixels)
+        partial.replace(folder)
+    return str(folder)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Time
+
+
+def measure_times(comparison: Comparison, recipe: Recipe, work: Path, arms: dict, rounds: int) -> dict:
+    """Seconds of a step and of what comes before the first, of plain flow matching and of each arm with a policy.
+
+    Short runs of all of them in turn, in one process on the cores that it may use; medians over the rounds.
+    """
+    kinds = {"fm": {}} | {name: arm for name, arm in arms.items() if arm.get("policy")}
+    seen = {name: {"step": [], "setup": []} for name in kinds}
+    few = {"logging_steps": 1, "fd_encoder": None, "num_fd_samples": None, "num_validation_images": 1}
+    few |= {"validation_labels": ["0"], "num_inference_steps": 1, "lr_scheduler": "constant_with_warmup"}
+    for _ in range(rounds):
+        for name, arm in kinds.items():
+            folder = work / "timing"
+            shutil.rmtree(folder, ignore_errors=True)
+            steps, start = 5 if arm else 15, time.perf_counter()
+            AcceleratorState._reset_state(reset_partial_state=True)
+            script = train_script()
+            script.main(script.parse_args(arm_argv(comparison, recipe, arm, steps, 0, work, folder, few)))
+            whole = time.perf_counter() - start
+            rows = [row["train_seconds"] for row in read_metrics(folder / "metrics.jsonl") if "train_seconds" in row]
+            seen[name]["step"].append((rows[-1] - rows[1]) / (len(rows) - 2))
+            seen[name]["setup"].append(whole - rows[-1])
+    shutil.rmtree(work / "timing")
+    times = {name: {kind: statistics.median(values) for kind, values in each.items()} for name, each in seen.items()}
+    for name in kinds:
+        # What a run without a policy needs as well is not the policy's.
+        times[name]["setup"] = max(0.0, times[name]["setup"] - statistics.median(seen["fm"]["setup"]))
+    return times
+
+
+def plan_steps(comparison: Comparison, name: str, arm: dict, times: dict) -> tuple[int, float]:
+    """Steps of an arm for the budget, and its nominal seconds.
+
+    Raises:
+        InputError: where the budget does not pay for a step.
+    """
+    own = times[name if arm.get("policy") else "fm"]
+    budget = comparison.budget_steps * times["fm"]["step"]
+    steps = round((budget - own["setup"]) / own["step"])
+    if steps < 1:
+        raise InputError(f"budget_steps {comparison.budget_steps} does not pay for one step of {name}; take more")
+    return steps, own["setup"] + steps * own["step"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def run_job(job: dict, comparison: Comparison, recipe: Recipe, work: Path, results: Path, workers: Workers):
+    """Trains one arm, judges it, and writes its line."""
+    folder = work / "generative" / f"{job['arm']}-{job['steps']}-{job['seed']}"
+    folder.mkdir(parents=True, exist_ok=True)
+    log, trained, judged = folder / "log.txt", folder / "trained", folder / "judged.json"
+    if job["arm"] != "base" and not trained.exists():
+        shutil.copyfile(make_moments(recipe, work), folder / "fd_reference.safetensors")
+        arm = comparison.arms[job["arm"]]
+        argv = arm_argv(comparison, recipe, arm, job["steps"], job["seed"], work, folder, {"num_fd_samples": 2})
+        if not workers.train(argv, log):
+            return
+        trained.touch()
+    if not judged.exists():
+        run = work / "base" if job["arm"] == "base" else folder
+        argv = [comparison.size, "--run", str(run), "--seed", str(job["seed"]), "--work", str(work.parent)]
+        argv += [
+            "--reward_encoder",
+            str(work / "packed" / "reward"),
+            "--guided_samples",
+            str(comparison.guided_samples),
+        ]
+        argv += ["--guidance_scales", *map(str, comparison.guidance_scales), "--output", str(folder / "judged.tmp")]
+        if not workers.args.workers:
+            judge.main(argv)
+        elif not workers.call([sys.executable, str(HERE / "judge.py"), *argv], log):
+            return
+        (folder / "judged.tmp").replace(judged)
+    line = job | json.loads(judged.read_text()) | {"versions": versions(), "commit": commit()}
+    line["guided"] = min([line["fd_guided"][scale] for scale in line["fd_guided"]])
+    if (folder / "metrics.jsonl").exists():
+        rows = [row for row in read_metrics(folder / "metrics.jsonl") if "train_seconds" in row]
+        line |= {"train_seconds": rows[-1]["train_seconds"], "train_flops": rows[-1]["train_flops"]}
+        kept = ("sample_reward/", "sample_reward_real/", "policy/gradient_ratio")
+        line["rewards"] = [{k: v for k, v in row.items() if k.startswith(kept)} for row in (rows[0], rows[-1])]
+    append_result(results, line)
+    for checkpoint in list_checkpoints(folder):
+        shutil.rmtree(checkpoint)
+    print(
+        f"{job['arm']}, seed {job['seed']}: {job['steps']} steps, FD {line['fd_train']:.1f}, of the reward {line['fd_reward']:.1f}",
+        flush=True,
+    )
+
+
+def table(lines: list[dict]) -> str:
+    """Mean ± standard deviation over seeds, and the held-out distance against `fm-annealed` seed by seed."""
+    arms = {}
+    for line in lines:
+        arms.setdefault(line["arm"], {})[line["seed"]] = line
+    head = ["arm", "seeds", "steps", "seconds", *COLUMNS.values(), "against fm-annealed, seed by seed"]
+    rows = [head, ["---"] * len(head)]
+    for name, by_seed in arms.items():
+        own = list(by_seed.values())
+        row = [name, str(len(own)), f"{own[0]['steps']:,}", f"{own[0]['nominal_seconds']:.0f}"]
+        for key in COLUMNS:
+            values = [line[key] for line in own]
+            digits = 1 if max(values) >= 10 else 3
+            row.append(
+                f"{np.mean(values):.{digits}f}" + (f" ± {spread(values):.{digits}f}" if len(values) > 1 else "")
+            )
+        base = arms.get("fm-annealed", {})
+        gaps = [line["fd_train"] - base[seed]["fd_train"] for seed, line in by_seed.items() if seed in base]
+        both = name != "fm-annealed" and gaps
+        row.append(f"{np.mean(gaps):+.1f}" + (f" ± {spread(gaps):.1f}" if len(gaps) > 1 else "") if both else "–")
+        rows.append(row)
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = OneLineErrorParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_options(parser)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="(default: 1 2 3)")
+    parser.add_argument(
+        "--workers", type=int, default=1, help="runs side by side, each on a core of its own (default: 1); 0 is here"
+    )
+    parser.add_argument("--threads", type=int, default=None if torch.cuda.is_available() else 1, help="of each run")
+    parser.add_argument("--rounds", type=int, default=3, help="of the timing (default: 3)")
+    parser.add_argument("--table", action="store_true", help="print the table of what is recorded")
+    args = parser.parse_args(argv)
+    check_common(parser, args, "threads rounds")
+    if args.workers < 0:
+        parser.error(f"--workers {args.workers} must be at least 0")
+    comparison = load_comparison(args.size)
+    recipe = load_recipe(comparison.size)
+    results = args.results / f"results-generative-{recipe.name}.jsonl"
+    if args.table:
+        lines = read_results(results)
+        if not lines:
+            raise InputError(f"{results} has no run; the command without --table makes them")
+        print(table(lines))
+        return 0
+    if unknown := [name for name in args.arms or [] if name not in comparison.arms]:
+        raise InputError(f"--arms {unknown[0]} is none of {', '.join(comparison.arms)}")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    arms = {name: comparison.arms[name] for name in args.arms or comparison.arms}
+    work = args.work / recipe.name
+    pack(recipe, args.shared, work / "packed")
+    make_cache(recipe, work)
+    judge.make_references(recipe, work)
+    make_moments(recipe, work)
+    make_reward_encoder(comparison, recipe, work)
+    workers = Workers(args, recipe)
+    make_base(comparison, recipe, work, workers)
+    timing = args.results / f"timing-generative-{recipe.name}.json"
+    known = json.loads(timing.read_text()) if timing.exists() else {}
+    missing = {name: arm for name, arm in arms.items() if arm.get("policy") and name not in known}
+    if missing or "fm" not in known:
+        found = measure_times(comparison, recipe, work, missing, args.rounds)
+        # Ratios hold from one day to the next; seconds of flow matching stay those of the first.
+        factor = known["fm"]["step"] / found["fm"]["step"] if known else 1.0
+        found = {name: {kind: value * factor for kind, value in each.items()} for name, each in found.items()}
+        known = found | known
+        write_atomically(timing, (json.dumps(known, indent=1) + "\n").encode())
+    done = {(line["arm"], line["seed"], line["steps"]) for line in read_results(results)}
+    jobs = []
+    for seed in args.seeds:
+        for name, arm in arms.items():
+            steps, seconds = plan_steps(comparison, name, arm, known)
+            jobs.append({"arm": name, "seed": seed, "steps": steps, "nominal_seconds": seconds})
+    jobs.insert(0, {"arm": "base", "seed": args.seeds[0], "steps": 0, "nominal_seconds": 0.0})
+    jobs = [job for job in jobs if (job["arm"], job["seed"], job["steps"]) not in done]
+    print(f"{len(jobs)} runs to do: {', '.join(sorted({job['arm'] for job in jobs}))}", flush=True)
+    if args.workers:
+        with ThreadPoolExecutor(args.workers) as pool:
+            list(pool.map(lambda job: run_job(job, comparison, recipe, work, results, workers), jobs))
+    else:
+        for job in jobs:
+            run_job(job, comparison, recipe, work, results, workers)
+    print(table(read_results(results)))
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except InputError as error:
+        sys.exit(f"generative.py: error: {error}")

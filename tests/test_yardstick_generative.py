@@ -1,0 +1,78 @@
+"""The comparison of the generative policy with flow matching, on digits: one base, equal wall time, lines once."""
+
+import json
+
+import pytest
+import yaml
+from test_yardstick import tiny, yardstick  # noqa: F401
+
+from diffusers_vrpo.errors import InputError
+from diffusers_vrpo.training import read_metrics
+
+
+POLICY = {"generative_policy_start_step": 0, "rollout_classes": 2, "rollout_group_size": 2, "rollout_steps": 2}
+POLICY |= {"rollout_every": 1, "mc_samples": 2, "reward_reference_images": 60, "guard_samples": 16, "guard_every": 100}
+
+
+@pytest.fixture
+def comparison(tiny, yardstick, tmp_path):  # noqa: F811
+    """A comparison on the tiny recipe, and a function that runs the driver on it."""
+    import generative
+
+    values = {
+        "size": tiny.places[0],
+        "base": {"objective": "repa"},
+        "base_seed": 1,
+        "base_steps": 3,
+        "budget_steps": 40,
+    }
+    values |= {"reward_pixels": 8, "guidance_scales": [2.0], "guided_samples": 12, "policy": POLICY}
+    values |= {"train": {"learning_rate": 1e-3}, "arms": {"fm": {}, "fm-annealed": {"lr_scheduler": "linear"}}}
+    values["arms"]["policy"] = {"policy": True}
+    file = tmp_path / "generative-tiny.yaml"
+    file.write_text(yaml.safe_dump(values))
+
+    def run(*options):
+        work = ["--work", str(tmp_path / "work"), "--results", str(tmp_path)]
+        return generative.main([str(file), *work, "--workers", "0", "--rounds", "1", *options])
+
+    run.module, run.folder, run.file = generative, tmp_path, file
+    return run
+
+
+def test_arms_from_one_base_for_the_same_time(comparison, capsys):
+    times = {"fm": {"step": 0.1, "setup": 0.0}, "policy": {"step": 0.5, "setup": 1.0}}
+    (comparison.folder / "timing-generative-tiny.json").write_text(json.dumps(times))
+    comparison("--seeds", "1")
+    lines = [
+        json.loads(line) for line in (comparison.folder / "results-generative-tiny.jsonl").read_text().splitlines()
+    ]
+    # 40 steps are 4 s: 1 s of statistics and 6 updates.
+    steps = {line["arm"]: line["steps"] for line in lines}
+    assert steps == {"base": 0, "fm": 40, "fm-annealed": 40, "policy": 6}
+    assert {line["nominal_seconds"] for line in lines} == {0.0, 4.0}
+    for line in lines:
+        assert set(line["fd_guided"]) == {"1.0", "2.0"} and line["guided"] == min(line["fd_guided"].values())
+        assert line["fd_train"] > 0 and line["fd_reward"] > 0
+    runs = comparison.folder / "work" / "tiny" / "generative"
+    rates = [row["learning_rate"] for row in read_metrics(runs / "fm-annealed-40-1" / "metrics.jsonl")]
+    assert rates[-1] < 0.1 * max(rates)
+    assert "policy/ratio" in read_metrics(runs / "policy-6-1" / "metrics.jsonl")[0]
+    table = capsys.readouterr().out
+    assert "| policy | 1 | 6 | 4 |" in table
+    comparison("--seeds", "1")
+    assert "0 runs to do" in capsys.readouterr().out
+    comparison("--table")
+    assert "| fm-annealed | 1 | 40 | 4 |" in capsys.readouterr().out
+
+
+def test_time_is_measured_and_a_budget_without_a_step_is_refused(comparison):
+    module, cpu = comparison.module, comparison.module.load_comparison("cpu")
+    assert set(cpu.arms) >= {"fm", "fm-annealed", "policy"}
+    times = {"fm": {"step": 0.1, "setup": 0.0}, "policy": {"step": 0.5, "setup": 100.0}}
+    with pytest.raises(InputError, match="budget_steps 400 does not pay for one step of policy; take more"):
+        module.plan_steps(cpu, "policy", cpu.arms["policy"], times)
+    with pytest.raises(InputError, match="is none of fm, fm-annealed"):
+        comparison("--arms", "other")
+    with pytest.raises(InputError, match="has no run"):
+        comparison("--table")

@@ -364,7 +364,8 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
     max_train_steps = args.max_train_steps or 400_000
     if args.num_train_epochs:
         draws = math.ceil(args.num_train_epochs * len(data) / global_batch_size)
-        max_train_steps = draws * args.policy_epochs
+        shared = math.lcm(args.policy_epochs, args.rollout_every if args.rollout_epochs > 1 else 1)
+        max_train_steps = math.ceil(draws * args.policy_epochs / shared) * shared
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps
     )
@@ -379,15 +380,13 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
         ema = ForeachEMA(trainable_parameters(model), decay=args.ema_decay, min_decay=args.ema_decay)
 
     validation = Validation(args, accelerator, pipeline, data, output_dir, interruption)
-    policy = GenerativePolicy(
-        args, accelerator, pipeline, data, lr_scheduler, validation, output_dir, global_batch_size
-    )
+    policy = GenerativePolicy(args, accelerator, pipeline, data, lr_scheduler, validation, global_batch_size)
 
     # 3. Where to start: the stream of samples goes on where the checkpoint's ended.
     states = {"reward_statistics": alignment.statistics, "conflict_gate": alignment.gate}
     states |= {"generative_policy": policy} if policy.enabled else {}
     means = RunningMeans()
-    register_model_hooks(accelerator, ema, states, means)
+    register_model_hooks(accelerator, ema, states, means, optional=["generative_policy"])
     guard = StepGuard(accelerator, optimizer, interruption, args.skip_nonfinite)
     step, samples_seen, saved_step, seconds, flops = 0, 0, 0, 0.0, 0.0
     settings = run_settings(args, data, pipeline.transformer, global_batch_size)
@@ -400,11 +399,10 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
         saved_step = step if checkpoint.parent.resolve() == output_dir.resolve() else None
         if ema is not None:
             ema.optimization_step = step
-        policy.check_begun(step)
+        policy.check_begun(step, checkpoint)
         logger.info(f"continuing from {checkpoint} at step {step}")
-    shape = (channels, height, width)
-    options = (math.prod(grid_size), encoders, global_batch_size)
-    samples = training_samples(data, args, pipeline.transformer, shape, *options)
+    options = ((channels, height, width), math.prod(grid_size), encoders, global_batch_size)
+    samples = training_samples(data, args, pipeline.transformer, *options)
     batch_sampler = StreamBatchSampler(
         samples_seen,
         max(0, max_train_steps - step),
@@ -522,7 +520,7 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
             # The optimizer has left the step out: weights, averages and statistics are as they were before it.
             where = f"step {step + 1} (samples {samples_seen} to {samples_seen + global_batch_size - 1}): {problem}"
             if guard.must_stop():
-                if step != saved_step and step % args.policy_epochs == 0 and not policy.unfinished(step) and save():
+                if step != saved_step and step % args.policy_epochs == 0 and not policy.active(step) and save():
                     saved_step = step
                 raise guard.stop(where, output_dir, saved_step)
             logger.warning(f"{where} is NaN or infinite; the step is skipped, {guard.skipped} so far")
@@ -560,7 +558,7 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
             if accelerator.is_main_process:
                 metrics_file.write(step, values)
         if reason := policy.look(step, ema, metrics_file):
-            raise policy.stop(reason, step, step if save() else saved_step)
+            raise policy.stop(reason, step, step if whole and save() else saved_step)
         seconds += time.perf_counter() - clock
         leaving = guard.signum and whole
         if step % args.checkpointing_steps == 0 or last or leaving:

@@ -34,13 +34,12 @@ train_vrpo = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(train_vrpo)
 
 
-@pytest.fixture
-def command(tmp_path):
-    """The options of a short run on digits; keyword arguments change them, None removes."""
-    model_config = tmp_path / "model.json"
+def options_in(folder: Path):
+    """Gives the options of a short run on digits in a folder; keyword arguments change them, None removes."""
+    model_config = folder / "model.json"
     model_config.write_text(json.dumps(TINY))
     defaults = {
-        "output_dir": tmp_path / "run",
+        "output_dir": folder / "run",
         "dataset_name": "digits",
         "resolution": 8,
         "vae": "none",
@@ -64,6 +63,11 @@ def command(tmp_path):
         return [part for name, value in merged.items() if value is not None for part in (f"--{name}", str(value))]
 
     return options
+
+
+@pytest.fixture
+def command(tmp_path):
+    return options_in(tmp_path)
 
 
 def run(options: list[str]):

@@ -97,7 +97,12 @@ def arm_argv(
 ) -> list[str]:
     """The command line of a run from the base."""
     options = arm_options(comparison, arm, make_reward_encoder(comparison, recipe, work))
-    start = {"pretrained_model_name_or_path": str(work / "base"), "preset": None, "checkpointing_steps": 10**6}
+    start = {
+        "pretrained_model_name_or_path": str(work / "base"),
+        "preset": None,
+        "model_config": None,
+        "checkpointing_steps": 10**6,
+    }
     # The samples of training are not those that the base began with.
     return train_argv(
         recipe, options, {"steps": steps, "alignment_stop_step": None}, 100 + seed, work, folder, start | (more or {})
@@ -201,7 +206,7 @@ def run_job(job: dict, comparison: Comparison, recipe: Recipe, work: Path, resul
         argv = [comparison.size, "--run", str(run), "--seed", str(job["seed"]), "--work", str(work.parent)]
         argv += [
             "--reward_encoder",
-            str(work / "packed" / "reward"),
+            make_reward_encoder(comparison, recipe, work),
             "--guided_samples",
             str(comparison.guided_samples),
         ]

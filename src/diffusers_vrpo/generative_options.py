@@ -112,10 +112,6 @@ def check_generative(parser: argparse.ArgumentParser, args: argparse.Namespace):
         parser.error(
             f"--generative_policy_start_step {start} is never reached: --max_train_steps {args.max_train_steps} must be above it"
         )
-    if args.rollout_group_size < 2:
-        parser.error(
-            f"--rollout_group_size {args.rollout_group_size} must be at least 2: advantages are relative to the group"
-        )
     if args.rollout_epochs > args.rollout_every:
         parser.error(
             f"--rollout_epochs {args.rollout_epochs} must be at most --rollout_every {args.rollout_every}, after which the "
@@ -128,11 +124,22 @@ def check_generative(parser: argparse.ArgumentParser, args: argparse.Namespace):
     if args.rollout_epochs > 1:
         for name in ("generative_policy_start_step", "checkpointing_steps", "max_train_steps"):
             value = getattr(args, name)
+            if name == "max_train_steps" and value is None and args.num_train_epochs is None:
+                value = 400_000  # what the script takes then
             if value is not None and value % args.rollout_every:
                 parser.error(
                     f"--{name} {value} must be a multiple of --rollout_every {args.rollout_every} when --rollout_epochs is "
                     "above 1: steps that share samples are saved whole"
                 )
+    for name, least, why in (
+        ("rollout_group_size", 2, "advantages are relative to the group"),
+        ("guard_samples", 4, "recall looks at a sample's third neighbour"),
+        ("reward_queue_size", args.rollout_classes * args.rollout_group_size, "the queue holds a whole rollout"),
+    ):
+        if getattr(args, name) < least:
+            parser.error(f"--{name} {getattr(args, name)} must be at least {least}: {why}")
+    if args.reward_encoder == "inception":
+        parser.error("--reward_encoder inception judges results (FID): a reward must not see it; take another")
     if args.reward_encoder is None and not args.encoder:
         parser.error(
             "--generative_policy_start_step needs --reward_encoder, a frozen encoder that judges samples, such as "

@@ -115,7 +115,7 @@ def sample_advantages(
     """`A_k = (r_k - mean over the class) / (std over the batch + 0.1 real std)`, `A = 3 tanh(batchnorm(sum_k s_k A_k) / 3)`.
 
     Each reward is made relative to its group before they meet: neither scale nor offset of a reward changes the result.
-    The real images' spread keeps a batch whose samples hardly differ from being blown up.
+    The real images' spread keeps a reward in which the samples hardly differ from weighing as much as the others.
 
     Args:
         rewards: of P groups of G samples, `[P,G,K]`.
@@ -134,7 +134,7 @@ def sample_advantages(
     relative = torch.where(scale > negligible, centred / scale.clamp_min(1e-300), 0.0)
     total = relative @ weights.double()
     std = (total - total.mean()).square().mean().sqrt()
-    normalised = torch.where(std > 1e-9, (total - total.mean()) / std.clamp_min(1e-300), 0.0)
+    normalised = torch.where(std > 1e-6, (total - total.mean()) / std.clamp_min(1e-300), 0.0)
     parts = weights.double() * relative.flatten(0, 1).std(0, correction=0)
     zero_spread = (total.std(1, correction=0) < 1e-6).float().mean()
     return (3 * torch.tanh(normalised / 3)).float(), (parts / parts.sum().clamp_min(1e-300)).float(), zero_spread

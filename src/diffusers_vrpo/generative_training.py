@@ -7,6 +7,7 @@ generative_policy.py and docs/method.md.
 
 import argparse
 import contextlib
+import copy
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, broadcast_object_list
+from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -35,7 +37,6 @@ from .generative_policy import (
     update_cost,
 )
 from .image_features import default_batch_size, load_image_encoder
-from .inception import FIDInception
 from .interruption import TrainingStopped, settle
 from .latent_cache import LatentCache
 from .latents import encode_images
@@ -45,9 +46,10 @@ from .sample import check_steps, decoded_images
 from .sample_rewards import (
     ENOUGH_FOR_FRECHET,
     REAL_VALUES,
+    REWARDS,
     SampleRewards,
     load_reference,
-    load_reward_function,
+    load_reward_functions,
     parse_reward_weights,
     reference_statistics,
     save_reference,
@@ -92,14 +94,13 @@ class GenerativePolicy:
         data,
         lr_scheduler,
         validation,
-        output_dir: Path,
         global_batch_size: int,
     ):
         self.args, self.start = args, args.generative_policy_start_step
         self.enabled = self.start is not None
         if not self.enabled:
             return
-        self.accelerator, self.pipeline, self.output_dir = accelerator, pipeline, output_dir
+        self.accelerator, self.pipeline, self.output_dir = accelerator, pipeline, validation.output_dir
         self.transformer, self.device = pipeline.transformer, accelerator.device
         self.lr_scheduler, self.validation = lr_scheduler, validation
         self._check(data)
@@ -116,10 +117,8 @@ class GenerativePolicy:
             self.encoder = load_image_encoder(
                 name, device=self.device, cache_dir=args.cache_dir, option="--reward_encoder"
             )
-        if isinstance(self.encoder, FIDInception):
-            raise InputError("--reward_encoder inception judges results (FID): a reward must not see it; take another")
         self.encoder.take_shallow(args.reward_shallow_layer)
-        functions = dict(load_reward_function(argument) for argument in args.reward_function or [])
+        functions = load_reward_functions(args.reward_function or [])
         rows = fixed_rows(data, args.reward_reference_images)
         rows = random_stream(0, 1, LOOK_REAL).permutation(rows)  # any first part of them is a random one
         reference = self._reference(data, rows, name)
@@ -218,6 +217,11 @@ class GenerativePolicy:
         num_classes = self.transformer.config.num_classes
         device = torch.device("cpu") if self.device.type == "mps" else self.device
         there = load_reference(file, description, device) if accelerator.is_main_process else None
+        if broadcast_object_list([there is None and file.exists()])[0] and args.reward_reference:
+            raise InputError(
+                f"--reward_reference {file} holds something else: statistics of other images, another encoder or another "
+                "--reward_reference_images; give another file, which will be made"
+            )
         if not broadcast_object_list([there is not None])[0]:
             logger.info(f"statistics of {len(rows)} training images for the rewards, kept in {file}")
             size = self.args.train_batch_size
@@ -403,7 +407,7 @@ class GenerativePolicy:
             logs[f"sample_reward/{name}"] = rewards[:, k].mean()
             logs[f"sample_reward_real/{name}"] = self.rewards.real_mean[k]
             logs[f"sample_share/{name}"] = shares[k]
-        return {name: value.to(self.device) for name, value in logs.items()}
+        return {name: value.float().to(self.device) for name, value in logs.items()}
 
     def _parts(self, count: int) -> list[slice]:
         """Samples that go through the transformer together: as many noisy versions as a training batch has."""
@@ -483,7 +487,8 @@ class GenerativePolicy:
         if outcome[0] is None and outcome[1] < self.best_score:
             self.best_score, self.best_step = outcome[1], step
             self._save_best(ema)
-        self.looked_step = step
+        if outcome[0] is None:  # or else the same command would go on as if nothing were wrong
+            self.looked_step = step
         return outcome[0]
 
     def _set_learning_rate(self):
@@ -533,20 +538,19 @@ class GenerativePolicy:
         recall = precision_recall(real, features["pool"].to(real))[1]
         moments = mean_and_covariance(features["pool"].to(real))
         distance = frechet_distance(reference["pool.mean"], reference["pool.covariance"], *moments)
-        now = self._composite(self.rewards(images, features, labels))
+        now = self.rewards(images, features, labels)
         # Functions of the user's do not change with the queue; the others need no images.
         if "rewards" not in self.start_values:
-            self.start_values["rewards"] = self.rewards(images, features, labels)
+            self.start_values["rewards"] = now
         then = self.start_values["rewards"].clone()
         for k, name in enumerate(self.rewards.names[:3]):
             start_features = {n: self.start_values[n] for n in ("pool", "shallow")}
             then[:, k] = self.rewards.rewards[name](None, start_features, labels)
-        return [recall, now, self._composite(then), distance]
-
-    def _composite(self, rewards: torch.Tensor) -> float:
-        """The weighted mean reward in units of the real images' spread; 0 is their mean."""
-        std = self.rewards.real_std.clamp_min(1e-12)
-        return (((rewards - self.rewards.real_mean) / std).mean(0) @ self.weights).item()
+        # In the units of the advantages; 0 is the real images' mean.
+        scale = torch.cat([now, then]).std(0, correction=0) + 0.1 * self.rewards.real_std
+        means = torch.stack([now.mean(0), then.mean(0)])
+        means = ((means - self.rewards.real_mean) / scale.clamp_min(1e-12)) @ self.weights
+        return [recall, *means.tolist(), distance]
 
     def _real_loss(self) -> tuple[float, torch.Tensor]:
         """Flow-matching loss on the same real images, noise and timesteps as ever, and the estimates of the images."""
@@ -563,9 +567,15 @@ class GenerativePolicy:
 
     def _save_best(self, ema):
         """Keeps the averaged model as a pipeline in `best`, whole or not at all."""
-        final, partial = self.output_dir / "best", self.output_dir / f".best.{os.getpid()}.tmp"
+        final, partial = self.output_dir / "best", self.output_dir / ".best.tmp"
         with whole_pipeline(self.accelerator, self.pipeline, ema) as averaged, written(f"the pipeline in {final}"):
             if self.accelerator.is_main_process:
+                shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+                if self.args.lora_rank:  # training goes on with the adapters
+                    averaged = copy.copy(averaged)
+                    averaged.transformer = copy.deepcopy(averaged.transformer)
+                    averaged.transformer.fuse_lora()
+                    averaged.transformer.unload_lora()
                 averaged.save_pretrained(partial)
                 shutil.rmtree(final, ignore_errors=True)
                 os.replace(partial, final)
@@ -574,10 +584,12 @@ class GenerativePolicy:
         """The error that ends a run whose guards have tripped."""
         saved = f"checkpoint-{saved_step} has this step, " if saved_step == step else ""
         settle(self.accelerator)
+        stopped = f"step {step}: {reason}; the generative policy has been stopped"
+        if self.best_step < 0:
+            return TrainingStopped(f"{stopped} before its first update: it needs a model that draws images")
         return TrainingStopped(
-            f"step {step}: {reason}; the generative policy has been stopped. In {self.output_dir}, {saved}best the averaged "
-            f"pipeline of step {self.best_step}: start from it with --pretrained_model_name_or_path, fewer updates or a lower "
-            "--generative_coeff"
+            f"{stopped}. In {self.output_dir}, {saved}best the averaged pipeline of step {self.best_step}: start from it with "
+            "--pretrained_model_name_or_path, fewer updates or a lower --generative_coeff"
         )
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -587,7 +599,11 @@ class GenerativePolicy:
         """What must be the same for a run that has begun to follow rewards to be continued."""
         names = [name for name in OPTIONS if name not in FREE]
         values = {name: getattr(self.args, name) for name in names}
-        return {"generative_policy_start_step": self.start, **values, "rewards": self.rewards.names}
+        # Files may have moved: their names count.
+        values["reward_encoder"] = Path(self.args.reward_encoder or self.args.encoder[0]).name
+        values["fd_encoder"] = Path(self.args.fd_encoder or "none").name
+        values["reward_function"] = self.rewards.names[len(REWARDS) :]
+        return {"generative_policy_start_step": self.start, **values}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         begun = self.first is not None
@@ -616,17 +632,24 @@ class GenerativePolicy:
         self.best_step, self.looked_step = int(best_step), int(looked_step)
         for name, value in state_dict.items():
             if name.startswith("start."):
-                self.start_values[name.removeprefix("start.")] = value.to(self.device)
+                device = self.rewards.device if name == "start.rewards" else self.device
+                self.start_values[name.removeprefix("start.")] = value.to(device)
         self.rewards.load_state_dict(
             {n.removeprefix("rewards."): v for n, v in state_dict.items() if n.startswith("rewards.")}
         )
 
-    def check_begun(self, step: int):
-        """After a checkpoint was loaded: a run that is past the start must have begun there.
+    def check_begun(self, step: int, checkpoint: Path):
+        """After a checkpoint was loaded: a run that is past the start must have begun there, and one that has begun goes on.
 
         Raises:
-            InputError: when the checkpoint knows nothing of the policy.
+            InputError: when the checkpoint knows nothing of the policy, or knows it and the options do not.
         """
+        file = checkpoint / "generative_policy.safetensors"
+        if not self.enabled and file.exists() and bool(load_file(file)["begun"]):
+            raise InputError(
+                f"without --generative_policy_start_step {checkpoint}, which follows rewards, cannot be continued; give what it "
+                "began with, or start a new run from these weights with --pretrained_model_name_or_path"
+            )
         if self.enabled and step > self.start and self.first is None:
             raise InputError(
                 f"--generative_policy_start_step {self.start} is behind step {step}, from which the run continues; give {step} or "

@@ -99,13 +99,14 @@ class ImageEncoder(nn.Module):
         blank = torch.zeros(1, 3, *self.input_size, device=self.mean.device)
         with torch.no_grad():
             states = _states(_apply(self.model, self.preprocess(blank.to(torch.uint8)), hidden_states=True))
-        layer = max(1, len(states) // 4) if layer is None else layer
+        layer = min(max(1, len(states) // 4), len(states) - 1) if layer is None else layer
         if not 0 <= layer < len(states):
             raise InputError(f"{option} {layer}: the reward encoder has hidden states 0 to {len(states) - 1}")
-        self.shallow_layer = layer
+        before, self.shallow_layer = self.shallow_layer, layer
         try:
             self._encode(blank.to(torch.uint8))
-        except (ValueError, RuntimeError, IndexError) as error:
+        except (ValueError, RuntimeError, IndexError, AttributeError) as error:
+            self.shallow_layer = before
             raise InputError(
                 f"{option} {layer} has no rows and columns ({_first_sentence(error)}); take another"
             ) from error

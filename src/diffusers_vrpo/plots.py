@@ -44,6 +44,17 @@ def plot_metrics(metrics_file: str | Path, output_file: str | Path, title: str =
         ("alignment coefficient in force", ["alignment_coeff"]),
         ("spread of a group's rewards", names("spread/")),
         ("clip fraction", ["clip_fraction"]),
+        *(
+            (f"samples: {name.removeprefix('sample_reward/')}", [name, name.replace("reward/", "reward_real/")])
+            for name in names("sample_reward/")
+        ),
+        ("shares in the samples' advantages", names("sample_share/")),
+        ("reward gradient over flow matching's", ["policy/gradient_ratio"]),
+        *(
+            (f"guard: {name.removeprefix('guard/')}", [name])
+            for name in names("guard/")
+            if not name.endswith("/start_reward")
+        ),
         ("gradient norm", ["grad_norm"]),
         ("images per second", ["images_per_second"]),
     ]
@@ -57,7 +68,9 @@ def plot_metrics(metrics_file: str | Path, output_file: str | Path, title: str =
         shades = [matplotlib.colormaps["viridis"](i / max(1, len(keys) - 1)) for i in range(len(keys))]
         for key, shade in zip(keys, shades):
             points = [(row["step"], row[key]) for row in rows if key in row]
-            axis.plot(*zip(*points), label=key.split("/")[-1], linewidth=1.5, color=shade if len(keys) > 4 else None)
+            prefix, _, label = key.rpartition("/")
+            label = {"sample_reward": "samples", "sample_reward_real": "real images"}.get(prefix, label)
+            axis.plot(*zip(*points), label=label, linewidth=1.5, color=shade if len(keys) > 4 else None)
         axis.set_title(name, fontsize=11)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)

@@ -54,7 +54,10 @@ class Limits:
 
 def tripped(first: Look, now: Look, limits: Limits) -> str | None:
     """Why the policy must stop, as the start of a sentence, or None."""
-    if not all(math.isfinite(value) for value in (now.loss_fm, now.recall, now.reward, now.distance)):
+    measured = [now.loss_fm, now.recall, now.reward, now.start_reward, now.distance]
+    if not math.isnan(first.held_out):
+        measured.append(now.held_out)
+    if not all(map(math.isfinite, measured)):
         return "what the guards measure is no longer finite"
     if now.loss_fm > first.loss_fm * (1 + limits.loss_rise):
         return (

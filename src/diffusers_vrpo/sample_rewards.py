@@ -10,6 +10,7 @@ import importlib.util
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -156,6 +157,7 @@ def load_reward_function(argument: str) -> tuple[str, Reward]:
         raise InputError(f"--reward_function {argument}: give FILE.py:NAME with a file that is there")
     spec = importlib.util.spec_from_file_location(f"reward_{Path(file).stem}", file)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look there
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # the user's own code raises what it likes
@@ -164,6 +166,21 @@ def load_reward_function(argument: str) -> tuple[str, Reward]:
     if not callable(function):
         raise InputError(f"--reward_function {argument}: {file} has no function {name!r}")
     return name, function
+
+
+def load_reward_functions(arguments: list[str]) -> dict[str, Reward]:
+    """The functions of `--reward_function` by name.
+
+    Raises:
+        InputError: when there is no such function, or its name is taken.
+    """
+    functions = {}
+    for argument in arguments:
+        name, function = load_reward_function(argument)
+        if name in (*REWARDS, *functions):
+            raise InputError(f"--reward_function {argument}: there is a reward {name!r} already; give it another name")
+        functions[name] = function
+    return functions
 
 
 def parse_reward_weights(text: str | None, names: list[str]) -> list[float]:

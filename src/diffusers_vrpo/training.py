@@ -11,7 +11,7 @@ import shutil
 import socket
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from pathlib import Path
 from pickle import UnpicklingError
@@ -489,12 +489,14 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path):
     """Loads what `save_checkpoint` saved: weights, averages, optimizer, statistics.
 
     Raises:
-        InputError: when a part of it is missing or does not fit.
+        InputError: when a part of it is missing or does not fit, or is of other options.
     """
 
     def load():
         try:
             accelerator.load_state(str(checkpoint))
+        except InputError:
+            raise
         except (OSError, LookupError, EOFError, RuntimeError, ValueError, SafetensorError, UnpicklingError) as error:
             raise InputError(
                 f"--resume_from_checkpoint {checkpoint} cannot be loaded ({first_line(error)}); remove it to continue from "
@@ -601,7 +603,13 @@ def save_lora(model: torch.nn.Module, folder: Path):
     model.unload_lora()
 
 
-def register_model_hooks(accelerator: Accelerator, ema: EMAModel | None, tensors: dict, means: "RunningMeans"):
+def register_model_hooks(
+    accelerator: Accelerator,
+    ema: EMAModel | None,
+    tensors: dict,
+    means: "RunningMeans",
+    optional: Collection[str] = (),
+):
     """Makes checkpoints hold the weights and their averages, and more tensors.
 
     Weights are in `transformer/` and `transformer_ema/`, which `from_pretrained` opens; where most are frozen, the trained
@@ -611,6 +619,7 @@ def register_model_hooks(accelerator: Accelerator, ema: EMAModel | None, tensors
         tensors: objects with `state_dict` and `load_state_dict` of tensors, by name, the same on all processes; each is
             saved as `{name}.safetensors`.
         means: of each process, `running_means_{process}.safetensors`.
+        optional: names of `tensors` that a checkpoint may lack; these objects stay as they are then.
     """
 
     def trained(model):
@@ -653,7 +662,9 @@ def register_model_hooks(accelerator: Accelerator, ema: EMAModel | None, tensors
         if ema is not None:
             fill(ema.shadow_params, load(model, os.path.join(input_dir, "transformer_ema")))
         for name, holder in tensors.items():
-            holder.load_state_dict(load_file(os.path.join(input_dir, f"{name}.safetensors")))
+            file = os.path.join(input_dir, f"{name}.safetensors")
+            if name not in optional or os.path.exists(file):
+                holder.load_state_dict(load_file(file))
         saved = list(Path(input_dir).glob("running_means_*.safetensors"))
         saved.sort(key=lambda path: int(path.stem.split("_")[-1]))
         means.load_state_dicts([load_file(path) for path in saved], accelerator)

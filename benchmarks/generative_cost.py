@@ -1,0 +1,195 @@
+#!/usr/bin/env python
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+r"""What an update of the generative policy costs, in forward passes of the transformer for each generated image.
+
+    python benchmarks/generative_cost.py --preset SiT-S/4 --threads 1 --clock cpu
+    python benchmarks/generative_cost.py --preset SiT-B/2 --device cuda --mixed_precision bf16 --batch_size 256 --rollout_classes 32
+
+An update is a rollout, its encoding, rewards and gradient, and the forward and backward passes of the real images that belong
+to it, as train_vrpo.py does them. It is compared with
+    rollout_steps + encoder + 3 N_MC + 3 (real images per generated image)   (+ N_MC with the anchor)
+by FLOPs (counted: matrix products, convolutions, attention), which shows whether anything is computed twice, and by time: that of
+an update over that of a forward pass without gradients of the same batch, in turn within a round, medians over rounds. Weights
+of the transformer and of the DINOv2-sized encoder are random, images are noise. Autoencoder and optimizer are left out.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from datasets import ClassLabel, Dataset, Features, Image
+from objective_overhead import hardware_name
+from PIL import Image as PILImage
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Dinov2Config, Dinov2Model
+
+from diffusers_vrpo import SiTTransformer2DModel, VRPOPipeline, sit_preset
+from diffusers_vrpo.conversion import default_scheduler
+from diffusers_vrpo.flow import flow_matching_loss, forward_process
+from diffusers_vrpo.generative_options import add_generative_options
+from diffusers_vrpo.generative_policy import update_cost
+from diffusers_vrpo.generative_training import GenerativePolicy
+from diffusers_vrpo.throughput import forward_flops
+
+
+NUM_CLASSES = 10
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="SiT-S/4", help="as of train_vrpo.py (default: SiT-S/4)")
+    parser.add_argument(
+        "--resolution", type=int, default=64, help="side of the images, which it works on (default: 64)"
+    )
+    parser.add_argument("--batch_size", type=int, default=8, dest="train_batch_size", help="real images (default: 8)")
+    parser.add_argument(
+        "--encoder_width", type=int, default=384, help="of the DINOv2; 384 is S, 768 is B (default: 384)"
+    )
+    parser.add_argument(
+        "--encoder_pixels", type=int, default=112, help="side of the images that it sees (default: 112)"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="that count (default: 5)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
+    parser.add_argument("--threads", type=int, help="of the CPU; 1 is steadier where other work runs")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: the process's processor time")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers")
+    add_generative_options(parser)
+    # Small, so that a CPU can do it.
+    parser.set_defaults(rollout_classes=2, rollout_group_size=4, rollout_steps=10, rollout_every=1)
+    return parser
+
+
+def build_policy(args, folder: Path) -> tuple[GenerativePolicy, Accelerator]:
+    """The policy of a run on noise."""
+    options = dict(image_size=args.encoder_pixels, patch_size=14, hidden_size=args.encoder_width)
+    options |= dict(num_hidden_layers=12, num_attention_heads=args.encoder_width // 64)
+    Dinov2Model(Dinov2Config(**options)).save_pretrained(folder / "encoder")
+    size = {"height": args.encoder_pixels, "width": args.encoder_pixels}
+    processor = {
+        "do_resize": True,
+        "size": size,
+        "do_center_crop": False,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
+    (folder / "encoder" / "preprocessor_config.json").write_text(json.dumps(processor))
+    random_pixels = np.random.default_rng(0)
+    images = [
+        PILImage.fromarray(random_pixels.integers(0, 256, (args.resolution,) * 2 + (3,), np.uint8)) for _ in range(64)
+    ]
+    features = Features({"image": Image(decode=False), "label": ClassLabel(num_classes=NUM_CLASSES)})
+    columns = {"image": images, "label": [i % NUM_CLASSES for i in range(64)]}
+    data = Dataset.from_dict(columns, features=features)
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=args.mixed_precision)
+    torch.manual_seed(0)
+    config = sit_preset(args.preset) | {"sample_size": args.resolution, "in_channels": 3, "num_classes": NUM_CLASSES}
+    model = SiTTransformer2DModel(**config).to(accelerator.device)
+    torch.nn.init.normal_(model.proj_out.weight, std=0.02)  # else every sample would be its noise
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    pipeline = VRPOPipeline(model, default_scheduler("velocity"))
+    args.generative_policy_start_step, args.reward_encoder = 0, str(folder / "encoder")
+    args.seed, args.encoder, args.latents_dir, args.cache_dir = 0, None, None, None
+    validation = SimpleNamespace(judge=None)
+    batch = (validation, folder, args.train_batch_size)
+    return GenerativePolicy(args, accelerator, pipeline, data, scheduler, *batch), accelerator
+
+
+def main(argv: list[str] | None = None):
+    args = build_parser().parse_args(argv)
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    clock = time.process_time if args.clock == "cpu" else time.perf_counter
+    with tempfile.TemporaryDirectory() as temporary:
+        policy, accelerator = build_policy(args, Path(temporary))
+        model, config = policy.transformer, policy.transformer.config
+        forward = forward_flops(config)
+        device, count = accelerator.device, args.train_batch_size
+        x0, noise = torch.randn(2, count, *policy.shape, device=device)
+        labels, u = torch.zeros(count, dtype=torch.long, device=device), torch.rand(count, device=device)
+        model.train()
+
+        def look():
+            with torch.no_grad(), accelerator.autocast():
+                model(x0, u, labels, return_dict=False)
+
+        def real_step():
+            model.zero_grad()
+            x_t, timestep, target, _ = forward_process(x0, noise, u, config)
+            with accelerator.autocast():
+                prediction = model(x_t, timestep, labels, return_dict=False)[0]
+            flow_matching_loss(prediction, target).mean().backward()
+
+        def update(number: int):
+            for _ in range(args.rollout_every):
+                real_step()
+            for epoch in range(args.rollout_epochs):
+                policy.add_gradient(number * args.rollout_every + epoch, None)
+
+        def seconds(action, *arguments) -> float:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            start = clock()
+            action(*arguments)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            return clock() - start
+
+        encoder = torch.zeros(1, 3, *policy.encoder.input_size, dtype=torch.uint8, device=device)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            policy.encoder(encoder)
+        encoder_cost = counter.get_total_flops() / forward
+        real = args.rollout_every * count / policy.num_samples
+        formula = update_cost(
+            args.rollout_steps, encoder_cost, args.mc_samples, real, policy.anchor_coeff > 0, args.rollout_epochs
+        )
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            update(0)
+        counted = counter.get_total_flops() / forward / policy.num_samples
+
+        looks, updates, order = [], [], random.Random(0)
+        seconds(look)
+        for number in range(1, args.rounds + 1):
+            kinds = order.sample(["look", "update"], 2)
+            timed = {kind: seconds(look) if kind == "look" else seconds(update, number) for kind in kinds}
+            looks.append(timed["look"] / count)
+            updates.append(timed["update"] / policy.num_samples)
+        timed = statistics.median(update / look for update, look in zip(updates, looks))
+        result = {
+            "hardware": hardware_name(device),
+            "preset": args.preset,
+            "samples": policy.num_samples,
+            "encoder": encoder_cost,
+            "formula": formula,
+            "flops": counted,
+            "time": timed,
+            "times": [update / look for update, look in zip(updates, looks)],
+            "forward_seconds": statistics.median(looks),
+        }
+    print(
+        f"{result['hardware']}, {args.preset}, {policy.num_samples} samples, {args.mixed_precision}: formula {formula:.1f} forward "
+        f"passes a sample (encoder {encoder_cost:.2f}, real images {3 * real:.1f}); FLOPs {counted:.1f}, that is {counted / formula:.3f} of "
+        f"it; time {timed:.1f}, {timed / formula:.3f} of it (rounds {min(result['times']) / formula:.3f} to "
+        f"{max(result['times']) / formula:.3f})"
+    )
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

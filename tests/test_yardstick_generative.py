@@ -41,7 +41,8 @@ def comparison(tiny, yardstick, tmp_path):  # noqa: F811
 
 
 def test_arms_from_one_base_for_the_same_time(comparison, capsys):
-    times = {"fm": {"step": 0.1, "setup": 0.0}, "policy": {"step": 0.5, "setup": 1.0}}
+    times = {comparison.module.cost_key({}): {"step": 0.1, "setup": 0.0}}
+    times[comparison.module.cost_key({"policy": True})] = {"step": 0.5, "setup": 1.0}
     (comparison.folder / "timing-generative-tiny.json").write_text(json.dumps(times))
     comparison("--seeds", "1")
     lines = [
@@ -69,7 +70,11 @@ def test_arms_from_one_base_for_the_same_time(comparison, capsys):
 def test_time_is_measured_and_a_budget_without_a_step_is_refused(comparison):
     module, cpu = comparison.module, comparison.module.load_comparison("cpu")
     assert set(cpu.arms) >= {"fm", "fm-annealed", "policy"}
-    times = {"fm": {"step": 0.1, "setup": 0.0}, "policy": {"step": 0.5, "setup": 100.0}}
+    times = {module.cost_key({}): {"step": 0.1, "setup": 0.0}}
+    times[module.cost_key(cpu.arms["policy"])] = {"step": 0.5, "setup": 100.0}
+    # What an update only computes with costs nothing.
+    assert module.cost_key(cpu.arms["policy"]) == module.cost_key(cpu.arms["policy-fidelity"])
+    assert module.cost_key(cpu.arms["policy"]) != module.cost_key(cpu.arms["policy-every-1"])
     with pytest.raises(InputError, match="budget_steps 400 does not pay for one step of policy; take more"):
         module.plan_steps(cpu, "policy", cpu.arms["policy"], times)
     with pytest.raises(InputError, match="is none of fm, fm-annealed"):

@@ -28,6 +28,7 @@ from accelerate.state import AcceleratorState
 from recipe import HERE, Recipe, load_recipe, read_yaml
 from run import Workers, append_result, commit, read_results, versions
 from subset import pack, packed, show_smaller
+from timing import one_core
 from training_run import (
     add_common_options,
     check_common,
@@ -142,33 +143,48 @@ def make_reward_encoder(comparison: Comparison, recipe: Recipe, work: Path) -> s
 # Time
 
 
-def measure_times(comparison: Comparison, recipe: Recipe, work: Path, arms: dict, rounds: int) -> dict:
-    """Seconds of a step and of what comes before the first, of plain flow matching and of each arm with a policy.
+# Numbers that an update computes with: other ones take as long.
+FREE = ("lr_scheduler", "reward_weights", "generative_coeff", "max_gradient_ratio", "generative_learning_rate")
+
+
+def cost_key(arm: dict) -> str:
+    """What the time of an arm's step depends on; the same for arms that cost the same."""
+    return json.dumps({name: value for name, value in arm.items() if name not in FREE}, sort_keys=True)
+
+
+def measure_times(comparison: Comparison, recipe: Recipe, work: Path, kinds: list[str], rounds: int) -> dict:
+    """Seconds of a step and of what comes before the first, of flow matching and of each kind of arm with a policy.
 
     Short runs of all of them in turn, in one process on the cores that it may use; medians over the rounds.
+
+    Args:
+        kinds: by `cost_key`.
     """
-    kinds = {"fm": {}} | {name: arm for name, arm in arms.items() if arm.get("policy")}
-    seen = {name: {"step": [], "setup": []} for name in kinds}
+    plain = cost_key({})
+    seen = {kind: {"step": [], "setup": []} for kind in [plain, *kinds]}
     few = {"logging_steps": 1, "fd_encoder": None, "num_fd_samples": None, "num_validation_images": 1}
-    few |= {"validation_labels": ["0"], "num_inference_steps": 1, "lr_scheduler": "constant_with_warmup"}
+    few |= {"validation_labels": ["0"], "num_inference_steps": 1}
     for _ in range(rounds):
-        for name, arm in kinds.items():
-            folder = work / "timing"
+        for kind, times in seen.items():
+            arm, folder = json.loads(kind), work / "timing"
             shutil.rmtree(folder, ignore_errors=True)
-            steps, start = 5 if arm else 15, time.perf_counter()
+            # Whole rollouts; the first, which meets everything for the first time, is left out.
+            every = (comparison.policy | arm).get("rollout_every", 2) if arm else 4
+            steps, start = 4 * every, time.perf_counter()
             AcceleratorState._reset_state(reset_partial_state=True)
             script = train_script()
             script.main(script.parse_args(arm_argv(comparison, recipe, arm, steps, 0, work, folder, few)))
             whole = time.perf_counter() - start
             rows = [row["train_seconds"] for row in read_metrics(folder / "metrics.jsonl") if "train_seconds" in row]
-            seen[name]["step"].append((rows[-1] - rows[1]) / (len(rows) - 2))
-            seen[name]["setup"].append(whole - rows[-1])
+            times["step"].append((rows[-1] - rows[every - 1]) / (steps - every))
+            times["setup"].append(whole - rows[-1])
     shutil.rmtree(work / "timing")
-    times = {name: {kind: statistics.median(values) for kind, values in each.items()} for name, each in seen.items()}
-    for name in kinds:
-        # What a run without a policy needs as well is not the policy's.
-        times[name]["setup"] = max(0.0, times[name]["setup"] - statistics.median(seen["fm"]["setup"]))
-    return times
+    times = {kind: {name: statistics.median(values) for name, values in each.items()} for kind, each in seen.items()}
+    # What a run without a policy needs as well is not the policy's.
+    return {
+        kind: {"step": each["step"], "setup": max(0.0, each["setup"] - times[plain]["setup"])}
+        for kind, each in times.items()
+    }
 
 
 def plan_steps(comparison: Comparison, name: str, arm: dict, times: dict) -> tuple[int, float]:
@@ -177,8 +193,8 @@ def plan_steps(comparison: Comparison, name: str, arm: dict, times: dict) -> tup
     Raises:
         InputError: where the budget does not pay for a step.
     """
-    own = times[name if arm.get("policy") else "fm"]
-    budget = comparison.budget_steps * times["fm"]["step"]
+    own = times[cost_key(arm)]
+    budget = comparison.budget_steps * times[cost_key({})]["step"]
     steps = round((budget - own["setup"]) / own["step"])
     if steps < 1:
         raise InputError(f"budget_steps {comparison.budget_steps} does not pay for one step of {name}; take more")
@@ -210,14 +226,16 @@ def run_job(job: dict, comparison: Comparison, recipe: Recipe, work: Path, resul
             "--guided_samples",
             str(comparison.guided_samples),
         ]
-        argv += ["--guidance_scales", *map(str, comparison.guidance_scales), "--output", str(folder / "judged.tmp")]
+        argv += ["--guidance_scales", *map(str, comparison.guidance_scales)] if comparison.guidance_scales else []
+        argv += ["--output", str(folder / "judged.tmp")]
         if not workers.args.workers:
             judge.main(argv)
         elif not workers.call([sys.executable, str(HERE / "judge.py"), *argv], log):
             return
         (folder / "judged.tmp").replace(judged)
     line = job | json.loads(judged.read_text()) | {"versions": versions(), "commit": commit()}
-    line["guided"] = min([line["fd_guided"][scale] for scale in line["fd_guided"]])
+    if comparison.guidance_scales:
+        line["guided"] = min(line["fd_guided"].values())
     if (folder / "metrics.jsonl").exists():
         rows = [row for row in read_metrics(folder / "metrics.jsonl") if "train_seconds" in row]
         line |= {"train_seconds": rows[-1]["train_seconds"], "train_flops": rows[-1]["train_flops"]}
@@ -237,12 +255,13 @@ def table(lines: list[dict]) -> str:
     arms = {}
     for line in lines:
         arms.setdefault(line["arm"], {})[line["seed"]] = line
-    head = ["arm", "seeds", "steps", "seconds", *COLUMNS.values(), "against fm-annealed, seed by seed"]
+    columns = {key: name for key, name in COLUMNS.items() if all(key in line for line in lines)}
+    head = ["arm", "seeds", "steps", "seconds", *columns.values(), "against fm-annealed, seed by seed"]
     rows = [head, ["---"] * len(head)]
     for name, by_seed in arms.items():
         own = list(by_seed.values())
         row = [name, str(len(own)), f"{own[0]['steps']:,}", f"{own[0]['nominal_seconds']:.0f}"]
-        for key in COLUMNS:
+        for key in columns:
             values = [line[key] for line in own]
             digits = 1 if max(values) >= 10 else 3
             row.append(
@@ -294,12 +313,14 @@ def main(argv: list[str] | None = None) -> int:
     make_base(comparison, recipe, work, workers)
     timing = args.results / f"timing-generative-{recipe.name}.json"
     known = json.loads(timing.read_text()) if timing.exists() else {}
-    missing = {name: arm for name, arm in arms.items() if arm.get("policy") and name not in known}
-    if missing or "fm" not in known:
-        found = measure_times(comparison, recipe, work, missing, args.rounds)
+    missing = sorted({cost_key(arm) for arm in arms.values() if arm.get("policy")} - set(known))
+    plain = cost_key({})
+    if missing or not known:
+        with one_core():
+            found = measure_times(comparison, recipe, work, missing, args.rounds)
         # Ratios hold from one day to the next; seconds of flow matching stay those of the first.
-        factor = known["fm"]["step"] / found["fm"]["step"] if known else 1.0
-        found = {name: {kind: value * factor for kind, value in each.items()} for name, each in found.items()}
+        factor = known[plain]["step"] / found[plain]["step"] if known else 1.0
+        found = {kind: {name: value * factor for name, value in each.items()} for kind, each in found.items()}
         known = found | known
         write_atomically(timing, (json.dumps(known, indent=1) + "\n").encode())
     done = {(line["arm"], line["seed"], line["steps"]) for line in read_results(results)}

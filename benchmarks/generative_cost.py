@@ -104,9 +104,9 @@ def build_policy(args, folder: Path) -> tuple[GenerativePolicy, Accelerator]:
     pipeline = VRPOPipeline(model, default_scheduler("velocity"))
     args.generative_policy_start_step, args.reward_encoder = 0, str(folder / "encoder")
     args.seed, args.encoder, args.latents_dir, args.cache_dir = 0, None, None, None
-    validation = SimpleNamespace(judge=None)
-    batch = (validation, folder, args.train_batch_size)
-    return GenerativePolicy(args, accelerator, pipeline, data, scheduler, *batch), accelerator
+    validation = SimpleNamespace(judge=None, output_dir=folder)
+    policy = GenerativePolicy(args, accelerator, pipeline, data, scheduler, validation, args.train_batch_size)
+    return policy, accelerator
 
 
 def main(argv: list[str] | None = None):

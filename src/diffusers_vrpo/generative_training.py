@@ -509,11 +509,12 @@ class GenerativePolicy:
             _, images, features = self._draw(labels, torch.from_numpy(np.stack(noise)).to(self.device))
             loss_fm, x0 = self._real_loss()
         features = {name: self._gather(values)[: args.guard_samples] for name, values in features.items()}
+        finite = all(values.isfinite().all() for values in features.values())
         if self.first is None:
             self.start_values = {**features, "x0": x0}
             # The samples are also the first of the queue, so that the first rollout has a distribution to compare with.
-            self.rewards.push(features, self.real_images)
-        finite = all(values.isfinite().all() for values in features.values())
+            if finite:
+                self.rewards.push(features, self.real_images)
         held_out, own = math.nan, [math.nan] * 4
         if self.validation.judge is not None:
             parts = images.split(default_batch_size(self.device))

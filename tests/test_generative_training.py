@@ -117,6 +117,9 @@ def test_what_is_logged_and_saved(finished):
     assert looks[0]["guard/drift"] == 0 and looks[0]["guard/reward"] == looks[0]["guard/start_reward"]
     assert 0 < looks[1]["guard/drift"] < looks[2]["guard/drift"]
     assert "guard/held_out" not in looks[0]
+    # Grids of before and after, from the same noise.
+    assert (folder / "one" / "samples" / "step-0000002.png").is_file()
+    assert (folder / "one" / "samples" / "step-0000008.png").is_file()
     # The optimizer had the rate of the policy before its first update.
     groups = torch.load(folder / "one" / "checkpoint-2" / "optimizer.bin", weights_only=True)["param_groups"]
     assert [group["lr"] for group in groups] == [1e-3]

@@ -484,6 +484,10 @@ class GenerativePolicy:
         if self.accelerator.is_main_process:
             log_values(self.accelerator, now.values(), step)
             metrics_file.write(step, now.values())
+        if step == self.start or outcome[0] is not None:  # before and after, from the same noise
+            with whole_pipeline(self.accelerator, self.pipeline, ema) as averaged:
+                if self.accelerator.is_main_process:
+                    self.validation.draw(step, averaged)
         if outcome[0] is None and outcome[1] < self.best_score:
             self.best_score, self.best_step = outcome[1], step
             self._save_best(ema)

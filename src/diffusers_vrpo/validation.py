@@ -92,12 +92,10 @@ class Validation:
         Returns:
             the grid, on the main process.
         """
-        args, accelerator, grid = self.args, self.accelerator, None
+        accelerator, grid = self.accelerator, None
         with whole_pipeline(accelerator, self.pipeline, ema, everywhere=self.judge is not None) as averaged:
             if accelerator.is_main_process:
-                drawing = (args.num_validation_images, args.num_inference_steps, args.guidance_scale, args.seed)
-                grid = draw_samples(averaged, self.columns, *drawing, accelerator.device)
-                save_samples(accelerator, self.output_dir, step, grid)
+                grid = self.draw(step, averaged)
             if self.judge is not None:
                 values = {self.name: self.distance(averaged)}
                 # Interrupted, it is no number; the continued run makes up for it.
@@ -105,6 +103,14 @@ class Validation:
                     log_values(accelerator, values, step)
                     logger.info(f"step {step}: {self.name} {values[self.name]:.2f}")
                     metrics_file.write(step, values)
+        return grid
+
+    def draw(self, step: int, averaged: VRPOPipeline) -> Image.Image:
+        """The grid of a step, and keeps it; on the main process."""
+        args, device = self.args, self.accelerator.device
+        drawing = (args.num_validation_images, args.num_inference_steps, args.guidance_scale, args.seed)
+        grid = draw_samples(averaged, self.columns, *drawing, device)
+        save_samples(self.accelerator, self.output_dir, step, grid)
         return grid
 
     def catch_up(self, step: int, ema, metrics_file: MetricsFile | None):

@@ -378,9 +378,9 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
     if args.use_ema:
         # min_decay turns diffusers' warm-up off, which would reach 0.9999 at step 90,000 only.
         ema = ForeachEMA(trainable_parameters(model), decay=args.ema_decay, min_decay=args.ema_decay)
-
     validation = Validation(args, accelerator, pipeline, data, output_dir, interruption)
-    policy = GenerativePolicy(args, accelerator, pipeline, data, lr_scheduler, validation, global_batch_size)
+    length = (global_batch_size, max_train_steps)
+    policy = GenerativePolicy(args, accelerator, pipeline, data, lr_scheduler, validation, *length)
 
     # 3. Where to start: the stream of samples goes on where the checkpoint's ended.
     states = {"reward_statistics": alignment.statistics, "conflict_gate": alignment.gate}

@@ -105,7 +105,8 @@ def build_policy(args, folder: Path) -> tuple[GenerativePolicy, Accelerator]:
     args.generative_policy_start_step, args.reward_encoder = 0, str(folder / "encoder")
     args.seed, args.encoder, args.latents_dir, args.cache_dir = 0, None, None, None
     validation = SimpleNamespace(judge=None, output_dir=folder)
-    policy = GenerativePolicy(args, accelerator, pipeline, data, scheduler, validation, args.train_batch_size)
+    args.use_ema = False
+    policy = GenerativePolicy(args, accelerator, pipeline, data, scheduler, validation, args.train_batch_size, 10**6)
     return policy, accelerator
 
 

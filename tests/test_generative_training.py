@@ -39,7 +39,6 @@ POLICY = {
     "guard_samples": 32,
     "guard_loss_rise": 1e9,
     "guard_recall_fall": 1e9,
-    "guard_distance_rise": 1e9,
     "max_train_steps": 6,
 }
 # Without alignment, where it plays no part.
@@ -163,7 +162,7 @@ def test_the_steps_before_it_are_those_without_it(finished):
 
 def test_disabled_it_is_nothing():
     args = SimpleNamespace(generative_policy_start_step=None)
-    policy = GenerativePolicy(args, *[None] * 6)
+    policy = GenerativePolicy(args, *[None] * 7)
     assert set(vars(policy)) == {"args", "start", "enabled"}
     assert not policy.active(5) and not policy.unfinished(5) and policy.flops(5) == 0
     assert policy.look(5, None, None) is None
@@ -498,7 +497,14 @@ def test_each_guard_stops_a_run_that_goes_wrong(command, tmp_path, name):  # noq
     (tmp_path / "mine.py").write_text(
         "def bright(images, features, labels):\n    return images.float().mean((1, 2, 3))\n"
     )
-    options = {**ALONE, **limit, "max_train_steps": 60, "generative_policy_start_step": 20, "guard_every": 5}
+    options = {
+        **ALONE,
+        "guard_distance_rise": 1e9,
+        **limit,
+        "max_train_steps": 60,
+        "generative_policy_start_step": 20,
+        "guard_every": 5,
+    }
     options |= {
         "generative_learning_rate": 0.1,
         "max_gradient_ratio": 20,
@@ -555,6 +561,7 @@ def test_a_sample_that_is_not_finite_stops_the_run(command, monkeypatch):  # noq
     [
         ({"generative_policy_start_step": None}, "--rollout_classes 2 goes with --generative_policy_start_step only"),
         ({"generative_policy_start_step": 6}, "6 is never reached: --max_train_steps 6 must be above it"),
+        ({"guard_distance_rise": 0.1}, "--guard_distance_rise 0.1 is of the distance in --fd_encoder; give that"),
         ({"rollout_group_size": 1}, "--rollout_group_size 1 must be at least 2: advantages are relative to the group"),
         ({"rollout_epochs": 2}, "--rollout_epochs 2 must be at most --rollout_every 1"),
         ({"rollout_clip_range": 0.1}, "--rollout_clip_range 0.1 acts with --rollout_epochs above 1 only"),
@@ -605,13 +612,15 @@ def test_options_that_cannot_work(command, capsys, changes, message):  # noqa: F
         ({"mixed_precision": "fp16"}, "does not go with --mixed_precision fp16; take bf16 or no"),
         ({"num_processes": 3}, "--rollout_classes 2 must be a multiple of the 3 processes, which have whole groups"),
         ({}, "judges images, which these latents are not; give --vae"),
+        ({"steps": 0}, "--generative_policy_start_step 0 is never reached: the run has 0 steps"),
     ],
 )
 def test_machines_that_cannot_work(accelerator, message):
     defaults = {"distributed_type": DistributedType.NO, "mixed_precision": "no", "num_processes": 1}
-    args = SimpleNamespace(generative_policy_start_step=0, rollout_classes=2)
+    args = SimpleNamespace(generative_policy_start_step=0, rollout_classes=2, use_ema=False)
     transformer = SimpleNamespace(config=SimpleNamespace(in_channels=4))
     pipeline = SimpleNamespace(transformer=transformer, vae=None)
+    steps = accelerator.pop("steps", 10)
     machine = SimpleNamespace(**{**defaults, **accelerator}, device=torch.device("cpu"))
     with pytest.raises(InputError, match=message):
-        GenerativePolicy(args, machine, pipeline, None, None, SimpleNamespace(output_dir=None), 16)
+        GenerativePolicy(args, machine, pipeline, None, None, SimpleNamespace(output_dir=None), 16, steps)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import yaml
+from PIL import Image
 from test_yardstick import tiny, yardstick  # noqa: F401
 
 from diffusers_vrpo.errors import InputError
@@ -65,6 +66,8 @@ def test_arms_from_one_base_for_the_same_time(comparison, capsys):
     assert "0 runs to do" in capsys.readouterr().out
     comparison("--table")
     assert "| fm-annealed | 1 | 40 | 4 |" in capsys.readouterr().out
+    with Image.open(comparison.folder / "work" / "tiny" / "report" / "generative_samples.png") as image:
+        assert image.size == (2 * 3 * 8, 2 * 4 * 2 * 8)  # three classes; base and three arms, two rows each
 
 
 def test_time_is_measured_and_a_budget_without_a_step_is_refused(comparison):

@@ -25,6 +25,7 @@ import judge
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState
+from PIL import Image as PILImage
 from recipe import HERE, Recipe, load_recipe, read_yaml
 from run import Workers, append_result, commit, read_results, versions
 from subset import pack, packed, show_smaller
@@ -41,7 +42,9 @@ from training_run import (
 from diffusers_vrpo.arguments import OneLineErrorParser
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.files import write_atomically
+from diffusers_vrpo.pipeline_vrpo import VRPOPipeline
 from diffusers_vrpo.run_comparison import spread
+from diffusers_vrpo.sample import sample_batch
 from diffusers_vrpo.training import list_checkpoints, read_metrics
 
 
@@ -275,6 +278,46 @@ def table(lines: list[dict]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
+def plot(lines: list[dict], file: Path):
+    """Distances of each arm, seed by seed and on average, in the features that no reward sees and in the reward's."""
+    from matplotlib.figure import Figure
+
+    arms = list(dict.fromkeys(line["arm"] for line in lines))
+    panels = {key: COLUMNS[key] for key in ("fd_train", "fd_reward", "guided") if all(key in line for line in lines)}
+    figure = Figure(figsize=(4.4 * len(panels), 0.5 * len(arms) + 1.4), layout="constrained")
+    for axis, (key, name) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        for place, arm in enumerate(arms):
+            values = [line[key] for line in lines if line["arm"] == arm]
+            axis.plot(values, [place] * len(values), "o", color="0.6", markersize=5)
+            axis.plot(np.mean(values), place, "|", color="C0", markersize=18, markeredgewidth=2.5)
+        axis.set_yticks(range(len(arms)), arms)
+        axis.invert_yaxis()
+        axis.set_title(name, fontsize=10)
+        axis.grid(alpha=0.3)
+    figure.savefig(file, dpi=120)
+
+
+def grid(comparison: Comparison, work: Path, lines: list[dict], file: Path):
+    """Two samples of each class and arm from the same noise, guided at the middle of the scales, of the first seed."""
+    seed, rows = min(line["seed"] for line in lines), []
+    scale = statistics.median_low(comparison.guidance_scales or [1.0])
+    for line in lines:
+        name = f"{line['arm']}-{line['steps']}-{line['seed']}"
+        folder = work / "base" if line["arm"] == "base" else work / "generative" / name
+        if line["seed"] != seed or not (folder / "model_index.json").exists():
+            continue
+        pipeline = VRPOPipeline.from_pretrained(folder)
+        pipeline.set_progress_bar_config(disable=True)
+        labels = 2 * list(range(pipeline.transformer.config.num_classes))
+        options = {"num_inference_steps": 50, "guidance_scale": scale}
+        images = sample_batch(pipeline, range(len(labels)), labels, 0, options)
+        rows += [np.concatenate(half, axis=1) for half in np.split(images, 2)]
+        print(f"{file.name}: rows {len(rows) - 1} and {len(rows)} are {line['arm']}")
+    if rows:
+        image = PILImage.fromarray(np.concatenate(rows))
+        image.resize((2 * image.width, 2 * image.height), PILImage.Resampling.NEAREST).save(file)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = OneLineErrorParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_options(parser)
@@ -284,7 +327,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--threads", type=int, default=None if torch.cuda.is_available() else 1, help="of each run")
     parser.add_argument("--rounds", type=int, default=3, help="of the timing (default: 3)")
-    parser.add_argument("--table", action="store_true", help="print the table of what is recorded")
+    parser.add_argument("--table", action="store_true", help="print what is recorded, draw a plot and samples")
     args = parser.parse_args(argv)
     check_common(parser, args, "threads rounds")
     if args.workers < 0:
@@ -296,7 +339,11 @@ def main(argv: list[str] | None = None) -> int:
         lines = read_results(results)
         if not lines:
             raise InputError(f"{results} has no run; the command without --table makes them")
-        print(table(lines))
+        report = args.work / recipe.name / "report"
+        report.mkdir(parents=True, exist_ok=True)
+        plot(lines, report / "generative.png")
+        grid(comparison, args.work / recipe.name, lines, report / "generative_samples.png")
+        print(f"{table(lines)}\nplot and samples are in {report}")
         return 0
     if unknown := [name for name in args.arms or [] if name not in comparison.arms]:
         raise InputError(f"--arms {unknown[0]} is none of {', '.join(comparison.arms)}")

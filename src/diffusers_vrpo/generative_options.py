@@ -112,6 +112,10 @@ def check_generative(parser: argparse.ArgumentParser, args: argparse.Namespace):
         parser.error(
             f"--generative_policy_start_step {start} is never reached: --max_train_steps {args.max_train_steps} must be above it"
         )
+    if args.guard_distance_rise != parser.get_default("guard_distance_rise") and args.fd_encoder is None:
+        parser.error(
+            f"--guard_distance_rise {args.guard_distance_rise} is of the distance in --fd_encoder; give that, or leave it out"
+        )
     if args.rollout_epochs > args.rollout_every:
         parser.error(
             f"--rollout_epochs {args.rollout_epochs} must be at most --rollout_every {args.rollout_every}, after which the "

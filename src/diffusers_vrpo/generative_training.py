@@ -12,6 +12,8 @@ import json
 import math
 import os
 import shutil
+import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +57,7 @@ from .sample_rewards import (
     save_reference,
 )
 from .sharding import ema_weights, whole_pipeline
+from .streaming import ParquetRows
 from .throughput import forward_flops
 from .training import log_values, together, trainable_parameters, written
 from .validation import fixed_rows, labelled_images
@@ -95,6 +98,7 @@ class GenerativePolicy:
         lr_scheduler,
         validation,
         global_batch_size: int,
+        max_train_steps: int,
     ):
         self.args, self.start = args, args.generative_policy_start_step
         self.enabled = self.start is not None
@@ -103,7 +107,7 @@ class GenerativePolicy:
         self.accelerator, self.pipeline, self.output_dir = accelerator, pipeline, validation.output_dir
         self.transformer, self.device = pipeline.transformer, accelerator.device
         self.lr_scheduler, self.validation = lr_scheduler, validation
-        self._check(data)
+        self._check(data, max_train_steps)
         self.limits = Limits(args.guard_loss_rise, args.guard_recall_fall, args.guard_distance_rise)
         self.anchor_coeff = (
             (0.3 if args.rollout_epochs > 1 else 0.0) if args.anchor_coeff is None else args.anchor_coeff
@@ -120,7 +124,8 @@ class GenerativePolicy:
         self.encoder.take_shallow(args.reward_shallow_layer)
         functions = load_reward_functions(args.reward_function or [])
         rows = fixed_rows(data, args.reward_reference_images)
-        rows = random_stream(0, 1, LOOK_REAL).permutation(rows)  # any first part of them is a random one
+        if not isinstance(data, ParquetRows):  # which are read group by group, and these are in random order
+            rows = random_stream(0, 1, LOOK_REAL).permutation(rows)
         reference = self._reference(data, rows, name)
         kind = args.fidelity_reward
         if kind == "auto":
@@ -135,6 +140,8 @@ class GenerativePolicy:
             self.real_images = some.to(self.device)
         self.real_x0 = self._latents(some[:REAL_IMAGES])
         self.real_labels = labels[:REAL_IMAGES].to(self.device)
+        if isinstance(data, ParquetRows):
+            data.release()
 
         # 2. What an update costs, in forward passes of the transformer for each sample.
         evaluations = len(self._schedule())
@@ -159,20 +166,30 @@ class GenerativePolicy:
             f"{3 * args.mc_samples * args.rollout_epochs + args.mc_samples * (self.anchor_coeff > 0)} likelihood, {real:.1f} real "
             f"images; rewards {', '.join(f'{n} {w:.2f}' for n, w in zip(self.rewards.names, weights))} ({kind})"
         )
-        if validation.judge is None:
+        if validation.judge is None or Path(args.fd_encoder).name == Path(name).name:
             logger.warning(
-                "without --fd_encoder no guard looks at features that the rewards do not see; add one of another family than "
-                f"{name}"
+                f"no guard looks at features that the rewards do not see; give --fd_encoder of another family than {name}"
             )
 
-        # 3. State.
+        # 3. State. Ratios near 1 want all digits of the likelihood; with one epoch there are none.
+        self.likelihood_precision = accelerator.autocast if args.rollout_epochs == 1 else contextlib.nullcontext
         self.first: Look | None = None
         self.best_score, self.best_step, self.looked_step = math.inf, -1, -1
         self.start_values: dict[str, torch.Tensor] = {}
         self.rollout: dict[str, torch.Tensor] = {}
 
-    def _check(self, data):
+    def _check(self, data, max_train_steps: int):
         args, accelerator = self.args, self.accelerator
+        if self.start >= max_train_steps:
+            raise InputError(
+                f"--generative_policy_start_step {self.start} is never reached: the run has {max_train_steps} steps"
+            )
+        steps = max_train_steps - self.start
+        if args.use_ema and (1 - args.ema_decay) * steps < 3:
+            logger.warning(
+                f"--ema_decay {args.ema_decay}: in {steps} steps the averaged weights, which are sampled, guarded and kept, hardly "
+                f"follow; {max(0.0, 1 - 10 / steps):.4g} would let them"
+            )
         if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise InputError(
                 "--generative_policy_start_step does not go with FSDP and DeepSpeed; take configs/accelerate/ddp.yaml"
@@ -189,7 +206,7 @@ class GenerativePolicy:
                 f"--generative_policy_start_step compares with images, and --latents_dir {args.latents_dir} has none; prepare it "
                 "with --images webp"
             )
-        if self.pipeline.vae is None and self.transformer.config.in_channels not in (1, 3):
+        if self.pipeline.vae is None and self.transformer.config.in_channels != 3:
             raise InputError("--generative_policy_start_step judges images, which these latents are not; give --vae")
         check_steps(self.pipeline, args.rollout_steps, "--rollout_steps")
 
@@ -204,17 +221,17 @@ class GenerativePolicy:
         return torch.from_numpy(images[back]).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels[back])
 
     def _latents(self, images: torch.Tensor) -> torch.Tensor:
-        pixels = images.to(self.device).float() / 127.5 - 1
-        return encode_images(self.pipeline.vae, pixels[:, : self.shape[0]] if self.pipeline.vae is None else pixels)
+        return encode_images(self.pipeline.vae, images.to(self.device).float() / 127.5 - 1)
 
     def _reference(self, data, rows: np.ndarray, name: str) -> dict[str, torch.Tensor]:
         """Statistics of the training images: from their file, or computed by all processes and kept there."""
         args, accelerator = self.args, self.accelerator
         file = Path(args.reward_reference or self.output_dir / "reward_reference.safetensors")
-        first = self._real(data, rows[:16])[0]
-        images = {"count": len(rows), "size": list(first.shape[2:]), "checksum": int(first.long().sum())}
+        first, labels = self._real(data, rows[:16])
+        images = {"count": len(rows), "of": len(data), "size": list(first.shape[2:]), "labels": labels.tolist()}
+        images |= {"checksum": zlib.crc32(first.numpy(), zlib.crc32(rows.tobytes()))}
+        num_classes = images["classes"] = self.transformer.config.num_classes
         description = describe(images, name, self.encoder, len(rows)) | {"shallow_layer": self.encoder.shallow_layer}
-        num_classes = self.transformer.config.num_classes
         device = torch.device("cpu") if self.device.type == "mps" else self.device
         there = load_reference(file, description, device) if accelerator.is_main_process else None
         if broadcast_object_list([there is None and file.exists()])[0] and args.reward_reference:
@@ -247,10 +264,12 @@ class GenerativePolicy:
                 save_reference(reference_statistics(gathered, labels, num_classes), len(rows), description, file)
 
             together(accelerator, make, where=accelerator.is_main_process)
-        if hasattr(data, "release"):
-            data.release()
-        there = load_reference(file, description, device)
-        if there is None:
+        for _ in range(60):  # a network file system may show a new file late
+            there = load_reference(file, description, device)
+            if there is not None:
+                break
+            time.sleep(1)
+        else:
             raise InputError(
                 f"--reward_reference {file} is not the same file for all processes; give one that all share"
             )
@@ -263,11 +282,11 @@ class GenerativePolicy:
         return self.pipeline.prepare_times(self.args.rollout_steps, self.device)[1]
 
     @contextlib.contextmanager
-    def _averaged(self, ema):
+    def _averaged(self, ema, precision=None):
         """Inside, the transformer is the one that is sampled from: averaged weights, evaluation, no gradients."""
         training = self.transformer.training
         self.transformer.eval()
-        with torch.no_grad(), ema_weights(ema, self.transformer), self.accelerator.autocast():
+        with torch.no_grad(), ema_weights(ema, self.transformer), (precision or self.accelerator.autocast)():
             yield
         self.transformer.train(training)
 
@@ -377,9 +396,11 @@ class GenerativePolicy:
 
         with self._averaged(ema):
             x, images, features = self._draw(labels, torch.from_numpy(np.stack(noise)).to(self.device))
-            anchors = []
-            for part in self._parts(len(x)) if self.anchor_coeff else []:
-                anchors.append(self._predict_x0(x[part], labels[part], times[part], self._noise(shared, part))[0])
+        anchors = []
+        if self.anchor_coeff:
+            with self._averaged(ema, self.likelihood_precision):
+                for part in self._parts(len(x)):
+                    anchors.append(self._predict_x0(x[part], labels[part], times[part], self._noise(shared, part))[0])
         everyone = {name: self._gather(values) for name, values in features.items()}
         if not all(values.isfinite().all() for values in everyone.values()):
             settle(self.accelerator)
@@ -388,7 +409,9 @@ class GenerativePolicy:
                 "before --generative_policy_start_step, may do"
             )
         self.rewards.push(everyone, self.real_images)
-        rewards = self._gather(self.rewards(images, features, labels))
+        found = []
+        together(self.accelerator, lambda: found.append(self.rewards(images, features, labels)))
+        rewards = self._gather(found[0])
         advantages, shares, zero_spread = sample_advantages(
             rewards.unflatten(0, (classes, size)), self.rewards.real_std, self.weights
         )
@@ -425,11 +448,9 @@ class GenerativePolicy:
         gradients: list[torch.Tensor | None] = [None] * len(parameters)
         count, ratios, clips = len(rollout["x"]), [], []
         olds, scales = [], []
-        # Ratios near 1 want all digits; with one epoch there are none.
-        precision = self.accelerator.autocast if args.rollout_epochs == 1 else contextlib.nullcontext
         for part in self._parts(count):
             x = rollout["x"][part]
-            with precision():
+            with self.likelihood_precision():
                 x0 = self._predict_x0(
                     x, rollout["labels"][part], rollout["times"][part], self._noise(rollout["noise"], part)
                 )[0]
@@ -451,8 +472,8 @@ class GenerativePolicy:
             scales.append(scale)
         if epoch == 0:
             rollout |= {"old": torch.cat(olds), "scale": torch.cat(scales)}
-            if not bool((torch.cat(ratios) == 1).all()):
-                raise RuntimeError("the ratio of a fresh rollout is not 1")
+            fresh = torch.cat(ratios)
+            assert bool(((fresh == 1) | fresh.isnan()).all()), "the ratio of a fresh rollout is not 1"
         if self.accelerator.num_processes > 1:
             for gradient in filter(lambda g: g is not None, gradients):
                 torch.distributed.all_reduce(gradient)

@@ -302,6 +302,7 @@ class SampleRewards:
         labels = labels.to(self.device)
         return (labels < len(self.place)) & (self.place[labels.clamp(max=len(self.place) - 1)] >= 0)
 
+    @torch.no_grad()
     def __call__(
         self, images: torch.Tensor | None, features: dict[str, torch.Tensor], labels: torch.Tensor
     ) -> torch.Tensor:

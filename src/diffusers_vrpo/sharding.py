@@ -219,12 +219,15 @@ def ema_weights(ema: EMAModel | None, model: torch.nn.Module):
         yield
         return
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    ema.store(parameters)
-    ema.copy_to(parameters)
+    # Not diffusers' store and restore, which copy all weights to the host and back.
+    own = [parameter.data for parameter in parameters]
+    for parameter, average in zip(parameters, ema.shadow_params):
+        parameter.data = average.data
     try:
         yield
     finally:
-        ema.restore(parameters)
+        for parameter, weights in zip(parameters, own):
+            parameter.data = weights
 
 
 @contextlib.contextmanager

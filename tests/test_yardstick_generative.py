@@ -78,7 +78,7 @@ def test_time_is_measured_and_a_budget_without_a_step_is_refused(comparison):
     # What an update only computes with costs nothing.
     assert module.cost_key(cpu.arms["policy"]) == module.cost_key(cpu.arms["policy-fidelity"])
     assert module.cost_key(cpu.arms["policy"]) != module.cost_key(cpu.arms["policy-every-1"])
-    with pytest.raises(InputError, match="budget_steps 400 does not pay for one step of policy; take more"):
+    with pytest.raises(InputError, match="budget_steps 600 does not pay for one step of policy; take more"):
         module.plan_steps(cpu, "policy", cpu.arms["policy"], times)
     with pytest.raises(InputError, match="is none of fm, fm-annealed"):
         comparison("--arms", "other")

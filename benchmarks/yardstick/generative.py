@@ -93,7 +93,7 @@ def arm_options(comparison: Comparison, arm: dict, reward_encoder: str) -> dict:
     options = {"objective": "none"} | comparison.train
     if arm.get("policy"):
         options |= comparison.policy | {"reward_encoder": reward_encoder}
-    return options | {name: value for name, value in arm.items() if name != "policy"}
+    return options | {name: value for name, value in arm.items() if name not in ("policy", "steps_of")}
 
 
 def arm_argv(
@@ -191,11 +191,14 @@ def measure_times(comparison: Comparison, recipe: Recipe, work: Path, kinds: lis
 
 
 def plan_steps(comparison: Comparison, name: str, arm: dict, times: dict) -> tuple[int, float]:
-    """Steps of an arm for the budget, and its nominal seconds.
+    """Steps of an arm for the budget (or as many as the arm `steps_of` has), and its nominal seconds.
 
     Raises:
         InputError: where the budget does not pay for a step.
     """
+    if "steps_of" in arm:
+        steps = plan_steps(comparison, arm["steps_of"], comparison.arms[arm["steps_of"]], times)[0]
+        return steps, steps * times[cost_key({})]["step"]
     own = times[cost_key(arm)]
     budget = comparison.budget_steps * times[cost_key({})]["step"]
     steps = round((budget - own["setup"]) / own["step"])

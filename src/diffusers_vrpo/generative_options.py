@@ -8,7 +8,7 @@ from .sample_rewards import ENOUGH_FOR_FRECHET, FIDELITY_REWARDS
 
 def add_generative_options(parser: argparse.ArgumentParser):
     """The options of the generative policy, of the training script."""
-    g = parser.add_argument_group("generative policy (docs/method.md)")
+    g = parser.add_argument_group("generative policy (docs/generative.md)")
     g.add_argument(
         "--generative_policy_start_step", type=int, help="from this step on also follow rewards of generated images"
     )

@@ -70,7 +70,8 @@ def plot_metrics(metrics_file: str | Path, output_file: str | Path, title: str =
             points = [(row["step"], row[key]) for row in rows if key in row]
             prefix, _, label = key.rpartition("/")
             label = {"sample_reward": "samples", "sample_reward_real": "real images"}.get(prefix, label)
-            axis.plot(*zip(*points), label=label, linewidth=1.5, color=shade if len(keys) > 4 else None)
+            color, marker = shade if len(keys) > 4 else None, "o" if len(points) == 1 else None
+            axis.plot(*zip(*points), label=label, linewidth=1.5, color=color, marker=marker)
         axis.set_title(name, fontsize=11)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)

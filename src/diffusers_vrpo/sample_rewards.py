@@ -8,7 +8,6 @@ The built-in ones are of this form, and so are those of `--reward_function FILE.
 
 import importlib.util
 import json
-import logging
 import os
 import sys
 from collections.abc import Callable
@@ -30,8 +29,6 @@ from .generative_policy import (
     transport_map,
 )
 
-
-logger = logging.getLogger(__name__)
 
 REWARDS = ("fidelity", "perceptual", "semantic")
 FIDELITY_REWARDS = ("auto", "frechet", "mmd")

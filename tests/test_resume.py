@@ -54,6 +54,9 @@ spec = importlib.util.spec_from_file_location("train_vrpo", sys.argv[1])
 train_vrpo = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(train_vrpo)
 from diffusers_vrpo import latents, training
+from diffusers_vrpo.digits import digits_splits
+
+digits_splits()
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)

@@ -4,10 +4,11 @@ r"""Does the generative policy beat flow matching at equal wall time? Arms x see
 
     python benchmarks/yardstick/generative.py cpu --seeds 1 2 3 --workers 2
     python benchmarks/yardstick/generative.py cpu --table
+    python benchmarks/yardstick/generative.py cpu-annealed --seeds 1 2 3 --workers 2
 
-All arms start from the averaged weights of the same base, which is trained first, once. The budget is the wall time of
+All arms of a comparison start from the averaged weights of the same base, which is trained first, once. The budget is the wall time of
 `budget_steps` steps of flow matching; an arm that follows rewards pays from it for its rollouts, likelihoods, the statistics of
-the training images and the guards' first look. Results append to `results-generative-SIZE.jsonl`; a run that has a line is
+the training images and the guards' first look. Results append to `results-generative-NAME.jsonl`; a run that has a line is
 left out.
 """
 
@@ -60,12 +61,17 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """A `generative-SIZE.yaml`; fields are its keys."""
+    """A `generative-NAME.yaml`; fields are its keys.
 
+    Args:
+        base: options of the training that all arms start from; or `comparison` and `arm`, whose run it is.
+    """
+
+    name: str
     size: str
     base: dict
     base_seed: int
-    base_steps: int
+    base_steps: int | None
     budget_steps: int
     reward_pixels: int
     guidance_scales: list[float]
@@ -76,16 +82,33 @@ class Comparison:
 
 
 def load_comparison(name: str) -> Comparison:
-    """A comparison by the name of its size, or its file.
+    """A comparison by its name, or its file.
 
     Raises:
         InputError: for a file that is none.
     """
     path = Path(name) if name.endswith(".yaml") else HERE / f"generative-{name}.yaml"
     try:
-        return Comparison(**read_yaml(path))
+        return Comparison(**{"name": path.stem.removeprefix("generative-"), "base_steps": None} | read_yaml(path))
     except TypeError as error:
         raise InputError(f"{path}: {error}") from error
+
+
+def runs_folder(comparison: Comparison, work: Path) -> Path:
+    """Where the runs of a comparison are."""
+    return work / f"generative-{comparison.name}"
+
+
+def base_folder(comparison: Comparison, work: Path) -> Path:
+    """Where the model is that all arms start from."""
+    if "comparison" not in comparison.base:
+        return runs_folder(comparison, work) / "base"
+    first = load_comparison(comparison.base["comparison"])
+    return runs_folder(first, work) / run_name(comparison.base["arm"], first.budget_steps, comparison.base_seed)
+
+
+def run_name(arm: str, steps: int, seed: int) -> str:
+    return f"{arm}-{steps}-{seed}"
 
 
 def arm_options(comparison: Comparison, arm: dict, reward_encoder: str) -> dict:
@@ -102,7 +125,7 @@ def arm_argv(
     """The command line of a run from the base."""
     options = arm_options(comparison, arm, make_reward_encoder(comparison, recipe, work))
     start = {
-        "pretrained_model_name_or_path": str(work / "base"),
+        "pretrained_model_name_or_path": str(base_folder(comparison, work)),
         "preset": None,
         "model_config": None,
         "checkpointing_steps": 10**6,
@@ -115,17 +138,38 @@ def arm_argv(
 
 def make_base(comparison: Comparison, recipe: Recipe, work: Path, workers: Workers) -> Path:
     """The trained model that all arms start from; once."""
-    folder = work / "base"
-    if not (folder / "model_index.json").exists():
+    folder = base_folder(comparison, work)
+    if "comparison" in comparison.base:
+        first = load_comparison(comparison.base["comparison"])
+        make_base(first, recipe, work, workers)
+        train_arm(first, recipe, comparison.base["arm"], first.budget_steps, comparison.base_seed, work, workers)
+    elif not (folder / "model_index.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(make_moments(recipe, work), folder / "fd_reference.safetensors")
         plan = {"steps": comparison.base_steps, "alignment_stop_step": None}
         argv = train_argv(recipe, comparison.base, plan, comparison.base_seed, work, folder)
-        if not workers.train(argv, folder / "log.txt"):
-            raise InputError(f"the base was not trained to its end; see {folder / 'log.txt'}")
+        workers.train(argv, folder / "log.txt")
         for checkpoint in list_checkpoints(folder):
             shutil.rmtree(checkpoint)
+    if not (folder / "model_index.json").exists():
+        raise InputError(f"the base was not trained to its end; see {folder / 'log.txt'}")
     return folder
+
+
+def train_arm(
+    comparison: Comparison, recipe: Recipe, name: str, steps: int, seed: int, work: Path, workers: Workers
+) -> bool:
+    """Trains an arm from the base, once; whether it came to its end."""
+    folder = runs_folder(comparison, work) / run_name(name, steps, seed)
+    if (folder / "trained").exists():
+        return True
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(make_moments(recipe, work), folder / "fd_reference.safetensors")
+    argv = arm_argv(comparison, recipe, comparison.arms[name], steps, seed, work, folder, {"num_fd_samples": 2})
+    if not workers.train(argv, folder / "log.txt"):
+        return False
+    (folder / "trained").touch()
+    return True
 
 
 def make_reward_encoder(comparison: Comparison, recipe: Recipe, work: Path) -> str:
@@ -147,7 +191,14 @@ def make_reward_encoder(comparison: Comparison, recipe: Recipe, work: Path) -> s
 
 
 # Numbers that an update computes with: other ones take as long.
-FREE = ("lr_scheduler", "reward_weights", "generative_coeff", "max_gradient_ratio", "generative_learning_rate")
+FREE = (
+    "lr_scheduler",
+    "learning_rate",
+    "reward_weights",
+    "generative_coeff",
+    "max_gradient_ratio",
+    "generative_learning_rate",
+)
 
 
 def cost_key(arm: dict) -> str:
@@ -213,18 +264,15 @@ def plan_steps(comparison: Comparison, name: str, arm: dict, times: dict) -> tup
 
 def run_job(job: dict, comparison: Comparison, recipe: Recipe, work: Path, results: Path, workers: Workers):
     """Trains one arm, judges it, and writes its line."""
-    folder = work / "generative" / f"{job['arm']}-{job['steps']}-{job['seed']}"
+    folder = runs_folder(comparison, work) / run_name(job["arm"], job["steps"], job["seed"])
     folder.mkdir(parents=True, exist_ok=True)
-    log, trained, judged = folder / "log.txt", folder / "trained", folder / "judged.json"
-    if job["arm"] != "base" and not trained.exists():
-        shutil.copyfile(make_moments(recipe, work), folder / "fd_reference.safetensors")
-        arm = comparison.arms[job["arm"]]
-        argv = arm_argv(comparison, recipe, arm, job["steps"], job["seed"], work, folder, {"num_fd_samples": 2})
-        if not workers.train(argv, log):
-            return
-        trained.touch()
+    log, judged = folder / "log.txt", folder / "judged.json"
+    if job["arm"] != "base" and not train_arm(
+        comparison, recipe, job["arm"], job["steps"], job["seed"], work, workers
+    ):
+        return
     if not judged.exists():
-        run = work / "base" if job["arm"] == "base" else folder
+        run = base_folder(comparison, work) if job["arm"] == "base" else folder
         argv = [comparison.size, "--run", str(run), "--seed", str(job["seed"]), "--work", str(work.parent)]
         argv += [
             "--reward_encoder",
@@ -305,8 +353,8 @@ def grid(comparison: Comparison, work: Path, lines: list[dict], file: Path):
     seed, rows = min(line["seed"] for line in lines), []
     scale = statistics.median_low(comparison.guidance_scales or [1.0])
     for line in lines:
-        name = f"{line['arm']}-{line['steps']}-{line['seed']}"
-        folder = work / "base" if line["arm"] == "base" else work / "generative" / name
+        name = run_name(line["arm"], line["steps"], line["seed"])
+        folder = base_folder(comparison, work) if line["arm"] == "base" else runs_folder(comparison, work) / name
         if line["seed"] != seed or not (folder / "model_index.json").exists():
             continue
         pipeline = VRPOPipeline.from_pretrained(folder)
@@ -337,15 +385,15 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--workers {args.workers} must be at least 0")
     comparison = load_comparison(args.size)
     recipe = load_recipe(comparison.size)
-    results = args.results / f"results-generative-{recipe.name}.jsonl"
+    results = args.results / f"results-generative-{comparison.name}.jsonl"
     if args.table:
         lines = read_results(results)
         if not lines:
             raise InputError(f"{results} has no run; the command without --table makes them")
         report = args.work / recipe.name / "report"
         report.mkdir(parents=True, exist_ok=True)
-        plot(lines, report / "generative.png")
-        grid(comparison, args.work / recipe.name, lines, report / "generative_samples.png")
+        plot(lines, report / f"generative-{comparison.name}.png")
+        grid(comparison, args.work / recipe.name, lines, report / f"generative-{comparison.name}-samples.png")
         print(f"{table(lines)}\nplot and samples are in {report}")
         return 0
     if unknown := [name for name in args.arms or [] if name not in comparison.arms]:
@@ -361,7 +409,7 @@ def main(argv: list[str] | None = None) -> int:
     make_reward_encoder(comparison, recipe, work)
     workers = Workers(args, recipe)
     make_base(comparison, recipe, work, workers)
-    timing = args.results / f"timing-generative-{recipe.name}.json"
+    timing = args.results / f"timing-generative-{comparison.name}.json"
     known = json.loads(timing.read_text()) if timing.exists() else {}
     missing = sorted({cost_key(arm) for arm in arms.values() if arm.get("policy")} - set(known))
     plain = cost_key({})

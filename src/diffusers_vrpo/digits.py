@@ -6,8 +6,10 @@ With `--dataset_name digits --encoder digits` the whole trainer runs on real ima
 """
 
 import argparse
+import copy
 import json
 import math
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,12 @@ def load_digits_dataset() -> DatasetDict:
     Raises:
         ImportError: without scikit-learn, which carries the images.
     """
+    return DatasetDict({name: copy.copy(split) for name, split in digits_splits().items()})
+
+
+@cache
+def digits_splits() -> dict[str, Dataset]:
+    """Both splits, encoded once a process."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -43,7 +51,7 @@ def load_digits_dataset() -> DatasetDict:
             "label": digits.target[rows].tolist(),
         }
         splits[split] = Dataset.from_dict(columns, features=features)
-    return DatasetDict(splits)
+    return splits
 
 
 def digits_pixels(split: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+from diffusers_vrpo import SiTTransformer2DModel
 from diffusers_vrpo.errors import InputError
 
 
@@ -136,6 +137,7 @@ def test_two_arms_and_seeds_once(tiny, yardstick, capsys):
     for line in lines:
         assert [step for step, _ in line["curve"]] == ([2, 4] if line["arm"] == "none" else [1, 2])
         assert line["fd_train"] > 0 and line["fd_validation"] > 0 and line["sliced_wasserstein_train"] > 0
+        assert line["loss_train"] > 0 and line["loss_validation"] > 0
         assert 0 <= line["recall"] <= 1 and 0 <= line["coverage"] <= 1 and 0 <= line["probe_accuracy"] <= 1
         assert line["train_seconds"] > 0 and line["train_flops"] > 0 and line["hardware"] and line["commit"]
     # The moments of the training images are made by the first run, and used by the others.
@@ -248,6 +250,17 @@ def test_sliced_wasserstein_of_a_shift(yardstick):
     assert distance(x, x + shift, projections=20_000) == pytest.approx(3**0.5, rel=0.02)
     # A set and the same one twice have the same quantiles.
     assert distance(x, torch.cat([x, x])) < 0.02
+
+
+def test_loss_on_real_images(yardstick):
+    """A network that has learned nothing predicts 0, so that the loss is what noise and image differ by."""
+    torch.manual_seed(0)
+    transformer = SiTTransformer2DModel(sample_size=8, in_channels=3, num_classes=3, **MODEL)
+    images, labels = torch.randint(256, (40, 3, 8, 8), dtype=torch.uint8), torch.arange(40) % 3
+    loss = yardstick.judge.real_loss(transformer, images, labels)
+    # Noise of variance 1 against pixels that are evenly spread over [-1, 1]: 1 + 1/3.
+    assert loss == pytest.approx(4 / 3, rel=0.05) and loss == yardstick.judge.real_loss(transformer, images, labels)
+    assert loss != yardstick.judge.real_loss(transformer, images.flip(0), labels)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores are given to processes on Linux only")

@@ -310,7 +310,10 @@ def table(lines: list[dict]) -> str:
     for line in lines:
         arms.setdefault(line["arm"], {})[line["seed"]] = line
     columns = {key: name for key, name in COLUMNS.items() if all(key in line for line in lines)}
-    head = ["arm", "seeds", "steps", "seconds", *columns.values(), "against fm-annealed, seed by seed"]
+    # The samples of a seed differ from another's, the base's loss does not.
+    base_loss = next((line.get("loss_train") for line in lines if line["arm"] == "base"), None)
+    head = ["arm", "seeds", "steps", "seconds", *columns.values()]
+    head += ["loss on training images, against the base", "against fm-annealed, seed by seed"]
     rows = [head, ["---"] * len(head)]
     for name, by_seed in arms.items():
         own = list(by_seed.values())
@@ -321,6 +324,8 @@ def table(lines: list[dict]) -> str:
             row.append(
                 f"{np.mean(values):.{digits}f}" + (f" ± {spread(values):.{digits}f}" if len(values) > 1 else "")
             )
+        rises = [100 * (line["loss_train"] / base_loss - 1) for line in own if base_loss and "loss_train" in line]
+        row.append(f"{np.mean(rises):+.1f} %" if rises and name != "base" else "–")
         base = arms.get("fm-annealed", {})
         gaps = [line["fd_train"] - base[seed]["fd_train"] for seed, line in by_seed.items() if seed in base]
         both = name != "fm-annealed" and gaps

@@ -7,6 +7,7 @@ r"""Judge one finished run of a yardstick; `run.py` calls this.
 Samples of the averaged weights, unguided, every class as often, are set against training and validation images:
     Fréchet distance, recall and coverage in the features of an encoder that no reward or target uses;
     sliced Wasserstein distance of the pixels, which uses no learned features at all;
+    flow-matching loss on these images;
 and a linear probe reads the class off the block that the recipe aligns.
 """
 
@@ -32,6 +33,7 @@ from diffusers_vrpo.evaluation import (
     mean_and_covariance,
     precision_recall,
 )
+from diffusers_vrpo.flow import flow_matching_loss, forward_process
 from diffusers_vrpo.image_features import load_image_encoder, pooled_features
 from diffusers_vrpo.latents import NOISE, decode_image, load_image_dataset, random_stream, resize_and_crop
 from diffusers_vrpo.pipeline_vrpo import VRPOPipeline
@@ -131,6 +133,23 @@ def probe(recipe: Recipe, pipeline: VRPOPipeline, references: dict) -> float:
     return linear_probe(*features)[0]
 
 
+@torch.no_grad()
+def real_loss(transformer, images: torch.Tensor, labels: torch.Tensor) -> float:
+    """Flow-matching loss on real images uint8 `[N,3,R,R]`, with the same noise and evenly spread timesteps for every run."""
+    device, losses = default_device(), []
+    times = (torch.arange(len(images)) * 0.618034 + 0.5) % 1  # those of a class are evenly spread, too
+    for rows in torch.arange(len(images)).split(256 if device.type == "cuda" else 32):
+        streams = (random_stream(1, i, NOISE) for i in rows.tolist())
+        noise = np.stack([stream.standard_normal(images.shape[1:], dtype=np.float32) for stream in streams])
+        x0 = images[rows].to(device).float() / 127.5 - 1
+        x_t, timestep, target, _ = forward_process(
+            x0, torch.from_numpy(noise).to(device), times[rows].to(device), transformer.config
+        )
+        prediction = transformer(x_t, timestep, labels[rows].to(device), return_dict=False)[0]
+        losses.append(flow_matching_loss(prediction, target))
+    return torch.cat(losses).mean().item()
+
+
 def reward_distance(work: Path, encoder_folder: str, references: dict, images: torch.Tensor) -> float:
     """The Fréchet distance of samples to the training images in the features of a reward's encoder."""
     encoder = load_image_encoder(encoder_folder, device=default_device(), option="--reward_encoder")
@@ -176,6 +195,8 @@ def judge(
         result[f"fd_{split}"] = frechet_distance(*mean_and_covariance(reference), *moments)
         pixels = flat_pixels(references[f"{split}_images"])
         result[f"sliced_wasserstein_{split}"] = sliced_wasserstein(pixels, flat_pixels(images))
+        real = references[f"{split}_images"], references[f"{split}_labels"]
+        result[f"loss_{split}"] = real_loss(pipeline.transformer, *real)
     result["precision"], result["recall"] = precision_recall(references["train_features"], features)
     result["density"], result["coverage"] = density_coverage(references["train_features"], features)
     if reward_encoder:

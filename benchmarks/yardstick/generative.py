@@ -216,7 +216,7 @@ def measure_times(comparison: Comparison, recipe: Recipe, work: Path, kinds: lis
     """
     plain = cost_key({})
     seen = {kind: {"step": [], "setup": []} for kind in [plain, *kinds]}
-    few = {"logging_steps": 1, "fd_encoder": None, "num_fd_samples": None, "num_validation_images": 1}
+    few = {"fd_encoder": None, "num_fd_samples": None, "num_validation_images": 1}
     few |= {"validation_labels": ["0"], "num_inference_steps": 1}
     for _ in range(rounds):
         for kind, times in seen.items():
@@ -224,13 +224,14 @@ def measure_times(comparison: Comparison, recipe: Recipe, work: Path, kinds: lis
             shutil.rmtree(folder, ignore_errors=True)
             # Whole rollouts; the first, which meets everything for the first time, is left out.
             every = (comparison.policy | arm).get("rollout_every", 2) if arm else 4
-            steps, start = 4 * every, time.perf_counter()
+            steps, start = 8 * every, time.perf_counter()
             AcceleratorState._reset_state(reset_partial_state=True)
             script = train_script()
-            script.main(script.parse_args(arm_argv(comparison, recipe, arm, steps, 0, work, folder, few)))
+            argv = arm_argv(comparison, recipe, arm, steps, 0, work, folder, few | {"logging_steps": every})
+            script.main(script.parse_args(argv))
             whole = time.perf_counter() - start
             rows = [row["train_seconds"] for row in read_metrics(folder / "metrics.jsonl") if "train_seconds" in row]
-            times["step"].append((rows[-1] - rows[every - 1]) / (steps - every))
+            times["step"].append((rows[-1] - rows[0]) / (steps - every))
             times["setup"].append(whole - rows[-1])
     shutil.rmtree(work / "timing")
     times = {kind: {name: statistics.median(values) for name, values in each.items()} for kind, each in seen.items()}

@@ -56,7 +56,7 @@ spec.loader.exec_module(train_vrpo)
 from diffusers_vrpo import latents, training
 from diffusers_vrpo.digits import digits_splits
 
-digits_splits()
+digits_splits()  # made once, for all that are forked
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)

@@ -90,7 +90,7 @@ def test_arms_from_one_base_for_the_same_time(comparison, capsys, monkeypatch):
     assert config["pretrained_model_name_or_path"] == str(runs / "fm-annealed-20-1")
 
 
-def test_time_is_measured_and_a_budget_without_a_step_is_refused(comparison):
+def test_arms_that_cost_the_same_share_a_time_and_a_budget_without_a_step_is_refused(comparison):
     module, cpu = comparison.module, comparison.module.load_comparison("cpu")
     assert set(cpu.arms) >= {"fm", "fm-annealed", "policy"}
     times = {module.cost_key({}): {"step": 0.1, "setup": 0.0}}

@@ -6,10 +6,10 @@ r"""Does the generative policy beat flow matching at equal wall time? Arms x see
     python benchmarks/yardstick/generative.py cpu --table
     python benchmarks/yardstick/generative.py cpu-annealed --seeds 1 2 3 --workers 2
 
-All arms of a comparison start from the averaged weights of the same base, which is trained first, once. The budget is the wall time of
-`budget_steps` steps of flow matching; an arm that follows rewards pays from it for its rollouts, likelihoods, the statistics of
-the training images and the guards' first look. Results append to `results-generative-NAME.jsonl`; a run that has a line is
-left out.
+All arms of a comparison start from the averaged weights of the same base, which is trained first, once. The budget is the wall
+time of `budget_steps` steps of flow matching; an arm that follows rewards pays from it for its rollouts, likelihoods, the
+statistics of the training images and the guards' first look. Results append to `results-generative-NAME.jsonl`; a run that has
+a line is left out.
 """
 
 import argparse
@@ -71,7 +71,6 @@ class Comparison:
     size: str
     base: dict
     base_seed: int
-    base_steps: int | None
     budget_steps: int
     reward_pixels: int
     guidance_scales: list[float]
@@ -79,6 +78,7 @@ class Comparison:
     train: dict
     policy: dict
     arms: dict[str, dict]
+    base_steps: int | None = None
 
 
 def load_comparison(name: str) -> Comparison:
@@ -89,7 +89,7 @@ def load_comparison(name: str) -> Comparison:
     """
     path = Path(name) if name.endswith(".yaml") else HERE / f"generative-{name}.yaml"
     try:
-        return Comparison(**{"name": path.stem.removeprefix("generative-"), "base_steps": None} | read_yaml(path))
+        return Comparison(**{"name": path.stem.removeprefix("generative-")} | read_yaml(path))
     except TypeError as error:
         raise InputError(f"{path}: {error}") from error
 
@@ -159,7 +159,7 @@ def make_base(comparison: Comparison, recipe: Recipe, work: Path, workers: Worke
 def train_arm(
     comparison: Comparison, recipe: Recipe, name: str, steps: int, seed: int, work: Path, workers: Workers
 ) -> bool:
-    """Trains an arm from the base, once; whether it came to its end."""
+    """Trains an arm from the base, once, and leaves its pipeline only; whether it came to its end."""
     folder = runs_folder(comparison, work) / run_name(name, steps, seed)
     if (folder / "trained").exists():
         return True
@@ -168,6 +168,8 @@ def train_arm(
     argv = arm_argv(comparison, recipe, comparison.arms[name], steps, seed, work, folder, {"num_fd_samples": 2})
     if not workers.train(argv, folder / "log.txt"):
         return False
+    for checkpoint in list_checkpoints(folder):
+        shutil.rmtree(checkpoint)
     (folder / "trained").touch()
     return True
 
@@ -297,8 +299,6 @@ def run_job(job: dict, comparison: Comparison, recipe: Recipe, work: Path, resul
         kept = ("sample_reward/", "sample_reward_real/", "policy/gradient_ratio")
         line["rewards"] = [{k: v for k, v in row.items() if k.startswith(kept)} for row in (rows[0], rows[-1])]
     append_result(results, line)
-    for checkpoint in list_checkpoints(folder):
-        shutil.rmtree(checkpoint)
     print(
         f"{job['arm']}, seed {job['seed']}: {job['steps']} steps, FD {line['fd_train']:.1f}, of the reward {line['fd_reward']:.1f}",
         flush=True,

@@ -23,8 +23,12 @@ from accelerate.logging import get_logger
 from diffusers.optimization import SchedulerType, get_scheduler
 from tqdm.auto import tqdm
 
-from diffusers_vrpo.alignment import Alignment
-from diffusers_vrpo.arguments import (
+from diffusers_vrpo.alignment.encoders import load_encoder
+from diffusers_vrpo.alignment.gradient_fork import CONFLICTS
+from diffusers_vrpo.alignment.objective import Alignment
+from diffusers_vrpo.alignment.policy import REWARDS, TIMESTEP_WEIGHTS
+from diffusers_vrpo.alignment.reward_statistics import parse_reward_weighting
+from diffusers_vrpo.command_line import (
     HelpFormatter,
     OneLineErrorParser,
     add_policy_options,
@@ -33,61 +37,40 @@ from diffusers_vrpo.arguments import (
     check_ranges,
     config_to_argv,
 )
-from diffusers_vrpo.conversion import default_scheduler
-from diffusers_vrpo.ddpm import variational_bound
-from diffusers_vrpo.encoders import layers_of_encoders, load_encoder
-from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.flow import flow_matching_loss, forward_process
-from diffusers_vrpo.generative_options import add_generative_options, check_generative
-from diffusers_vrpo.generative_training import GenerativePolicy
-from diffusers_vrpo.gradient_fork import CONFLICTS
-from diffusers_vrpo.hub_run import HubPush, add_hub_options
-from diffusers_vrpo.initialization import build_transformer, read_start
-from diffusers_vrpo.interruption import Interruption, StepGuard, TrainingStopped, settle
-from diffusers_vrpo.latent_cache import (
-    batch_latents,
-    cached_encoders,
-    load_training_data,
-    training_batches,
-    training_samples,
-)
-from diffusers_vrpo.latents import (
-    StreamBatchSampler,
-    check_corrupt_rows,
-    check_images,
-    latent_shape,
-    load_vae,
-    too_many_corrupt,
-)
-from diffusers_vrpo.pipeline_vrpo import VRPOPipeline
-from diffusers_vrpo.plots import plot_metrics
-from diffusers_vrpo.representation_policy import REWARDS, TIMESTEP_WEIGHTS
-from diffusers_vrpo.reward_weights import parse_reward_weighting
-from diffusers_vrpo.sharding import clip_grad_norm, is_sharded, prepare, whole_pipeline
-from diffusers_vrpo.throughput import ForeachEMA, TrainingSpeed, add_speed_options
-from diffusers_vrpo.training import (
-    MetricsFile,
-    RunningMeans,
+from diffusers_vrpo.data.image_datasets import check_corrupt_rows, check_images, too_many_corrupt
+from diffusers_vrpo.data.latent_cache import batch_latents
+from diffusers_vrpo.data.samples import StreamBatchSampler
+from diffusers_vrpo.data.sources import cached_encoders, load_training_data, training_batches, training_samples
+from diffusers_vrpo.errors import InputError, TrainingStopped
+from diffusers_vrpo.experimental.generative.callback import GenerativePolicy
+from diffusers_vrpo.experimental.generative.config import add_generative_options, check_generative
+from diffusers_vrpo.hub.background import HubPush, add_hub_options
+from diffusers_vrpo.models.autoencoder import latent_shape, load_vae
+from diffusers_vrpo.models.ddpm import variational_bound
+from diffusers_vrpo.models.flow import flow_matching_loss, forward_process
+from diffusers_vrpo.models.official_checkpoints import default_scheduler
+from diffusers_vrpo.models.start import build_transformer, read_start
+from diffusers_vrpo.models.vision import layers_of_encoders
+from diffusers_vrpo.pipelines.pipeline_vrpo import VRPOPipeline
+from diffusers_vrpo.reporting.curves import plot_metrics
+from diffusers_vrpo.training.checkpoints import (
     alignment_end,
-    build_optimizer,
     choose_checkpoint,
     load_checkpoint,
-    locked,
-    log_values,
-    prepare_output_dir,
     read_training_state,
     register_model_hooks,
-    release_projectors,
     restore_alignment_end,
     run_settings,
     save_checkpoint,
     save_lora,
-    start_accelerator,
-    trainable_parameters,
-    write_start,
-    written,
 )
-from diffusers_vrpo.validation import Validation
+from diffusers_vrpo.training.distributed import clip_grad_norm, is_sharded, prepare, whole_pipeline
+from diffusers_vrpo.training.interruption import Interruption, StepGuard, settle
+from diffusers_vrpo.training.metrics import MetricsFile, RunningMeans, log_values, write_start
+from diffusers_vrpo.training.output_dir import locked, prepare_output_dir, written
+from diffusers_vrpo.training.setup import build_optimizer, release_projectors, start_accelerator, trainable_parameters
+from diffusers_vrpo.training.throughput import ForeachEMA, TrainingSpeed, add_speed_options
+from diffusers_vrpo.training.validation import Validation
 
 
 logger = get_logger("train_vrpo")
@@ -135,7 +118,8 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--dataset_split", default="train", help="split to train on")
     g.add_argument("--train_data_dir", help="folder with one folder of images per class, instead of --dataset_name")
     g.add_argument(
-        "--latents_dir", help="train from what `python -m diffusers_vrpo.latents prepare` wrote there, not from images"
+        "--latents_dir",
+        help="train from what `python -m diffusers_vrpo.data.samples prepare` wrote there, not from images",
     )
     g.add_argument(
         "--streaming", action="store_true", help="read the parquet files of --dataset_name in training, keep no copy"

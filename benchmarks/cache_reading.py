@@ -34,9 +34,11 @@ from accelerate import PartialState
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from diffusers_vrpo.latent_cache import CachedSamples, CacheWriter, LatentCache, chunk_rows, num_chunks
-from diffusers_vrpo.latents import as_is, encode_moments
-from diffusers_vrpo.prepare_latents import BATCH_SIZE, BatchEncoder, ImageRows, write_chunks
+from diffusers_vrpo.commands.prepare import BATCH_SIZE, BatchEncoder, ImageRows, write_chunks
+from diffusers_vrpo.data.latent_cache import CachedSamples, LatentCache, chunk_rows, num_chunks
+from diffusers_vrpo.data.latent_cache_writer import CacheWriter
+from diffusers_vrpo.data.samples import as_is
+from diffusers_vrpo.models.autoencoder import encode_moments
 
 
 FLOOR, TIMES = 300_000, 10  # samples/s of the cache, and times the store with one file an image

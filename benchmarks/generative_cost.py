@@ -35,12 +35,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Dinov2Config, Dinov2Model
 
 from diffusers_vrpo import SiTTransformer2DModel, VRPOPipeline, sit_preset
-from diffusers_vrpo.conversion import default_scheduler
-from diffusers_vrpo.flow import flow_matching_loss, forward_process
-from diffusers_vrpo.generative_options import add_generative_options
-from diffusers_vrpo.generative_policy import update_cost
-from diffusers_vrpo.generative_training import GenerativePolicy
-from diffusers_vrpo.throughput import forward_flops
+from diffusers_vrpo.experimental.generative.callback import GenerativePolicy
+from diffusers_vrpo.experimental.generative.config import add_generative_options
+from diffusers_vrpo.experimental.generative.objective import update_cost
+from diffusers_vrpo.models.flow import flow_matching_loss, forward_process
+from diffusers_vrpo.models.official_checkpoints import default_scheduler
+from diffusers_vrpo.training.throughput import forward_flops
 
 
 NUM_CLASSES = 10

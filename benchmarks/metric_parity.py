@@ -21,9 +21,9 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from diffusers_vrpo import evaluation
-from diffusers_vrpo.arguments import HelpFormatter, OneLineErrorParser
-from diffusers_vrpo.inception import FIDInception, inception_from_state, load_inception, resize_bilinear
+from diffusers_vrpo.command_line import HelpFormatter, OneLineErrorParser
+from diffusers_vrpo.evaluation import metrics as evaluation
+from diffusers_vrpo.evaluation.inception import FIDInception, inception_from_state, load_inception, resize_bilinear
 
 
 SIZES = ((64, 64), (256, 256), (299, 299), (512, 300))

@@ -17,17 +17,17 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-from diffusers_vrpo.arguments import HelpFormatter, OneLineErrorParser, check_ranges
+from diffusers_vrpo.command_line import HelpFormatter, OneLineErrorParser, check_ranges
+from diffusers_vrpo.data.image_datasets import decode_image, load_image_dataset
 from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.evaluation import (
+from diffusers_vrpo.evaluation.image_encoders import ImageEncoder, load_image_encoder, pooled_features
+from diffusers_vrpo.evaluation.metrics import (
     density_coverage,
     frechet_distance,
     kernel_distance,
     mean_and_covariance,
     precision_recall,
 )
-from diffusers_vrpo.image_features import ImageEncoder, load_image_encoder, pooled_features
-from diffusers_vrpo.latents import decode_image, load_image_dataset
 
 
 def read_images(data, rows) -> torch.Tensor:

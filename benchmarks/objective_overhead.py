@@ -35,13 +35,14 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from diffusers_vrpo.alignment import Alignment
+from diffusers_vrpo.alignment.objective import Alignment
+from diffusers_vrpo.alignment.policy import normalize
 from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.flow import flow_matching_loss, forward_process
-from diffusers_vrpo.initialization import build_transformer, read_start
-from diffusers_vrpo.representation_policy import normalize
-from diffusers_vrpo.throughput import ForeachEMA, hardware_name
-from diffusers_vrpo.training import RunningMeans, build_optimizer, release_projectors, trainable_parameters
+from diffusers_vrpo.models.flow import flow_matching_loss, forward_process
+from diffusers_vrpo.models.start import build_transformer, read_start
+from diffusers_vrpo.training.metrics import RunningMeans
+from diffusers_vrpo.training.setup import build_optimizer, release_projectors, trainable_parameters
+from diffusers_vrpo.training.throughput import ForeachEMA, hardware_name
 
 
 ARMS = {

@@ -19,11 +19,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Dinov2Config, Dinov2Model
 
-from diffusers_vrpo.arguments import OneLineErrorParser, check_ranges
+from diffusers_vrpo.command_line import OneLineErrorParser, check_ranges
 from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.representation_policy import alignment_layers
-from diffusers_vrpo.throughput import forward_flops, projector_flops, training_flops
-from diffusers_vrpo.transformer_sit import SiTTransformer2DModel, sit_preset
+from diffusers_vrpo.models.start import alignment_layers
+from diffusers_vrpo.models.transformer_sit import SiTTransformer2DModel, sit_preset
+from diffusers_vrpo.training.throughput import forward_flops, projector_flops, training_flops
 
 
 GLOBAL_BATCH_SIZE = 256

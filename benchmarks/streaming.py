@@ -26,9 +26,10 @@ import datasets
 import numpy as np
 import torch
 
-from diffusers_vrpo.latent_cache import training_batches
-from diffusers_vrpo.latents import StreamBatchSampler, TrainingSamples, load_image_dataset
-from diffusers_vrpo.streaming import StreamedSamples, StreamOrder, stream_image_dataset
+from diffusers_vrpo.data.image_datasets import load_image_dataset
+from diffusers_vrpo.data.parquet import StreamedSamples, StreamOrder, stream_image_dataset
+from diffusers_vrpo.data.samples import StreamBatchSampler, TrainingSamples
+from diffusers_vrpo.data.sources import training_batches
 
 
 def count_row_groups(processes: int) -> tuple[int, int, int]:

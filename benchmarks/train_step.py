@@ -45,13 +45,13 @@ from objective_overhead import NUM_CLASSES, build_arm, draw_batch, hardware_name
 from transformers import Dinov2Config, Dinov2Model
 from transformers.utils.logging import disable_progress_bar
 
-from diffusers_vrpo.encoders import IMAGENET_MEAN, IMAGENET_STD, PatchEncoder, load_encoder
+from diffusers_vrpo.alignment.encoders import IMAGENET_MEAN, IMAGENET_STD, PatchEncoder, load_encoder
 from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.flow import flow_matching_loss, forward_process
-from diffusers_vrpo.initialization import build_transformer, read_start
-from diffusers_vrpo.interruption import Interruption, StepGuard
-from diffusers_vrpo.throughput import peak_flops, speed_up, step_flops, throughput_metrics
-from diffusers_vrpo.training import trainable_parameters
+from diffusers_vrpo.models.flow import flow_matching_loss, forward_process
+from diffusers_vrpo.models.start import build_transformer, read_start
+from diffusers_vrpo.training.interruption import Interruption, StepGuard
+from diffusers_vrpo.training.setup import trainable_parameters
+from diffusers_vrpo.training.throughput import peak_flops, speed_up, step_flops, throughput_metrics
 
 
 ENCODER_SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}

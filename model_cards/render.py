@@ -16,9 +16,9 @@ import torch
 import yaml
 
 from diffusers_vrpo import SiTTransformer2DModel, sit_preset
-from diffusers_vrpo.model_card import render_card
-from diffusers_vrpo.representation_policy import alignment_layers
-from diffusers_vrpo.throughput import forward_flops, projector_flops, training_flops
+from diffusers_vrpo.alignment.policy import alignment_layers
+from diffusers_vrpo.hub.card import render_card
+from diffusers_vrpo.training.throughput import forward_flops, projector_flops, training_flops
 
 
 FOLDER = Path(__file__).parent

@@ -32,9 +32,9 @@ from generation import (
 )
 
 from diffusers_vrpo import VRPOPipeline
-from diffusers_vrpo.arguments import HelpFormatter, OneLineErrorParser
+from diffusers_vrpo.command_line import HelpFormatter, OneLineErrorParser
 from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.sample import DTYPES, SAMPLERS
+from diffusers_vrpo.pipelines.sampling import DTYPES, SAMPLERS
 
 
 SAMPLER_NAMES = {

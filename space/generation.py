@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import torch
 
 from diffusers_vrpo import VRPOPipeline
+from diffusers_vrpo.commands.sample import load_pipeline
 from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.sample import check_steps, load_pipeline, set_sampler
+from diffusers_vrpo.pipelines.sampling import check_steps, set_sampler
 
 
 MAX_STEPS, MAX_IMAGES_PER_CLASS, MAX_IMAGES, MAX_GUIDANCE_SCALE, MAX_SEED = 250, 16, 64, 8, 2**32 - 1

@@ -40,13 +40,14 @@ from training_run import (
     train_script,
 )
 
-from diffusers_vrpo.arguments import OneLineErrorParser
+from diffusers_vrpo.command_line import OneLineErrorParser
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.files import write_atomically
-from diffusers_vrpo.pipeline_vrpo import VRPOPipeline
-from diffusers_vrpo.run_comparison import spread
-from diffusers_vrpo.sample import sample_batch
-from diffusers_vrpo.training import list_checkpoints, read_metrics
+from diffusers_vrpo.pipelines.pipeline_vrpo import VRPOPipeline
+from diffusers_vrpo.pipelines.sampling import sample_batch
+from diffusers_vrpo.reporting.runs import spread
+from diffusers_vrpo.training.checkpoints import list_checkpoints
+from diffusers_vrpo.training.metrics import read_metrics
 
 
 COLUMNS = {

@@ -24,22 +24,23 @@ from safetensors.torch import load_file, save_file
 from subset import SPLITS, packed
 from training_run import add_common_options, check_common
 
-from diffusers_vrpo.arguments import OneLineErrorParser
+from diffusers_vrpo.command_line import OneLineErrorParser
+from diffusers_vrpo.commands.probe import block_features
+from diffusers_vrpo.data.image_datasets import decode_image, load_image_dataset, resize_and_crop
 from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.evaluation import (
+from diffusers_vrpo.evaluation.image_encoders import load_image_encoder, pooled_features
+from diffusers_vrpo.evaluation.metrics import (
     density_coverage,
     frechet_distance,
     linear_probe,
     mean_and_covariance,
     precision_recall,
 )
-from diffusers_vrpo.flow import flow_matching_loss, forward_process
-from diffusers_vrpo.image_features import load_image_encoder, pooled_features
-from diffusers_vrpo.latents import NOISE, decode_image, load_image_dataset, random_stream, resize_and_crop
-from diffusers_vrpo.pipeline_vrpo import VRPOPipeline
-from diffusers_vrpo.probing import block_features
-from diffusers_vrpo.representation_policy import alignment_layers
-from diffusers_vrpo.sample import sample_batch
+from diffusers_vrpo.models.flow import flow_matching_loss, forward_process
+from diffusers_vrpo.models.start import alignment_layers
+from diffusers_vrpo.pipelines.pipeline_vrpo import VRPOPipeline
+from diffusers_vrpo.pipelines.sampling import sample_batch
+from diffusers_vrpo.random_streams import NOISE, random_stream
 
 
 def sliced_wasserstein(x: torch.Tensor, y: torch.Tensor, projections: int = 512, seed: int = 0) -> float:

@@ -46,9 +46,10 @@ from training_run import (
     train_script,
 )
 
-from diffusers_vrpo.arguments import OneLineErrorParser
+from diffusers_vrpo.command_line import OneLineErrorParser
 from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.training import list_checkpoints, read_metrics
+from diffusers_vrpo.training.checkpoints import list_checkpoints
+from diffusers_vrpo.training.metrics import read_metrics
 
 
 GRACE = 60  # seconds for a run to save where it is

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from datasets import ClassLabel, Image
 
+from diffusers_vrpo.data.image_datasets import load_image_dataset
 from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.latents import load_image_dataset
 
 
 SPLITS = ("train", "validation")

@@ -24,10 +24,10 @@ from run import read_results
 from timing import read_timing
 from training_run import add_common_options, check_common
 
-from diffusers_vrpo import report
-from diffusers_vrpo.arguments import OneLineErrorParser
+from diffusers_vrpo.command_line import OneLineErrorParser
+from diffusers_vrpo.commands import report
 from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.run_comparison import spread
+from diffusers_vrpo.reporting.runs import spread
 
 
 COLUMNS = {
@@ -107,7 +107,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def write_run(line: dict, folder: Path):
-    """A result as the folder of a run, for `diffusers_vrpo.report`; seconds are the nominal ones."""
+    """A result as the folder of a run, for `diffusers_vrpo.commands.report`; seconds are the nominal ones."""
     folder.mkdir(parents=True)
     options = line["flags"] | {"seed": line["seed"], "fd_encoder": line["metric"].removeprefix("validation/fd_")}
     (folder / "train_config.yaml").write_text(yaml.safe_dump(options))

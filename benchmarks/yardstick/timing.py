@@ -25,11 +25,11 @@ from recipe import HERE, Recipe, aligned_flags, choose_arms, cost_flags, load_re
 from subset import pack
 from training_run import add_common_options, check_common, make_cache, train_argv, train_script
 
-from diffusers_vrpo.arguments import OneLineErrorParser
+from diffusers_vrpo.command_line import OneLineErrorParser
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.files import write_atomically
-from diffusers_vrpo.throughput import hardware_name
-from diffusers_vrpo.training import read_metrics
+from diffusers_vrpo.training.metrics import read_metrics
+from diffusers_vrpo.training.throughput import hardware_name
 
 
 def timing_file(recipe: Recipe, folder: Path = HERE) -> Path:

@@ -15,10 +15,10 @@ from accelerate.state import AcceleratorState
 from recipe import HERE, Recipe
 from subset import packed
 
-from diffusers_vrpo import prepare_latents
-from diffusers_vrpo.arguments import check_ranges
+from diffusers_vrpo.command_line import check_ranges
+from diffusers_vrpo.commands import prepare as prepare_latents
 from diffusers_vrpo.files import write_atomically
-from diffusers_vrpo.initialization import read_start
+from diffusers_vrpo.models.start import read_start
 
 
 ROOT = HERE.parents[1]

@@ -1,16 +1,37 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Representation-aligned training of class-conditional diffusion transformers, native to diffusers."""
+"""Representation-aligned training of diffusion transformers, native to diffusers.
 
-from diffusers import ModelMixin, SchedulerMixin  # noqa: F401  (where diffusers looks for the base classes)
-from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+Names are loaded when they are first used, so that `import diffusers_vrpo` and `vrpo --help` import neither torch nor
+diffusers.
+"""
 
-from .pipeline_vrpo import VRPOPipeline
-from .scheduling_sit_sde import SiTSDEScheduler
-from .transformer_sit import SIT_PRESETS, SiTTransformer2DModel, sit_preset
+from importlib import import_module
 
 
 __version__ = "0.1.0"
-__all__ = ["SIT_PRESETS", "SiTSDEScheduler", "SiTTransformer2DModel", "VRPOPipeline", "sit_preset"]
 
-# diffusers loads components of these libraries only (so named in `model_index.json`); their base classes are its own.
-LOADABLE_CLASSES.setdefault("diffusers_vrpo", {})
+# Public name: the module that defines it.
+_MODULES = {
+    "SIT_PRESETS": "diffusers_vrpo.models.transformer_sit",
+    "SiTSDEScheduler": "diffusers_vrpo.pipelines",
+    "SiTTransformer2DModel": "diffusers_vrpo.models.transformer_sit",
+    "VRPOPipeline": "diffusers_vrpo.pipelines",
+    "sit_preset": "diffusers_vrpo.models.transformer_sit",
+}
+# diffusers looks for the base classes of a component in the package that defines the component.
+_BASE_CLASSES = {"ModelMixin": "diffusers", "SchedulerMixin": "diffusers"}
+
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str):
+    module = {**_MODULES, **_BASE_CLASSES}.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -12,14 +12,14 @@ from pathlib import Path
 # Command: module (and first argument), what it does. Each has `main(argv, prog)`; `train` goes through `accelerate launch`.
 COMMANDS = {
     "train": (None, "train a transformer, with or without alignment (train_vrpo.py)"),
-    "prepare": ("prepare_latents prepare", "encode a data set once, for train --latents_dir"),
-    "latents": ("prepare_latents", "verify what prepare wrote, export it to the Hub, import it"),
+    "prepare": ("prepare prepare", "encode a data set once, for train --latents_dir"),
+    "latents": ("prepare", "verify what prepare wrote, export it to the Hub, import it"),
     "sample": ("sample", "many images from a pipeline, as PNG files or an .npz"),
     "evaluate": ("evaluate", "FID and other metrics of images against a reference"),
-    "probe": ("probing", "linear probes and CKNNA of a transformer's blocks"),
+    "probe": ("probe", "linear probes and CKNNA of a transformer's blocks"),
     "convert": ("convert", "checkpoints of SiT, REPA, iREPA and DiT, to pipelines and back"),
     "report": ("report", "compare training runs: quality against steps, time and FLOPs"),
-    "push": ("hub", "publish a run or a pipeline on the Hub"),
+    "push": ("push", "publish a run or a pipeline on the Hub"),
 }
 USAGE = """usage: vrpo COMMAND [options]
        vrpo train [options of `accelerate launch` --] [options]
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None):
     else:
         module, *first = COMMANDS[name][0].split()
         prog = "vrpo" if first else f"vrpo {name}"  # "vrpo prepare" either way
-        import_module(f"diffusers_vrpo.{module}").main([*first, *rest], prog=prog)
+        import_module(f"diffusers_vrpo.commands.{module}").main([*first, *rest], prog=prog)
 
 
 if __name__ == "__main__":

@@ -52,3 +52,7 @@ def first_line(error: BaseException) -> str:
     """The start of an exception's message, to stand in a sentence."""
     lines = str(error).strip().splitlines()
     return lines[0][:200].rstrip(" .:") if lines else type(error).__name__
+
+
+class TrainingStopped(RuntimeError):
+    """The run cannot go on; the message is one sentence that says where it stands and what to do."""

@@ -16,3 +16,15 @@ def write_atomically(path: Path, data: bytes):
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+
+
+def sync_to_disk(*paths: Path):
+    """Waits until files and folders are on the disk."""
+    for path in paths:
+        if os.name == "nt" and path.is_dir():
+            continue
+        descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

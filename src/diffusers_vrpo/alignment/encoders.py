@@ -1,0 +1,377 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""Frozen vision encoders of transformers as teachers: images -> patch embeddings `[B, N, E]` on the token grid.
+
+ViTs give their patch tokens (class and register tokens dropped), conv nets and pyramids the map of one stage.
+"""
+
+import inspect
+import logging
+import math
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel
+from transformers.image_processing_base import ImageProcessingMixin
+
+from ..errors import InputError, hub_problem
+
+
+logger = logging.getLogger(__name__)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+RESIZE_MODES = ("antialias", "repa")
+# A conv net gives by default its deepest stage with at most the stride of the usual ViT patch.
+DEFAULT_STRIDE = 16
+# Every stage of a conv net still has an extent at this side, so that its stride can be measured.
+PROBE_SIDE = 256
+REMEDY = "give the folder or the Hub name of a ViT or conv net, such as facebook/dinov2-base"
+
+
+class PatchEncoder(nn.Module):
+    """A frozen vision model that gives patch embeddings; `load_encoder` makes it.
+
+    It stays in evaluation mode even under `train()`, gives no gradients, and computes in its own dtype under any autocast.
+
+    Attributes:
+        embed_dim (`int`): E, the channels of an embedding.
+        grid_size (`tuple[int, int]`): rows and columns of the token grid, N = rows * columns.
+        input_size (`tuple[int, int]`): height and width in pixels that images are resized to.
+        layer (`int`, *optional*): index in the model's hidden states; `None` is the output of a ViT.
+    """
+
+    def __init__(self, model, embed_dim, grid_size, input_size, layer, pixel_format, resize="antialias"):
+        super().__init__()
+        self.model = model.requires_grad_(False).eval()
+        # On a CPU such nets are faster in this layout, with few images at a time (docs/speed.md).
+        self.images_at_a_time = None
+        if model.device.type == "cpu" and any(
+            isinstance(module, nn.Conv2d) and module.groups > 1 for module in model.modules()
+        ):
+            self.model, self.images_at_a_time = model.to(memory_format=torch.channels_last), 8
+        self.embed_dim, self.grid_size, self.input_size, self.layer = embed_dim, grid_size, input_size, layer
+        self.antialias = resize == "antialias"
+        mean, std, self.flip_channels = pixel_format
+        self.register_buffer("mean", torch.tensor(mean, device=model.device).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, device=model.device).view(1, 3, 1, 1), persistent=False)
+
+    def train(self, mode=True):
+        """Keeps evaluation mode: a teacher's dropout and batch statistics must not follow the student's `train()`."""
+        return super().train(False)
+
+    def preprocess(self, images):
+        """Images `[B, 3, H, W]` in [-1, 1] -> the model's normalised pixels `[B, 3, *input_size]`, float32."""
+        pixels = (images.float() + 1) / 2
+        if tuple(pixels.shape[2:]) != self.input_size:
+            pixels = F.interpolate(pixels, self.input_size, mode="bicubic", antialias=self.antialias)
+        if self.antialias:  # REPA keeps the overshoot of the bicubic kernel
+            pixels = pixels.clamp(0, 1)
+        if self.flip_channels:
+            pixels = pixels.flip(1)
+        return (pixels - self.mean) / self.std
+
+    def forward(self, images):
+        """Patch embeddings `[B, N, E]`, float32, not normalised, row by row of the grid.
+
+        Args:
+            images (`torch.Tensor` of shape `(batch, 3, height, width)`): RGB in [-1, 1], any size and float dtype.
+        """
+        # no_grad, not inference_mode: the embeddings take part in the autograd graph of the loss.
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            pixels = self.preprocess(images)
+            parts = [pixels]
+            if self.images_at_a_time:
+                parts = pixels.contiguous(memory_format=torch.channels_last).split(self.images_at_a_time)
+            features = torch.cat([_feature_map(self.model, part, self.layer).float() for part in parts])
+            if tuple(features.shape[2:]) != self.grid_size:
+                # For a map that grows, antialias changes nothing.
+                features = F.interpolate(features, self.grid_size, mode="bilinear", antialias=True)
+            return features.flatten(2).transpose(1, 2).contiguous()
+
+
+def load_encoder(
+    name_or_path, grid_size, layer=None, dtype=torch.float32, device=None, cache_dir=None, resize="antialias"
+) -> PatchEncoder:
+    """A transformers vision model as a frozen `PatchEncoder`, tried out on an image before it is returned.
+
+    The input side is the grid side times the patch size (DINOv2/14 sees 224 pixels for 16 tokens, as in REPA), or
+    times the stride of a conv net's stage. A ViT that cannot interpolate its position table gets its native size, and
+    its map is interpolated to the grid.
+
+    Args:
+        name_or_path (`str` or `Path`): a checkpoint folder (the network is then not touched), a name on the Hub, or
+            `"digits"` for the encoder that comes with the package.
+        grid_size (`tuple[int, int]`): rows and columns of tokens.
+        layer (`int`, *optional*): index in the model's `hidden_states`. By default a ViT's output (after its final
+            layer norm; CLIP has none), and a conv net's deepest hidden state with a stride of at most 16.
+        dtype (`torch.dtype`): of the weights and the computation.
+        resize (`"antialias"` or `"repa"`): bicubic with antialiasing, as image processors do, or without, as REPA.
+
+    Raises:
+        InputError: for a name, checkpoint or layer that cannot give patch embeddings.
+        ValueError: for an unknown `resize`.
+    """
+    if resize not in RESIZE_MODES:
+        raise ValueError(f"resize must be one of {', '.join(RESIZE_MODES)}, not {resize!r}")
+    grid_size, prefix = tuple(grid_size), f"--encoder {name_or_path}: "
+    source, local = _locate(name_or_path)
+    try:
+        model, missing = _load_model(source, dtype, cache_dir, local)
+        pixel_format = _pixel_format(source, cache_dir, local)
+    except InputError:
+        raise
+    except Exception as error:  # transformers raises many types; all mean that this checkpoint cannot be had
+        raise InputError(prefix + _explain(error, source)) from error
+
+    model = model.to(device).requires_grad_(False).eval()
+    try:
+        layer, input_size, features = _plan(model, name_or_path, grid_size, layer)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a model raises on one blank image, it would raise in training
+        reason = f"{type(model).__name__} gives no patch embeddings of an image ({_first_sentence(error)})"
+        raise InputError(f"{prefix}{reason}; {REMEDY}") from error
+    if missing and not features.isfinite().all():
+        raise InputError(f"{prefix}the checkpoint lacks {missing} of {type(model).__name__}'s weights; {REMEDY}")
+    if not features.isfinite().all():
+        raise InputError(f"{prefix}the embeddings are not finite in {dtype}; give a sound checkpoint or another dtype")
+    return PatchEncoder(model, features.shape[1], grid_size, input_size, layer, pixel_format, resize)
+
+
+def spatial_normalize(features, strength=0.6):
+    """iREPA's normalisation over tokens, `(f - strength * mean_N f) / (std_N f + 1e-6)`; the identity when N = 1.
+
+    Args:
+        features (`torch.Tensor` of shape `(batch, tokens, channels)`): float32 patch embeddings. Their standard
+            deviation is the unbiased one.
+    """
+    if features.shape[1] == 1:
+        return features
+    std, mean = torch.std_mean(features, dim=1, keepdim=True)
+    return (features - strength * mean) / (std + 1e-6)
+
+
+# Loading
+
+
+def _locate(name_or_path, option="--encoder"):
+    """The folder or Hub name that is meant, and whether it is a folder."""
+    path = Path(name_or_path).expanduser()
+    if name_or_path == "digits" and not path.is_dir():
+        from ..assets.digits import DIGITS_ENCODER  # here, because it imports datasets
+
+        path = DIGITS_ENCODER
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"{option} {name_or_path}: the folder has no config.json of transformers; {REMEDY}")
+        return str(path), True
+    is_name = isinstance(name_or_path, str) and not name_or_path.startswith((".", "~")) and name_or_path.count("/") < 2
+    if not is_name or path.is_absolute() or path.exists():
+        raise InputError(f"{option} {name_or_path}: there is no such folder; {REMEDY}")
+    return name_or_path, False
+
+
+@contextmanager
+def _quiet_transformers():
+    """Without the report of the checkpoint's other weights (classifier, text tower); missing ones are checked here."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def _load_model(source, dtype, cache_dir, local):
+    """The image model of a checkpoint, and how many of its weights the checkpoint lacks (those are NaN)."""
+    # Code from a repository is never run; asked for here, because transformers would ask on the terminal.
+    where = {"cache_dir": cache_dir, "local_files_only": local, "trust_remote_code": False}
+    config = AutoConfig.from_pretrained(source, **where)
+    # Of CLIP, SigLIP and their like, the image tower alone.
+    tower = getattr(config, "vision_config", None)
+    config = tower if type(tower) in MODEL_MAPPING else config
+    model_class = MODEL_MAPPING.get(type(config), None)
+    if getattr(model_class, "main_input_name", None) != "pixel_values":
+        raise InputError(f"--encoder {source}: a {config.model_type} model does not encode images; {REMEDY}")
+    with _quiet_transformers():
+        model, info = AutoModel.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True, **where)
+    if config.model_type == "vit_mae":
+        model.config.mask_ratio = 0.0
+    # transformers draws missing weights at random. A pooler may well be missing, and what the embeddings depend on
+    # shows as NaN in them.
+    state = model.state_dict()
+    missing = [key for key in info["missing_keys"] if key in state and state[key].is_floating_point()]
+    for key in missing:
+        state[key].fill_(math.nan)
+    return model, len(missing)
+
+
+def _pixel_format(source, cache_dir, local):
+    """Mean and std (three floats each, for pixels in [0, 1]) and whether the channels are BGR.
+
+    Read from the processor's configuration, since building the processor may need torchvision.
+    """
+    try:
+        config, _ = ImageProcessingMixin.get_image_processor_dict(source, cache_dir=cache_dir, local_files_only=local)
+    except OSError as error:
+        if error.__cause__ is not None:  # not just absent
+            raise
+        config = {}
+    flip = config.get("do_flip_channel_order", False)
+    mean, std = config.get("image_mean"), config.get("image_std")
+    if not config.get("do_normalize", not flip):  # models with flipped channels take plain pixels
+        mean, std = 0.0, 1.0
+    elif mean is None or std is None:
+        logger.warning("the encoder %s comes without image mean and std; ImageNet's are used", source)
+        mean, std = IMAGENET_MEAN, IMAGENET_STD
+    mean, std = ([value] * 3 if isinstance(value, (int, float)) else value for value in (mean, std))
+    # Processors compute (255 * rescale_factor * x - offset - mean) / std; EfficientNet's may divide by std twice.
+    scale = 255 * (config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1)
+    offset = 1 if config.get("rescale_offset", False) else 0
+    power = 2 if config.get("include_top", False) else 1
+    return [(offset + m) / scale for m in mean], [s**power / scale for s in std], flip
+
+
+def _explain(error, source):
+    """Why a checkpoint could not be loaded, and what to do."""
+    if problem := hub_problem(error, source):
+        return problem
+    if "trust_remote_code" in str(error):
+        return f"it needs code of its own repository, which is not run; {REMEDY}"
+    return f"transformers cannot load it ({_first_sentence(error)}); {REMEDY}"
+
+
+def _first_sentence(error):
+    """The start of an exception's message, to stand in a sentence."""
+    lines = str(error).strip().splitlines()
+    return lines[0].split(". ")[0][:200].rstrip(" .:") if lines else type(error).__name__
+
+
+# What a model gives, and for which input
+
+
+def _plan(model, name, grid_size, layer):
+    """The layer to take (`None`: a ViT's output), the input size, and the map that they give for a blank image."""
+    native = _native_size(model.config)
+    states = _blank_states(model, native)
+    if not states:
+        raise InputError(f"--encoder {name}: {type(model).__name__} gives pooled vectors only; {REMEDY}")
+    if layer is not None and not -len(states) <= layer < len(states):
+        raise InputError(
+            f"--encoder_layer {layer}: {name} has hidden states 0 to {len(states) - 1}; choose one of them"
+        )
+
+    if any(state.ndim == 4 for state in states):
+        layer, stride = _choose_stage(model, name, grid_size, layer)
+        unit = (stride, stride)
+    else:
+        unit = _pair(model.config.patch_size)
+    size = (grid_size[0] * unit[0], grid_size[1] * unit[1])
+    try:
+        features = _blank_map(model, size, layer)
+    except (RuntimeError, ValueError) as error:  # no position table, or too little extent, for this size
+        logger.info(
+            "the encoder does not take %dx%d pixels (%s); it gets %dx%d", *size, _first_sentence(error), *native
+        )
+        size, features = native, _blank_map(model, native, layer)
+    if tuple(features.shape[2:]) == (1, 1) != grid_size:
+        raise ValueError("one vector an image, none for each token")
+    return layer, size, features
+
+
+def _choose_stage(model, name, grid_size, layer):
+    """The index of the conv stage to take, and its stride, measured with an image."""
+    states = _blank_states(model, (PROBE_SIDE, PROBE_SIDE))
+    strides = {
+        # A power of two: padding, or none, makes the ratio of sides miss it slightly.
+        index: 2 ** round(math.log2(PROBE_SIDE / state.shape[2]))
+        for index, state in enumerate(states)
+        # Not [B, H, W, C], and not pooled unless a single token is asked for.
+        if state.ndim == 4 and state.shape[2] == state.shape[3] and (state.shape[2] > 1 or grid_size == (1, 1))
+    }
+    if not strides:
+        raise InputError(f"--encoder {name}: {type(model).__name__} gives no map of channels, rows, columns; {REMEDY}")
+    if layer is None:
+        layer = max((i for i in strides if strides[i] <= DEFAULT_STRIDE), default=min(strides))
+    if layer % len(states) not in strides:
+        usable = ", ".join(map(str, strides))
+        raise InputError(f"--encoder_layer {layer}: {name} gives no rows and columns there; choose one of {usable}")
+    return layer % len(states), strides[layer % len(states)]
+
+
+def _feature_map(model, pixels, layer):
+    """The map `[B, E, rows, columns]` of a hidden state, or of the output, for pixels `[B, 3, H, W]`."""
+    output = _apply(model, pixels, hidden_states=layer is not None)
+    features = output.last_hidden_state if layer is None else _states(output)[layer]
+    return _token_map(features, model.config, pixels.shape[2:]) if features.ndim == 3 else features
+
+
+@torch.no_grad()
+def _blank_map(model, size, layer):
+    return _feature_map(model, torch.zeros(1, 3, *size, device=model.device), layer)
+
+
+@torch.no_grad()
+def _blank_states(model, size):
+    return _states(_apply(model, torch.zeros(1, 3, *size, device=model.device), hidden_states=True))
+
+
+def _apply(model, pixels, hidden_states):
+    config, size = model.config, tuple(pixels.shape[2:])
+    pixels = pixels.to(model.dtype)
+    arguments = {"output_hidden_states": True} if hidden_states else {}
+    if config.model_type == "siglip2_vision_model":
+        return model(*_flat_patches(pixels, config.patch_size), **arguments)
+    if size != _native_size(config) and "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
+        arguments["interpolate_pos_encoding"] = True
+    if config.model_type == "vit_mae":
+        # It sorts its tokens by this noise, which is random by default.
+        patch = _pair(config.patch_size)
+        order = torch.arange((size[0] // patch[0]) * (size[1] // patch[1]), device=pixels.device)
+        arguments["noise"] = order.expand(len(pixels), -1)
+    return model(pixels, **arguments)
+
+
+def _flat_patches(pixels, patch):
+    """SigLIP2's input: patches `[B, N, patch * patch * 3]`, their mask `[B, N]` and the grid `[B, 2]`."""
+    rows, columns = pixels.shape[2] // patch, pixels.shape[3] // patch
+    patches = pixels.unflatten(3, (columns, patch)).unflatten(2, (rows, patch)).permute(0, 2, 4, 3, 5, 1)
+    patches = patches.flatten(3).flatten(1, 2)
+    mask = torch.ones(patches.shape[:2], device=pixels.device, dtype=torch.long)
+    return patches, mask, torch.tensor([[rows, columns]], device=pixels.device).expand(len(pixels), -1)
+
+
+def _states(output):
+    """The hidden states (those of a pyramid of tokens, such as Swin, as maps), or else the output alone, or nothing."""
+    states = getattr(output, "reshaped_hidden_states", None) or getattr(output, "hidden_states", None)
+    last = getattr(output, "last_hidden_state", None)
+    return states or (() if last is None else (last,))
+
+
+def _token_map(tokens, config, size):
+    """The patch tokens among `[B, prefix + N, E]` as a map `[B, E, rows, columns]`.
+
+    Raises:
+        ValueError: where the tokens are not a known prefix and one token for each patch.
+    """
+    patch = _pair(config.patch_size)
+    rows, columns = size[0] // patch[0], size[1] // patch[1]
+    prefix = tokens.shape[1] - rows * columns
+    # The config's registers and a class token; else none (SigLIP, I-JEPA), one, two (DeiT) or a number of Pixio's.
+    registers = getattr(config, "num_register_tokens", None)
+    known = (0, 1, 2, getattr(config, "n_cls_tokens", 1)) if registers is None else (1 + registers,)
+    if prefix not in known:
+        raise ValueError(f"{tokens.shape[1]} tokens for {rows}x{columns} patches")
+    return tokens[:, prefix:].transpose(1, 2).unflatten(2, (rows, columns))
+
+
+def _native_size(config):
+    """Height and width that a model was made for; where its config does not say, 16 patches or 224 pixels."""
+    return _pair(getattr(config, "image_size", None) or 16 * _pair(getattr(config, "patch_size", 14))[0])
+
+
+def _pair(size):
+    return (size, size) if isinstance(size, int) else tuple(size)

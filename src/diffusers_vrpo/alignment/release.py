@@ -1,0 +1,128 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""When alignment ends: the gate that closes timestep bins in which it opposes flow matching."""
+
+import torch
+
+from .reward_statistics import MIN_SAMPLES, NUM_BINS, RewardStatistics
+
+
+COSINE_DECAY = 0.999  # of the cosine's averages, per optimizer step in which the bin has samples
+COSINE_STEPS = 1999  # independent steps that such an average is worth: (1 + decay) / (1 - decay)
+
+
+class ConflictGate:
+    """Closes alignment in the timestep bins where its gradient has turned against flow matching's (docs/method.md).
+
+    Per bin, m and q are averages of the cosine between the two gradients and of its square, both divided by
+    `1 - decay^count` as Adam's, so that they are unbiased from the first step on. Where the upper bound
+    `m + 1.645 sqrt((q - m^2) / min(count, 1999))` stays below 0 for `window` steps in a row, the gate falls from 1 to 0
+    over as many steps, and never rises again. (HASTE, arXiv 2505.16792, stops alignment for the same reason.) The
+    variance is the one among samples, while a step averages several: with many samples a step it errs towards open.
+
+    Choices of ours: the bound of a bin counts once it had samples in `MIN_SAMPLES` steps; in a step without samples a bin
+    keeps its bound and its row goes on; a bin that never had samples keeps gate 1, but does not count for `closed`; the
+    averages start anew after the first 10 % of the training (1,000 steps at most), and before that nothing closes: a fresh
+    model's gradients oppose each other for a while and then no longer do.
+    Step k uses the statistics through step k-1, whose sums enter once per optimizer step, as in `RewardStatistics`.
+
+    Args:
+        max_train_steps (`int`): the window is 2 % of it, at least 1.
+        device: where the statistics live, float64 (float32 on MPS).
+        acts (`bool`): without it cosines are measured and no gate closes.
+        warmup (`int`, *optional*): after this many steps the averages start anew; as above when not given.
+    """
+
+    def __init__(self, max_train_steps: int, device="cpu", acts: bool = True, warmup: int | None = None):
+        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
+        self.window = max(1, round(0.02 * max_train_steps))
+        self.warmup = min(1000, max_train_steps // 10) if warmup is None else warmup
+        self.acts = acts
+        self.step = 0
+        # `row`: steps that the bound has been below 0 for; `closing`: steps of the way from 1 to 0 that are behind.
+        names = ("mean", "square", "count", "row", "closing")
+        self.state = {name: torch.zeros(NUM_BINS, device=device, dtype=dtype) for name in names}
+        self.pending = torch.zeros(3, NUM_BINS, device=device, dtype=dtype)  # samples, cosines, squares
+
+    def observe(self, t: torch.Tensor, cosine: torch.Tensor):
+        """Adds one micro-batch: `t [B]` in [0, 1], `cosine [B]`. Exact zeros (no gradient) and NaN or inf are left out."""
+        known = cosine.isfinite() & (cosine != 0)
+        cosine = torch.where(known, cosine.detach(), 0).to(self.pending.dtype)
+        sums = torch.stack([known.to(cosine.dtype), cosine, cosine.square()])
+        self.pending.index_add_(1, RewardStatistics.bins(t), sums)
+
+    def update(self, all_reduce=None):
+        """One optimizer step: moves averages and gates; `all_reduce(tensor)` sums over processes."""
+        count, cosine, square = self.pending if all_reduce is None else all_reduce(self.pending)
+        state = self.state
+        populated = (count > 0).to(count.dtype)
+        state["mean"].lerp_(cosine / count.clamp_min(1), (1 - COSINE_DECAY) * populated)
+        state["square"].lerp_(square / count.clamp_min(1), (1 - COSINE_DECAY) * populated)
+        state["count"] += populated
+        self.step += 1
+        if self.acts and self.step > self.warmup:
+            state["row"].add_(1).mul_(self.upper_bound() < 0)
+            state["closing"] += (state["row"] >= self.window) | (state["closing"] > 0)
+            state["closing"].clamp_(max=self.window)
+        elif self.step == self.warmup:
+            for name in ("mean", "square", "count"):
+                state[name].zero_()
+        self.pending.zero_()
+
+    def cosine(self) -> torch.Tensor:
+        """m, the average cosine of each bin, `[bins]`; 0 without samples."""
+        return self.state["mean"] / (1 - COSINE_DECAY ** self.state["count"]).clamp_min(1e-30)
+
+    def upper_bound(self) -> torch.Tensor:
+        """95 % upper bound of the mean cosine of each bin, `[bins]`; infinite until it counts."""
+        count, mean = self.state["count"], self.cosine()
+        square = self.state["square"] / (1 - COSINE_DECAY**count).clamp_min(1e-30)
+        error = ((square - mean.square()).clamp_min(0) / count.clamp(1, COSINE_STEPS)).sqrt()
+        return torch.where(count >= MIN_SAMPLES, mean + 1.645 * error, float("inf"))
+
+    def gates(self) -> torch.Tensor:
+        """The gate of each bin, `[bins]`, in [0, 1]."""
+        return 1 - self.state["closing"] / self.window
+
+    def lookup(self, t: torch.Tensor) -> torch.Tensor:
+        """The gate for timesteps `t [B]`, float32 `[B]`."""
+        return self.gates().float()[RewardStatistics.bins(t)]
+
+    def steps_until_closed(self) -> float:
+        """Updates until the gate of every bin with samples is 0; infinite while one has not begun. Waits for the device.
+
+        A caller that asks every so often, at least once in `window` steps, and counts down from the first finite answer
+        knows the step without asking again; it is the same on every process.
+        """
+        used, closing = self.state["count"] > 0, self.state["closing"]
+        begun = (closing[used] > 0).all() & used.any()
+        return self.window - int(closing[used].min()) if begun else float("inf")
+
+    def summary(self) -> dict[str, float]:
+        """For the log: cosine and gate of the bins that had samples, `cosine/0.0-0.1` and so on. Waits for the device.
+
+        A closed bin has no alignment gradient, and no cosine any more.
+        """
+        values = {}
+        used, cosines, gates = (x.tolist() for x in (self.state["count"] > 0, self.cosine(), self.gates()))
+        for i in range(NUM_BINS):
+            name = f"{i / NUM_BINS:.1f}-{(i + 1) / NUM_BINS:.1f}"
+            if used[i] and gates[i] > 0:
+                values[f"cosine/{name}"] = cosines[i]
+            if used[i] and self.acts:
+                values[f"gate/{name}"] = gates[i]
+        return values
+
+    def closed(self) -> bool:
+        """Whether alignment has ended in every bin that ever had samples. Waits for the device."""
+        return self.steps_until_closed() == 0
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        numbers = {"window": self.window, "step": self.step}
+        return {**self.state, **{name: torch.tensor(x, device=self.pending.device) for name, x in numbers.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, torch.Tensor]):
+        self.step = int(state_dict["step"])
+        for name, tensor in self.state.items():
+            tensor.copy_(state_dict[name])
+        # A run that goes on for longer has a longer window; the gates must not rise.
+        self.state["closing"].mul_(self.window / int(state_dict["window"])).ceil_().clamp_(max=self.window)

@@ -1,0 +1,194 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""Running statistics of the rewards, and the weights that follow from them: the only stateful piece of the loss.
+
+Formulas: docs/method.md. Rewards are weighed by inverse variance (arXiv 2606.00583): raw weights `omega_k ~ 1/sigma_k^2`. The
+loss uses unit gradients, which absorb one sigma, so the share of reward k is `s_k = omega_k sigma_k / sum_j omega_j
+sigma_j`.
+"""
+
+import torch
+
+from ..errors import InputError
+
+
+NUM_BINS = 10  # timestep bins of equal width
+DECAY = 0.99  # of the rewards' variance, per optimizer step in which the bin has samples
+GRADIENT_DECAY = 0.9999  # of the gradients' size
+FLOOR_STEP = 1000  # tau never falls under its value at this step
+MIN_SAMPLES = 32  # a bin with fewer has no variance worth using: equal shares
+WEIGHTINGS = ("inverse_variance", "inverse_std", "equal")
+
+
+def parse_reward_weighting(text: str, num_rewards: int) -> str | tuple[float, ...]:
+    """One of `WEIGHTINGS`, or `"a,b"`: fixed shares, one per reward, made to sum to 1.
+
+    Raises:
+        InputError: for anything else.
+    """
+    if text in WEIGHTINGS:
+        return text
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if len(numbers) != num_rewards or min(numbers) < 0 or not 0 < sum(numbers) < float("inf"):
+        raise InputError(
+            f"--reward_weighting {text!r} is neither one of {', '.join(WEIGHTINGS)} nor {num_rewards} numbers >= 0 with "
+            "a sum above 0, such as " + ",".join(["1"] * num_rewards)
+        )
+    return tuple(number / sum(numbers) for number in numbers)
+
+
+def clip_shares(shares: torch.Tensor, low: float = 1 / 3, high: float = 3.0) -> torch.Tensor:
+    """Shares `[..., K]` that sum to 1, each within [low, high] times the equal share 1/K.
+
+    The shares inside the bounds keep their proportions: a reward that saturates (sigma -> 0) cannot take everything.
+    """
+    num_rewards = shares.shape[-1]
+    low, high = low / num_rewards, min(high / num_rewards, 1.0)
+    shares = shares.clamp_min(1e-12)
+    # sum_k clamp(c s_k) grows with the factor c, linearly between those at which a share meets a bound.
+    factors = torch.cat([low / shares, high / shares], dim=-1).sort(dim=-1).values
+    sums = (factors.unsqueeze(-1) * shares.unsqueeze(-2)).clamp(low, high).sum(-1)
+    i = ((sums <= 1).sum(-1, keepdim=True) - 1).clamp(0, 2 * num_rewards - 2)
+    (c0, c1), (sum0, sum1) = ((x.gather(-1, i), x.gather(-1, i + 1)) for x in (factors, sums))
+    factor = c0 + (c1 - c0) * (1 - sum0) / (sum1 - sum0).clamp_min(1e-30)
+    return (factor * shares).clamp(low, high)
+
+
+def shares_from_std(sigma: torch.Tensor, weighting: str) -> torch.Tensor:
+    """`s_k ~ omega_k sigma_k` of the rewards' standard deviations `[..., K]`, before clipping; equal where all are 0."""
+    sigma = sigma / sigma.mean(-1, keepdim=True).clamp_min(1e-30)
+    sigma = torch.where(sigma.sum(-1, keepdim=True) > 0, sigma, torch.ones_like(sigma)).clamp_min(1e-6)
+    omega = {"inverse_variance": sigma**-2, "inverse_std": sigma**-1, "equal": torch.ones_like(sigma)}[weighting]
+    return omega * sigma / (omega * sigma).sum(-1, keepdim=True)
+
+
+class RewardStatistics:
+    """Variance and gradient size of each reward, per aligned block and timestep bin.
+
+    The variance is the one among the samples of a step, averaged over steps: the rewards' own rise over training does
+    not count. Step k uses the statistics through step k-1. Sums of all micro-batches and processes enter once per optimizer step,
+    so that neither the number of processes nor accumulation changes the result.
+
+    Args:
+        num_layers (`int`): L, aligned blocks (times encoders).
+        num_rewards (`int`): K.
+        weighting (`str` or `tuple[float, ...]`): as `parse_reward_weighting` returns it.
+        device: where the statistics live. They are float64 (float32 on MPS): variances are small differences.
+    """
+
+    def __init__(self, num_layers: int, num_rewards: int, weighting: str | tuple[float, ...], device="cpu"):
+        shape = (num_layers, num_rewards, NUM_BINS)
+        self.weighting = weighting
+        self.step = 0
+        self.state = {
+            "spread": torch.zeros(shape),  # squared deviations from the step's mean, summed
+            "freedom": torch.zeros(NUM_BINS),  # samples less one, which the spread is divided by
+            "count": torch.zeros(NUM_BINS),
+            "gradient": torch.zeros(shape),
+            "gradient_mass": torch.zeros(NUM_BINS),
+            "tau_floor": torch.zeros(shape),
+        }
+        self.pending = {
+            "count": torch.zeros(num_layers, NUM_BINS),
+            "reward": torch.zeros(shape),
+            "square": torch.zeros(shape),
+            "gradient_square": torch.zeros(shape),
+        }
+        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
+        if isinstance(weighting, tuple):
+            self.weighting = torch.tensor(weighting, device=device, dtype=dtype)
+        for tensors in (self.state, self.pending):
+            for name, tensor in tensors.items():
+                tensors[name] = tensor.to(device, dtype)
+        self._tables = None  # shares and tau of the current step, made on first use
+
+    def variance(self) -> torch.Tensor:
+        """`sigma_k^2` over samples of the token mean of each raw reward, `[L,K,bins]`."""
+        return self.state["spread"] / self.state["freedom"].clamp_min(1e-30)
+
+    def shares(self) -> torch.Tensor:
+        """`s_k` `[L,K,bins]`, summing to 1 over k, each within [1/3, 3] of the equal share unless they are given."""
+        sigma = self.variance().sqrt().movedim(1, -1)
+        if isinstance(self.weighting, torch.Tensor):
+            return self.weighting.expand_as(sigma).movedim(-1, 1)
+        shares = clip_shares(shares_from_std(sigma, self.weighting))
+        known = (self.state["count"] >= MIN_SAMPLES)[:, None]
+        return torch.where(known, shares, 1 / shares.shape[-1]).movedim(-1, 1)
+
+    def tau(self) -> torch.Tensor:
+        """`tau_k` `[L,K,bins]`: a tenth of the gradients' usual size, never below its value at step 1,000."""
+        usual = self.state["gradient"] / self.state["gradient_mass"].clamp_min(1e-30)
+        return torch.maximum(0.1 * usual, self.state["tau_floor"])
+
+    def lookup(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Shares and tau for timesteps `t [B]`, each float32 `[L,B,K]`."""
+        if self._tables is None:
+            self._tables = self.shares().float(), self.tau().float()
+        bins = self.bins(t)
+        return tuple(table[:, :, bins].mT for table in self._tables)
+
+    @staticmethod
+    def bins(t: torch.Tensor) -> torch.Tensor:
+        """The timestep bin of each `t` in [0, 1]."""
+        return (t * NUM_BINS).long().clamp(0, NUM_BINS - 1)
+
+    def observe(self, layer: int, t: torch.Tensor, rewards: torch.Tensor, gradient_squares: torch.Tensor):
+        """Adds one micro-batch of a block: `t [B]`, token means of rewards and squared gradient norms, `[B,K]`."""
+        # A sample that is not finite is left out: one would spoil its bin for good.
+        finite = (rewards.isfinite() & gradient_squares.isfinite()).all(-1, keepdim=True)
+        dtype = self.state["count"].dtype
+        rewards, squares = (torch.where(finite, x.detach(), 0).to(dtype) for x in (rewards, gradient_squares))
+        bins = self.bins(t)
+        self.pending["count"][layer].index_add_(0, bins, finite.squeeze(-1).to(dtype))
+        self.pending["reward"][layer].index_add_(1, bins, rewards.mT)
+        self.pending["square"][layer].index_add_(1, bins, rewards.square().mT)
+        self.pending["gradient_square"][layer].index_add_(1, bins, squares.mT)
+
+    def update(self, all_reduce=None):
+        """Moves the averages by what was observed since the last call; `all_reduce(tensor)` sums over processes."""
+        if all_reduce is not None:
+            flat = all_reduce(torch.cat([tensor.flatten() for tensor in self.pending.values()]))
+            for tensor, part in zip(self.pending.values(), flat.split([p.numel() for p in self.pending.values()])):
+                tensor.copy_(part.view_as(tensor))
+        count = self.pending["count"][0]
+        divisor = count.clamp_min(1)
+        state = self.state
+        rate = (1 - DECAY) * (count > 1).to(count.dtype)
+        spread = (self.pending["square"] - self.pending["reward"].square() / divisor).clamp_min(0)
+        state["spread"].lerp_(spread, rate)
+        state["freedom"].lerp_(count - 1, rate)
+        rate = (1 - GRADIENT_DECAY) * (count > 0).to(count.dtype)
+        rms = (self.pending["gradient_square"] / divisor).sqrt()
+        state["gradient"].lerp_(rms, rate)
+        state["gradient_mass"].lerp_(torch.ones_like(rate), rate)
+        state["count"] += count
+        for tensor in self.pending.values():
+            tensor.zero_()
+        self._tables = None
+        self.step += 1
+        if self.step == FLOOR_STEP:
+            state["tau_floor"].copy_(self.tau())
+
+    def summary(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """For the log: sigma_k, omega_k (summing to 1) and s_k, averaged over blocks and bins with samples, `[K]`.
+
+        omega_k are the weights of the raw rewards that the shares amount to: `omega_k ~ s_k / sigma_k`.
+        """
+        weight = (self.state["count"] > 0).to(self.state["count"].dtype)
+        weight = weight / weight.sum().clamp_min(1)
+        shares = self.shares().mean(0) @ weight
+        sigma = self.variance().sqrt().mean(0) @ weight
+        omega = shares / sigma.clamp_min(1e-12)
+        return sigma, omega / omega.sum(), shares
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        device = self.state["count"].device
+        return {**self.state, "step": torch.tensor(self.step, device=device)}
+
+    def load_state_dict(self, state_dict: dict[str, torch.Tensor]):
+        self._tables = None
+        self.step = int(state_dict["step"])
+        for name, tensor in self.state.items():
+            tensor.copy_(state_dict[name])

@@ -1,0 +1,165 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+r"""Convert checkpoints of SiT, REPA, iREPA and DiT into pipelines, and transformers back into official state dicts.
+
+    python pipelines/convert.py SiT-XL-2-256x256.pt sit-xl --vae stabilityai/sd-vae-ft-ema
+    python pipelines/convert.py last.pt repa-xl --vae stabilityai/sd-vae-ft-ema
+    python pipelines/convert.py facebook/DiT-XL-2-256 dit-xl
+    python pipelines/convert.py sit-xl-vrpo sit-xl-vrpo.pt --to sit
+
+The result opens with `VRPOPipeline.from_pretrained` and starts a training with `--pretrained_model_name_or_path`.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+
+import diffusers
+
+from ..command_line import HelpFormatter, OneLineErrorParser
+from ..errors import InputError, first_line
+from ..models.autoencoder import load_vae
+from ..models.official_checkpoints import (
+    FORMATS,
+    LAYOUTS,
+    convert_checkpoint,
+    default_scheduler,
+    export_checkpoint,
+    pipeline_index,
+    save_official,
+)
+from ..pipelines.pipeline_vrpo import VRPOPipeline
+from ..pipelines.scheduling_sit_sde import SiTSDEScheduler
+
+
+logger = logging.getLogger("convert")
+
+
+def build_parser(prog: str) -> argparse.ArgumentParser:
+    parser = OneLineErrorParser(
+        prog=prog,
+        description=__doc__,
+        formatter_class=lambda prog: HelpFormatter(prog, max_help_position=36, width=118),
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="official file, or folder or Hub name of a model")
+    parser.add_argument(
+        "output",
+        metavar="OUTPUT_DIR",
+        help="folder of the pipeline; with --to a .pt or .safetensors file, or a folder",
+    )
+    parser.add_argument("--format", choices=FORMATS, default="auto", help="what CHECKPOINT is; auto looks at its keys")
+    parser.add_argument("--preset", help="what a file holds, such as SiT-XL/2 or DiT-XL/2; checked against it")
+    parser.add_argument(
+        "--num_attention_heads", type=int, help="of a file whose depth and width are not of the papers"
+    )
+    parser.add_argument("--num_classes", type=int, help="for a file trained without label dropout: rows of its labels")
+    parser.add_argument("--alignment_layer", type=int, help="block that feeds REPA's projectors, if the file hides it")
+    parser.add_argument(
+        "--vae", help="autoencoder to put in the pipeline, Hub name or folder; `none` for a model of pixels"
+    )
+    parser.add_argument("--id2label", metavar="FILE.json", help="class names, a map from id to name")
+    parser.add_argument("--to", choices=LAYOUTS, help="write an official state dict instead of a pipeline")
+    parser.add_argument("--ema_key", action="store_true", help="with --to: put it under 'ema', as training files have")
+    parser.add_argument("--cache_dir", help="where downloads go")
+    return parser
+
+
+def source_parts(name_or_path: str, cache_dir: str | None) -> tuple[object, dict | None, bool]:
+    """Scheduler, class names and whether there is an autoencoder, of a pipeline; nothing of what is none."""
+    index = pipeline_index(name_or_path, cache_dir)
+    if index is None:
+        return None, None, False
+    library, class_name = index["scheduler"]
+    scheduler = None
+    scheduler_class = {"SiTSDEScheduler": SiTSDEScheduler}.get(class_name) or getattr(diffusers, class_name, None)
+    if scheduler_class is not None:
+        scheduler = scheduler_class.from_pretrained(name_or_path, subfolder="scheduler", cache_dir=cache_dir)
+    else:
+        logger.warning(f"{name_or_path}: its scheduler {library}.{class_name} is unknown here; taking the default")
+    return scheduler, index.get("id2label"), index.get("vae", [None])[0] is not None
+
+
+def convert(args: argparse.Namespace):
+    """Writes what the options ask for.
+
+    Raises:
+        InputError: for input that cannot work.
+    """
+    output = Path(args.output)
+    if args.to is None:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"OUTPUT_DIR {output} cannot be made a folder ({error.strerror}); choose another"
+            ) from error
+    if args.ema_key and args.to is None:
+        raise InputError("--ema_key goes with --to")
+    id2label = None
+    if args.id2label:
+        try:
+            id2label = {int(key): str(name) for key, name in json.loads(Path(args.id2label).read_text()).items()}
+        except (OSError, ValueError, AttributeError) as error:
+            raise InputError(
+                f"--id2label {args.id2label} is no JSON map from ids to names: {first_line(error)}"
+            ) from error
+    transformer = convert_checkpoint(
+        args.checkpoint,
+        preset=args.preset,
+        num_attention_heads=args.num_attention_heads,
+        format=args.format,
+        num_classes=args.num_classes,
+        alignment_layer=args.alignment_layer,
+        cache_dir=args.cache_dir,
+    )
+    config = transformer.config
+    logger.info(
+        f"{sum(p.numel() for p in transformer.parameters()) / 1e6:.1f} M parameters, depth {config.num_layers}, "
+        f"{config.num_attention_heads} heads of {config.attention_head_dim}, patch {config.patch_size}, "
+        f"{config.num_classes} classes; predicts {config.prediction_type}, {config.time_direction}"
+    )
+
+    if args.to is not None:
+        is_file = output.suffix in (".pt", ".pth", ".safetensors") and not output.is_dir()
+        file = output if is_file else output / f"{args.to}.pt"
+        state = export_checkpoint(transformer, args.to)
+        if args.ema_key and file.suffix == ".safetensors":
+            raise InputError("--ema_key needs a .pt file: safetensors are flat")
+        save_official({"ema": state} if args.ema_key else state, file)
+        logger.info(f"wrote {file}: {len(state)} tensors, learn_sigma={config.learn_sigma and args.to != 'repa'}")
+        return
+
+    scheduler, names, has_vae = source_parts(args.checkpoint, args.cache_dir)
+    vae = None
+    if args.vae not in (None, "none"):
+        vae = load_vae(args.vae, args.cache_dir)
+    elif args.vae is None and has_vae:
+        vae = load_vae(args.checkpoint, args.cache_dir)
+    elif args.vae is None and config.in_channels not in (1, 3):
+        logger.warning("without --vae the pipeline gives latents only; stabilityai/sd-vae-ft-ema is SiT's and DiT's")
+    latent_channels = getattr(vae.config, "latent_channels", config.in_channels) if vae is not None else None
+    if latent_channels not in (None, config.in_channels):
+        raise InputError(f"--vae {args.vae} has {latent_channels} channels, the transformer {config.in_channels}")
+    scheduler = scheduler or default_scheduler(config.prediction_type)
+    try:
+        pipeline = VRPOPipeline(transformer, scheduler, vae, id2label or names)
+    except ValueError as error:
+        raise InputError(f"--id2label {args.id2label}: {error}") from error
+    pipeline.save_pretrained(output)
+    logger.info(f"wrote {output}; open it with VRPOPipeline.from_pretrained({str(output)!r})")
+
+
+def main(argv: list[str] | None = None, prog: str = "vrpo convert"):
+    """The command; `prog` is what its errors call it."""
+    args = build_parser(prog).parse_args(argv)
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        convert(args)
+    except InputError as error:
+        sys.exit(f"{prog}: error: {error}")
+
+
+if __name__ == "__main__":
+    main()

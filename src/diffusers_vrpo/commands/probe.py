@@ -1,0 +1,409 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+r"""What a transformer's blocks know of the image: linear probes and alignment with vision encoders, by block and noise level.
+
+    python pipelines/probe.py PIPELINE --dataset_name ILSVRC/imagenet-1k --test_split validation \
+      --encoder facebook/dinov2-large --output_file probe.json --plot_file probe.png
+
+The measurements of REPA's motivation (arXiv 2410.06940): images are encoded and noised to each of --timesteps (t = 1 is noise),
+the transformer sees them without a class, and the hidden states of every block, averaged over the tokens, are given
+    to a linear probe: multinomial logistic regression on the training images, accuracy on the test images;
+    to CKNNA (arXiv 2405.07987): whether the test images have the same neighbours as in an encoder's features.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..command_line import HelpFormatter, OneLineErrorParser, check_ranges
+from ..data.image_datasets import load_image_dataset
+from ..data.samples import as_is
+from ..errors import InputError, first_line, hub_problem
+from ..evaluation.feature_statistics import Batches, gather_rows
+from ..evaluation.image_encoders import POOLINGS, load_image_encoder
+from ..evaluation.image_sets import DatasetReader, ImageSet
+from ..evaluation.metrics import cka, cknna, linear_probe
+from ..models.autoencoder import encode_images
+from ..models.flow import forward_process
+from ..pipelines.pipeline_vrpo import VRPOPipeline
+from ..random_streams import NOISE, ORDER, random_stream
+from ..training.distributed import start_processes
+from .evaluate import check_output_files
+
+
+logger = logging.getLogger("probe")
+
+
+@contextmanager
+def pooled_blocks(transformer: nn.Module):
+    """A list that every forward pass refills with the hidden states of all blocks, averaged over tokens: float32 `[B, D]`."""
+    states: list[torch.Tensor] = []
+    blocks = list(transformer.transformer_blocks)
+
+    def keep(block, arguments, output):
+        if block is blocks[0]:
+            states.clear()
+        states.append(output.float().mean(1))
+
+    handles = [block.register_forward_hook(keep) for block in blocks]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def block_features(
+    transformer: nn.Module, latents: torch.Tensor, noise: torch.Tensor, t: float, batch_size: int = 64
+) -> torch.Tensor:
+    """Features of all blocks for latents noised to t, float32 `[N, blocks, D]` on the CPU.
+
+    The class is the null class, or class 0 of a model without one: a label would tell the probe what it is to find out.
+
+    Args:
+        latents, noise: `[N, C, H, W]`.
+        t: in [0, 1), 1 being noise; of a model that predicts noise the share of its 1000 timesteps.
+    """
+    device = next(transformer.parameters()).device
+    label = transformer.null_class_id if transformer.null_class_id is not None else 0
+    features = []
+    with pooled_blocks(transformer) as states:
+        for x0, epsilon in zip(latents.split(batch_size), noise.split(batch_size)):
+            u = torch.full((len(x0),), t, device=device)
+            x_t, timestep, _, _ = forward_process(x0.to(device), epsilon.to(device), u, transformer.config)
+            labels = torch.full((len(x0),), label, device=device)
+            transformer(x_t.to(transformer.dtype), timestep, labels, return_dict=False)
+            features.append(torch.stack(states, dim=1).cpu())
+    return torch.cat(features)
+
+
+class LabelledImages:
+    """A random part of a labelled data set, cropped for a transformer, with the share of it that this process works on.
+
+    Attributes:
+        images (`ImageSet`), labels (int64 `[N]`).
+        rows: those of this process.
+        latents, noise: float32 of these rows, on the CPU.
+        vectors: by encoder, `[N, D]`, on the main process.
+    """
+
+    def __init__(self, data, rows: np.ndarray, resolution: int, name: str, first_index: int):
+        data = data.select(rows)
+        reader = DatasetReader(data, "image", resolution)
+        self.images = ImageSet(name, "data set", len(rows), (resolution, resolution), reader, None)
+        self.labels = torch.tensor(data["label"][:])
+        self.first_index = first_index  # of its noise, so that no two images share it
+
+    @torch.no_grad()
+    def encode(self, vae, encoders: dict, state: PartialState, batch_size: int, num_workers: int, seed: int):
+        rows = range(len(self.images))
+        batches = [list(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+        batches = batches[state.process_index :: state.num_processes]
+        self.rows = torch.tensor([row for batch in batches for row in batch], dtype=torch.long)
+        loader = torch.utils.data.DataLoader(
+            Batches(self.images), batch_sampler=batches, num_workers=num_workers, collate_fn=as_is
+        )
+        latents, vectors = [], {name: [] for name in encoders}
+        for pixels in tqdm(loader, desc=self.images.name, unit="batch", disable=not state.is_main_process):
+            if isinstance(pixels, str):
+                raise InputError(pixels)
+            pixels = pixels.to(state.device)
+            latents.append(encode_images(vae, pixels.float() / 127.5 - 1).cpu())
+            for name, encoder in encoders.items():
+                vectors[name].append(encoder(pixels)["pool"].cpu())
+        self.latents = torch.cat(latents)
+        streams = (random_stream(seed, self.first_index + row, NOISE) for row in self.rows.tolist())
+        shape = self.latents.shape[1:]
+        self.noise = torch.from_numpy(np.stack([s.standard_normal(shape, dtype=np.float32) for s in streams]))
+        self.vectors = {
+            name: gather_rows(torch.cat(parts), self.rows, len(self.images), state) for name, parts in vectors.items()
+        }
+
+    def block_features(self, transformer, t: float, state: PartialState, batch_size: int) -> torch.Tensor | None:
+        """`[N, blocks, D]` on the main process, None elsewhere."""
+        features = block_features(transformer, self.latents, self.noise, t, batch_size)
+        gathered = gather_rows(features.flatten(1), self.rows, len(self.images), state)
+        return None if gathered is None else gathered.unflatten(1, features.shape[1:])
+
+
+def open_pipeline(name: str, cache_dir: str | None) -> VRPOPipeline:
+    """The pipeline to probe.
+
+    Raises:
+        InputError: when there is none.
+    """
+    try:
+        pipeline = VRPOPipeline.from_pretrained(name, cache_dir=cache_dir)
+    except Exception as error:  # diffusers raises many types; all mean that this is none
+        problem = hub_problem(error, name) or f"it is no pipeline of this package ({first_line(error)})"
+        raise InputError(f"PIPELINE {name}: {problem}") from error
+    pipeline.transformer.eval().requires_grad_(False)
+    return pipeline
+
+
+def image_side(transformer, vae) -> int:
+    """Side of the images, in pixels, that a transformer was trained on.
+
+    Raises:
+        InputError: when they were not square.
+    """
+    size = transformer.config.sample_size
+    if not isinstance(size, int):
+        raise InputError(f"PIPELINE: its images are not square ({size[0]}x{size[1]} latents); only squares are probed")
+    if vae is None:
+        return size
+    return size * 128 // encode_images(vae, torch.zeros(1, 3, 128, 128, device=vae.device)).shape[-1]
+
+
+def split_rows(args, data, test_data) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the training and of the test images; without `--test_split` both are of one split, and share none.
+
+    Raises:
+        InputError: when there are not enough images.
+    """
+    rows = random_stream(args.seed, 0, ORDER).permutation(len(data))
+    if test_data is None:
+        needed = args.num_train + args.num_test
+        if len(rows) < needed:
+            raise InputError(
+                f"--num_train {args.num_train} and --num_test {args.num_test} need {needed} images; the split has "
+                f"{len(rows)}"
+            )
+        return rows[: args.num_train], rows[args.num_train : needed]
+    test_rows = random_stream(args.seed, 1, ORDER).permutation(len(test_data))
+    for option, wanted, found in (
+        ("--num_train", args.num_train, len(rows)),
+        ("--num_test", args.num_test, len(test_rows)),
+    ):
+        if found < wanted:
+            raise InputError(f"{option} {wanted}: the split has {found} images")
+    return rows[: args.num_train], test_rows[: args.num_test]
+
+
+def probe(args: argparse.Namespace) -> dict | None:
+    """Measures what the options ask for; the main process returns the content of the JSON file, the others None.
+
+    Raises:
+        InputError: for input that cannot work.
+    """
+    state = start_processes()
+    check_output_files(args, "output_file", "plot_file")
+    where = {"image_column": args.image_column, "label_column": args.label_column, "cache_dir": args.cache_dir}
+    with state.main_process_first():
+        pipeline = open_pipeline(args.pipeline, args.cache_dir)
+        data, _, num_classes = load_image_dataset(
+            args.dataset_name, args.dataset_config_name, split=args.dataset_split, **where
+        )
+        test_data = None
+        if args.test_split:
+            test_data = load_image_dataset(
+                args.dataset_name, args.dataset_config_name, split=args.test_split, **where
+            )[0]
+        rows, test_rows = split_rows(args, data, test_data)
+        encoders = {
+            name: load_image_encoder(
+                name, args.pooling, args.inception_weights, device=state.device, cache_dir=args.cache_dir
+            )
+            for name in args.encoder or []
+        }
+    transformer = pipeline.transformer.to(state.device)
+    vae = None if pipeline.vae is None else pipeline.vae.to(state.device).eval()
+    if vae is None and transformer.config.in_channels != 3:
+        raise InputError(
+            f"PIPELINE {args.pipeline} has no autoencoder for its {transformer.config.in_channels} channels; save it with one"
+        )
+    if transformer.null_class_id is None:
+        logger.warning("the transformer has no null class: its hidden states are those of class 0")
+    side = image_side(transformer, vae)
+    train = LabelledImages(data, rows, side, "training images", 0)
+    test = LabelledImages(data if test_data is None else test_data, test_rows, side, "test images", len(rows))
+    smallest = min(len(train.images), len(test.images))
+    if smallest < args.batch_size * state.num_processes and state.num_processes > 1:
+        args.batch_size = max(1, smallest // state.num_processes)  # a process without images has nothing to gather
+    for part in (train, test):
+        part.encode(vae, encoders, state, args.batch_size, args.dataloader_num_workers, args.seed)
+
+    report = {
+        "pipeline": args.pipeline,
+        "num_train": len(rows),
+        "num_test": len(test_rows),
+        "num_classes": num_classes,
+        "timesteps": args.timesteps,
+        "accuracy": [],
+        "train_accuracy": [],
+        "cknna": {name: [] for name in encoders},
+        "cka": {name: [] for name in encoders},
+        "encoder_accuracy": {},
+        "settings": {key: getattr(args, key) for key in ("l2", "cknna_k", "pooling", "seed", "test_split")},
+    }
+    num_blocks = len(transformer.transformer_blocks)
+    progress = tqdm(
+        total=num_blocks * len(args.timesteps), desc="probing", unit="block", disable=not state.is_main_process
+    )
+    with progress:
+        for t in args.timesteps:
+            x = train.block_features(transformer, t, state, args.batch_size)
+            z = test.block_features(transformer, t, state, args.batch_size)
+            if not state.is_main_process:
+                continue
+            accuracies = []
+            for block in range(num_blocks):
+                accuracies.append(
+                    probe_accuracy(x[:, block], train.labels, z[:, block], test.labels, args.l2, state.device)
+                )
+                progress.update()
+            report["accuracy"].append([held_out for held_out, _ in accuracies])
+            report["train_accuracy"].append([training for _, training in accuracies])
+            for name, vectors in test.vectors.items():
+                of_blocks = [z[:, block].to(vectors.device) for block in range(num_blocks)]
+                report["cknna"][name].append([cknna(f, vectors, args.cknna_k) for f in of_blocks])
+                report["cka"][name].append([cka(f, vectors) for f in of_blocks])
+    if not state.is_main_process:
+        return None
+    for name in encoders:
+        held_out, _ = probe_accuracy(
+            train.vectors[name], train.labels, test.vectors[name], test.labels, args.l2, state.device
+        )
+        report["encoder_accuracy"][name] = held_out
+    print(format_probe(report))  # first: a disk may be full
+    if args.output_file:
+        Path(args.output_file).write_text(json.dumps(report, indent=2) + "\n")
+    if args.plot_file:
+        plot_probe(report, Path(args.plot_file))
+    return report
+
+
+def probe_accuracy(x, labels, z, test_labels, l2, device) -> tuple[float, float]:
+    """`linear_probe` on a device."""
+    return linear_probe(x.to(device), labels.to(device), z.to(device), test_labels.to(device), l2)
+
+
+def format_probe(report: dict) -> str:
+    """The best block at each timestep, for people."""
+    lines = [f"chance {1 / report['num_classes']:.3f}"]
+    for i, t in enumerate(report["timesteps"]):
+        accuracy = report["accuracy"][i]
+        best = int(np.argmax(accuracy))
+        line = f"t = {t:g}: probe accuracy {accuracy[best]:.3f} after block {best + 1} of {len(accuracy)}"
+        for name, values in report["cknna"].items():
+            best = int(np.argmax(values[i]))
+            line += f"; CKNNA with {name} {values[i][best]:.3f} after block {best + 1}"
+        lines.append(line)
+    for name, accuracy in report["encoder_accuracy"].items():
+        lines.append(f"{name}: probe accuracy {accuracy:.3f}")
+    return "\n".join(lines)
+
+
+def plot_probe(report: dict, file: Path):
+    """Accuracy and alignment over the blocks, one line for each timestep."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    panels = [("linear probe", "accuracy on test images", report["accuracy"])]
+    panels += [(f"alignment with {Path(name).name}", "CKNNA", values) for name, values in report["cknna"].items()]
+    figure = Figure(figsize=(5.2 * len(panels), 4), layout="constrained")
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(report["timesteps"])))
+    for axis, (title, label, values) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        for t, line, colour in zip(report["timesteps"], values, colours):
+            axis.plot(range(1, len(line) + 1), line, marker="o", markersize=3, color=colour, label=f"t = {t:g}")
+        axis.set(title=title, xlabel="block", ylabel=label)
+        axis.grid(alpha=0.3)
+    axis.legend(frameon=False, title="noise level (1 is noise)")
+    figure.savefig(file, dpi=120)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def build_parser(prog: str) -> argparse.ArgumentParser:
+    parser = OneLineErrorParser(
+        prog=prog,
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=lambda prog: HelpFormatter(prog, max_help_position=36, width=118),
+    )
+    parser.add_argument("pipeline", metavar="PIPELINE", help="folder or Hub name of a VRPOPipeline")
+    g = parser.add_argument_group("data")
+    g.add_argument(
+        "--dataset_name", required=True, help="Hub name or folder of a labelled image data set, or `digits`"
+    )
+    g.add_argument("--dataset_config_name", help="configuration of that data set")
+    g.add_argument("--dataset_split", default="train", help="split that probes are trained on")
+    g.add_argument("--test_split", help="split of the test images; without it they are others of --dataset_split")
+    g.add_argument("--image_column", default="image", help="column with the images")
+    g.add_argument("--label_column", default="label", help="column with the integer class labels")
+    g.add_argument("--num_train", type=int, default=10_000, help="training images, drawn at random")
+    g.add_argument(
+        "--num_test", type=int, default=2000, help="test images, drawn at random; CKNNA depends on their number"
+    )
+    g.add_argument("--cache_dir", help="where downloads go")
+    g = parser.add_argument_group("what is measured")
+    g.add_argument(
+        "--timesteps", type=float, nargs="+", default=[0.1, 0.3, 0.5, 0.7, 0.9], help="noise levels t; 1 is noise"
+    )
+    g.add_argument("--encoder", nargs="+", help="encoders to compare with: `inception`, Hub names or folders")
+    g.add_argument(
+        "--pooling",
+        choices=POOLINGS,
+        default="mean",
+        help="the encoders' vector: mean of the patch tokens, as the hidden states are averaged, or by the family",
+    )
+    g.add_argument("--inception_weights", metavar="FILE", help="weights of the Inception network of FID")
+    g.add_argument("--cknna_k", type=int, default=10, help="neighbours of CKNNA")
+    g.add_argument(
+        "--l2", type=float, default=1e-3, help="weight decay of the probe's loss, for standardised features"
+    )
+    g.add_argument("--seed", type=int, default=0, help="of the images and the noise")
+    g = parser.add_argument_group("work and output")
+    g.add_argument("--batch_size", type=int, default=32, help="images at a time, on each process")
+    g.add_argument(
+        "--dataloader_num_workers", type=int, default=4, help="processes that decode, for each that encodes"
+    )
+    g.add_argument("--output_file", metavar="FILE.json", help="all numbers")
+    g.add_argument("--plot_file", metavar="FILE.png", help="the plots by block")
+    return parser
+
+
+def parse_args(argv: list[str] | None = None, prog: str = "vrpo probe") -> argparse.Namespace:
+    parser = build_parser(prog)
+    args = parser.parse_args(argv)
+    check_ranges(parser, args, "num_train num_test batch_size", "dataloader_num_workers seed l2", "", "")
+    if outside := [t for t in args.timesteps if not 0 <= t < 1]:
+        parser.error(f"--timesteps {outside[0]} must lie in [0, 1)")
+    if args.cknna_k < 2:
+        parser.error(f"--cknna_k {args.cknna_k} must be at least 2")
+    least = max(4, args.cknna_k + 1)
+    if args.encoder and args.num_test < least:
+        parser.error(f"--num_test {args.num_test} must be at least {least} for CKNNA with --cknna_k {args.cknna_k}")
+    for name in ("pooling", "cknna_k"):
+        value = getattr(args, name)
+        if not args.encoder and value != parser.get_default(name):
+            parser.error(f"--{name} {value} goes with --encoder only; leave it out")
+    if args.pooling != parser.get_default("pooling") and args.encoder == ["inception"]:
+        parser.error(f"--pooling {args.pooling} does not go with --encoder inception, which has its own; leave it out")
+    if args.inception_weights and "inception" not in (args.encoder or []):
+        parser.error("--inception_weights goes with --encoder inception only; leave it out")
+    return args
+
+
+def main(argv: list[str] | None = None, prog: str = "vrpo probe") -> dict | None:
+    """The command; `prog` is what its errors call it."""
+    args = parse_args(argv, prog)
+    try:
+        return probe(args)
+    except InputError as error:
+        sys.exit(f"{prog}: error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,405 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+r"""Compare training runs: quality against steps, wall time and FLOPs, with the spread over seeds.
+
+    python -m diffusers_vrpo.report outputs/repa-0 outputs/repa-1 outputs/vrpo-0 outputs/vrpo-1 --baseline repa
+    python -m diffusers_vrpo.report --arms ours=outputs/vrpo-0,outputs/vrpo-1 repa=outputs/repa-0 --metric loss_fm
+
+Runs that differ in nothing but the seed are one arm: its mean and standard deviation are shown. The folder of
+`--output_dir` gets `report.html` (one file that needs no other), `report.json` with every number, the plots as PNG and
+SVG. docs/report.md says how each number is made.
+"""
+
+import argparse
+import base64
+import html
+import io
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from string import Template
+
+import numpy as np
+from PIL import Image
+
+from ..command_line import HelpFormatter, OneLineErrorParser
+from ..errors import InputError
+from ..reporting.figures import curves, draw, final_values, flop_unit
+from ..reporting.runs import COSTS, Run, choose_metric, compare, group_runs
+from ..training.output_dir import prepare_output_dir
+
+
+# With these (and the seed) equal, `validation.draw_samples` starts from the same noise in each place of the grid.
+NOISE = ["num_validation_images", "validation_labels", "resolution", "vae"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Words
+
+
+def number(value: float | None, std: float | None = None) -> str:
+    """`12.34 ± 0.21`: as many digits as two of the standard deviation need, or four in all."""
+    if value is None:
+        return "–"
+    if not std:
+        return f"{value:.4g}" + ("" if std is None else " ± 0")
+    digits = min(8, max(0, 1 - math.floor(math.log10(abs(std)))))
+    return f"{value:.{digits}f} ± {std:.{digits}f}"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 4 * 86400 else f"{seconds / 86400:.1f} days"
+
+
+def flop_count(flops: float) -> str:
+    size, unit = flop_unit(flops)
+    return f"{flops / size:.3g} {unit}"
+
+
+def cost_text(cost: str, value: float) -> str:
+    return {"steps": lambda x: f"{x:,.0f}", "seconds": duration, "flops": flop_count}[cost](value)
+
+
+def percent(share: float, std: float | None = None) -> str:
+    digits = 0 if std is None or std >= 0.01 else 1
+    return f"{100 * share:.{digits}f}" + (f" ± {100 * std:.{digits}f}" if std is not None else "") + " %"
+
+
+def listing(parts: list[str]) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def spent_text(record: dict, result: dict, costs: list[str]) -> str:
+    """What an arm spends until it is as good as the target: of the seeds if all get there, else of their mean."""
+    whole, base = record["reached"] == record["n"], result["baseline"]
+    parts = []
+    for cost in costs:
+        numbers = record[cost]
+        if result["reference"]:
+            share = (numbers["share"], numbers["share_std"]) if whole else (numbers["share_of_mean_curve"],)
+            whose = "its" if parts else f"{base}'s"
+            parts.append(f"{percent(*share)} of {whose} {COSTS[cost]}{' for it' if result['given'] else ''}")
+        else:
+            spent = float(np.mean(numbers["seeds"])) if whole else numbers["mean_curve"]
+            parts.append(cost_text(cost, spent) + (" steps" if cost == "steps" else ""))
+    return ("at most " if record["at_first_evaluation"] else "") + listing(parts)
+
+
+def speed_up_sentences(report: dict) -> list[str]:
+    """One sentence an arm, two where its curve is not monotone."""
+    result, metric, costs = report["speed_up"], report["metric"], report["costs"]
+    base, goal = result["baseline"], number(result["target"])
+    aim = f"{metric} {goal}" if result["given"] else f"the last {metric} of {base} ({goal})"
+    sentences = []
+    for record in result["arms"]:
+        name, n, reached = record["arm"], record["n"], record["reached"]
+        mean_reaches = record["steps"]["mean_curve"] is not None
+        if name == base:
+            name += " itself (as a control)"
+        if reached == n:
+            seeds = "one seed" if n == 1 else f"all {n} seeds, ± their standard deviation"
+            sentences.append(f"{name} reaches {aim} in {spent_text(record, result, costs)} ({seeds}).")
+        elif mean_reaches:
+            spent = spent_text(record, result, costs)
+            sentences.append(f"{name}: {reached} of {n} seeds reach {aim}; their mean does in {spent}.")
+        elif reached:
+            sentences.append(f"{name}: {reached} of {n} seeds reach {aim}; their mean does not.")
+        else:
+            sentences.append(f"{name} does not reach {aim}.")
+        if record["worse_again"]:
+            sentences[-1] += " It is not monotone: that is the first crossing, and a later evaluation is worse again."
+    return sentences
+
+
+def speed_up_table(report: dict) -> tuple[list[str], list[list[str]]]:
+    """Shares of the reference by arm, and the factors of first crossing to first crossing."""
+    costs, head = report["costs"], ["arm", "seeds that reach it"]
+    head += [f"{COSTS[c]}, % of the baseline's" for c in costs] + [f"{COSTS[c]}, first to first" for c in costs]
+    rows = []
+    for record in report["speed_up"]["arms"]:
+        row = [record["arm"], f"{record['reached']} of {record['n']}"]
+        bound = "≤ " if record["at_first_evaluation"] else ""
+        for cost in costs:
+            numbers = record[cost]
+            if numbers["share"] is not None:
+                row.append(bound + percent(numbers["share"], numbers["share_std"]))
+            elif numbers["share_of_mean_curve"] is not None:
+                row.append(f"{bound}{percent(numbers['share_of_mean_curve'])} (the mean)")
+            else:
+                row.append("does not reach")
+        factors = [record[cost]["factor_first_to_first"] for cost in costs]
+        rows.append(row + [f"{factor:.2f} x" if factor else "–" for factor in factors])
+    return head, rows
+
+
+def main_table(report: dict) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows of the table of arms."""
+    base, costs = report["baseline"], report["costs"]
+    head = ["arm", "seeds", "steps", "training time", "FLOPs", f"last {report['metric']}", "best (of the mean)"]
+    head += [f"against {base}", "in std over seeds"] if base else []
+    rows = []
+    for arm in report["arms"]:
+        final = arm["final"]
+        row = [arm["name"], f"{arm['n']} ({', '.join(map(str, arm['seeds']))})"]
+        row.append("–" if final["step"] is None else f"{final['step']:,}")
+        row += [cost_text(c, final[c]["mean"]) if c in costs else "not logged" for c in ("seconds", "flops")]
+        row.append(number(final["mean"], final["std"]))
+        row.append(f"{number(arm['best']['value'])} at {arm['best']['step']:,}" if arm["best"] else "–")
+        if base:
+            gap = arm.get("difference")
+            row.append("–" if gap is None else f"{gap['value']:+.4g} at {gap['step']:,}")
+            row.append("–" if gap is None or gap["in_std"] is None else f"{gap['in_std']:+.1f}")
+        rows.append(row)
+    return head, rows
+
+
+def hardware_table(report: dict) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows of what was trained on what, as `starts.jsonl` says."""
+    rows = []
+    for arm in report["arms"]:
+        sizes = [" / ".join(f"{n / 1e6:.2f} M" for n in arm[k]) for k in ("parameters", "projector_parameters")]
+        cells = [*sizes, *(" / ".join(arm[key]) for key in ("precision", "hardware"))]
+        rows.append([arm["name"], *(cell or "not logged" for cell in cells)])
+    return ["arm", "parameters", "projectors", "precision", "hardware"], rows
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sample grids
+
+
+def sample_grids(arms: dict[str, list[Run]], warn: Callable[[str], None], most_steps: int = 3) -> dict | None:
+    """Grids of one run an arm, at up to `most_steps` steps that all have, the last one first; None where there are none.
+
+    Returns:
+        `seeds` and `files` (`{step: {arm: path}}`), and `same_noise`: whether each place of the grids starts from the
+        same noise. That noise is a function of the seed and of the grid's shape, so runs of equal seed are taken.
+    """
+    common = set.intersection(*({run.seed for run in group} for group in arms.values()))
+    seed = min(common, default=None)
+    chosen = {name: next((r for r in group if r.seed == seed), group[0]) for name, group in arms.items()}
+    grids = {
+        name: {int(path.stem[5:]): path for path in run.folder.glob("samples/step-*.png") if path.stem[5:].isdigit()}
+        for name, run in chosen.items()
+    }
+    steps = sorted(set.intersection(*(set(files) for files in grids.values())))
+    if not steps:
+        if any(grids.values()) and len(grids) > 1:
+            warn("the arms have no sample grid of the same step")
+        return None
+    steps = steps[:: -math.ceil(len(steps) / most_steps)]
+    settings = {tuple(str(run.options.get(name)) for name in NOISE) for run in chosen.values()}
+    same = seed is not None and len(settings) == 1
+    if not same:
+        why = "no seed that all arms have" if seed is None else f"different {', '.join(NOISE)}"
+        warn(f"sample grids: {why}, so they do not start from the same noise")
+    return {
+        "seeds": {name: run.seed for name, run in chosen.items()},
+        "same_noise": same,
+        "files": {step: {name: files[step] for name, files in grids.items()} for step in steps},
+    }
+
+
+def small_image(path: Path, widest: int = 1320) -> str | None:
+    """A picture as a data URI: as it is, or a JPEG of at most this width where it is large; None for a damaged one."""
+    try:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            if image.width <= widest and len(data) < 400_000:
+                return data_uri(data, "png")
+            image.thumbnail((widest, 4 * widest), Image.Resampling.LANCZOS)
+            buffer = io.BytesIO()
+            image.convert("RGB").save(buffer, format="jpeg", quality=88)
+    except (OSError, SyntaxError):  # the latter is what Pillow raises for some broken PNGs
+        return None
+    return data_uri(buffer.getvalue(), "jpeg")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Page
+
+
+def data_uri(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def html_table(head: list[str], rows: list[list[str]]) -> str:
+    def cells(tag: str, row: list[str]) -> str:
+        classes = ("" if len(cell) < 36 else ' class="long"' for cell in row)
+        return "<tr>" + "".join(f"<{tag}{c}>{html.escape(cell)}</{tag}>" for c, cell in zip(classes, row)) + "</tr>"
+
+    body = "\n".join(cells("td", row) for row in rows)
+    return f'<div class="wide"><table><thead>{cells("th", head)}</thead>\n<tbody>{body}</tbody></table></div>'
+
+
+def html_plot(light: bytes, dark: bytes, alt: str) -> str:
+    return (
+        f'<figure><img class="light" src="{data_uri(light, "svg+xml")}" alt="{html.escape(alt)}">'
+        f'<img class="dark" src="{data_uri(dark, "svg+xml")}" alt="{html.escape(alt)}"></figure>'
+    )
+
+
+def html_grids(grids: dict, warn: Callable[[str], None]) -> str:
+    parts = []
+    for step, files in grids["files"].items():
+        figures = []
+        for name, path in files.items():
+            if (uri := small_image(path)) is None:
+                warn(f"{path} is damaged and left out")
+                continue
+            caption = html.escape(f"{name}, seed {grids['seeds'][name]}")
+            figures.append(
+                f'<figure><img src="{uri}" alt="samples of {caption} at step {step}"><figcaption>{caption}</figcaption></figure>'
+            )
+        parts.append(f'<h3>Step {step:,}</h3>\n<div class="figures">{"".join(figures)}</div>')
+    return "\n".join(parts)
+
+
+def page(report: dict, plots: list[str], grids: str) -> str:
+    """The whole `report.html`."""
+    direction = "higher is better" if report["higher_is_better"] else "lower is better"
+    names = ", ".join(arm["name"] for arm in report["arms"])
+    title = f"Training runs: {names}"
+    parts = [f"<h1>{html.escape(title)}</h1>"]
+    parts.append(f'<p class="faint">Quality is <code>{html.escape(report["metric"])}</code>; {direction}.</p>')
+    if report["warnings"]:
+        items = "".join(f"<li>{html.escape(text)}</li>" for text in report["warnings"])
+        parts.append(f'<div class="warnings"><strong>To keep in mind</strong><ul>{items}</ul></div>')
+    if report["sentences"]:
+        parts.append("<h2>Speed-up</h2>")
+        parts += [f"<p>{html.escape(text)}</p>" for text in report["sentences"]]
+    if report["speed_up"] and report["speed_up"]["reference"]:
+        parts.append(html_table(*speed_up_table(report)))
+        parts.append(
+            '<p class="faint">Between evaluations quality is taken as linear in steps. The last columns compare like with '
+            "like: what the baseline's mean needs until it first is that good, over what the arm's mean needs.</p>"
+        )
+    parts.append(f'<h2>Quality against cost</h2>\n<div class="figures">{"".join(plots)}</div>')
+    parts.append(
+        '<p class="faint">Lines are means over seeds, bands one standard deviation; markers are evaluations. Training time '
+        "leaves out checkpoints, sample grids and evaluations. FLOPs are those of transformer, projectors and encoders on "
+        "all devices; the autoencoder, losses and optimizer are not counted.</p>"
+    )
+    parts.append("<h2>Arms</h2>")
+    parts.append(html_table(*main_table(report)))
+    parts.append(html_table(*hardware_table(report)))
+    if report["options"]:
+        parts.append("<h2>What differs</h2>")
+        arms = [arm["name"] for arm in report["arms"]]
+        rows = [[name, *(value or "not set" for value in values)] for name, values in report["options"].items()]
+        if len(rows) < len(arms):  # upright where that is narrower
+            names, *rows = [list(column) for column in zip(*rows, strict=True)]
+            parts.append(html_table(["arm", *names], [[arm, *row] for arm, row in zip(arms, rows)]))
+        else:
+            parts.append(html_table(["option", *arms], rows))
+    if grids:
+        noise = "from the same noise in each place" if report["grids"]["same_noise"] else "not from the same noise"
+        parts.append(f'<h2>Samples</h2>\n<p class="faint">One run an arm, {noise}.</p>\n{grids}')
+    parts.append("<h2>Runs</h2>")
+    rows = [[a["name"], str(r["seed"]), f"{r['steps'][-1]:,}", r["folder"]] for a in report["arms"] for r in a["runs"]]
+    parts.append(html_table(["arm", "seed", "last evaluation", "folder"], rows))
+    template = Template(
+        Path(__file__).parents[1].joinpath("reporting", "report_template.html").read_text(encoding="utf-8")
+    )
+    return template.substitute(title=html.escape(title), body="\n".join(parts))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def build_parser(prog: str) -> argparse.ArgumentParser:
+    parser = OneLineErrorParser(
+        prog=prog,
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=lambda prog: HelpFormatter(prog, max_help_position=30, width=118),
+    )
+    parser.add_argument("runs", nargs="*", metavar="RUN_DIR", help="output folders of train_vrpo.py")
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        action="extend",
+        metavar="NAME=DIR,DIR",
+        help="runs to take together under this name; without it those that differ only in the seed",
+    )
+    parser.add_argument(
+        "--metric", default="fd", help="column of metrics.jsonl: its name, or the start of the name's last part"
+    )
+    parser.add_argument("--higher_is_better", action="store_true", help="of the metric; lower is without it")
+    parser.add_argument("--baseline", metavar="ARM", help="the arm that the others are compared with")
+    parser.add_argument("--target", type=float, help="quality to reach; the baseline's last one without it")
+    parser.add_argument("--output_dir", default="report", help="where the report goes")
+    return parser
+
+
+def collect(args: argparse.Namespace) -> tuple[dict, dict | None]:
+    """The numbers that the options ask for, as `report.json` has them, and the `sample_grids`.
+
+    Raises:
+        InputError: for folders, metrics or arms that are not there.
+    """
+    warnings: list[str] = []
+    arms = group_runs(args.runs, args.arms or [], warnings.append)
+    if args.baseline is not None and args.baseline not in arms:
+        raise InputError(f"--baseline {args.baseline} is none of the arms; they are {', '.join(arms)}")
+    metric = choose_metric([run for group in arms.values() for run in group], args.metric)
+    report = compare(arms, metric, args.higher_is_better, args.baseline, args.target, warnings.append)
+    grids = sample_grids(arms, warnings.append)
+    report["grids"] = grids and {name: grids[name] for name in ("seeds", "same_noise")} | {
+        "steps": list(grids["files"])
+    }
+    report["sentences"] = speed_up_sentences(report) if report["speed_up"] else []
+    return report | {"warnings": warnings}, grids
+
+
+def write_report(report: dict, grids: dict | None, output_dir: Path):
+    """Writes what `collect` gives: the plots, `report.json` and `report.html`."""
+    metric, speed_up, goal = report["metric"], report["speed_up"], None
+    if speed_up:
+        goal = (speed_up["target"], "target" if speed_up["given"] else f"last value of {report['baseline']}")
+    names = {"steps": "steps", "seconds": "time", "flops": "flops"}
+    plots = {f"quality_vs_{names[cost]}": (curves, report["arms"], cost, metric, goal) for cost in report["costs"]}
+    plots["final"] = (final_values, report["arms"], metric)
+    inline = []
+    for name, (plot, *arguments) in plots.items():
+        light = draw(plot, *arguments, theme="light", kinds=("png", "svg"))
+        dark = draw(plot, *arguments, theme="dark", kinds=("svg",))
+        for kind, data in light.items():
+            (output_dir / f"{name}.{kind}").write_bytes(data)
+        inline.append(html_plot(light["svg"], dark["svg"], f"{metric}: {name.replace('_', ' ')}"))
+    pictures = html_grids(grids, report["warnings"].append) if grids else ""
+    (output_dir / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False))
+    (output_dir / "report.html").write_text(page(report, inline, pictures), encoding="utf-8")
+
+
+def main(argv: list[str] | None = None, prog: str = "vrpo report"):
+    """The command; `prog` is what its errors call it."""
+    parser = build_parser(prog)
+    args = parser.parse_args(argv)
+    if args.target is not None and not math.isfinite(args.target):
+        parser.error(f"--target {args.target} must be a finite number")
+    try:
+        report, grids = collect(args)
+        write_report(report, grids, prepare_output_dir(args.output_dir))
+    except InputError as error:
+        sys.exit(f"{prog}: error: {error}")
+    for text in report["warnings"]:
+        print(f"warning: {text}", file=sys.stderr)
+    for arm in report["arms"]:
+        final = arm["final"]
+        print(
+            f"{arm['name']} (n = {arm['n']}): {report['metric']} {number(final['mean'], final['std'])} at step {final['step']}"
+        )
+    print(
+        "\n".join([*report["sentences"], f"wrote {Path(args.output_dir) / 'report.html'}, report.json and the plots"])
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+r"""Sample many images from a pipeline into a folder, as PNG files or an .npz file for ADM's evaluator.
+
+    python pipelines/sample.py outputs/digits --num_images 100 --output_dir samples
+    accelerate launch --multi_gpu pipelines/sample.py sit-xl --num_images 50000 --output_dir samples --sampler sde \
+        --num_inference_steps 250 --guidance_scale 1.8 --guidance_interval 0 0.7 --batch_size 128 --dtype bfloat16 \
+        --compile --output_format npz
+
+Image i is a function of (seed, i) and the options: the same files come from one process, several, or a run that was
+stopped and given again. What is there is kept.
+"""
+
+import argparse
+import json
+import logging
+import math
+import os
+import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import accelerate
+import diffusers
+import numpy as np
+import PIL
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from tqdm.auto import tqdm
+
+from ..command_line import HelpFormatter, OneLineErrorParser, as_id, check_ranges
+from ..errors import InputError, first_line, hub_problem
+from ..models.official_checkpoints import pipeline_index
+from ..models.start import public_config, weights_checksum
+from ..pipelines.pipeline_vrpo import VRPOPipeline
+from ..pipelines.sample_folder import SampleFolder, cannot_write
+from ..pipelines.sampling import (
+    DTYPES,
+    SAMPLERS,
+    check_steps,
+    image_label,
+    sample_batch,
+    sampling_arguments,
+    set_sampler,
+)
+from ..training.distributed import start_processes
+
+
+logger = logging.getLogger("sample")
+# ----------------------------------------------------------------------------------------------------------------------
+# Pipeline and sampler
+
+
+def load_pipeline(name_or_path: str, revision: str | None, variant: str | None, cache_dir: str | None) -> VRPOPipeline:
+    """A saved `VRPOPipeline`.
+
+    Raises:
+        InputError: when there is none, or its files cannot be loaded.
+    """
+    is_path = name_or_path.startswith((".", "/", "~"))
+    if not Path(name_or_path).is_dir() and (is_path or Path(name_or_path).exists()):
+        raise InputError(f"PIPELINE {name_or_path} is not a folder; pipelines/convert.py makes one of a checkpoint")
+    if Path(name_or_path).is_dir():
+        if revision is not None:
+            raise InputError(f"--revision {revision} goes with a Hub name; PIPELINE {name_or_path} is a folder")
+        index = pipeline_index(name_or_path)
+        if index is None:
+            raise InputError(
+                f"PIPELINE {name_or_path} has no model_index.json, so it is no pipeline; give a run's output folder, or "
+                "what pipelines/convert.py makes of a checkpoint"
+            )
+        found = index.get("transformer", [None, "no transformer"])[1]
+        if found != "SiTTransformer2DModel":
+            raise InputError(
+                f"PIPELINE {name_or_path} holds {found}, not a SiTTransformer2DModel; pipelines/convert.py converts DiT"
+            )
+    try:
+        return VRPOPipeline.from_pretrained(name_or_path, revision=revision, variant=variant, cache_dir=cache_dir)
+    except Exception as error:  # diffusers raises many types; all mean that it cannot be opened
+        problem = hub_problem(error, name_or_path) or first_line(error)
+        raise InputError(f"PIPELINE {name_or_path} cannot be opened: {problem}") from error
+
+
+def checksum(pipeline: VRPOPipeline) -> int:
+    """CRC-32 of weights and configs of transformer and autoencoder."""
+    value = 0
+    for model in filter(None, (pipeline.transformer, pipeline.vae)):
+        config = json.dumps(public_config(model.config), sort_keys=True, default=str)
+        value = zlib.crc32(f"{weights_checksum(model.state_dict().values())} {config}".encode(), value)
+    return value
+
+
+def sample(args: argparse.Namespace):
+    """Writes the samples that the options describe, on all processes.
+
+    Raises:
+        InputError: for options that cannot work, or a folder with something else.
+    """
+    state = start_processes()
+    with state.main_process_first():
+        pipeline = load_pipeline(args.pipeline, args.revision, args.variant, args.cache_dir)
+    set_sampler(pipeline, args.sampler, args.pipeline)
+    arguments = sampling_arguments(pipeline, args)
+    check_steps(pipeline, args.num_inference_steps)
+    given = args.labels or list(range(pipeline.transformer.config.num_classes))
+    try:
+        classes = pipeline.get_label_ids([c if str(c).lower() in pipeline.labels else as_id(c) for c in given])
+    except ValueError as error:
+        raise InputError(f"--labels: {error}") from error
+
+    # 1. The folder: one process looks, all hear what is missing or wrong.
+    manifest = build_manifest(pipeline, args, arguments, classes, state)
+    folder = SampleFolder(args.output_dir, manifest)
+    outcome = [None, None, None]
+    if state.is_main_process:
+        try:
+            outcome = [None, *folder.prepare(args.overwrite)]
+        except InputError as error:
+            outcome = [str(error), None, None]
+    problem, missing, differences = broadcast_object_list(outcome)
+    if problem:
+        raise InputError(problem)
+    if state.is_main_process:
+        if differences:
+            logger.warning(f"continuing with other versions, so bytes may differ: {'; '.join(differences)}")
+        if 0 < len(missing) < folder.num_batches:
+            logger.info(f"continuing: {len(missing)} of {folder.num_batches} batches are missing")
+
+    # 2. The missing batches, each whole, the last one too: what they hold depends on the batch size alone.
+    pipeline.to(state.device)
+    for model, dtype in ((pipeline.transformer, args.dtype), (pipeline.vae, args.vae_dtype)):
+        if model is not None and model.dtype != getattr(torch, dtype):
+            model.to(getattr(torch, dtype))
+    if args.compile:
+        pipeline.transformer.compile_repeated_blocks(dynamic=False)
+    pipeline.set_progress_bar_config(disable=True)
+    own = missing[state.process_index :: state.num_processes]
+    progress = tqdm(
+        total=sum(len(folder.indices(batch)) for batch in own), unit="image", disable=not state.is_main_process
+    )
+    try:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, progress:
+            pending = []
+            for batch in own:
+                indices = range(batch * args.batch_size, (batch + 1) * args.batch_size)
+                labels = [image_label(args.seed, i, classes, args.class_balance) for i in indices]
+                images = sample_batch(pipeline, indices, labels, args.seed, arguments)
+                # Files are written while the next batch is computed.
+                for file in pending:
+                    file.result()
+                pending = folder.write(batch, images, pool)
+                progress.update(len(folder.indices(batch)))
+            for file in pending:
+                file.result()
+    except OSError as error:
+        raise cannot_write(folder.folder, error) from error
+
+    # 3. What all of them make together.
+    state.wait_for_everyone()
+    if state.is_main_process:
+        folder.finish()
+        logger.info(f"{args.num_images} images are in {args.output_dir}")
+    state.wait_for_everyone()
+
+
+def build_manifest(pipeline, args, arguments: dict, classes: list[int], state: PartialState) -> dict:
+    """What the images depend on, with the label of each, as JSON."""
+    device = torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else state.device.type
+    # Some kernels divide their sums by threads, and round accordingly.
+    threads = f", {torch.get_num_threads()} thread(s)" if state.device.type == "cpu" else ""
+    manifest = {
+        "pipeline": args.pipeline,
+        "pipeline_checksum": checksum(pipeline),
+        "options": {
+            "num_images": args.num_images,
+            "label_ids": classes if args.labels else "all",
+            "class_balance": args.class_balance,
+            "seed": args.seed,
+            "sampler": args.sampler,
+            "scheduler": {"class": type(pipeline.scheduler).__name__, **pipeline.scheduler_options},
+            **arguments,
+            "batch_size": args.batch_size,
+            "dtype": args.dtype,
+            "vae_dtype": args.vae_dtype if pipeline.vae is not None else None,
+            "compile": args.compile,
+            "output_format": args.output_format,
+        },
+        "versions": {
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "accelerate": accelerate.__version__,
+            "numpy": np.__version__,
+            "pillow": PIL.__version__,
+            "device": device + threads,
+        },
+        "labels": [image_label(args.seed, i, classes, args.class_balance) for i in range(args.num_images)],
+    }
+    return json.loads(json.dumps(manifest, default=str))  # as it is read back: lists, not tuples
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def channels(text: str) -> int | str:
+    if text != "all" and not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of channels nor `all`")
+    return text if text == "all" else int(text)
+
+
+def build_parser(prog: str) -> argparse.ArgumentParser:
+    parser = OneLineErrorParser(
+        prog=prog,
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=lambda prog: HelpFormatter(prog, max_help_position=36, width=118),
+    )
+    parser.add_argument("pipeline", metavar="PIPELINE", help="folder or Hub name of a saved VRPOPipeline")
+    g = parser.add_argument_group("what is sampled")
+    g.add_argument("--num_images", type=int, required=True, help="images in all")
+    g.add_argument("--labels", nargs="+", metavar="LABEL", help="class names or ids; all classes when not given")
+    g.add_argument(
+        "--class_balance",
+        choices=["balanced", "random"],
+        default="balanced",
+        help="image i has the label i mod their number, or one drawn from them",
+    )
+    g.add_argument("--seed", type=int, default=0, help="of noise and drawn labels")
+    g = parser.add_argument_group("how")
+    names = list(dict.fromkeys(("default", *SAMPLERS["velocity"], *SAMPLERS["epsilon"])))
+    g.add_argument(
+        "--sampler",
+        choices=names,
+        default="default",
+        help="the pipeline's own scheduler; ode (Euler), heun, sde for velocities; ddim, ddpm for noise; "
+        "dpmsolver++, unipc for both",
+    )
+    g.add_argument("--num_inference_steps", type=int, default=50, help="of the sampler")
+    g.add_argument("--guidance_scale", type=float, help="1 is off (default: 1.5; 1 for a model without a null class)")
+    g.add_argument(
+        "--guidance_interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        default=[0.0, 1.0],
+        help="guide where LOW <= t <= HIGH; t = 1 is noise",
+    )
+    g.add_argument(
+        "--guidance_channels",
+        type=channels,
+        metavar="N",
+        help="guide the first N channels (SiT, DiT: 3) or `all` (REPA); as the model's config says when not given",
+    )
+    g = parser.add_argument_group("computation")
+    g.add_argument("--batch_size", type=int, default=32, help="images computed together by a process")
+    g.add_argument("--dtype", choices=DTYPES, default="float32", help="of the transformer; latents are float32")
+    g.add_argument("--vae_dtype", choices=DTYPES, default="float32", help="of the autoencoder")
+    g.add_argument("--compile", action="store_true", help="compile the transformer's blocks")
+    g = parser.add_argument_group("files")
+    g.add_argument("--output_dir", required=True, metavar="DIR", help="new, empty, or of a run that was stopped")
+    g.add_argument(
+        "--output_format", choices=["png", "npz", "both"], default="png", help="000000.png ..., samples.npz (ADM's)"
+    )
+    g.add_argument("--overwrite", action="store_true", help="remove the samples in DIR first")
+    g.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub repository")
+    g.add_argument("--variant", metavar="NAME", help="of the weights' files, such as fp16")
+    g.add_argument("--cache_dir", metavar="DIR", help="where downloads go")
+    return parser
+
+
+def parse_args(argv: list[str] | None = None, prog: str = "vrpo sample") -> argparse.Namespace:
+    parser = build_parser(prog)
+    args = parser.parse_args(argv)
+    check_ranges(parser, args, "num_images num_inference_steps batch_size", "seed guidance_scale", "", "")
+    if args.seed >= 2**63:
+        parser.error(f"--seed {args.seed} must be below 2^63")
+    low, high = args.guidance_interval
+    if not 0 <= low <= high <= 1:
+        parser.error(f"--guidance_interval {low} {high} must be LOW HIGH with 0 <= LOW <= HIGH <= 1 (t = 1 is noise)")
+    if args.guidance_scale is not None and not math.isfinite(args.guidance_scale):
+        parser.error(f"--guidance_scale {args.guidance_scale} must be finite")
+    if args.guidance_channels not in (None, "all") and args.guidance_channels < 1:
+        parser.error(f"--guidance_channels {args.guidance_channels} must be at least 1, or `all`")
+    return args
+
+
+def main(argv: list[str] | None = None, prog: str = "vrpo sample"):
+    """The command; `prog` is what its errors call it."""
+    args = parse_args(argv, prog)
+    try:
+        sample(args)
+    except InputError as error:
+        sys.exit(f"{prog}: error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""Image data sets: opening them, checking their columns, and turning a row into a square image."""
+
+import io
+import os
+
+import numpy as np
+import pyarrow.compute as pc
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object
+from datasets import ClassLabel, Dataset, Features, Image, load_dataset
+from datasets.exceptions import DatasetNotFoundError
+from datasets.features import Value
+from PIL import Image as PILImage
+from PIL import ImageOps
+
+from ..errors import UNKNOWN_TO_THE_HUB, InputError, first_line, gated, hub_problem
+from ..random_streams import ORDER, random_stream
+
+
+logger = get_logger(__name__)
+# ----------------------------------------------------------------------------------------------------------------------
+# Data sets
+
+
+def load_image_dataset(
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    train_data_dir: str | None = None,
+    split: str = "train",
+    image_column: str = "image",
+    label_column: str = "label",
+    max_train_samples: int | None = None,
+    cache_dir: str | None = None,
+) -> tuple[Dataset, dict[int, str] | None, int]:
+    """Opens a labelled image data set: a Hub name, a folder of parquet files, an imagefolder, or `"digits"`.
+
+    Returns:
+        the split with the columns `image` (encoded bytes or paths) and `label`; the class names, or None where the
+        labels are plain integers; the number of classes.
+
+    Raises:
+        InputError: when there is no such data set, split or column, or the labels are not class ids.
+    """
+    option, name = ("--train_data_dir", train_data_dir) if dataset_name is None else ("--dataset_name", dataset_name)
+    if dataset_name == "digits" and not os.path.isdir("digits"):
+        from ..assets.digits import load_digits_dataset
+
+        data = load_digits_dataset()
+    else:
+        data = open_named(option, name, dataset_config_name, cache_dir)
+    if split not in data:
+        raise InputError(f"--dataset_split {split!r} is not in {option} {name}; it has {', '.join(map(repr, data))}")
+    data = data[split]
+
+    check_columns(data.features, option, name, image_column, label_column)
+    if len(data) == 0:
+        raise InputError(f"--dataset_split {split!r} of {option} {name} has no images")
+    labels, label = data.data.column(label_column), data.features[label_column]
+    smallest, largest = pc.min_max(labels).as_py().values()
+    there = f"--label_column {label_column!r} of {option} {name}"
+    names, num_classes = check_labels(label, labels.null_count, smallest, largest, len(data), there)
+    if max_train_samples is not None:
+        # A random subset, since many data sets are sorted by class; the same for every seed.
+        rows = random_stream(0, 0, ORDER).permutation(len(data))[:max_train_samples]
+        data = data.select(np.sort(rows))
+    data = data.select_columns([image_column, label_column])
+    renamed = {image_column: "image", label_column: "label"}
+    data = data.rename_columns({old: new for old, new in renamed.items() if old != new})
+    data = data.cast_column("image", Image(decode=False))
+    return data, dict(enumerate(names)) if names else None, num_classes
+
+
+def check_columns(features: Features, option: str, name: str, image_column: str, label_column: str):
+    """Ends with a sentence where a data set has no such columns, or not with images and integers in them."""
+    for column_option, column in (("--image_column", image_column), ("--label_column", label_column)):
+        if column not in features:
+            raise InputError(
+                f"{column_option} {column!r} is not in {option} {name}; its columns are "
+                f"{', '.join(map(repr, features))}"
+            )
+    if not isinstance(features[image_column], Image):
+        raise InputError(
+            f"--image_column {image_column!r} of {option} {name} holds {features[image_column]}, not images; cast "
+            "it with dataset.cast_column(column, datasets.Image())"
+        )
+    label = features[label_column]
+    is_integer = isinstance(label, Value) and label.dtype.startswith(("int", "uint"))
+    if not (isinstance(label, ClassLabel) or is_integer):
+        raise InputError(
+            f"--label_column {label_column!r} of {option} {name} holds {label}, not integer class labels; "
+            f"dataset.class_encode_column({label_column!r}) makes them"
+        )
+
+
+def check_labels(
+    label: ClassLabel | Value, nulls: int, smallest: int, largest: int, count: int, there: str
+) -> tuple[list[str] | None, int]:
+    """Class names, or None where there are none, and the number of classes, of `count` labels.
+
+    Args:
+        label: their feature.
+        nulls: rows without one.
+        there: the column and the data set, for the error.
+
+    Raises:
+        InputError: when they are not class ids.
+    """
+    if nulls:
+        raise InputError(f"{there} is empty in {nulls} rows")
+    names = label.names if isinstance(label, ClassLabel) else None
+    num_classes = len(names) if names else largest + 1
+    if not names and num_classes > max(1000, count):
+        raise InputError(
+            f"{there} goes up to {largest} with {count} images: these are no class labels; "
+            "dataset.class_encode_column(column) makes them"
+        )
+    if smallest < 0 or largest >= num_classes:
+        raise InputError(
+            f"{there} has labels from {smallest} to {largest}, but they must lie in 0 ... classes - 1; choose a "
+            "--dataset_split that is labelled"
+        )
+    return names, num_classes
+
+
+def open_named(option: str, name: str, config_name: str | None, cache_dir: str | None, opener=load_dataset):
+    """What `load_dataset` or `load_dataset_builder` gives for a folder, or for a Hub name (`name@revision` too).
+
+    Raises:
+        InputError: when there is no such data set.
+    """
+    is_local = os.path.isdir(name)
+    if not is_local and (option == "--train_data_dir" or name.startswith((".", "/", "~"))):
+        raise InputError(f"{option} {name} is not a folder")
+    repository, _, revision = (name, "", "") if is_local else name.partition("@")
+    try:
+        if option == "--train_data_dir":
+            return opener("imagefolder", data_dir=name, cache_dir=cache_dir)
+        return opener(repository, config_name, cache_dir=cache_dir, revision=revision or None)
+    except Exception as error:  # each reader of datasets has its own; all mean that this data set cannot be had
+        problem = hub_problem(error, f"datasets/{repository}")
+        problem = problem or f"it cannot be opened as a data set ({first_line(error)})"
+        if isinstance(error, DatasetNotFoundError):  # which hides the Hub's own error
+            problem = gated(f"datasets/{repository}") if "gated" in str(error) else UNKNOWN_TO_THE_HUB
+        raise InputError(f"{option} {name}: {problem}") from error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Images
+
+
+def resize_and_crop(image: PILImage.Image, resolution: int, position: tuple[float, float] | None = None) -> np.ndarray:
+    """ADM's crop, used by DiT, SiT and REPA: halve while twice too large, bicubic to the short side, cut a square.
+
+    `position` (x, y in [0, 1)) places the square; the centre without it. Returns uint8 `[resolution, resolution, 3]`.
+    """
+    while min(image.size) >= 2 * resolution:
+        image = image.resize((image.width // 2, image.height // 2), PILImage.Resampling.BOX)
+    scale = resolution / min(image.size)
+    size = (max(resolution, round(image.width * scale)), max(resolution, round(image.height * scale)))
+    image = image.resize(size, PILImage.Resampling.BICUBIC)
+    left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
+    if position is not None:
+        left = int(position[0] * (image.width - resolution + 1))
+        top = int(position[1] * (image.height - resolution + 1))
+    return np.asarray(image)[top : top + resolution, left : left + resolution]
+
+
+def decode_image(encoded: dict) -> PILImage.Image:
+    """The RGB image of `{"bytes": ..., "path": ...}` as `datasets` stores it."""
+    source = encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])
+    with PILImage.open(source) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip at 255
+            image = PILImage.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+        elif image.mode == "F":
+            raise ValueError("floating-point images have no known range")
+        return image.convert("RGB")
+
+
+def check_images(data: Dataset, sample: int = 256) -> None:
+    """Tries a fixed random sample of the images, before any training.
+
+    Raises:
+        InputError: when over 1 % of them cannot be decoded (3 % where the sample is not the whole data set).
+    """
+    if hasattr(data, "rows_to_try"):  # a streamed one, which is fetched a row group at a time
+        rows = data.rows_to_try(sample)
+    else:
+        rows = random_stream(0, 0, ORDER).permutation(len(data))[:sample]
+    corrupt = []
+    for row in rows.tolist():
+        record = data[row]
+        try:
+            decode_image(record["image"])
+        except Exception:  # PIL's readers raise many types; all mean the same here
+            corrupt.append(row)
+    if len(corrupt) > (0.01 if len(rows) == len(data) else 0.03) * len(rows):
+        raise too_many_corrupt(corrupt, len(rows))
+
+
+def too_many_corrupt(rows, out_of: int) -> InputError:
+    return InputError(
+        f"the data set given by --dataset_name or --train_data_dir is damaged: {len(rows)} of {out_of} images tried cannot "
+        f"be decoded, which is over 1 % (rows {sorted(rows)[:5]} ...); mend or remove them"
+    )
+
+
+def check_corrupt_rows(rows: set[int], num_rows: int, known: int) -> int:
+    """Counts the images that some process could not decode and warns of new ones; over 1 % is an error."""
+    found = set(gather_object(sorted(rows)))
+    if len(found) > 0.01 * num_rows:
+        raise too_many_corrupt(found, num_rows)
+    if len(found) > known:
+        logger.warning(
+            f"{len(found)} of {num_rows} images cannot be decoded and are skipped (rows {sorted(found)[:5]})"
+        )
+    return len(found)
+
+
+def first_readable(data: Dataset, row: int, record: dict) -> tuple[PILImage.Image | None, int, list[int]]:
+    """Image and label of a row, or of the next one that can be read; the rows tried before it, which cannot.
+
+    Where not one can be read, the image is None. `record` is the row of `data`, already fetched.
+    """
+    corrupt = []
+    for tries in range(len(data)):
+        try:
+            return decode_image(record["image"]), record["label"], corrupt
+        except Exception:  # PIL's readers raise many types; all mean the same here
+            corrupt.append((row + tries) % len(data))
+            record = data[(row + tries + 1) % len(data)]
+    return None, 0, corrupt

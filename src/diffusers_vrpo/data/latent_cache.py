@@ -1,0 +1,309 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""A data set encoded once: autoencoder latents, labels, images and encoder features in memory-mapped files.
+
+A cache is a folder (n images, f = 2 with flipped copies and 1 without, docs/data.md):
+
+    latents.npy        float16 `[f n, 2C, h, w]`: mean, then standard deviation, both as the transformer sees them (shifted
+                       and scaled); `[f n, C, h, w]` where there is no posterior or one latent was drawn of it
+    labels.npy         int64 `[n]`
+    images/00000.bin   compressed images, one file a chunk; image_offsets.npy, int64 `[n]`, has where each ends in it
+    features-0.npy     float16 `[f n, N, E]` of the first encoder
+    meta.json          what made it, a checksum for each chunk, `complete`
+
+Row n + i is the mirrored row i. Rows are written in chunks. A chunk counts once its data are on the disk and its checksum
+is in a journal, of which every process has its own; `meta.json` says `complete` when all are.
+"""
+
+import io
+import json
+import zlib
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image as PILImage
+
+from ..errors import InputError, first_line
+from ..models.autoencoder import encode_images
+from .samples import SampleStreams
+
+
+FORMAT = 1
+REMEDY = "`python -m diffusers_vrpo.latents prepare` makes one"
+
+
+def read_meta(folder: Path, option: str) -> dict:
+    """`meta.json` of a cache, complete or not.
+
+    Raises:
+        InputError: when there is none that this version reads.
+    """
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        if meta["format"] == FORMAT:
+            return meta
+    except FileNotFoundError as error:
+        raise InputError(f"{option} {folder} has no meta.json, so it is no latent cache; {REMEDY}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{option} {folder}: meta.json is damaged ({first_line(error)}); prepare it anew") from error
+    raise InputError(f"{option} {folder} has format {meta['format']}, this version reads {FORMAT}; prepare it anew")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def array_layout(config: dict) -> dict[str, tuple[str, tuple[int, ...], int]]:
+    """`{name: (dtype, shape of a row, copies of every row)}` of the arrays of a cache; each is the file `name.npy`."""
+    copies = 2 if config["flip"] else 1
+    channels, height, width = config["latent_shape"]
+    channels *= 2 if config["kind"] == "moments" else 1
+    layout = {"latents": ("<f2", (channels, height, width), copies), "labels": ("<i8", (), 1)}
+    if config["images"] != "none":
+        layout["image_offsets"] = ("<i8", (), 1)
+    for i, features in enumerate(config["features"]):
+        layout[f"features-{i}"] = ("<f2", (features["grid"][0] * features["grid"][1], features["dim"]), copies)
+    return layout
+
+
+def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """The start of a `.npy` file of version 1.0; the data follow."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return header.getvalue()
+
+
+def image_file(folder: Path, chunk: int) -> Path:
+    return folder / "images" / f"{chunk:05d}.bin"
+
+
+def chunk_rows(config: dict, chunk: int) -> range:
+    return range(chunk * config["chunk_rows"], min((chunk + 1) * config["chunk_rows"], config["count"]))
+
+
+def num_chunks(config: dict) -> int:
+    return -(-config["count"] // config["chunk_rows"])
+
+
+def checksum_on_disk(folder: Path, config: dict, chunk: int) -> int | None:
+    """CRC-32 of what the files of a cache hold for a chunk; None where they hold less."""
+    rows, checksum = chunk_rows(config, chunk), 0
+    try:
+        for name, (_, _, copies) in array_layout(config).items():
+            array = np.load(folder / f"{name}.npy", mmap_mode="r")
+            for copy in range(copies):
+                first = copy * config["count"] + rows.start
+                checksum = zlib.crc32(np.ascontiguousarray(array[first : first + len(rows)]), checksum)
+        if config["images"] != "none":
+            checksum = zlib.crc32(image_file(folder, chunk).read_bytes(), checksum)
+    except (OSError, ValueError):
+        return None
+    return checksum
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+class LatentCache:
+    """A complete cache, opened for reading. Copies of it in other processes map the files for themselves.
+
+    Like a `Dataset` of images it has a length and a column `["label"]`.
+
+    Args:
+        folder: of the cache.
+        option: by which the user named it.
+
+    Attributes:
+        config, about (`dict`): of `meta.json`.
+        corrupt_rows (`set[int]`): of the images that could not be decoded; in each one's place is the next one.
+        id2label (`dict[int, str]`, *optional*): class names.
+
+    Raises:
+        InputError: when it is none, not complete, or files are missing or cut short.
+    """
+
+    def __init__(self, folder: str | Path, option: str = "--latents_dir"):
+        self.folder, self.option = Path(folder), option
+        meta = read_meta(self.folder, option)
+        if not meta["complete"]:
+            raise InputError(f"{option} {folder} is not finished; run the same `prepare` or `import` command again")
+        self.config, self.about, self.checksums = meta["config"], meta["about"], meta["checksums"]
+        self.corrupt_rows = set(meta["corrupt_rows"])
+        self.num_classes, names = self.about["num_classes"], self.about["class_names"]
+        self.id2label = dict(enumerate(names)) if names else None
+        # Of the whole content.
+        self.checksum = zlib.crc32(json.dumps([self.config, self.checksums]).encode())
+        for name, (dtype, row, copies) in array_layout(self.config).items():
+            try:
+                array = self._open(name)
+            except (OSError, ValueError) as error:
+                raise self._damaged(f"{name}.npy: {first_line(error)}") from error
+            if array.shape != (copies * len(self), *row) or array.dtype != dtype:
+                raise self._damaged(f"{name}.npy holds {array.dtype} {array.shape}")
+        if self.config["images"] != "none":
+            missing = [c for c in range(num_chunks(self.config)) if not image_file(self.folder, c).exists()]
+            if missing:
+                raise self._damaged(f"{image_file(self.folder, missing[0])} is missing")
+
+    def _damaged(self, what: str) -> InputError:
+        return InputError(f"{self.option} {self.folder} is damaged ({what}); `prepare --verify` mends it")
+
+    def _open(self, name: str) -> np.ndarray:
+        # asarray: every index into a np.memmap would make another one.
+        return np.asarray(np.load(self.folder / f"{name}.npy", mmap_mode="r"))
+
+    @cached_property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The mapped arrays by name, opened by the process that reads them."""
+        return {name: self._open(name) for name in array_layout(self.config)}
+
+    def __getstate__(self):
+        return {name: value for name, value in self.__dict__.items() if name != "arrays"}
+
+    def __len__(self) -> int:
+        return self.config["count"]
+
+    def __getitem__(self, column: str) -> np.ndarray:
+        """The labels, int64 `[n]`, as the column `label`."""
+        return {"label": self.arrays["labels"]}[column]
+
+    def stored_rows(self, rows: np.ndarray, flips: np.ndarray | None = None) -> np.ndarray:
+        """Where the rows, some of them mirrored, stand in the arrays with copies."""
+        return rows if flips is None else rows + len(self) * flips
+
+    def read(self, name: str, rows: np.ndarray, flips: np.ndarray | None = None) -> torch.Tensor:
+        """Rows of an array, as a tensor of its own memory: `latents` float16 `[B,2C,h,w]`, `features-0` `[B,N,E]`."""
+        return torch.from_numpy(self.arrays[name].take(self.stored_rows(rows, flips), axis=0))
+
+    def image_bytes(self, row: int) -> bytes:
+        """The compressed image of a row."""
+        chunk, place = divmod(row, self.config["chunk_rows"])
+        ends = self.arrays["image_offsets"]
+        start = int(ends[row - 1]) if place else 0
+        # Not mapped: ImageNet's 1,251 files are more than a process may usually hold open.
+        with image_file(self.folder, chunk).open("rb") as file:
+            file.seek(start)
+            return file.read(int(ends[row]) - start)
+
+    def pixels(self, row: int) -> np.ndarray:
+        """The image of a row, uint8 `[R,R,3]`.
+
+        Raises:
+            InputError: when it cannot be decoded.
+        """
+        try:
+            with PILImage.open(io.BytesIO(self.image_bytes(row))) as image:
+                return np.asarray(image.convert("RGB"))
+        except OSError as error:
+            raise self._damaged(f"the image of row {row}: {first_line(error)}") from error
+
+    def damaged_chunks(self, progress=lambda chunks: chunks) -> list[int]:
+        """The chunks that differ from their checksums."""
+        chunks = progress(range(num_chunks(self.config)))
+        return [c for c in chunks if checksum_on_disk(self.folder, self.config, c) != self.checksums[c]]
+
+    def find_features(self, encoders: list[str], layers: list[int | None], grid_size: tuple[int, int]) -> list[int]:
+        """The numbers of the feature arrays that these encoders give; empty where not all of them are here.
+
+        Args:
+            encoders: Hub names or folders; the last part of the name counts.
+            layers: one of each, as `load_encoder` takes them.
+            grid_size: of the tokens.
+
+        Raises:
+            InputError: where they are here for another token grid, and the images are not.
+        """
+        found = []
+        for encoder, layer in zip(encoders, layers):
+            same = [
+                i
+                for i, features in enumerate(self.config["features"])
+                if features["encoder"] == Path(encoder).name and layer in (features["layer"], features["layer_used"])
+            ]
+            found += [i for i in same if self.config["features"][i]["grid"] == list(grid_size)][:1]
+        if len(found) == len(encoders):
+            return found
+        if self.config["images"] == "none":
+            have = [f"{f['encoder']} (layer {f['layer_used']}, grid {f['grid']})" for f in self.config["features"]]
+            raise InputError(
+                f"{self.option} {self.folder} has neither images nor all features of --encoder {' '.join(encoders)} for a "
+                f"{grid_size[0]}x{grid_size[1]} grid of tokens (it has {', '.join(have) or 'none'}); prepare one with "
+                "--images webp, or with that --encoder and --patch_size"
+            )
+        return []
+
+
+class CachedSamples(SampleStreams):
+    """The samples of a run, from a cache. The draws for sample i are those of `TrainingSamples` (with a centre crop).
+
+    A batch has what theirs has, except:
+
+        latents     float16 `[B,2C,h,w]` or `[B,C,h,w]`, as the cache has them; `batch_latents` makes the clean latents
+        pixels      only with `images`
+        features_0  float16 `[B,N,E]`, and so on, for each number in `features`
+
+    `posterior_noise` is there where the cache holds moments.
+
+    Args:
+        cache: what to read.
+        images: also give the images.
+        features: numbers of the feature arrays to give, as `find_features` has them.
+        Others: those of `SampleStreams`.
+
+    Raises:
+        InputError: for `random_flip` where the cache has no flipped copies.
+    """
+
+    def __init__(
+        self,
+        cache: LatentCache,
+        seed: int,
+        null_class_id: int | None,
+        label_dropout: float = 0.1,
+        random_flip: bool = False,
+        num_tokens: int | None = None,
+        images: bool = False,
+        features: list[int] = (),
+    ):
+        if random_flip and not cache.config["flip"]:
+            raise InputError(f"--random_flip: {cache.folder} has no flipped copies; prepare one with --flip")
+        moments, shape = cache.config["kind"] == "moments", tuple(cache.config["latent_shape"])
+        super().__init__(len(cache), seed, shape, null_class_id, label_dropout, random_flip, moments, num_tokens)
+        self.cache = cache
+        self.images = images
+        self.features = list(features)
+
+    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        cache = self.cache
+        rows = np.array([self.row_of(index) for index in indices])
+        uniforms = self.uniforms(indices)
+        flips = self.flips(uniforms)
+        batch = {"latents": cache.read("latents", rows, flips)}
+        if self.images:
+            pixels = [cache.pixels(row)[:, ::-1] if flip else cache.pixels(row) for row, flip in zip(rows, flips)]
+            batch["pixels"] = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
+        for number, i in enumerate(self.features):
+            batch[f"features_{number}"] = cache.read(f"features-{i}", rows, flips)
+        corrupt = []
+        for row in rows.tolist():
+            while row in cache.corrupt_rows:
+                corrupt.append(row)
+                row = (row + 1) % len(cache)
+        drawn = self.drawn(indices, uniforms, cache["label"][rows])
+        return {**batch, **drawn, "corrupt_rows": torch.tensor(corrupt, dtype=torch.long)}
+
+
+def batch_latents(vae, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The clean latents `[B,C,h,w]` float32 of a batch of `CachedSamples` or `TrainingSamples`, on its device.
+
+    From a cache they do not need the autoencoder; else it encodes the pixels, which are float32 in [-1, 1] here.
+    """
+    if "latents" not in batch:
+        return encode_images(vae, batch["pixels"], batch.get("posterior_noise"))
+    latents = batch["latents"].float()
+    if "posterior_noise" not in batch:
+        return latents
+    mean, std = latents.chunk(2, dim=1)
+    return mean + std * batch["posterior_noise"]

@@ -1,0 +1,271 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""Writes a latent cache chunk by chunk; a run that was killed continues where it stopped."""
+
+import json
+import os
+import shutil
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import InputError
+from ..files import write_atomically
+from .latent_cache import (
+    FORMAT,
+    array_layout,
+    checksum_on_disk,
+    chunk_rows,
+    image_file,
+    npy_header,
+    num_chunks,
+    read_meta,
+)
+
+
+# What a difference in a setting is called in an error.
+SETTING_NAMES = {
+    "kind": "the kind of latents (--sampled)",
+    "dataset_checksum": "the checksum of the data set",
+    "vae_checksum": "the checksum of the weights of --vae",
+    "count": "the number of images",
+    "latent_shape": "the shape of the latents",
+    "features": "--encoder, its layer, weights or token grid",
+}
+
+
+def create_arrays(folder: Path, config: dict) -> bool:
+    """Makes the arrays at full size (sparse, where the file system can), and gives whether any was not whole.
+
+    What a file of a wrong size holds stays, for the checksums to judge.
+    """
+    changed = False
+    for name, (dtype, row, copies) in array_layout(config).items():
+        shape = (copies * config["count"], *row)
+        header, path = npy_header(dtype, shape), folder / f"{name}.npy"
+        size = len(header) + int(np.prod(shape)) * int(dtype[-1])
+        if path.exists():
+            with path.open("rb") as file:
+                if path.stat().st_size == size and file.read(len(header)) == header:
+                    continue
+        changed = True
+        with path.open("r+b" if path.exists() else "wb") as file:
+            file.write(header)
+            file.truncate(size)
+            file.flush()
+            os.fsync(file.fileno())
+    return changed
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+class CacheWriter:
+    """Writes a cache chunk by chunk, with any number of processes; a run that was killed goes on where it was.
+
+    Args:
+        folder: new, empty, or with a cache of the same `config`, complete or not.
+        config: all that the content depends on; JSON types.
+        about: more to know of it; JSON types.
+        state: `accelerate.PartialState`.
+        verify: also check what is there already by its checksums, and do again what is damaged.
+
+    Attributes:
+        complete (`bool`): whether there is nothing to do.
+        chunks (`list[int]`): what this process is to write.
+
+    Raises:
+        InputError: for a folder with something else in it, or too little space.
+    """
+
+    def __init__(self, folder: Path, config: dict, about: dict, state, verify: bool = False):
+        self.folder, self.config, self.about, self.state = Path(folder), config, about, state
+        if state.is_main_process:
+            try:
+                self._prepare_folder(verify)
+            except OSError as error:
+                raise cannot_write(self.folder, error) from error
+        state.wait_for_everyone()
+        self.complete = read_meta(self.folder, "--output_dir")["complete"]
+        done = self._read_journals()
+        self.num_done = len(done)
+        missing = [chunk for chunk in range(num_chunks(config)) if chunk not in done]
+        self.chunks = [] if self.complete else missing[state.process_index :: state.num_processes]
+        # Nobody writes into a journal before all have read them.
+        state.wait_for_everyone()
+
+    def _prepare_folder(self, verify: bool):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        done = {}
+        if (self.folder / "meta.json").exists():
+            meta = read_meta(self.folder, "--output_dir")
+            self._refuse_another(meta["config"])
+            self.about = meta["about"]
+            done = self._read_journals()
+            if meta["complete"]:
+                corrupt = {chunk: [] for chunk in range(num_chunks(self.config))}
+                for row in meta["corrupt_rows"]:
+                    corrupt[row // self.config["chunk_rows"]].append(row)
+                done = {c: {"chunk": c, "crc": meta["checksums"][c], "corrupt": corrupt[c]} for c in corrupt}
+        elif found := [path.name for path in self.folder.iterdir() if not path.match(".*.tmp")]:
+            raise InputError(
+                f"--output_dir {self.folder} holds other files ({', '.join(sorted(found)[:3])}) and no latent cache; "
+                "choose a new or empty folder"
+            )
+        else:
+            meta = {"complete": False}
+            needed = sum(
+                copies * self.config["count"] * int(np.prod(row)) * int(dtype[-1])
+                for dtype, row, copies in array_layout(self.config).values()
+            )
+            if needed > (free := shutil.disk_usage(self.folder).free):
+                raise InputError(
+                    f"--output_dir {self.folder} has {free / 1e9:.1f} GB of free space, but the arrays of the cache take "
+                    f"{needed / 1e9:.1f} GB (and its images more); choose another disk"
+                )
+            self._write_meta(complete=False)
+        if self.config["images"] != "none":
+            (self.folder / "images").mkdir(exist_ok=True)
+        for leftover in [*self.folder.glob(".*.tmp"), *self.folder.glob("images/.*.tmp")]:
+            leftover.unlink()
+        if (create_arrays(self.folder, self.config) or verify) and done:
+            whole = {c: entry for c, entry in done.items() if self._on_disk(c) == entry["crc"]}
+            if len(whole) < len(done):
+                # A complete cache becomes an unfinished one, in an order that a kill cannot turn into a wrong one.
+                self._write_journal(whole.values())
+                self._write_meta(complete=False)
+                return
+        if meta["complete"]:
+            self._remove_journals()
+
+    def _refuse_another(self, existing: dict):
+        """Ends where the cache in the folder was made otherwise than this one is to be."""
+        for name in [*self.config, *existing]:
+            there, now = existing.get(name), self.config.get(name)
+            if there != now:
+                name = SETTING_NAMES.get(name, f"--{name}")
+                what = f"{name} differs" if isinstance(there or now, list) else f"{name} was {there} and is {now}"
+                raise InputError(
+                    f"--output_dir {self.folder} was prepared otherwise: {what}; keep to that, or choose another folder"
+                )
+
+    def _write_meta(self, **state):
+        meta = {"format": FORMAT, **state, "about": self.about, "config": self.config}
+        write_atomically(self.folder / "meta.json", (json.dumps(meta, indent=1) + "\n").encode())
+
+    def _journals(self) -> list[Path]:
+        return sorted(self.folder.glob("journal-*.jsonl"))
+
+    def _read_journals(self) -> dict[int, dict]:
+        """The entries of all journals by chunk, without a last line that a kill cut short."""
+        done = {}
+        for path in self._journals():
+            for line in path.read_text().splitlines():
+                try:
+                    entry = json.loads(line)
+                    done[entry["chunk"]] = entry
+                except (ValueError, KeyError, TypeError):
+                    continue
+        return done
+
+    def _write_journal(self, entries):
+        """One journal with these entries in the place of all there are."""
+        lines = "".join(json.dumps(entry) + "\n" for entry in entries)
+        write_atomically(self.folder / "journal-0.jsonl", lines.encode())
+        for path in self._journals():
+            if path.name != "journal-0.jsonl":
+                path.unlink()
+
+    def _remove_journals(self):
+        for path in self._journals():
+            path.unlink()
+
+    def _on_disk(self, chunk: int) -> int | None:
+        return checksum_on_disk(self.folder, self.config, chunk)
+
+    def write(
+        self,
+        chunk: int,
+        arrays: dict[str, np.ndarray],
+        images: list[bytes],
+        corrupt_rows: list[int],
+        expected: int | None = None,
+    ) -> bool:
+        """Writes a chunk, reads it back, and enters it into the journal.
+
+        Args:
+            arrays: `[copies, rows, ...]` by name, all but `image_offsets`.
+            images: compressed, one a row; empty without images.
+            corrupt_rows: those of its rows that could not be decoded.
+            expected: the checksum that it must have.
+
+        Returns:
+            whether it has; if not, it is not entered.
+
+        Raises:
+            InputError: when it cannot be written, or reads back otherwise.
+        """
+        rows, checksum = chunk_rows(self.config, chunk), 0
+        if self.config["images"] != "none":
+            ends = np.cumsum([len(image) for image in images], dtype=np.int64)
+            arrays = {**arrays, "image_offsets": ends[None]}
+        try:
+            for name, (dtype, row, copies) in array_layout(self.config).items():
+                data = np.ascontiguousarray(arrays[name], dtype=dtype)
+                if data.shape != (copies, len(rows), *row):
+                    raise ValueError(f"{name} {data.shape} is not of the shape {(copies, len(rows), *row)}")
+                start = len(npy_header(dtype, (copies * self.config["count"], *row)))
+                stride = int(np.prod(row)) * data.itemsize
+                with (self.folder / f"{name}.npy").open("r+b") as file:
+                    for copy in range(copies):
+                        file.seek(start + (copy * self.config["count"] + rows.start) * stride)
+                        file.write(data[copy])
+                        checksum = zlib.crc32(data[copy], checksum)
+                    file.flush()
+                    os.fsync(file.fileno())
+            if self.config["images"] != "none":
+                joined = b"".join(images)
+                write_atomically(image_file(self.folder, chunk), joined)
+                checksum = zlib.crc32(joined, checksum)
+            if self._on_disk(chunk) != checksum:
+                raise OSError("what was written reads back otherwise")
+            if expected is not None and checksum != expected:
+                return False
+            entry = json.dumps({"chunk": chunk, "crc": checksum, "corrupt": corrupt_rows})
+            journal = self.folder / f"journal-{self.state.process_index}.jsonl"
+            with journal.open("ab") as file:
+                # A line of its own, even after one that a kill cut short.
+                file.write(f"\n{entry}\n".encode())
+                file.flush()
+                os.fsync(file.fileno())
+            return True
+        except OSError as error:
+            raise cannot_write(self.folder, error) from error
+
+    def finish(self):
+        """Once every chunk is there: the final `meta.json`, and no journals.
+
+        Raises:
+            InputError: when some are missing.
+        """
+        self.state.wait_for_everyone()
+        if self.state.is_main_process and not self.complete:
+            done, wanted = self._read_journals(), num_chunks(self.config)
+            if sorted(done) != list(range(wanted)):
+                raise InputError(
+                    f"--output_dir {self.folder} has {len(done)} of {wanted} chunks; run the same command again"
+                )
+            corrupt = sorted(row for entry in done.values() for row in entry["corrupt"])
+            checksums = [done[chunk]["crc"] for chunk in range(wanted)]
+            self._write_meta(complete=True, corrupt_rows=corrupt, checksums=checksums)
+            self._remove_journals()
+        self.complete = True
+        self.state.wait_for_everyone()
+
+
+def cannot_write(folder: Path, error: OSError) -> InputError:
+    return InputError(
+        f"--output_dir {folder} cannot be written ({error.strerror or error}); mend that and run the same command again, "
+        "it goes on from there"
+    )

@@ -1,0 +1,451 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""Training straight from the parquet files of a data set, on the Hub or here, a row group at a time.
+
+Nothing is downloaded or converted first. Which row sample i takes is a function of (seed, i, samples of a step), as
+everything else that is drawn for it: a resumed run opens the row groups that its next batches need, and no others.
+
+An epoch: the row groups in random order, one after the other, the rows of each in random order too. This sequence is cut
+into S streams of equal length, of which every batch takes equally many rows, always at the same places. A process, whose
+share of a batch is at fixed places as well, so reads the row groups of its streams alone. The last N mod S rows of the
+sequence, others in every epoch, are left out.
+"""
+
+import bisect
+import json
+import math
+import threading
+import weakref
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from functools import lru_cache, partial
+from itertools import islice
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from accelerate.utils import gather_object
+from datasets import Features, load_dataset_builder
+from datasets.packaged_modules.parquet.parquet import Parquet
+from fsspec.implementations.local import LocalFileSystem
+
+from ..errors import InputError, TrainingStopped, first_line
+from ..random_streams import ORDER, ROW_GROUPS, ROWS_OF_GROUP, random_stream
+from .image_datasets import check_columns, check_labels, open_named
+from .parquet_io import (
+    MOST_BYTES,
+    OPENING_SECONDS,
+    READERS,
+    SIGNAL_SECONDS,
+    TRAINING_SECONDS,
+    ParquetFile,
+    Threads,
+    has_failed,
+    leaves,
+    read_columns,
+    read_footer,
+    retried,
+)
+from .samples import TrainingSamples
+
+
+MOST_STREAMS = 64
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows
+
+
+class ParquetRows:
+    """Rows of parquet files with `image` and `label`, as the `Dataset` of `load_image_dataset` gives them.
+
+    `rows[5]` is `{"image": {"bytes": ..., "path": ...}, "label": ...}`, `rows[[5, 7]]` the same of lists. A row group is
+    read as a whole, once, and stays until `hold` is called with others.
+
+    Args:
+        files: in the order of the rows.
+        image_column, label_column: the columns to read.
+
+    Attributes:
+        group_rows: int64 `[G]`, the number of rows of each row group; those without any are left out.
+        group_bytes: int64 `[G]`, their images and labels in memory.
+        fingerprint (`int`): CRC-32 of the files' names, sizes and footers, and of the columns.
+        closed: once set, no read is tried again.
+        interrupted: says whether a signal has come; from then on a read is given up once it has failed for 10 seconds.
+        retry_seconds: for which a failing read is tried again; `StreamedBatches` makes them `TRAINING_SECONDS`.
+    """
+
+    def __init__(self, files: list[ParquetFile], image_column: str, label_column: str):
+        self.files, self.columns = files, [image_column, label_column]
+        self.groups = [
+            (file, number)
+            for file in files
+            for number in range(file.metadata.num_row_groups)
+            if file.metadata.row_group(number).num_rows
+        ]
+        groups = [file.metadata.row_group(number) for file, number in self.groups]
+        self.group_rows = np.array([group.num_rows for group in groups], dtype=np.int64)
+        sizes = [sum(leaf.total_uncompressed_size for leaf in leaves(group, self.columns)) for group in groups]
+        self.group_bytes = np.array(sizes, dtype=np.int64)
+        self.first_rows = np.concatenate([[0], np.cumsum(self.group_rows)])
+        content = [[Path(file.path).name, file.size, file.checksum] for file in files]
+        self.fingerprint = zlib.crc32(json.dumps([content, self.columns]).encode())
+        self.closed = threading.Event()
+        self.interrupted: Callable[[], bool] = lambda: False
+        self.retry_seconds = OPENING_SECONDS
+        self._held: dict[int, Future] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return int(self.first_rows[-1])
+
+    def __getitem__(self, rows: int | list[int]) -> dict:
+        if isinstance(rows, (int, np.integer)):
+            return self._record(int(rows))
+        records = [self._record(row) for row in rows]
+        return {name: [record[name] for record in records] for name in ("image", "label")}
+
+    def _record(self, row: int) -> dict:
+        group = int(np.searchsorted(self.first_rows, row, side="right")) - 1
+        table, place = self._table(group), row - int(self.first_rows[group])
+        image, label = (table.column(name)[place].as_py() for name in self.columns)
+        if not isinstance(image, dict):
+            image = {"path": image} if isinstance(image, str) else {"bytes": image}
+        is_local = isinstance(self.groups[group][0].fs, LocalFileSystem)
+        # A path in a file from elsewhere says nothing about this machine.
+        return {
+            "image": {"bytes": image.get("bytes"), "path": image.get("path") if is_local else None},
+            "label": label,
+        }
+
+    def _table(self, group: int) -> pa.Table:
+        with self._lock:
+            future = self._held.get(group)
+            # One whose fetch ahead has failed is read again: that may have been long ago.
+            mine = future is None or has_failed(future)
+            if mine:
+                future = self._held[group] = Future()
+        if mine:
+            self._fill(group, future)
+        return future.result()
+
+    def _fill(self, group: int, future: Future):
+        try:
+            future.set_result(self.read_group(group))
+        except BaseException as error:
+            future.set_exception(error)
+
+    def read_group(self, group: int) -> pa.Table:
+        """The two columns of a row group.
+
+        Raises:
+            TrainingStopped: when it cannot be read.
+        """
+        file, number = self.groups[group]
+        try:
+            action = partial(read_columns, file, number, self.columns)
+            return retried(action, file.path, self.retry_seconds, self._give_up)
+        except Exception as error:  # of the file system, or pyarrow's where the file is not what it was
+            raise TrainingStopped(
+                f"{file.path} can no longer be read (row group {number}: {first_line(error)}); see to it and run the same "
+                "command again: it continues from the newest checkpoint"
+            ) from error
+
+    def _give_up(self, seconds: float) -> bool:
+        return self.closed.is_set() or (seconds >= SIGNAL_SECONDS and self.interrupted())
+
+    def hold(self, groups: Iterable[int], submit: Callable):
+        """Forgets all other row groups and has these fetched, the first one first, by `submit(function, *arguments)`."""
+        with self._lock:
+            wanted = dict.fromkeys(groups)
+            self._held = {group: future for group, future in self._held.items() if group in wanted}
+            for group in wanted:
+                if group not in self._held:
+                    future = self._held[group] = Future()
+                    submit(self._fill, group, future)
+
+    def release(self):
+        """Forgets all row groups; who waits for one gets a `CancelledError`."""
+        with self._lock:
+            for future in self._held.values():
+                future.cancel()
+            self._held = {}
+
+    def rows_to_try(self, sample: int) -> np.ndarray:
+        """Random rows, of at most four row groups, the same for every run."""
+        generator = random_stream(0, 0, ORDER)
+        rows = []
+        for group in generator.permutation(len(self.group_rows))[:4].tolist():
+            places = generator.permutation(self.group_rows[group])[: -(-sample // 4)]
+            rows.append(self.first_rows[group] + places)
+        return np.concatenate(rows)
+
+
+def stream_image_dataset(
+    dataset_name: str,
+    dataset_config_name: str | None = None,
+    split: str = "train",
+    image_column: str = "image",
+    label_column: str = "label",
+    cache_dir: str | None = None,
+) -> tuple[ParquetRows, dict[int, str] | None, int]:
+    """Opens the parquet files of a Hub name or a folder: `load_image_dataset` for what is not to be downloaded.
+
+    Only the files' footers are read (and the label column where they have no statistics of it). On the Hub the files are
+    those of one commit for the whole run.
+
+    Returns:
+        the rows; the class names, or None where the labels are plain integers; the number of classes.
+
+    Raises:
+        InputError: when there is no such data set, split or column, it is not parquet, or the labels are not class ids.
+    """
+    there = f"--dataset_name {dataset_name}"
+    builder = open_named("--dataset_name", dataset_name, dataset_config_name, cache_dir, load_dataset_builder)
+    splits = builder.config.data_files
+    if not (isinstance(builder, Parquet) and splits):
+        kind = type(builder).__mro__[1].__name__
+        raise InputError(
+            f"{there}: --streaming reads parquet files, and this data set is read by the {kind} reader of datasets; "
+            f"{dataset_name.partition('@')[0]}@refs/convert/parquet is the Hub's parquet copy where there is one, "
+            "Dataset.to_parquet writes one, and `python -m diffusers_vrpo.latents prepare` reads any format"
+        )
+    if split not in splits:
+        raise InputError(f"--dataset_split {split!r} is not in {there}; it has {', '.join(map(repr, splits))}")
+    files = open_files(splits[split], there)
+    schema = files[0].metadata.schema.to_arrow_schema()
+    features = builder.info.features or Features.from_arrow_schema(schema)
+    check_columns(features, "--dataset_name", dataset_name, image_column, label_column)
+    types = {name: schema.field(name).type for name in (image_column, label_column) if name in schema.names}
+    for file in files:
+        found = file.metadata.schema.to_arrow_schema()
+        if len(types) < 2 or any(name not in found.names or found.field(name).type != types[name] for name in types):
+            raise InputError(
+                f"{there}: {file.path} has the columns {', '.join(map(repr, found.names))}, but --streaming needs "
+                f"{image_column!r} and {label_column!r} of one type in all files; train without --streaming"
+            )
+    if not pa.types.is_integer(types[label_column]):
+        raise InputError(
+            f"--label_column {label_column!r} of {there} is stored as {types[label_column]}, and --streaming reads "
+            "integers; train without --streaming"
+        )
+    rows = ParquetRows(files, image_column, label_column)
+    if len(rows) == 0:
+        raise InputError(f"--dataset_split {split!r} of {there} has no images")
+    if (largest := int(rows.group_bytes.max())) > MOST_BYTES:
+        raise InputError(
+            f"{there}: a row group has {largest / 1e9:.1f} GB, and --streaming holds at most {MOST_BYTES / 1e9:.1f} GB; "
+            "write the files with smaller ones, as Dataset.to_parquet does"
+        )
+    nulls, least, most = label_range(rows, there)
+    column = f"--label_column {label_column!r} of {there}"
+    names, num_classes = check_labels(features[label_column], nulls, least, most, len(rows), column)
+    return rows, dict(enumerate(names)) if names else None, num_classes
+
+
+def open_files(urls: list[str], there: str) -> list[ParquetFile]:
+    """Reads the footers, several at a time.
+
+    Raises:
+        InputError: when a file cannot be read.
+    """
+
+    def footer(place):
+        fs, path = place
+        try:
+            return retried(partial(read_footer, fs, path), path)
+        except Exception as error:  # of the file system, or pyarrow's for what is no parquet
+            raise InputError(f"{there}: {path} cannot be read ({first_line(error)})") from error
+
+    # By this thread: in others fsspec would make file systems anew, which know nothing of the folders yet.
+    return in_threads(footer, [fsspec.core.url_to_fs(str(url)) for url in urls])
+
+
+def label_range(rows: ParquetRows, there: str) -> tuple[int, int, int]:
+    """Rows without a label, the smallest and the largest label, from the footers or else from the label column."""
+
+    def of_group(group):
+        file, number = group
+        (leaf,) = leaves(file.metadata.row_group(number), rows.columns[1:])
+        known = leaf.statistics
+        if known is not None and known.has_null_count and (known.has_min_max or known.null_count == leaf.num_values):
+            return known.null_count, known.min, known.max
+        try:
+            labels = retried(partial(read_columns, file, number, rows.columns[1:]), file.path).column(0)
+        except Exception as error:
+            raise InputError(f"{there}: {file.path} cannot be read ({first_line(error)})") from error
+        return labels.null_count, *pc.min_max(labels).as_py().values()
+
+    nulls, smallest, largest = zip(*in_threads(of_group, rows.groups))
+    known = [label for label in (*smallest, *largest) if label is not None]
+    return sum(nulls), min(known, default=0), max(known, default=0)
+
+
+def in_threads(function: Callable, items: Iterable) -> list:
+    threads = Threads(2 * READERS)
+    try:
+        return [future.result() for future in [threads.submit(function, item) for item in items]]
+    finally:
+        threads.close()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Order
+
+
+class StreamOrder:
+    """Which row is sample i, for every i: a function of the seed, the row groups and the samples of a step.
+
+    Sample i is at place p = i mod B of step i // B. Its stream is s = floor(p S / B), in which it is number
+    k = (i // B) (B / S) + p mod (B / S); so it is sample k mod L of the stream in epoch k // L, with L = floor(N / S).
+
+    Args:
+        seed: of the run.
+        group_rows, group_bytes: of each row group, `[G]`.
+        batch_size: B, samples of an optimizer step on all processes.
+
+    Attributes:
+        num_streams (`int`): S, the largest divisor of B up to 64 (and N) for which S row groups stay below 4 GiB.
+        length (`int`): L, the rows of a stream in an epoch.
+    """
+
+    def __init__(self, seed: int, group_rows: np.ndarray, group_bytes: np.ndarray, batch_size: int):
+        self.seed, self.group_rows, self.batch_size = seed, group_rows, batch_size
+        self.first_rows = np.concatenate([[0], np.cumsum(group_rows)])
+        num_rows = int(self.first_rows[-1])
+        most = min(MOST_STREAMS, num_rows, MOST_BYTES // max(1, int(group_bytes.max())))
+        self.num_streams = max(s for s in range(1, max(1, most) + 1) if batch_size % s == 0)
+        self.length = num_rows // self.num_streams
+        self._groups_of_epoch = lru_cache(maxsize=2)(self._groups_of_epoch)
+        self._rows_of_group = lru_cache(maxsize=2 * self.num_streams)(self._rows_of_group)
+
+    def _groups_of_epoch(self, epoch: int) -> tuple[list[int], list[int]]:
+        """The row groups in the order of an epoch, and where each ends in the sequence of its rows."""
+        order = random_stream(self.seed, epoch, ROW_GROUPS).permutation(len(self.group_rows))
+        return order.tolist(), np.cumsum(self.group_rows[order]).tolist()
+
+    def _rows_of_group(self, epoch: int, group: int) -> np.ndarray:
+        index = epoch * len(self.group_rows) + group
+        return random_stream(self.seed, index, ROWS_OF_GROUP).permutation(self.group_rows[group])
+
+    def locate(self, index: int) -> tuple[int, int, int]:
+        """Epoch, row group, and the place of the sample among those of the row group in that epoch."""
+        step, place = divmod(index, self.batch_size)
+        share = self.batch_size // self.num_streams
+        stream, place = divmod(place, share)
+        epoch, place = divmod(step * share + place, self.length)
+        order, ends = self._groups_of_epoch(epoch)
+        place += stream * self.length
+        number = bisect.bisect_right(ends, place)
+        group = order[number]
+        return epoch, group, place - ends[number] + int(self.group_rows[group])
+
+    def row_of(self, index: int) -> int:
+        epoch, group, place = self.locate(index)
+        return int(self.first_rows[group] + self._rows_of_group(epoch, group)[place])
+
+    @property
+    def steps_ahead(self) -> int:
+        """How many steps before they are needed row groups are fetched: while a quarter of one is used up, 8 to 64."""
+        rows_of_stream = self.batch_size / self.num_streams
+        return min(64, max(8, math.ceil(self.group_rows.mean() / 4 / rows_of_stream)))
+
+
+class StreamedSamples(TrainingSamples):
+    """`TrainingSamples` of `ParquetRows`; another order, all else is the same.
+
+    Args:
+        data: the rows.
+        global_batch_size: samples of an optimizer step on all processes.
+        Others: those of `TrainingSamples`.
+
+    Raises:
+        InputError: when the processes do not see the same files.
+    """
+
+    def __init__(self, data: ParquetRows, global_batch_size: int, seed: int, *arguments, **keywords):
+        super().__init__(data, seed, *arguments, **keywords)
+        self.order = StreamOrder(seed, data.group_rows, data.group_bytes, global_batch_size)
+        if len(set(gather_object([data.fingerprint]))) > 1:
+            raise InputError(
+                "--dataset_name: the processes see different files of the data set, which has changed just now or differs "
+                "between machines; run the command again"
+            )
+
+    def row_of(self, index: int) -> int:
+        return self.order.row_of(index)
+
+    def groups_of(self, indices: list[int]) -> list[int]:
+        """The row groups of some samples."""
+        return list(dict.fromkeys(self.order.locate(index)[1] for index in indices))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+class StreamedBatches:
+    """The batches of `StreamedSamples` in order, computed ahead by threads of this process.
+
+    Worker processes would each read every row group. Two batches a thread are in work or ready; row groups are fetched
+    for as many steps ahead as `StreamOrder.steps_ahead` says, and no others are in memory.
+
+    Args:
+        samples: what to take them from.
+        batch_sampler: the `StreamBatchSampler` of this process.
+        num_threads: that decode; with 0 the thread that iterates does, but row groups are fetched ahead all the same.
+        pin_memory: for copies to a GPU.
+
+    Raises:
+        TrainingStopped: when a row group can no longer be read; so does whatever a thread raises.
+    """
+
+    def __init__(self, samples: StreamedSamples, batch_sampler, num_threads: int, pin_memory: bool = False):
+        self.samples, self.batch_sampler = samples, batch_sampler
+        self.num_threads, self.pin_memory = num_threads, pin_memory
+
+    def __len__(self):
+        return len(self.batch_sampler)
+
+    def _compute(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        batch = self.samples.__getitems__(indices)
+        return {name: tensor.pin_memory() for name, tensor in batch.items()} if self.pin_memory else batch
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        data = self.samples.data
+        data.closed.clear()
+        data.retry_seconds = TRAINING_SECONDS
+        readers, decoders = Threads(READERS), Threads(self.num_threads)
+        coming = ((indices, self.samples.groups_of(indices)) for indices in self.batch_sampler)
+        length = self.samples.order.steps_ahead * self.batch_sampler.accumulation
+        window, batches = deque(islice(coming, length)), deque()
+
+        def work_ahead():
+            data.hold((group for _, groups in window for group in groups), readers.submit)
+            for indices, _ in islice(window, len(batches), max(1, 2 * self.num_threads)):
+                batches.append(decoders.submit(self._compute, indices) if self.num_threads else None)
+
+        # Also when the process ends and nobody has closed the generator.
+        end = weakref.finalize(self, end_threads, data, decoders, readers)
+        try:
+            work_ahead()
+            while batches:
+                ahead, (indices, _) = batches.popleft(), window.popleft()
+                # Without threads it is computed now; and again where it has failed ahead, which may have been long ago.
+                batch = self._compute(indices) if ahead is None or has_failed(ahead) else ahead.result()
+                window.extend(islice(coming, 1))
+                work_ahead()
+                yield batch
+        finally:
+            end()
+
+
+def end_threads(data: ParquetRows, *threads: Threads):
+    data.closed.set()
+    data.release()
+    for group in threads:
+        group.close()

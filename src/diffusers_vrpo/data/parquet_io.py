@@ -1,0 +1,194 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""Reads byte ranges of parquet files, here or on the Hub, and retries what fails for a moment."""
+
+import contextlib
+import io
+import logging
+import queue
+import threading
+import time
+import zlib
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..errors import first_line
+
+
+logger = logging.getLogger(__name__)
+# Row groups of all streams together, and so the most that one row group may have: S is smaller where they are large.
+MOST_BYTES = 4 << 30
+READERS = 8  # threads that fetch row groups
+SIGNAL_SECONDS = 10  # how long a read must have failed for a signal to end it
+FOOTER_BYTES = 1 << 16  # read first from the end of a file; more where the footer is longer
+GAP_BYTES = 1 << 20  # columns in between that are read too rather than asking twice
+# What fails is tried again after one second, two, four ... and then every half minute; below, huggingface_hub has retries
+# of its own. Before training a wrong name should soon be told; in training waiting loses nothing, and ending does.
+FIRST_DELAY, LONGEST_DELAY = 1, 30
+OPENING_SECONDS, TRAINING_SECONDS = 60, 20 * 60
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+@dataclass
+class ParquetFile:
+    fs: fsspec.AbstractFileSystem
+    path: str
+    size: int
+    metadata: pq.FileMetaData
+    checksum: int  # CRC-32 of the footer, which has place, size and statistics of all that is in the file
+
+
+def retried(action: Callable, what: str, seconds: float | None = None, give_up: Callable[[float], bool] | None = None):
+    """`action()`, tried again where it fails, after 1, 2, 4, ... and at most 30 seconds.
+
+    Args:
+        what: for the log.
+        seconds: for which it is tried, the last time when they are over; `OPENING_SECONDS` when not given.
+        give_up: gets the seconds since the start, and says whether to try no more; asked twice a second.
+    """
+    seconds = OPENING_SECONDS if seconds is None else seconds
+    give_up = give_up or (lambda _: False)
+    start, delay = time.monotonic(), FIRST_DELAY
+    while True:
+        try:
+            return action()
+        except Exception as error:  # every file system has its own
+            passed = time.monotonic() - start
+            # A file that is gone does not come back; a network file system may show it late.
+            seconds = min(seconds, OPENING_SECONDS) if isinstance(error, FileNotFoundError) else seconds
+            if passed >= seconds or give_up(passed):
+                raise
+            wait = min(delay, seconds - passed)
+            logger.warning(f"{what}: {first_line(error)}; trying again in {wait:.3g} s")
+        end = time.monotonic() + wait
+        while (left := end - time.monotonic()) > 0 and not give_up(time.monotonic() - start):
+            time.sleep(min(left, 0.5))
+        delay = min(2 * delay, LONGEST_DELAY)
+
+
+def read_range(fs: fsspec.AbstractFileSystem, path: str, start: int, end: int) -> bytes:
+    """The bytes `start` to `end` of a file, in one request.
+
+    Raises:
+        OSError: when there are not as many, or whatever the file system raises.
+    """
+    with fs.open(path, "rb", cache_type="none") as file:
+        file.seek(start)
+        data = file.read(end - start)
+    if len(data) != end - start:
+        raise OSError(f"{len(data)} bytes came in place of {end - start}, from byte {start} on")
+    return data
+
+
+def read_footer(fs: fsspec.AbstractFileSystem, path: str) -> ParquetFile:
+    """Opens a parquet file by the end of it."""
+    size = fs.size(path)
+    tail = read_range(fs, path, max(0, size - FOOTER_BYTES), size)
+    length = int.from_bytes(tail[-8:-4], "little") + 8
+    if FOOTER_BYTES < length <= size:
+        tail = read_range(fs, path, size - length, size)
+    return ParquetFile(fs, path, size, pq.read_metadata(pa.BufferReader(tail)), zlib.crc32(tail[-length:]))
+
+
+class Ranges(io.RawIOBase):
+    """A file of which some ranges are in memory, for pyarrow to read from; `parts` has their bytes by their start."""
+
+    def __init__(self, size: int, parts: dict[int, bytes]):
+        self.size, self.parts, self.place = size, parts, 0
+
+    def readable(self):
+        return True
+
+    def seekable(self):
+        return True
+
+    def tell(self):
+        return self.place
+
+    def seek(self, offset, whence=io.SEEK_SET):
+        self.place = offset + (0, self.place, self.size)[whence]
+        return self.place
+
+    def read(self, size=-1):
+        for start, part in self.parts.items():
+            first = self.place - start
+            if first >= 0 and first + size <= len(part):
+                self.place += size
+                return part[first : first + size]
+        raise OSError(f"{size} bytes at {self.place} are outside of the columns")
+
+
+def leaves(group: pq.RowGroupMetaData, columns: list[str]) -> list[pq.ColumnChunkMetaData]:
+    """The column chunks of these columns, which may be structs of several."""
+    chunks = [group.column(i) for i in range(group.num_columns)]
+    return [
+        chunk
+        for chunk in chunks
+        if any(chunk.path_in_schema == name or chunk.path_in_schema.startswith(f"{name}.") for name in columns)
+    ]
+
+
+def read_columns(file: ParquetFile, group: int, columns: list[str]) -> pa.Table:
+    """Some columns of a row group."""
+    ranges: list[list[int]] = []
+    for chunk in leaves(file.metadata.row_group(group), columns):
+        start = chunk.dictionary_page_offset if chunk.has_dictionary_page else chunk.data_page_offset
+        end = start + chunk.total_compressed_size
+        if ranges and 0 <= start - ranges[-1][1] <= GAP_BYTES:
+            ranges[-1][1] = end
+        else:
+            ranges.append([start, end])
+    parts = {start: read_range(file.fs, file.path, start, end) for start, end in ranges}
+    # Decoded by this thread alone and from memory: no thread of pyarrow's waits for Python.
+    reader = pq.ParquetFile(Ranges(file.size, parts), metadata=file.metadata, pre_buffer=False)
+    return reader.read_row_group(group, columns=columns, use_threads=False)
+
+
+class Threads:
+    """`concurrent.futures.ThreadPoolExecutor`, except that a process does not wait for a thread whose server is silent."""
+
+    def __init__(self, number: int):
+        self.tasks = queue.SimpleQueue()
+        self.threads = [threading.Thread(target=self._work, daemon=True) for _ in range(number)]
+        for thread in self.threads:
+            thread.start()
+
+    def submit(self, function: Callable, *arguments) -> Future:
+        future = Future()
+        self.tasks.put((future, function, arguments))
+        return future
+
+    def _work(self):
+        while (task := self.tasks.get()) is not None:
+            future, function, arguments = task
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function(*arguments))
+                except BaseException as error:  # for the thread that asks for the result
+                    future.set_exception(error)
+            del task, future, function, arguments  # or the last result would stay in memory
+
+    def close(self):
+        """The threads end after what they do now, nothing else is begun; those that take over 2 seconds are left alone.
+
+        A thread within C++ code when the interpreter ends could abort the process.
+        """
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self.tasks.get_nowait()[0].cancel()
+        for _ in self.threads:
+            self.tasks.put(None)
+        end = time.monotonic() + 2
+        for thread in self.threads:
+            thread.join(max(0, end - time.monotonic()))
+
+
+def has_failed(future: Future) -> bool:
+    return future.done() and not future.cancelled() and future.exception() is not None

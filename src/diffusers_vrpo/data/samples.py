@@ -1,0 +1,201 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""Images and what is drawn for them: data sets, random streams, autoencoders.
+
+Everything random about training sample i (which image, crop, flip, timestep, noise, label drop) is a function of
+(seed, i), where i counts the samples of the whole run. Neither the process that draws it nor the moment matters: a
+resumed run, two processes or gradient accumulation see the same stream.
+"""
+
+import signal
+from functools import lru_cache
+
+import numpy as np
+import torch
+from datasets import Dataset
+from PIL import Image as PILImage
+
+from ..random_streams import NOISE, ORDER, POSTERIOR, SAMPLE, TOKENS, random_stream
+from .image_datasets import first_readable, resize_and_crop
+
+
+def ignore_signals(worker_id: int):
+    """For the data loader's processes: a signal to the whole group must not end them before the last step is done."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Samples of a run
+
+
+class SampleStreams(torch.utils.data.Dataset):
+    """What is drawn for the samples of a run: a function of the seed and the global sample index i = 0, 1, 2, ...
+
+    Wherever the images come from, the draws are these. Each epoch goes through the rows in an order of its own.
+
+    Args:
+        num_rows: of the data set.
+        latent_shape: `(C, H, W)` of the noise.
+        null_class_id: the label that stands for no class; None where there is none, with label_dropout 0.
+        label_dropout: probability that a sample is trained without its class.
+        random_flip: mirror half of the samples.
+        sample_posterior: also draw the noise of the autoencoder's posterior.
+        num_tokens: N of the transformer; M = min(64, N).
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        seed: int,
+        latent_shape: tuple[int, int, int],
+        null_class_id: int | None,
+        label_dropout: float = 0.1,
+        random_flip: bool = False,
+        sample_posterior: bool = False,
+        num_tokens: int | None = None,
+    ):
+        self.num_rows = num_rows
+        self.seed = seed
+        self.latent_shape = latent_shape
+        self.null_class_id = null_class_id
+        self.label_dropout = label_dropout
+        self.random_flip = random_flip
+        self.sample_posterior = sample_posterior
+        self.num_tokens = num_tokens
+
+    def row_of(self, index: int) -> int:
+        epoch, position = divmod(index, self.num_rows)
+        return int(epoch_order(self.seed, epoch, self.num_rows)[position])
+
+    def uniforms(self, indices: list[int]) -> np.ndarray:
+        """Five uniform numbers of each sample, float64 `[B,5]`: timestep, label drop, flip, and the crop's x and y."""
+        return np.stack([random_stream(self.seed, index, SAMPLE).random(5) for index in indices])
+
+    def flips(self, uniforms: np.ndarray) -> np.ndarray:
+        """Which samples are mirrored, bool `[B]`."""
+        return np.logical_and(self.random_flip, uniforms[:, 2] < 0.5)
+
+    def drawn(self, indices: list[int], uniforms: np.ndarray, labels) -> dict[str, torch.Tensor]:
+        """The part of a batch that does not depend on the images; `labels [B]` are those of the rows."""
+
+        def noise(purpose):
+            streams = (random_stream(self.seed, index, purpose) for index in indices)
+            return np.stack([stream.standard_normal(self.latent_shape, dtype=np.float32) for stream in streams])
+
+        timestep, drop = uniforms[:, 0], uniforms[:, 1]
+        labels = [self.null_class_id if u < self.label_dropout else int(label) for u, label in zip(drop, labels)]
+        batch = {"class_labels": np.array(labels), "timestep": timestep.astype(np.float32), "noise": noise(NOISE)}
+        if self.sample_posterior:
+            batch["posterior_noise"] = noise(POSTERIOR)
+        if self.num_tokens is not None:
+            orders = [random_stream(self.seed, index, TOKENS).permutation(self.num_tokens) for index in indices]
+            batch["tokens"] = np.stack(orders)[:, : min(64, self.num_tokens)]
+        return {**{name: torch.from_numpy(values) for name, values in batch.items()}, "index": torch.tensor(indices)}
+
+
+class TrainingSamples(SampleStreams):
+    """The samples of a run, from images. Its indices are not rows but global sample indices without end.
+
+    A batch is a dict:
+
+        pixels          uint8 `[B,3,R,R]`
+        class_labels    int64 `[B]`, dropped ones already replaced by `null_class_id`
+        timestep        float32 `[B]`, uniform in [0, 1)
+        noise           float32 `[B, *latent_shape]`
+        posterior_noise float32 `[B, *latent_shape]`, only with `sample_posterior`
+        tokens          int64 `[B,M]`: the token subset of the structural reward, only with `num_tokens`
+        index           int64 `[B]`, the global sample indices
+        corrupt_rows    rows that could not be decoded; the next row that can be stands in for each
+
+    Args:
+        data: as `load_image_dataset` returns it.
+        resolution: side of the square images, in pixels.
+        center_crop: a random square otherwise.
+        Others: those of `SampleStreams`.
+    """
+
+    def __init__(
+        self,
+        data: Dataset,
+        seed: int,
+        resolution: int,
+        latent_shape: tuple[int, int, int],
+        null_class_id: int | None,
+        label_dropout: float = 0.1,
+        center_crop: bool = True,
+        random_flip: bool = False,
+        sample_posterior: bool = False,
+        num_tokens: int | None = None,
+    ):
+        streams = (latent_shape, null_class_id, label_dropout, random_flip, sample_posterior, num_tokens)
+        super().__init__(len(data), seed, *streams)
+        self.data = data
+        self.resolution = resolution
+        self.center_crop = center_crop
+
+    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        rows = [self.row_of(index) for index in indices]
+        records = self.data[rows]
+        uniforms = self.uniforms(indices)
+        pixels, labels, corrupt = [], [], []
+        for i, flip in enumerate(self.flips(uniforms)):
+            record = {"image": records["image"][i], "label": records["label"][i]}
+            image, label, tried = first_readable(self.data, rows[i], record)
+            # Where not one can be read: the trainer, which counts these rows, stops before it takes a step.
+            image = image or PILImage.new("RGB", (self.resolution, self.resolution))
+            square = resize_and_crop(image, self.resolution, None if self.center_crop else tuple(uniforms[i, 3:]))
+            pixels.append(square[:, ::-1] if flip else square)
+            labels.append(label)
+            corrupt += tried
+        return {
+            "pixels": torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(),
+            **self.drawn(indices, uniforms, labels),
+            "corrupt_rows": torch.tensor(corrupt, dtype=torch.long),
+        }
+
+
+def as_is(batch):
+    """The collate function for `TrainingSamples`, which gives whole batches."""
+    return batch
+
+
+@lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
+    """The order of the rows in an epoch."""
+    return random_stream(seed, epoch, ORDER).permutation(num_rows)
+
+
+class StreamBatchSampler(torch.utils.data.Sampler):
+    """Global sample indices of one process, batch by batch, from `start` on.
+
+    Optimizer step k takes the indices `k * B ... (k + 1) * B - 1` with B = batch_size * processes * accumulation, so
+    that the same B gives the same samples however it is divided. With `repeats` r, so do steps `k r ... k r + r - 1`.
+    """
+
+    def __init__(
+        self,
+        start: int,
+        num_steps: int,
+        batch_size: int,
+        rank: int,
+        processes: int,
+        accumulation: int,
+        repeats: int = 1,
+    ):
+        self.start = start
+        self.num_steps = num_steps
+        self.batch_size = batch_size
+        self.rank = rank
+        self.processes = processes
+        self.accumulation = accumulation
+        self.repeats = repeats
+
+    def __len__(self):
+        return self.num_steps * self.accumulation
+
+    def __iter__(self):
+        for step_of_micro in range(len(self)):
+            step, part = divmod(step_of_micro, self.accumulation)
+            micro_step = step // self.repeats * self.accumulation + part
+            first = self.start + (micro_step * self.processes + self.rank) * self.batch_size
+            yield list(range(first, first + self.batch_size))

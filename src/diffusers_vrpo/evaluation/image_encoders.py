@@ -1,0 +1,274 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""One feature vector an image, for metrics: the FID Inception network or any vision encoder of transformers.
+
+What an encoder's vector is follows the literature of its family: the class token after the last norm (DINOv2, DINOv3, MAE:
+as FD-DINOv2, arXiv 2306.04675), the projected image embedding of CLIP, the attention-pooled one of SigLIP, the globally
+pooled map of a conv net, and the mean of the tokens of models without a class token.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import CLIPVisionModelWithProjection
+
+from ..alignment.encoders import (
+    REMEDY,
+    _apply,
+    _explain,
+    _first_sentence,
+    _load_model,
+    _locate,
+    _native_size,
+    _pixel_format,
+    _quiet_transformers,
+    _states,
+    _token_map,
+)
+from ..errors import InputError
+from .inception import FIDInception, load_inception
+
+
+POOLINGS = ("auto", "mean")
+
+
+class ImageEncoder(nn.Module):
+    """A frozen transformers model that gives one vector an image; `load_image_encoder` makes it.
+
+    Attributes:
+        dim (`int`): D, the length of a vector.
+        input_size (`tuple[int, int]`): height and width in pixels that images are resized to.
+        kind (`str`): what the vector is, in words.
+        shallow_layer (`int`, *optional*): index in the hidden states whose mean over the image is given as `shallow`, too.
+    """
+
+    def __init__(self, model, input_size, pixel_format, pooling):
+        super().__init__()
+        self.model = model.requires_grad_(False).eval()
+        self.input_size, self.pooling, self.shallow_layer = input_size, pooling, None
+        mean, std, self.flip_channels = pixel_format
+        self.register_buffer("mean", torch.tensor(mean, device=model.device).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, device=model.device).view(1, 3, 1, 1), persistent=False)
+        blank = torch.zeros(1, 3, *input_size, dtype=torch.uint8, device=model.device)
+        vector, self.kind = self._encode(blank)[:2]
+        self.dim = vector.shape[1]
+
+    def train(self, mode=True):
+        """Keeps evaluation mode."""
+        return super().train(False)
+
+    def preprocess(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 images `[B, 3, H, W]` -> the model's normalised pixels `[B, 3, *input_size]`, float32."""
+        pixels = images.float() / 255
+        if tuple(pixels.shape[2:]) != self.input_size:
+            pixels = F.interpolate(pixels, self.input_size, mode="bicubic", antialias=True).clamp(0, 1)
+        if self.flip_channels:
+            pixels = pixels.flip(1)
+        return (pixels - self.mean) / self.std
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`{"pool": [B, D]}`, float32, of `images` `[B, 3, H, W]`, uint8 RGB of any size; with a `shallow_layer` that, too."""
+        if images.dtype != torch.uint8:
+            raise ValueError(f"`images` must be uint8, not {images.dtype}")
+        vector, _, shallow = self._encode(images)
+        return {"pool": vector} if shallow is None else {"pool": vector, "shallow": shallow}
+
+    @torch.no_grad()
+    def _encode(self, images):
+        shallow = None
+        with torch.autocast(images.device.type, enabled=False):
+            output = _apply(self.model, self.preprocess(images), hidden_states=self.shallow_layer is not None)
+            vector, kind = image_vector(output, self.model.config, self.input_size, self.pooling)
+            if self.shallow_layer is not None:
+                state = _states(output)[self.shallow_layer]
+                maps = _token_map(state, self.model.config, self.input_size) if state.ndim == 3 else state
+                shallow = maps.mean((2, 3)).float()
+        return vector.float(), kind, shallow
+
+    def take_shallow(self, layer: int | None = None, option: str = "--reward_shallow_layer"):
+        """From now on gives `shallow`, too: the mean over the image of a hidden state, without class and register tokens.
+
+        Args:
+            layer: its index; a quarter of the way into the model when not given.
+            option: that messages name.
+
+        Raises:
+            InputError: for a layer that the model does not have, or that has no extent.
+        """
+        blank = torch.zeros(1, 3, *self.input_size, device=self.mean.device)
+        with torch.no_grad():
+            states = _states(_apply(self.model, self.preprocess(blank.to(torch.uint8)), hidden_states=True))
+        layer = min(max(1, len(states) // 4), len(states) - 1) if layer is None else layer
+        if not 0 <= layer < len(states):
+            raise InputError(f"{option} {layer}: the reward encoder has hidden states 0 to {len(states) - 1}")
+        before, self.shallow_layer = self.shallow_layer, layer
+        try:
+            self._encode(blank.to(torch.uint8))
+        except (ValueError, RuntimeError, IndexError, AttributeError) as error:
+            self.shallow_layer = before
+            raise InputError(
+                f"{option} {layer} has no rows and columns ({_first_sentence(error)}); take another"
+            ) from error
+
+
+def image_vector(output, config, size: tuple[int, int], pooling: str) -> tuple[torch.Tensor, str]:
+    """The vector `[B, D]` of a transformers vision model's output, and what it is in words.
+
+    Args:
+        size: height and width of the pixels that the model saw.
+        pooling: `"auto"`, by the family, or `"mean"`, over the patch tokens or positions.
+    """
+    features = getattr(output, "last_hidden_state", None)
+    pooled = getattr(output, "pooler_output", None)
+    pooled = None if pooled is None else pooled.flatten(1)
+    if pooling == "auto" and getattr(output, "image_embeds", None) is not None:
+        return output.image_embeds, "the projected image embedding"
+    if features is None:
+        return pooled, "the pooled output"
+    if features.ndim == 4:
+        # Some conv nets have a norm after pooling, which belongs to their vector.
+        if pooling == "auto" and pooled is not None and pooled.shape[1] == features.shape[1]:
+            return pooled, "the globally pooled map"
+        return features.mean((2, 3)), "the mean of the map"
+    patch = getattr(config, "patch_size", None)
+    # Where the class token is not what the family takes: pooled by attention (SigLIP), normalised only there (CLIP),
+    # the normalised mean (BEiT); models without a patch size (DINOv3's conv nets) have no grid to go by.
+    own = config.model_type.startswith(("clip", "siglip")) or getattr(config, "use_mean_pooling", False)
+    if pooled is not None and (patch is None or (pooling == "auto" and own)):
+        return pooled, "the pooled output"
+    prefix = 0
+    if patch is not None:
+        patch = (patch, patch) if isinstance(patch, int) else patch
+        prefix = features.shape[1] - (size[0] // patch[0]) * (size[1] // patch[1])
+    if not 0 < prefix <= 16:  # none (I-JEPA), or a pyramid, whose tokens are fewer than its patches
+        return features.mean(1), "the mean of all tokens"
+    if pooling == "mean":
+        return features[:, prefix:].mean(1), "the mean of the patch tokens"
+    return features[:, 0], "the class token"
+
+
+def load_image_encoder(
+    name_or_path: str,
+    pooling: str = "auto",
+    inception_weights: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    cache_dir: str | None = None,
+    option: str = "--encoder",
+) -> "ImageEncoder | FIDInception":
+    """The encoder of a metric: `"inception"`, or a Hub name or folder of a transformers vision model.
+
+    Images are resized as a whole to the side that the model's processor ends with (DINOv2: 224), bicubic with
+    antialiasing, on the device.
+
+    Args:
+        pooling: `"auto"` for what the family's literature takes, or `"mean"`; Inception has its own.
+        inception_weights: file of the Inception network; by default torch hub's cache, or a download.
+        dtype: of the weights and the computation; metrics are compared in float32.
+        option: that messages name.
+
+    Raises:
+        InputError: for a name that gives no encoder, weights that lack what the vector depends on.
+    """
+    if name_or_path == "inception":
+        return load_inception(inception_weights, device)
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, not {pooling!r}")
+    prefix = f"{option} {name_or_path}: "
+    source, local = _locate(name_or_path, option)
+    try:
+        model, _ = _load_model(source, dtype, cache_dir, local)
+        if model.config.model_type == "clip_vision_model" and pooling == "auto":
+            model = _with_projection(source, dtype, cache_dir, local) or model
+        pixel_format = _pixel_format(source, cache_dir, local)
+        input_size = _input_size(source, model.config, cache_dir, local)
+    except InputError:
+        raise
+    except Exception as error:  # transformers raises many types; all mean that this checkpoint cannot be had
+        raise InputError(prefix + _explain(error, source)) from error
+    model = model.to(device)
+    try:
+        encoder = ImageEncoder(model, input_size, pixel_format, pooling)
+        vector = encoder(torch.zeros(1, 3, *input_size, dtype=torch.uint8, device=model.device))["pool"]
+    except Exception as error:  # whatever a model raises on one blank image, it would raise later
+        reason = f"{type(model).__name__} gives no vector of an image ({_first_sentence(error)})"
+        raise InputError(f"{prefix}{reason}; {REMEDY}") from error
+    if not vector.isfinite().all():
+        raise InputError(
+            f"{prefix}its vector ({encoder.kind}) is not finite: the checkpoint lacks weights that it depends on, or "
+            f"overflows in {dtype}; {REMEDY}"
+        )
+    return encoder
+
+
+def _with_projection(source, dtype, cache_dir, local):
+    """CLIP's image tower with its projection; None where the checkpoint has none."""
+    with _quiet_transformers():
+        model, info = CLIPVisionModelWithProjection.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, cache_dir=cache_dir, local_files_only=local
+        )
+    return None if any("visual_projection" in key for key in info["missing_keys"]) else model
+
+
+def _input_size(source, config, cache_dir, local):
+    """Height and width that the processor's crop, or else its resize, ends with; else those of the model."""
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    try:
+        processor, _ = ImageProcessingMixin.get_image_processor_dict(
+            source, cache_dir=cache_dir, local_files_only=local
+        )
+    except OSError as error:
+        if error.__cause__ is not None:  # not just absent
+            raise
+        processor = {}
+    size = processor.get("crop_size") if processor.get("do_center_crop") else processor.get("size")
+    if isinstance(size, dict):
+        side = size.get("shortest_edge")
+        size = (size.get("height", side), size.get("width", side))
+    elif isinstance(size, int):
+        size = (size, size)
+    return size if size and all(isinstance(side, int) for side in size) else _native_size(config)
+
+
+def default_batch_size(device: torch.device) -> int:
+    """64 on an accelerator; on a CPU 4, where taking and freeing memory for more costs up to thrice the time."""
+    return 4 if device.type == "cpu" else 64
+
+
+@torch.no_grad()
+def pooled_features(
+    encoder: "ImageEncoder | FIDInception",
+    images: torch.Tensor | Iterable[torch.Tensor],
+    batch_size: int | None = None,
+) -> torch.Tensor:
+    """Features `[N, D]`, float32, on the encoder's device, for `frechet_distance` and its like.
+
+    Args:
+        images: uint8 RGB `[N, 3, H, W]` on any device, or batches of such.
+        batch_size: images at a time; `default_batch_size` when not given.
+    """
+    device = next(encoder.parameters()).device
+    batch_size = batch_size or default_batch_size(device)
+    batches = images.split(batch_size) if isinstance(images, torch.Tensor) else images
+    return torch.cat([encoder(batch.to(device))["pool"] for batch in batches])
+
+
+def encoder_checksum(encoder: nn.Module) -> int:
+    """CRC-32 of all weights and statistics of an encoder."""
+    from ..models.start import weights_checksum
+
+    return weights_checksum(value for value in encoder.state_dict().values() if value.is_floating_point())
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Images in [-1, 1] (as a decoder gives them) -> uint8, rounded as when they are saved: `round(127.5 (x + 1))`.
+
+    Raises:
+        InputError: when some are not finite.
+    """
+    if not images.isfinite().all():
+        bad = (~images.isfinite().flatten(1).all(1)).sum().item()
+        raise InputError(f"{bad} of {len(images)} images are not finite")
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,272 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""Sets of images to be measured: folders, ADM's `.npz` batches, data sets; all give uint8 RGB `[3, H, W]`."""
+
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset, Image
+from PIL import Image as PILImage
+
+from ..assets.digits import load_digits_dataset
+from ..data.image_datasets import decode_image, open_named, resize_and_crop
+from ..errors import InputError, first_line
+from ..pipelines.sample_folder import unfinished_samples
+from ..random_streams import ORDER, random_stream
+
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+class ImageSet(torch.utils.data.Dataset):
+    """Images of one size.
+
+    Attributes:
+        name (`str`): for messages, the option and its value.
+        size (`tuple[int, int]`): height and width.
+        kind (`str`): "folder", ".npz" or "data set".
+        read: gives the pixels of an image, uint8 `[H, W, 3]`; pickles, for worker processes that are not forked.
+        origin: whatever tells this set from another one (names and dates of files, a data set's fingerprint).
+    """
+
+    def __init__(
+        self, name: str, kind: str, count: int, size: tuple[int, int], read: Callable[[int], np.ndarray], origin
+    ):
+        self.name, self.kind, self.count, self.size, self.read, self.origin = name, kind, count, size, read, origin
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, row: int) -> torch.Tensor:
+        """uint8 `[3, H, W]`.
+
+        Raises:
+            InputError: when the image cannot be decoded: a metric of the others would be another one.
+        """
+        try:
+            pixels = self.read(row)
+        except Exception as error:  # PIL's readers raise many types; all mean the same here
+            raise InputError(
+                f"{self.name}: image {row} cannot be decoded ({first_line(error)}); mend or remove it"
+            ) from (error)
+        if tuple(pixels.shape) != (*self.size, 3):
+            raise InputError(
+                f"{self.name}: image {row} is {pixels.shape[1]}x{pixels.shape[0]}, the others are "
+                f"{self.size[1]}x{self.size[0]}; a metric needs one size"
+            )
+        return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))
+
+    def fingerprint(self, sample: int = 256) -> dict:
+        """Count, size, and CRC-32 of the origin and of the pixels of a fixed random sample, as JSON."""
+        checksum = zlib.crc32(repr(self.origin).encode())
+        for row in random_stream(0, 0, ORDER).permutation(len(self))[:sample].tolist():
+            checksum = zlib.crc32(self[row].numpy(), checksum)
+        return {"count": len(self), "size": list(self.size), "checksum": checksum}
+
+
+@dataclass
+class FileReader:
+    """Image files as they are, or cropped to `resolution` as for training."""
+
+    paths: list[Path]
+    resolution: int | None
+
+    def __call__(self, row: int) -> np.ndarray:
+        image = decode_image({"bytes": None, "path": self.paths[row]})
+        return np.asarray(image) if self.resolution is None else resize_and_crop(image, self.resolution)
+
+
+class ArrayReader:
+    """The `arr_0` of an `.npz`; pickled is the name of the file, not what is in it."""
+
+    def __init__(self, name: str, file: str | Path):
+        self.name, self.file, self.array = name, file, read_npz(name, file, "arr_0")
+
+    def __reduce__(self):
+        return ArrayReader, (self.name, self.file)
+
+    def __call__(self, row: int) -> np.ndarray:
+        return self.array[row]
+
+
+@dataclass
+class DatasetReader:
+    """Images of a data set of `datasets`, cropped to `resolution` as for training."""
+
+    data: Dataset
+    image_column: str
+    resolution: int
+
+    def __call__(self, row: int) -> np.ndarray:
+        return resize_and_crop(decode_image(self.data[row][self.image_column]), self.resolution)
+
+
+def find_images(folder: str | Path) -> list[Path]:
+    """All image files below a folder, in the order of their names; hidden ones are left out."""
+    found = (path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
+    return sorted(found)
+
+
+def folder_images(name: str, folder: str | Path, resolution: int | None = None) -> ImageSet:
+    """The images below a folder as they are, or cropped to `resolution` as for training.
+
+    Raises:
+        InputError: when there is none, one cannot be read, or they are of several sizes.
+    """
+    paths = find_images(folder)
+    if not paths:
+        raise InputError(f"{name}: there is no image ({', '.join(SUFFIXES)}) in that folder")
+    first = None
+    for path in paths if resolution is None else paths[:1]:
+        try:
+            with PILImage.open(path) as image:  # the header only
+                size = image.size
+        except Exception as error:  # PIL's readers raise many types; all mean the same here
+            raise InputError(f"{name}: {path} is no image that can be read; mend or remove it") from error
+        first = first or (path, size)
+        if size != first[1]:
+            raise InputError(
+                f"{name}: the images are of several sizes ({first[0].name} is {first[1][0]}x{first[1][1]}, {path.name} "
+                f"{size[0]}x{size[1]}); a metric needs one size"
+            )
+
+    height, width = (first[1][1], first[1][0]) if resolution is None else (resolution, resolution)
+    origin = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    return ImageSet(name, "folder", len(paths), (height, width), FileReader(paths, resolution), origin)
+
+
+def array_images(name: str, file: str | Path) -> ImageSet:
+    """The `arr_0` (uint8 `[N, H, W, 3]`) of an `.npz`, which stays on the disk where it is not compressed.
+
+    Raises:
+        InputError: when there is none, or it is something else.
+    """
+    reader = ArrayReader(name, file)
+    array = reader.array
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or len(array) == 0:
+        raise InputError(
+            f"{name}: arr_0 must be uint8 of the shape [images, height, width, 3], not {array.dtype} {list(array.shape)}"
+        )
+    origin = (os.path.getsize(file), os.stat(file).st_mtime_ns)
+    return ImageSet(name, ".npz", len(array), array.shape[1:3], reader, origin)
+
+
+def read_npz(name: str, file: str | Path, key: str) -> np.ndarray:
+    """One array of an `.npz`: memory-mapped where it is stored plainly (as `np.savez` does), else read.
+
+    Raises:
+        InputError: when the file or the array cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            member = archive.getinfo(f"{key}.npy")
+        if member.compress_type != zipfile.ZIP_STORED:
+            with np.load(file, allow_pickle=False) as arrays:
+                return arrays[key]
+        with open(file, "rb") as stream:
+            # The local header: 30 bytes, of which the last four are the lengths of the name and of the extra field.
+            stream.seek(member.header_offset + 26)
+            stream.seek(sum(struct.unpack("<HH", stream.read(4))), os.SEEK_CUR)
+            version = np.lib.format.read_magic(stream)
+            read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            shape, fortran, dtype = read_header[version](stream)
+            if dtype.hasobject:
+                raise ValueError("it holds Python objects")
+            order = "F" if fortran else "C"
+            return np.memmap(file, dtype, mode="r", offset=stream.tell(), shape=shape, order=order)
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(f"{name}: {key} cannot be read ({first_line(error)}); is it an .npz as ADM writes it?") from (
+            error
+        )
+
+
+def npz_keys(name: str, file: str | Path) -> set[str]:
+    """The names of the arrays in an `.npz`.
+
+    Raises:
+        InputError: when it is none.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return {member.removesuffix(".npy") for member in archive.namelist()}
+    except (OSError, zipfile.BadZipFile) as error:
+        raise InputError(f"{name} cannot be read ({first_line(error)}); is it an .npz?") from error
+
+
+def dataset_images(
+    name: str,
+    source: str,
+    config_name: str | None,
+    split: str,
+    image_column: str,
+    resolution: int,
+    cache_dir: str | None,
+) -> ImageSet:
+    """A split of a data set of `datasets` (Hub name or folder, or `"digits"`), cropped to `resolution` as for training.
+
+    Raises:
+        InputError: when there is no such data set, split or column of images.
+    """
+    data = load_digits_dataset() if source == "digits" else open_named(name.split()[0], source, config_name, cache_dir)
+    if split not in data:
+        raise InputError(f"--reference_split {split!r} is not in {source}; it has {', '.join(map(repr, data))}")
+    data = data[split]
+    if image_column not in data.column_names or not isinstance(data.features[image_column], Image):
+        columns = [key for key, feature in data.features.items() if isinstance(feature, Image)]
+        raise InputError(
+            f"--image_column {image_column!r} holds no images in {source}; {', '.join(map(repr, columns)) or 'none'} does"
+        )
+    if len(data) == 0:
+        raise InputError(f"--reference_split {split!r} of {source} has no images")
+    data = data.select_columns([image_column]).cast_column(image_column, Image(decode=False))
+    reader = DatasetReader(data, image_column, resolution)
+    return ImageSet(name, "data set", len(data), (resolution, resolution), reader, data._fingerprint)
+
+
+def open_images(
+    option: str,
+    source: str,
+    resolution: int | None = None,
+    config_name: str | None = None,
+    split: str = "train",
+    image_column: str = "image",
+    cache_dir: str | None = None,
+    dataset_resolution: int | None = None,
+) -> ImageSet:
+    """The images that a command line means: an `.npz`, a folder with image files, or a data set.
+
+    Args:
+        option: for messages, such as `--reference`.
+        resolution: crops images of folders and data sets; without it those of a folder are taken as they are, and those
+            of a data set are cropped to `dataset_resolution`.
+
+    Raises:
+        InputError: when there are none, or they cannot be measured.
+    """
+    name, path = f"{option} {source}", Path(source).expanduser()
+    if path.suffix == ".npz":
+        if not path.is_file():
+            raise InputError(f"{name}: there is no such file")
+        return array_images(name, path)
+    has_images = path.is_dir() and next((p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES), None)
+    wanted = unfinished_samples(path)
+    if wanted is not None and not has_images:
+        raise InputError(f"{name} is an unfinished set of {wanted} samples; give the command that made it again")
+    if not has_images and (path / "samples.npz").is_file():
+        raise InputError(f"{name} has no image files; give {path / 'samples.npz'}, which is in it")
+    if has_images:
+        return folder_images(name, path, resolution)
+    if path.is_file() or (not path.exists() and (path.is_absolute() or source.startswith((".", "~")))):
+        what = "is neither a folder nor an .npz" if path.exists() else "does not exist"
+        raise InputError(f"{name} {what}; give a folder of images, an .npz, or a data set")
+    if resolution is None and dataset_resolution is None:
+        raise InputError(
+            f"{name}: there is no image ({', '.join(SUFFIXES)}) in that folder, nor is there such a folder"
+        )
+    return dataset_images(name, source, config_name, split, image_column, resolution or dataset_resolution, cache_dir)

@@ -1,0 +1,431 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""How far a set of generated images is from a reference set, as pure functions of their features; float64 throughout.
+
+Features are `[N, D]` tensors of any float dtype, on any device; distances are computed there (on the CPU for MPS, which has
+no float64). Sets are compared as they are: which encoder made the features, and how many images there are, decides what
+the numbers mean (docs/evaluation.md).
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ..errors import InputError
+
+
+# Elements of a block of distances: 2**26 in float64 are 512 MB, however large the sets are.
+BLOCK_ELEMENTS = 2**26
+
+
+def as_float64(features: torch.Tensor) -> torch.Tensor:
+    return (features.cpu() if features.device.type == "mps" else features).double()
+
+
+def check_features(features: torch.Tensor, name: str = "features", at_least: int = 1):
+    """Ends with a sentence unless `features` is a finite `[N, D]` with N >= `at_least`.
+
+    Raises:
+        InputError: names the set by `name`.
+    """
+    if features.ndim != 2:
+        raise InputError(f"{name} must have the shape [images, channels], not {list(features.shape)}")
+    if len(features) < at_least:
+        raise InputError(f"{name}: {len(features)} images are too few, at least {at_least} are needed")
+    if not features.isfinite().all():
+        bad = (~features.isfinite().all(1)).sum().item()
+        raise InputError(f"{name}: the features of {bad} of {len(features)} images are not finite")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Mean and covariance, Fréchet distance
+
+
+class RunningMoments:
+    """Mean and covariance of features that come in batches, from several processes too (Chan et al. 1979).
+
+    Attributes:
+        count (`int`): features seen.
+        mean (`torch.Tensor` of shape `(D,)`): float64.
+        scatter (`torch.Tensor` of shape `(D, D)`): the sum of `(f - mean)(f - mean)^T`, float64.
+    """
+
+    def __init__(self, dim: int, device: torch.device | str = "cpu"):
+        self.count = 0
+        self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
+        self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+
+    def update(self, features: torch.Tensor):
+        """Adds features `[B, D]`."""
+        if len(features) == 0:
+            return
+        features = as_float64(features).to(self.mean.device)
+        mean = features.mean(0)
+        centred = features - mean
+        self._add(len(features), mean, centred.T @ centred)
+
+    def merge(self, other: "RunningMoments"):
+        """Adds all that another one has seen."""
+        if other.count:
+            self._add(other.count, other.mean.to(self.mean.device), other.scatter.to(self.mean.device))
+
+    def _add(self, count, mean, scatter):
+        total, delta = self.count + count, mean - self.mean
+        self.scatter += scatter + torch.outer(delta, delta) * (self.count * count / total)
+        self.mean += delta * (count / total)
+        self.count = total
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        """The unbiased covariance `scatter / (count - 1)`, `[D, D]`, float64.
+
+        Raises:
+            InputError: for fewer than two features.
+        """
+        if self.count < 2:
+            raise InputError(f"a covariance needs at least 2 images, not {self.count}")
+        return self.scatter / (self.count - 1)
+
+
+def mean_and_covariance(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean `[D]` and unbiased covariance `[D, D]` of features `[N, D]`, float64.
+
+    Raises:
+        InputError: for fewer than two features, or ones that are not finite.
+    """
+    check_features(features, at_least=2)
+    features = as_float64(features)
+    mean = features.mean(0)
+    centred = features - mean
+    return mean, centred.T @ centred / (len(features) - 1)
+
+
+def covariance_factor(covariance: torch.Tensor) -> torch.Tensor:
+    """F `[D, r]` with `F F^T = covariance [D, D]`, float64; r is the rank, so N < D images make it small.
+
+    Raises:
+        InputError: when `covariance` is no covariance (it has a clearly negative eigenvalue).
+    """
+    eigenvalues, vectors = torch.linalg.eigh(as_float64(covariance))
+    largest = eigenvalues.abs().max()
+    if eigenvalues[0] < -1e-6 * largest:
+        raise InputError(f"the matrix is no covariance: it has the eigenvalue {eigenvalues[0].item():.3g}")
+    # What is rounding is zero: its square root would not be small (1e-16 of the largest becomes 1e-8).
+    kept = eigenvalues > largest * len(eigenvalues) * torch.finfo(torch.float64).eps
+    return vectors[:, kept] * eigenvalues[kept].sqrt()
+
+
+def frechet_distance(mu1: torch.Tensor, sigma1: torch.Tensor, mu2: torch.Tensor, sigma2: torch.Tensor) -> float:
+    r"""The squared Fréchet distance of two Gaussians, `|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2)`.
+
+    With features of the Inception network this is the FID (arXiv 1706.08500). The trace of the root is the sum of the
+    singular values of `F1^T F2` with `S = F F^T`: the same as the roots of the eigenvalues of `S1^1/2 S2 S1^1/2`, without
+    squaring what is rounded, so that singular covariances (N < D) need no offset on the diagonal.
+
+    Args:
+        mu1, mu2: means, `[D]`.
+        sigma1, sigma2: covariances, `[D, D]`; all tensors on one device.
+
+    Raises:
+        InputError: for different or wrong shapes, numbers that are not finite, matrices that are no covariances.
+    """
+    tensors = [as_float64(torch.as_tensor(x)) for x in (mu1, sigma1, mu2, sigma2)]
+    mu1, sigma1, mu2, sigma2 = tensors
+    dim = len(mu1)
+    if [list(x.shape) for x in tensors] != [[dim], [dim, dim]] * 2:
+        shapes = ", ".join(str(list(x.shape)) for x in tensors)
+        raise InputError(f"the statistics do not go together: they have the shapes {shapes}; are both of one encoder?")
+    if not all(x.isfinite().all() for x in tensors):
+        raise InputError("the statistics are not finite; are the features of all images?")
+    root_trace = torch.linalg.svdvals(covariance_factor(sigma1).T @ covariance_factor(sigma2)).sum()
+    distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * root_trace
+    return distance.clamp(min=0).item()  # rounding may leave it below
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kernel distance, Inception Score
+
+
+def polynomial_mmd(x: torch.Tensor, y: torch.Tensor) -> float:
+    """The unbiased squared MMD of `x [M, D]` and `y [N, D]` with the kernel `(x . y / D + 1)^3`; it can be below 0."""
+    x, y = as_float64(x), as_float64(y)
+    m, n, dim = len(x), len(y), x.shape[1]
+
+    def kernel(a, b):
+        return (a @ b.T / dim + 1) ** 3
+
+    k_xx, k_yy = kernel(x, x), kernel(y, y)
+    within_x = (k_xx.sum() - k_xx.trace()) / (m * (m - 1))
+    within_y = (k_yy.sum() - k_yy.trace()) / (n * (n - 1))
+    return (within_x + within_y - 2 * kernel(x, y).mean()).item()
+
+
+def kernel_distance(
+    reference: torch.Tensor, samples: torch.Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """KID (arXiv 1801.01401): mean and standard deviation of `polynomial_mmd` over random subsets of both sets.
+
+    Args:
+        reference, samples: `[N, D]`, each with at least `subset_size` rows.
+        subset_size: at least 2; drawn without replacement, anew for each of the `subsets`.
+
+    Raises:
+        InputError: for sets that are too small or not finite.
+    """
+    if subset_size < 2:
+        raise InputError(f"KID: a subset of {subset_size} images is too small, at least 2 are needed")
+    check_features(reference, "KID, reference", at_least=subset_size)
+    check_features(samples, "KID, samples", at_least=subset_size)
+    random = np.random.default_rng(seed)
+    distances = []
+    for _ in range(subsets):
+        rows = [random.choice(len(x), subset_size, replace=False) for x in (reference, samples)]
+        x, y = (x[torch.from_numpy(r).to(x.device)] for x, r in zip((reference, samples), rows))
+        distances.append(polynomial_mmd(x, y))
+    return float(np.mean(distances)), float(np.std(distances))
+
+
+def inception_score(logits: torch.Tensor, splits: int = 10, seed: int | None = None) -> tuple[float, float]:
+    """`exp(mean_x KL(p(c|x) || p(c)))` (arXiv 1606.03498), mean and standard deviation over the splits.
+
+    Args:
+        logits: `[N, classes]`, before the softmax.
+        splits: parts of (nearly) equal size, each with its own p(c).
+        seed: shuffles first; without it the parts are consecutive, which is wrong for images sorted by class.
+
+    Raises:
+        InputError: for fewer images than splits, or logits that are not finite.
+    """
+    check_features(logits, "Inception Score", at_least=splits)
+    log_p = as_float64(logits).log_softmax(1)
+    if seed is not None:
+        log_p = log_p[torch.from_numpy(np.random.default_rng(seed).permutation(len(log_p))).to(log_p.device)]
+    scores = []
+    for part in log_p.tensor_split(splits):
+        log_marginal = part.logsumexp(0) - math.log(len(part))
+        # Where p is 0 the term is 0, not 0 times infinity.
+        divergence = torch.where(part.exp() > 0, part.exp() * (part - log_marginal), 0).sum(1)
+        scores.append(divergence.mean().exp().item())
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Manifolds of nearest neighbours
+
+
+def distance_blocks(x: torch.Tensor, y: torch.Tensor, block_elements: int = BLOCK_ELEMENTS):
+    """Squared distances between all rows of `x [M, D]` and `y [N, D]`, in blocks of rows of x.
+
+    Yields:
+        slice of the rows, and float64 `[rows, N]`.
+    """
+    x, y = as_float64(x), as_float64(y)
+    # Around their common centre the products are small, and so is what cancels.
+    centre = y.mean(0)
+    x, y = x - centre, y - centre
+    norms = y.square().sum(1)
+    # Of equal features only rounding is left, which must not decide whether they are neighbours.
+    rounding = 16 * torch.finfo(torch.float64).eps * norms.max()
+    rows = max(1, block_elements // len(y))
+    for start in range(0, len(x), rows):
+        part = x[start : start + rows]
+        squares = torch.addmm(part.square().sum(1, keepdim=True) + norms, part, y.T, alpha=-2)
+        yield slice(start, start + len(part)), squares.masked_fill_(squares < rounding, 0)
+
+
+def neighbour_radii(features: torch.Tensor, k: int, block_elements: int = BLOCK_ELEMENTS) -> torch.Tensor:
+    """The squared distance of each feature to its k-th nearest other one, float64 `[N]`.
+
+    Raises:
+        InputError: for N <= k features, or ones that are not finite.
+    """
+    check_features(features, f"nearest neighbours with k = {k}", at_least=k + 1)
+    radii = [
+        # The nearest is the feature itself.
+        distances.kthvalue(k + 1, dim=1).values
+        for _, distances in distance_blocks(features, features, block_elements)
+    ]
+    return torch.cat(radii)
+
+
+def precision_recall(
+    reference: torch.Tensor, samples: torch.Tensor, k: int = 3, block_elements: int = BLOCK_ELEMENTS
+) -> tuple[float, float]:
+    """Improved precision and recall (arXiv 1904.06991), as ADM computes them.
+
+    Precision is the share of samples within some reference image's ball, whose radius is the distance to its k-th
+    neighbour in the reference; recall is the share of reference images within some sample's ball.
+
+    Raises:
+        InputError: where a set has at most k features, or some that are not finite.
+    """
+    reference_radii = neighbour_radii(reference, k, block_elements)
+    sample_radii = neighbour_radii(samples, k, block_elements)
+    covered_samples = torch.zeros(len(samples), dtype=torch.bool, device=reference_radii.device)
+    covered_references = []
+    for rows, distances in distance_blocks(reference, samples, block_elements):
+        covered_samples |= (distances <= reference_radii[rows, None]).any(0)
+        covered_references.append((distances <= sample_radii).any(1))
+    return covered_samples.double().mean().item(), torch.cat(covered_references).double().mean().item()
+
+
+def density_coverage(
+    reference: torch.Tensor, samples: torch.Tensor, k: int = 5, block_elements: int = BLOCK_ELEMENTS
+) -> tuple[float, float]:
+    """Density and coverage (arXiv 2002.09797), which outliers disturb less than precision and recall.
+
+    Density counts the reference balls (as in `precision_recall`) that a sample lies in, over k, on average; it can exceed
+    1. Coverage is the share of reference balls with a sample in them; 1 - 2**-k is expected of two large equal sets.
+
+    Raises:
+        InputError: where the reference has at most k features, a set is empty, or some features are not finite.
+    """
+    check_features(samples, "density and coverage, samples")
+    radii = neighbour_radii(reference, k, block_elements)
+    hits, covered = 0, 0
+    for rows, distances in distance_blocks(reference, samples, block_elements):
+        inside = distances <= radii[rows, None]
+        hits += inside.sum().item()
+        covered += inside.any(1).sum().item()
+    return hits / (k * len(samples)), covered / len(reference)
+
+
+def nearest_distances(x: torch.Tensor, y: torch.Tensor, block_elements: int = BLOCK_ELEMENTS) -> torch.Tensor:
+    """The distance of each of `x [M, D]` to the nearest of `y [N, D]`, float64 `[M]`."""
+    return torch.cat([distances.min(1).values for _, distances in distance_blocks(x, y, block_elements)]).sqrt()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Alignment of two representations of the same images
+
+
+def hsic(kernel1: torch.Tensor, kernel2: torch.Tensor) -> torch.Tensor:
+    """The unbiased Hilbert-Schmidt independence criterion of two kernel matrices `[N, N]` (Song et al. 2012), `[]`."""
+    n = len(kernel1)
+    a, b = kernel1.clone().fill_diagonal_(0), kernel2.clone().fill_diagonal_(0)
+    crossed = (a.sum(0) * b.sum(1)).sum()  # 1^T A B 1
+    return ((a * b.T).sum() + a.sum() * b.sum() / ((n - 1) * (n - 2)) - 2 * crossed / (n - 2)) / (n * (n - 3))
+
+
+def cka(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Linear centred kernel alignment (arXiv 1905.00414), from unbiased HSIC (arXiv 2010.15327); 1 is perfect.
+
+    Args:
+        x, y: features of the same images, `[N, D1]` and `[N, D2]`, N >= 4.
+
+    Raises:
+        InputError: for sets of different or too small size, or features that are constant or not finite.
+    """
+    x, y = _paired(x, y, "CKA", 4)
+    a, b = x @ x.T, y @ y.T
+    return _aligned(hsic(a, b), hsic(a, a), hsic(b, b), "CKA")
+
+
+def cknna(x: torch.Tensor, y: torch.Tensor, k: int = 10) -> float:
+    """Centred kernel nearest-neighbour alignment (arXiv 2405.07987): CKA over pairs that are neighbours in both.
+
+    As in its authors' code: features are normalised, their products are the kernels, HSIC is the unbiased one, and a pair (i, j)
+    counts where j is among the k nearest of i for both kernels. It depends on N and k.
+
+    Args:
+        x, y: features of the same images, `[N, D1]` and `[N, D2]`, N > k >= 2.
+
+    Raises:
+        InputError: for sets of different or too small size, or features that are constant or not finite.
+    """
+    if k < 2:
+        raise InputError(f"CKNNA: k = {k} must be at least 2")
+    x, y = _paired(x, y, f"CKNNA with k = {k}", max(4, k + 1))
+    kernel_x, kernel_y = (F.normalize(f, dim=1) @ F.normalize(f, dim=1).T for f in (x, y))
+
+    def neighbours(kernel):
+        nearest = kernel.clone().fill_diagonal_(-math.inf).topk(k, dim=1).indices
+        return torch.zeros_like(kernel).scatter_(1, nearest, 1)
+
+    near_x, near_y = neighbours(kernel_x), neighbours(kernel_y)
+    both = near_x * near_y
+    within_x, within_y = hsic(near_x * kernel_x, near_x * kernel_x), hsic(near_y * kernel_y, near_y * kernel_y)
+    return _aligned(hsic(both * kernel_x, both * kernel_y), within_x, within_y, "CKNNA")
+
+
+def _paired(x, y, name, at_least):
+    for features in (x, y):
+        check_features(features, name, at_least)
+        if (features - features.mean(0)).norm() <= 1e-6 * features.norm():
+            raise InputError(f"{name}: the features of all images are equal")
+    if len(x) != len(y):
+        raise InputError(f"{name} compares features of the same images, not of {len(x)} and {len(y)}")
+    return as_float64(x), as_float64(y)
+
+
+def _aligned(between, within_x, within_y, name):
+    if within_x <= 0 or within_y <= 0:
+        raise InputError(f"{name}: one of the two representations hardly tells these images apart; take more images")
+    return (between / (within_x * within_y).sqrt()).item()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Linear probe
+
+
+def linear_probe(
+    train_features: torch.Tensor,
+    train_labels: torch.Tensor,
+    test_features: torch.Tensor,
+    test_labels: torch.Tensor,
+    l2: float = 1e-3,
+    max_iterations: int = 200,
+) -> tuple[float, float]:
+    """Accuracy of a multinomial logistic regression on held-out and on its training features, both in [0, 1].
+
+    Features are standardised by the training ones. The loss, mean cross-entropy plus `l2 / 2` times the squared weights
+    (not the bias), is convex, and minimised by L-BFGS over all features: no learning rate, no random order.
+
+    Args:
+        train_features, test_features: `[N, D]` and `[M, D]`.
+        train_labels, test_labels: class ids, int64 `[N]` and `[M]`.
+
+    Raises:
+        InputError: for features that are not finite, labels of another number, a single class.
+    """
+    for name, features, labels in (
+        ("training images of the probe", train_features, train_labels),
+        ("test images of the probe", test_features, test_labels),
+    ):
+        check_features(features, name)
+        if len(features) != len(labels):
+            raise InputError(f"{name}: {len(features)} features for {len(labels)} labels")
+    x, z = as_float64(train_features), as_float64(test_features)
+    labels, test_labels = train_labels.to(x.device), test_labels.to(x.device)
+    if labels.min() == labels.max():
+        raise InputError("a probe needs training images of at least 2 classes")
+    num_classes = int(max(labels.max(), test_labels.max())) + 1
+    mean, std = x.mean(0), x.std(0, correction=0)
+    std = torch.where(std > 1e-12 * std.max(), std, 1)  # a constant channel stays constant
+    x, z = (x - mean) / std, (z - mean) / std
+
+    weight = torch.zeros(num_classes, x.shape[1], dtype=x.dtype, device=x.device, requires_grad=True)
+    bias = torch.zeros(num_classes, dtype=x.dtype, device=x.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=max_iterations,
+        tolerance_grad=1e-6,
+        tolerance_change=1e-10,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(x @ weight.T + bias, labels) + l2 / 2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+
+    def accuracy(features, wanted):
+        return ((features @ weight.T + bias).argmax(1) == wanted).double().mean().item()
+
+    with torch.no_grad():
+        return accuracy(z, test_labels), accuracy(x, labels)

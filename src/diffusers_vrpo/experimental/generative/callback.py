@@ -1,0 +1,683 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""The generative policy in a training run: rollouts, rewards, the gradient that joins flow matching's, and its guards.
+
+An optimizer step goes: backward of the real batch, `add_gradient`, clipping, optimizer, average, `look`. Formulas:
+generative_policy.py and docs/method.md.
+"""
+
+import argparse
+import contextlib
+import copy
+import json
+import math
+import os
+import shutil
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import DistributedType, broadcast_object_list
+from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ...data.latent_cache import LatentCache
+from ...data.parquet import ParquetRows
+from ...errors import InputError, TrainingStopped
+from ...evaluation.feature_statistics import describe, gather_rows
+from ...evaluation.image_encoders import default_batch_size, load_image_encoder
+from ...evaluation.metrics import frechet_distance, mean_and_covariance, precision_recall
+from ...models.autoencoder import encode_images
+from ...models.flow import flow_matching_loss, forward_process, x0_estimate
+from ...pipelines.sampling import check_steps, decoded_images
+from ...random_streams import CLASSES, DRAWS, LOOK_NOISE, LOOK_REAL, ROLLOUT_NOISE, random_stream
+from ...training.distributed import ema_weights, together, whole_pipeline
+from ...training.interruption import settle
+from ...training.metrics import log_values
+from ...training.output_dir import written
+from ...training.setup import trainable_parameters
+from ...training.throughput import forward_flops
+from ...training.validation import fixed_rows, labelled_images
+from .config import FREE, OPTIONS
+from .guards import Limits, Look, tripped
+from .objective import (
+    add_balanced,
+    denoising_loss,
+    sample_advantages,
+    sample_policy_loss,
+    stratified_times,
+    update_cost,
+)
+from .rewards import (
+    ENOUGH_FOR_FRECHET,
+    REAL_VALUES,
+    REWARDS,
+    SampleRewards,
+    load_reference,
+    load_reward_functions,
+    parse_reward_weights,
+    reference_statistics,
+    save_reference,
+)
+
+
+logger = get_logger(__name__)
+REAL_IMAGES = 256  # training images behind the guards' flow-matching loss
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The policy
+
+
+class GenerativePolicy:
+    """What `train_vrpo.py` does between the backward of a real batch and its optimizer step, from a step on.
+
+    Rollout r draws the classes, noise and timesteps of (seed, r): it is the same for any number of processes, each of which
+    has whole groups. Statistics, the queue of features and what the guards compare with are saved with a checkpoint.
+
+    Args:
+        args: the options of `add_generative_options`.
+        data: as `load_training_data` gives it.
+        lr_scheduler: gets another base at the start.
+        validation: has the encoder of `--fd_encoder` and its reference, where there is one.
+
+    Raises:
+        InputError: for options that cannot work here.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        accelerator: Accelerator,
+        pipeline,
+        data,
+        lr_scheduler,
+        validation,
+        global_batch_size: int,
+        max_train_steps: int,
+    ):
+        self.args, self.start = args, args.generative_policy_start_step
+        self.enabled = self.start is not None
+        if not self.enabled:
+            return
+        self.accelerator, self.pipeline, self.output_dir = accelerator, pipeline, validation.output_dir
+        self.transformer, self.device = pipeline.transformer, accelerator.device
+        self.lr_scheduler, self.validation = lr_scheduler, validation
+        self._check(data, max_train_steps)
+        self.limits = Limits(args.guard_loss_rise, args.guard_recall_fall, args.guard_distance_rise)
+        self.anchor_coeff = (
+            (0.3 if args.rollout_epochs > 1 else 0.0) if args.anchor_coeff is None else args.anchor_coeff
+        )
+        size = self.transformer.config.sample_size
+        self.shape = (self.transformer.config.in_channels, *((size, size) if isinstance(size, int) else size))
+
+        # 1. The encoder that judges, and what it sees in training images.
+        name = args.reward_encoder or args.encoder[0]
+        with accelerator.main_process_first():
+            self.encoder = load_image_encoder(
+                name, device=self.device, cache_dir=args.cache_dir, option="--reward_encoder"
+            )
+        self.encoder.take_shallow(args.reward_shallow_layer)
+        functions = load_reward_functions(args.reward_function or [])
+        rows = fixed_rows(data, args.reward_reference_images)
+        if not isinstance(data, ParquetRows):  # which are read group by group, and these are in random order
+            rows = random_stream(0, 1, LOOK_REAL).permutation(rows)
+        reference = self._reference(data, rows, name)
+        kind = args.fidelity_reward
+        if kind == "auto":
+            kind = "frechet" if len(rows) >= ENOUGH_FOR_FRECHET else "mmd"
+        self.rewards = SampleRewards(reference, args.reward_queue_size, kind, functions, self.device)
+        weights = parse_reward_weights(args.reward_weights, self.rewards.names)
+        self.weights = torch.tensor(weights, dtype=torch.float64, device=self.rewards.device)
+        # Rewards of the user's look at images, also at real ones.
+        self.real_images = None
+        some, labels = self._real(data, rows[: REAL_VALUES if functions else REAL_IMAGES])
+        if functions:
+            self.real_images = some.to(self.device)
+        self.real_x0 = self._latents(some[:REAL_IMAGES])
+        self.real_labels = labels[:REAL_IMAGES].to(self.device)
+        if isinstance(data, ParquetRows):
+            data.release()
+
+        # 2. What an update costs, in forward passes of the transformer for each sample.
+        evaluations = len(self._schedule())
+        forward = forward_flops(self.transformer.config)
+        blank = torch.zeros(1, 3, *self.encoder.input_size, dtype=torch.uint8, device=self.device)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            self.encoder(blank)
+        own = update_cost(
+            evaluations,
+            counter.get_total_flops() / forward,
+            args.mc_samples,
+            0,
+            self.anchor_coeff > 0,
+            args.rollout_epochs,
+        )
+        self.num_samples = args.rollout_classes * args.rollout_group_size
+        self.update_flops = own * self.num_samples * forward
+        real = 3 * args.rollout_every * global_batch_size / self.num_samples
+        logger.info(
+            f"an update of the generative policy has {self.num_samples} samples and costs {own + real:.1f} forward passes for each: "
+            f"{evaluations} rollout, {counter.get_total_flops() / forward:.1f} encoder, "
+            f"{3 * args.mc_samples * args.rollout_epochs + args.mc_samples * (self.anchor_coeff > 0)} likelihood, {real:.1f} real "
+            f"images; rewards {', '.join(f'{n} {w:.2f}' for n, w in zip(self.rewards.names, weights))} ({kind})"
+        )
+        if validation.judge is None or Path(args.fd_encoder).name == Path(name).name:
+            logger.warning(
+                f"no guard looks at features that the rewards do not see; give --fd_encoder of another family than {name}"
+            )
+
+        # 3. State. Ratios near 1 want all digits of the likelihood; with one epoch there are none.
+        self.likelihood_precision = accelerator.autocast if args.rollout_epochs == 1 else contextlib.nullcontext
+        self.first: Look | None = None
+        self.best_score, self.best_step, self.looked_step = math.inf, -1, -1
+        self.start_values: dict[str, torch.Tensor] = {}
+        self.rollout: dict[str, torch.Tensor] = {}
+
+    def _check(self, data, max_train_steps: int):
+        args, accelerator = self.args, self.accelerator
+        if self.start >= max_train_steps:
+            raise InputError(
+                f"--generative_policy_start_step {self.start} is never reached: the run has {max_train_steps} steps"
+            )
+        steps = max_train_steps - self.start
+        if args.use_ema and (1 - args.ema_decay) * steps < 3:
+            logger.warning(
+                f"--ema_decay {args.ema_decay}: in {steps} steps the averaged weights, which are sampled, guarded and kept, hardly "
+                f"follow; {max(0.0, 1 - 10 / steps):.4g} would let them"
+            )
+        if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise InputError(
+                "--generative_policy_start_step does not go with FSDP and DeepSpeed; take configs/accelerate/ddp.yaml"
+            )
+        if accelerator.mixed_precision == "fp16":
+            raise InputError("--generative_policy_start_step does not go with --mixed_precision fp16; take bf16 or no")
+        if args.rollout_classes % accelerator.num_processes:
+            raise InputError(
+                f"--rollout_classes {args.rollout_classes} must be a multiple of the {accelerator.num_processes} processes, which "
+                "have whole groups"
+            )
+        if isinstance(data, LatentCache) and data.config["images"] == "none":
+            raise InputError(
+                f"--generative_policy_start_step compares with images, and --latents_dir {args.latents_dir} has none; prepare it "
+                "with --images webp"
+            )
+        if self.pipeline.vae is None and self.transformer.config.in_channels != 3:
+            raise InputError("--generative_policy_start_step judges images, which these latents are not; give --vae")
+        check_steps(self.pipeline, args.rollout_steps, "--rollout_steps")
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Training images
+
+    def _real(self, data, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images uint8 `[B,3,R,R]` and labels `[B]` of some rows; in their order, read in the data's."""
+        order = np.argsort(rows, kind="stable")
+        images, labels = labelled_images(data, rows[order], self.args.resolution)
+        back = np.argsort(order, kind="stable")
+        return torch.from_numpy(images[back]).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels[back])
+
+    def _latents(self, images: torch.Tensor) -> torch.Tensor:
+        return encode_images(self.pipeline.vae, images.to(self.device).float() / 127.5 - 1)
+
+    def _reference(self, data, rows: np.ndarray, name: str) -> dict[str, torch.Tensor]:
+        """Statistics of the training images: from their file, or computed by all processes and kept there."""
+        args, accelerator = self.args, self.accelerator
+        file = Path(args.reward_reference or self.output_dir / "reward_reference.safetensors")
+        first, labels = self._real(data, rows[:16])
+        images = {"count": len(rows), "of": len(data), "size": list(first.shape[2:]), "labels": labels.tolist()}
+        images |= {"checksum": zlib.crc32(first.numpy(), zlib.crc32(rows.tobytes()))}
+        num_classes = images["classes"] = self.transformer.config.num_classes
+        description = describe(images, name, self.encoder, len(rows)) | {"shallow_layer": self.encoder.shallow_layer}
+        device = torch.device("cpu") if self.device.type == "mps" else self.device
+        there = load_reference(file, description, device) if accelerator.is_main_process else None
+        if broadcast_object_list([there is None and file.exists()])[0] and args.reward_reference:
+            raise InputError(
+                f"--reward_reference {file} holds something else: statistics of other images, another encoder or another "
+                "--reward_reference_images; give another file, which will be made"
+            )
+        if not broadcast_object_list([there is not None])[0]:
+            logger.info(f"statistics of {len(rows)} training images for the rewards, kept in {file}")
+            size = self.args.train_batch_size
+            batches = [range(i, min(i + size, len(rows))) for i in range(0, len(rows), size)]
+            places, parts = [torch.zeros(0, dtype=torch.long)], {"pool": [], "shallow": [], "labels": []}
+            for batch in batches[accelerator.process_index :: accelerator.num_processes]:
+                pixels, labels = self._real(data, rows[batch.start : batch.stop])
+                for key, values in self._encode(pixels).items():
+                    parts[key].append(values.cpu())
+                parts["labels"].append(labels[:, None].float())
+                places.append(torch.arange(batch.start, batch.stop))
+            dims = {"pool": self.encoder.dim, "shallow": self._encode(first[:1])["shallow"].shape[1], "labels": 1}
+            # Class ids are exact in float32 up to 16 million.
+            gathered = {
+                key: gather_rows(
+                    torch.cat([torch.zeros(0, dims[key]), *values]), torch.cat(places), len(rows), accelerator
+                )
+                for key, values in parts.items()
+            }
+
+            def make():
+                labels = gathered.pop("labels").squeeze(1).long()
+                save_reference(reference_statistics(gathered, labels, num_classes), len(rows), description, file)
+
+            together(accelerator, make, where=accelerator.is_main_process)
+        for _ in range(60):  # a network file system may show a new file late
+            there = load_reference(file, description, device)
+            if there is not None:
+                break
+            time.sleep(1)
+        else:
+            raise InputError(
+                f"--reward_reference {file} is not the same file for all processes; give one that all share"
+            )
+        return there
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Samples
+
+    def _schedule(self) -> list[float]:
+        return self.pipeline.prepare_times(self.args.rollout_steps, self.device)[1]
+
+    @contextlib.contextmanager
+    def _averaged(self, ema, precision=None):
+        """Inside, the transformer is the one that is sampled from: averaged weights, evaluation, no gradients."""
+        training = self.transformer.training
+        self.transformer.eval()
+        with torch.no_grad(), ema_weights(ema, self.transformer), (precision or self.accelerator.autocast)():
+            yield
+        self.transformer.train(training)
+
+    def _encode(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`pool` and `shallow` of images, `[B,D]`."""
+        parts = [self.encoder(part.to(self.device)) for part in images.split(default_batch_size(self.device))]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _draw(self, labels: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
+        """Latents, images and features of samples; features of what is not finite are NaN. Within `_averaged`."""
+        self.pipeline.set_progress_bar_config(disable=True)
+        latents, images = [], []
+        options = {"num_inference_steps": self.args.rollout_steps, "guidance_scale": 1.0, "output_type": "latent"}
+        size, finite = self.args.train_batch_size, []
+        for classes, start in zip(labels.split(size), noise.split(size)):
+            latents.append(self.pipeline(classes.tolist(), latents=start, **options).images)
+            decoded, sound = decoded_images(self.pipeline, latents[-1])
+            images.append(decoded)
+            finite.append(sound)
+        images, finite = torch.cat(images), torch.cat(finite)
+        features = {n: f.masked_fill(~finite[:, None], math.nan) for n, f in self._encode(images).items()}
+        return torch.cat(latents), images, features
+
+    def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Rows of all processes, in their order."""
+        return self.accelerator.gather(tensor.contiguous()) if self.accelerator.num_processes > 1 else tensor
+
+    def _predict_x0(self, x, labels, times, noise) -> tuple[torch.Tensor, torch.Tensor]:
+        """Estimates of `x [B,...]` from noisy versions, `[B,M,...]` float32; loss of the prediction `[B]`.
+
+        Args:
+            times, noise: `[B,M]` in [0, 1), and `[B,M,...]`.
+        """
+        config, (count, many) = self.transformer.config, times.shape
+        x_t, timestep, target, t = forward_process(
+            x.repeat_interleave(many, 0), noise.flatten(0, 1), times.flatten(), config
+        )
+        prediction = self.transformer(x_t, timestep, labels.repeat_interleave(many), return_dict=False)[0]
+        x0 = x0_estimate(prediction, x_t, timestep, t, config)
+        return x0.unflatten(0, (count, many)), flow_matching_loss(prediction, target).view(count, many).mean(1)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Updates
+
+    def active(self, step: int) -> bool:
+        """Whether this step, from 0, follows rewards."""
+        return (
+            self.enabled
+            and step >= self.start
+            and (step - self.start) % self.args.rollout_every < self.args.rollout_epochs
+        )
+
+    def unfinished(self, step: int) -> bool:
+        """Whether after so many steps a rollout is in use, which no checkpoint holds."""
+        return self.active(step) and (step - self.start) % self.args.rollout_every > 0
+
+    def flops(self, step: int) -> float:
+        """What a step costs beside the real batch."""
+        return self.update_flops / self.args.rollout_epochs if self.active(step) else 0.0
+
+    def add_gradient(self, step: int, ema) -> dict[str, torch.Tensor]:
+        """Adds the rewards' gradient to the one that the parameters have, at most `--max_gradient_ratio` as long.
+
+        Returns:
+            values for the log.
+
+        Raises:
+            TrainingStopped: when a sample is not finite.
+        """
+        args, logs = self.args, {}
+        epoch = (step - self.start) % args.rollout_every
+        if epoch == 0:
+            logs |= self._roll_out(step, ema)
+        gradients, values = self._gradient(epoch)
+        ratio = add_balanced(trainable_parameters(self.transformer), gradients, args.max_gradient_ratio)
+        if epoch == args.rollout_epochs - 1:
+            self.rollout = {}
+        return logs | values | {"policy/gradient_ratio": ratio}
+
+    def _roll_out(self, step: int, ema) -> dict[str, torch.Tensor]:
+        """Draws samples and finds their advantages; each process keeps those of its groups."""
+        args, rank, processes = self.args, self.accelerator.process_index, self.accelerator.num_processes
+        classes, size, number = (
+            args.rollout_classes,
+            args.rollout_group_size,
+            (step - self.start) // args.rollout_every,
+        )
+        own = range(rank * classes // processes, (rank + 1) * classes // processes)
+        known = self.rewards.reference["class_ids"].cpu().numpy()
+        stream = random_stream(args.seed, number, CLASSES)
+        drawn = np.concatenate([stream.permutation(known) for _ in range(-(-classes // len(known)))])[:classes]
+        first = number * classes  # of this rollout's groups, counted over the run
+        noise = [
+            random_stream(args.seed, (first + group) * size + i, ROLLOUT_NOISE).standard_normal(self.shape, np.float32)
+            for group in own
+            for i in range(size)
+        ]
+        offsets, draws = [], []
+        for group in own:
+            stream = random_stream(args.seed, first + group, DRAWS)
+            offsets.append(stream.random(args.mc_samples).astype(np.float32))
+            draws.append(stream.standard_normal((args.mc_samples, *self.shape), np.float32))
+        labels = torch.from_numpy(drawn[own.start : own.stop]).repeat_interleave(size).to(self.device)
+        times = stratified_times(torch.from_numpy(np.stack(offsets))).repeat_interleave(size, 0).to(self.device)
+        # Shared inside a group: its samples differ by what they are, not by the noise that they are judged with.
+        shared = torch.from_numpy(np.stack(draws)).to(self.device)
+
+        with self._averaged(ema):
+            x, images, features = self._draw(labels, torch.from_numpy(np.stack(noise)).to(self.device))
+        anchors = []
+        if self.anchor_coeff:
+            with self._averaged(ema, self.likelihood_precision):
+                for part in self._parts(len(x)):
+                    anchors.append(self._predict_x0(x[part], labels[part], times[part], self._noise(shared, part))[0])
+        everyone = {name: self._gather(values) for name, values in features.items()}
+        if not all(values.isfinite().all() for values in everyone.values()):
+            settle(self.accelerator)
+            raise TrainingStopped(
+                f"step {step + 1}: a sample of the rollout is not finite; a lower --generative_learning_rate, or fewer steps "
+                "before --generative_policy_start_step, may do"
+            )
+        self.rewards.push(everyone, self.real_images)
+        found = []
+        together(self.accelerator, lambda: found.append(self.rewards(images, features, labels)))
+        rewards = self._gather(found[0])
+        advantages, shares, zero_spread = sample_advantages(
+            rewards.unflatten(0, (classes, size)), self.rewards.real_std, self.weights
+        )
+        mine = slice(own.start * size, own.stop * size)
+        self.rollout = {
+            "x": x,
+            "labels": labels,
+            "times": times,
+            "noise": shared,
+            "advantages": advantages.flatten()[mine].to(self.device),
+        }
+        if anchors:
+            self.rollout["anchor"] = torch.cat(anchors)
+        logs = {"policy/zero_spread": zero_spread}
+        for k, name in enumerate(self.rewards.names):
+            logs[f"sample_reward/{name}"] = rewards[:, k].mean()
+            logs[f"sample_reward_real/{name}"] = self.rewards.real_mean[k]
+            logs[f"sample_share/{name}"] = shares[k]
+        return {name: value.float().to(self.device) for name, value in logs.items()}
+
+    def _parts(self, count: int) -> list[slice]:
+        """Samples that go through the transformer together: as many noisy versions as a training batch has."""
+        size = max(1, self.args.train_batch_size // self.args.mc_samples)
+        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+    def _noise(self, shared: torch.Tensor, part: slice) -> torch.Tensor:
+        """The noise of some samples out of that of their groups, `[B,M,...]`."""
+        return shared[torch.arange(part.start, part.stop, device=shared.device) // self.args.rollout_group_size]
+
+    def _gradient(self, epoch: int) -> tuple[list[torch.Tensor | None], dict[str, torch.Tensor]]:
+        """The gradient of the rewards' loss over all processes' samples, and values for the log."""
+        args, rollout = self.args, self.rollout
+        parameters = trainable_parameters(self.transformer)
+        gradients: list[torch.Tensor | None] = [None] * len(parameters)
+        count, ratios, clips = len(rollout["x"]), [], []
+        olds, scales = [], []
+        for part in self._parts(count):
+            x = rollout["x"][part]
+            with self.likelihood_precision():
+                x0 = self._predict_x0(
+                    x, rollout["labels"][part], rollout["times"][part], self._noise(rollout["noise"], part)
+                )[0]
+            denoising, scale = denoising_loss(x0, x, rollout["scale"][part] if epoch else None)
+            old = rollout["old"][part] if epoch else denoising.detach()
+            loss, ratio, clipped = sample_policy_loss(
+                denoising, old, rollout["advantages"][part], args.rollout_clip_range
+            )
+            total = args.generative_coeff * loss.sum() / count
+            if self.anchor_coeff:
+                distance = (x0 - rollout["anchor"][part]).square().flatten(1).mean(1)
+                total = total + self.anchor_coeff * distance.sum() / count
+            for i, gradient in enumerate(torch.autograd.grad(total, parameters, allow_unused=True)):
+                if gradient is not None:
+                    gradients[i] = gradient if gradients[i] is None else gradients[i].add_(gradient)
+            ratios.append(ratio)
+            clips.append(clipped)
+            olds.append(old)
+            scales.append(scale)
+        if epoch == 0:
+            rollout |= {"old": torch.cat(olds), "scale": torch.cat(scales)}
+            fresh = torch.cat(ratios)
+            assert bool(((fresh == 1) | fresh.isnan()).all()), "the ratio of a fresh rollout is not 1"
+        if self.accelerator.num_processes > 1:
+            for gradient in filter(lambda g: g is not None, gradients):
+                torch.distributed.all_reduce(gradient)
+                gradient /= self.accelerator.num_processes
+        return gradients, {
+            "policy/ratio": torch.cat(ratios).mean(),
+            "policy/clip_fraction": torch.cat(clips).mean(),
+        }
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Guards
+
+    def look(self, step: int, ema, metrics_file) -> str | None:
+        """Before the first update, and every `--guard_every` rollouts: whether the model has become worse; for all processes.
+
+        Returns:
+            why the policy must stop, or None.
+        """
+        if not self.enabled or step < self.start or step == self.looked_step:
+            return None
+        rollouts, between = divmod(step - self.start, self.args.rollout_every)
+        if between or rollouts % self.args.guard_every:
+            return None
+        if step == self.start:
+            self._set_learning_rate()
+        now = self._measure(ema)
+        reason = tripped(self.first, now, self.limits)
+        outcome = broadcast_object_list([reason, now.score])
+        if self.accelerator.is_main_process:
+            log_values(self.accelerator, now.values(), step)
+            metrics_file.write(step, now.values())
+        if step == self.start or outcome[0] is not None:  # before and after, from the same noise
+            with whole_pipeline(self.accelerator, self.pipeline, ema) as averaged:
+                if self.accelerator.is_main_process:
+                    self.validation.draw(step, averaged)
+        if outcome[0] is None and outcome[1] < self.best_score:
+            self.best_score, self.best_step = outcome[1], step
+            self._save_best(ema)
+        if outcome[0] is None:  # or else the same command would go on as if nothing were wrong
+            self.looked_step = step
+        return outcome[0]
+
+    def _set_learning_rate(self):
+        rate, scheduler = self.args.generative_learning_rate, self.lr_scheduler
+        scheduler.base_lrs = [rate] * len(scheduler.base_lrs)
+        for group, factor in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas):
+            group["lr"] = rate * factor(scheduler.last_epoch)
+
+    def _measure(self, ema) -> Look:
+        """Looks at the averaged model; the first time it becomes what later looks are compared with."""
+        args, rank, processes = self.args, self.accelerator.process_index, self.accelerator.num_processes
+        count = -(-args.guard_samples // processes)
+        known = self.rewards.reference["class_ids"]
+        indices = [min(i, args.guard_samples - 1) for i in range(rank * count, (rank + 1) * count)]
+        noise = [random_stream(args.seed, i, LOOK_NOISE).standard_normal(self.shape, np.float32) for i in indices]
+        labels = known[torch.tensor(indices, device=known.device) * len(known) // args.guard_samples].to(self.device)
+        with self._averaged(ema):
+            _, images, features = self._draw(labels, torch.from_numpy(np.stack(noise)).to(self.device))
+            loss_fm, x0 = self._real_loss()
+        features = {name: self._gather(values)[: args.guard_samples] for name, values in features.items()}
+        finite = all(values.isfinite().all() for values in features.values())
+        if self.first is None:
+            self.start_values = {**features, "x0": x0}
+            # The samples are also the first of the queue, so that the first rollout has a distribution to compare with.
+            if finite:
+                self.rewards.push(features, self.real_images)
+        held_out, own = math.nan, [math.nan] * 4
+        if self.validation.judge is not None:
+            parts = images.split(default_batch_size(self.device))
+            judged = self._gather(torch.cat([self.validation.judge(part)["pool"] for part in parts]))
+            if finite:
+                moments = mean_and_covariance(judged[: args.guard_samples].to(self.rewards.device))
+                held_out = frechet_distance(*self.validation.reference, *moments)
+        if finite:
+            own = self._own_values(
+                features, self._gather(images)[: args.guard_samples], self._gather(labels)[: args.guard_samples]
+            )
+        recall, reward, start_reward, distance = own
+        drift = (x0 - self.start_values["x0"]).square().mean().item()
+        now = Look(loss_fm, recall, reward, start_reward, distance, held_out, drift)
+        self.first = self.first or now
+        return now
+
+    def _own_values(self, features, images, labels) -> list[float]:
+        """Recall, reward now, reward of the first look's samples, distance; in the reward encoder's features."""
+        reference = self.rewards.reference
+        real = reference["pool"][: self.args.guard_samples]
+        recall = precision_recall(real, features["pool"].to(real))[1]
+        moments = mean_and_covariance(features["pool"].to(real))
+        distance = frechet_distance(reference["pool.mean"], reference["pool.covariance"], *moments)
+        now = self.rewards(images, features, labels)
+        # Functions of the user's do not change with the queue; the others need no images.
+        if "rewards" not in self.start_values:
+            self.start_values["rewards"] = now
+        then = self.start_values["rewards"].clone()
+        for k, name in enumerate(self.rewards.names[:3]):
+            start_features = {n: self.start_values[n] for n in ("pool", "shallow")}
+            then[:, k] = self.rewards.rewards[name](None, start_features, labels)
+        # In the units of the advantages; 0 is the real images' mean.
+        scale = torch.cat([now, then]).std(0, correction=0) + 0.1 * self.rewards.real_std
+        means = torch.stack([now.mean(0), then.mean(0)])
+        means = ((means - self.rewards.real_mean) / scale.clamp_min(1e-12)) @ self.weights
+        return [recall, *means.tolist(), distance]
+
+    def _real_loss(self) -> tuple[float, torch.Tensor]:
+        """Flow-matching loss on the same real images, noise and timesteps as ever, and the estimates of the images."""
+        x0, count = self.real_x0, len(self.real_x0)
+        streams = (random_stream(0, i, LOOK_REAL) for i in range(count))
+        noise = torch.from_numpy(np.stack([s.standard_normal(self.shape, np.float32) for s in streams])).to(x0)
+        times = (torch.arange(count, device=x0.device, dtype=torch.float32) + 0.5) / count
+        losses, estimates = [], []
+        for part in self._parts(count):
+            estimate, loss = self._predict_x0(x0[part], self.real_labels[part], times[part, None], noise[part, None])
+            losses.append(loss)
+            estimates.append(estimate.squeeze(1))
+        return torch.cat(losses).mean().item(), torch.cat(estimates)
+
+    def _save_best(self, ema):
+        """Keeps the averaged model as a pipeline in `best`, whole or not at all."""
+        final, partial = self.output_dir / "best", self.output_dir / ".best.tmp"
+        with whole_pipeline(self.accelerator, self.pipeline, ema) as averaged, written(f"the pipeline in {final}"):
+            if self.accelerator.is_main_process:
+                shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+                if self.args.lora_rank:  # training goes on with the adapters
+                    averaged = copy.copy(averaged)
+                    averaged.transformer = copy.deepcopy(averaged.transformer)
+                    averaged.transformer.fuse_lora()
+                    averaged.transformer.unload_lora()
+                averaged.save_pretrained(partial)
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(partial, final)
+
+    def stop(self, reason: str, step: int, saved_step: int | None) -> TrainingStopped:
+        """The error that ends a run whose guards have tripped."""
+        saved = f"checkpoint-{saved_step} has this step, " if saved_step == step else ""
+        settle(self.accelerator)
+        stopped = f"step {step}: {reason}; the generative policy has been stopped"
+        if self.best_step < 0:
+            return TrainingStopped(f"{stopped} before its first update: it needs a model that draws images")
+        return TrainingStopped(
+            f"{stopped}. In {self.output_dir}, {saved}best the averaged pipeline of step {self.best_step}: start from it with "
+            "--pretrained_model_name_or_path, fewer updates or a lower --generative_coeff"
+        )
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Checkpoints
+
+    def settings(self) -> dict:
+        """What must be the same for a run that has begun to follow rewards to be continued."""
+        names = [name for name in OPTIONS if name not in FREE]
+        values = {name: getattr(self.args, name) for name in names}
+        # Files may have moved: their names count.
+        values["reward_encoder"] = Path(self.args.reward_encoder or self.args.encoder[0]).name
+        values["fd_encoder"] = Path(self.args.fd_encoder or "none").name
+        values["reward_function"] = self.rewards.names[len(REWARDS) :]
+        return {"generative_policy_start_step": self.start, **values}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        begun = self.first is not None
+        state = {"begun": torch.tensor(begun)}
+        if begun:
+            state["settings"] = torch.frombuffer(bytearray(json.dumps(self.settings()).encode()), dtype=torch.uint8)
+            state["first"] = torch.tensor(list(vars(self.first).values()), dtype=torch.float64)
+            state["best"] = torch.tensor([self.best_score, self.best_step, self.looked_step], dtype=torch.float64)
+            state |= {f"start.{name}": value.contiguous() for name, value in self.start_values.items()}
+            state |= {f"rewards.{name}": value for name, value in self.rewards.state_dict().items()}
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, torch.Tensor]):
+        """Raises an InputError when the run was begun with other options."""
+        if not bool(state_dict["begun"]):
+            return
+        settings = json.loads(bytes(state_dict["settings"].tolist()).decode())
+        for name, value in self.settings().items():
+            if settings.get(name) != value:
+                raise InputError(
+                    f"--{name} is {value}, but the generative policy of this run began with {settings.get(name)}; keep to that, "
+                    "or start a new run in another --output_dir"
+                )
+        self.first = Look(*state_dict["first"].tolist())
+        self.best_score, best_step, looked_step = state_dict["best"].tolist()
+        self.best_step, self.looked_step = int(best_step), int(looked_step)
+        for name, value in state_dict.items():
+            if name.startswith("start."):
+                device = self.rewards.device if name == "start.rewards" else self.device
+                self.start_values[name.removeprefix("start.")] = value.to(device)
+        self.rewards.load_state_dict(
+            {n.removeprefix("rewards."): v for n, v in state_dict.items() if n.startswith("rewards.")}
+        )
+
+    def check_begun(self, step: int, checkpoint: Path):
+        """After a checkpoint was loaded: a run that is past the start must have begun there, and one that has begun goes on.
+
+        Raises:
+            InputError: when the checkpoint knows nothing of the policy, or knows it and the options do not.
+        """
+        file = checkpoint / "generative_policy.safetensors"
+        if not self.enabled and file.exists() and bool(load_file(file)["begun"]):
+            raise InputError(
+                f"without --generative_policy_start_step {checkpoint}, which follows rewards, cannot be continued; give what it "
+                "began with, or start a new run from these weights with --pretrained_model_name_or_path"
+            )
+        if self.enabled and step > self.start and self.first is None:
+            raise InputError(
+                f"--generative_policy_start_step {self.start} is behind step {step}, from which the run continues; give {step} or "
+                "more"
+            )

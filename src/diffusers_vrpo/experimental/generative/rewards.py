@@ -1,0 +1,359 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""Rewards of generated images: statistics of the training images, and three functions that compare with them.
+
+A reward is a plain function `reward(images, features, labels) -> Tensor[B]`: `images` uint8 `[B,3,H,W]`, `features` of the
+frozen reward encoder (`pool` and `shallow`, float32 `[B,D]`), `labels` class ids int64 `[B]`; the more the better, in any unit.
+The built-in ones are of this form, and so are those of `--reward_function FILE.py:NAME`. Formulas: generative_policy.py.
+"""
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ...errors import InputError, first_line
+from ...evaluation.metrics import RunningMoments
+from .objective import (
+    class_directions,
+    class_log_probability,
+    frechet_influence,
+    mmd_witness,
+    oas_shrinkage,
+    shrink,
+    transport_map,
+)
+
+
+REWARDS = ("fidelity", "perceptual", "semantic")
+FIDELITY_REWARDS = ("auto", "frechet", "mmd")
+VECTORS = {"fidelity": "pool", "perceptual": "shallow"}  # what each distributional reward looks at
+ENOUGH_FOR_FRECHET = 10_000  # training images; `auto` takes the MMD with fewer
+KEPT_FEATURES = 10_000  # rows of the statistics file: real features of the MMD, of recall, of the rewards' real values
+REAL_VALUES = 1024  # of them: those that the rewards' mean and spread over real images are of
+REFRESH_UPDATES = 10  # after which the generated covariance behind the Fréchet influence is looked at again
+Reward = Callable[[torch.Tensor, dict[str, torch.Tensor], torch.Tensor], torch.Tensor]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Statistics of training images
+
+
+def class_statistics(features: torch.Tensor, labels: torch.Tensor, num_classes: int) -> dict[str, torch.Tensor]:
+    """What the semantic reward needs of training images.
+
+    A prototype is the mean direction of a class. The temperature is the one at which the images are likeliest, each
+    measured against prototypes that it is no part of.
+
+    Args:
+        features: `[N,D]`.
+        labels: int64 `[N]`.
+
+    Returns:
+        `centre [D]`, `prototypes [C,D]` and `class_ids [C]` of the classes with at least two images, `medians [C]` of
+        `log p(c|f)` over the images of c, `temperature []`.
+
+    Raises:
+        InputError: when fewer than two classes have two images.
+    """
+    features = features.float()
+    centre = features.mean(0)
+    directions = class_directions(features, centre)
+    counts = torch.bincount(labels, minlength=num_classes)
+    class_ids = (counts >= 2).nonzero().flatten()
+    if len(class_ids) < 2:
+        raise InputError(
+            f"the semantic reward needs at least 2 classes with 2 training images each; --reward_reference_images "
+            f"{len(labels)} has {len(class_ids)}: take more"
+        )
+    place = torch.full((num_classes,), -1, dtype=torch.long)
+    place[class_ids] = torch.arange(len(class_ids))
+    known = place[labels] >= 0
+    directions, own = directions[known], place[labels[known]]
+    sums = torch.zeros(len(class_ids), features.shape[1]).index_add_(0, own, directions)
+    products = directions @ torch.nn.functional.normalize(sums, dim=1).T
+    without = torch.nn.functional.normalize(sums[own] - directions, dim=1)
+    products.scatter_(1, own[:, None], (without * directions).sum(1, keepdim=True))
+    temperatures = torch.logspace(-3, 0, 61)
+    likelihoods = [(products / t).log_softmax(1).gather(1, own[:, None]).mean() for t in temperatures]
+    temperature = temperatures[torch.stack(likelihoods).argmax()]
+    log_p = (products / temperature).log_softmax(1).gather(1, own[:, None]).squeeze(1)
+    medians = torch.stack([log_p[own == c].median() for c in range(len(class_ids))])
+    return {
+        "centre": centre,
+        "prototypes": torch.nn.functional.normalize(sums, dim=1),
+        "class_ids": class_ids,
+        "medians": medians,
+        "temperature": temperature,
+    }
+
+
+def reference_statistics(
+    features: dict[str, torch.Tensor], labels: torch.Tensor, num_classes: int
+) -> dict[str, torch.Tensor]:
+    """The tensors of a statistics file, of `pool` and `shallow` features `[N,D]` of training images in random order.
+
+    `pool`, `pool.mean` and `pool.covariance` are what `pipelines/evaluate.py --reference` reads, too.
+    """
+    tensors = {"labels": labels[:KEPT_FEATURES].contiguous()}
+    for name, values in features.items():
+        moments = RunningMoments(values.shape[1])
+        for part in values.split(4096):
+            moments.update(part)
+        tensors |= {f"{name}.mean": moments.mean, f"{name}.covariance": moments.covariance}
+        kept = tensors[name] = values[:KEPT_FEATURES].float().contiguous()
+        # The usual distance between two real images, of 2,000 at most.
+        distances = torch.nn.functional.pdist(kept[:2000])
+        tensors[f"{name}.bandwidth"] = distances.median()
+    return tensors | class_statistics(features["pool"], labels, num_classes)
+
+
+def save_reference(tensors: dict[str, torch.Tensor], count: int, description: dict, file: Path):
+    """Writes a statistics file, whole or not at all.
+
+    Raises:
+        InputError: when it cannot be written.
+    """
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, temporary, {"description": json.dumps(description), "count": str(count)})
+        os.replace(temporary, file)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"--reward_reference {file} cannot be written ({first_line(error)})") from error
+
+
+def load_reference(file: Path, description: dict, device: torch.device) -> dict[str, torch.Tensor] | None:
+    """The tensors that `save_reference` wrote; None where there is no such file, or it is of other images or features."""
+    try:
+        with safe_open(file, "pt") as saved:
+            if json.loads((saved.metadata() or {}).get("description", "null")) != description:
+                return None
+            return {name: saved.get_tensor(name).to(device) for name in saved.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError):
+        return None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rewards
+
+
+def load_reward_function(argument: str) -> tuple[str, Reward]:
+    """Name and function of `FILE.py:NAME`.
+
+    Raises:
+        InputError: when there is no such function.
+    """
+    file, _, name = argument.rpartition(":")
+    if not file.endswith(".py") or not Path(file).is_file():
+        raise InputError(f"--reward_function {argument}: give FILE.py:NAME with a file that is there")
+    spec = importlib.util.spec_from_file_location(f"reward_{Path(file).stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # the user's own code raises what it likes
+        raise InputError(f"--reward_function {argument}: {file} cannot be imported ({first_line(error)})") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise InputError(f"--reward_function {argument}: {file} has no function {name!r}")
+    return name, function
+
+
+def load_reward_functions(arguments: list[str]) -> dict[str, Reward]:
+    """The functions of `--reward_function` by name.
+
+    Raises:
+        InputError: when there is no such function, or its name is taken.
+    """
+    functions = {}
+    for argument in arguments:
+        name, function = load_reward_function(argument)
+        if name in (*REWARDS, *functions):
+            raise InputError(f"--reward_function {argument}: there is a reward {name!r} already; give it another name")
+        functions[name] = function
+    return functions
+
+
+def parse_reward_weights(text: str | None, names: list[str]) -> list[float]:
+    """`s_k` of `--reward_weights`, one number a reward, made to sum to 1; equal ones for None.
+
+    Raises:
+        InputError: for anything else.
+    """
+    try:
+        numbers = [1.0] * len(names) if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != len(names) or min(numbers) < 0 or not 0 < sum(numbers) < float("inf"):
+        raise InputError(
+            f"--reward_weights {text} must be {len(names)} numbers >= 0 with commas between and a sum above 0, for "
+            f"{', '.join(names)}"
+        )
+    return [number / sum(numbers) for number in numbers]
+
+
+class SampleRewards:
+    """The rewards of a run, and the features of its latest samples that two of them depend on.
+
+    Args:
+        reference: as `load_reference` gives it.
+        queue_size: how many of the latest samples stand for what the model generates.
+        fidelity_reward: `"frechet"` or `"mmd"`.
+        functions: further rewards by name.
+        device: where the statistics live, float64 for Fréchet (on the CPU for MPS).
+
+    Attributes:
+        names (`list[str]`): of the K rewards.
+        real_mean, real_std (`torch.Tensor` of shape `(K,)`): of the rewards over real images, as of the last refresh.
+    """
+
+    def __init__(
+        self,
+        reference: dict[str, torch.Tensor],
+        queue_size: int,
+        fidelity_reward: str,
+        functions: dict[str, Reward] | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        self.reference, self.fidelity_reward = reference, fidelity_reward
+        self.device = torch.device("cpu") if torch.device(device).type == "mps" else torch.device(device)
+        self.rewards: dict[str, Reward] = {
+            "fidelity": self.fidelity,
+            "perceptual": self.perceptual,
+            "semantic": self.semantic,
+            **(functions or {}),
+        }
+        self.names = list(self.rewards)
+        num_rewards = len(self.names)
+        self.state = {
+            f"queue.{name}": torch.zeros(queue_size, reference[name].shape[1], device=self.device)
+            for name in VECTORS.values()
+        }
+        # Features that the queue has ever got, and updates since its covariance was looked at.
+        self.count, self.updates = 0, 0
+        if fidelity_reward == "frechet":
+            for name in VECTORS.values():
+                dim = reference[name].shape[1]
+                self.state[f"transport.{name}"] = torch.zeros(dim, dim, device=self.device, dtype=torch.float64)
+        self.state["real_mean"] = torch.zeros(num_rewards, device=self.device, dtype=torch.float64)
+        self.state["real_std"] = torch.zeros(num_rewards, device=self.device, dtype=torch.float64)
+        self.place = torch.full((int(reference["class_ids"].max()) + 1,), -1, dtype=torch.long, device=self.device)
+        self.place[reference["class_ids"]] = torch.arange(len(reference["class_ids"]), device=self.device)
+
+    @property
+    def real_mean(self) -> torch.Tensor:
+        return self.state["real_mean"]
+
+    @property
+    def real_std(self) -> torch.Tensor:
+        return self.state["real_std"]
+
+    def queue(self, name: str) -> torch.Tensor:
+        """The latest features of samples, `[n,D]`."""
+        return self.state[f"queue.{name}"][: self.count]
+
+    def push(self, features: dict[str, torch.Tensor], real_images: torch.Tensor | None = None):
+        """Adds the features of an update's samples; now and then looks at the covariances again.
+
+        Args:
+            features: `pool` and `shallow`, `[n,D]`, of all processes, the same on each.
+            real_images: uint8 images behind the first rows of the reference; rewards that look at images need them.
+        """
+        for name in VECTORS.values():
+            queue = self.state[f"queue.{name}"]
+            new = features[name].to(self.device).float()[-len(queue) :]
+            at = (self.count + torch.arange(len(new), device=self.device)) % len(queue)
+            queue[at] = new
+        self.count += len(new)
+        if self.updates % REFRESH_UPDATES == 0:
+            self.refresh(real_images)
+        self.updates += 1
+
+    def refresh(self, real_images: torch.Tensor | None = None):
+        """Takes over the queue's covariances, and the rewards' values on real images."""
+        if self.fidelity_reward == "frechet":
+            for name in VECTORS.values():
+                rows = self.queue(name)
+                moments = RunningMoments(rows.shape[1], self.device)
+                moments.update(rows)
+                # Both are drawn towards the identity alike: where they are equal, T stays the identity.
+                amount = oas_shrinkage(moments.covariance, len(rows))
+                pair = (shrink(s, amount) for s in (moments.covariance, self.reference[f"{name}.covariance"]))
+                self.state[f"transport.{name}"].copy_(transport_map(*pair))
+        labels = self.reference["labels"][: REAL_VALUES if real_images is None else len(real_images)]
+        known = self.has_prototype(labels)
+        features = {name: self.reference[name][: len(labels)][known] for name in VECTORS.values()}
+        images = None if real_images is None else real_images[known.to(real_images.device)]
+        values = self(images, features, labels[known])
+        self.state["real_mean"].copy_(values.mean(0))
+        self.state["real_std"].copy_(values.std(0, correction=0))
+
+    def has_prototype(self, labels: torch.Tensor) -> torch.Tensor:
+        """Which labels are of classes that the semantic reward knows, bool `[B]`."""
+        labels = labels.to(self.device)
+        return (labels < len(self.place)) & (self.place[labels.clamp(max=len(self.place) - 1)] >= 0)
+
+    @torch.no_grad()
+    def __call__(
+        self, images: torch.Tensor | None, features: dict[str, torch.Tensor], labels: torch.Tensor
+    ) -> torch.Tensor:
+        """All rewards, float64 `[B,K]`.
+
+        Args:
+            images: uint8 `[B,3,H,W]`; None where no reward of the user's is among them.
+            labels: of classes with a prototype.
+
+        Raises:
+            InputError: when a function gives something else than one finite number an image.
+        """
+        columns = []
+        for name, reward in self.rewards.items():
+            values = reward(images, features, labels)
+            if not isinstance(values, torch.Tensor) or tuple(values.shape) != (len(labels),):
+                found = list(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
+                raise InputError(f"the reward {name!r} must give a tensor of shape [{len(labels)}], not {found}")
+            columns.append(values.detach().to(self.device, torch.float64))
+        rewards = torch.stack(columns, dim=1)
+        if not rewards.isfinite().all():
+            bad = self.names[int((~rewards.isfinite()).any(0).nonzero()[0])]
+            raise InputError(f"the reward {bad!r} is not finite; a reward must be a number for every image")
+        return rewards
+
+    def fidelity(self, images, features, labels) -> torch.Tensor:
+        """What a sample does for the distance of the distributions, in the encoder's vectors."""
+        return self._distributional(features, "pool")
+
+    def perceptual(self, images, features, labels) -> torch.Tensor:
+        """The same in the vectors of a shallow layer: colours, edges, textures."""
+        return self._distributional(features, "shallow")
+
+    def _distributional(self, features, name) -> torch.Tensor:
+        rows, queue, reference = features[name].to(self.device), self.queue(name), self.reference
+        if self.fidelity_reward == "mmd":
+            return mmd_witness(rows, queue, reference[name], reference[f"{name}.bandwidth"])
+        mu_g = queue.double().mean(0)
+        return frechet_influence(rows, mu_g, reference[f"{name}.mean"], self.state[f"transport.{name}"])
+
+    def semantic(self, images, features, labels) -> torch.Tensor:
+        """`min(log p(c|f), its median over training images of c)`: typical samples gain nothing by being more so."""
+        reference = self.reference
+        log_p = class_log_probability(
+            features["pool"].to(self.device), reference["centre"], reference["prototypes"], reference["temperature"]
+        )
+        place = self.place[labels.to(self.device)]
+        return torch.minimum(log_p.gather(1, place[:, None]).squeeze(1), reference["medians"][place])
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        counts = torch.tensor([self.count, self.updates])
+        return {**self.state, "counts": counts}
+
+    def load_state_dict(self, state_dict: dict[str, torch.Tensor]):
+        self.count, self.updates = state_dict["counts"].tolist()
+        for name, tensor in self.state.items():
+            tensor.copy_(state_dict[name])

@@ -1,0 +1,390 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""What a run in training sends to the Hub, in a thread of its own: never waited for, never the end of the run."""
+
+import atexit
+import json
+import logging
+import os
+import re
+import shlex
+import shutil
+import threading
+from pathlib import Path
+
+from accelerate import Accelerator
+from huggingface_hub import HfApi, ModelCardData, snapshot_download
+from huggingface_hub.utils import disable_progress_bars, get_session, hf_raise_for_status
+from safetensors.torch import load_file, save_file
+
+from ..errors import InputError, first_line
+from ..pipelines.pipeline_vrpo import VRPOPipeline
+from ..training.checkpoints import find_damage, list_checkpoints
+from ..training.distributed import together
+from ..training.interruption import Interruption
+from ..training.output_dir import unwritable
+from .card import STAGED
+from .publish import (
+    ADAPTERS,
+    DEFECTS,
+    add_push_options,
+    check_base,
+    commit,
+    hub_sentence,
+    is_passing,
+    make_repository,
+    open_repository,
+    push_folder,
+    with_retries,
+)
+
+
+logger = logging.getLogger(__name__)
+KEPT_STATES = 2  # training states that the Hub's newest commit has
+HISTORY = ("metrics.jsonl", "starts.jsonl")  # of the output folder; go along with a training state
+
+
+def add_hub_options(parser):
+    """The options of publishing, of the training script."""
+    g = parser.add_argument_group("Hub")
+    g.add_argument(
+        "--push_to_hub", action="store_true", help="publish the result, with a model card (docs/publishing.md)"
+    )
+    add_push_options(g)
+    g.add_argument(
+        "--hub_push_checkpoints",
+        action="store_true",
+        help="also publish the averaged pipeline of each checkpoint, as commit and tag step-N, while training goes on",
+    )
+    g.add_argument(
+        "--push_training_state",
+        action="store_true",
+        help="also keep whole checkpoints in the private repository NAME-state, for --resume_from_checkpoint hub",
+    )
+
+
+def check_hub_options(args):
+    """Whether the options of publishing go together.
+
+    Raises:
+        InputError: when they do not.
+    """
+    given = [name for name in ("hub_model_id", "hub_license") if getattr(args, name) is not None]
+    given += [n for n in ("hub_private_repo", "hub_push_checkpoints", "push_training_state") if getattr(args, n)]
+    if given and not args.push_to_hub:
+        raise InputError(f"--{given[0]} goes with --push_to_hub only; add that, or leave it out")
+    if args.resume_from_checkpoint == "hub" and not args.push_training_state:
+        raise InputError(
+            "--resume_from_checkpoint hub continues from a training state on the Hub; add --push_to_hub "
+            "--push_training_state, which also keep it there (with the --hub_model_id that the run had)"
+        )
+
+
+def link_tree(source: Path, target: Path):
+    """The files of a folder once more: hard links where there are such, so that deleting `source` leaves them."""
+    for path in source.rglob("*"):
+        if path.is_file():
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(path, copy)
+            except OSError:
+                shutil.copyfile(path, copy)
+
+
+def stage_pipeline(pipeline: VRPOPipeline, checkpoint: Path, folder: Path):
+    """Puts together what is published of a checkpoint: the pipeline with its averaged weights, or its adapters.
+
+    Args:
+        pipeline: of the training; its transformer's weights are not touched.
+        checkpoint: `checkpoint-N` of the run.
+        folder: a new one.
+
+    Raises:
+        InputError: for adapters that are of no use without the rest.
+    """
+    output_dir, step = checkpoint.parent, int(checkpoint.name.split("-")[1])
+    folder.mkdir(parents=True)
+    averaged = "transformer_ema" if list(checkpoint.glob("transformer_ema*")) else "transformer"
+    if (checkpoint / averaged).is_dir():
+        pipeline.save_config(folder)
+        for name, component in pipeline.components.items():
+            if name != "transformer" and component is not None:
+                component.save_pretrained(folder / name)
+        link_tree(checkpoint / averaged, folder / "transformer")
+    else:
+        if not pipeline.transformer.adapters_suffice:
+            raise InputError("its adapters alone are of no use to others; the result will be the whole pipeline")
+        weights = load_file(checkpoint / f"{averaged}.safetensors")
+        adapters = {
+            f"transformer.{name.replace('.default.', '.')}": tensor
+            for name, tensor in weights.items()
+            if ".lora_" in name
+        }
+        (folder / "lora").mkdir()
+        save_file(adapters, folder / "lora" / ADAPTERS)
+        pipeline.transformer.save_config(folder / "transformer")  # for the card: what the model predicts
+    (folder / STAGED).write_text(json.dumps({"step": step}))
+    for name in ("train_config.yaml", *HISTORY):
+        if (output_dir / name).is_file():
+            shutil.copyfile(output_dir / name, folder / name)
+    grids = [path for path in (output_dir / "samples").glob("step-*.png") if int(path.stem.split("-")[1]) <= step]
+    if grids:
+        shutil.copyfile(max(grids), folder / "samples.png")
+
+
+def stage_state(checkpoint: Path, folder: Path):
+    """A whole checkpoint, with the run's metrics and starts until then, which a checkpoint itself does not hold."""
+    link_tree(checkpoint, folder)
+    for name in HISTORY:
+        if (checkpoint.parent / name).is_file():
+            shutil.copyfile(checkpoint.parent / name, folder / name)
+
+
+def push_state(folder: Path, repo_id: str):
+    """Keeps a whole checkpoint, and the one before, in the repository of training states, and nothing of later steps.
+
+    Later ones are another run's, or what this run has gone back from.
+    """
+    files = {
+        f"{folder.name}/{path.relative_to(folder).as_posix()}": path for path in folder.rglob("*") if path.is_file()
+    }
+
+    step = int(folder.name.split("-")[1])
+
+    def outdated(there):
+        steps = {int(found[1]) for path in there if (found := re.match(r"checkpoint-(\d+)/", path))} | {step}
+        kept = [f"checkpoint-{n}" for n in sorted(n for n in steps if n <= step)[-KEPT_STATES:]]
+        return [path for path in there if path.startswith("checkpoint-") and path.split("/")[0] not in kept]
+
+    repo_id = with_retries(make_repository, repo_id, True)
+    with_retries(commit, repo_id, files, f"Training state of step {step}", outdated)
+    try:
+        # Or else the repository's commits keep every state that it ever had.
+        with_retries(HfApi().super_squash_history, repo_id)
+    except Exception as error:
+        logger.warning(f"the older commits of {repo_id} are still there ({hub_sentence(error, repo_id)})")
+
+
+def fetch_state(repo_id: str, output_dir: Path):
+    """Puts the newest whole training state on the Hub into the output folder, where that has none as new.
+
+    The metrics and starts of the run come with it.
+
+    Raises:
+        InputError: when the Hub has some and none of them is whole.
+    """
+    there = with_retries(HfApi().list_repo_files, repo_id)
+    steps = sorted({int(found[1]) for path in there if (found := re.match(r"checkpoint-(\d+)/", path))}, reverse=True)
+    local = [path for path in list_checkpoints(output_dir) if find_damage(path) is None]
+    newest_here = int(local[-1].name.split("-")[1]) if local else -1
+    for step in steps:
+        if step <= newest_here:
+            return
+        download = output_dir / ".hub" / "download"
+        shutil.rmtree(download, ignore_errors=True)
+        name = f"checkpoint-{step}"
+        with_retries(snapshot_download, repo_id, allow_patterns=f"{name}/*", local_dir=download)
+        damage = find_damage(download / name)
+        if damage is None:
+            shutil.rmtree(output_dir / name, ignore_errors=True)
+            for history in HISTORY:
+                if (download / name / history).is_file():
+                    os.replace(download / name / history, output_dir / history)
+            os.replace(download / name, output_dir / name)
+            shutil.rmtree(download, ignore_errors=True)
+            logger.info(f"{repo_id}: fetched the training state of step {step}")
+            return
+        logger.warning(f"{repo_id}: {name} is damaged ({damage}); looking for the one before")
+    if steps and not local:
+        raise InputError(
+            f"--resume_from_checkpoint hub: no training state of {repo_id} is whole; train anew without it"
+        )
+    if not steps:
+        logger.info(f"{repo_id} has no training state yet: starting anew")
+
+
+def check_license(license: str):
+    """Asks the Hub whether it knows a licence, as it does at every push.
+
+    Raises:
+        InputError: when it does not.
+    """
+    card = {"repoType": "model", "content": f"---\n{ModelCardData(license=license).to_yaml()}\n---\n"}
+    answer = get_session().post(f"{HfApi().endpoint}/api/validate-yaml", json=card)
+    if answer.status_code == 400:
+        raise InputError(
+            f"--hub_license {license} is none that the Hub knows; give one such as apache-2.0, mit, cc-by-nc-4.0 or other"
+        )
+    hf_raise_for_status(answer)
+
+
+class HubPush:
+    """Publishes a run: its checkpoints while it goes on, its result at the end. Without `--push_to_hub` it does nothing.
+
+    A push that fails is tried again, and then a warning; checkpoints that come faster than they can be sent give way to the
+    newest. What is sent lies in `.hub/` of the output folder (hard links), so that nothing waits for the network.
+
+    Raises:
+        InputError: before training, when the token may not write, or the Hub cannot be reached and the run is a new one.
+    """
+
+    def __init__(self, args, accelerator: Accelerator, output_dir: Path, interruption: Interruption):
+        check_hub_options(args)
+        self.args, self.output_dir, self.interruption = args, output_dir, interruption
+        self.staging = output_dir / ".hub"
+        self.active = args.push_to_hub and accelerator.is_main_process
+        self.repo_id = args.hub_model_id or output_dir.resolve().name
+        self.missing: dict[str, str] = {}  # what is not on the Hub, and why
+        self._last_step = 0
+        self._waiting, self._working = None, None  # jobs: a name, and what to call
+        self._changed = threading.Condition()
+        if args.push_to_hub:
+            together(accelerator, self._open, where=accelerator.is_main_process)
+
+    def _open(self):
+        shutil.rmtree(self.staging, ignore_errors=True)
+        disable_progress_bars()
+        try:
+            private = self.args.hub_private_repo or None
+            self.repo_id = with_retries(open_repository, self.repo_id, private, retries=1)
+            try:
+                check_base(self.repo_id, vars(self.args))
+            except InputError as error:
+                raise InputError(f"--hub_model_id {error}") from error
+            if self.args.hub_license:
+                with_retries(check_license, self.args.hub_license, retries=1)
+            if self.args.push_training_state:
+                state = with_retries(open_repository, f"{self.repo_id}-state", True, retries=1)
+                if self.args.resume_from_checkpoint == "hub":
+                    fetch_state(state, self.output_dir)
+        except (InputError, *DEFECTS):
+            raise
+        except Exception as error:
+            problem = f"--push_to_hub: {hub_sentence(error, self.repo_id)}"
+            if not is_passing(error) or not list_checkpoints(self.output_dir):
+                raise InputError(f"{problem}; or train without it and publish later: {self._command()}") from error
+            logger.warning(f"{problem}; the run is continued, and tries again at its next push")
+        # A daemon: a run that ends early does not wait for it.
+        threading.Thread(target=self._work, daemon=True, name="hub").start()
+        atexit.register(self._say_what_is_left)
+
+    # Main thread
+
+    def push_checkpoint(self, pipeline: VRPOPipeline, step: int):
+        """Sends a checkpoint that was just saved, if the options want it; returns at once."""
+        wanted = self.args.hub_push_checkpoints or self.args.push_training_state
+        checkpoint = self.output_dir / f"checkpoint-{step}"
+        if not self.active or not wanted or not step or step == self._last_step or not checkpoint.is_dir():
+            return
+        self._last_step, folder = step, self.staging / f"step-{step}"
+        shutil.rmtree(folder, ignore_errors=True)
+        parts = []
+        if self.args.push_training_state:
+            target = folder / checkpoint.name
+            parts.append((f"the training state of step {step}", target, lambda: stage_state(checkpoint, target)))
+        if self.args.hub_push_checkpoints:
+            staged = folder / "pipeline"
+            parts.append((f"step {step}", staged, lambda: stage_pipeline(pipeline, checkpoint, staged)))
+        for name, part, stage in parts:
+            try:
+                stage()
+            except Exception as error:  # a full disk, as Python and safetensors raise it; none of it is worth the run
+                self._failed(name, unwritable(error) or first_line(error))
+                shutil.rmtree(part, ignore_errors=True)
+        if not any(part.is_dir() for _, part, _ in parts):
+            return
+        with self._changed:
+            if self._waiting is not None:
+                self.missing[self._waiting[0]] = "a newer one came before it could be sent"
+                shutil.rmtree(self.staging / self._waiting[0].replace(" ", "-"), ignore_errors=True)
+            self._waiting = (f"step {step}", lambda: self._send_checkpoint(folder, step))
+            self._changed.notify_all()
+
+    def push_result(self):
+        """Publishes the output folder after all else; waits, says in one line what is not there, and raises nothing."""
+        if not self.active:
+            return
+        with self._changed:
+            while self._waiting and not self.interruption.signum:
+                self._changed.wait(0.2)
+            self._waiting = ("the result", self._send_result)
+            self._changed.notify_all()
+            while (self._waiting or self._working) and not self.interruption.signum:
+                self._changed.wait(0.2)
+            for job in (self._waiting, self._working):
+                if job is not None:
+                    self.missing[job[0]] = "interrupted"
+        if self.missing:
+            what = ", ".join(f"{name} ({why})" for name, why in self.missing.items())
+            remedy = f". The result is safe in {self.output_dir}; publish it by `{self._command()}`"
+            logger.warning(f"not on the Hub: {what}{remedy if 'the result' in self.missing else ''}")
+        else:
+            logger.info(f"published: {HfApi().endpoint}/{self.repo_id}")
+        if not self.interruption.signum:
+            shutil.rmtree(self.staging, ignore_errors=True)
+
+    def _command(self) -> str:
+        """What publishes the result later, as this run would."""
+        words = ["python", "-m", "diffusers_vrpo.hub", str(self.output_dir), "--hub_model_id", self.repo_id]
+        words += ["--hub_private_repo"] if self.args.hub_private_repo else []
+        words += ["--hub_license", self.args.hub_license] if self.args.hub_license else []
+        return shlex.join(words)
+
+    def _say_what_is_left(self):
+        """When the run ends early."""
+        for job in (self._working, self._waiting):
+            if job is not None:
+                logger.warning(f"{job[0]} was not sent to the Hub in full; the next push makes up for it")
+
+    # The thread
+
+    def _work(self):
+        while True:
+            with self._changed:
+                while self._waiting is None:
+                    self._changed.wait()
+                self._working, self._waiting = self._waiting, None
+                self._changed.notify_all()
+            name, send = self._working
+            try:
+                send()
+            except Exception as error:
+                self._failed(name, hub_sentence(error, self.repo_id))
+            with self._changed:
+                self._working = None
+                self._changed.notify_all()
+
+    def _failed(self, name: str, why: str):
+        self.missing[name] = why
+        logger.warning(f"{name} could not be sent to the Hub: {why}; training is not affected")
+
+    def _send_checkpoint(self, folder: Path, step: int):
+        # The state first: a run can be continued without its cards, and neither is kept back by the other.
+        try:
+            if (folder / f"checkpoint-{step}").is_dir():
+                push_state(folder / f"checkpoint-{step}", f"{self.repo_id}-state")
+                logger.info(f"the training state of step {step} is on the Hub")
+        except Exception as error:
+            self._failed(f"the training state of step {step}", hub_sentence(error, f"{self.repo_id}-state"))
+        try:
+            if (folder / "pipeline").is_dir():
+                push_folder(
+                    folder / "pipeline",
+                    self.repo_id,
+                    private=self.args.hub_private_repo or None,
+                    license=self.args.hub_license,
+                    commit_message=f"Step {step}",
+                    tag=f"step-{step}",
+                )
+                logger.info(f"step {step} is on the Hub")
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _send_result(self):
+        push_folder(
+            self.output_dir,
+            self.repo_id,
+            private=self.args.hub_private_repo or None,
+            license=self.args.hub_license,
+            commit_message="Result",
+        )

@@ -1,0 +1,318 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""Model cards: what the files of a run or pipeline say about it, rendered anew each time."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import jinja2
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+
+# Options that are about a machine or an account, not about the model.
+PRIVATE_OPTIONS = {
+    *(
+        "output_dir",
+        "cache_dir",
+        "logging_dir",
+        "report_to",
+        "resume_from_checkpoint",
+        "dataloader_num_workers",
+        "profile",
+    ),
+    *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_license", "hub_push_checkpoints", "push_training_state"),
+}
+STAGED = "staged.json"  # in the folder of a checkpoint on its way to the Hub: its step
+DISTANCE = "validation/fd_"  # in `metrics.jsonl`, before the encoder's name
+# In an evaluation file and in `metrics.jsonl`: names of people's, and the Hub's for the index of results.
+METRIC_NAMES = {
+    "fid": ("FID", "fid"),
+    "fd": ("FD", "frechet_distance"),
+    "sfid": ("sFID", "sfid"),
+    "inception_score": ("Inception Score", "inception_score"),
+    "kid": ("KID", "kid"),
+    "precision": ("Precision", "precision"),
+    "recall": ("Recall", "recall"),
+    "density": ("Density", "density"),
+    "coverage": ("Coverage", "coverage"),
+}
+OBJECTIVES = {
+    "none": "its own loss alone",
+    "repa": "REPA's representation alignment",
+    "vrpo": "VRPO's reward-weighted representation alignment",
+}
+
+
+def template_file(name: str) -> Path:
+    """A file of `model_cards/`, in the checkout or in the installed package."""
+    installed = Path(__file__).parents[1] / "model_cards" / name
+    return installed if installed.is_file() else Path(__file__).parents[3] / "model_cards" / name
+
+
+def is_hub_id(name) -> bool:
+    """Whether a name reads as a model's or data set's on the Hub: `owner/name`."""
+    return isinstance(name, str) and bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name))
+
+
+def public_name(value, local: list[str] | None = None):
+    """An option's value without the folders of the machine that it was given on.
+
+    Args:
+        local: the values that were files or folders there; None looks for them here.
+    """
+    if isinstance(value, list):
+        return [public_name(item, local) for item in value]
+    if not isinstance(value, str) or re.fullmatch(r"(SiT|DiT)-\w+/\d+", value, re.IGNORECASE):
+        return value
+    if is_hub_id(value) and not (Path(value).exists() if local is None else value in local):
+        return value
+    return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+
+
+def public_json(value):
+    """`public_name` of every string in a JSON value, keys too."""
+    if isinstance(value, dict):
+        return {public_name(key): public_json(item) for key, item in value.items()}
+    return [public_json(item) for item in value] if isinstance(value, list) else public_name(value)
+
+
+def read_mapping(file: Path) -> dict:
+    """The mapping in a JSON or YAML file; empty where there is none that can be read."""
+    # Not YAML for both: there 1e-06 is text.
+    parse = json.loads if file.suffix == ".json" else yaml.safe_load
+    try:
+        content = parse(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def read_lines(file: Path, one_a_step: bool = False) -> list[dict]:
+    """The objects of a JSON-lines file, without one that a crash cut short; if so wished those of a step as one."""
+    rows: list[dict] = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if one_a_step and rows and rows[-1].get("step") == row.get("step"):
+            rows[-1] |= row
+        else:
+            rows.append(row)
+    return rows
+
+
+def is_finite(value) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def evaluations(folder: Path) -> list[dict]:
+    """Rows (metric, value, encoder, samples, reference, file) of the `evaluation*.json` that `evaluate.py` wrote there."""
+    rows = []
+    for file in sorted(folder.glob("evaluation*.json")):
+        report = read_mapping(file)
+        samples, reference = report.get("samples", {}), report.get("reference", {})
+        for encoder, values in (report.get("metrics") or {}).items():
+            for name, (title, metric) in METRIC_NAMES.items():
+                if is_finite(values.get(name)):
+                    rows.append(
+                        {
+                            "title": title,
+                            "metric": metric,
+                            "value": values[name],
+                            "encoder": public_name(encoder),
+                            "samples": samples.get("count"),
+                            "reference": public_name(reference.get("source")),
+                            "file": file.name,
+                        }
+                    )
+    return rows
+
+
+def read_run(folder: str | Path) -> dict:
+    """What is known of a run or pipeline, for the template; whatever no file says is None or empty."""
+    folder = Path(folder)
+    given = read_mapping(folder / "train_config.yaml")
+    rows, starts = read_lines(folder / "metrics.jsonl", one_a_step=True), read_lines(folder / "starts.jsonl")
+    start = starts[-1] if starts else {}
+    local = start.get("local")
+    options = {
+        name: public_name(v, local) for name, v in given.items() if name not in PRIVATE_OPTIONS and v is not None
+    }
+    # The last finite number of each column, and its step: validation, for one, has rows of its own.
+    columns = {name: (row.get("step"), value) for row in rows for name, value in row.items() if is_finite(value)}
+
+    def last(name):
+        return columns[name][1] if name in columns else None
+
+    rewards = [name.split("/", 1)[1] for name in columns if name.startswith("reward/")]
+    hardware = [f"{start['num_processes']} × {start['hardware']}" for start in starts]
+    objective = options.get("objective")
+    return {
+        "options": options,
+        "objective": objective,
+        "objective_in_words": OBJECTIVES.get(objective),
+        "transformer": read_mapping(folder / "transformer" / "config.json"),
+        "index": read_mapping(folder / "model_index.json"),
+        "start": start,
+        "hardware": list(dict.fromkeys(hardware)),
+        # Of a checkpoint that is staged: its own step, where the metrics may end before.
+        "step": read_mapping(folder / STAGED).get("step", last("step")),
+        "max_train_steps": start.get("max_train_steps", options.get("max_train_steps")),
+        "samples_seen": last("samples_seen"),
+        "train_seconds": last("train_seconds"),
+        "train_flops": last("train_flops"),
+        "loss": columns.get("loss_fm"),
+        "rewards": [
+            {"name": name, **{key: last(f"{key}/{name}") for key in ("reward", "std", "weight", "share")}}
+            for name in rewards
+        ],
+        "rewards_step": max((columns[f"reward/{name}"][0] for name in rewards), default=None),
+        "distances": [
+            {"encoder": name.removeprefix(DISTANCE), "step": step, "value": value}
+            for name, (step, value) in columns.items()
+            if name.startswith(DISTANCE)
+        ],
+        "evaluations": evaluations(folder),
+        "has_samples": (folder / "samples.png").is_file(),
+        "has_curves": (folder / "training.png").is_file(),
+        "lora_rank": options.get("lora_rank"),
+    }
+
+
+def pushes_adapters_only(run: dict) -> bool:
+    """Whether the adapters are all that is published of a run: as its start has found (`build_transformer`)."""
+    return bool(run["lora_rank"]) and bool(run["start"].get("adapters_suffice"))
+
+
+def kind(run: dict) -> str:
+    """DiT for what predicts noise, else SiT."""
+    preset = str(run["options"].get("preset") or "")
+    return "DiT" if run["transformer"].get("prediction_type") == "epsilon" or preset.startswith("DiT") else "SiT"
+
+
+def card_data(run: dict, repo_id: str, license: str | None) -> ModelCardData:
+    """The card's metadata, of values that the Hub knows."""
+    options, name = run["options"], repo_id.split("/")[-1]
+    base, dataset = options.get("pretrained_model_name_or_path"), options.get("dataset_name")
+    tags = ["diffusers", "image-generation", "class-conditional", kind(run).lower(), "diffusers-vrpo"]
+    tags += ["diffusers-training"] if options else []
+    tags += [] if kind(run) == "DiT" else ["flow-matching"]
+    tags += {"repa": ["repa", "representation-alignment"], "vrpo": ["vrpo", "representation-alignment"]}.get(
+        run["objective"], []
+    )
+    tags += ["lora"] if run["lora_rank"] else []
+    if license is None and options:  # nothing is known of weights without a record
+        license = "other" if base else "apache-2.0"
+    known = options.get("dataset_name") or options.get("train_data_dir") or options.get("latents_dir") or "unknown"
+    where = {"dataset_type": dataset if is_hub_id(dataset) else "custom", "dataset_name": str(known)}
+    task = {"task_type": "unconditional-image-generation", "task_name": "Class-conditional image generation"}
+    results = [
+        EvalResult(
+            **task,
+            **where,
+            metric_type=row["metric"],
+            metric_value=row["value"],
+            metric_name=f"{row['title']} ({row['encoder']}, {row['samples']} samples)",
+        )
+        for row in run["evaluations"]
+    ] + [
+        EvalResult(
+            **task,
+            **where,
+            metric_type="frechet_distance",
+            metric_value=row["value"],
+            metric_name=f"FD ({row['encoder']}, step {row['step']}, in training)",
+        )
+        for row in run["distances"]
+    ]
+    return ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+        license=license,
+        base_model=base if is_hub_id(base) else None,
+        base_model_relation=("adapter" if run["lora_rank"] else "finetune") if is_hub_id(base) else None,
+        datasets=[dataset] if is_hub_id(dataset) else None,
+        tags=tags,
+        metrics=sorted({row["metric"] for row in run["evaluations"]}) or None,
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+
+
+def number(value) -> str:
+    """A number for people: four digits, thousands with commas."""
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer() and abs(value) < 1e15):
+        return f"{int(value):,}"
+    return f"{value:.4g}"
+
+
+def summary(run: dict) -> str:
+    """The card's first sentence."""
+    options, config = run["options"], run["transformer"]
+    base = options.get("pretrained_model_name_or_path")
+    text = f"Class-conditional {kind(run)} diffusion transformer"
+    if pushes_adapters_only(run):
+        text = f"Low-rank adapters for [{base}](https://huggingface.co/{base}), a class-conditional {kind(run)}"
+    if run["start"].get("parameters"):
+        text += f" of {number(run['start']['parameters'] / 1e6)} M parameters"
+    if config.get("num_classes"):
+        text += f" with {number(config['num_classes'])} classes"
+    if options.get("resolution"):
+        text += f", images of {options['resolution']}×{options['resolution']} pixels"
+    if run["objective"] in OBJECTIVES:
+        text += f", trained with {OBJECTIVES[run['objective']]}"
+    return text + "."
+
+
+def optimizer(run: dict) -> str:
+    """What the optimizer did, in a line of the table."""
+    options, start = run["options"], run["start"]
+    text = f"AdamW, learning rate {options.get('learning_rate')}"
+    if start.get("global_batch_size"):
+        text += f", {number(start['global_batch_size'])} samples a step"
+    if start.get("mixed_precision") not in (None, "no"):
+        text += f", {start['mixed_precision']}"
+    if options.get("use_ema"):
+        text += f", weights averaged with decay {options.get('ema_decay')}"
+    return text
+
+
+def render_card(folder: str | Path, repo_id: str, license: str | None = None, **extra) -> str:
+    """The model card of a run's or pipeline's folder, from its files alone.
+
+    Args:
+        folder: with `model_index.json` or `lora/`, and perhaps `train_config.yaml`, `metrics.jsonl`, `starts.jsonl`,
+            `samples.png`, `training.png`, `evaluation*.json`.
+        repo_id: `owner/name` of the repository.
+        license: of the weights, as the Hub writes it. When not given, `apache-2.0` for what a run has trained, `other` for
+            what continues other weights, and none for a pipeline without the record of a run.
+        extra: more variables of the template: `recipe`, the command of a card without weights; `measured`, a paragraph;
+            `tagged`, whether the repository has tags `step-N`.
+    """
+    run = read_run(folder)
+    options = run["options"]
+    labels = run["index"].get("id2label") or {}
+    base, encoders = options.get("pretrained_model_name_or_path"), options.get("encoder") or []
+    run |= {
+        "name": repo_id.split("/")[-1],
+        "repo_id": repo_id,
+        "kind": kind(run),
+        "summary": summary(run),
+        "optimizer": optimizer(run),
+        "adapters_only": pushes_adapters_only(run),
+        "base_model": base,
+        "encoders": ", ".join([encoders] if isinstance(encoders, str) else encoders),
+        "data": options.get("dataset_name") or options.get("train_data_dir") or options.get("latents_dir"),
+        "example_label": json.dumps(next(iter(labels.values())).split(",")[0]) if labels else "0",
+        "has_labels": bool(labels),
+        "number": number,
+        "options_as_yaml": yaml.safe_dump(options).strip(),
+        "card_data": card_data(run, repo_id, license).to_yaml(),
+    }
+    template = template_file("template.md").read_text(encoding="utf-8")
+    card = jinja2.Template(template, trim_blocks=True, lstrip_blocks=True).render(**run | extra)
+    # Read back, so that a card whose metadata is none is an error here and not on the Hub.
+    return str(ModelCard(re.sub(r"\n{3,}", "\n\n", card).rstrip() + "\n"))

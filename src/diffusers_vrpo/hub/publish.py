@@ -1,0 +1,392 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+r"""Publish the folder of a pipeline or a run on the Hub, with a model card made from its files.
+
+    python -m diffusers_vrpo.hub outputs/sit-xl --hub_model_id org/sit-xl-vrpo
+
+Only the pipeline, its code, adapters, sample grid, curves and metrics go there. The token is that of `hf auth login` or
+HF_TOKEN.
+"""
+
+import errno
+import json
+import logging
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jinja2
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.repocard import metadata_load
+
+from ..errors import InputError, causes, first_line
+from .card import public_json, public_name, pushes_adapters_only, read_mapping, read_run, render_card
+
+
+logger = logging.getLogger(__name__)
+WAITS = (2, 8, 30, 60)  # seconds before each further try of what a network may have stopped
+RUN_FILES = ("samples.png", "training.png", "metrics.jsonl")
+# Mistakes in the code, which no further try mends and no sentence about the Hub explains.
+DEFECTS = (TypeError, LookupError, AttributeError, NameError, AssertionError, jinja2.TemplateError)
+ADAPTERS = "pytorch_lora_weights.safetensors"
+# Weights as diffusers and transformers name them: a variant such as .fp16, shards, and the shards' index.
+WEIGHTS = re.compile(
+    r"(diffusion_pytorch_model|pytorch_model|model)(?P<variant>\.[\w-]+?)??(-\d+-of-\d+)?\.(safetensors|bin)"
+    r"(\.index(?P<index_variant>\.[\w-]+)?\.json)?"
+)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What goes there
+
+
+def component_folders(folder: Path) -> list[str]:
+    """The folders of a pipeline's components, by its index."""
+    index = read_mapping(folder / "model_index.json")
+    return [name for name, value in index.items() if isinstance(value, list) and name != "_class_name" and value[0]]
+
+
+def published_files(folder: str | Path) -> dict[str, Path]:
+    """What of a folder goes to the Hub: paths there, and the files here. Whatever is not listed here stays here.
+
+    Raises:
+        InputError: when it is neither a pipeline nor adapters.
+    """
+    folder = Path(folder)
+    files = {}
+    if (folder / "lora" / ADAPTERS).is_file():
+        files[ADAPTERS] = folder / "lora" / ADAPTERS
+    if not (files and pushes_adapters_only(read_run(folder))):
+        for name in ("model_index.json", "pipeline_vrpo.py"):
+            if (folder / name).is_file():
+                files[name] = folder / name
+        for name in component_folders(folder):
+            for path in sorted((folder / name).rglob("*")):
+                hidden = any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
+                if path.is_file() and not hidden and path.suffix != ".lock":
+                    files[path.relative_to(folder).as_posix()] = path
+        if "model_index.json" not in files:
+            raise InputError(
+                f"{folder} holds no pipeline (no model_index.json); give the output folder of a finished run"
+            )
+    for path in [folder / name for name in RUN_FILES] + sorted(folder.glob("evaluation*.json")):
+        if path.is_file():
+            files[path.name] = path
+    return files
+
+
+def without_paths(path: str, file: Path, local: list[str] | None = None) -> Path | bytes:
+    """A file for the Hub; of reports and configurations the content without this machine's folders.
+
+    Args:
+        local: the options of the run that were files or folders, as its record has them (`public_name`).
+    """
+    content = read_mapping(file) if path.endswith(".json") else {}
+    if path.startswith("evaluation"):
+        return json.dumps(public_json(content), indent=2).encode() + b"\n"
+    if isinstance(content.get("_name_or_path"), str):  # where diffusers has loaded it from
+        content["_name_or_path"] = public_name(content["_name_or_path"], local)
+        return json.dumps(content, indent=2, sort_keys=True).encode() + b"\n"
+    return file
+
+
+def variant_of(path: str) -> str | None:
+    """The variant of a weights file or its index, such as `.fp16`; "" for none, None for other files."""
+    match = WEIGHTS.fullmatch(path.split("/")[-1])
+    return None if match is None else match["index_variant"] or match["variant"] or ""
+
+
+def outdated_files(there: list[str], files: dict[str, Path], folders: list[str], replace_variants: bool) -> list[str]:
+    """Weights on the Hub that the new ones replace: other shards, or a variant of what was there before.
+
+    Args:
+        there: paths on the Hub.
+        files: `published_files`.
+        folders: of the components.
+        replace_variants: or else only those of the variants in `files` go.
+    """
+    new = {variant_of(path) for path in files}
+    outdated = []
+    for path in there:
+        variant = variant_of(path)
+        ours = path.split("/")[0] in folders and path.count("/") == 1
+        if variant is not None and ours and path not in files and (replace_variants or variant in new):
+            outdated.append(path)
+    return outdated
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What can go wrong there
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status that an exception came from."""
+    found = [link.response.status_code for link in causes(error) if getattr(link, "response", None) is not None]
+    return found[0] if found else None
+
+
+def disk_is_full(error: BaseException) -> bool:
+    return any(getattr(link, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for link in causes(error))
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether trying again may help: not for a refusal, bad metadata or a file that is missing here."""
+    status = status_of(error)
+    if status is not None:
+        return status >= 500 or status in (408, 409, 412, 425, 429)
+    # A proxy's page instead of the Hub's answer; no answer, and nothing in the cache.
+    if "JSONDecodeError" in type(error).__name__ or isinstance(error, LocalEntryNotFoundError):
+        return True
+    if isinstance(error, (LocalTokenNotFoundError, *DEFECTS)) or disk_is_full(error):
+        return False
+    return not isinstance(error, InputError | ValueError | FileNotFoundError | IsADirectoryError | PermissionError)
+
+
+def hub_sentence(error: BaseException, repo_id: str) -> str:
+    """Why the Hub did not take something, and what to do. Never the exception's own text: it may have signed addresses."""
+    status = status_of(error)
+    if isinstance(error, LocalTokenNotFoundError):
+        return "there is no token; run `hf auth login` or set HF_TOKEN"
+    if isinstance(error, HFValidationError):
+        return "that is no name of a repository; give owner/name"
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set; go online"
+    if status == 401 and not isinstance(error, RepositoryNotFoundError):
+        return "the Hub does not know the token (401); run `hf auth login` or set HF_TOKEN anew"
+    if status == 403:
+        return f"the token may not write to {repo_id} (403); take one with write access to it"
+    if status == 404 or isinstance(error, RepositoryNotFoundError):
+        return f"{repo_id} is not there for this token ({status}); check the name and the token's access"
+    if status is not None and status < 500 and status != 429:
+        said = next((link.server_message for link in causes(error) if getattr(link, "server_message", None)), "")
+        return f"the Hub refuses it ({status}{': ' + said.splitlines()[0][:200] if said else ''})"
+    if status is not None:
+        return f"the Hub answers {status}"
+    if disk_is_full(error):
+        return "the disk here is full; make room"
+    if isinstance(error, DEFECTS):
+        return f"an error of this program: {type(error).__name__}: {first_line(error)}"
+    if isinstance(error, InputError | ValueError) and not isinstance(error, LocalEntryNotFoundError):
+        return first_line(error)
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{Path(error.filename).name} cannot be read ({error.strerror})"
+    return f"the Hub cannot be reached ({type(error).__name__})"
+
+
+def with_retries(action: Callable, *arguments, retries: int | None = None, **options):
+    """`action`'s result; what may pass is tried again after each of the first `retries` of `WAITS`, and then raised."""
+    for wait in (*WAITS[:retries], None):
+        try:
+            return action(*arguments, **options)
+        except Exception as error:
+            if wait is None or not is_passing(error):
+                raise
+            logger.info(f"{hub_sentence(error, 'the repository')}; trying again in {wait} s")
+            time.sleep(wait)
+
+
+def without_signature(record: logging.LogRecord) -> bool:
+    """A filter: addresses in the log without what follows their question mark."""
+    record.msg, record.args = re.sub(r"(https?://[^\s?]+)\?\S+", r"\1", record.getMessage()), ()
+    return True
+
+
+def keep_addresses_private():
+    """Addresses of uploads are signed, and whoever reads them in a log could use them: requests are not logged."""
+    for name in ("httpx", "httpx2", "httpcore", "urllib3"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub.utils._http").addFilter(without_signature)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pushing
+
+
+def make_repository(repo_id: str, private: bool | None = None, token: str | None = None) -> str:
+    """Makes the repository if need be; returns its full name.
+
+    Raises:
+        InputError: when it is to be private and there is a public one.
+    """
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private and not api.repo_info(repo_id).private:
+        raise InputError(f"{repo_id} is there already and public; make it private on its page, or choose another name")
+    return repo_id
+
+
+def open_repository(repo_id: str, private: bool | None = None, token: str | None = None) -> str:
+    """Makes the repository if need be, and asks whether the token may write to it; returns its full name.
+
+    Raises:
+        InputError: when it may not.
+    """
+    keep_addresses_private()
+    api = HfApi(token=token)
+    try:
+        role = api.whoami().get("auth", {}).get("accessToken", {}).get("role")
+        if role == "read":
+            raise InputError("the token may only read; take one with write access")
+        repo_id = make_repository(repo_id, private, token)
+        # Asks how a file would be uploaded, which takes the right to do so.
+        api.preupload_lfs_files(repo_id, [CommitOperationAdd("README.md", b"-")])
+        return repo_id
+    except DEFECTS:
+        raise
+    except Exception as error:
+        if not is_passing(error):
+            raise InputError(f"--hub_model_id {repo_id}: {hub_sentence(error, repo_id)}") from error
+        raise
+
+
+def commit(
+    repo_id: str,
+    files: dict[str, Path | bytes],
+    message: str,
+    outdated: Callable[[list[str]], list[str]] = lambda there: [],
+    token: str | None = None,
+    create_pr: bool = False,
+) -> CommitInfo:
+    """One commit with `files`, and without what `outdated` picks from the paths there.
+
+    Large files go first and one by one: a further try goes on after those that are there, and no threads are left behind.
+    """
+    keep_addresses_private()
+    api = HfApi(token=token)
+    adds = [CommitOperationAdd(path, file if isinstance(file, bytes) else str(file)) for path, file in files.items()]
+    for addition in adds:
+        if addition.upload_info.size > 1 << 20:
+            api.preupload_lfs_files(repo_id, [addition], create_pr=create_pr, free_memory=False)
+    deletes = [CommitOperationDelete(path) for path in outdated(api.list_repo_files(repo_id))]
+    return api.create_commit(repo_id, [*adds, *deletes], commit_message=message, create_pr=create_pr)
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    license: str | None = None,
+    commit_message: str = "Upload pipeline",
+    create_pr: bool = False,
+    subfolder: str | None = None,
+    tag: str | None = None,
+    replace_variants: bool = True,
+) -> CommitInfo:
+    """Publishes the folder of a pipeline or a run, with a model card made anew, in one commit.
+
+    Weights that were there and are none of the new ones go in the same commit. A folder without the record of a run leaves
+    the card that is there as it is.
+
+    Args:
+        folder: as `save_pretrained` or a run wrote it; of other files in it nothing is read.
+        repo_id: `owner/name`; it is made if need be.
+        private: of a repository that is made here; None leaves it to the owner's default.
+        token: instead of that of `hf auth login` or HF_TOKEN.
+        license: of the weights, as the Hub writes it; see `render_card`.
+        create_pr: propose the commit instead of making it.
+        subfolder: put everything there, without a model card.
+        tag: a tag for the commit, moved if there is one.
+        replace_variants: also remove variants (`fp16`) that the folder does not have.
+
+    Raises:
+        InputError: when the folder is no pipeline, adapters would go to their base's repository, or the Hub refuses.
+        HfHubHTTPError, OSError, RuntimeError: when the Hub could not be reached, after all retries.
+    """
+    keep_addresses_private()
+    folder = Path(folder)
+    run = read_run(folder)
+    local = run["start"].get("local")
+    files = {path: without_paths(path, file, local) for path, file in published_files(folder).items()}
+    # Of adapters alone nothing is replaced: the folder's pipeline is not what is pushed.
+    folders = component_folders(folder) if "model_index.json" in files and not subfolder else []
+    if subfolder:
+        files = {f"{subfolder}/{path}": file for path, file in files.items()}
+
+    def outdated(there):
+        return outdated_files(there, files, folders, replace_variants)
+
+    try:
+        repo_id = with_retries(make_repository, repo_id, private, token)
+        check_base(repo_id, run["options"])
+        if not subfolder:
+            card = None if run["options"] else with_retries(card_there, repo_id, license, token)
+            if card is None:
+                tagged = tag is not None or with_retries(has_step_tags, repo_id, token)
+                card = render_card(folder, repo_id, license, tagged=tagged)
+            files["README.md"] = card.encode()
+        done = with_retries(commit, repo_id, files, commit_message, outdated, token, create_pr)
+        if tag is not None:
+            with_retries(move_tag, repo_id, tag, done.oid, token)
+    except Exception as error:
+        if is_passing(error) or isinstance(error, DEFECTS):
+            raise
+        raise InputError(f"--hub_model_id {repo_id}: {hub_sentence(error, repo_id)}") from error
+    return done
+
+
+def check_base(repo_id: str, options: dict):
+    """Whether a run may be published there.
+
+    Raises:
+        InputError: for adapters when it is the repository of their base.
+    """
+    if options.get("lora_rank") and options.get("pretrained_model_name_or_path") == repo_id:
+        raise InputError(f"{repo_id} has the weights that the adapters are for; give the adapters another name")
+
+
+def card_there(repo_id: str, license: str | None = None, token: str | None = None) -> str | None:
+    """The model card that a repository has, every tag once and with `license` if given; None where it has none."""
+    api = HfApi(token=token)
+    if "README.md" not in api.list_repo_files(repo_id):
+        return None
+    file = Path(api.hf_hub_download(repo_id, "README.md"))
+    text, metadata = file.read_text(encoding="utf-8"), metadata_load(file) or {}
+    tags = metadata.get("tags") or []
+    if len(tags) == len(dict.fromkeys(tags)) and license in (None, metadata.get("license")):
+        return text
+    card = ModelCard(text, ignore_metadata_errors=True)  # has taken the doubles out
+    card.data.license = license or card.data.license
+    return str(card)
+
+
+def has_step_tags(repo_id: str, token: str | None = None) -> bool:
+    """Whether the repository has tags `step-N`, as a run sets them that pushes its checkpoints."""
+    return any(tag.name.startswith("step-") for tag in HfApi(token=token).list_repo_refs(repo_id).tags)
+
+
+def move_tag(repo_id: str, tag: str, revision: str, token: str | None = None):
+    """Sets a tag, also where it was another commit's."""
+    api = HfApi(token=token)
+    try:
+        api.create_tag(repo_id, tag=tag, revision=revision)
+    except HfHubHTTPError as error:
+        if status_of(error) != 409:
+            raise
+        api.delete_tag(repo_id, tag=tag)
+        api.create_tag(repo_id, tag=tag, revision=revision)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def add_push_options(group):
+    """`--hub_model_id`, `--hub_private_repo`, `--hub_license`."""
+    group.add_argument("--hub_model_id", metavar="OWNER/NAME", help="repository; by default the output folder's name")
+    group.add_argument(
+        "--hub_private_repo", action="store_true", help="make the repository private if it is made here"
+    )
+    group.add_argument(
+        "--hub_license",
+        help="of the weights; by default apache-2.0, `other` for what continues other weights, none without a record",
+    )

@@ -1,0 +1,617 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""Checkpoints of the SiT, REPA, iREPA and DiT repositories and of diffusers' DiT, to and from ours.
+
+Keys are renamed and qkv is split or joined; within one convention no value changes, so ours -> official -> ours is
+bit-equal. What the repositories do differently (which way time runs, what is predicted, timestep frequencies) goes into
+the config.
+"""
+
+import argparse
+import logging
+import math
+import pickle
+import re
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import DDIMScheduler, DiffusionPipeline, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ..errors import InputError, first_line, hub_problem
+from . import ddpm
+from .transformer_sit import SIT_SIZES, SiTTransformer2DModel, sit_preset
+
+
+logger = logging.getLogger(__name__)
+FORMATS = ("auto", "sit", "repa", "irepa", "dit", "diffusers-dit")
+LAYOUTS = ("repa", "sit", "dit")
+
+# Official module name -> ours; `blocks.N.` -> `transformer_blocks.N.` in front of the second group.
+TOP_NAMES = {
+    "x_embedder.proj": "patch_embed",
+    "t_embedder.mlp.0": "time_embedding.linear_1",
+    "t_embedder.mlp.2": "time_embedding.linear_2",
+    "y_embedder.embedding_table": "label_embedding",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "modulation_out",
+}
+BLOCK_NAMES = {
+    "attn.proj": "attn.to_out.0",
+    "attn.q_norm": "attn.norm_q",
+    "attn.k_norm": "attn.norm_k",
+    "mlp.fc1": "ff.net.0.proj",
+    "mlp.fc2": "ff.net.2",
+    "adaLN_modulation.1": "modulation",
+}
+# The same for diffusers' DiT, whose embedders are block 0's here (they must be equal in all blocks).
+DIFFUSERS_TOP_NAMES = {
+    "pos_embed.proj": "patch_embed",
+    "transformer_blocks.0.norm1.emb.timestep_embedder.linear_1": "time_embedding.linear_1",
+    "transformer_blocks.0.norm1.emb.timestep_embedder.linear_2": "time_embedding.linear_2",
+    "transformer_blocks.0.norm1.emb.class_embedder.embedding_table": "label_embedding",
+    "proj_out_1": "modulation_out",
+    "proj_out_2": "proj_out",
+}
+DIFFUSERS_BLOCK_NAMES = {
+    "norm1.linear": "modulation",
+    "attn1.to_q": "attn.to_q",
+    "attn1.to_k": "attn.to_k",
+    "attn1.to_v": "attn.to_v",
+    "attn1.to_out.0": "attn.to_out.0",
+    "ff.net.0.proj": "ff.net.0.proj",
+    "ff.net.2": "ff.net.2",
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# To ours
+
+
+def convert_checkpoint(
+    path: str,
+    *,
+    preset: str | None = None,
+    num_attention_heads: int | None = None,
+    format: str = "auto",
+    num_classes: int | None = None,
+    alignment_layer: int | None = None,
+    cache_dir: str | None = None,
+) -> SiTTransformer2DModel:
+    """A transformer from any checkpoint that this package knows, in float32 on the CPU.
+
+    Args:
+        path: an official `.pt` (or `.safetensors` in the same keys) of SiT, REPA, iREPA or DiT, its averaged weights
+            where it has them; or a folder or Hub name of a pipeline or transformer, ours or diffusers'
+            `DiTTransformer2DModel`.
+        preset: such as `"SiT-XL/2"`; tells SiT from DiT, and is checked against the weights.
+        num_attention_heads: the only size that the weights cannot show; not needed for the depths and widths of the
+            papers, nor with qk-norm.
+        format: one of `FORMATS`. SiT's and DiT's files have the same keys: `"auto"` tells them apart by the training
+            arguments in the file, the preset or a word of the file's name, and takes SiT where nothing tells.
+        num_classes: needed for a label table without a row for "no class" (label dropout 0), unless the training
+            arguments in the file tell; else one less than the table's rows.
+        alignment_layer: the block, counted from 1, that feeds REPA's projectors, where the file does not say.
+        cache_dir: where downloads go.
+
+    Raises:
+        InputError: a missing or unknown key (all are listed), a size that does not fit, a file that holds more than
+            tensors and plain values, a diffusers-DiT whose blocks have separate embedders, an argument that contradicts
+            the checkpoint or that it leaves no room for.
+    """
+    if format not in FORMATS:
+        raise InputError(f"--format {format!r} must be one of {', '.join(FORMATS)}")
+    hints = {
+        "preset": preset,
+        "num_attention_heads": num_attention_heads,
+        "num_classes": num_classes,
+        "alignment_layer": alignment_layer,
+    }
+    for name, value in hints.items():
+        if isinstance(value, int) and value < 1:
+            raise InputError(f"--{name} {value} must be at least 1")
+    if not Path(path).is_file():
+        if str(path).endswith((".pt", ".pth", ".ckpt", ".safetensors")):
+            raise InputError(f"{path} is not a file")
+        if given := [name for name, value in hints.items() if value is not None]:
+            raise InputError(
+                f"--{given[0]} {hints[given[0]]}: {path} has a config.json that says it all; leave it out"
+            )
+        return _from_folder_or_hub(path, format, cache_dir)
+    state, training_args = read_checkpoint(path)
+    if format in ("auto", "diffusers-dit"):
+        if format == "diffusers-dit" or "pos_embed.proj.weight" in state:
+            raise InputError(
+                f"{path}: a diffusers DiT is converted from its folder, which has the config.json beside it"
+            )
+        format, why = detect_format(state, preset, training_args, Path(path).name)
+        logger.info(f"{path}: taken as {format} by {why}")
+    if preset and format in ("sit", "dit") and not preset.lower().startswith(format):
+        raise InputError(f"--preset {preset} contradicts --format {format}")
+    try:
+        return _from_official(
+            path, state, training_args, preset, num_attention_heads, format, num_classes, alignment_layer
+        )
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
+        if isinstance(error, InputError):
+            raise
+        # Whatever else a file with the right names may hold.
+        raise InputError(f"{path} is damaged, or no SiT, REPA or DiT checkpoint: {first_line(error)}") from error
+
+
+def read_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict]:
+    """The state dict of a checkpoint file (averaged weights where it has them), and the training arguments in it.
+
+    Raises:
+        InputError: for a file that cannot be read without running code from it, or that has no weights.
+    """
+    try:
+        if str(path).endswith(".safetensors"):
+            content = load_file(path)
+        else:
+            # The official training scripts put their parsed arguments, a plain namespace, beside the weights.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                try:
+                    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                except RuntimeError:  # an old file format, which cannot be mapped
+                    content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path} holds objects other than tensors and plain values, and loading them could run code; save the state "
+            f"dict alone ({first_line(error)})"
+        ) from error
+    except (OSError, EOFError, RuntimeError, ValueError, SafetensorError) as error:
+        raise InputError(
+            f"{path} cannot be read as a checkpoint, it may be cut short; get it again ({first_line(error)})"
+        ) from error
+    training_args = content.get("args") if isinstance(content, dict) else None
+    training_args = vars(training_args) if isinstance(training_args, argparse.Namespace) else training_args
+    for name in ("ema", "model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+            logger.info(f"{path}: taking {name!r}")
+            break
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()
+    ):
+        raise InputError(f"{path} has no state dict, neither flat nor under 'ema' or 'model'")
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in content.items()}
+    return state, training_args if isinstance(training_args, dict) else {}
+
+
+def detect_format(state: dict, preset: str | None, training_args: dict, file_name: str) -> tuple[str, str]:
+    """`sit`, `repa`, `irepa` or `dit`, and what told: the keys, or since SiT's and DiT's are the same, other signs."""
+    if any(name.startswith("projectors.") and ".projection_layer." in name for name in state):
+        return "irepa", "its projectors"
+    if any(name.startswith(("projectors.", "decoder_blocks.")) for name in state):
+        return "repa", "its keys"
+    if "enc_type" in training_args:
+        return "repa", "its training arguments"
+    for sign, what in (
+        (str(training_args.get("model") or ""), "its training arguments"),
+        (preset or "", "the preset"),
+    ):
+        if match := re.match("sit|dit", sign.lower()):
+            return match[0], what
+    if match := re.search(r"(?:^|[-_. ])(repa|dit|sit)(?=[-_. ])", file_name.lower()):
+        return match[1], "its name"
+    logger.warning(
+        f"{file_name}: the keys fit SiT and DiT (and REPA without projectors) alike, and nothing else tells; if it is not "
+        "SiT, convert it with --format"
+    )
+    return "sit", "default"
+
+
+def official_name(name: str) -> tuple[str, int | None]:
+    """The official key of one of our parameters, and its third of `qkv` if it is q, k or v."""
+    module, kind = name.rsplit(".", 1)
+    for official, ours in TOP_NAMES.items():
+        if module == ours:
+            return f"{official}.{kind}", None
+    if match := re.fullmatch(r"transformer_blocks\.(\d+)\.(.+)", module):
+        number, inside = match.groups()
+        if match := re.fullmatch(r"attn\.to_([qkv])", inside):
+            return f"blocks.{number}.attn.qkv.{kind}", "qkv".index(match[1])
+        official = {ours: official for official, ours in BLOCK_NAMES.items()}[inside]
+        return f"blocks.{number}.{official}.{kind}", None
+    return name, None  # projectors
+
+
+def _from_official(path, state, training_args, preset, num_attention_heads, format, num_classes, alignment_layer):
+    state = dict(state)
+    # Early REPA files number the blocks after the aligned one anew.
+    encoder_depth = len(_numbers(state, "blocks"))
+    if any(name.startswith("decoder_blocks.") for name in state):
+        alignment_layer = alignment_layer or encoder_depth
+        state = {
+            re.sub(r"^decoder_blocks\.(\d+)", lambda m: f"blocks.{int(m[1]) + encoder_depth}", name): value
+            for name, value in state.items()
+        }
+    # iREPA wraps either of its projectors; the MLP is REPA's.
+    state = {re.sub(r"^(projectors\.\d+)\.projection_layer\.(\d)", r"\1.\2", name): x for name, x in state.items()}
+
+    # 1. Sizes, from the shapes of the weights.
+    needed = ["x_embedder.proj.weight", "y_embedder.embedding_table.weight", "final_layer.linear.weight", "pos_embed"]
+    needed += ["blocks.0.mlp.fc1.weight"]
+    if missing := [name for name in needed if name not in state]:
+        raise InputError(f"{path} is no SiT, REPA or DiT checkpoint: {', '.join(missing)} not in it")
+    if state["x_embedder.proj.weight"].ndim != 4 or state["pos_embed"].ndim != 3:
+        raise InputError(
+            f"{path} is no SiT, REPA or DiT checkpoint: its patch or position embedding has another shape"
+        )
+    dim, channels, patch = state["x_embedder.proj.weight"].shape[:3]
+    depth = 1 + max(_numbers(state, "blocks"))
+    side = math.isqrt(state["pos_embed"].shape[1])
+    rows = state["final_layer.linear.weight"].shape[0]
+    label_rows = state["y_embedder.embedding_table.weight"].shape[0]
+    qk_norm = state.get("blocks.0.attn.q_norm.weight")
+    heads = _attention_heads(path, dim, depth, patch, preset, num_attention_heads, qk_norm)
+    no_dropout = 0 in (training_args.get("cfg_prob"), training_args.get("class_dropout_prob"))
+    num_classes = num_classes or training_args.get("num_classes") or label_rows - (0 if no_dropout else 1)
+    if num_classes < 1 or label_rows - num_classes not in (0, 1):
+        raise InputError(f"{path} has {label_rows} rows of labels, which do not fit --num_classes {num_classes}")
+    config = {
+        "sample_size": side * patch,
+        "patch_size": patch,
+        "in_channels": channels,
+        "num_layers": depth,
+        "num_attention_heads": heads,
+        "attention_head_dim": dim // heads,
+        "mlp_ratio": _mlp_ratio(state["blocks.0.mlp.fc1.weight"].shape[0], dim),
+        "num_classes": num_classes,
+        "class_dropout_prob": 0.1 if label_rows > num_classes else 0.0,
+        "learn_sigma": rows == 2 * patch**2 * channels,
+        "qk_norm": qk_norm is not None,
+    }
+
+    # 2. Conventions of the repository.
+    for option, supported in (("path_type", ["linear"]), ("prediction", ["velocity", "v"])):
+        value = training_args.get(option)
+        if format != "dit" and isinstance(value, str) and value.lower() not in supported:
+            raise InputError(f"{path} was trained with {option} {value!r}; only linear paths and velocities are read")
+    if format == "sit":
+        config["time_direction"] = "noise_to_data"
+    elif format == "dit":
+        config["prediction_type"] = "epsilon"
+    if format in ("sit", "dit") and channels > 3:
+        config["guidance_channels"] = 3
+
+    # 3. Projectors.
+    if format in ("repa", "irepa") and _numbers(state, "projectors"):
+        config |= _projector_config(path, state, depth, training_args, alignment_layer)
+    elif alignment_layer is not None:
+        raise InputError(f"--alignment_layer {alignment_layer}: {path} has no projectors; leave it out")
+
+    # 4. Every key of the file is used once.
+    try:
+        with init_empty_weights():
+            model = SiTTransformer2DModel(**config)
+    except ValueError as error:
+        raise InputError(f"{path}: {first_line(error)}") from error
+    converted, used = {}, {"pos_embed"}
+    wrong = []
+    for name, parameter in model.state_dict().items():
+        official, third = official_name(name)
+        used.add(official)
+        value = state.get(official)
+        if value is None:
+            continue
+        if third is not None and value.shape[0] % 3 == 0:
+            value = value.chunk(3)[third]
+        if value.shape != parameter.shape:
+            wrong.append(f"{official} {tuple(state[official].shape)}")
+        converted[name] = value.float().clone(memory_format=torch.contiguous_format)
+    _check_keys(path, missing=used - state.keys(), unknown=state.keys() - used, wrong=wrong)
+    table, stored = model.pos_embed, state["pos_embed"]
+    if stored.shape != table.shape or not torch.allclose(stored.float(), table.to(stored.dtype).float(), atol=1e-5):
+        raise InputError(f"{path}: its pos_embed is not SiT's sine-cosine table of {side} x {side} patches")
+    model.load_state_dict(converted, assign=True)
+    return model.eval()
+
+
+def _mlp_ratio(inner_dim: int, dim: int) -> float:
+    """A ratio that the model's `int(dim * mlp_ratio)` turns into `inner_dim`, whatever the rounding."""
+    return inner_dim / dim if int(dim * (inner_dim / dim)) == inner_dim else (inner_dim + 0.5) / dim
+
+
+def _numbers(state: dict, group: str) -> set[int]:
+    """The numbers N of keys `group.N. ...`."""
+    return {int(match[1]) for name in state if (match := re.match(rf"{group}\.(\d+)\.", name))}
+
+
+def _attention_heads(path, dim, depth, patch, preset, num_attention_heads, qk_norm) -> int:
+    sizes = {(s["num_layers"], s["num_attention_heads"] * s["attention_head_dim"]): s for s in SIT_SIZES.values()}
+    found = sizes.get((depth, dim), {}).get("num_attention_heads")
+    if qk_norm is not None:
+        found = dim // qk_norm.shape[0]
+    if preset is not None:
+        try:
+            config = sit_preset(preset)
+        except ValueError as error:
+            raise InputError(f"--preset: {error}") from error
+        size = (
+            config["num_layers"],
+            config["num_attention_heads"] * config["attention_head_dim"],
+            config["patch_size"],
+        )
+        if size != (depth, dim, patch):
+            raise InputError(
+                f"--preset {preset} has depth, width and patch size {size}, but {path} has {(depth, dim, patch)}"
+            )
+    heads = num_attention_heads or found
+    if heads is None:
+        raise InputError(
+            f"{path} has depth {depth} and width {dim}, no known size: give --num_attention_heads to pipelines/convert.py"
+        )
+    if dim % heads:
+        raise InputError(f"--num_attention_heads {heads} does not divide the width {dim} of {path}")
+    if found not in (None, heads):
+        problem = f"--num_attention_heads {heads}: a model of this depth and width has {found} heads"
+        if preset is not None or qk_norm is not None:
+            raise InputError(f"{problem}; leave it out")
+        logger.warning(f"{problem}; taken as you say")
+    return heads
+
+
+def _projector_config(path, state: dict, depth: int, training_args: dict, alignment_layer: int | None) -> dict:
+    numbers = sorted(_numbers(state, "projectors"))
+    if alignment_layer is None:
+        # The REPA paper's choice: 8 for L and XL, 4 for B, which is the early layer of ours but for L.
+        alignment_layer = training_args.get("encoder_depth") or (8 if depth >= 24 else math.ceil(depth * 2 / 7))
+        if "encoder_depth" not in training_args:
+            logger.info(f"{path}: projectors taken as fed by block {alignment_layer} (the file does not say)")
+    config = {"alignment_layers": [alignment_layer]}
+    if conv := "projectors.0.projection_layer.weight" in state:
+        last = "projection_layer"
+        config["projector_type"] = "conv"
+    else:
+        last = "4"
+    dims = [state.get(f"projectors.{i}.{last}.weight") for i in numbers]
+    if any(weight is None for weight in dims):
+        raise InputError(f"{path}: its projectors are neither REPA's nor iREPA's (no projectors.*.{last}.weight)")
+    config["alignment_dims"] = [weight.shape[0] for weight in dims]
+    if not conv:
+        config["projector_dim"] = state["projectors.0.4.weight"].shape[1]
+    return config
+
+
+def _check_keys(path, missing, unknown, wrong):
+    problems = [
+        f"{len(names)} {kind}: {', '.join(sorted(names))}"
+        for kind, names in (("missing", missing), ("unknown", unknown), ("of another shape", wrong))
+        if names
+    ]
+    if problems:
+        raise InputError(f"{path} does not have the keys of its format; {'; '.join(problems)}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Folders and Hub names
+
+
+def find_transformer(name_or_path: str, cache_dir: str | None = None) -> tuple[dict, str | None]:
+    """The config of the transformer of a pipeline, transformer or training-checkpoint folder, and its subfolder.
+
+    Of a training checkpoint the averaged weights are taken. A Hub name works as a folder does.
+
+    Raises:
+        InputError: when there is none.
+    """
+    problem = None
+    if not Path(name_or_path).is_dir() and name_or_path.startswith((".", "/", "~")):
+        raise InputError(f"{name_or_path} is neither a folder nor a file")
+    if (Path(name_or_path) / "transformer.safetensors").is_file():
+        raise InputError(f"{name_or_path} holds adapters only; give the run's output folder, whose pipeline is whole")
+    for subfolder in ("transformer_ema", "transformer", None):
+        if subfolder == "transformer_ema" and not (Path(name_or_path) / subfolder).is_dir():
+            continue
+        try:
+            config = SiTTransformer2DModel.load_config(name_or_path, subfolder=subfolder, cache_dir=cache_dir)
+        except Exception as error:  # diffusers raises many types; all mean that this is none
+            if found := hub_problem(error, name_or_path):
+                problem = found
+                break  # asking again for another file takes long and ends the same
+            problem = problem or first_line(error)
+            continue
+        class_name = config.get("_class_name")
+        # What diffusers called its DiT when the published weights were saved.
+        if class_name == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero":
+            class_name = "DiTTransformer2DModel"
+        if class_name in ("SiTTransformer2DModel", "DiTTransformer2DModel"):
+            return {**config, "_class_name": class_name}, subfolder
+        problem = f"it holds a {class_name}" if class_name else problem
+    raise InputError(
+        f"{name_or_path}: {problem}; a folder or Hub name with a SiTTransformer2DModel or DiTTransformer2DModel, or an "
+        "official .pt file, would do"
+    )
+
+
+def pipeline_index(name_or_path: str, cache_dir: str | None = None) -> dict | None:
+    """The `model_index.json` of a pipeline (its components' classes, its class names); None of anything else."""
+    if Path(name_or_path).is_file():
+        return None
+    try:
+        return DiffusionPipeline.load_config(name_or_path, cache_dir=cache_dir)
+    except OSError:
+        return None
+
+
+def _from_folder_or_hub(path: str, format: str, cache_dir: str | None) -> SiTTransformer2DModel:
+    config, subfolder = find_transformer(path, cache_dir)
+    ours = config["_class_name"] == "SiTTransformer2DModel"
+    if format not in ("auto", "diffusers-dit") or (format == "diffusers-dit" and ours):
+        raise InputError(f"--format {format} does not go with {path}, which holds a {config['_class_name']}")
+    model_class = SiTTransformer2DModel if ours else DiTTransformer2DModel
+    try:
+        model, info = model_class.from_pretrained(
+            path, subfolder=subfolder, cache_dir=cache_dir, output_loading_info=True, low_cpu_mem_usage=False
+        )
+    except Exception as error:
+        problem = hub_problem(error, path) or first_line(error)
+        raise InputError(f"{path}: the weights cannot be loaded: {problem}") from error
+    wrong = [str(key) for key in info["mismatched_keys"]]
+    _check_keys(path, missing=set(info["missing_keys"]), unknown=set(info["unexpected_keys"]), wrong=wrong)
+    return (model if ours else _from_diffusers_dit(path, model)).eval()
+
+
+def _from_diffusers_dit(path: str, dit: DiTTransformer2DModel) -> SiTTransformer2DModel:
+    old = dit.config
+    for name, supported in (
+        ("norm_type", "ada_norm_zero"),
+        ("activation_fn", "gelu-approximate"),
+        ("norm_elementwise_affine", False),
+        ("attention_bias", True),
+    ):
+        if old[name] != supported:
+            raise InputError(f"{path}: {name} is {old[name]!r}; only DiT's own {supported!r} can be converted")
+    state = dit.state_dict()
+    # Each block carries a copy of the embedders; one stands for all only while they are equal.
+    for name, value in state.items():
+        first = re.sub(r"^transformer_blocks\.\d+", "transformer_blocks.0", name)
+        if ".norm1.emb." in name and not torch.equal(value, state[first]):
+            raise InputError(
+                f"{path}: {name} differs from block 0's: training has separated the blocks' timestep and class embedders, "
+                "and a model with one shared embedder cannot hold them"
+            )
+    out_channels = old.out_channels or old.in_channels
+    model = SiTTransformer2DModel(
+        sample_size=old.sample_size,
+        patch_size=old.patch_size,
+        in_channels=old.in_channels,
+        num_layers=old.num_layers,
+        num_attention_heads=old.num_attention_heads,
+        attention_head_dim=old.attention_head_dim,
+        num_classes=old.num_embeds_ada_norm,
+        prediction_type="epsilon",
+        learn_sigma=out_channels == 2 * old.in_channels,
+        downscale_freq_shift=1.0,
+        norm2_eps=old.norm_eps,
+    )
+    converted = {}
+    for name in model.state_dict():
+        module, kind = name.rsplit(".", 1)
+        if match := re.fullmatch(r"(transformer_blocks\.\d+)\.(.+)", module):
+            theirs = {ours: theirs for theirs, ours in DIFFUSERS_BLOCK_NAMES.items()}[match[2]]
+            converted[name] = state[f"{match[1]}.{theirs}.{kind}"]
+        else:
+            theirs = {ours: theirs for theirs, ours in DIFFUSERS_TOP_NAMES.items()}[module]
+            converted[name] = state[f"{theirs}.{kind}"]
+    model.load_state_dict(converted)
+    return model
+
+
+def default_scheduler(prediction_type: str):
+    """What a pipeline samples with where nobody chose: Euler on SiT's grid, or DDIM on the DDPM schedule."""
+    if prediction_type == "velocity":
+        return FlowMatchEulerDiscreteScheduler()
+    return DDIMScheduler(**ddpm.SCHEDULER_CONFIG, timestep_spacing="trailing")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Back to the official layout
+
+
+def flip_time(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of the same flow with time running the other way: `v'(x, t) = -v(x, 1 - t)`; names as in our models.
+
+    The sign goes into the last layer. With frequencies f, `cos f(1-t) = cos f cos ft + sin f sin ft` and `sin f(1-t) =
+    sin f cos ft - cos f sin ft`: the flip is a linear map of the timestep's features, and goes into the first layer that
+    sees them. Exact up to rounding.
+
+    Args:
+        state: `time_embedding.linear_1.weight [D, 256]`, `proj_out.weight` and `proj_out.bias` are changed, others kept.
+    """
+    state = dict(state)
+    weight = state["time_embedding.linear_1.weight"].double()
+    half = weight.shape[1] // 2
+    f = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=weight.device) / half)
+    cosine, sine = weight.split(half, dim=1)
+    flipped = torch.cat([cosine * f.cos() + sine * f.sin(), cosine * f.sin() - sine * f.cos()], dim=1)
+    state["time_embedding.linear_1.weight"] = flipped.float()
+    for kind in ("weight", "bias"):
+        state[f"proj_out.{kind}"] = -state[f"proj_out.{kind}"]
+    return state
+
+
+def export_checkpoint(model: SiTTransformer2DModel, layout: str) -> dict[str, torch.Tensor]:
+    """The state dict that the SiT, REPA or DiT repository's model loads with `strict=True`.
+
+    The official model must be constructed alike: same sizes, for `sit` and `dit` its `learn_sigma` as in our config, for
+    `repa` its `z_dims` and `projector_dim` (`z_dims=[]` for a model without projectors, iREPA's code for conv ones).
+    A model whose time runs the other way is converted (`flip_time`), so that it samples the same images there.
+    `repa` keeps the projectors of one aligned block and drops variance channels, `sit` and `dit` drop projectors.
+
+    Args:
+        model: of any convention.
+        layout: one of `LAYOUTS`.
+
+    Returns:
+        float32 tensors on the CPU, by official key.
+
+    Raises:
+        InputError: when the official model cannot compute what this one does.
+    """
+    config = model.config
+    if layout not in LAYOUTS:
+        raise InputError(f"--to {layout!r} must be one of {', '.join(LAYOUTS)}")
+    if (layout == "dit") != (config.prediction_type == "epsilon"):
+        fits = "dit" if config.prediction_type == "epsilon" else "sit or repa"
+        raise InputError(f"--to {layout}: this model predicts {config.prediction_type}; it goes to {fits}")
+    if config.downscale_freq_shift != 0 or config.norm2_eps != 1e-6:
+        raise InputError(
+            f"--to {layout}: this model has the timestep frequencies or the norm of diffusers' DiT (downscale_freq_shift "
+            f"{config.downscale_freq_shift:g}, norm2_eps {config.norm2_eps:g}), which the official code cannot compute"
+        )
+    if model.grid_size[0] != model.grid_size[1]:
+        raise InputError(f"--to {layout}: the official models are square, this one has {config.sample_size}")
+    if config.qk_norm and layout != "repa":
+        raise InputError(f"--to {layout}: this model has qk-norm, which only REPA's code has; use --to repa")
+    if model.null_class_id not in (None, config.num_classes):
+        raise InputError(
+            f"--to {layout}: the null class is {model.null_class_id}, the official code has it at {config.num_classes}"
+        )
+    state = {name: tensor.detach().float().cpu() for name, tensor in model.state_dict().items()}
+    if layout != "dit" and config.time_direction != {"sit": "noise_to_data", "repa": "data_to_noise"}[layout]:
+        state = flip_time(state)
+    if layout == "repa" and config.learn_sigma:
+        for kind in ("weight", "bias"):
+            # Rows are ordered (patch row, patch column, channel), the variance after the velocity.
+            tensor = state[f"proj_out.{kind}"].unflatten(0, (-1, 2 * config.in_channels))
+            state[f"proj_out.{kind}"] = tensor[:, : config.in_channels].flatten(0, 1)
+    if layout != "repa" or len(config.alignment_layers) > 1:
+        dropped = [name for name in state if name.startswith("projectors.")]
+        state = {name: tensor for name, tensor in state.items() if name not in dropped}
+        if dropped:
+            logger.warning(f"--to {layout}: without the {len(dropped)} tensors of the projectors")
+    if layout == "repa" and not any(name.startswith("projectors.") for name in state):
+        logger.warning(
+            "--to repa: no projectors; REPA's model takes it with z_dims=[], and convert.py with --format repa"
+        )
+
+    official = {"pos_embed": model.pos_embed.detach().float().cpu()}
+    thirds: dict[str, list] = {}
+    for name, tensor in state.items():
+        key, third = official_name(name)
+        if third is None:
+            official[key] = tensor.clone()
+        else:
+            thirds.setdefault(key, [None] * 3)[third] = tensor
+    official |= {key: torch.cat(parts) for key, parts in thirds.items()}
+    return official
+
+
+def save_official(state: dict[str, torch.Tensor], file: Path):
+    """Writes a flat state dict, as `.safetensors` or for `torch.load`.
+
+    Raises:
+        InputError: when the file cannot be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix == ".safetensors":
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
+        else:
+            torch.save(state, file)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{file} cannot be written: {first_line(error)}") from error

@@ -1,0 +1,13 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""The pipeline, its SDE scheduler, samplers, and folders of samples."""
+
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+
+from .pipeline_vrpo import VRPOPipeline
+from .scheduling_sit_sde import SiTSDEScheduler
+
+
+__all__ = ["SiTSDEScheduler", "VRPOPipeline"]
+
+# diffusers loads components of these libraries only (so named in `model_index.json`); their base classes are its own.
+LOADABLE_CLASSES.setdefault("diffusers_vrpo", {})

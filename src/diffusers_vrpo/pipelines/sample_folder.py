@@ -1,0 +1,253 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""A folder of samples: what made it, PNG files, an .npz file; written so that a stopped run goes on where it was.
+
+    manifest.json      pipeline and its checksum, options, versions, the label of every image, `complete`
+    000000.png ...     8-bit RGB (`--output_format png` and `both`)
+    samples.npz        `arr_0` uint8 `[N,H,W,3]` and `arr_1` int64 `[N]`, the labels, as ADM writes them (`npz`, `both`)
+    parts/000000.npy   the images of a batch, until `samples.npz` is whole (`npz` only)
+
+A file is there whole or not at all (temporary names, then renamed), so what is missing is what is to be computed. Images
+come in batches of fixed composition: batch b is images `b batch_size ... (b + 1) batch_size - 1`.
+"""
+
+import itertools
+import json
+import os
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..errors import InputError, first_line
+from ..files import write_atomically
+
+
+FORMAT = 1
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+# What a difference is called in an error.
+NAMES = {
+    "pipeline_checksum": "the weights or the config of PIPELINE",
+    "scheduler": "the scheduler of PIPELINE",
+    "label_ids": "--labels",
+}
+
+
+def cannot_write(folder: Path, error: OSError) -> InputError:
+    return InputError(f"--output_dir {folder} cannot be written ({error.strerror or error})")
+
+
+class SampleFolder:
+    """The files of one set of samples.
+
+    Args:
+        folder: its path.
+        manifest: `{"pipeline", "pipeline_checksum", "options": {"num_images", "batch_size", "output_format", ...},
+            "versions", "labels"}`, JSON types; the images must be a function of checksum, options and versions.
+    """
+
+    def __init__(self, folder: Path, manifest: dict):
+        self.folder, self.manifest = Path(folder), manifest
+        self.num_images = manifest["options"]["num_images"]
+        self.batch_size = manifest["options"]["batch_size"]
+        self.output_format = manifest["options"]["output_format"]
+        self.num_batches = -(-self.num_images // self.batch_size)
+        self.npz = self.folder / "samples.npz"
+
+    def png(self, index: int) -> Path:
+        return self.folder / f"{index:06d}.png"
+
+    def part(self, batch: int) -> Path:
+        return self.folder / "parts" / f"{batch:06d}.npy"
+
+    def indices(self, batch: int) -> range:
+        """The images of a batch that are kept; the last batch is computed whole all the same."""
+        return range(batch * self.batch_size, min((batch + 1) * self.batch_size, self.num_images))
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Before
+
+    def prepare(self, overwrite: bool = False) -> tuple[list[int], list[str]]:
+        """Makes the folder ready, by one process while no other writes.
+
+        Returns:
+            the batches that have missing images, and how versions or device differ from those that began the folder.
+
+        Raises:
+            InputError: when the folder holds something else, or samples made otherwise, or cannot be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            found = self._read_manifest()
+            if found is not None and overwrite:
+                self._remove()
+                found = None
+            if found is not None:
+                self._refuse_another(found)
+                if found["options"]["num_images"] < self.num_images:
+                    self.npz.unlink(missing_ok=True)
+            for leftover in [*self.folder.glob(".*.tmp"), *self.folder.glob("parts/.*.tmp")]:
+                leftover.unlink()
+            differences = []
+            if found is not None:
+                then, now = found["versions"], self.manifest["versions"]
+                differences = [
+                    f"{name} {then.get(name)} then, {now[name]} now" for name in now if then.get(name) != now[name]
+                ]
+                self.manifest["versions"] = then
+            if self.output_format == "npz":
+                (self.folder / "parts").mkdir(exist_ok=True)
+            missing = [batch for batch in range(self.num_batches) if not self._has(batch)]
+            if found is None or missing or found["options"] != self.manifest["options"]:
+                self._write_manifest(complete=False)
+        except OSError as error:
+            raise cannot_write(self.folder, error) from error
+        return missing, differences
+
+    def _read_manifest(self) -> dict | None:
+        path = self.folder / "manifest.json"
+        if not path.exists():
+            if others := sorted(p.name for p in self.folder.iterdir() if not p.match(".*.tmp")):
+                raise InputError(
+                    f"--output_dir {self.folder} holds other files ({', '.join(others[:3])}) and no manifest.json of "
+                    "samples; choose a new or empty folder"
+                )
+            return None
+        try:
+            manifest = json.loads(path.read_text())
+            if manifest["format"] == FORMAT and {"options", "pipeline_checksum", "versions"} <= set(manifest):
+                return manifest
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"--output_dir {self.folder}: manifest.json is not one of samples ({first_line(error)}); choose a new or "
+                "empty folder"
+            ) from error
+        raise InputError(
+            f"--output_dir {self.folder}: manifest.json is not one that this version reads; choose a new or empty folder"
+        )
+
+    def _refuse_another(self, found: dict):
+        """Ends where the samples in the folder were made otherwise; more images of the same kind may be asked for."""
+        was = {"pipeline_checksum": found["pipeline_checksum"], **found["options"]}
+        now = {"pipeline_checksum": self.manifest["pipeline_checksum"], **self.manifest["options"]}
+        for name in [*now, *was]:
+            grows = name == "num_images" and self.output_format != "npz" and was.get(name, 0) < now[name]
+            if was.get(name) == now.get(name) or grows:
+                continue
+            what = f"{NAMES.get(name, f'--{name}')} was {was.get(name)} and is {now.get(name)}"
+            if name in NAMES:
+                what = f"{NAMES[name]} differed"
+            raise InputError(
+                f"--output_dir {self.folder} holds samples made otherwise: {what}; keep to that, choose another folder, "
+                "or give --overwrite"
+            )
+
+    def _remove(self):
+        """What this class wrote, the manifest last: until it goes, the folder is known to be one of samples."""
+        for path in [*self.folder.glob("[0-9]*.png"), *self.folder.glob("parts/[0-9]*.npy"), self.npz]:
+            if path == self.npz or path.stem.isdigit():
+                path.unlink(missing_ok=True)
+        (self.folder / "manifest.json").unlink()
+
+    def _write_manifest(self, complete: bool):
+        manifest = {"format": FORMAT, "complete": complete, **self.manifest}
+        labels = json.dumps(manifest.pop("labels"))
+        text = json.dumps(manifest, indent=1)[:-2] + f',\n "labels": {labels}\n}}\n'
+        write_atomically(self.folder / "manifest.json", text.encode())
+
+    def _has(self, batch: int) -> bool:
+        if self.output_format == "npz":
+            return self.npz.exists() or self.part(batch).exists()
+        return all(is_whole_png(self.png(index)) for index in self.indices(batch))
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Images
+
+    def write(self, batch: int, images: np.ndarray, pool: Executor) -> list[Future]:
+        """Writes what is missing of a batch, in other threads; `images` uint8 `[B,H,W,3]`, with the padding.
+
+        `result()` of what it returns raises the OSError of a file that could not be written.
+        """
+        indices = self.indices(batch)
+        if self.output_format == "npz":
+            return [pool.submit(write_array, self.part(batch), images[: len(indices)])]
+        missing = [i for i in indices if not is_whole_png(self.png(i))]
+        return [pool.submit(write_png, self.png(i), images[i - indices.start]) for i in missing]
+
+    def read(self, batch: int) -> np.ndarray:
+        """The kept images of a batch, uint8 `[n,H,W,3]`."""
+        if self.output_format == "npz":
+            return np.load(self.part(batch))
+        return np.stack([np.asarray(Image.open(self.png(i)).convert("RGB")) for i in self.indices(batch)])
+
+    def finish(self):
+        """When all images are there, by one process: `samples.npz` if asked for, and the manifest is `complete`.
+
+        Raises:
+            InputError: when a file cannot be read or written.
+        """
+        try:
+            if self.output_format != "png" and not self.npz.exists():
+                write_npz(self.npz, map(self.read, range(self.num_batches)), self.num_images, self.manifest["labels"])
+            for path in self.folder.glob("parts/[0-9]*.npy"):
+                path.unlink()
+            if (self.folder / "parts").is_dir():
+                (self.folder / "parts").rmdir()
+            self._write_manifest(complete=True)
+        except OSError as error:
+            raise cannot_write(self.folder, error) from error
+
+
+def unfinished_samples(folder: Path) -> int | None:
+    """How many images a folder of samples is to have that has not got them yet; None for any other folder."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        return None if manifest["complete"] else manifest["options"]["num_images"]
+    except (OSError, ValueError, KeyError, TypeError):  # another program's
+        return None
+
+
+def is_whole_png(path: Path) -> bool:
+    """Whether the file is there and ends as a PNG does; one that a power failure cut short does not."""
+    try:
+        with path.open("rb") as file:
+            file.seek(-len(PNG_END), os.SEEK_END)
+            return file.read() == PNG_END
+    except OSError:
+        return False
+
+
+def write_png(path: Path, image: np.ndarray):
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    Image.fromarray(image).save(temporary, format="png")
+    os.replace(temporary, path)
+
+
+def write_array(path: Path, array: np.ndarray):
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        np.save(file, array)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_npz(path: Path, batches: Iterator[np.ndarray], num_images: int, labels: list[int]):
+    """ADM's sample file, uncompressed, of batches uint8 `[n,H,W,3]`, of which one at a time is in memory."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as raw:
+        with zipfile.ZipFile(raw, "w", zipfile.ZIP_STORED) as archive:
+            # A ZipInfo of its own has no date: the same samples are the same bytes.
+            with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
+                first = next(batches)
+                header = {"descr": "|u1", "fortran_order": False, "shape": (num_images, *first.shape[1:])}
+                np.lib.format.write_array_header_1_0(file, header)
+                for batch in itertools.chain([first], batches):
+                    file.write(np.ascontiguousarray(batch))
+            with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as file:
+                np.lib.format.write_array(file, np.array(labels, dtype="<i8"))
+        raw.flush()
+        os.fsync(raw.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,238 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""Samplers and the noise of sample i: what drawing images from a pipeline needs, without files."""
+
+import argparse
+import inspect
+
+import numpy as np
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from PIL import Image
+
+from ..errors import InputError, first_line
+from ..models import ddpm
+from ..random_streams import LABEL, START, STEPS, random_stream
+from .pipeline_vrpo import VRPOPipeline
+from .scheduling_sit_sde import SiTSDEScheduler
+
+
+SAMPLERS = {
+    "velocity": ("ode", "heun", "dpmsolver++", "unipc", "sde"),
+    "epsilon": ("ddim", "ddpm", "dpmsolver++", "unipc"),
+}
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is drawn for image i
+
+
+def start_noise(seed: int, index: int, shape: tuple[int, int, int]) -> torch.Tensor:
+    """The noise that image `index` starts from, float32 `[C,H,W]` on the CPU."""
+    return torch.from_numpy(random_stream(seed, index, START).standard_normal(shape, dtype=np.float32))
+
+
+def step_generator(seed: int, index: int) -> torch.Generator:
+    """The generator, on the CPU, of the noise that the steps add to image `index`.
+
+    torch's takes 32 bits of a seed: counting from a place that `seed` chooses, no two images of a run get the same.
+    """
+    first = int(random_stream(seed, 0, STEPS).integers(2**32))
+    return torch.Generator().manual_seed((first + index) % 2**32)
+
+
+def image_label(seed: int, index: int, labels: list[int], class_balance: str) -> int:
+    """The class of image `index`: `labels` in turn (`"balanced"`), or one of them drawn (`"random"`)."""
+    if class_balance == "balanced":
+        return labels[index % len(labels)]
+    return labels[random_stream(seed, index, LABEL).integers(len(labels))]
+
+
+def make_scheduler(sampler: str, config, own: dict):
+    """The scheduler of a `--sampler` for a transformer of this config.
+
+    Args:
+        sampler: one of `SAMPLERS[config.prediction_type]`.
+        own: the options of the pipeline's own scheduler; its shift or its betas are kept.
+    """
+    if config.prediction_type == "velocity":
+        shift = own.get("shift", own.get("flow_shift", 1.0))
+        flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
+        return {
+            "ode": lambda: FlowMatchEulerDiscreteScheduler(shift=shift),
+            "heun": lambda: FlowMatchHeunDiscreteScheduler(shift=shift),
+            "dpmsolver++": lambda: DPMSolverMultistepScheduler(**flow),
+            "unipc": lambda: UniPCMultistepScheduler(**flow),
+            "sde": SiTSDEScheduler,
+        }[sampler]()
+    betas = {name: ddpm.SCHEDULER_CONFIG[name] for name in ("num_train_timesteps", "beta_start", "beta_end")}
+    betas = {name: own.get(name, value) for name, value in betas.items()}
+    betas |= {"beta_schedule": own.get("beta_schedule", "linear"), "trained_betas": own.get("trained_betas")}
+    return {
+        "ddim": lambda: DDIMScheduler(**betas, clip_sample=False, timestep_spacing="trailing"),
+        # DiT's spacing, from 999 to 0.
+        "ddpm": lambda: DDPMScheduler(
+            **betas,
+            clip_sample=False,
+            timestep_spacing="linspace",
+            variance_type="learned_range" if config.learn_sigma else "fixed_small",
+        ),
+        "dpmsolver++": lambda: DPMSolverMultistepScheduler(**betas),
+        "unipc": lambda: UniPCMultistepScheduler(**betas),
+    }[sampler]()
+
+
+def set_sampler(pipeline: VRPOPipeline, sampler: str, name: str):
+    """Puts the scheduler of `--sampler` into the pipeline; `"default"` leaves its own.
+
+    Raises:
+        InputError: for a sampler that does not go with what the model predicts.
+    """
+    config = pipeline.transformer.config
+    if sampler == "default":
+        return
+    if sampler not in SAMPLERS[config.prediction_type]:
+        what = {"velocity": "velocities", "epsilon": "noise"}[config.prediction_type]
+        raise InputError(
+            f"--sampler {sampler} does not go with PIPELINE {name}, which predicts {what}; use "
+            f"{', '.join(SAMPLERS[config.prediction_type])} or default"
+        )
+    pipeline.scheduler = make_scheduler(sampler, config, pipeline.scheduler_options)
+
+
+def check_steps(pipeline: VRPOPipeline, num_inference_steps: int, option: str = "--num_inference_steps"):
+    """Sets the timesteps and takes one step of nothing: its noise must come from the image's generator.
+
+    Raises:
+        InputError: for a number of steps that the scheduler does not take, or noise that it draws without the seed.
+    """
+    name = type(pipeline.scheduler).__name__
+    try:
+        pipeline.prepare_times(num_inference_steps, "cpu")
+    except ValueError as error:
+        raise InputError(f"{option} {num_inference_steps}: {first_line(error)}") from error
+    scheduler = pipeline.scheduler
+    if isinstance(scheduler, DDIMScheduler):
+        # Its step goes down by this (diffusers issue 12633), whatever the next of its timesteps is.
+        stride = scheduler.config.num_train_timesteps // num_inference_steps
+        if (scheduler.timesteps[:-1] - scheduler.timesteps[1:] != stride).any():
+            raise InputError(
+                f"{option} {num_inference_steps}: diffusers' DDIM needs a divisor of "
+                f"{scheduler.config.num_train_timesteps} (and timestep_spacing 'trailing' or 'leading'), else its steps miss "
+                "its timesteps; sample.py --sampler dpmsolver++ takes any number"
+            )
+    channels = pipeline.transformer.config.in_channels
+    x, prediction = torch.zeros(1, channels, 2, 2), torch.zeros(1, channels * (1 + pipeline.learned_variance), 2, 2)
+    state = torch.get_rng_state()
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    generator = {"generator": [torch.Generator().manual_seed(0)]} if takes_generator else {}
+    if hasattr(scheduler, "scale_model_input"):
+        scheduler.scale_model_input(x, scheduler.timesteps[0])
+    scheduler.step(prediction, scheduler.timesteps[0], x, **generator)
+    if not torch.equal(torch.get_rng_state(), state):
+        raise InputError(f"the pipeline's {name} draws noise that no seed fixes; choose another scheduler")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def sampling_arguments(pipeline: VRPOPipeline, args: argparse.Namespace) -> dict:
+    """What the pipeline's call gets for every batch alike.
+
+    Raises:
+        InputError: for options that this pipeline does not take.
+    """
+    config = pipeline.transformer.config
+    channels = config.in_channels if args.guidance_channels == "all" else args.guidance_channels
+    channels = channels or config.guidance_channels or config.in_channels
+    scale = args.guidance_scale
+    if scale is None:
+        scale = 1.5 if pipeline.transformer.null_class_id is not None else 1.0
+    ignored = {
+        "guidance_interval": args.guidance_interval != [0.0, 1.0],
+        "guidance_channels": args.guidance_channels is not None,
+    }
+    if scale == 1 and any(ignored.values()):
+        name = next(name for name, given in ignored.items() if given)
+        value = getattr(args, name)
+        value = " ".join(map(str, value)) if isinstance(value, list) else value
+        raise InputError(f"--{name} {value} does nothing with guidance scale 1, which is off; leave it out")
+    arguments = {
+        "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": scale,
+        "guidance_interval": tuple(args.guidance_interval),
+        "guidance_channels": channels,
+    }
+    if pipeline.vae is None and config.in_channels not in (1, 3):
+        raise InputError(
+            f"PIPELINE {args.pipeline} has no autoencoder for its {config.in_channels}-channel latents; pipelines/convert.py "
+            "puts one in with --vae"
+        )
+    if pipeline.vae is None and args.vae_dtype != "float32":
+        raise InputError(f"--vae_dtype {args.vae_dtype}: PIPELINE {args.pipeline} has no autoencoder; leave it out")
+    try:
+        pipeline.check_inputs(num_images_per_label=1, **arguments, output_type="pt", tensor_inputs=())
+    except ValueError as error:
+        raise InputError(f"PIPELINE {args.pipeline}: {error}") from error
+    return arguments
+
+
+@torch.no_grad()
+def sample_batch(pipeline: VRPOPipeline, indices: range, labels: list[int], seed: int, arguments: dict) -> np.ndarray:
+    """Images `indices` of a run, of these classes: uint8 `[B,H,W,3]`, grey ones with three equal channels.
+
+    Args:
+        arguments: of the pipeline's call: steps and guidance.
+
+    Raises:
+        InputError: when an image is not finite.
+    """
+    config = pipeline.transformer.config
+    size = config.sample_size
+    shape = (config.in_channels, *((size, size) if isinstance(size, int) else size))
+    latents = pipeline(
+        labels,
+        latents=torch.stack([start_noise(seed, i, shape) for i in indices]),
+        generator=[step_generator(seed, i) for i in indices],
+        output_type="latent",
+        **arguments,
+    ).images
+    images, finite = decoded_images(pipeline, latents)
+    if not finite.all():
+        raise InputError(
+            f"image {indices[finite.tolist().index(False)]} is not finite; are the weights sound, and would --dtype bfloat16 or "
+            "float32 do?"
+        )
+    return images.permute(0, 2, 3, 1).cpu().contiguous().numpy()
+
+
+@torch.no_grad()
+def decoded_images(pipeline: VRPOPipeline, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images of latents, uint8 `[B,3,H,W]`, grey ones with three equal channels; which of them are finite, bool `[B]`."""
+    # The autoencoder has a dtype of its own, under training's autocast too.
+    with torch.autocast(latents.device.type, enabled=False):
+        pixels = pipeline.decode_latents(latents)
+    finite = latents.isfinite().flatten(1).all(1) & pixels.isfinite().flatten(1).all(1)
+    images = pipeline.image_processor.postprocess(pixels.nan_to_num(), output_type="pt")
+    return (images * 255).round().to(torch.uint8).expand(-1, 3, -1, -1), finite
+
+
+def image_grid(images: list[Image.Image], columns: int, min_size: int = 64, gap: int = 2) -> Image.Image:
+    """Images of one size in rows of `columns`, small ones enlarged to at least `min_size` (smoothly, as the eye reads them)."""
+    width, height = images[0].size
+    factor = max(1, -(-min_size // min(width, height)))
+    width, height = width * factor, height * factor
+    rows = -(-len(images) // columns)
+    grid = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for i, image in enumerate(images):
+        image = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+        grid.paste(image, (i % columns * (width + gap), i // columns * (height + gap)))
+    return grid

@@ -1,0 +1,501 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""Training runs side by side: what they logged, which of them are one arm, and the numbers that compare arms."""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from ..errors import InputError, first_line
+
+
+# What says where a run lies, how it is watched and when it is saved: not what is trained, nor how it is judged.
+HOUSEKEEPING = (
+    "seed output_dir cache_dir logging_dir logging_steps report_to resume_from_checkpoint checkpointing_steps "
+    "checkpoints_total_limit dataloader_num_workers profile peak_tflops validation_steps validation_labels "
+    "num_validation_images push_to_hub hub_model_id hub_private_repo hub_license hub_push_checkpoints push_training_state"
+)
+# What quality is judged on: values of runs that differ in one of these cannot be compared.
+JUDGED_ON = (
+    "dataset_name dataset_config_name dataset_split train_data_dir latents_dir max_train_samples resolution vae "
+    "num_inference_steps guidance_scale fd_encoder num_fd_samples"
+)
+COSTS = {"steps": "steps", "seconds": "training time", "flops": "FLOPs"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What runs wrote
+
+
+def read_lines(path: Path) -> tuple[list[dict], int]:
+    """The objects of a file of JSON lines that have a whole `step`, and how many lines were damaged."""
+    rows, damaged = [], 0
+    for line in path.read_text(errors="replace").splitlines():
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+        else:
+            damaged += 1
+    return rows, damaged
+
+
+def merge_rows(rows: list[dict]) -> list[dict]:
+    """One row a step. Where steps go back the run was continued from there: what had followed is dropped."""
+    merged: dict[int, dict] = {}
+    for row in rows:
+        if merged and row["step"] < max(merged):
+            merged = {step: kept for step, kept in merged.items() if step < row["step"]}
+        merged[row["step"]] = merged.get(row["step"], {}) | row
+    return [merged[step] for step in sorted(merged)]
+
+
+def is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+class Run:
+    """What the folder of a run says.
+
+    Attributes:
+        options: of `train_config.yaml`; what is not set is not in it.
+        rows: of `metrics.jsonl`, one a step.
+        starts: of `starts.jsonl`, those after which steps were made.
+        costs: cumulative `steps`, `seconds` and `flops`, each `(at steps, values)`; None where unknown.
+
+    Raises:
+        InputError: where the folder is not one of a run, or the run has logged nothing yet.
+    """
+
+    def __init__(self, folder: str | Path, warn: Callable[[str], None]):
+        self.folder = Path(folder)
+        files = [self.folder / name for name in ("train_config.yaml", "metrics.jsonl")]
+        if missing := [path.name for path in files if not path.is_file()]:
+            raise InputError(
+                f"{folder} is not the folder of a run (no {' and no '.join(missing)} in it); give an --output_dir of "
+                "train_vrpo.py"
+            )
+        try:
+            self.options = yaml.safe_load(files[0].read_text())
+            rows, damaged = read_lines(files[1])
+            starts = self.folder / "starts.jsonl"
+            self.starts = read_lines(starts)[0] if starts.is_file() else []
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InputError(f"{folder} cannot be read ({first_line(error)}); give another run") from error
+        if not isinstance(self.options, dict):
+            raise InputError(f"{files[0]} is not what train_vrpo.py wrote: it holds no options; give another run")
+        if damaged:
+            warn(f"{files[1]}: {damaged} damaged line(s) skipped")
+        self.rows = merge_rows(rows)
+        if not self.rows:
+            raise InputError(f"{files[1]} has no whole line; let the run reach its first --logging_steps")
+        self.seed = self.options.get("seed", 0)
+        self.last_step = self.rows[-1]["step"]
+        self.starts = [start for start in self.starts if start["step"] < self.last_step]
+        self.costs = self._costs(warn)
+
+    def _costs(self, warn) -> dict:
+        def column(name):
+            return [(row["step"], row[name]) for row in self.rows if is_number(row.get(name))]
+
+        costs = {"steps": [(self.last_step, self.last_step)]}
+        costs |= {"seconds": column("train_seconds"), "flops": column("train_flops")}
+        if not costs["seconds"] and (batch := self.global_batch_size()):
+            # A log from before these were in it: seconds from the images per second of each interval.
+            seconds = flops = before = 0.0
+            processes = batch / (self.options.get("train_batch_size", batch) * self.accumulation())
+            for row in self.rows:
+                if is_number(speed := row.get("images_per_second")) and speed > 0:
+                    interval = (row["step"] - before) * batch / speed
+                    seconds, before = seconds + interval, row["step"]
+                    costs["seconds"].append((row["step"], seconds))
+                    if is_number(tflops := row.get("tflops_per_device")):
+                        flops += 1e12 * tflops * processes * interval
+                        costs["flops"].append((row["step"], flops))
+            if costs["seconds"]:
+                warn(
+                    f"{self.folder}: no train_seconds in its metrics; wall time and FLOPs follow from images_per_second"
+                )
+        for name in ("seconds", "flops"):
+            if not costs[name]:
+                warn(f"{self.folder}: its metrics do not tell the {COSTS[name]}; the report leaves it out")
+        return {
+            name: tuple(np.array([(0, 0), *points], float).T) if points else None for name, points in costs.items()
+        }
+
+    def accumulation(self) -> int:
+        return self.options.get("gradient_accumulation_steps", 1)
+
+    def global_batch_size(self) -> int | None:
+        """Samples a step, or None where that was not logged."""
+        if self.starts and is_number(self.starts[-1].get("global_batch_size")):
+            return self.starts[-1]["global_batch_size"]
+        seen = [
+            row["samples_seen"] / row["step"]
+            for row in self.rows
+            if row["step"] and is_number(row.get("samples_seen"))
+        ]
+        return round(max(seen) * self.options.get("policy_epochs", 1)) if seen else None
+
+    def cost(self, name: str, steps) -> np.ndarray:
+        """Cumulative cost at `steps`, linear between logged ones and beyond the last."""
+        at, values = self.costs[name]
+        steps = np.asarray(steps, float)
+        slope = (values[-1] - values[-2]) / (at[-1] - at[-2]) if at[-1] > at[-2] else 0.0
+        return np.interp(steps, at, values) + slope * np.maximum(0, steps - at[-1])
+
+    def scalars(self) -> list[str]:
+        """Names of what was logged as a number, in the order of the log."""
+        return list(dict.fromkeys(k for row in self.rows for k, v in row.items() if k != "step" and is_number(v)))
+
+    def evaluate(self, key: str, warn: Callable[[str], None]):
+        """Sets `steps` and `values`, arrays `[E]`: where `key` is a finite number, and what it is."""
+        if broken := [row["step"] for row in self.rows if key in row and not is_number(row[key])]:
+            warn(
+                f"{self.folder}: {key} is not a finite number at step {', '.join(map(str, broken[:5]))}; left out there"
+            )
+        found = [(row["step"], row[key]) for row in self.rows if is_number(row.get(key))]
+        self.steps, self.values = np.array(found, float).T
+
+    def model_facts(self) -> dict:
+        """Parameters, precision and hardware, as far as they were recorded."""
+        facts = {
+            name: self.starts[-1].get(name) if self.starts else None for name in ("parameters", "projector_parameters")
+        }
+        facts["precision"] = " / ".join(dict.fromkeys(str(start.get("mixed_precision")) for start in self.starts))
+        many = ((start.get("num_processes", 1), start.get("hardware", "?")) for start in self.starts)
+        facts["hardware"] = " / ".join(dict.fromkeys(f"{n} x {name}" if n > 1 else str(name) for n, name in many))
+        return facts
+
+
+def choose_metric(runs: list[Run], metric: str) -> str:
+    """The column that `--metric` means: one of that name, or the first whose last part begins so, or that contains it.
+
+    Raises:
+        InputError: where some run has none; the message lists what there is.
+    """
+    known = [run.scalars() for run in runs]
+    every = list(dict.fromkeys(key for keys in known for key in keys))
+    matches = [key for key in every if key == metric]
+    matches = matches or [key for key in every if key.split("/")[-1].startswith(metric)]
+    matches = matches or [key for key in every if metric in key]
+    if not matches:
+        raise InputError(f"--metric {metric} is in none of these runs; they have {', '.join(every)}")
+    for key in matches:
+        if all(key in keys for keys in known):
+            return key
+    run = next(run for run, keys in zip(runs, known) if matches[0] not in keys)
+    raise InputError(
+        f"--metric {metric}: {run.folder} has no {matches[0]}, as others have; leave it out, or take one of "
+        f"{', '.join(key for key in every if all(key in keys for keys in known))}"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Arms
+
+
+def method(run: Run) -> dict[str, str]:
+    """The options that say what is trained and how it is judged, as text; the global batch is one of them."""
+
+    def text(value) -> str:
+        return "+".join(map(text, value)) if isinstance(value, list) else str(value)
+
+    # A switch that is off is as one that an older version did not have.
+    chosen = {name: value for name, value in run.options.items() if value is not False}
+    options = {name: text(value) for name, value in chosen.items() if name not in HOUSEKEEPING.split()}
+    batch = run.global_batch_size()
+    return options | ({"global batch size": str(batch)} if batch else {})
+
+
+def differences(methods: list[dict[str, str]]) -> list[str]:
+    """Options that are not the same in all of `methods`, `objective` first."""
+    names = sorted({name for each in methods for name in each}, key=lambda name: (name != "objective", name))
+    return [name for name in names if len({each.get(name) for each in methods}) > 1]
+
+
+def derive_arms(runs: list[Run]) -> dict[str, list[Run]]:
+    """Runs with the same `method`, by a name such as `repa` or `repa alignment_coeff=0.5`: what tells it from the others."""
+    groups: dict[tuple, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(tuple(sorted(method(run).items())), []).append(run)
+    methods = [dict(key) for key in groups]
+    telling: list[str] = []
+
+    def told(names) -> int:
+        return len({tuple(each.get(name) for name in names) for each in methods})
+
+    for name in differences(methods):
+        if told([*telling, name]) > told(telling):
+            telling.append(name)
+
+    def label(each: dict, shorten) -> str:
+        def part(name: str) -> str:
+            value = shorten(each.get(name, "unset"))
+            return value if name in ("objective", "preset") else f"{name}={value}"
+
+        enough = [k for k in range(1, len(telling) + 1) if sum(same(each, other, k) for other in methods) == 1]
+        return " ".join(map(part, telling[: min(enough, default=0)])) or each.get("objective", "run")
+
+    def same(one: dict, other: dict, k: int) -> bool:
+        return all(one.get(name) == other.get(name) for name in telling[:k])
+
+    # Without the folders of names such as facebook/dinov2-base, as long as that tells the arms apart.
+    labels = [label(each, lambda value: re.sub(r"[^+]*/(?=.)", "", value)) for each in methods]
+    if len(set(labels)) < len(labels):
+        labels = [label(each, str) for each in methods]
+    return dict(zip(labels, groups.values()))
+
+
+def group_runs(folders: list[str], arms: list[str], warn: Callable[[str], None]) -> dict[str, list[Run]]:
+    """The arms that are named, then those that follow from the options of the other runs.
+
+    Args:
+        folders: of runs to group by their options.
+        arms: `NAME=DIR,DIR,...` each.
+
+    Raises:
+        InputError: for a folder that is given twice, names that clash, or no run at all.
+    """
+    named: dict[str, list[str]] = {}
+    for text in arms:
+        name, _, listed = text.partition("=")
+        named_folders = [folder for folder in listed.split(",") if folder]
+        if not name or not named_folders:
+            raise InputError(f"--arms {text} must be NAME=DIR or NAME=DIR,DIR,...")
+        if name in named:
+            raise InputError(f"--arms names {name} twice; give its folders with commas between")
+        named[name] = named_folders
+    given = [*(folder for listed in named.values() for folder in listed), *folders]
+    if not given:
+        raise InputError("give the folders of one run or more, or --arms NAME=DIR,DIR")
+    places = [Path(folder).resolve() for folder in given]
+    for folder, place in zip(given, places):
+        if places.count(place) > 1:
+            raise InputError(f"{folder} is given twice; give each run once")
+    groups = {name: [Run(folder, warn) for folder in listed] for name, listed in named.items()}
+    derived = derive_arms([Run(folder, warn) for folder in folders]) if folders else {}
+    if clash := set(groups) & set(derived):
+        raise InputError(f"--arms: {clash.pop()} is also what another run is called; choose another name")
+    return groups | derived
+
+
+def check_comparable(arms: dict[str, list[Run]], warn: Callable[[str], None]):
+    """Says what stands in the way of a fair comparison."""
+    runs = [run for group in arms.values() for run in group]
+    methods = [method(run) for run in runs]
+    # An option of the evaluation that is not listed begins so.
+    for name in (n for n in differences(methods) if n in JUDGED_ON.split() or n.startswith("validation_")):
+        values = list(dict.fromkeys(each.get(name, "not set") for each in methods))
+        warn(f"the runs differ in {name} ({', '.join(values)}), on which quality depends: it may not compare")
+    for name, group in arms.items():
+        if within := differences([method(run) for run in group]):
+            warn(
+                f"runs of arm {name} differ in more than the seed ({', '.join(within)}) and are averaged all the same"
+            )
+        seeds = [run.seed for run in group]
+        if len(set(seeds)) < len(seeds):
+            warn(f"arm {name} has the same seed more than once: its spread is not one over seeds")
+    if len(arms) > 1 and (few := [f"{name}: {len(group)}" for name, group in arms.items() if len(group) < 3]):
+        warn(f"fewer than three seeds ({'; '.join(few)}): a spread is unknown or a rough guess")
+    hardware = {run.model_facts()["hardware"] for run in runs} - {""}
+    if len(hardware) > 1:
+        warn(f"the runs were trained on different hardware ({'; '.join(sorted(hardware))}): wall times do not compare")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Numbers
+
+
+def spread(values) -> float | None:
+    """Standard deviation over seeds (n - 1), or None for one."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def mean_curve(group: list[Run], costs: list[str]) -> dict:
+    """Mean and standard deviation over the runs at the steps that all have evaluated, with the mean costs there."""
+    shared = sorted(set.intersection(*(set(run.steps) for run in group)))
+    values = np.array([[run.values[np.searchsorted(run.steps, step)] for step in shared] for run in group])
+    curve = {"steps": [int(step) for step in shared], "mean": values.mean(0).tolist(), "std": None}
+    if len(group) > 1:
+        curve["std"] = values.std(0, ddof=1).tolist()
+    for name in costs:
+        curve[name] = np.mean([run.cost(name, shared) for run in group], 0).tolist()
+    return curve | {"steps": [int(step) for step in shared]}  # whole numbers, also where they are a cost
+
+
+def first_crossing(steps, values, target: float, higher_is_better: bool) -> tuple[float, bool, bool] | None:
+    """Where a curve first is as good as `target`, linear between evaluations; None where it never is.
+
+    Returns:
+        the step; whether that is the first evaluation, so that the true one lies at or before it; whether a later
+        evaluation is worse than `target` again.
+    """
+    sign = 1.0 if higher_is_better else -1.0
+    ahead = sign * (np.asarray(values, float) - target)
+    good = ahead >= 0
+    if not good.any():
+        return None
+    k = int(good.argmax())
+    worse_again = bool((~good[k:]).any())
+    if k == 0:
+        return float(steps[0]), True, worse_again
+    share = ahead[k - 1] / (ahead[k - 1] - ahead[k])
+    return float(steps[k - 1] + share * (steps[k] - steps[k - 1])), False, worse_again
+
+
+def describe_arm(name: str, group: list[Run], costs: list[str], higher_is_better: bool, warn) -> dict:
+    """Everything about an arm that needs no other arm."""
+    curve = mean_curve(group, costs)
+    if curve["steps"]:
+        last = curve["steps"][-1]
+        values = [float(run.values[np.searchsorted(run.steps, last)]) for run in group]
+        best = int(np.argmax(curve["mean"]) if higher_is_better else np.argmin(curve["mean"]))
+        best = {"value": curve["mean"][best], "step": curve["steps"][best]}
+        if any(run.steps[-1] > last for run in group):
+            warn(f"runs of arm {name} were evaluated at different steps: its mean goes to step {last}, which all have")
+    else:
+        last, best, values = None, None, [float(run.values[-1]) for run in group]
+        warn(f"runs of arm {name} share no evaluated step: each is drawn alone, and their last values are averaged")
+    final = {"step": last, "mean": float(np.mean(values)), "std": spread(values), "values": values}
+    for cost in costs:
+        spent = [float(run.cost(cost, run.steps[-1] if last is None else last)) for run in group]
+        final[cost] = {"mean": float(np.mean(spent)), "std": spread(spent)}
+    facts = [run.model_facts() for run in group]
+    return {
+        "name": name,
+        "n": len(group),
+        "seeds": [run.seed for run in group],
+        "curve": curve,
+        "final": final,
+        "best": best,
+        **{key: sorted({fact[key] for fact in facts} - {None, ""}) for key in facts[0]},
+        "runs": [
+            {"folder": str(run.folder), "seed": run.seed, "values": run.values.tolist()}
+            | {cost: run.cost(cost, run.steps).tolist() for cost in costs}
+            | {"steps": [int(step) for step in run.steps]}
+            for run in group
+        ],
+    }
+
+
+def difference(arm: dict, base: dict) -> dict | None:
+    """Of an arm's mean to the baseline's at the last step that both have, also in pooled standard deviations over seeds."""
+    shared = sorted(set(arm["curve"]["steps"]) & set(base["curve"]["steps"]))
+    if not shared:
+        return None
+    places = [each["curve"]["steps"].index(shared[-1]) for each in (arm, base)]
+    a, b = (each["curve"]["mean"][place] for each, place in zip((arm, base), places))
+    freedom = arm["n"] + base["n"] - 2
+    pooled = None
+    if freedom:
+        squares = [(e["n"] - 1) * e["curve"]["std"][p] ** 2 for e, p in zip((arm, base), places) if e["n"] > 1]
+        pooled = math.sqrt(sum(squares) / freedom)
+    return {"step": shared[-1], "value": a - b, "pooled_std": pooled, "in_std": (a - b) / pooled if pooled else None}
+
+
+def speed_ups(
+    arms: dict[str, list[Run]],
+    described: dict[str, dict],
+    baseline: str | None,
+    target: float | None,
+    costs: list[str],
+    higher_is_better: bool,
+) -> dict | None:
+    """What each arm spends until it first is as good as `target`, which is the baseline's last mean where not given.
+
+    Costs are also shares of the reference: what the baseline spent on its whole run or, for a given target, until its own
+    mean first is that good. A `share` is the mean over seeds where all of them reach the target; `share_of_mean_curve` is
+    that of the mean over seeds. `factor_first_to_first` is what the baseline's mean needs until it first is that good,
+    over what this arm's mean needs. The baseline is in the list too, as a control.
+    """
+    if baseline is None and target is None:
+        return None
+    base = described.get(baseline)
+    given, reference, own = target is not None, None, None
+
+    def mean_cost(name: str, cost: str, step: float) -> float:
+        return float(np.mean([run.cost(cost, step) for run in arms[name]]))
+
+    if base:
+        target = base["final"]["mean"] if target is None else target
+        own = first_crossing(base["curve"]["steps"], base["curve"]["mean"], target, higher_is_better)
+        if not given:
+            reference = {cost: base["final"][cost]["mean"] for cost in costs}
+        elif own:
+            reference = {cost: mean_cost(baseline, cost, own[0]) for cost in costs}
+        if reference and not all(reference.values()):
+            reference = None  # an evaluation before training: no shares of nothing
+    result = {"target": target, "baseline": baseline, "given": given, "reference": reference, "arms": []}
+    for name, group in arms.items():
+        curve = described[name]["curve"]
+        seeds = [first_crossing(run.steps, run.values, target, higher_is_better) for run in group]
+        mean = first_crossing(curve["steps"], curve["mean"], target, higher_is_better)
+        found = [crossing for crossing in (*seeds, mean) if crossing]
+        record = {"arm": name, "n": len(group), "reached": sum(crossing is not None for crossing in seeds)}
+        record["at_first_evaluation"] = any(crossing[1] for crossing in found)
+        record["worse_again"] = any(crossing[2] for crossing in found)
+        for cost in costs:
+            spent = [float(run.cost(cost, c[0])) if c else None for run, c in zip(group, seeds)]
+            of_mean = mean_cost(name, cost, mean[0]) if mean else None
+            of_all = reference[cost] if reference else None
+            shares = [each / of_all for each in spent if each is not None and of_all]
+            whole = len(shares) == len(group)
+            record[cost] = {
+                "seeds": spent,
+                "mean_curve": of_mean,
+                "share": float(np.mean(shares)) if whole else None,
+                "share_std": spread(shares) if whole else None,
+                "share_of_mean_curve": of_mean / of_all if mean and of_all else None,
+                "factor_first_to_first": mean_cost(baseline, cost, own[0]) / of_mean if own and of_mean else None,
+            }
+        result["arms"].append(record)
+    return result
+
+
+def compare(
+    arms: dict[str, list[Run]],
+    metric: str,
+    higher_is_better: bool,
+    baseline: str | None,
+    target: float | None,
+    warn: Callable[[str], None],
+) -> dict:
+    """All numbers about arms: each by itself, against the baseline, and what differs between them; JSON types only."""
+    runs = [run for group in arms.values() for run in group]
+    for run in runs:
+        run.evaluate(metric, warn)
+    check_comparable(arms, warn)
+    costs = [name for name in COSTS if all(run.costs[name] is not None for run in runs)]
+    described = {name: describe_arm(name, group, costs, higher_is_better, warn) for name, group in arms.items()}
+    ends = {name: arm["final"]["step"] for name, arm in described.items()}
+    if len(set(ends.values())) > 1:
+        warn(f"the arms end at different steps ({', '.join(f'{name} {step}' for name, step in ends.items())})")
+    for name, arm in described.items():
+        arm["difference"] = difference(arm, described[baseline]) if baseline not in (None, name) else None
+    speed_up = speed_ups(arms, described, baseline, target, costs, higher_is_better)
+    if speed_up and baseline and not speed_up["given"]:
+        share = next(each for each in speed_up["arms"] if each["arm"] == baseline)["steps"]["share_of_mean_curve"]
+        if share is not None and share < 0.999:
+            warn(
+                f"{baseline} itself first has its last value after {100 * share:.0f} % of its steps: the shares of its whole "
+                "run flatter the others; the columns 'first to first' do not"
+            )
+    methods = [method(group[0]) for group in arms.values()]
+    return {
+        "metric": metric,
+        "higher_is_better": higher_is_better,
+        "baseline": baseline,
+        "costs": costs,
+        "arms": list(described.values()),
+        "speed_up": speed_up,
+        "options": {name: [each.get(name) for each in methods] for name in differences(methods)},
+    }

@@ -1,0 +1,450 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""Checkpoints: written atomically with a manifest, found, checked, and loaded."""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import time
+import zlib
+from collections.abc import Collection
+from pathlib import Path
+from pickle import UnpicklingError
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
+from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ..alignment.objective import conflict_mode
+from ..errors import InputError, first_line
+from ..files import sync_to_disk
+from ..models.start import weights_checksum
+from ..pipelines.pipeline_vrpo import VRPOPipeline
+from .distributed import fill, original_class, together, whole_model
+from .metrics import RunningMeans
+
+
+logger = get_logger(__name__)
+MANIFEST = "manifest.json"  # in a checkpoint: size and CRC-32 of every other file
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """Checkpoints of a run, the oldest first."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file: 4 GB/s, enough against torn writes and rotten bits."""
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def write_manifest(folder: Path):
+    """Writes size and checksum of every file; the last thing that a checkpoint gets."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    table = {str(path.relative_to(folder).as_posix()): [path.stat().st_size, checksum(path)] for path in files}
+    (folder / MANIFEST).write_text(json.dumps({"size and CRC-32": table}, indent=1))
+    sync_to_disk(folder / MANIFEST)
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, read in full; None where every file is as it was saved."""
+    name = MANIFEST
+    try:
+        table = json.loads((checkpoint / MANIFEST).read_text())["size and CRC-32"]
+        for name, (size, value) in table.items():
+            found = (checkpoint / name).stat().st_size
+            if found != size:
+                return f"{name} has {found} bytes, not {size}"
+            if checksum(checkpoint / name) != value:
+                return f"{name} is not what was saved"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror or error}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is not what was saved"
+    return None
+
+
+def tidy_checkpoints(output_dir: str | Path):
+    """Removes what a killed process left half made or half deleted; one that lacks only its name gets it."""
+    for path in Path(output_dir).glob(".checkpoint-*.tmp"):
+        final = path.with_name(path.name[1 : -len(".tmp")])
+        if not final.exists() and find_damage(path) is None:
+            os.replace(path, final)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+    for path in Path(output_dir).glob(".checkpoint-*.old"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in Path(output_dir).glob(".shared-*"):
+        path.unlink(missing_ok=True)
+
+
+def remove_checkpoint(checkpoint: Path):
+    """Deletes a checkpoint; killed on the way, nothing is left that looks like one."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(checkpoint, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def find_checkpoint(resume_from_checkpoint: str, output_dir: str | Path) -> Path | None:
+    """The folder that `--resume_from_checkpoint` means: `latest` (None where there is none), `none`, or a path.
+
+    `hub` is `latest` of what `hub_run.py` has fetched before. `latest` is the newest that is whole: damaged ones are reported and renamed to `checkpoint-N.damaged`. For one process.
+
+    Raises:
+        InputError: for a path that is not a checkpoint or a damaged one; for `none` where the output folder holds a run
+            already; where no checkpoint is whole.
+    """
+    tidy_checkpoints(output_dir)
+    existing = list_checkpoints(output_dir)
+    if resume_from_checkpoint in ("latest", "hub"):
+        return newest_whole_checkpoint(existing)
+    if resume_from_checkpoint == "none":
+        if existing:
+            raise InputError(
+                f"--resume_from_checkpoint none would mix a new run with {existing[-1]}; choose another --output_dir, or "
+                "`latest` to continue that run"
+            )
+        return None
+    path = Path(resume_from_checkpoint)
+    if not path.is_dir() and (Path(output_dir) / resume_from_checkpoint).is_dir():
+        path = Path(output_dir) / resume_from_checkpoint
+    if not ((path / "training_state.json").is_file() or (path / MANIFEST).is_file()):
+        known = f"; {output_dir} has {', '.join(p.name for p in existing)}" if existing else ""
+        raise InputError(
+            f"--resume_from_checkpoint {resume_from_checkpoint} is not a checkpoint of this script (no "
+            f"training_state.json in it); give a checkpoint-N folder or `latest`{known}"
+        )
+    if path.resolve().parent == Path(output_dir).resolve() and path.name != existing[-1].name:
+        raise InputError(
+            f"--resume_from_checkpoint {resume_from_checkpoint} is older than {existing[-1]}; to branch off from it choose "
+            "another --output_dir, to continue that run take `latest`"
+        )
+    if damage := find_damage(path):
+        raise InputError(
+            f"--resume_from_checkpoint {resume_from_checkpoint} is damaged ({damage}); give another, or `latest` for the "
+            "newest whole one of --output_dir"
+        )
+    return path
+
+
+def newest_whole_checkpoint(existing: list[Path]) -> Path | None:
+    """The last of `existing` whose files are as they were saved; damaged ones after it are renamed.
+
+    Raises:
+        InputError: where there are some and none is whole.
+    """
+    damaged: list[tuple[Path, str]] = []
+    for path in reversed(existing):
+        damage = find_damage(path)
+        if damage is None:
+            break
+        damaged.append((path, damage))
+    else:
+        if existing:
+            raise InputError(
+                f"no checkpoint in {existing[0].parent} is whole ({'; '.join(f'{p.name}: {d}' for p, d in damaged)}); "
+                "mend one, remove them to start anew, or choose another --output_dir"
+            )
+        return None
+    for bad, damage in damaged:
+        aside = bad.with_name(f"{bad.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(bad, aside)
+        # Not accelerate's logger: this is for one process.
+        logging.getLogger(__name__).warning(
+            f"{bad} is damaged ({damage}): continuing from {path.name}; the damaged one is {aside.name} now"
+        )
+    return path
+
+
+def choose_checkpoint(accelerator: Accelerator, resume_from_checkpoint: str, output_dir: Path) -> Path | None:
+    """`find_checkpoint` for all processes: the main one looks, all get its answer.
+
+    Raises:
+        InputError: as there; or when the processes do not share the output folder.
+    """
+    found: list[str | None] = [None]
+    mark = output_dir / broadcast_object_list([f".shared-{time.time_ns()}"])[0]
+
+    def look():
+        checkpoint = find_checkpoint(resume_from_checkpoint, output_dir)
+        found[0] = None if checkpoint is None else str(checkpoint)
+        mark.write_text("")
+
+    def see():
+        # A network file system may show a new file late.
+        for _ in range(60):
+            if mark.name in os.listdir(output_dir):
+                return
+            time.sleep(1)
+        raise InputError(
+            f"--output_dir {output_dir} is not the same folder for all processes; give one on a file system that all "
+            "machines share"
+        )
+
+    try:
+        failure = together(accelerator, look, where=accelerator.is_main_process) or together(accelerator, see)
+    finally:
+        if accelerator.is_main_process:
+            mark.unlink(missing_ok=True)
+    if failure:
+        raise InputError(f"--output_dir {output_dir} cannot be read or written: {failure}")
+    return None if broadcast_object_list(found)[0] is None else Path(found[0])
+
+
+def read_training_state(checkpoint: Path, expected: dict) -> dict:
+    """The JSON state of a checkpoint, after a check that it belongs to the same stream of samples.
+
+    Args:
+        expected: settings that must not have changed, by the name that the error shows.
+
+    Raises:
+        InputError: when one of them has.
+    """
+    try:
+        state = json.loads((checkpoint / "training_state.json").read_text())
+        settings = state["settings"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"--resume_from_checkpoint {checkpoint} is damaged (training_state.json: {first_line(error)}); remove it to "
+            "continue from the one before"
+        ) from error
+    for name, value in expected.items():
+        if settings.get(name) != value:
+            raise InputError(
+                f"{name} is {value}, but {checkpoint} was trained with {settings.get(name)}; keep to that, or start a new "
+                "run in another --output_dir"
+            )
+    return state
+
+
+def run_settings(args, data, transformer: torch.nn.Module, global_batch_size: int) -> dict:
+    """What must be the same for a run to be continued, by the name that an error shows; paths may have moved."""
+    options = (
+        "seed objective resolution center_crop random_flip lora_rank encoder_layer layer_scope alignment_coeff "
+        "alignment_stop_step timestep_weighting projector spatial_norm reward_weighting estimator policy_noise "
+        "group_size policy_epochs clip_range kl_coeff learning_rate lr_scheduler lr_warmup_steps adam_beta1 adam_beta2 "
+        "adam_weight_decay adam_epsilon max_grad_norm use_ema ema_decay"
+    )
+    settings = {f"--{name}": getattr(args, name) for name in options.split()}
+    sources = ("vae", "pretrained_model_name_or_path")
+    settings |= {f"--{name}": Path(getattr(args, name) or "none").name for name in sources}
+    settings["--encoder"] = [Path(name).name for name in args.encoder or []]
+    settings["--conflict"] = conflict_mode(args)
+    settings["--label_dropout"] = transformer.config.class_dropout_prob
+    settings["the number of images"] = len(data)
+    settings["the checksum of --latents_dir"] = getattr(data, "checksum", None)
+    settings["--streaming"] = args.streaming or None  # None: older checkpoints do not know it
+    if args.streaming:
+        # The order of the images depends on both.
+        settings["the checksum of the streamed files"] = data.fingerprint
+        settings["the number of samples a step"] = global_batch_size
+    else:
+        settings["the checksum of the labels"] = zlib.crc32(np.asarray(data["label"][:], dtype=np.int64).tobytes())
+    if args.lora_rank:
+        # Adapters continue on the same weights only.
+        frozen = (parameter for parameter in transformer.parameters() if not parameter.requires_grad)
+        settings["the checksum of the frozen weights"] = weights_checksum(frozen)
+    for name, value in transformer.config.items():
+        if not name.startswith("_"):
+            settings[f"the model's {name}"] = list(value) if isinstance(value, tuple) else value
+    return settings
+
+
+def alignment_end(alignment) -> dict:
+    """What the trainer knows about the step from which on it no longer aligns, for the checkpoint."""
+    stop = alignment.stop_step
+    return {"stop_step": None if math.isinf(stop) else stop, "gate_window": alignment.gate.window}
+
+
+def restore_alignment_end(alignment, state: dict) -> bool:
+    """Takes over what a checkpoint knows; False where it was made for a run of another length, and so does not hold."""
+    if state["gate_window"] != alignment.gate.window:
+        return False
+    alignment.stop_step = math.inf if state["stop_step"] is None else state["stop_step"]
+    return True
+
+
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path):
+    """Loads what `save_checkpoint` saved: weights, averages, optimizer, statistics.
+
+    Raises:
+        InputError: when a part of it is missing or does not fit, or is of other options.
+    """
+
+    def load():
+        try:
+            accelerator.load_state(str(checkpoint))
+        except InputError:
+            raise
+        except (OSError, LookupError, EOFError, RuntimeError, ValueError, SafetensorError, UnpicklingError) as error:
+            raise InputError(
+                f"--resume_from_checkpoint {checkpoint} cannot be loaded ({first_line(error)}); remove it to continue from "
+                "the one before"
+            ) from error
+
+    together(accelerator, load)
+    # Steps are saved whole. Micro-steps count from here, or another accumulation would cut across them.
+    accelerator.step = 0
+
+
+def save_checkpoint(
+    accelerator: Accelerator, output_dir: Path, step: int, state: dict, limit: int | None = None
+) -> bool:
+    """Saves `checkpoint-{step}` on all processes.
+
+    It is written to a temporary folder, which gets its name when every file is on the disk: whatever happens meanwhile,
+    the checkpoint before is as it was. Where it cannot be written, a log line says so, and all processes get False.
+
+    Args:
+        state: what `read_training_state` gives back; JSON types only.
+        limit: how many checkpoints to keep; the oldest go, after the new one is complete.
+    """
+    final, temporary = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.tmp"
+
+    def make():
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+
+    def write():
+        accelerator.save_state(str(temporary))
+        if accelerator.is_main_process:
+            (temporary / "training_state.json").write_text(json.dumps(state, indent=1))
+
+    def flush():
+        sync_to_disk(*temporary.rglob("*"))
+
+    def publish():
+        write_manifest(temporary)
+        sync_to_disk(temporary)
+        if final.exists():
+            remove_checkpoint(final)
+        os.replace(temporary, final)
+        sync_to_disk(output_dir)
+
+    is_main, is_local_main = accelerator.is_main_process, accelerator.is_local_main_process
+    failure = (
+        together(accelerator, make, where=is_main)
+        or together(accelerator, write)
+        # What a machine has written is in its own memory first.
+        or together(accelerator, flush, where=is_local_main)
+        or together(accelerator, publish, where=is_main)
+    )
+    if failure is None:
+        if is_main:
+            for old in list_checkpoints(output_dir)[:-limit] if limit else []:
+                with contextlib.suppress(OSError):
+                    remove_checkpoint(old)
+            shutil.rmtree(output_dir / f"{final.name}.damaged", ignore_errors=True)
+        logger.info(f"saved {final}")
+    elif is_main:
+        free = shutil.disk_usage(output_dir).free
+        shutil.rmtree(temporary, ignore_errors=True)
+        kept = list_checkpoints(output_dir)
+        before = f"{kept[-1]} is whole, and the run can be continued from it" if kept else "there is none before it"
+        logger.error(f"{final} could not be saved ({failure}; {free / 1e9:.1f} GB were free): {before}")
+    accelerator.wait_for_everyone()
+    return failure is None
+
+
+def save_lora(model: torch.nn.Module, folder: Path):
+    """Writes the adapters, and then merges them into the model's weights.
+
+    `VRPOPipeline.load_lora_weights(folder)` opens what it writes, and `transformer.load_lora_adapter`.
+    """
+    from peft import get_peft_model_state_dict
+
+    layers, config = get_peft_model_state_dict(model), model.peft_config["default"].to_dict()
+    VRPOPipeline.save_lora_weights(folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=config)
+    model.fuse_lora()
+    model.unload_lora()
+
+
+def register_model_hooks(
+    accelerator: Accelerator,
+    ema: EMAModel | None,
+    tensors: dict,
+    means: "RunningMeans",
+    optional: Collection[str] = (),
+):
+    """Makes checkpoints hold the weights and their averages, and more tensors.
+
+    Weights are in `transformer/` and `transformer_ema/`, which `from_pretrained` opens; where most are frozen, the trained
+    ones alone are in `transformer.safetensors` and `transformer_ema.safetensors`.
+
+    Args:
+        tensors: objects with `state_dict` and `load_state_dict` of tensors, by name, the same on all processes; each is
+            saved as `{name}.safetensors`.
+        means: of each process, `running_means_{process}.safetensors`.
+        optional: names of `tensors` that a checkpoint may lack; these objects stay as they are then.
+    """
+
+    def trained(model):
+        return {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    def save(model, path):
+        if all(parameter.requires_grad for parameter in model.parameters()):
+            model.save_pretrained(path)
+        else:
+            save_file({name: tensor.contiguous() for name, tensor in trained(model).items()}, f"{path}.safetensors")
+
+    def load(model, path):
+        """The saved weights, in the order of the model's trained parameters."""
+        if all(parameter.requires_grad for parameter in model.parameters()):
+            saved = original_class(model).from_pretrained(path).state_dict()
+        else:
+            saved = load_file(f"{path}.safetensors")
+        return [saved[name] for name in trained(model)]
+
+    def save_hook(models, weights, output_dir):
+        model = accelerator.unwrap_model(models[0])
+        for name, average in {"transformer": None, "transformer_ema": ema}.items():
+            if name == "transformer" or average is not None:
+                with whole_model(accelerator, model, average) as whole:
+                    if accelerator.is_main_process:
+                        save(whole, os.path.join(output_dir, name))
+        if accelerator.is_main_process:
+            for name, holder in tensors.items():
+                save_file(holder.state_dict(), os.path.join(output_dir, f"{name}.safetensors"))
+        name = f"running_means_{accelerator.process_index}.safetensors"
+        save_file(means.state_dict(), os.path.join(output_dir, name))
+        # What is taken out here, accelerate does not save a second time.
+        weights.clear()
+
+    @torch.no_grad()
+    def load_hook(models, input_dir):
+        # Sharded ones are not among them: accelerate has loaded what it saved itself, the same.
+        model = accelerator.unwrap_model(models.pop() if models else accelerator._models[0])
+        fill(list(trained(model).values()), load(model, os.path.join(input_dir, "transformer")))
+        if ema is not None:
+            fill(ema.shadow_params, load(model, os.path.join(input_dir, "transformer_ema")))
+        for name, holder in tensors.items():
+            file = os.path.join(input_dir, f"{name}.safetensors")
+            if name not in optional or os.path.exists(file):
+                holder.load_state_dict(load_file(file))
+        saved = list(Path(input_dir).glob("running_means_*.safetensors"))
+        saved.sort(key=lambda path: int(path.stem.split("_")[-1]))
+        means.load_state_dicts([load_file(path) for path in saved], accelerator)
+
+    accelerator.register_save_state_pre_hook(save_hook)
+    accelerator.register_load_state_pre_hook(load_hook)

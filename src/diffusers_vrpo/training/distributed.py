@@ -1,0 +1,317 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""Processes: starting them, acting together, and models that are spread over them."""
+
+import contextlib
+import copy
+import logging
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from weakref import WeakKeyDictionary
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, convert_outputs_to_fp32, gather_object
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
+
+from ..errors import InputError
+from .interruption import settle
+from .output_dir import unwritable
+
+
+def start_processes() -> PartialState:
+    """The processes that were launched, connected; only the first one logs.
+
+    Raises:
+        InputError: when they are not connected.
+    """
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
+    # The wait for the slowest process can be long.
+    several = {"timeout": timedelta(hours=12)} if int(os.environ.get("WORLD_SIZE", 1)) > 1 else {}
+    state = PartialState(cpu=on_cpu, **several)
+    if state.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
+        raise InputError(
+            f"{os.environ['WORLD_SIZE']} processes were started, but accelerate does not connect them; for several CPU "
+            "processes set ACCELERATE_USE_CPU=true"
+        )
+    level = logging.INFO if state.is_main_process else logging.WARNING
+    logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=level)
+    for noisy in ("httpx", "datasets", "PIL", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    return state
+
+
+def check_distributed(accelerator: Accelerator, lora: bool):
+    """Prepares accelerate's way to train on many devices.
+
+    Raises:
+        InputError: for one that this trainer does not do right.
+    """
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.MEGATRON_LM, DistributedType.XLA):
+        raise InputError(
+            f"accelerate is configured for {kind.value}, which averages, guards and checkpoints of this script do not "
+            "know; take configs/accelerate/fsdp2.yaml or ddp.yaml"
+        )
+    if kind == DistributedType.DEEPSPEED:
+        check_deepspeed(accelerator)
+    if kind != DistributedType.FSDP:
+        return
+    if not accelerator.is_fsdp2:
+        raise InputError(
+            "accelerate is configured for FSDP 1; set fsdp_version: 2, as configs/accelerate/fsdp2.yaml does"
+        )
+    if lora or accelerator.mixed_precision == "fp16":
+        option = "--lora_rank" if lora else "--mixed_precision fp16"
+        raise InputError(
+            f"{option} does not go with FSDP; take configs/accelerate/ddp.yaml{'' if lora else ', or bf16'}"
+        )
+    # Autocast, as everywhere else, instead of a cast of the inputs: t has more digits than bfloat16.
+    accelerator.state.fsdp_plugin.mixed_precision_policy = None
+
+
+def check_deepspeed(accelerator: Accelerator):
+    """Prepares DeepSpeed's ZeRO-2.
+
+    Raises:
+        InputError: for what else it is configured for.
+    """
+    config = accelerator.deepspeed_plugin.deepspeed_config
+    zero = config["zero_optimization"]
+    offloads = any(
+        (zero.get(f"offload_{part}") or {}).get("device", "none") != "none" for part in ("optimizer", "param")
+    )
+    if zero.get("stage") != 2 or offloads:
+        raise InputError(
+            f"DeepSpeed is configured for zero_stage: {zero.get('stage')}{' with offloading' * offloads}; only stage 2 "
+            "without offloading goes, as in configs/accelerate/deepspeed_zero2.yaml; fsdp2.yaml saves more memory"
+        )
+    if accelerator.mixed_precision == "fp16":
+        raise InputError(
+            "--mixed_precision fp16 does not go with DeepSpeed; take bf16, or configs/accelerate/ddp.yaml"
+        )
+    if given := {"optimizer", "scheduler"} & config.keys():
+        raise InputError(
+            f"the DeepSpeed configuration has its own {' and '.join(sorted(given))}; leave that out: --learning_rate, "
+            "--lr_scheduler, --adam_beta1, ... say what to take"
+        )
+    if accelerator.mixed_precision == "bf16":
+        # accelerate's own would do nothing here.
+        accelerator.autocast = partial(torch.autocast, accelerator.device.type, torch.bfloat16)
+
+
+def prepare(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
+    """`accelerator.prepare`; the model's class and weights change in place where they are sharded."""
+    autocasts = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if autocasts and accelerator.mixed_precision == "bf16":
+        # accelerate does so for all but these.
+        model.forward = convert_outputs_to_fp32(torch.autocast(accelerator.device.type, torch.bfloat16)(model.forward))
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return prepare_deepspeed(accelerator, model, optimizer)
+    return accelerator.prepare(model, optimizer)
+
+
+def prepare_deepspeed(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
+    """DeepSpeed's engine and its optimizer, in the order of this script's loop.
+
+    accelerate would let the engine step within `accelerator.backward`, which leaves nobody the time to look at the
+    gradients. Here `backward` sums them up, `clip_grad_norm` clips them, and `optimizer.step` steps: an AdamW over this
+    process's part of the weights, which StepGuard can tell to leave a step out, and then an all-gather.
+    """
+    config = accelerator.deepspeed_plugin.deepspeed_config
+    accumulation = accelerator.gradient_accumulation_steps
+    # The options rule, whatever accelerate's file says; the batch size is for DeepSpeed's own progress lines only.
+    config |= {"train_micro_batch_size_per_gpu": 1, "train_batch_size": accelerator.num_processes * accumulation}
+    config |= {"gradient_accumulation_steps": accumulation, "gradient_clipping": 0.0}
+    config["zero_optimization"].setdefault("reduce_bucket_size", 50_000_000)  # 0.2 GB; DeepSpeed's default takes 2 GB
+    # Float32 weights and autocast, as everywhere else: DeepSpeed's bf16 leaves no float32 weights to average.
+    precision, config["bf16"] = config.get("bf16"), {"enabled": False}
+    engine, optimizer = accelerator.prepare(model, optimizer)
+    config["bf16"] = precision
+
+    def backward(loss: torch.Tensor, sync_gradients: bool):
+        engine.set_gradient_accumulation_boundary(sync_gradients)
+        engine.backward(loss)
+
+    accelerator.deepspeed_engine_wrapped.backward = backward
+    # Between two boundaries it does nothing.
+    optimizer.step = engine.step
+    # Not DeepSpeed's files: reading them runs whatever code is in them.
+    engine.save_checkpoint = lambda folder, name: save_partition(accelerator, engine, folder)
+    engine.load_checkpoint = lambda folder, name: load_partition(accelerator, engine, folder)
+    return engine, optimizer
+
+
+def clip_grad_norm(accelerator: Accelerator, model: torch.nn.Module, max_norm: float) -> torch.Tensor:
+    """`accelerator.clip_grad_norm_`, also where each process has a part of the gradients only."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return whole(accelerator.clip_grad_norm_(model.parameters(), max_norm))
+    gradients = [part for group in model.optimizer.averaged_gradients.values() for part in group]
+    square = torch.nn.utils.get_total_norm(gradients).square()
+    torch.distributed.all_reduce(square)
+    torch._foreach_mul_(gradients, (max_norm / (square.sqrt() + 1e-6)).clamp(max=1.0))
+    return square.sqrt()
+
+
+def partition_path(accelerator: Accelerator, folder: str) -> str:
+    return os.path.join(folder, f"zero2_{accelerator.process_index}_of_{accelerator.num_processes}.safetensors")
+
+
+def save_partition(accelerator: Accelerator, engine, folder: str):
+    """Writes this process's part of the weights and of Adam's moments."""
+    weights = engine.optimizer.single_partition_of_fp32_groups
+    tensors = {f"{i}.weights": part.detach() for i, part in enumerate(weights)}
+    for i, state in engine.basic_optimizer.state_dict()["state"].items():
+        tensors |= {f"{i}.{name}": tensor for name, tensor in state.items()}
+    rates = [group["lr"] for group in engine.basic_optimizer.param_groups]
+    save_file(
+        tensors | {"learning rates": torch.tensor(rates, dtype=torch.float64)}, partition_path(accelerator, folder)
+    )
+
+
+@torch.no_grad()
+def load_partition(accelerator: Accelerator, engine, folder: str):
+    """Reads what `save_partition` wrote; the model's own weights, which are whole, are for others to read.
+
+    Raises:
+        ValueError: when another number of processes, or another way to train, has saved the checkpoint.
+    """
+    path = partition_path(accelerator, folder)
+    if not os.path.exists(path):
+        raise ValueError(
+            f"{os.path.basename(path)} is not in it: it was not saved by as many processes with DeepSpeed"
+        )
+    tensors, state = load_file(path), {}
+    # A fresh scheduler has set them to those of step 0, and its next step comes after the optimizer's.
+    rates = tensors.pop("learning rates").tolist()
+    for i, part in enumerate(engine.optimizer.single_partition_of_fp32_groups):
+        part.copy_(tensors.pop(f"{i}.weights"))
+    for key, tensor in tensors.items():
+        i, name = key.split(".")
+        state.setdefault(int(i), {})[name] = tensor
+    engine.basic_optimizer.load_state_dict(engine.basic_optimizer.state_dict() | {"state": state})
+    for group, rate in zip(engine.basic_optimizer.param_groups, rates):
+        group["lr"] = rate
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor as if it were not sharded. For all processes."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
+@torch.no_grad()
+def fill(targets: list[torch.Tensor], sources: list[torch.Tensor]):
+    """Copies whole tensors, the same on every process, into perhaps sharded ones."""
+    if any(hasattr(target, "full_tensor") for target in targets):
+        from torch.distributed.tensor import distribute_tensor
+
+        for target, source in zip(targets, sources):
+            source = source.to(target.device, target.dtype)
+            target.copy_(distribute_tensor(source, target.device_mesh, target.placements))
+    else:
+        torch._foreach_copy_(targets, [s.to(t.device) for s, t in zip(sources, targets)])
+
+
+def original_class(model: torch.nn.Module) -> type:
+    """The class of a model before FSDP2 put its own in front."""
+    return next(c for c in type(model).__mro__ if not c.__name__.startswith("FSDP"))
+
+
+_copies: WeakKeyDictionary = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def whole_copy(model: torch.nn.Module, weights: list[torch.Tensor], here: bool) -> torch.nn.Module | None:
+    """A model on the CPU with the gathered `weights`, those of `model.parameters()`; None unless `here`."""
+    if here and model not in _copies:
+        _copies[model] = original_class(model).from_config(model.config).eval()
+    names = [name for name, _ in model.named_parameters()]
+    for name, tensor in zip(names, weights):
+        tensor = whole(tensor.detach())
+        if here:
+            _copies[model].get_parameter(name).copy_(tensor)
+    return _copies[model] if here else None
+
+
+@contextlib.contextmanager
+def ema_weights(ema: EMAModel | None, model: torch.nn.Module):
+    """Inside, the model has its averaged weights (its own where there is no average)."""
+    if ema is None:
+        yield
+        return
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # Not diffusers' store and restore, which copy all weights to the host and back.
+    own = [parameter.data for parameter in parameters]
+    for parameter, average in zip(parameters, ema.shadow_params):
+        parameter.data = average.data
+    try:
+        yield
+    finally:
+        for parameter, weights in zip(parameters, own):
+            parameter.data = weights
+
+
+@contextlib.contextmanager
+def whole_model(accelerator: Accelerator, model: torch.nn.Module, ema: EMAModel | None, everywhere: bool = False):
+    """Inside, on the main process or everywhere, the model with averaged weights (its own for None); elsewhere None.
+
+    All processes take part. Sharded weights are gathered, tensor by tensor, into a copy on the CPU.
+    """
+    here = everywhere or accelerator.is_main_process
+    if is_sharded(model):
+        yield whole_copy(model, list(model.parameters()) if ema is None else ema.shadow_params, here)
+    elif here:
+        with ema_weights(ema, model):
+            yield model
+    else:
+        yield None
+
+
+@contextlib.contextmanager
+def whole_pipeline(accelerator: Accelerator, pipeline, ema: EMAModel | None, everywhere: bool = False):
+    """As `whole_model`, a pipeline to sample from: its transformer is in evaluation mode, on the device."""
+    transformer = pipeline.transformer
+    training = transformer.training
+    transformer.eval()
+    with whole_model(accelerator, transformer, ema, everywhere) as model:
+        if model is None or model is transformer:
+            yield pipeline if model is transformer else None
+        else:
+            other = copy.copy(pipeline)
+            other.transformer = model.to(accelerator.device)
+            yield other
+            model.to("cpu")
+    transformer.train(training)
+
+
+def together(accelerator: Accelerator, action: Callable, *arguments, where: bool = True) -> str | None:
+    """Does `action` on the processes with `where`, waits for all, and tells every one of them what failed on any.
+
+    A failing process so never leaves the others waiting for it.
+
+    Returns:
+        why a file could not be read or written, or None.
+
+    Raises:
+        InputError, RuntimeError: another failure's, of this process or (as its text) of another.
+    """
+    own, outcome = None, []
+    try:
+        if where:
+            action(*arguments)
+    except (Exception, CheckpointException) as error:  # whatever it is, the others must hear of it
+        own, reason = error, unwritable(error)
+        outcome = [(reason is not None, isinstance(error, InputError), reason or str(error))]
+    outcomes = gather_object(outcome)
+    for is_file, is_input, text in outcomes:
+        if not is_file:
+            settle(accelerator)
+            raise own or (InputError(text) if is_input else RuntimeError(f"another process failed: {text}"))
+    return outcomes[0][2] if outcomes else None

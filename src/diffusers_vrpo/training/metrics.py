@@ -1,0 +1,167 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""Metrics of a run: running means, `metrics.jsonl`, trackers, and the record of its starts."""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+
+from ..files import sync_to_disk
+from .output_dir import written
+from .throughput import hardware_name
+
+
+logger = get_logger(__name__)
+
+
+def use_trackers(accelerator: Accelerator, action: Callable):
+    """`action(tracker)` for each; one that cannot write (a full disk) is an error line, and left out from then on."""
+    for tracker in list(accelerator.trackers):
+        try:
+            action(tracker)
+        except OSError as error:
+            accelerator.trackers.remove(tracker)
+            logger.error(f"{tracker.name} cannot be written ({error.strerror or error}) and gets no more of this run")
+
+
+def log_values(accelerator: Accelerator, values: dict[str, float], step: int):
+    """Gives numbers to the trackers."""
+    use_trackers(accelerator, lambda tracker: tracker.log(values, step=step))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+class RunningMeans:
+    """Means of device scalars between two reads: adding never waits for the device, reading waits once.
+
+    Numbers that are not finite are left out. `commit` ends a step: only what came before it is saved with a checkpoint.
+    """
+
+    def __init__(self):
+        # By the names that were added together: their sums, and below how many numbers those are, `[2, names]`.
+        self.groups: dict[tuple[str, ...], torch.Tensor] = {}
+        self.committed: dict[tuple[str, ...], torch.Tensor] = {}
+
+    def add(self, **values: torch.Tensor):
+        new = torch.stack([value.detach().float() for value in values.values()])
+        finite = new.isfinite()
+        new = torch.stack([torch.where(finite, new, 0.0), finite.float()])
+        # Not in place: `commit` keeps the tensors.
+        self.groups[tuple(values)] = self.groups.get(tuple(values), 0.0) + new
+
+    def commit(self):
+        self.committed = dict(self.groups)
+
+    def read(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means over what was added and over processes; NaN where no number was finite. Starts anew."""
+        keys = sorted(self.groups)
+        if not keys:
+            return {}
+        sums, counts = accelerator.reduce(torch.cat([self.groups[key] for key in keys], 1), reduction="sum").tolist()
+        totals: dict[str, tuple[float, float]] = {}
+        for name, value, count in zip((name for key in keys for name in key), sums, counts):
+            before = totals.get(name, (0.0, 0.0))
+            totals[name] = before[0] + value, before[1] + count
+        self.groups, self.committed = {}, {}
+        return {name: value / count if count else float("nan") for name, (value, count) in sorted(totals.items())}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"|".join(key): tensor.contiguous() for key, tensor in self.committed.items()}
+
+    def load_state_dicts(self, saved: list[dict[str, torch.Tensor]], accelerator: Accelerator):
+        """Continues from the sums of every process; with another number of processes the first takes all."""
+        for state in saved:
+            state.update({name: tensor.to(accelerator.device) for name, tensor in state.items()})
+        if len(saved) == accelerator.num_processes:
+            own = saved[accelerator.process_index]
+        else:
+            names = {name for state in saved for name in state}
+            own = {name: sum(state[name] for state in saved if name in state) for name in names}
+            if not accelerator.is_main_process:
+                own = {name: torch.zeros_like(tensor) for name, tensor in own.items()}
+        self.groups = {tuple(name.split("|")): tensor for name, tensor in own.items()}
+        self.commit()
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one line per logged step. A resumed run drops the lines after its checkpoint."""
+
+    def __init__(self, path: Path, resume_step: int = 0):
+        self.path = path
+        kept = [row for row in read_metrics(path) if row["step"] <= resume_step] if path.exists() else []
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        sync_to_disk(temporary)
+        os.replace(temporary, path)
+
+    def write(self, step: int, values: dict[str, float]):
+        """Adds a line.
+
+        Raises:
+            TrainingStopped: when it cannot be written.
+        """
+        with written(f"step {step} of {self.path}"), self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def sync(self):
+        """Waits until the lines are on the disk, where a checkpoint counts on them."""
+        with contextlib.suppress(OSError):
+            sync_to_disk(self.path)
+
+
+def write_start(
+    output_dir: Path,
+    step: int,
+    accelerator: Accelerator,
+    transformer: torch.nn.Module,
+    global_batch_size: int,
+    max_train_steps: int,
+    options: dict,
+):
+    """Adds a line to `starts.jsonl`: from which step on the run goes on what hardware, and how large its model is.
+
+    Args:
+        options: as given; their values that are files or folders here are listed, which nobody could tell elsewhere.
+    """
+    projectors = sum(parameter.numel() for parameter in transformer.projectors.parameters())
+    names = [name for value in options.values() for name in (value if isinstance(value, list) else [value])]
+    start = {
+        "step": step,
+        "hardware": hardware_name(accelerator.device),
+        "num_processes": accelerator.num_processes,
+        "global_batch_size": global_batch_size,
+        "mixed_precision": accelerator.mixed_precision,
+        "parameters": sum(parameter.numel() for parameter in transformer.parameters()) - projectors,
+        "projector_parameters": projectors,
+        "max_train_steps": max_train_steps,
+        "adapters_suffice": transformer.adapters_suffice,
+        "local": sorted({name for name in names if isinstance(name, str) and os.path.exists(name)}),
+        "torch": torch.__version__,
+    }
+    with contextlib.suppress(OSError), (output_dir / "starts.jsonl").open("a") as file:
+        file.write(json.dumps(start) + "\n")
+
+
+def read_metrics(path: str | Path) -> list[dict]:
+    """A row for each step of a `metrics.jsonl`, without a last line that a crash cut short.
+
+    Validation, which comes after the checkpoint, adds a line of its own for its step.
+    """
+    rows = []
+    for line in Path(path).read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if rows and rows[-1]["step"] == row["step"]:
+            rows[-1] |= row
+        else:
+            rows.append(row)
+    return rows

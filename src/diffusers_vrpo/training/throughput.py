@@ -1,0 +1,352 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""How fast training runs, measured against what the hardware could do; and the switches that make it faster.
+
+FLOPs are counted as everywhere: a multiply-add is two, and only matrix products and convolutions count. The work of a
+step is what the mathematics asks for: recomputation with gradient checkpointing takes time, but is no work.
+"""
+
+import argparse
+import inspect
+import platform
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..alignment.encoders import PatchEncoder
+from ..errors import InputError, first_line
+from ..models.transformer_sit import SiTTransformer2DModel
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Work
+
+
+MODEL_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(SiTTransformer2DModel).parameters.items()
+    if parameter.default is not inspect.Parameter.empty
+}
+
+
+def num_tokens(config: dict) -> int:
+    """N of a transformer's config (or of a preset, then with the defaults of the rest)."""
+    config = MODEL_DEFAULTS | dict(config)
+    size, patch = config["sample_size"], config["patch_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return (height // patch) * (width // patch)
+
+
+def forward_flops(config: dict, tokens: int | None = None) -> int:
+    """FLOPs of one image through the transformer, without projectors.
+
+    Args:
+        config: of a `SiTTransformer2DModel`, or `sit_preset(...)`.
+        tokens: N; that of the config's `sample_size` when not given.
+    """
+    config = MODEL_DEFAULTS | dict(config)
+    tokens = tokens or num_tokens(config)
+    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    pixels = config["patch_size"] ** 2 * config["in_channels"]
+    attention = tokens * 4 * dim**2 + 2 * tokens**2 * dim  # q, k, v and out; scores and values
+    feed_forward = tokens * 2 * dim * int(dim * config["mlp_ratio"])
+    modulation = 6 * dim**2  # once per image
+    block = attention + feed_forward + modulation
+    embedding = tokens * pixels * dim + 256 * dim + dim**2
+    output = tokens * dim * pixels * (2 if config["learn_sigma"] else 1) + 2 * dim**2
+    return 2 * (embedding + config["num_layers"] * block + output)
+
+
+def projector_flops(config: dict, tokens: int | None = None) -> int:
+    """FLOPs of one image through all alignment projectors of a transformer's config."""
+    config = MODEL_DEFAULTS | dict(config)
+    tokens = tokens or num_tokens(config)
+    dim, hidden = config["num_attention_heads"] * config["attention_head_dim"], config["projector_dim"]
+    if config["projector_type"] == "conv":
+        one = sum(9 * dim * out for out in config["alignment_dims"])
+    else:
+        one = sum(dim * hidden + hidden**2 + hidden * out for out in config["alignment_dims"])
+    return 2 * tokens * len(config["alignment_layers"]) * one
+
+
+def encoder_flops(encoder) -> int:
+    """FLOPs of one image through a frozen `PatchEncoder`, counted while it encodes one; 0 where features are cached."""
+    if not isinstance(encoder, PatchEncoder):
+        return 0
+    image = torch.zeros(1, 3, *encoder.input_size, device=encoder.mean.device)
+    # The fused attention of the CPU is unknown to the counter.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        encoder(image)
+    return counter.get_total_flops()
+
+
+def training_flops(forward: float, encoders: float = 0.0, recompute: bool = False, adapters: bool = False) -> float:
+    """FLOPs of one image in a training step: three times its forward, as a backward has two products for each one.
+
+    Args:
+        forward: FLOPs of what is trained, forward.
+        encoders: FLOPs of what only runs forward.
+        recompute: also count the second forward of gradient checkpointing. That is what the hardware does; MFU leaves
+            it out.
+        adapters: only small adapters are trained: the backward goes through the weights, but has no product for theirs.
+    """
+    return (3 + recompute - adapters) * forward + encoders
+
+
+def step_flops(transformer: SiTTransformer2DModel, encoders: list = ()) -> tuple[float, float]:
+    """FLOPs of one image in a training step: without alignment, and with projectors and encoders.
+
+    The autoencoder, the losses and the optimizer are not in it. Ask before anything is compiled.
+    """
+    adapters = not all(parameter.requires_grad for parameter in transformer.parameters())
+    plain = training_flops(forward_flops(transformer.config), adapters=adapters)
+    projectors = projector_flops(transformer.config) if encoders else 0
+    return plain, plain + training_flops(projectors, sum(encoder_flops(encoder) for encoder in encoders))
+
+
+def throughput_metrics(
+    images_per_second: float, flops_per_image: float, peak: float | None = None, num_processes: int = 1
+) -> dict[str, float]:
+    """For the log: TFLOP/s of one device, and their share of its peak (MFU) where that is known."""
+    flops = images_per_second * flops_per_image / num_processes
+    return {"tflops_per_device": flops / 1e12} | ({"mfu": flops / peak} if peak else {})
+
+
+def throughput_meter(
+    flops: tuple[float, float], accelerator: Accelerator, peak_tflops: float | None = None
+) -> Callable[[float, bool], dict[str, float]]:
+    """`meter(images_per_second, aligning)` gives `throughput_metrics` of a run.
+
+    Args:
+        flops: of `step_flops`.
+        peak_tflops: of one device, instead of the looked-up peak.
+    """
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}.get(accelerator.mixed_precision)
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    peak = 1e12 * peak_tflops if peak_tflops else peak_flops(accelerator.device, dtype, tf32)
+
+    def meter(images_per_second: float, aligning: bool) -> dict[str, float]:
+        return throughput_metrics(images_per_second, flops[aligning], peak, accelerator.num_processes)
+
+    return meter
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Peaks
+
+
+# Dense TFLOP/s with float32 accumulation, from the makers' data sheets (theirs with sparsity halved): half precision
+# (both bf16 and fp16), TF32, float32 without tensor cores. The first pattern that is found in the device's name counts.
+PEAK_TFLOPS = (
+    (r"\bB200\b", 2250, 1125, 75),
+    (r"\bGH200\b", 989.4, 494.7, 66.9),
+    (r"\bH200 NVL\b", 835, 417.5, 60),
+    (r"\bH200\b", 989.4, 494.7, 66.9),
+    (r"\bH100 PCIe\b", 756, 378, 51.2),
+    (r"\bH100 NVL\b", 835, 417.5, 60),
+    (r"\bH100\b", 989.4, 494.7, 66.9),
+    (r"\bA100\b", 312, 156, 19.5),
+    (r"\bA40\b", 149.7, 74.8, 37.4),
+    (r"\bA30\b", 165, 82, 10.3),
+    (r"\bA10\b", 125, 62.5, 31.2),
+    (r"\bL40S\b", 362, 183, 91.6),
+    (r"\bRTX 6000 Ada\b", 364.2, 182.1, 91.1),
+    (r"\bRTX A6000\b", 154.8, 77.4, 38.7),
+    (r"\bRTX 5090(?! D| Lap)", 209.5, 104.8, 104.8),
+    (r"\bRTX 4090(?! D| Lap)", 165.2, 82.6, 82.6),
+    (r"\bRTX 3090\b(?! Ti)", 71, 35.6, 35.6),
+    (r"\bV100S", 130, None, 16.4),
+    (r"\bV100-PCIE", 112, None, 14),
+    (r"\bV100", 125, None, 15.7),
+    (r"\bT4\b", 65, None, 8.1),
+    (r"\bMI300X\b", 1307.4, 653.7, 163.4),
+)
+
+
+def peak_flops(device: torch.device | str, dtype: torch.dtype, tf32: bool = False) -> float | None:
+    """Dense FLOP/s that a device promises for matrix products, or None where that is not known.
+
+    Args:
+        device: a `torch.device`, or a name as `torch.cuda.get_device_name` gives it. A CPU's peak is not known.
+        dtype: of the products: `torch.bfloat16`, `torch.float16` or `torch.float32`.
+        tf32: whether float32 products may run as TF32.
+    """
+    if isinstance(device, torch.device):
+        if device.type != "cuda":
+            return None
+        device = torch.cuda.get_device_name(device)
+    found = [row[1:] for row in PEAK_TFLOPS if re.search(row[0], device, re.IGNORECASE)]
+    if not found:
+        return None
+    half, tensor_float, single = found[0]
+    if dtype == torch.bfloat16 and tensor_float is None:
+        return None  # tensor cores from before Ampere know neither bf16 nor TF32
+    if dtype == torch.float32:
+        return 1e12 * (tensor_float if tf32 and tensor_float else single)
+    return 1e12 * half if dtype in (torch.bfloat16, torch.float16) else None
+
+
+def hardware_name(device: torch.device) -> str:
+    """A GPU by its name, a CPU with the threads that torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s)"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Where the time goes
+
+
+class StepProfile:
+    """Times the parts of some training steps, and reports a table once; off, a mark costs one comparison.
+
+    `mark(name)` ends a part: the time since the mark before belongs to it. `step()` ends a step. On a GPU the marks are
+    events in its stream: what hides behind its work, such as a loader that keeps up, counts as nothing, and no mark waits.
+
+    Args:
+        steps (`int`, *optional*): steps to time; 0 or None is off.
+        device: where the work runs.
+        report: gets the table, a string.
+        warmup (`int`): steps before, at least 1, which are not timed.
+    """
+
+    def __init__(
+        self,
+        steps: int | None,
+        device: torch.device | str = "cpu",
+        report: Callable[[str], None] = print,
+        warmup: int = 5,
+    ):
+        self.steps, self.warmup, self.report = steps or 0, max(1, warmup), report
+        self.cuda = torch.device(device).type == "cuda"
+        self.active = self.steps > 0
+        self.count, self.marks = 0, []
+        self.seconds: dict[str, float] = {}
+
+    def mark(self, name: str, result=None):
+        """The time since the mark before was spent on `name`. Gives `result` back, so as to stand around a call."""
+        if self.active:
+            if self.cuda:
+                stamp = torch.cuda.Event(enable_timing=True)
+                stamp.record()
+            else:
+                stamp = time.perf_counter()
+            self.marks.append((name, stamp))
+        return result
+
+    def step(self):
+        """Ends a step; what came after its last mark is logging and checkpoints."""
+        if not self.active:
+            return
+        self.mark("logging, checkpoints")
+        self.count += 1
+        if self.count == self.warmup:
+            self.marks = self.marks[-1:]
+        elif self.count == self.warmup + self.steps:
+            self.active = False
+            self.seconds = self._read()
+            self.report(self.table())
+
+    def _read(self) -> dict[str, float]:
+        """Seconds per step of each part, in the order in which they first came."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        seconds = {}
+        for (_, before), (name, after) in zip(self.marks, self.marks[1:]):
+            passed = before.elapsed_time(after) / 1000 if self.cuda else after - before
+            seconds[name] = seconds.get(name, 0.0) + passed / self.steps
+        return seconds
+
+    def table(self) -> str:
+        """The parts of a step, their milliseconds and their share."""
+        total = sum(self.seconds.values())
+        lines = [f"mean of {self.steps} steps, {total * 1000:.1f} ms each"]
+        for name, seconds in self.seconds.items():
+            lines.append(f"  {name:<22}{seconds * 1000:>10.2f} ms{100 * seconds / total:>7.1f} %")
+        return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Switches
+
+
+def add_speed_options(parser: argparse.ArgumentParser):
+    """The options of `train_vrpo.py` about speed."""
+    g = parser.add_argument_group("speed")
+    g.add_argument("--compile", action="store_true", help="compile the blocks and the encoders")
+    g.add_argument("--attention_backend", help="of diffusers: native, flash, _flash_3, _native_cudnn, sage, ...")
+    g.add_argument("--profile", type=int, metavar="STEPS", help="print where the time of this many steps goes")
+    g.add_argument("--peak_tflops", type=float, help="of one device, for MFU; known ones are looked up")
+
+
+def speed_up(transformer: SiTTransformer2DModel, encoders: list, compile: bool = False, backend: str | None = None):
+    """Chooses the attention backend, and compiles in place what repeats: one graph serves all blocks.
+
+    Names of weights stay as they are. Call it before the first forward.
+
+    Raises:
+        InputError: for a backend that diffusers does not have here.
+    """
+    if backend is not None:
+        try:
+            transformer.set_attention_backend(backend)
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise InputError(f"--attention_backend {backend}: {first_line(error)}") from error
+    if compile:
+        transformer.compile_repeated_blocks()
+        for encoder in encoders:
+            if isinstance(encoder, PatchEncoder):  # not features out of a cache
+                encoder.model.compile()
+
+
+class TrainingSpeed:
+    """All of the above for `train_vrpo.py`, from the options of `add_speed_options`: sets the switches when it is made.
+
+    `mark` and `step` are of the `StepProfile`, `metrics(images_per_second, aligning)` of the `throughput_meter`, and
+    `flops_per_image[aligning]` of `step_flops`.
+
+    Raises:
+        InputError: as `speed_up`.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        transformer: SiTTransformer2DModel,
+        encoders: list,
+        accelerator: Accelerator,
+        report: Callable[[str], None] = print,
+    ):
+        # FLOPs are counted before anything is compiled.
+        self.flops_per_image = step_flops(transformer, encoders)
+        self.metrics = throughput_meter(self.flops_per_image, accelerator, args.peak_tflops)
+        speed_up(transformer, encoders, args.compile, args.attention_backend)
+        profile = StepProfile(args.profile, accelerator.device, report)
+        self.mark, self.step = profile.mark, profile.step
+
+    @staticmethod
+    def shown(values: dict[str, float]) -> dict[str, str]:
+        """Logged speeds in few characters, for the progress bar."""
+        shown = {"images/s": f"{values['images_per_second']:.0f}"}
+        if "mfu" in values:
+            shown |= {"TFLOP/s": f"{values['tflops_per_device']:.3g}", "MFU": f"{100 * values['mfu']:.1f}%"}
+        return shown
+
+
+class ForeachEMA(EMAModel):
+    """diffusers' average in one pass: its own step makes a temporary copy of all weights."""
+
+    @torch.no_grad()
+    def step(self, parameters):
+        self.optimization_step += 1
+        self.cur_decay_value = self.get_decay(self.optimization_step)
+        torch._foreach_lerp_(self.shadow_params, list(parameters), 1 - self.cur_decay_value)

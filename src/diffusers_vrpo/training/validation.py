@@ -1,0 +1,301 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""What is looked at while a run trains: a grid of samples, and their Fréchet distance to training images."""
+
+import contextlib
+import json
+import math
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..command_line import as_id
+from ..data.image_datasets import first_readable, resize_and_crop
+from ..data.latent_cache import LatentCache
+from ..data.parquet import ParquetRows
+from ..errors import InputError
+from ..evaluation.feature_statistics import merge_moments
+from ..evaluation.image_encoders import encoder_checksum, load_image_encoder, pooled_features
+from ..evaluation.metrics import RunningMoments, frechet_distance
+from ..pipelines.pipeline_vrpo import VRPOPipeline
+from ..pipelines.sampling import check_steps, image_grid, sample_batch
+from ..random_streams import ORDER, random_stream
+from .distributed import whole_pipeline
+from .interruption import Interruption
+from .metrics import MetricsFile, log_values, read_metrics, use_trackers
+from .output_dir import written
+
+
+logger = get_logger(__name__)
+SAMPLES = 2048
+REFERENCE_IMAGES = 10_000  # training images behind the Fréchet distance; all of them where there are fewer
+
+
+class Validation:
+    """Every `--validation_steps`, and at the end: what the averaged model draws.
+
+    The grid has one column per class, from the noise of the seed. With `--fd_encoder`, `--num_fd_samples` unguided samples,
+    each time of the same classes from the same noise, are set against training images by the Fréchet distance of their
+    features; `metrics.jsonl` gets it as `validation/fd_{encoder}`. All processes share that work.
+
+    Raises:
+        InputError: for labels or an encoder that cannot be, or where there are no images to compare with.
+    """
+
+    def __init__(
+        self,
+        args,
+        accelerator: Accelerator,
+        pipeline: VRPOPipeline,
+        data,
+        output_dir: Path,
+        interruption: Interruption,
+    ):
+        self.args, self.accelerator, self.pipeline, self.output_dir = args, accelerator, pipeline, output_dir
+        self.interruption = interruption
+        self.columns = grid_columns(pipeline, args.validation_labels)
+        check_steps(pipeline, args.num_inference_steps)
+        self.judge = None
+        if args.num_fd_samples and not args.fd_encoder:
+            raise InputError(
+                f"--num_fd_samples {args.num_fd_samples} goes with --fd_encoder only; add that, or leave it out"
+            )
+        if args.fd_encoder:
+            self.num_samples = args.num_fd_samples or SAMPLES
+            if self.num_samples < 2:
+                raise InputError(f"--num_fd_samples {args.num_fd_samples} has no covariance; take {SAMPLES} or more")
+            if isinstance(data, LatentCache) and data.config["images"] == "none":
+                raise InputError(
+                    f"--fd_encoder {args.fd_encoder} compares with images, and --latents_dir {args.latents_dir} has none; "
+                    "prepare it with --images webp"
+                )
+            self.name = f"validation/fd_{Path(args.fd_encoder).name}"
+            with accelerator.main_process_first():
+                self.judge = load_image_encoder(
+                    args.fd_encoder, device=accelerator.device, cache_dir=args.cache_dir, option="--fd_encoder"
+                )
+            self.reference = self.reference_moments(data)
+
+    def __call__(self, step: int, ema, metrics_file: MetricsFile | None) -> Image.Image | None:
+        """Looks at the model of a step; for all processes.
+
+        Args:
+            metrics_file: of the main process.
+
+        Returns:
+            the grid, on the main process.
+        """
+        accelerator, grid = self.accelerator, None
+        with whole_pipeline(accelerator, self.pipeline, ema, everywhere=self.judge is not None) as averaged:
+            if accelerator.is_main_process:
+                grid = self.draw(step, averaged)
+            if self.judge is not None:
+                values = {self.name: self.distance(averaged)}
+                # Interrupted, it is no number; the continued run makes up for it.
+                if accelerator.is_main_process and not self.interruption.signum:
+                    log_values(accelerator, values, step)
+                    logger.info(f"step {step}: {self.name} {values[self.name]:.2f}")
+                    metrics_file.write(step, values)
+        return grid
+
+    def draw(self, step: int, averaged: VRPOPipeline) -> Image.Image:
+        """The grid of a step, and keeps it; on the main process."""
+        args, device = self.args, self.accelerator.device
+        drawing = (args.num_validation_images, args.num_inference_steps, args.guidance_scale, args.seed)
+        grid = draw_samples(averaged, self.columns, *drawing, device)
+        save_samples(self.accelerator, self.output_dir, step, grid)
+        return grid
+
+    def catch_up(self, step: int, ema, metrics_file: MetricsFile | None):
+        """Looks at the step that a run continues from, if it ended after the checkpoint and before this was done."""
+        missing = False
+        if step > 0 and step % self.args.validation_steps == 0 and metrics_file is not None:
+            judged = self.judge is None or any(
+                row["step"] == step and self.name in row for row in read_metrics(metrics_file.path)
+            )
+            missing = not (judged and grid_file(self.output_dir, step).exists())
+        if broadcast_object_list([missing])[0]:
+            self(step, ema, metrics_file)
+
+    def distance(self, pipeline: VRPOPipeline) -> float:
+        """The Fréchet distance of samples of `pipeline` to the reference."""
+        args, count = self.args, self.num_samples
+        num_classes = pipeline.transformer.config.num_classes
+        options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": 1.0}
+        pipeline.set_progress_bar_config(disable=True)
+
+        def batches():
+            for indices in self.own_batches(count):
+                if self.interruption.signum:
+                    yield None
+                    return
+                # Every class as often, but for one.
+                labels = [i * num_classes // count for i in indices]
+                try:
+                    with self.accelerator.autocast():
+                        images = sample_batch(pipeline, indices, labels, args.seed, options)
+                except InputError as error:
+                    # Not finite. Training goes on, and no process waits for another.
+                    logger.warning(f"{self.name}: {error}", main_process_only=False)
+                    images = None
+                yield images
+
+        mean, covariance = self.moments(batches())
+        return frechet_distance(*self.reference, mean, covariance) if mean.isfinite().all() else math.nan
+
+    def reference_moments(self, data) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and covariance of the features of training images, the same ones for every run on the data.
+
+        They are kept in the output folder, for a continued run.
+        """
+        rows = fixed_rows(data, REFERENCE_IMAGES)
+        some = training_images(data, rows[:16], self.args.resolution)
+        made_of = [encoder_checksum(self.judge), len(data), zlib.crc32(rows.tobytes()), zlib.crc32(some.tobytes())]
+        made_of, file = json.dumps(made_of), self.output_dir / "fd_reference.safetensors"
+        with contextlib.suppress(FileNotFoundError, SafetensorError), safe_open(file, "pt") as saved:
+            if (saved.metadata() or {}).get("made_of") == made_of:
+                return tuple(saved.get_tensor(name).to(self.device) for name in ("mean", "covariance"))
+        logger.info(f"{self.name}: features of {len(rows)} training images")
+        own = self.own_batches(len(rows))
+        mean, covariance = self.moments(
+            training_images(data, rows[i.start : i.stop], self.args.resolution) for i in own
+        )
+        if self.accelerator.is_main_process:
+            with written(f"fd_reference.safetensors in {self.output_dir}"):
+                save_file({"mean": mean.cpu(), "covariance": covariance.cpu()}, file, {"made_of": made_of})
+        # So that none looks for the file while another writes it.
+        self.accelerator.wait_for_everyone()
+        if isinstance(data, ParquetRows):
+            data.release()
+        return mean, covariance
+
+    @property
+    def device(self) -> torch.device:
+        """Where the moments are; Apple's GPUs have no float64."""
+        return torch.device("cpu") if self.accelerator.device.type == "mps" else self.accelerator.device
+
+    def own_batches(self, count: int) -> list[range]:
+        """The batches of `range(count)` that are this process's to do, one after another."""
+        size, rank, processes = (
+            self.args.train_batch_size,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
+        return batches[rank * len(batches) // processes : (rank + 1) * len(batches) // processes]
+
+    def moments(self, batches: Iterable[np.ndarray | None]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean `[D]` and covariance `[D,D]` of the features of all processes' images, uint8 `[B,H,W,3]`; None counts as NaN."""
+        device, dim = self.accelerator.device, self.judge.dim
+        moments = RunningMoments(dim, self.device)
+        for images in batches:
+            if images is None:
+                moments.update(torch.full((1, dim), math.nan, device=device))
+            else:
+                moments.update(pooled_features(self.judge, torch.from_numpy(images).permute(0, 3, 1, 2)))
+        moments = merge_moments(moments, dim, self.accelerator)
+        return moments.mean, moments.covariance
+
+
+def fixed_rows(data, count: int) -> np.ndarray:
+    """Rows of a data set, drawn without regard to the run's seed; of parquet files that are streamed, whole row groups."""
+    stream = random_stream(0, 0, ORDER)
+    if isinstance(data, ParquetRows):
+        groups = stream.permutation(len(data.group_rows))
+        groups = groups[: np.searchsorted(np.cumsum(data.group_rows[groups]), count) + 1]
+        return np.concatenate([data.first_rows[g] + np.arange(data.group_rows[g]) for g in groups])[:count]
+    return np.sort(stream.permutation(len(data))[:count])
+
+
+def training_images(data, rows: np.ndarray, resolution: int) -> np.ndarray:
+    """The images of some rows of the training data, as they are trained on with a centre crop: uint8 `[B,R,R,3]`."""
+    return labelled_images(data, rows, resolution)[0]
+
+
+def labelled_images(data, rows: np.ndarray, resolution: int) -> tuple[np.ndarray, np.ndarray]:
+    """`training_images`, and their class ids, int64 `[B]`; for one that cannot be read the next one stands in."""
+    if isinstance(data, LatentCache):
+        return np.stack([data.pixels(row) for row in rows.tolist()]), data["label"][rows].astype(np.int64)
+    records = data[rows.tolist()]
+    images, labels = [], []
+    for row, image, label in zip(rows.tolist(), records["image"], records["label"]):
+        image, label, _ = first_readable(data, row, {"image": image, "label": label})
+        images.append(resize_and_crop(image, resolution))
+        labels.append(label)
+    if isinstance(data, ParquetRows):
+        # The next batch may go on in the row group in which this one ends.
+        last = int(np.searchsorted(data.first_rows, rows[-1], side="right")) - 1
+        data.hold([last], lambda read, *arguments: read(*arguments))
+    return np.stack(images), np.array(labels, dtype=np.int64)
+
+
+def grid_columns(pipeline: VRPOPipeline, labels: list[str] | None) -> list[int]:
+    """The classes of `--validation_labels`, names or ids; without them ten, spread over all.
+
+    Raises:
+        InputError: for a label that the model does not have.
+    """
+    num_classes = pipeline.transformer.config.num_classes
+    columns = min(10, num_classes)
+    labels = labels or [int(i * num_classes / columns) for i in range(columns)]
+    try:
+        return pipeline.get_label_ids([c if str(c).lower() in pipeline.labels else as_id(c) for c in labels])
+    except ValueError as error:
+        raise InputError(f"--validation_labels: {error}") from error
+
+
+def draw_samples(
+    pipeline: VRPOPipeline,
+    labels: list[int],
+    images_per_label: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+    seed: int,
+    device: torch.device,
+) -> Image.Image:
+    """A grid, one column per class, always from the same noise; unguided where the model has no null class."""
+    transformer = pipeline.transformer
+    size = transformer.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    size = (images_per_label * len(labels), transformer.config.in_channels, height, width)
+    latents = torch.randn(size, generator=torch.Generator().manual_seed(seed))
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(
+        labels * images_per_label,
+        latents=latents.to(device),
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale if transformer.null_class_id is not None else 1.0,
+    ).images
+    return image_grid(images, columns=len(labels))
+
+
+def grid_file(output_dir: Path, step: int) -> Path:
+    return output_dir / "samples" / f"step-{step:07d}.png"
+
+
+def save_samples(accelerator: Accelerator, output_dir: Path, step: int, grid: Image.Image):
+    """Keeps a grid of samples as a file, and shows it in the trackers that take images."""
+    path = grid_file(output_dir, step)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        grid.save(path)
+    except OSError as error:  # a full disk: a grid is not worth a run
+        logger.error(f"{path} could not be written ({error.strerror or error})")
+
+    def show(tracker):
+        if tracker.name == "tensorboard":
+            tracker.writer.add_image("samples", np.asarray(grid), step, dataformats="HWC")
+        elif tracker.name == "wandb":
+            import wandb
+
+            tracker.log({"samples": wandb.Image(grid)}, step=step)
+
+    use_trackers(accelerator, show)

@@ -36,6 +36,7 @@ from diffusers_vrpo.command_line import (
     check_policy,
     check_ranges,
     config_to_argv,
+    with_flags,
 )
 from diffusers_vrpo.data.image_datasets import check_corrupt_rows, check_images, too_many_corrupt
 from diffusers_vrpo.data.latent_cache import batch_latents
@@ -579,6 +580,7 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
 
 if __name__ == "__main__":
     try:
-        main(parse_args())
+        args = parse_args()
+        main(args)
     except (InputError, TrainingStopped) as error:
-        sys.exit(f"train_vrpo.py: error: {error}")
+        sys.exit(f"train_vrpo.py: error: {with_flags(error, vars(args))}")

@@ -5,6 +5,8 @@ import argparse
 import difflib
 import math
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
@@ -17,6 +19,16 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
     def _get_default_metavar_for_optional(self, action):
         return action.type.__name__.upper() if action.type else "TEXT"
+
+
+def with_flags(error: BaseException | str, names: Iterable[str]) -> str:
+    """A message of the library for the command line: each field in backticks becomes the flag of the same name.
+
+    Args:
+        names: the fields that have a flag, such as `vars(args)`.
+    """
+    known = set(names)
+    return re.sub(r"`(\w+)`", lambda match: f"--{match[1]}" if match[1] in known else match[0], str(error))
 
 
 class OneLineErrorParser(argparse.ArgumentParser):

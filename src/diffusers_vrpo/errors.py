@@ -9,7 +9,21 @@ from huggingface_hub.errors import (
 
 
 class InputError(ValueError):
-    """Input of the user's that cannot work; the message is one sentence that names the option, value and remedy."""
+    """Input that cannot work.
+
+    Args:
+        field (`str`, *optional*): the argument or option that is wrong, such as `"encoder"`; None where the problem is
+            not in one of them, such as a damaged file.
+        message (`str`): one sentence that names the field, its value and what would work. Names of fields stand in
+            backticks; the command line shows them as flags (`command_line.with_flags`).
+    """
+
+    def __init__(self, field: str | None, message: str):
+        super().__init__(message)
+        self.field = field
+
+    def __reduce__(self):
+        return type(self), (self.field, str(self))
 
 
 UNKNOWN_TO_THE_HUB = "it is neither a folder here nor known to the Hub (a private one needs `hf auth login`)"

@@ -116,7 +116,7 @@ def load_encoder(
     """
     if resize not in RESIZE_MODES:
         raise ValueError(f"resize must be one of {', '.join(RESIZE_MODES)}, not {resize!r}")
-    grid_size, prefix = tuple(grid_size), f"--encoder {name_or_path}: "
+    grid_size, prefix = tuple(grid_size), f"`encoder` {name_or_path}: "
     source, local = _locate(name_or_path)
     try:
         model, missing = _load_model(source, dtype, cache_dir, local)
@@ -124,7 +124,7 @@ def load_encoder(
     except InputError:
         raise
     except Exception as error:  # transformers raises many types; all mean that this checkpoint cannot be had
-        raise InputError(prefix + _explain(error, source)) from error
+        raise InputError("encoder", prefix + _explain(error, source)) from error
 
     model = model.to(device).requires_grad_(False).eval()
     try:
@@ -133,11 +133,15 @@ def load_encoder(
         raise
     except Exception as error:  # whatever a model raises on one blank image, it would raise in training
         reason = f"{type(model).__name__} gives no patch embeddings of an image ({_first_sentence(error)})"
-        raise InputError(f"{prefix}{reason}; {REMEDY}") from error
+        raise InputError("encoder", f"{prefix}{reason}; {REMEDY}") from error
     if missing and not features.isfinite().all():
-        raise InputError(f"{prefix}the checkpoint lacks {missing} of {type(model).__name__}'s weights; {REMEDY}")
+        raise InputError(
+            "encoder", f"{prefix}the checkpoint lacks {missing} of {type(model).__name__}'s weights; {REMEDY}"
+        )
     if not features.isfinite().all():
-        raise InputError(f"{prefix}the embeddings are not finite in {dtype}; give a sound checkpoint or another dtype")
+        raise InputError(
+            "encoder", f"{prefix}the embeddings are not finite in {dtype}; give a sound checkpoint or another dtype"
+        )
     return PatchEncoder(model, features.shape[1], grid_size, input_size, layer, pixel_format, resize)
 
 
@@ -157,7 +161,7 @@ def spatial_normalize(features, strength=0.6):
 # Loading
 
 
-def _locate(name_or_path, option="--encoder"):
+def _locate(name_or_path, option="encoder"):
     """The folder or Hub name that is meant, and whether it is a folder."""
     path = Path(name_or_path).expanduser()
     if name_or_path == "digits" and not path.is_dir():
@@ -166,11 +170,13 @@ def _locate(name_or_path, option="--encoder"):
         path = DIGITS_ENCODER
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise InputError(f"{option} {name_or_path}: the folder has no config.json of transformers; {REMEDY}")
+            raise InputError(
+                option, f"`{option}` {name_or_path}: the folder has no config.json of transformers; {REMEDY}"
+            )
         return str(path), True
     is_name = isinstance(name_or_path, str) and not name_or_path.startswith((".", "~")) and name_or_path.count("/") < 2
     if not is_name or path.is_absolute() or path.exists():
-        raise InputError(f"{option} {name_or_path}: there is no such folder; {REMEDY}")
+        raise InputError(option, f"`{option}` {name_or_path}: there is no such folder; {REMEDY}")
     return name_or_path, False
 
 
@@ -195,7 +201,9 @@ def _load_model(source, dtype, cache_dir, local):
     config = tower if type(tower) in MODEL_MAPPING else config
     model_class = MODEL_MAPPING.get(type(config), None)
     if getattr(model_class, "main_input_name", None) != "pixel_values":
-        raise InputError(f"--encoder {source}: a {config.model_type} model does not encode images; {REMEDY}")
+        raise InputError(
+            "encoder", f"`encoder` {source}: a {config.model_type} model does not encode images; {REMEDY}"
+        )
     with _quiet_transformers():
         model, info = AutoModel.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True, **where)
     if config.model_type == "vit_mae":
@@ -258,10 +266,11 @@ def _plan(model, name, grid_size, layer):
     native = _native_size(model.config)
     states = _blank_states(model, native)
     if not states:
-        raise InputError(f"--encoder {name}: {type(model).__name__} gives pooled vectors only; {REMEDY}")
+        raise InputError("encoder", f"`encoder` {name}: {type(model).__name__} gives pooled vectors only; {REMEDY}")
     if layer is not None and not -len(states) <= layer < len(states):
         raise InputError(
-            f"--encoder_layer {layer}: {name} has hidden states 0 to {len(states) - 1}; choose one of them"
+            "encoder_layer",
+            f"`encoder_layer` {layer}: {name} has hidden states 0 to {len(states) - 1}; choose one of them",
         )
 
     if any(state.ndim == 4 for state in states):
@@ -293,12 +302,16 @@ def _choose_stage(model, name, grid_size, layer):
         if state.ndim == 4 and state.shape[2] == state.shape[3] and (state.shape[2] > 1 or grid_size == (1, 1))
     }
     if not strides:
-        raise InputError(f"--encoder {name}: {type(model).__name__} gives no map of channels, rows, columns; {REMEDY}")
+        raise InputError(
+            "encoder", f"`encoder` {name}: {type(model).__name__} gives no map of channels, rows, columns; {REMEDY}"
+        )
     if layer is None:
         layer = max((i for i in strides if strides[i] <= DEFAULT_STRIDE), default=min(strides))
     if layer % len(states) not in strides:
         usable = ", ".join(map(str, strides))
-        raise InputError(f"--encoder_layer {layer}: {name} gives no rows and columns there; choose one of {usable}")
+        raise InputError(
+            "encoder_layer", f"`encoder_layer` {layer}: {name} gives no rows and columns there; choose one of {usable}"
+        )
     return layer % len(states), strides[layer % len(states)]
 
 

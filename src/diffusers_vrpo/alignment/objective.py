@@ -33,7 +33,7 @@ from .reward_statistics import RewardStatistics, parse_reward_weighting
 
 
 def conflict_mode(args) -> str:
-    """`--conflict`, or its default: the gate belongs to VRPO; REPA is REPA unless it is asked for."""
+    """`conflict`, or its default: the gate belongs to VRPO; REPA is REPA unless it is asked for."""
     return args.conflict or ("gate" if args.objective == "vrpo" else "none")
 
 
@@ -44,14 +44,14 @@ class Alignment:
 
     Args:
         args: the alignment options of `train_vrpo.py`.
-        transformer: its projectors, in the order of its projections; with `--kl_coeff` a copy of it is the reference.
+        transformer: its projectors, in the order of its projections; with `kl_coeff` a copy of it is the reference.
         encoders: frozen, one for each entry of the transformer's `alignment_dims`; none trains without alignment.
         max_train_steps: the gate's window is 2 % of it.
         device: where the statistics live.
         autocast: makes the context that the transformer computes in, for the reference.
 
     Raises:
-        InputError: for a `--reward_weighting` that is none.
+        InputError: for a `reward_weighting` that is none.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Alignment:
             loss_fm: `L_FM,i` of each sample, `[B]`; minus it is the fidelity reward.
             batch: `tokens [B,M]` of the structural reward; `index [B]` (on the CPU) for the noise of the actions.
             step, micro_step: optimizer step, and micro-batch within it.
-            reference_inputs: what the transformer was called with, for the reference of `--kl_coeff`.
+            reference_inputs: what the transformer was called with, for the reference of `kl_coeff`.
         """
         args, logs = self.args, {}
         weight = timestep_weight(t, args.timestep_weighting) / self.mean_weight

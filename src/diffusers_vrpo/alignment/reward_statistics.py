@@ -33,8 +33,9 @@ def parse_reward_weighting(text: str, num_rewards: int) -> str | tuple[float, ..
         numbers = ()
     if len(numbers) != num_rewards or min(numbers) < 0 or not 0 < sum(numbers) < float("inf"):
         raise InputError(
-            f"--reward_weighting {text!r} is neither one of {', '.join(WEIGHTINGS)} nor {num_rewards} numbers >= 0 with "
-            "a sum above 0, such as " + ",".join(["1"] * num_rewards)
+            None,
+            f"`reward_weighting` {text!r} is neither one of {', '.join(WEIGHTINGS)} nor {num_rewards} numbers >= 0 with "
+            "a sum above 0, such as " + ",".join(["1"] * num_rewards),
         )
     return tuple(number / sum(numbers) for number in numbers)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import diffusers
 
-from ..command_line import HelpFormatter, OneLineErrorParser
+from ..command_line import HelpFormatter, OneLineErrorParser, with_flags
 from ..errors import InputError, first_line
 from ..models.autoencoder import load_vae
 from ..models.official_checkpoints import (
@@ -92,17 +92,17 @@ def convert(args: argparse.Namespace):
             output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(
-                f"OUTPUT_DIR {output} cannot be made a folder ({error.strerror}); choose another"
+                None, f"OUTPUT_DIR {output} cannot be made a folder ({error.strerror}); choose another"
             ) from error
     if args.ema_key and args.to is None:
-        raise InputError("--ema_key goes with --to")
+        raise InputError("ema_key", "`ema_key` goes with `to`")
     id2label = None
     if args.id2label:
         try:
             id2label = {int(key): str(name) for key, name in json.loads(Path(args.id2label).read_text()).items()}
         except (OSError, ValueError, AttributeError) as error:
             raise InputError(
-                f"--id2label {args.id2label} is no JSON map from ids to names: {first_line(error)}"
+                "id2label", f"`id2label` {args.id2label} is no JSON map from ids to names: {first_line(error)}"
             ) from error
     transformer = convert_checkpoint(
         args.checkpoint,
@@ -125,7 +125,7 @@ def convert(args: argparse.Namespace):
         file = output if is_file else output / f"{args.to}.pt"
         state = export_checkpoint(transformer, args.to)
         if args.ema_key and file.suffix == ".safetensors":
-            raise InputError("--ema_key needs a .pt file: safetensors are flat")
+            raise InputError("ema_key", "`ema_key` needs a .pt file: safetensors are flat")
         save_official({"ema": state} if args.ema_key else state, file)
         logger.info(f"wrote {file}: {len(state)} tensors, learn_sigma={config.learn_sigma and args.to != 'repa'}")
         return
@@ -140,12 +140,14 @@ def convert(args: argparse.Namespace):
         logger.warning("without --vae the pipeline gives latents only; stabilityai/sd-vae-ft-ema is SiT's and DiT's")
     latent_channels = getattr(vae.config, "latent_channels", config.in_channels) if vae is not None else None
     if latent_channels not in (None, config.in_channels):
-        raise InputError(f"--vae {args.vae} has {latent_channels} channels, the transformer {config.in_channels}")
+        raise InputError(
+            "vae", f"`vae` {args.vae} has {latent_channels} channels, the transformer {config.in_channels}"
+        )
     scheduler = scheduler or default_scheduler(config.prediction_type)
     try:
         pipeline = VRPOPipeline(transformer, scheduler, vae, id2label or names)
     except ValueError as error:
-        raise InputError(f"--id2label {args.id2label}: {error}") from error
+        raise InputError("id2label", f"`id2label` {args.id2label}: {error}") from error
     pipeline.save_pretrained(output)
     logger.info(f"wrote {output}; open it with VRPOPipeline.from_pretrained({str(output)!r})")
 
@@ -158,7 +160,7 @@ def main(argv: list[str] | None = None, prog: str = "vrpo convert"):
     try:
         convert(args)
     except InputError as error:
-        sys.exit(f"{prog}: error: {error}")
+        sys.exit(f"{prog}: error: {with_flags(error, vars(args))}")
 
 
 if __name__ == "__main__":

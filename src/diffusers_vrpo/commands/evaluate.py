@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from .. import __version__
-from ..command_line import HelpFormatter, OneLineErrorParser, check_ranges
+from ..command_line import HelpFormatter, OneLineErrorParser, check_ranges, with_flags
 from ..errors import InputError
 from ..evaluation.feature_statistics import FeatureSet, batch_moments, measure, reference_features
 from ..evaluation.image_encoders import POOLINGS, encoder_checksum, load_image_encoder
@@ -81,7 +81,7 @@ def choose_metrics(asked: list[str] | None, encoder_name: str, has_images: bool,
         if problem is None:
             chosen.append(metric)
         elif asked:
-            raise InputError(f"--metrics {metric}: {problem}; leave it out")
+            raise InputError("metrics", f"`metrics` {metric}: {problem}; leave it out")
     return chosen
 
 
@@ -103,7 +103,9 @@ def check_counts(metrics: list[str], args, num_samples: int, num_reference: int 
         for name, count, least in zip(("SAMPLES", "--reference"), (num_samples, num_reference), needs[metric]):
             if count is not None and count < least:
                 images = "image" if count == 1 else "images"
-                raise InputError(f"--metrics {metric} needs at least {least} images; {name} has {count} {images}")
+                raise InputError(
+                    "metrics", f"`metrics` {metric} needs at least {least} images; {name} has {count} {images}"
+                )
 
 
 def compute_metrics(
@@ -215,9 +217,9 @@ def check_output_files(args: argparse.Namespace, *names: str):
             continue
         folder = Path(file).absolute().parent
         if not folder.is_dir():
-            raise InputError(f"--{name} {file}: its folder does not exist")
+            raise InputError(name, f"`{name}` {file}: its folder does not exist")
         if not os.access(folder, os.W_OK) or Path(file).is_dir():
-            raise InputError(f"--{name} {file} cannot be written; choose another file")
+            raise InputError(name, f"`{name}` {file} cannot be written; choose another file")
 
 
 def evaluate(args: argparse.Namespace) -> dict | None:
@@ -249,7 +251,8 @@ def evaluate(args: argparse.Namespace) -> dict | None:
         metrics = choose_metrics(args.metrics, name, has_images, has_images or "spatial" in given)
         if "fid" in metrics and not has_images and name != "inception":
             raise InputError(
-                f"--encoder {name}: {args.reference} has no images, only statistics of Inception features; give images"
+                "encoder",
+                f"`encoder` {name}: {args.reference} has no images, only statistics of Inception features; give images",
             )
         check_counts(metrics, args, len(samples), None if reference is None else len(reference))
         metrics_of[name] = metrics
@@ -266,7 +269,9 @@ def evaluate(args: argparse.Namespace) -> dict | None:
         if compared:
             known = reference_features(args, reference, samples.size, given, compared, name, encoder, state)
         if known is not None and "sfid" in metrics and "spatial" not in known.moments:
-            raise InputError(f"--metrics sfid: {args.reference} has no statistics of spatial features; leave it out")
+            raise InputError(
+                "metrics", f"`metrics` sfid: {args.reference} has no statistics of spatial features; leave it out"
+            )
         if known is not None and known.pool is not None:
             check_counts(compared, args, len(samples), len(known.pool))
         measured = measure(
@@ -319,16 +324,19 @@ def open_reference(args, samples: ImageSet) -> ImageSet | None:
     name = f"--reference {args.reference}"
     if path.suffix in (".npz", ".safetensors"):
         if not path.is_file():
-            raise InputError(f"{name}: there is no such file")
+            raise InputError(None, f"{name}: there is no such file")
         if args.resolution is not None:
-            raise InputError(f"--resolution {args.resolution}: {args.reference} is taken as it is; leave it out")
+            raise InputError(
+                "resolution", f"`resolution` {args.resolution}: {args.reference} is taken as it is; leave it out"
+            )
         refuse_dataset_options(args)
         if path.suffix == ".safetensors" or "arr_0" not in npz_keys(name, path):
             if path.suffix == ".npz" and not batch_moments(args.reference):
-                raise InputError(f"{name} has neither arr_0 (images) nor mu and sigma (statistics)")
+                raise InputError(None, f"{name} has neither arr_0 (images) nor mu and sigma (statistics)")
             if path.suffix == ".npz" and args.save_reference:
                 raise InputError(
-                    f"--save_reference {args.save_reference}: {args.reference} has no images; leave it out"
+                    "save_reference",
+                    f"`save_reference` {args.save_reference}: {args.reference} has no images; leave it out",
                 )
             return None
     side = samples.size[0] if samples.size[0] == samples.size[1] else None
@@ -347,7 +355,7 @@ def open_reference(args, samples: ImageSet) -> ImageSet | None:
     if reference.size != samples.size:
         (h, w), (height, width) = reference.size, samples.size
         remedy = f"; --resolution {side} crops the reference to it" if side and path.suffix != ".npz" else ""
-        raise InputError(f"{name}: its images are {w}x{h}, those of SAMPLES {width}x{height}{remedy}")
+        raise InputError(None, f"{name}: its images are {w}x{h}, those of SAMPLES {width}x{height}{remedy}")
     return reference
 
 
@@ -359,7 +367,9 @@ def refuse_dataset_options(args):
     """
     for option, default in DATASET_OPTIONS.items():
         if (value := getattr(args, option)) != default:
-            raise InputError(f"--{option} {value} goes with a data set, which {args.reference} is not; leave it out")
+            raise InputError(
+                option, f"`{option}` {value} goes with a data set, which {args.reference} is not; leave it out"
+            )
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
@@ -482,7 +492,7 @@ def main(argv: list[str] | None = None, prog: str = "vrpo evaluate") -> dict | N
     try:
         return evaluate(args)
     except InputError as error:
-        sys.exit(f"{prog}: error: {error}")
+        sys.exit(f"{prog}: error: {with_flags(error, vars(args))}")
 
 
 if __name__ == "__main__":

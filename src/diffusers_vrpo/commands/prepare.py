@@ -31,7 +31,7 @@ from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
 from ..alignment.encoders import load_encoder
-from ..command_line import HelpFormatter, OneLineErrorParser, check_ranges
+from ..command_line import HelpFormatter, OneLineErrorParser, check_ranges, with_flags
 from ..data.image_datasets import check_images, first_readable, resize_and_crop, too_many_corrupt
 from ..data.latent_cache import LatentCache, array_layout, chunk_rows, num_chunks, read_meta
 from ..data.latent_cache_writer import CacheWriter
@@ -172,7 +172,7 @@ def cache_config(args, data, vae, shape, encoders: list, layers: list) -> dict:
     has_posterior = vae is not None and has_moments(vae)
     if args.sampled and not has_posterior:
         what = "keeps pixels" if vae is None else f"is a {type(vae).__name__}, which has no posterior"
-        raise InputError(f"--sampled: {args.vae} {what}; leave it out")
+        raise InputError("sampled", f"`sampled`: {args.vae} {what}; leave it out")
     scale, shift = (1.0, 0.0) if vae is None else scale_and_shift(vae)
     kind = "sampled" if args.sampled else "moments" if has_posterior else "latents"
     return {
@@ -259,8 +259,9 @@ def write_chunks(writer: CacheWriter, data, encode: BatchEncoder, num_workers: i
             for name, array in arrays.items():
                 if not np.isfinite(array).all():
                     raise InputError(
+                        None,
                         f"{name} of rows {rows[0]} to {rows[-1]} are not finite in float16; is the model sound, and does it "
-                        "need --vae_dtype float32?"
+                        "need `vae_dtype` float32?",
                     )
             num_corrupt += len(corrupt)
             if num_corrupt > 0.01 * config["count"]:
@@ -318,7 +319,7 @@ def export(args: argparse.Namespace):
     if folder.exists() and any(folder.iterdir()):
         known = folder / "meta.json"
         if not known.is_file() or known.read_bytes() != meta:
-            raise InputError(f"--output_dir {folder} holds something else; choose a new or empty folder")
+            raise InputError("output_dir", f"`output_dir` {folder} holds something else; choose a new or empty folder")
     # By the first rows: shards of about 500 MB.
     probe = export_table(cache, 0, min(len(cache), 64))
     rows_per_file = max(1, int(500e6 / (probe.nbytes / len(probe))) // ROWS_PER_GROUP) * ROWS_PER_GROUP
@@ -339,7 +340,9 @@ def export(args: argparse.Namespace):
                 progress.update(len(rows))
         (folder / "README.md").write_text(dataset_card(cache))
     except OSError as error:
-        raise InputError(f"--output_dir {folder} cannot be written ({error.strerror or error})") from error
+        raise InputError(
+            "output_dir", f"`output_dir` {folder} cannot be written ({error.strerror or error})"
+        ) from error
     logger.info(f"wrote {files} parquet files to {folder}")
     if args.push_to_hub:
         try:
@@ -349,7 +352,7 @@ def export(args: argparse.Namespace):
             )
         except Exception as error:  # the Hub's errors, the network's, a name that is none
             problem = hub_problem(error, f"datasets/{args.push_to_hub}") or first_line(error)
-            raise InputError(f"--push_to_hub {args.push_to_hub}: {problem}") from error
+            raise InputError("push_to_hub", f"`push_to_hub` {args.push_to_hub}: {problem}") from error
         logger.info(f"pushed to {repo}")
 
 
@@ -381,7 +384,7 @@ def import_(args: argparse.Namespace):
     """
     state = start_processes()
     if state.num_processes > 1:
-        raise InputError("import runs in one process; start it without a launcher")
+        raise InputError(None, "import runs in one process; start it without a launcher")
     source = Path(args.dataset)
     if not source.is_dir():
         try:
@@ -391,7 +394,7 @@ def import_(args: argparse.Namespace):
             )
         except Exception as error:  # the Hub's errors, the network's, a name that is none
             problem = hub_problem(error, f"datasets/{args.dataset}") or first_line(error)
-            raise InputError(f"--dataset {args.dataset}: {problem}") from error
+            raise InputError("dataset", f"`dataset` {args.dataset}: {problem}") from error
     source = Path(source)
     meta = read_meta(source, "--dataset")
     config = meta["config"]
@@ -408,7 +411,8 @@ def import_(args: argparse.Namespace):
             records = [record for _, record in zip(of_chunk, rows)]
             if len(records) < len(of_chunk):
                 raise InputError(
-                    f"--dataset {args.dataset} ends after {of_chunk.start + len(records)} images of {config['count']}"
+                    "dataset",
+                    f"`dataset` {args.dataset} ends after {of_chunk.start + len(records)} images of {config['count']}",
                 )
             if chunk in wanted:
                 corrupt = sorted(corrupt_rows.intersection(of_chunk))
@@ -429,7 +433,7 @@ def exported_rows(folder: Path):
             for batch in pq.ParquetFile(path).iter_batches(ROWS_PER_GROUP):
                 yield from batch.to_pylist()
         except (OSError, pa.ArrowException) as error:
-            raise InputError(f"--dataset {folder}: {path.name} is damaged ({first_line(error)})") from error
+            raise InputError("dataset", f"`dataset` {folder}: {path.name} is damaged ({first_line(error)})") from error
 
 
 def write_imported(writer: CacheWriter, chunk: int, records: list[dict], corrupt: list[int], checksum: int, name: str):
@@ -443,11 +447,14 @@ def write_imported(writer: CacheWriter, chunk: int, records: list[dict], corrupt
                 arrays[array] = np.frombuffer(values, dtype=dtype).reshape(copies, len(records), *row)
         images = [] if writer.config["images"] == "none" else [record["image"]["bytes"] for record in records]
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"--dataset {name} has not the columns of an export ({first_line(error)})") from error
+        raise InputError(
+            "dataset", f"`dataset` {name} has not the columns of an export ({first_line(error)})"
+        ) from error
     if not writer.write(chunk, arrays, images, corrupt, checksum):
         raise InputError(
-            f"--dataset {name} is damaged: rows {chunk_rows(writer.config, chunk).start} and later differ from their "
-            "checksum; export or download it anew"
+            "dataset",
+            f"`dataset` {name} is damaged: rows {chunk_rows(writer.config, chunk).start} and later differ from their "
+            "checksum; export or download it anew",
         )
 
 
@@ -468,8 +475,9 @@ def verify(args: argparse.Namespace):
 def damage(folder: str, cache: LatentCache, chunks: list[int]) -> InputError:
     rows = chunk_rows(cache.config, chunks[0])
     return InputError(
-        f"--latents_dir {folder} is damaged: {len(chunks)} of {num_chunks(cache.config)} chunks differ from their checksum "
-        f"(first: rows {rows[0]} to {rows[-1]}); the command that prepared it mends it with --verify"
+        "latents_dir",
+        f"`latents_dir` {folder} is damaged: {len(chunks)} of {num_chunks(cache.config)} chunks differ from their checksum "
+        f"(first: rows {rows[0]} to {rows[-1]}); the command that prepared it mends it with `verify`",
     )
 
 
@@ -590,4 +598,4 @@ def main(argv: list[str] | None = None, prog: str = "vrpo"):
     try:
         args.run(args)
     except InputError as error:
-        sys.exit(f"{prog} {args.command}: error: {error}")
+        sys.exit(f"{prog} {args.command}: error: {with_flags(error, vars(args))}")

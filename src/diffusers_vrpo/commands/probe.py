@@ -23,7 +23,7 @@ from accelerate import PartialState
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..command_line import HelpFormatter, OneLineErrorParser, check_ranges
+from ..command_line import HelpFormatter, OneLineErrorParser, check_ranges, with_flags
 from ..data.image_datasets import load_image_dataset
 from ..data.samples import as_is
 from ..errors import InputError, first_line, hub_problem
@@ -115,7 +115,7 @@ class LabelledImages:
         latents, vectors = [], {name: [] for name in encoders}
         for pixels in tqdm(loader, desc=self.images.name, unit="batch", disable=not state.is_main_process):
             if isinstance(pixels, str):
-                raise InputError(pixels)
+                raise InputError(None, pixels)
             pixels = pixels.to(state.device)
             latents.append(encode_images(vae, pixels.float() / 127.5 - 1).cpu())
             for name, encoder in encoders.items():
@@ -145,7 +145,7 @@ def open_pipeline(name: str, cache_dir: str | None) -> VRPOPipeline:
         pipeline = VRPOPipeline.from_pretrained(name, cache_dir=cache_dir)
     except Exception as error:  # diffusers raises many types; all mean that this is none
         problem = hub_problem(error, name) or f"it is no pipeline of this package ({first_line(error)})"
-        raise InputError(f"PIPELINE {name}: {problem}") from error
+        raise InputError(None, f"PIPELINE {name}: {problem}") from error
     pipeline.transformer.eval().requires_grad_(False)
     return pipeline
 
@@ -158,7 +158,9 @@ def image_side(transformer, vae) -> int:
     """
     size = transformer.config.sample_size
     if not isinstance(size, int):
-        raise InputError(f"PIPELINE: its images are not square ({size[0]}x{size[1]} latents); only squares are probed")
+        raise InputError(
+            None, f"PIPELINE: its images are not square ({size[0]}x{size[1]} latents); only squares are probed"
+        )
     if vae is None:
         return size
     return size * 128 // encode_images(vae, torch.zeros(1, 3, 128, 128, device=vae.device)).shape[-1]
@@ -175,8 +177,9 @@ def split_rows(args, data, test_data) -> tuple[np.ndarray, np.ndarray]:
         needed = args.num_train + args.num_test
         if len(rows) < needed:
             raise InputError(
-                f"--num_train {args.num_train} and --num_test {args.num_test} need {needed} images; the split has "
-                f"{len(rows)}"
+                "num_train",
+                f"`num_train` {args.num_train} and `num_test` {args.num_test} need {needed} images; the split has "
+                f"{len(rows)}",
             )
         return rows[: args.num_train], rows[args.num_train : needed]
     test_rows = random_stream(args.seed, 1, ORDER).permutation(len(test_data))
@@ -185,7 +188,7 @@ def split_rows(args, data, test_data) -> tuple[np.ndarray, np.ndarray]:
         ("--num_test", args.num_test, len(test_rows)),
     ):
         if found < wanted:
-            raise InputError(f"{option} {wanted}: the split has {found} images")
+            raise InputError(option, f"`{option}` {wanted}: the split has {found} images")
     return rows[: args.num_train], test_rows[: args.num_test]
 
 
@@ -219,7 +222,8 @@ def probe(args: argparse.Namespace) -> dict | None:
     vae = None if pipeline.vae is None else pipeline.vae.to(state.device).eval()
     if vae is None and transformer.config.in_channels != 3:
         raise InputError(
-            f"PIPELINE {args.pipeline} has no autoencoder for its {transformer.config.in_channels} channels; save it with one"
+            None,
+            f"PIPELINE {args.pipeline} has no autoencoder for its {transformer.config.in_channels} channels; save it with one",
         )
     if transformer.null_class_id is None:
         logger.warning("the transformer has no null class: its hidden states are those of class 0")
@@ -402,7 +406,7 @@ def main(argv: list[str] | None = None, prog: str = "vrpo probe") -> dict | None
     try:
         return probe(args)
     except InputError as error:
-        sys.exit(f"{prog}: error: {error}")
+        sys.exit(f"{prog}: error: {with_flags(error, vars(args))}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import logging
 import sys
 from pathlib import Path
 
-from ..command_line import HelpFormatter, OneLineErrorParser
+from ..command_line import HelpFormatter, OneLineErrorParser, with_flags
 from ..errors import InputError
 from ..hub.publish import DEFECTS, add_push_options, hub_sentence, push_folder
 
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None, prog: str = "vrpo push"):
             commit_message=args.commit_message,
         )
     except InputError as error:
-        sys.exit(f"{prog}: error: {error}")
+        sys.exit(f"{prog}: error: {with_flags(error, vars(args))}")
     except DEFECTS:
         raise
     except Exception as error:

@@ -23,7 +23,7 @@ from string import Template
 import numpy as np
 from PIL import Image
 
-from ..command_line import HelpFormatter, OneLineErrorParser
+from ..command_line import HelpFormatter, OneLineErrorParser, with_flags
 from ..errors import InputError
 from ..reporting.figures import curves, draw, final_values, flop_unit
 from ..reporting.runs import COSTS, Run, choose_metric, compare, group_runs
@@ -347,7 +347,7 @@ def collect(args: argparse.Namespace) -> tuple[dict, dict | None]:
     warnings: list[str] = []
     arms = group_runs(args.runs, args.arms or [], warnings.append)
     if args.baseline is not None and args.baseline not in arms:
-        raise InputError(f"--baseline {args.baseline} is none of the arms; they are {', '.join(arms)}")
+        raise InputError("baseline", f"`baseline` {args.baseline} is none of the arms; they are {', '.join(arms)}")
     metric = choose_metric([run for group in arms.values() for run in group], args.metric)
     report = compare(arms, metric, args.higher_is_better, args.baseline, args.target, warnings.append)
     grids = sample_grids(arms, warnings.append)
@@ -388,7 +388,7 @@ def main(argv: list[str] | None = None, prog: str = "vrpo report"):
         report, grids = collect(args)
         write_report(report, grids, prepare_output_dir(args.output_dir))
     except InputError as error:
-        sys.exit(f"{prog}: error: {error}")
+        sys.exit(f"{prog}: error: {with_flags(error, vars(args))}")
     for text in report["warnings"]:
         print(f"warning: {text}", file=sys.stderr)
     for arm in report["arms"]:

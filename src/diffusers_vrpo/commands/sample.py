@@ -29,7 +29,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
-from ..command_line import HelpFormatter, OneLineErrorParser, as_id, check_ranges
+from ..command_line import HelpFormatter, OneLineErrorParser, as_id, check_ranges, with_flags
 from ..errors import InputError, first_line, hub_problem
 from ..models.official_checkpoints import pipeline_index
 from ..models.start import public_config, weights_checksum
@@ -60,26 +60,32 @@ def load_pipeline(name_or_path: str, revision: str | None, variant: str | None, 
     """
     is_path = name_or_path.startswith((".", "/", "~"))
     if not Path(name_or_path).is_dir() and (is_path or Path(name_or_path).exists()):
-        raise InputError(f"PIPELINE {name_or_path} is not a folder; pipelines/convert.py makes one of a checkpoint")
+        raise InputError(
+            None, f"PIPELINE {name_or_path} is not a folder; pipelines/convert.py makes one of a checkpoint"
+        )
     if Path(name_or_path).is_dir():
         if revision is not None:
-            raise InputError(f"--revision {revision} goes with a Hub name; PIPELINE {name_or_path} is a folder")
+            raise InputError(
+                "revision", f"`revision` {revision} goes with a Hub name; PIPELINE {name_or_path} is a folder"
+            )
         index = pipeline_index(name_or_path)
         if index is None:
             raise InputError(
+                None,
                 f"PIPELINE {name_or_path} has no model_index.json, so it is no pipeline; give a run's output folder, or "
-                "what pipelines/convert.py makes of a checkpoint"
+                "what pipelines/convert.py makes of a checkpoint",
             )
         found = index.get("transformer", [None, "no transformer"])[1]
         if found != "SiTTransformer2DModel":
             raise InputError(
-                f"PIPELINE {name_or_path} holds {found}, not a SiTTransformer2DModel; pipelines/convert.py converts DiT"
+                None,
+                f"PIPELINE {name_or_path} holds {found}, not a SiTTransformer2DModel; pipelines/convert.py converts DiT",
             )
     try:
         return VRPOPipeline.from_pretrained(name_or_path, revision=revision, variant=variant, cache_dir=cache_dir)
     except Exception as error:  # diffusers raises many types; all mean that it cannot be opened
         problem = hub_problem(error, name_or_path) or first_line(error)
-        raise InputError(f"PIPELINE {name_or_path} cannot be opened: {problem}") from error
+        raise InputError(None, f"PIPELINE {name_or_path} cannot be opened: {problem}") from error
 
 
 def checksum(pipeline: VRPOPipeline) -> int:
@@ -107,7 +113,7 @@ def sample(args: argparse.Namespace):
     try:
         classes = pipeline.get_label_ids([c if str(c).lower() in pipeline.labels else as_id(c) for c in given])
     except ValueError as error:
-        raise InputError(f"--labels: {error}") from error
+        raise InputError("labels", f"`labels`: {error}") from error
 
     # 1. The folder: one process looks, all hear what is missing or wrong.
     manifest = build_manifest(pipeline, args, arguments, classes, state)
@@ -120,7 +126,7 @@ def sample(args: argparse.Namespace):
             outcome = [str(error), None, None]
     problem, missing, differences = broadcast_object_list(outcome)
     if problem:
-        raise InputError(problem)
+        raise InputError(None, problem)
     if state.is_main_process:
         if differences:
             logger.warning(f"continuing with other versions, so bytes may differ: {'; '.join(differences)}")
@@ -291,7 +297,7 @@ def main(argv: list[str] | None = None, prog: str = "vrpo sample"):
     try:
         sample(args)
     except InputError as error:
-        sys.exit(f"{prog}: error: {error}")
+        sys.exit(f"{prog}: error: {with_flags(error, vars(args))}")
 
 
 if __name__ == "__main__":

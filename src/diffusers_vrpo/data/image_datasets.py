@@ -42,7 +42,7 @@ def load_image_dataset(
     Raises:
         InputError: when there is no such data set, split or column, or the labels are not class ids.
     """
-    option, name = ("--train_data_dir", train_data_dir) if dataset_name is None else ("--dataset_name", dataset_name)
+    option, name = ("train_data_dir", train_data_dir) if dataset_name is None else ("dataset_name", dataset_name)
     if dataset_name == "digits" and not os.path.isdir("digits"):
         from ..assets.digits import load_digits_dataset
 
@@ -50,15 +50,18 @@ def load_image_dataset(
     else:
         data = open_named(option, name, dataset_config_name, cache_dir)
     if split not in data:
-        raise InputError(f"--dataset_split {split!r} is not in {option} {name}; it has {', '.join(map(repr, data))}")
+        raise InputError(
+            "dataset_split",
+            f"`dataset_split` {split!r} is not in `{option}` {name}; it has {', '.join(map(repr, data))}",
+        )
     data = data[split]
 
     check_columns(data.features, option, name, image_column, label_column)
     if len(data) == 0:
-        raise InputError(f"--dataset_split {split!r} of {option} {name} has no images")
+        raise InputError("dataset_split", f"`dataset_split` {split!r} of `{option}` {name} has no images")
     labels, label = data.data.column(label_column), data.features[label_column]
     smallest, largest = pc.min_max(labels).as_py().values()
-    there = f"--label_column {label_column!r} of {option} {name}"
+    there = f"`label_column` {label_column!r} of `{option}` {name}"
     names, num_classes = check_labels(label, labels.null_count, smallest, largest, len(data), there)
     if max_train_samples is not None:
         # A random subset, since many data sets are sorted by class; the same for every seed.
@@ -73,23 +76,26 @@ def load_image_dataset(
 
 def check_columns(features: Features, option: str, name: str, image_column: str, label_column: str):
     """Ends with a sentence where a data set has no such columns, or not with images and integers in them."""
-    for column_option, column in (("--image_column", image_column), ("--label_column", label_column)):
+    for column_option, column in (("image_column", image_column), ("label_column", label_column)):
         if column not in features:
             raise InputError(
-                f"{column_option} {column!r} is not in {option} {name}; its columns are "
-                f"{', '.join(map(repr, features))}"
+                None,
+                f"`{column_option}` {column!r} is not in `{option}` {name}; its columns are "
+                f"{', '.join(map(repr, features))}",
             )
     if not isinstance(features[image_column], Image):
         raise InputError(
-            f"--image_column {image_column!r} of {option} {name} holds {features[image_column]}, not images; cast "
-            "it with dataset.cast_column(column, datasets.Image())"
+            "image_column",
+            f"`image_column` {image_column!r} of `{option}` {name} holds {features[image_column]}, not images; cast "
+            "it with dataset.cast_column(column, datasets.Image())",
         )
     label = features[label_column]
     is_integer = isinstance(label, Value) and label.dtype.startswith(("int", "uint"))
     if not (isinstance(label, ClassLabel) or is_integer):
         raise InputError(
-            f"--label_column {label_column!r} of {option} {name} holds {label}, not integer class labels; "
-            f"dataset.class_encode_column({label_column!r}) makes them"
+            "label_column",
+            f"`label_column` {label_column!r} of `{option}` {name} holds {label}, not integer class labels; "
+            f"dataset.class_encode_column({label_column!r}) makes them",
         )
 
 
@@ -107,18 +113,20 @@ def check_labels(
         InputError: when they are not class ids.
     """
     if nulls:
-        raise InputError(f"{there} is empty in {nulls} rows")
+        raise InputError(None, f"{there} is empty in {nulls} rows")
     names = label.names if isinstance(label, ClassLabel) else None
     num_classes = len(names) if names else largest + 1
     if not names and num_classes > max(1000, count):
         raise InputError(
+            None,
             f"{there} goes up to {largest} with {count} images: these are no class labels; "
-            "dataset.class_encode_column(column) makes them"
+            "dataset.class_encode_column(column) makes them",
         )
     if smallest < 0 or largest >= num_classes:
         raise InputError(
+            None,
             f"{there} has labels from {smallest} to {largest}, but they must lie in 0 ... classes - 1; choose a "
-            "--dataset_split that is labelled"
+            "`dataset_split` that is labelled",
         )
     return names, num_classes
 
@@ -130,11 +138,11 @@ def open_named(option: str, name: str, config_name: str | None, cache_dir: str |
         InputError: when there is no such data set.
     """
     is_local = os.path.isdir(name)
-    if not is_local and (option == "--train_data_dir" or name.startswith((".", "/", "~"))):
-        raise InputError(f"{option} {name} is not a folder")
+    if not is_local and (option == "train_data_dir" or name.startswith((".", "/", "~"))):
+        raise InputError(option, f"`{option}` {name} is not a folder")
     repository, _, revision = (name, "", "") if is_local else name.partition("@")
     try:
-        if option == "--train_data_dir":
+        if option == "train_data_dir":
             return opener("imagefolder", data_dir=name, cache_dir=cache_dir)
         return opener(repository, config_name, cache_dir=cache_dir, revision=revision or None)
     except Exception as error:  # each reader of datasets has its own; all mean that this data set cannot be had
@@ -142,7 +150,7 @@ def open_named(option: str, name: str, config_name: str | None, cache_dir: str |
         problem = problem or f"it cannot be opened as a data set ({first_line(error)})"
         if isinstance(error, DatasetNotFoundError):  # which hides the Hub's own error
             problem = gated(f"datasets/{repository}") if "gated" in str(error) else UNKNOWN_TO_THE_HUB
-        raise InputError(f"{option} {name}: {problem}") from error
+        raise InputError(option, f"`{option}` {name}: {problem}") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -201,8 +209,9 @@ def check_images(data: Dataset, sample: int = 256) -> None:
 
 def too_many_corrupt(rows, out_of: int) -> InputError:
     return InputError(
-        f"the data set given by --dataset_name or --train_data_dir is damaged: {len(rows)} of {out_of} images tried cannot "
-        f"be decoded, which is over 1 % (rows {sorted(rows)[:5]} ...); mend or remove them"
+        "dataset_name",
+        f"the data set given by `dataset_name` or `train_data_dir` is damaged: {len(rows)} of {out_of} images tried cannot "
+        f"be decoded, which is over 1 % (rows {sorted(rows)[:5]} ...); mend or remove them",
     )
 
 

@@ -44,10 +44,16 @@ def read_meta(folder: Path, option: str) -> dict:
         if meta["format"] == FORMAT:
             return meta
     except FileNotFoundError as error:
-        raise InputError(f"{option} {folder} has no meta.json, so it is no latent cache; {REMEDY}") from error
+        raise InputError(
+            option, f"`{option}` {folder} has no meta.json, so it is no latent cache; {REMEDY}"
+        ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{option} {folder}: meta.json is damaged ({first_line(error)}); prepare it anew") from error
-    raise InputError(f"{option} {folder} has format {meta['format']}, this version reads {FORMAT}; prepare it anew")
+        raise InputError(
+            option, f"`{option}` {folder}: meta.json is damaged ({first_line(error)}); prepare it anew"
+        ) from error
+    raise InputError(
+        option, f"`{option}` {folder} has format {meta['format']}, this version reads {FORMAT}; prepare it anew"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -124,11 +130,13 @@ class LatentCache:
         InputError: when it is none, not complete, or files are missing or cut short.
     """
 
-    def __init__(self, folder: str | Path, option: str = "--latents_dir"):
+    def __init__(self, folder: str | Path, option: str = "latents_dir"):
         self.folder, self.option = Path(folder), option
         meta = read_meta(self.folder, option)
         if not meta["complete"]:
-            raise InputError(f"{option} {folder} is not finished; run the same `prepare` or `import` command again")
+            raise InputError(
+                option, f"`{option}` {folder} is not finished; run the same `prepare` or `import` command again"
+            )
         self.config, self.about, self.checksums = meta["config"], meta["about"], meta["checksums"]
         self.corrupt_rows = set(meta["corrupt_rows"])
         self.num_classes, names = self.about["num_classes"], self.about["class_names"]
@@ -148,7 +156,9 @@ class LatentCache:
                 raise self._damaged(f"{image_file(self.folder, missing[0])} is missing")
 
     def _damaged(self, what: str) -> InputError:
-        return InputError(f"{self.option} {self.folder} is damaged ({what}); `prepare --verify` mends it")
+        return InputError(
+            self.option, f"`{self.option}` {self.folder} is damaged ({what}); `vrpo prepare` with `verify` mends it"
+        )
 
     def _open(self, name: str) -> np.ndarray:
         # asarray: every index into a np.memmap would make another one.
@@ -228,9 +238,10 @@ class LatentCache:
         if self.config["images"] == "none":
             have = [f"{f['encoder']} (layer {f['layer_used']}, grid {f['grid']})" for f in self.config["features"]]
             raise InputError(
-                f"{self.option} {self.folder} has neither images nor all features of --encoder {' '.join(encoders)} for a "
+                self.option,
+                f"`{self.option}` {self.folder} has neither images nor all features of `encoder` {' '.join(encoders)} for a "
                 f"{grid_size[0]}x{grid_size[1]} grid of tokens (it has {', '.join(have) or 'none'}); prepare one with "
-                "--images webp, or with that --encoder and --patch_size"
+                "`images` webp, or with that `encoder` and `patch_size`",
             )
         return []
 
@@ -268,7 +279,9 @@ class CachedSamples(SampleStreams):
         features: list[int] = (),
     ):
         if random_flip and not cache.config["flip"]:
-            raise InputError(f"--random_flip: {cache.folder} has no flipped copies; prepare one with --flip")
+            raise InputError(
+                "random_flip", f"`random_flip`: {cache.folder} has no flipped copies; prepare one with `flip`"
+            )
         moments, shape = cache.config["kind"] == "moments", tuple(cache.config["latent_shape"])
         super().__init__(len(cache), seed, shape, null_class_id, label_dropout, random_flip, moments, num_tokens)
         self.cache = cache

@@ -25,9 +25,9 @@ from .latent_cache import (
 
 # What a difference in a setting is called in an error.
 SETTING_NAMES = {
-    "kind": "the kind of latents (--sampled)",
+    "kind": "the kind of latents (`sampled`)",
     "dataset_checksum": "the checksum of the data set",
-    "vae_checksum": "the checksum of the weights of --vae",
+    "vae_checksum": "the checksum of the weights of `vae`",
     "count": "the number of images",
     "latent_shape": "the shape of the latents",
     "features": "--encoder, its layer, weights or token grid",
@@ -87,7 +87,7 @@ class CacheWriter:
             except OSError as error:
                 raise cannot_write(self.folder, error) from error
         state.wait_for_everyone()
-        self.complete = read_meta(self.folder, "--output_dir")["complete"]
+        self.complete = read_meta(self.folder, "output_dir")["complete"]
         done = self._read_journals()
         self.num_done = len(done)
         missing = [chunk for chunk in range(num_chunks(config)) if chunk not in done]
@@ -99,7 +99,7 @@ class CacheWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         done = {}
         if (self.folder / "meta.json").exists():
-            meta = read_meta(self.folder, "--output_dir")
+            meta = read_meta(self.folder, "output_dir")
             self._refuse_another(meta["config"])
             self.about = meta["about"]
             done = self._read_journals()
@@ -110,8 +110,9 @@ class CacheWriter:
                 done = {c: {"chunk": c, "crc": meta["checksums"][c], "corrupt": corrupt[c]} for c in corrupt}
         elif found := [path.name for path in self.folder.iterdir() if not path.match(".*.tmp")]:
             raise InputError(
-                f"--output_dir {self.folder} holds other files ({', '.join(sorted(found)[:3])}) and no latent cache; "
-                "choose a new or empty folder"
+                "output_dir",
+                f"`output_dir` {self.folder} holds other files ({', '.join(sorted(found)[:3])}) and no latent cache; "
+                "choose a new or empty folder",
             )
         else:
             meta = {"complete": False}
@@ -121,8 +122,9 @@ class CacheWriter:
             )
             if needed > (free := shutil.disk_usage(self.folder).free):
                 raise InputError(
-                    f"--output_dir {self.folder} has {free / 1e9:.1f} GB of free space, but the arrays of the cache take "
-                    f"{needed / 1e9:.1f} GB (and its images more); choose another disk"
+                    "output_dir",
+                    f"`output_dir` {self.folder} has {free / 1e9:.1f} GB of free space, but the arrays of the cache take "
+                    f"{needed / 1e9:.1f} GB (and its images more); choose another disk",
                 )
             self._write_meta(complete=False)
         if self.config["images"] != "none":
@@ -147,7 +149,8 @@ class CacheWriter:
                 name = SETTING_NAMES.get(name, f"--{name}")
                 what = f"{name} differs" if isinstance(there or now, list) else f"{name} was {there} and is {now}"
                 raise InputError(
-                    f"--output_dir {self.folder} was prepared otherwise: {what}; keep to that, or choose another folder"
+                    "output_dir",
+                    f"`output_dir` {self.folder} was prepared otherwise: {what}; keep to that, or choose another folder",
                 )
 
     def _write_meta(self, **state):
@@ -254,7 +257,8 @@ class CacheWriter:
             done, wanted = self._read_journals(), num_chunks(self.config)
             if sorted(done) != list(range(wanted)):
                 raise InputError(
-                    f"--output_dir {self.folder} has {len(done)} of {wanted} chunks; run the same command again"
+                    "output_dir",
+                    f"`output_dir` {self.folder} has {len(done)} of {wanted} chunks; run the same command again",
                 )
             corrupt = sorted(row for entry in done.values() for row in entry["corrupt"])
             checksums = [done[chunk]["crc"] for chunk in range(wanted)]
@@ -266,6 +270,7 @@ class CacheWriter:
 
 def cannot_write(folder: Path, error: OSError) -> InputError:
     return InputError(
-        f"--output_dir {folder} cannot be written ({error.strerror or error}); mend that and run the same command again, "
-        "it goes on from there"
+        "output_dir",
+        f"`output_dir` {folder} cannot be written ({error.strerror or error}); mend that and run the same command again, "
+        "it goes on from there",
     )

@@ -204,45 +204,51 @@ def stream_image_dataset(
     Raises:
         InputError: when there is no such data set, split or column, it is not parquet, or the labels are not class ids.
     """
-    there = f"--dataset_name {dataset_name}"
-    builder = open_named("--dataset_name", dataset_name, dataset_config_name, cache_dir, load_dataset_builder)
+    there = f"`dataset_name` {dataset_name}"
+    builder = open_named("dataset_name", dataset_name, dataset_config_name, cache_dir, load_dataset_builder)
     splits = builder.config.data_files
     if not (isinstance(builder, Parquet) and splits):
         kind = type(builder).__mro__[1].__name__
         raise InputError(
-            f"{there}: --streaming reads parquet files, and this data set is read by the {kind} reader of datasets; "
+            None,
+            f"{there}: `streaming` reads parquet files, and this data set is read by the {kind} reader of datasets; "
             f"{dataset_name.partition('@')[0]}@refs/convert/parquet is the Hub's parquet copy where there is one, "
-            "Dataset.to_parquet writes one, and `python -m diffusers_vrpo.latents prepare` reads any format"
+            "Dataset.to_parquet writes one, and `python -m diffusers_vrpo.latents prepare` reads any format",
         )
     if split not in splits:
-        raise InputError(f"--dataset_split {split!r} is not in {there}; it has {', '.join(map(repr, splits))}")
+        raise InputError(
+            "dataset_split", f"`dataset_split` {split!r} is not in {there}; it has {', '.join(map(repr, splits))}"
+        )
     files = open_files(splits[split], there)
     schema = files[0].metadata.schema.to_arrow_schema()
     features = builder.info.features or Features.from_arrow_schema(schema)
-    check_columns(features, "--dataset_name", dataset_name, image_column, label_column)
+    check_columns(features, "dataset_name", dataset_name, image_column, label_column)
     types = {name: schema.field(name).type for name in (image_column, label_column) if name in schema.names}
     for file in files:
         found = file.metadata.schema.to_arrow_schema()
         if len(types) < 2 or any(name not in found.names or found.field(name).type != types[name] for name in types):
             raise InputError(
-                f"{there}: {file.path} has the columns {', '.join(map(repr, found.names))}, but --streaming needs "
-                f"{image_column!r} and {label_column!r} of one type in all files; train without --streaming"
+                None,
+                f"{there}: {file.path} has the columns {', '.join(map(repr, found.names))}, but `streaming` needs "
+                f"{image_column!r} and {label_column!r} of one type in all files; train without `streaming`",
             )
     if not pa.types.is_integer(types[label_column]):
         raise InputError(
-            f"--label_column {label_column!r} of {there} is stored as {types[label_column]}, and --streaming reads "
-            "integers; train without --streaming"
+            "label_column",
+            f"`label_column` {label_column!r} of {there} is stored as {types[label_column]}, and `streaming` reads "
+            "integers; train without `streaming`",
         )
     rows = ParquetRows(files, image_column, label_column)
     if len(rows) == 0:
-        raise InputError(f"--dataset_split {split!r} of {there} has no images")
+        raise InputError("dataset_split", f"`dataset_split` {split!r} of {there} has no images")
     if (largest := int(rows.group_bytes.max())) > MOST_BYTES:
         raise InputError(
-            f"{there}: a row group has {largest / 1e9:.1f} GB, and --streaming holds at most {MOST_BYTES / 1e9:.1f} GB; "
-            "write the files with smaller ones, as Dataset.to_parquet does"
+            None,
+            f"{there}: a row group has {largest / 1e9:.1f} GB, and `streaming` holds at most {MOST_BYTES / 1e9:.1f} GB; "
+            "write the files with smaller ones, as Dataset.to_parquet does",
         )
     nulls, least, most = label_range(rows, there)
-    column = f"--label_column {label_column!r} of {there}"
+    column = f"`label_column` {label_column!r} of {there}"
     names, num_classes = check_labels(features[label_column], nulls, least, most, len(rows), column)
     return rows, dict(enumerate(names)) if names else None, num_classes
 
@@ -259,7 +265,7 @@ def open_files(urls: list[str], there: str) -> list[ParquetFile]:
         try:
             return retried(partial(read_footer, fs, path), path)
         except Exception as error:  # of the file system, or pyarrow's for what is no parquet
-            raise InputError(f"{there}: {path} cannot be read ({first_line(error)})") from error
+            raise InputError(None, f"{there}: {path} cannot be read ({first_line(error)})") from error
 
     # By this thread: in others fsspec would make file systems anew, which know nothing of the folders yet.
     return in_threads(footer, [fsspec.core.url_to_fs(str(url)) for url in urls])
@@ -277,7 +283,7 @@ def label_range(rows: ParquetRows, there: str) -> tuple[int, int, int]:
         try:
             labels = retried(partial(read_columns, file, number, rows.columns[1:]), file.path).column(0)
         except Exception as error:
-            raise InputError(f"{there}: {file.path} cannot be read ({first_line(error)})") from error
+            raise InputError(None, f"{there}: {file.path} cannot be read ({first_line(error)})") from error
         return labels.null_count, *pc.min_max(labels).as_py().values()
 
     nulls, smallest, largest = zip(*in_threads(of_group, rows.groups))
@@ -372,8 +378,9 @@ class StreamedSamples(TrainingSamples):
         self.order = StreamOrder(seed, data.group_rows, data.group_bytes, global_batch_size)
         if len(set(gather_object([data.fingerprint]))) > 1:
             raise InputError(
-                "--dataset_name: the processes see different files of the data set, which has changed just now or differs "
-                "between machines; run the command again"
+                "dataset_name",
+                "`dataset_name`: the processes see different files of the data set, which has changed just now or differs "
+                "between machines; run the command again",
             )
 
     def row_of(self, index: int) -> int:

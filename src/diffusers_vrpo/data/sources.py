@@ -50,7 +50,7 @@ def load_images(args):
 def load_training_data(args):
     """What the data options of `train_vrpo.py` name, class names, number of classes.
 
-    It is a `Dataset`, a `LatentCache` or, with `--streaming`, `ParquetRows`.
+    It is a `Dataset`, a `LatentCache` or, with `streaming`, `ParquetRows`.
 
     With a cache, `args.vae` becomes the one that it was made with.
 
@@ -64,18 +64,24 @@ def load_training_data(args):
         )
     if args.latents_dir is None:
         return load_images(args)
-    cache, there = LatentCache(args.latents_dir), f"--latents_dir {args.latents_dir}"
+    cache, there = LatentCache(args.latents_dir), f"`latents_dir` {args.latents_dir}"
     made_with, resolution = cache.about["vae"], cache.config["resolution"]
     if args.resolution != resolution:
         raise InputError(
-            f"--resolution {args.resolution}: {there} was prepared with --resolution {resolution}; give that"
+            "resolution",
+            f"`resolution` {args.resolution}: {there} was prepared with `resolution` {resolution}; give that",
         )
     if args.vae is not None and Path(args.vae).name != Path(made_with).name:
-        raise InputError(f"--vae {args.vae}: {there} was prepared with {made_with}; give that, or leave --vae out")
+        raise InputError(
+            "vae", f"`vae` {args.vae}: {there} was prepared with {made_with}; give that, or leave `vae` out"
+        )
     if not args.center_crop:
-        raise InputError(f"--no-center_crop: {there} has centre crops only; leave it out")
+        raise InputError("center_crop", f"`center_crop` is off, but {there} has centre crops only; turn it on")
     if args.max_train_samples is not None:
-        raise InputError(f"--max_train_samples goes with images; {there} has {len(cache)}, prepare one with fewer")
+        raise InputError(
+            "max_train_samples",
+            f"`max_train_samples` goes with images; {there} has {len(cache)}, prepare one with fewer",
+        )
     args.vae = args.vae or made_with
     return cache, cache.id2label, cache.num_classes
 
@@ -122,8 +128,9 @@ def training_samples(
         return TrainingSamples(data, *options)
     if list(latent_shape) != data.config["latent_shape"]:
         raise InputError(
-            f"--vae {args.vae} makes latents of {list(latent_shape)}, but --latents_dir {args.latents_dir} holds "
-            f"{data.config['latent_shape']}; give the autoencoder that made them"
+            "vae",
+            f"`vae` {args.vae} makes latents of {list(latent_shape)}, but `latents_dir` {args.latents_dir} holds "
+            f"{data.config['latent_shape']}; give the autoencoder that made them",
         )
     features = [encoder.array for encoder in encoders if isinstance(encoder, CachedEncoder)]
     images = bool(encoders) and not features

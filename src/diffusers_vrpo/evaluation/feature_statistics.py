@@ -37,7 +37,7 @@ class FeatureSet:
     Attributes:
         count: images that the moments are of.
         moments: mean `[D]` and covariance `[D, D]`, float64, under `pool` and (of Inception) `spatial`.
-        pool: float32 features `[n, D]` of the images, or of `--max_features` of them; None where only moments are known.
+        pool: float32 features `[n, D]` of the images, or of `max_features` of them; None where only moments are known.
         logits: float32 `[n, 1008]` of Inception; None for a reference.
     """
 
@@ -104,13 +104,13 @@ def measure(
     with progress:
         for batch, pixels in zip(batches, loader):
             if isinstance(pixels, str):
-                raise InputError(pixels)
+                raise InputError(None, pixels)
             pixels = pixels.to(device, non_blocking=True)
             flat += (pixels.flatten(1).amin(1) == pixels.flatten(1).amax(1)).sum().item()
             features = encoder(pixels)
             if not all(values.isfinite().all() for values in features.values()):
                 raise InputError(
-                    f"{images.name}: the encoder's features of images {batch[0]} to {batch[-1]} are not finite"
+                    None, f"{images.name}: the encoder's features of images {batch[0]} to {batch[-1]} are not finite"
                 )
             for name in names:
                 if name not in moments:
@@ -151,11 +151,13 @@ def check_variety(images: ImageSet, flat: int, moments: RunningMoments):
         InputError: when all are, or all images are the same one.
     """
     if flat == len(images):
-        raise InputError(f"{images.name}: all {flat} images are of one colour; did the decoder give NaN?")
+        raise InputError(None, f"{images.name}: all {flat} images are of one colour; did the decoder give NaN?")
     if flat:
         logger.warning(f"{images.name}: {flat} of {len(images)} images are of one colour")
     if moments.count > 1 and moments.scatter.trace() <= 1e-10 * moments.count * moments.mean.square().sum():
-        raise InputError(f"{images.name}: the features of all {moments.count} images are equal; is it one image?")
+        raise InputError(
+            None, f"{images.name}: the features of all {moments.count} images are equal; is it one image?"
+        )
 
 
 def merge_moments(moments: RunningMoments | None, dim: int, state: PartialState) -> RunningMoments:
@@ -220,7 +222,7 @@ def save_statistics(features: FeatureSet, description: dict, file: Path):
         save_file(tensors, temporary, {"description": json.dumps(description), "count": str(features.count)})
         os.replace(temporary, file)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{file} cannot be written ({first_line(error)})") from error
+        raise InputError(None, f"{file} cannot be written ({first_line(error)})") from error
 
 
 def read_statistics(file: Path) -> tuple[FeatureSet, dict]:
@@ -240,7 +242,7 @@ def read_statistics(file: Path) -> tuple[FeatureSet, dict]:
         }
         return FeatureSet(int(metadata["count"]), moments, values.get("pool")), json.loads(metadata["description"])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise InputError(f"{file} is no statistics file of this program ({first_line(error)})") from error
+        raise InputError(None, f"{file} is no statistics file of this program ({first_line(error)})") from error
 
 
 def given_statistics(file: Path, wanted: dict) -> FeatureSet:
@@ -257,12 +259,15 @@ def given_statistics(file: Path, wanted: dict) -> FeatureSet:
     ):
         if found.get(key) != wanted[key]:
             raise InputError(
-                f"--reference {file} is of {meaning} ({found.get('encoder')}, {found.get(key)}; here "
-                f"{wanted['encoder']}, {wanted[key]}); give the images instead"
+                "reference",
+                f"`reference` {file} is of {meaning} ({found.get('encoder')}, {found.get(key)}; here "
+                f"{wanted['encoder']}, {wanted[key]}); give the images instead",
             )
     size = found.get("images", {}).get("size")
     if size != wanted["images"]["size"]:
-        raise InputError(f"--reference {file} is of images of {size}, SAMPLES are {wanted['images']['size']}")
+        raise InputError(
+            "reference", f"`reference` {file} is of images of {size}, SAMPLES are {wanted['images']['size']}"
+        )
     return features
 
 
@@ -272,12 +277,14 @@ def batch_moments(source: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     Raises:
         InputError: when they are not of the Inception network's features.
     """
-    moments, keys = {}, npz_keys(f"--reference {source}", source)
+    moments, keys = {}, npz_keys(f"`reference` {source}", source)
     for name, mean, covariance, dim in (("pool", "mu", "sigma", 2048), ("spatial", "mu_s", "sigma_s", 2023)):
         if {mean, covariance} <= keys:
-            pair = [read_npz(f"--reference {source}", source, key) for key in (mean, covariance)]
+            pair = [read_npz(f"`reference` {source}", source, key) for key in (mean, covariance)]
             if [array.shape for array in pair] != [(dim,), (dim, dim)]:
-                raise InputError(f"--reference {source}: {mean} and {covariance} are not of {dim} Inception features")
+                raise InputError(
+                    "reference", f"`reference` {source}: {mean} and {covariance} are not of {dim} Inception features"
+                )
             moments[name] = tuple(torch.from_numpy(np.array(array, dtype=np.float64)) for array in pair)
     return moments
 
@@ -330,7 +337,7 @@ def keep_statistics(features: FeatureSet, wanted: dict, file: Path):
         save_statistics(features, wanted, file)
     except InputError as error:
         logger.warning(
-            f"{error}; the statistics of the reference are not kept (--reference_cache names another folder)"
+            f"{error}; the statistics of the reference are not kept (`reference_cache` names another folder)"
         )
     else:
         logger.info(f"statistics of the reference are kept in {file}")

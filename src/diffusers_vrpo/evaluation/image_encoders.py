@@ -86,7 +86,7 @@ class ImageEncoder(nn.Module):
                 shallow = maps.mean((2, 3)).float()
         return vector.float(), kind, shallow
 
-    def take_shallow(self, layer: int | None = None, option: str = "--reward_shallow_layer"):
+    def take_shallow(self, layer: int | None = None, option: str = "reward_shallow_layer"):
         """From now on gives `shallow`, too: the mean over the image of a hidden state, without class and register tokens.
 
         Args:
@@ -101,14 +101,16 @@ class ImageEncoder(nn.Module):
             states = _states(_apply(self.model, self.preprocess(blank.to(torch.uint8)), hidden_states=True))
         layer = min(max(1, len(states) // 4), len(states) - 1) if layer is None else layer
         if not 0 <= layer < len(states):
-            raise InputError(f"{option} {layer}: the reward encoder has hidden states 0 to {len(states) - 1}")
+            raise InputError(
+                option, f"`{option}` {layer}: the reward encoder has hidden states 0 to {len(states) - 1}"
+            )
         before, self.shallow_layer = self.shallow_layer, layer
         try:
             self._encode(blank.to(torch.uint8))
         except (ValueError, RuntimeError, IndexError, AttributeError) as error:
             self.shallow_layer = before
             raise InputError(
-                f"{option} {layer} has no rows and columns ({_first_sentence(error)}); take another"
+                option, f"`{option}` {layer} has no rows and columns ({_first_sentence(error)}); take another"
             ) from error
 
 
@@ -155,7 +157,7 @@ def load_image_encoder(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
     cache_dir: str | None = None,
-    option: str = "--encoder",
+    option: str = "encoder",
 ) -> "ImageEncoder | FIDInception":
     """The encoder of a metric: `"inception"`, or a Hub name or folder of a transformers vision model.
 
@@ -175,7 +177,7 @@ def load_image_encoder(
         return load_inception(inception_weights, device)
     if pooling not in POOLINGS:
         raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, not {pooling!r}")
-    prefix = f"{option} {name_or_path}: "
+    prefix = f"`{option}` {name_or_path}: "
     source, local = _locate(name_or_path, option)
     try:
         model, _ = _load_model(source, dtype, cache_dir, local)
@@ -186,18 +188,19 @@ def load_image_encoder(
     except InputError:
         raise
     except Exception as error:  # transformers raises many types; all mean that this checkpoint cannot be had
-        raise InputError(prefix + _explain(error, source)) from error
+        raise InputError(option, prefix + _explain(error, source)) from error
     model = model.to(device)
     try:
         encoder = ImageEncoder(model, input_size, pixel_format, pooling)
         vector = encoder(torch.zeros(1, 3, *input_size, dtype=torch.uint8, device=model.device))["pool"]
     except Exception as error:  # whatever a model raises on one blank image, it would raise later
         reason = f"{type(model).__name__} gives no vector of an image ({_first_sentence(error)})"
-        raise InputError(f"{prefix}{reason}; {REMEDY}") from error
+        raise InputError(option, f"{prefix}{reason}; {REMEDY}") from error
     if not vector.isfinite().all():
         raise InputError(
+            None,
             f"{prefix}its vector ({encoder.kind}) is not finite: the checkpoint lacks weights that it depends on, or "
-            f"overflows in {dtype}; {REMEDY}"
+            f"overflows in {dtype}; {REMEDY}",
         )
     return encoder
 
@@ -270,5 +273,5 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     """
     if not images.isfinite().all():
         bad = (~images.isfinite().flatten(1).all(1)).sum().item()
-        raise InputError(f"{bad} of {len(images)} images are not finite")
+        raise InputError(None, f"{bad} of {len(images)} images are not finite")
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -53,12 +53,13 @@ class ImageSet(torch.utils.data.Dataset):
             pixels = self.read(row)
         except Exception as error:  # PIL's readers raise many types; all mean the same here
             raise InputError(
-                f"{self.name}: image {row} cannot be decoded ({first_line(error)}); mend or remove it"
+                None, f"{self.name}: image {row} cannot be decoded ({first_line(error)}); mend or remove it"
             ) from (error)
         if tuple(pixels.shape) != (*self.size, 3):
             raise InputError(
+                None,
                 f"{self.name}: image {row} is {pixels.shape[1]}x{pixels.shape[0]}, the others are "
-                f"{self.size[1]}x{self.size[0]}; a metric needs one size"
+                f"{self.size[1]}x{self.size[0]}; a metric needs one size",
             )
         return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))
 
@@ -121,19 +122,20 @@ def folder_images(name: str, folder: str | Path, resolution: int | None = None) 
     """
     paths = find_images(folder)
     if not paths:
-        raise InputError(f"{name}: there is no image ({', '.join(SUFFIXES)}) in that folder")
+        raise InputError(None, f"{name}: there is no image ({', '.join(SUFFIXES)}) in that folder")
     first = None
     for path in paths if resolution is None else paths[:1]:
         try:
             with PILImage.open(path) as image:  # the header only
                 size = image.size
         except Exception as error:  # PIL's readers raise many types; all mean the same here
-            raise InputError(f"{name}: {path} is no image that can be read; mend or remove it") from error
+            raise InputError(None, f"{name}: {path} is no image that can be read; mend or remove it") from error
         first = first or (path, size)
         if size != first[1]:
             raise InputError(
+                None,
                 f"{name}: the images are of several sizes ({first[0].name} is {first[1][0]}x{first[1][1]}, {path.name} "
-                f"{size[0]}x{size[1]}); a metric needs one size"
+                f"{size[0]}x{size[1]}); a metric needs one size",
             )
 
     height, width = (first[1][1], first[1][0]) if resolution is None else (resolution, resolution)
@@ -151,7 +153,8 @@ def array_images(name: str, file: str | Path) -> ImageSet:
     array = reader.array
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or len(array) == 0:
         raise InputError(
-            f"{name}: arr_0 must be uint8 of the shape [images, height, width, 3], not {array.dtype} {list(array.shape)}"
+            None,
+            f"{name}: arr_0 must be uint8 of the shape [images, height, width, 3], not {array.dtype} {list(array.shape)}",
         )
     origin = (os.path.getsize(file), os.stat(file).st_mtime_ns)
     return ImageSet(name, ".npz", len(array), array.shape[1:3], reader, origin)
@@ -181,9 +184,9 @@ def read_npz(name: str, file: str | Path, key: str) -> np.ndarray:
             order = "F" if fortran else "C"
             return np.memmap(file, dtype, mode="r", offset=stream.tell(), shape=shape, order=order)
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise InputError(f"{name}: {key} cannot be read ({first_line(error)}); is it an .npz as ADM writes it?") from (
-            error
-        )
+        raise InputError(
+            None, f"{name}: {key} cannot be read ({first_line(error)}); is it an .npz as ADM writes it?"
+        ) from (error)
 
 
 def npz_keys(name: str, file: str | Path) -> set[str]:
@@ -196,7 +199,7 @@ def npz_keys(name: str, file: str | Path) -> set[str]:
         with zipfile.ZipFile(file) as archive:
             return {member.removesuffix(".npy") for member in archive.namelist()}
     except (OSError, zipfile.BadZipFile) as error:
-        raise InputError(f"{name} cannot be read ({first_line(error)}); is it an .npz?") from error
+        raise InputError(None, f"{name} cannot be read ({first_line(error)}); is it an .npz?") from error
 
 
 def dataset_images(
@@ -215,15 +218,18 @@ def dataset_images(
     """
     data = load_digits_dataset() if source == "digits" else open_named(name.split()[0], source, config_name, cache_dir)
     if split not in data:
-        raise InputError(f"--reference_split {split!r} is not in {source}; it has {', '.join(map(repr, data))}")
+        raise InputError(
+            "reference_split", f"`reference_split` {split!r} is not in {source}; it has {', '.join(map(repr, data))}"
+        )
     data = data[split]
     if image_column not in data.column_names or not isinstance(data.features[image_column], Image):
         columns = [key for key, feature in data.features.items() if isinstance(feature, Image)]
         raise InputError(
-            f"--image_column {image_column!r} holds no images in {source}; {', '.join(map(repr, columns)) or 'none'} does"
+            "image_column",
+            f"`image_column` {image_column!r} holds no images in {source}; {', '.join(map(repr, columns)) or 'none'} does",
         )
     if len(data) == 0:
-        raise InputError(f"--reference_split {split!r} of {source} has no images")
+        raise InputError("reference_split", f"`reference_split` {split!r} of {source} has no images")
     data = data.select_columns([image_column]).cast_column(image_column, Image(decode=False))
     reader = DatasetReader(data, image_column, resolution)
     return ImageSet(name, "data set", len(data), (resolution, resolution), reader, data._fingerprint)
@@ -242,31 +248,31 @@ def open_images(
     """The images that a command line means: an `.npz`, a folder with image files, or a data set.
 
     Args:
-        option: for messages, such as `--reference`.
+        option: for messages, such as `reference`.
         resolution: crops images of folders and data sets; without it those of a folder are taken as they are, and those
             of a data set are cropped to `dataset_resolution`.
 
     Raises:
         InputError: when there are none, or they cannot be measured.
     """
-    name, path = f"{option} {source}", Path(source).expanduser()
+    name, path = f"`{option}` {source}", Path(source).expanduser()
     if path.suffix == ".npz":
         if not path.is_file():
-            raise InputError(f"{name}: there is no such file")
+            raise InputError(None, f"{name}: there is no such file")
         return array_images(name, path)
     has_images = path.is_dir() and next((p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES), None)
     wanted = unfinished_samples(path)
     if wanted is not None and not has_images:
-        raise InputError(f"{name} is an unfinished set of {wanted} samples; give the command that made it again")
+        raise InputError(None, f"{name} is an unfinished set of {wanted} samples; give the command that made it again")
     if not has_images and (path / "samples.npz").is_file():
-        raise InputError(f"{name} has no image files; give {path / 'samples.npz'}, which is in it")
+        raise InputError(None, f"{name} has no image files; give {path / 'samples.npz'}, which is in it")
     if has_images:
         return folder_images(name, path, resolution)
     if path.is_file() or (not path.exists() and (path.is_absolute() or source.startswith((".", "~")))):
         what = "is neither a folder nor an .npz" if path.exists() else "does not exist"
-        raise InputError(f"{name} {what}; give a folder of images, an .npz, or a data set")
+        raise InputError(None, f"{name} {what}; give a folder of images, an .npz, or a data set")
     if resolution is None and dataset_resolution is None:
         raise InputError(
-            f"{name}: there is no image ({', '.join(SUFFIXES)}) in that folder, nor is there such a folder"
+            None, f"{name}: there is no image ({', '.join(SUFFIXES)}) in that folder, nor is there such a folder"
         )
     return dataset_images(name, source, config_name, split, image_column, resolution or dataset_resolution, cache_dir)

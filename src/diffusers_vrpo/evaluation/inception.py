@@ -254,19 +254,22 @@ def load_inception(weights: str | Path | None = None, device: torch.device | str
         InputError: for a file that is none of these, or when there is none and it cannot be downloaded.
     """
     path = Path(weights).expanduser() if weights is not None else find_inception_weights() or _download()
-    option = f"--inception_weights {path}" if weights is not None else str(path)
+    option = f"`inception_weights` {path}" if weights is not None else str(path)
     if not path.is_file():
-        raise InputError(f"{option}: there is no such file; {WEIGHTS_URL} has it")
+        raise InputError("inception_weights", f"{option}: there is no such file; {WEIGHTS_URL} has it")
     is_safetensors = path.suffix == ".safetensors"
     try:
         if not is_safetensors and not _sha256(path).startswith(WEIGHTS_SHA256):
             raise InputError(
+                "inception_weights",
                 f"{option} is not the network that FID is defined by (its SHA-256 does not start with {WEIGHTS_SHA256}); "
-                f"take {WEIGHTS_URL}"
+                f"take {WEIGHTS_URL}",
             )
         state = load_file(path) if is_safetensors else torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise InputError(f"{option} cannot be read ({first_line(error)}); take {WEIGHTS_URL}") from error
+        raise InputError(
+            "inception_weights", f"{option} cannot be read ({first_line(error)}); take {WEIGHTS_URL}"
+        ) from error
     return inception_from_state(state, option).to(device)
 
 
@@ -284,9 +287,9 @@ def inception_from_state(state: dict[str, torch.Tensor], name: str = "the weight
     wrong = [key for key in wanted if key not in counters and key not in state]
     wrong += [key for key in state if key not in wanted or state[key].shape != wanted[key].shape]
     if wrong:
-        raise InputError(f"{name}: {len(wrong)} tensors are not those of the FID network, such as {wrong[0]}")
+        raise InputError(None, f"{name}: {len(wrong)} tensors are not those of the FID network, such as {wrong[0]}")
     if not all(value.isfinite().all() for value in state.values()):
-        raise InputError(f"{name}: the weights are not finite")
+        raise InputError(None, f"{name}: the weights are not finite")
     model.load_state_dict(state, strict=False)
     return model
 
@@ -307,8 +310,9 @@ def _download() -> Path:
         torch.hub.download_url_to_file(WEIGHTS_URL, str(path), hash_prefix=WEIGHTS_SHA256, progress=False)
     except Exception as error:  # the network's, the disk's, a wrong checksum
         raise InputError(
+            "inception_weights",
             f"the Inception network of FID cannot be downloaded ({first_line(error)}); fetch {WEIGHTS_URL} elsewhere and "
-            f"put it into {path.parent} (or give it to evaluate.py or probe.py as --inception_weights), or measure with "
-            "another encoder"
+            f"put it into {path.parent} (or give it to evaluate.py or probe.py as `inception_weights`), or measure with "
+            "another encoder",
         ) from error
     return path

@@ -30,12 +30,12 @@ def check_features(features: torch.Tensor, name: str = "features", at_least: int
         InputError: names the set by `name`.
     """
     if features.ndim != 2:
-        raise InputError(f"{name} must have the shape [images, channels], not {list(features.shape)}")
+        raise InputError(None, f"{name} must have the shape [images, channels], not {list(features.shape)}")
     if len(features) < at_least:
-        raise InputError(f"{name}: {len(features)} images are too few, at least {at_least} are needed")
+        raise InputError(None, f"{name}: {len(features)} images are too few, at least {at_least} are needed")
     if not features.isfinite().all():
         bad = (~features.isfinite().all(1)).sum().item()
-        raise InputError(f"{name}: the features of {bad} of {len(features)} images are not finite")
+        raise InputError(None, f"{name}: the features of {bad} of {len(features)} images are not finite")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ class RunningMoments:
             InputError: for fewer than two features.
         """
         if self.count < 2:
-            raise InputError(f"a covariance needs at least 2 images, not {self.count}")
+            raise InputError(None, f"a covariance needs at least 2 images, not {self.count}")
         return self.scatter / (self.count - 1)
 
 
@@ -110,7 +110,7 @@ def covariance_factor(covariance: torch.Tensor) -> torch.Tensor:
     eigenvalues, vectors = torch.linalg.eigh(as_float64(covariance))
     largest = eigenvalues.abs().max()
     if eigenvalues[0] < -1e-6 * largest:
-        raise InputError(f"the matrix is no covariance: it has the eigenvalue {eigenvalues[0].item():.3g}")
+        raise InputError(None, f"the matrix is no covariance: it has the eigenvalue {eigenvalues[0].item():.3g}")
     # What is rounding is zero: its square root would not be small (1e-16 of the largest becomes 1e-8).
     kept = eigenvalues > largest * len(eigenvalues) * torch.finfo(torch.float64).eps
     return vectors[:, kept] * eigenvalues[kept].sqrt()
@@ -135,9 +135,11 @@ def frechet_distance(mu1: torch.Tensor, sigma1: torch.Tensor, mu2: torch.Tensor,
     dim = len(mu1)
     if [list(x.shape) for x in tensors] != [[dim], [dim, dim]] * 2:
         shapes = ", ".join(str(list(x.shape)) for x in tensors)
-        raise InputError(f"the statistics do not go together: they have the shapes {shapes}; are both of one encoder?")
+        raise InputError(
+            None, f"the statistics do not go together: they have the shapes {shapes}; are both of one encoder?"
+        )
     if not all(x.isfinite().all() for x in tensors):
-        raise InputError("the statistics are not finite; are the features of all images?")
+        raise InputError(None, "the statistics are not finite; are the features of all images?")
     root_trace = torch.linalg.svdvals(covariance_factor(sigma1).T @ covariance_factor(sigma2)).sum()
     distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * root_trace
     return distance.clamp(min=0).item()  # rounding may leave it below
@@ -174,7 +176,7 @@ def kernel_distance(
         InputError: for sets that are too small or not finite.
     """
     if subset_size < 2:
-        raise InputError(f"KID: a subset of {subset_size} images is too small, at least 2 are needed")
+        raise InputError(None, f"KID: a subset of {subset_size} images is too small, at least 2 are needed")
     check_features(reference, "KID, reference", at_least=subset_size)
     check_features(samples, "KID, samples", at_least=subset_size)
     random = np.random.default_rng(seed)
@@ -335,7 +337,7 @@ def cknna(x: torch.Tensor, y: torch.Tensor, k: int = 10) -> float:
         InputError: for sets of different or too small size, or features that are constant or not finite.
     """
     if k < 2:
-        raise InputError(f"CKNNA: k = {k} must be at least 2")
+        raise InputError(None, f"CKNNA: k = {k} must be at least 2")
     x, y = _paired(x, y, f"CKNNA with k = {k}", max(4, k + 1))
     kernel_x, kernel_y = (F.normalize(f, dim=1) @ F.normalize(f, dim=1).T for f in (x, y))
 
@@ -353,15 +355,17 @@ def _paired(x, y, name, at_least):
     for features in (x, y):
         check_features(features, name, at_least)
         if (features - features.mean(0)).norm() <= 1e-6 * features.norm():
-            raise InputError(f"{name}: the features of all images are equal")
+            raise InputError(None, f"{name}: the features of all images are equal")
     if len(x) != len(y):
-        raise InputError(f"{name} compares features of the same images, not of {len(x)} and {len(y)}")
+        raise InputError(None, f"{name} compares features of the same images, not of {len(x)} and {len(y)}")
     return as_float64(x), as_float64(y)
 
 
 def _aligned(between, within_x, within_y, name):
     if within_x <= 0 or within_y <= 0:
-        raise InputError(f"{name}: one of the two representations hardly tells these images apart; take more images")
+        raise InputError(
+            None, f"{name}: one of the two representations hardly tells these images apart; take more images"
+        )
     return (between / (within_x * within_y).sqrt()).item()
 
 
@@ -395,11 +399,11 @@ def linear_probe(
     ):
         check_features(features, name)
         if len(features) != len(labels):
-            raise InputError(f"{name}: {len(features)} features for {len(labels)} labels")
+            raise InputError(None, f"{name}: {len(features)} features for {len(labels)} labels")
     x, z = as_float64(train_features), as_float64(test_features)
     labels, test_labels = train_labels.to(x.device), test_labels.to(x.device)
     if labels.min() == labels.max():
-        raise InputError("a probe needs training images of at least 2 classes")
+        raise InputError(None, "a probe needs training images of at least 2 classes")
     num_classes = int(max(labels.max(), test_labels.max())) + 1
     mean, std = x.mean(0), x.std(0, correction=0)
     std = torch.where(std > 1e-12 * std.max(), std, 1)  # a constant channel stays constant

@@ -71,11 +71,12 @@ def check_hub_options(args):
     given = [name for name in ("hub_model_id", "hub_license") if getattr(args, name) is not None]
     given += [n for n in ("hub_private_repo", "hub_push_checkpoints", "push_training_state") if getattr(args, n)]
     if given and not args.push_to_hub:
-        raise InputError(f"--{given[0]} goes with --push_to_hub only; add that, or leave it out")
+        raise InputError(given[0], f"`{given[0]}` goes with `push_to_hub` only; add that, or leave it out")
     if args.resume_from_checkpoint == "hub" and not args.push_training_state:
         raise InputError(
-            "--resume_from_checkpoint hub continues from a training state on the Hub; add --push_to_hub "
-            "--push_training_state, which also keep it there (with the --hub_model_id that the run had)"
+            "resume_from_checkpoint",
+            "`resume_from_checkpoint` hub continues from a training state on the Hub; add `push_to_hub` "
+            "`push_training_state`, which also keep it there (with the `hub_model_id` that the run had)",
         )
 
 
@@ -113,7 +114,7 @@ def stage_pipeline(pipeline: VRPOPipeline, checkpoint: Path, folder: Path):
         link_tree(checkpoint / averaged, folder / "transformer")
     else:
         if not pipeline.transformer.adapters_suffice:
-            raise InputError("its adapters alone are of no use to others; the result will be the whole pipeline")
+            raise InputError(None, "its adapters alone are of no use to others; the result will be the whole pipeline")
         weights = load_file(checkpoint / f"{averaged}.safetensors")
         adapters = {
             f"transformer.{name.replace('.default.', '.')}": tensor
@@ -197,7 +198,8 @@ def fetch_state(repo_id: str, output_dir: Path):
         logger.warning(f"{repo_id}: {name} is damaged ({damage}); looking for the one before")
     if steps and not local:
         raise InputError(
-            f"--resume_from_checkpoint hub: no training state of {repo_id} is whole; train anew without it"
+            "resume_from_checkpoint",
+            f"`resume_from_checkpoint` hub: no training state of {repo_id} is whole; train anew without it",
         )
     if not steps:
         logger.info(f"{repo_id} has no training state yet: starting anew")
@@ -213,13 +215,14 @@ def check_license(license: str):
     answer = get_session().post(f"{HfApi().endpoint}/api/validate-yaml", json=card)
     if answer.status_code == 400:
         raise InputError(
-            f"--hub_license {license} is none that the Hub knows; give one such as apache-2.0, mit, cc-by-nc-4.0 or other"
+            "hub_license",
+            f"`hub_license` {license} is none that the Hub knows; give one such as apache-2.0, mit, cc-by-nc-4.0 or other",
         )
     hf_raise_for_status(answer)
 
 
 class HubPush:
-    """Publishes a run: its checkpoints while it goes on, its result at the end. Without `--push_to_hub` it does nothing.
+    """Publishes a run: its checkpoints while it goes on, its result at the end. Without `push_to_hub` it does nothing.
 
     A push that fails is tried again, and then a warning; checkpoints that come faster than they can be sent give way to the
     newest. What is sent lies in `.hub/` of the output folder (hard links), so that nothing waits for the network.
@@ -250,7 +253,7 @@ class HubPush:
             try:
                 check_base(self.repo_id, vars(self.args))
             except InputError as error:
-                raise InputError(f"--hub_model_id {error}") from error
+                raise InputError("hub_model_id", f"`hub_model_id` {error}") from error
             if self.args.hub_license:
                 with_retries(check_license, self.args.hub_license, retries=1)
             if self.args.push_training_state:
@@ -260,9 +263,11 @@ class HubPush:
         except (InputError, *DEFECTS):
             raise
         except Exception as error:
-            problem = f"--push_to_hub: {hub_sentence(error, self.repo_id)}"
+            problem = f"`push_to_hub`: {hub_sentence(error, self.repo_id)}"
             if not is_passing(error) or not list_checkpoints(self.output_dir):
-                raise InputError(f"{problem}; or train without it and publish later: {self._command()}") from error
+                raise InputError(
+                    None, f"{problem}; or train without it and publish later: {self._command()}"
+                ) from error
             logger.warning(f"{problem}; the run is continued, and tries again at its next push")
         # A daemon: a run that ends early does not wait for it.
         threading.Thread(target=self._work, daemon=True, name="hub").start()

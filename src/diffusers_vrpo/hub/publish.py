@@ -75,7 +75,7 @@ def published_files(folder: str | Path) -> dict[str, Path]:
                     files[path.relative_to(folder).as_posix()] = path
         if "model_index.json" not in files:
             raise InputError(
-                f"{folder} holds no pipeline (no model_index.json); give the output folder of a finished run"
+                None, f"{folder} holds no pipeline (no model_index.json); give the output folder of a finished run"
             )
     for path in [folder / name for name in RUN_FILES] + sorted(folder.glob("evaluation*.json")):
         if path.is_file():
@@ -219,7 +219,9 @@ def make_repository(repo_id: str, private: bool | None = None, token: str | None
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if private and not api.repo_info(repo_id).private:
-        raise InputError(f"{repo_id} is there already and public; make it private on its page, or choose another name")
+        raise InputError(
+            None, f"{repo_id} is there already and public; make it private on its page, or choose another name"
+        )
     return repo_id
 
 
@@ -234,7 +236,7 @@ def open_repository(repo_id: str, private: bool | None = None, token: str | None
     try:
         role = api.whoami().get("auth", {}).get("accessToken", {}).get("role")
         if role == "read":
-            raise InputError("the token may only read; take one with write access")
+            raise InputError(None, "the token may only read; take one with write access")
         repo_id = make_repository(repo_id, private, token)
         # Asks how a file would be uploaded, which takes the right to do so.
         api.preupload_lfs_files(repo_id, [CommitOperationAdd("README.md", b"-")])
@@ -243,7 +245,7 @@ def open_repository(repo_id: str, private: bool | None = None, token: str | None
         raise
     except Exception as error:
         if not is_passing(error):
-            raise InputError(f"--hub_model_id {repo_id}: {hub_sentence(error, repo_id)}") from error
+            raise InputError("hub_model_id", f"`hub_model_id` {repo_id}: {hub_sentence(error, repo_id)}") from error
         raise
 
 
@@ -330,7 +332,7 @@ def push_folder(
     except Exception as error:
         if is_passing(error) or isinstance(error, DEFECTS):
             raise
-        raise InputError(f"--hub_model_id {repo_id}: {hub_sentence(error, repo_id)}") from error
+        raise InputError("hub_model_id", f"`hub_model_id` {repo_id}: {hub_sentence(error, repo_id)}") from error
     return done
 
 
@@ -341,7 +343,7 @@ def check_base(repo_id: str, options: dict):
         InputError: for adapters when it is the repository of their base.
     """
     if options.get("lora_rank") and options.get("pretrained_model_name_or_path") == repo_id:
-        raise InputError(f"{repo_id} has the weights that the adapters are for; give the adapters another name")
+        raise InputError(None, f"{repo_id} has the weights that the adapters are for; give the adapters another name")
 
 
 def card_there(repo_id: str, license: str | None = None, token: str | None = None) -> str | None:
@@ -381,7 +383,7 @@ def move_tag(repo_id: str, tag: str, revision: str, token: str | None = None):
 
 
 def add_push_options(group):
-    """`--hub_model_id`, `--hub_private_repo`, `--hub_license`."""
+    """`hub_model_id`, `hub_private_repo`, `hub_license`."""
     group.add_argument("--hub_model_id", metavar="OWNER/NAME", help="repository; by default the output folder's name")
     group.add_argument(
         "--hub_private_repo", action="store_true", help="make the repository private if it is made here"

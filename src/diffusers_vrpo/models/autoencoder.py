@@ -20,7 +20,7 @@ def load_vae(name_or_path: str, cache_dir: str | None = None) -> torch.nn.Module
         InputError: when there is none, or it is not an image autoencoder.
     """
     if not os.path.isdir(name_or_path) and name_or_path.startswith((".", "/", "~")):
-        raise InputError(f"--vae {name_or_path} is not a folder")
+        raise InputError("vae", f"`vae` {name_or_path} is not a folder")
     problem = None
     for subfolder in (None, "vae"):
         try:
@@ -30,13 +30,15 @@ def load_vae(name_or_path: str, cache_dir: str | None = None) -> torch.nn.Module
             problem = problem or hub_problem(error, name_or_path) or f"diffusers cannot load it ({first_line(error)})"
     else:
         raise InputError(
-            f"--vae {name_or_path}: {problem}; a folder or Hub name such as stabilityai/sd-vae-ft-ema would do, or `none` "
-            "to train on pixels"
+            "vae",
+            f"`vae` {name_or_path}: {problem}; a folder or Hub name such as stabilityai/sd-vae-ft-ema would do, or `none` "
+            "to train on pixels",
         )
     if not (hasattr(vae, "encode") and hasattr(vae, "decode")):
         raise InputError(
-            f"--vae {name_or_path} is a {type(vae).__name__}, not an autoencoder; AutoencoderKL, AutoencoderTiny or "
-            "AutoencoderDC would do"
+            "vae",
+            f"`vae` {name_or_path} is a {type(vae).__name__}, not an autoencoder; AutoencoderKL, AutoencoderTiny or "
+            "AutoencoderDC would do",
         )
     return vae.eval().requires_grad_(False)
 
@@ -91,8 +93,9 @@ def latent_shape(vae, resolution: int, patch_size: int) -> tuple[int, int, int]:
             probe = encode_images(vae, torch.zeros(1, 3, 128, 128, device=vae.device))
         except Exception as error:  # whatever it raises on one blank image, it would raise in training
             raise InputError(
-                f"--vae: a {type(vae).__name__} does not encode RGB images ({first_line(error)}); AutoencoderKL, "
-                "AutoencoderTiny or AutoencoderDC would do"
+                "vae",
+                f"`vae`: a {type(vae).__name__} does not encode RGB images ({first_line(error)}); AutoencoderKL, "
+                "AutoencoderTiny or AutoencoderDC would do",
             ) from error
         channels, factor = probe.shape[1], 128 // probe.shape[-1]
     unit = factor * patch_size
@@ -100,7 +103,8 @@ def latent_shape(vae, resolution: int, patch_size: int) -> tuple[int, int, int]:
         below = resolution // unit * unit
         near = " or ".join(str(r) for r in (below, below + unit) if r > 0)
         raise InputError(
-            f"--resolution {resolution} is not divisible by {unit} (autoencoder factor {factor} x patch size "
-            f"{patch_size}); {near} would do"
+            "resolution",
+            f"`resolution` {resolution} is not divisible by {unit} (autoencoder factor {factor} x patch size "
+            f"{patch_size}); {near} would do",
         )
     return channels, resolution // factor, resolution // factor

@@ -101,7 +101,7 @@ def convert_checkpoint(
             the checkpoint or that it leaves no room for.
     """
     if format not in FORMATS:
-        raise InputError(f"--format {format!r} must be one of {', '.join(FORMATS)}")
+        raise InputError("format", f"`format` {format!r} must be one of {', '.join(FORMATS)}")
     hints = {
         "preset": preset,
         "num_attention_heads": num_attention_heads,
@@ -110,25 +110,25 @@ def convert_checkpoint(
     }
     for name, value in hints.items():
         if isinstance(value, int) and value < 1:
-            raise InputError(f"--{name} {value} must be at least 1")
+            raise InputError(name, f"`{name}` {value} must be at least 1")
     if not Path(path).is_file():
         if str(path).endswith((".pt", ".pth", ".ckpt", ".safetensors")):
-            raise InputError(f"{path} is not a file")
+            raise InputError(None, f"{path} is not a file")
         if given := [name for name, value in hints.items() if value is not None]:
             raise InputError(
-                f"--{given[0]} {hints[given[0]]}: {path} has a config.json that says it all; leave it out"
+                given[0], f"`{given[0]}` {hints[given[0]]}: {path} has a config.json that says it all; leave it out"
             )
         return _from_folder_or_hub(path, format, cache_dir)
     state, training_args = read_checkpoint(path)
     if format in ("auto", "diffusers-dit"):
         if format == "diffusers-dit" or "pos_embed.proj.weight" in state:
             raise InputError(
-                f"{path}: a diffusers DiT is converted from its folder, which has the config.json beside it"
+                None, f"{path}: a diffusers DiT is converted from its folder, which has the config.json beside it"
             )
         format, why = detect_format(state, preset, training_args, Path(path).name)
         logger.info(f"{path}: taken as {format} by {why}")
     if preset and format in ("sit", "dit") and not preset.lower().startswith(format):
-        raise InputError(f"--preset {preset} contradicts --format {format}")
+        raise InputError("preset", f"`preset` {preset} contradicts `format` {format}")
     try:
         return _from_official(
             path, state, training_args, preset, num_attention_heads, format, num_classes, alignment_layer
@@ -137,7 +137,7 @@ def convert_checkpoint(
         if isinstance(error, InputError):
             raise
         # Whatever else a file with the right names may hold.
-        raise InputError(f"{path} is damaged, or no SiT, REPA or DiT checkpoint: {first_line(error)}") from error
+        raise InputError(None, f"{path} is damaged, or no SiT, REPA or DiT checkpoint: {first_line(error)}") from error
 
 
 def read_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict]:
@@ -158,12 +158,13 @@ def read_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict]:
                     content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
+            None,
             f"{path} holds objects other than tensors and plain values, and loading them could run code; save the state "
-            f"dict alone ({first_line(error)})"
+            f"dict alone ({first_line(error)})",
         ) from error
     except (OSError, EOFError, RuntimeError, ValueError, SafetensorError) as error:
         raise InputError(
-            f"{path} cannot be read as a checkpoint, it may be cut short; get it again ({first_line(error)})"
+            None, f"{path} cannot be read as a checkpoint, it may be cut short; get it again ({first_line(error)})"
         ) from error
     training_args = content.get("args") if isinstance(content, dict) else None
     training_args = vars(training_args) if isinstance(training_args, argparse.Namespace) else training_args
@@ -175,7 +176,7 @@ def read_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict]:
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()
     ):
-        raise InputError(f"{path} has no state dict, neither flat nor under 'ema' or 'model'")
+        raise InputError(None, f"{path} has no state dict, neither flat nor under 'ema' or 'model'")
     state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in content.items()}
     return state, training_args if isinstance(training_args, dict) else {}
 
@@ -198,7 +199,7 @@ def detect_format(state: dict, preset: str | None, training_args: dict, file_nam
         return match[1], "its name"
     logger.warning(
         f"{file_name}: the keys fit SiT and DiT (and REPA without projectors) alike, and nothing else tells; if it is not "
-        "SiT, convert it with --format"
+        "SiT, convert it with `format`"
     )
     return "sit", "default"
 
@@ -235,10 +236,10 @@ def _from_official(path, state, training_args, preset, num_attention_heads, form
     needed = ["x_embedder.proj.weight", "y_embedder.embedding_table.weight", "final_layer.linear.weight", "pos_embed"]
     needed += ["blocks.0.mlp.fc1.weight"]
     if missing := [name for name in needed if name not in state]:
-        raise InputError(f"{path} is no SiT, REPA or DiT checkpoint: {', '.join(missing)} not in it")
+        raise InputError(None, f"{path} is no SiT, REPA or DiT checkpoint: {', '.join(missing)} not in it")
     if state["x_embedder.proj.weight"].ndim != 4 or state["pos_embed"].ndim != 3:
         raise InputError(
-            f"{path} is no SiT, REPA or DiT checkpoint: its patch or position embedding has another shape"
+            None, f"{path} is no SiT, REPA or DiT checkpoint: its patch or position embedding has another shape"
         )
     dim, channels, patch = state["x_embedder.proj.weight"].shape[:3]
     depth = 1 + max(_numbers(state, "blocks"))
@@ -250,7 +251,7 @@ def _from_official(path, state, training_args, preset, num_attention_heads, form
     no_dropout = 0 in (training_args.get("cfg_prob"), training_args.get("class_dropout_prob"))
     num_classes = num_classes or training_args.get("num_classes") or label_rows - (0 if no_dropout else 1)
     if num_classes < 1 or label_rows - num_classes not in (0, 1):
-        raise InputError(f"{path} has {label_rows} rows of labels, which do not fit --num_classes {num_classes}")
+        raise InputError(None, f"{path} has {label_rows} rows of labels, which do not fit `num_classes` {num_classes}")
     config = {
         "sample_size": side * patch,
         "patch_size": patch,
@@ -269,7 +270,9 @@ def _from_official(path, state, training_args, preset, num_attention_heads, form
     for option, supported in (("path_type", ["linear"]), ("prediction", ["velocity", "v"])):
         value = training_args.get(option)
         if format != "dit" and isinstance(value, str) and value.lower() not in supported:
-            raise InputError(f"{path} was trained with {option} {value!r}; only linear paths and velocities are read")
+            raise InputError(
+                None, f"{path} was trained with `{option}` {value!r}; only linear paths and velocities are read"
+            )
     if format == "sit":
         config["time_direction"] = "noise_to_data"
     elif format == "dit":
@@ -281,14 +284,16 @@ def _from_official(path, state, training_args, preset, num_attention_heads, form
     if format in ("repa", "irepa") and _numbers(state, "projectors"):
         config |= _projector_config(path, state, depth, training_args, alignment_layer)
     elif alignment_layer is not None:
-        raise InputError(f"--alignment_layer {alignment_layer}: {path} has no projectors; leave it out")
+        raise InputError(
+            "alignment_layer", f"`alignment_layer` {alignment_layer}: {path} has no projectors; leave it out"
+        )
 
     # 4. Every key of the file is used once.
     try:
         with init_empty_weights():
             model = SiTTransformer2DModel(**config)
     except ValueError as error:
-        raise InputError(f"{path}: {first_line(error)}") from error
+        raise InputError(None, f"{path}: {first_line(error)}") from error
     converted, used = {}, {"pos_embed"}
     wrong = []
     for name, parameter in model.state_dict().items():
@@ -305,7 +310,7 @@ def _from_official(path, state, training_args, preset, num_attention_heads, form
     _check_keys(path, missing=used - state.keys(), unknown=state.keys() - used, wrong=wrong)
     table, stored = model.pos_embed, state["pos_embed"]
     if stored.shape != table.shape or not torch.allclose(stored.float(), table.to(stored.dtype).float(), atol=1e-5):
-        raise InputError(f"{path}: its pos_embed is not SiT's sine-cosine table of {side} x {side} patches")
+        raise InputError(None, f"{path}: its pos_embed is not SiT's sine-cosine table of {side} x {side} patches")
     model.load_state_dict(converted, assign=True)
     return model.eval()
 
@@ -329,7 +334,7 @@ def _attention_heads(path, dim, depth, patch, preset, num_attention_heads, qk_no
         try:
             config = sit_preset(preset)
         except ValueError as error:
-            raise InputError(f"--preset: {error}") from error
+            raise InputError("preset", f"`preset`: {error}") from error
         size = (
             config["num_layers"],
             config["num_attention_heads"] * config["attention_head_dim"],
@@ -337,19 +342,23 @@ def _attention_heads(path, dim, depth, patch, preset, num_attention_heads, qk_no
         )
         if size != (depth, dim, patch):
             raise InputError(
-                f"--preset {preset} has depth, width and patch size {size}, but {path} has {(depth, dim, patch)}"
+                "preset",
+                f"`preset` {preset} has depth, width and patch size {size}, but {path} has {(depth, dim, patch)}",
             )
     heads = num_attention_heads or found
     if heads is None:
         raise InputError(
-            f"{path} has depth {depth} and width {dim}, no known size: give --num_attention_heads to pipelines/convert.py"
+            None,
+            f"{path} has depth {depth} and width {dim}, no known size: give `num_attention_heads` to pipelines/convert.py",
         )
     if dim % heads:
-        raise InputError(f"--num_attention_heads {heads} does not divide the width {dim} of {path}")
+        raise InputError(
+            "num_attention_heads", f"`num_attention_heads` {heads} does not divide the width {dim} of {path}"
+        )
     if found not in (None, heads):
-        problem = f"--num_attention_heads {heads}: a model of this depth and width has {found} heads"
+        problem = f"`num_attention_heads` {heads}: a model of this depth and width has {found} heads"
         if preset is not None or qk_norm is not None:
-            raise InputError(f"{problem}; leave it out")
+            raise InputError(None, f"{problem}; leave it out")
         logger.warning(f"{problem}; taken as you say")
     return heads
 
@@ -369,7 +378,9 @@ def _projector_config(path, state: dict, depth: int, training_args: dict, alignm
         last = "4"
     dims = [state.get(f"projectors.{i}.{last}.weight") for i in numbers]
     if any(weight is None for weight in dims):
-        raise InputError(f"{path}: its projectors are neither REPA's nor iREPA's (no projectors.*.{last}.weight)")
+        raise InputError(
+            None, f"{path}: its projectors are neither REPA's nor iREPA's (no projectors.*.{last}.weight)"
+        )
     config["alignment_dims"] = [weight.shape[0] for weight in dims]
     if not conv:
         config["projector_dim"] = state["projectors.0.4.weight"].shape[1]
@@ -383,7 +394,7 @@ def _check_keys(path, missing, unknown, wrong):
         if names
     ]
     if problems:
-        raise InputError(f"{path} does not have the keys of its format; {'; '.join(problems)}")
+        raise InputError(None, f"{path} does not have the keys of its format; {'; '.join(problems)}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -400,9 +411,11 @@ def find_transformer(name_or_path: str, cache_dir: str | None = None) -> tuple[d
     """
     problem = None
     if not Path(name_or_path).is_dir() and name_or_path.startswith((".", "/", "~")):
-        raise InputError(f"{name_or_path} is neither a folder nor a file")
+        raise InputError(None, f"{name_or_path} is neither a folder nor a file")
     if (Path(name_or_path) / "transformer.safetensors").is_file():
-        raise InputError(f"{name_or_path} holds adapters only; give the run's output folder, whose pipeline is whole")
+        raise InputError(
+            None, f"{name_or_path} holds adapters only; give the run's output folder, whose pipeline is whole"
+        )
     for subfolder in ("transformer_ema", "transformer", None):
         if subfolder == "transformer_ema" and not (Path(name_or_path) / subfolder).is_dir():
             continue
@@ -422,8 +435,9 @@ def find_transformer(name_or_path: str, cache_dir: str | None = None) -> tuple[d
             return {**config, "_class_name": class_name}, subfolder
         problem = f"it holds a {class_name}" if class_name else problem
     raise InputError(
+        None,
         f"{name_or_path}: {problem}; a folder or Hub name with a SiTTransformer2DModel or DiTTransformer2DModel, or an "
-        "official .pt file, would do"
+        "official .pt file, would do",
     )
 
 
@@ -441,7 +455,7 @@ def _from_folder_or_hub(path: str, format: str, cache_dir: str | None) -> SiTTra
     config, subfolder = find_transformer(path, cache_dir)
     ours = config["_class_name"] == "SiTTransformer2DModel"
     if format not in ("auto", "diffusers-dit") or (format == "diffusers-dit" and ours):
-        raise InputError(f"--format {format} does not go with {path}, which holds a {config['_class_name']}")
+        raise InputError("format", f"`format` {format} does not go with {path}, which holds a {config['_class_name']}")
     model_class = SiTTransformer2DModel if ours else DiTTransformer2DModel
     try:
         model, info = model_class.from_pretrained(
@@ -449,7 +463,7 @@ def _from_folder_or_hub(path: str, format: str, cache_dir: str | None) -> SiTTra
         )
     except Exception as error:
         problem = hub_problem(error, path) or first_line(error)
-        raise InputError(f"{path}: the weights cannot be loaded: {problem}") from error
+        raise InputError(None, f"{path}: the weights cannot be loaded: {problem}") from error
     wrong = [str(key) for key in info["mismatched_keys"]]
     _check_keys(path, missing=set(info["missing_keys"]), unknown=set(info["unexpected_keys"]), wrong=wrong)
     return (model if ours else _from_diffusers_dit(path, model)).eval()
@@ -464,15 +478,16 @@ def _from_diffusers_dit(path: str, dit: DiTTransformer2DModel) -> SiTTransformer
         ("attention_bias", True),
     ):
         if old[name] != supported:
-            raise InputError(f"{path}: {name} is {old[name]!r}; only DiT's own {supported!r} can be converted")
+            raise InputError(None, f"{path}: {name} is {old[name]!r}; only DiT's own {supported!r} can be converted")
     state = dit.state_dict()
     # Each block carries a copy of the embedders; one stands for all only while they are equal.
     for name, value in state.items():
         first = re.sub(r"^transformer_blocks\.\d+", "transformer_blocks.0", name)
         if ".norm1.emb." in name and not torch.equal(value, state[first]):
             raise InputError(
+                None,
                 f"{path}: {name} differs from block 0's: training has separated the blocks' timestep and class embedders, "
-                "and a model with one shared embedder cannot hold them"
+                "and a model with one shared embedder cannot hold them",
             )
     out_channels = old.out_channels or old.in_channels
     model = SiTTransformer2DModel(
@@ -554,22 +569,24 @@ def export_checkpoint(model: SiTTransformer2DModel, layout: str) -> dict[str, to
     """
     config = model.config
     if layout not in LAYOUTS:
-        raise InputError(f"--to {layout!r} must be one of {', '.join(LAYOUTS)}")
+        raise InputError("to", f"`to` {layout!r} must be one of {', '.join(LAYOUTS)}")
     if (layout == "dit") != (config.prediction_type == "epsilon"):
         fits = "dit" if config.prediction_type == "epsilon" else "sit or repa"
-        raise InputError(f"--to {layout}: this model predicts {config.prediction_type}; it goes to {fits}")
+        raise InputError("to", f"`to` {layout}: this model predicts {config.prediction_type}; it goes to {fits}")
     if config.downscale_freq_shift != 0 or config.norm2_eps != 1e-6:
         raise InputError(
-            f"--to {layout}: this model has the timestep frequencies or the norm of diffusers' DiT (downscale_freq_shift "
-            f"{config.downscale_freq_shift:g}, norm2_eps {config.norm2_eps:g}), which the official code cannot compute"
+            "to",
+            f"`to` {layout}: this model has the timestep frequencies or the norm of diffusers' DiT (downscale_freq_shift "
+            f"{config.downscale_freq_shift:g}, norm2_eps {config.norm2_eps:g}), which the official code cannot compute",
         )
     if model.grid_size[0] != model.grid_size[1]:
-        raise InputError(f"--to {layout}: the official models are square, this one has {config.sample_size}")
+        raise InputError("to", f"`to` {layout}: the official models are square, this one has {config.sample_size}")
     if config.qk_norm and layout != "repa":
-        raise InputError(f"--to {layout}: this model has qk-norm, which only REPA's code has; use --to repa")
+        raise InputError("to", f"`to` {layout}: this model has qk-norm, which only REPA's code has; use `to` repa")
     if model.null_class_id not in (None, config.num_classes):
         raise InputError(
-            f"--to {layout}: the null class is {model.null_class_id}, the official code has it at {config.num_classes}"
+            "to",
+            f"`to` {layout}: the null class is {model.null_class_id}, the official code has it at {config.num_classes}",
         )
     state = {name: tensor.detach().float().cpu() for name, tensor in model.state_dict().items()}
     if layout != "dit" and config.time_direction != {"sit": "noise_to_data", "repa": "data_to_noise"}[layout]:
@@ -583,10 +600,10 @@ def export_checkpoint(model: SiTTransformer2DModel, layout: str) -> dict[str, to
         dropped = [name for name in state if name.startswith("projectors.")]
         state = {name: tensor for name, tensor in state.items() if name not in dropped}
         if dropped:
-            logger.warning(f"--to {layout}: without the {len(dropped)} tensors of the projectors")
+            logger.warning(f"`to` {layout}: without the {len(dropped)} tensors of the projectors")
     if layout == "repa" and not any(name.startswith("projectors.") for name in state):
         logger.warning(
-            "--to repa: no projectors; REPA's model takes it with z_dims=[], and convert.py with --format repa"
+            "`to` repa: no projectors; REPA's model takes it with z_dims=[], and convert.py with `format` repa"
         )
 
     official = {"pos_embed": model.pos_embed.detach().float().cpu()}
@@ -614,4 +631,4 @@ def save_official(state: dict[str, torch.Tensor], file: Path):
         else:
             torch.save(state, file)
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{file} cannot be written: {first_line(error)}") from error
+        raise InputError(None, f"{file} cannot be written: {first_line(error)}") from error

@@ -23,7 +23,7 @@ LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 
 
 def alignment_layers(layer_scope: str, num_layers: int) -> list[int]:
-    """The blocks, counted from 1, that `--layer_scope` means: `early` (8 of 28), `mid`, `all`, or a list as `4,8`.
+    """The blocks, counted from 1, that `layer_scope` means: `early` (8 of 28), `mid`, `all`, or a list as `4,8`.
 
     Raises:
         InputError: for another word or a block that the model does not have.
@@ -41,14 +41,15 @@ def alignment_layers(layer_scope: str, num_layers: int) -> list[int]:
         layers = []
     if not layers or layers[0] < 1 or layers[-1] > num_layers:
         raise InputError(
-            f"--layer_scope {layer_scope!r} is neither early, mid, all nor a list such as 4,8 of blocks between 1 and "
-            f"{num_layers}"
+            "layer_scope",
+            f"`layer_scope` {layer_scope!r} is neither early, mid, all nor a list such as 4,8 of blocks between 1 and "
+            f"{num_layers}",
         )
     return layers
 
 
 def transformer_config(preset: str | None, model_config: str | None) -> dict:
-    """Constructor arguments of a fresh transformer, from `--preset` or the file of `--model_config`.
+    """Constructor arguments of a fresh transformer, from `preset` or the file of `model_config`.
 
     Raises:
         InputError: for an unknown preset, a file that cannot be read, an argument that the model does not have.
@@ -57,23 +58,25 @@ def transformer_config(preset: str | None, model_config: str | None) -> dict:
         try:
             return sit_preset(preset or "SiT-B/2")
         except ValueError as error:
-            raise InputError(f"--preset: {error}") from error
+            raise InputError("preset", f"`preset`: {error}") from error
     try:
         config = json.loads(Path(model_config).read_text())
         if not isinstance(config, dict):
             raise ValueError("it must map argument names to values")
     except (OSError, ValueError) as error:
-        raise InputError(f"--model_config {model_config} cannot be read as JSON: {error}") from error
+        raise InputError("model_config", f"`model_config` {model_config} cannot be read as JSON: {error}") from error
     config = public_config(config)
     known = inspect.signature(SiTTransformer2DModel).parameters
     if unknown := [key for key in config if key not in known]:
-        raise InputError(f"--model_config {model_config} has {unknown[0]!r}, which is none of {', '.join(known)}")
+        raise InputError(
+            "model_config", f"`model_config` {model_config} has {unknown[0]!r}, which is none of {', '.join(known)}"
+        )
     return config
 
 
 @dataclass
 class Start:
-    """What a training starts from: constructor arguments, and with `--pretrained_model_name_or_path` weights."""
+    """What a training starts from: constructor arguments, and with `pretrained_model_name_or_path` weights."""
 
     config: dict
     source: SiTTransformer2DModel | None = None
@@ -84,23 +87,23 @@ class Start:
 
 
 def read_start(args) -> Start:
-    """The start that `--preset`, `--model_config`, `--pretrained_model_name_or_path` and `--prediction_type` mean.
+    """The start that `preset`, `model_config`, `pretrained_model_name_or_path` and `prediction_type` mean.
 
     Raises:
         InputError: when there is none, or options contradict it.
     """
     name = args.pretrained_model_name_or_path
     if args.lora_rank is not None and not name:
-        raise InputError("--lora_rank adapts trained weights; it needs --pretrained_model_name_or_path")
+        raise InputError("lora_rank", "`lora_rank` adapts trained weights; it needs `pretrained_model_name_or_path`")
     if args.lora_rank is not None and not is_peft_available():
-        raise InputError("--lora_rank needs peft: pip install 'diffusers-vrpo[lora]'")
+        raise InputError("lora_rank", "`lora_rank` needs peft: pip install 'diffusers-vrpo[lora]'")
     if name is None:
         start = Start(transformer_config(args.preset, args.model_config))
     else:
         try:
             source = convert_checkpoint(name, preset=args.preset, cache_dir=args.cache_dir)
         except InputError as error:
-            raise InputError(f"--pretrained_model_name_or_path {error}") from error
+            raise InputError("pretrained_model_name_or_path", f"`pretrained_model_name_or_path` {error}") from error
         index = pipeline_index(name, args.cache_dir) or {}
         ours = index.get("transformer", [None, None])[1] == "SiTTransformer2DModel"
         on_hub = ours and not Path(name).exists()
@@ -109,7 +112,8 @@ def read_start(args) -> Start:
     patch_size = start.config.setdefault("patch_size", 2)
     if not isinstance(patch_size, int) or patch_size < 1:
         raise InputError(
-            f"--model_config {args.model_config}: patch_size must be a whole number above 0, not {patch_size}"
+            "model_config",
+            f"`model_config` {args.model_config}: patch_size must be a whole number above 0, not {patch_size}",
         )
     return start
 
@@ -117,7 +121,7 @@ def read_start(args) -> Start:
 def build_transformer(
     args, start: Start, latent_shape: tuple, num_classes: int, id2label: dict | None, alignment_dims: list[int]
 ) -> SiTTransformer2DModel:
-    """The transformer to train, fitted to the data and the encoders, with adapters if `--lora_rank` asks for them.
+    """The transformer to train, fitted to the data and the encoders, with adapters if `lora_rank` asks for them.
 
     Its `adapters_suffice` says whether the adapters alone, on the base from the Hub, are the whole result.
 
@@ -131,18 +135,21 @@ def build_transformer(
     config, source, name = dict(start.config), start.source, args.pretrained_model_name_or_path
     channels, height, width = latent_shape
     if source is not None and channels != config["in_channels"]:
-        raise InputError(f"--vae {args.vae} gives {channels} channels, but {name} takes {config['in_channels']}")
+        raise InputError(
+            "vae", f"`vae` {args.vae} gives {channels} channels, but {name} takes {config['in_channels']}"
+        )
     same_classes = source is not None and config["num_classes"] == num_classes
     difference = f"{num_classes} here, {start.config.get('num_classes')} there"
     if same_classes and start.labels and id2label and not args.keep_labels:
         for key, label in id2label.items():
             old = str(start.labels.get(str(key)))
             if old.strip().lower() != label.strip().lower():
-                same_classes, difference = False, f"{key} is {label!r} here, {old!r} there; --keep_labels keeps it"
+                same_classes, difference = False, f"{key} is {label!r} here, {old!r} there; `keep_labels` keeps it"
                 break
     if args.keep_labels and not same_classes:
         raise InputError(
-            f"--keep_labels: {name or 'a fresh model'} does not have the {num_classes} classes of the data"
+            "keep_labels",
+            f"`keep_labels`: {name or 'a fresh model'} does not have the {num_classes} classes of the data",
         )
     if source is not None and source.null_class_id is not None:
         config["null_class_id"] = source.null_class_id if same_classes else num_classes
@@ -156,8 +163,10 @@ def build_transformer(
     try:
         model, notes = fit_transformer(config, source, same_classes)
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
-        option = f"--model_config {args.model_config}" if args.model_config else f"--preset {args.preset}"
-        raise InputError(f"{name or option}: {first_line(error)}") from error
+        option = f"`model_config` {args.model_config}" if args.model_config else f"`preset` {args.preset}"
+        raise InputError(
+            "model_config" if args.model_config else "preset", f"{name or option}: {first_line(error)}"
+        ) from error
     if source is not None and not same_classes:
         notes.append(f"the classes differ ({difference}): the label table starts anew, but for the row of no class")
     if source is not None:
@@ -181,7 +190,7 @@ def public_config(config: dict) -> dict:
 
 
 def choose_prediction(config: dict, prediction_type: str | None, learn_sigma: bool | None, pretrained: str | None):
-    """Puts `--prediction_type` and `--learn_sigma` into a config, where they are given.
+    """Puts `prediction_type` and `learn_sigma` into a config, where they are given.
 
     Raises:
         InputError: when weights to start from were trained otherwise, or the velocity is to have a learned variance.
@@ -191,16 +200,18 @@ def choose_prediction(config: dict, prediction_type: str | None, learn_sigma: bo
         ("learn_sigma", learn_sigma, False),
     ):
         if value is not None and pretrained and config.get(name, default) != value:
-            option = f"--no-{name}" if value is False else f"--{name}" + ("" if value is True else f" {value}")
+            asked = f"`{name}`" + ("" if value is True else " off" if value is False else f" {value}")
             raise InputError(
-                f"{option}: {pretrained} was trained with {name} {config.get(name, default)}; leave it out"
+                name, f"{asked}: {pretrained} was trained with {name} {config.get(name, default)}; leave it out"
             )
         if value is not None:
             config[name] = value
     if prediction_type == "velocity" and not pretrained:
         config["learn_sigma"] = False  # a DiT preset's variance has no loss here
     if learn_sigma and config.get("prediction_type", "velocity") != "epsilon":
-        raise InputError("--learn_sigma trains a diffusion's variance; it needs --prediction_type epsilon")
+        raise InputError(
+            "learn_sigma", "`learn_sigma` trains a diffusion's variance; it needs `prediction_type` epsilon"
+        )
 
 
 def fit_transformer(
@@ -234,7 +245,7 @@ def fit_transformer(
         if model.null_class_id is not None and pretrained.null_class_id is not None:
             labels[model.null_class_id] = old_labels[pretrained.null_class_id]
         elif model.null_class_id is not None:
-            notes.append("its label table had no row for no class: a new one starts for --label_dropout")
+            notes.append("its label table had no row for no class: a new one starts for `label_dropout`")
     if model.config.alignment_layers and not same_projectors:
         notes.append("the projectors start anew")
     if model.grid_size != pretrained.grid_size:

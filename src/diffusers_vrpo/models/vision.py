@@ -3,6 +3,6 @@
 
 
 def layers_of_encoders(encoders: list[str] | None, layers: list[int] | None) -> list[int | None]:
-    """`--encoder_layer` for each of `--encoder`: one number holds for all, none is the default of each."""
+    """`encoder_layer` for each of `encoder`: one number holds for all, none is the default of each."""
     layers = layers or [None]
     return layers * (len(encoders or []) // len(layers))

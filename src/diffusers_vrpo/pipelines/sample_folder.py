@@ -2,7 +2,7 @@
 """A folder of samples: what made it, PNG files, an .npz file; written so that a stopped run goes on where it was.
 
     manifest.json      pipeline and its checksum, options, versions, the label of every image, `complete`
-    000000.png ...     8-bit RGB (`--output_format png` and `both`)
+    000000.png ...     8-bit RGB (`output_format` png and `both`)
     samples.npz        `arr_0` uint8 `[N,H,W,3]` and `arr_1` int64 `[N]`, the labels, as ADM writes them (`npz`, `both`)
     parts/000000.npy   the images of a batch, until `samples.npz` is whole (`npz` only)
 
@@ -36,7 +36,7 @@ NAMES = {
 
 
 def cannot_write(folder: Path, error: OSError) -> InputError:
-    return InputError(f"--output_dir {folder} cannot be written ({error.strerror or error})")
+    return InputError("output_dir", f"`output_dir` {folder} cannot be written ({error.strerror or error})")
 
 
 class SampleFolder:
@@ -111,8 +111,9 @@ class SampleFolder:
         if not path.exists():
             if others := sorted(p.name for p in self.folder.iterdir() if not p.match(".*.tmp")):
                 raise InputError(
-                    f"--output_dir {self.folder} holds other files ({', '.join(others[:3])}) and no manifest.json of "
-                    "samples; choose a new or empty folder"
+                    "output_dir",
+                    f"`output_dir` {self.folder} holds other files ({', '.join(others[:3])}) and no manifest.json of "
+                    "samples; choose a new or empty folder",
                 )
             return None
         try:
@@ -121,11 +122,13 @@ class SampleFolder:
                 return manifest
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"--output_dir {self.folder}: manifest.json is not one of samples ({first_line(error)}); choose a new or "
-                "empty folder"
+                "output_dir",
+                f"`output_dir` {self.folder}: manifest.json is not one of samples ({first_line(error)}); choose a new or "
+                "empty folder",
             ) from error
         raise InputError(
-            f"--output_dir {self.folder}: manifest.json is not one that this version reads; choose a new or empty folder"
+            "output_dir",
+            f"`output_dir` {self.folder}: manifest.json is not one that this version reads; choose a new or empty folder",
         )
 
     def _refuse_another(self, found: dict):
@@ -140,8 +143,9 @@ class SampleFolder:
             if name in NAMES:
                 what = f"{NAMES[name]} differed"
             raise InputError(
-                f"--output_dir {self.folder} holds samples made otherwise: {what}; keep to that, choose another folder, "
-                "or give --overwrite"
+                "output_dir",
+                f"`output_dir` {self.folder} holds samples made otherwise: {what}; keep to that, choose another folder, "
+                "or give `overwrite`",
             )
 
     def _remove(self):

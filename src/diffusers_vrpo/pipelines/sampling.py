@@ -56,7 +56,7 @@ def image_label(seed: int, index: int, labels: list[int], class_balance: str) ->
 
 
 def make_scheduler(sampler: str, config, own: dict):
-    """The scheduler of a `--sampler` for a transformer of this config.
+    """The scheduler of a `sampler` for a transformer of this config.
 
     Args:
         sampler: one of `SAMPLERS[config.prediction_type]`.
@@ -90,7 +90,7 @@ def make_scheduler(sampler: str, config, own: dict):
 
 
 def set_sampler(pipeline: VRPOPipeline, sampler: str, name: str):
-    """Puts the scheduler of `--sampler` into the pipeline; `"default"` leaves its own.
+    """Puts the scheduler of `sampler` into the pipeline; `"default"` leaves its own.
 
     Raises:
         InputError: for a sampler that does not go with what the model predicts.
@@ -101,13 +101,14 @@ def set_sampler(pipeline: VRPOPipeline, sampler: str, name: str):
     if sampler not in SAMPLERS[config.prediction_type]:
         what = {"velocity": "velocities", "epsilon": "noise"}[config.prediction_type]
         raise InputError(
-            f"--sampler {sampler} does not go with PIPELINE {name}, which predicts {what}; use "
-            f"{', '.join(SAMPLERS[config.prediction_type])} or default"
+            "sampler",
+            f"`sampler` {sampler} does not go with PIPELINE {name}, which predicts {what}; use "
+            f"{', '.join(SAMPLERS[config.prediction_type])} or default",
         )
     pipeline.scheduler = make_scheduler(sampler, config, pipeline.scheduler_options)
 
 
-def check_steps(pipeline: VRPOPipeline, num_inference_steps: int, option: str = "--num_inference_steps"):
+def check_steps(pipeline: VRPOPipeline, num_inference_steps: int, option: str = "num_inference_steps"):
     """Sets the timesteps and takes one step of nothing: its noise must come from the image's generator.
 
     Raises:
@@ -117,16 +118,17 @@ def check_steps(pipeline: VRPOPipeline, num_inference_steps: int, option: str = 
     try:
         pipeline.prepare_times(num_inference_steps, "cpu")
     except ValueError as error:
-        raise InputError(f"{option} {num_inference_steps}: {first_line(error)}") from error
+        raise InputError(option, f"`{option}` {num_inference_steps}: {first_line(error)}") from error
     scheduler = pipeline.scheduler
     if isinstance(scheduler, DDIMScheduler):
         # Its step goes down by this (diffusers issue 12633), whatever the next of its timesteps is.
         stride = scheduler.config.num_train_timesteps // num_inference_steps
         if (scheduler.timesteps[:-1] - scheduler.timesteps[1:] != stride).any():
             raise InputError(
-                f"{option} {num_inference_steps}: diffusers' DDIM needs a divisor of "
+                option,
+                f"`{option}` {num_inference_steps}: diffusers' DDIM needs a divisor of "
                 f"{scheduler.config.num_train_timesteps} (and timestep_spacing 'trailing' or 'leading'), else its steps miss "
-                "its timesteps; sample.py --sampler dpmsolver++ takes any number"
+                "its timesteps; sample.py `sampler` dpmsolver++ takes any number",
             )
     channels = pipeline.transformer.config.in_channels
     x, prediction = torch.zeros(1, channels, 2, 2), torch.zeros(1, channels * (1 + pipeline.learned_variance), 2, 2)
@@ -137,7 +139,7 @@ def check_steps(pipeline: VRPOPipeline, num_inference_steps: int, option: str = 
         scheduler.scale_model_input(x, scheduler.timesteps[0])
     scheduler.step(prediction, scheduler.timesteps[0], x, **generator)
     if not torch.equal(torch.get_rng_state(), state):
-        raise InputError(f"the pipeline's {name} draws noise that no seed fixes; choose another scheduler")
+        raise InputError(None, f"the pipeline's {name} draws noise that no seed fixes; choose another scheduler")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -164,7 +166,7 @@ def sampling_arguments(pipeline: VRPOPipeline, args: argparse.Namespace) -> dict
         name = next(name for name, given in ignored.items() if given)
         value = getattr(args, name)
         value = " ".join(map(str, value)) if isinstance(value, list) else value
-        raise InputError(f"--{name} {value} does nothing with guidance scale 1, which is off; leave it out")
+        raise InputError(name, f"`{name}` {value} does nothing with guidance scale 1, which is off; leave it out")
     arguments = {
         "num_inference_steps": args.num_inference_steps,
         "guidance_scale": scale,
@@ -173,15 +175,18 @@ def sampling_arguments(pipeline: VRPOPipeline, args: argparse.Namespace) -> dict
     }
     if pipeline.vae is None and config.in_channels not in (1, 3):
         raise InputError(
+            "vae",
             f"PIPELINE {args.pipeline} has no autoencoder for its {config.in_channels}-channel latents; pipelines/convert.py "
-            "puts one in with --vae"
+            "puts one in with `vae`",
         )
     if pipeline.vae is None and args.vae_dtype != "float32":
-        raise InputError(f"--vae_dtype {args.vae_dtype}: PIPELINE {args.pipeline} has no autoencoder; leave it out")
+        raise InputError(
+            "vae_dtype", f"`vae_dtype` {args.vae_dtype}: PIPELINE {args.pipeline} has no autoencoder; leave it out"
+        )
     try:
         pipeline.check_inputs(num_images_per_label=1, **arguments, output_type="pt", tensor_inputs=())
     except ValueError as error:
-        raise InputError(f"PIPELINE {args.pipeline}: {error}") from error
+        raise InputError(None, f"PIPELINE {args.pipeline}: {error}") from error
     return arguments
 
 
@@ -208,8 +213,9 @@ def sample_batch(pipeline: VRPOPipeline, indices: range, labels: list[int], seed
     images, finite = decoded_images(pipeline, latents)
     if not finite.all():
         raise InputError(
-            f"image {indices[finite.tolist().index(False)]} is not finite; are the weights sound, and would --dtype bfloat16 or "
-            "float32 do?"
+            "dtype",
+            f"image {indices[finite.tolist().index(False)]} is not finite; are the weights sound, and would `dtype` bfloat16 or "
+            "float32 do?",
         )
     return images.permute(0, 2, 3, 1).cpu().contiguous().numpy()
 

@@ -80,8 +80,9 @@ class Run:
         files = [self.folder / name for name in ("train_config.yaml", "metrics.jsonl")]
         if missing := [path.name for path in files if not path.is_file()]:
             raise InputError(
-                f"{folder} is not the folder of a run (no {' and no '.join(missing)} in it); give an --output_dir of "
-                "train_vrpo.py"
+                None,
+                f"{folder} is not the folder of a run (no {' and no '.join(missing)} in it); give an `output_dir` of "
+                "train_vrpo.py",
             )
         try:
             self.options = yaml.safe_load(files[0].read_text())
@@ -89,14 +90,16 @@ class Run:
             starts = self.folder / "starts.jsonl"
             self.starts = read_lines(starts)[0] if starts.is_file() else []
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise InputError(f"{folder} cannot be read ({first_line(error)}); give another run") from error
+            raise InputError(None, f"{folder} cannot be read ({first_line(error)}); give another run") from error
         if not isinstance(self.options, dict):
-            raise InputError(f"{files[0]} is not what train_vrpo.py wrote: it holds no options; give another run")
+            raise InputError(
+                None, f"{files[0]} is not what train_vrpo.py wrote: it holds no options; give another run"
+            )
         if damaged:
             warn(f"{files[1]}: {damaged} damaged line(s) skipped")
         self.rows = merge_rows(rows)
         if not self.rows:
-            raise InputError(f"{files[1]} has no whole line; let the run reach its first --logging_steps")
+            raise InputError(None, f"{files[1]} has no whole line; let the run reach its first `logging_steps`")
         self.seed = self.options.get("seed", 0)
         self.last_step = self.rows[-1]["step"]
         self.starts = [start for start in self.starts if start["step"] < self.last_step]
@@ -177,7 +180,7 @@ class Run:
 
 
 def choose_metric(runs: list[Run], metric: str) -> str:
-    """The column that `--metric` means: one of that name, or the first whose last part begins so, or that contains it.
+    """The column that `metric` means: one of that name, or the first whose last part begins so, or that contains it.
 
     Raises:
         InputError: where some run has none; the message lists what there is.
@@ -188,14 +191,15 @@ def choose_metric(runs: list[Run], metric: str) -> str:
     matches = matches or [key for key in every if key.split("/")[-1].startswith(metric)]
     matches = matches or [key for key in every if metric in key]
     if not matches:
-        raise InputError(f"--metric {metric} is in none of these runs; they have {', '.join(every)}")
+        raise InputError("metric", f"`metric` {metric} is in none of these runs; they have {', '.join(every)}")
     for key in matches:
         if all(key in keys for keys in known):
             return key
     run = next(run for run, keys in zip(runs, known) if matches[0] not in keys)
     raise InputError(
-        f"--metric {metric}: {run.folder} has no {matches[0]}, as others have; leave it out, or take one of "
-        f"{', '.join(key for key in every if all(key in keys for keys in known))}"
+        "metric",
+        f"`metric` {metric}: {run.folder} has no {matches[0]}, as others have; leave it out, or take one of "
+        f"{', '.join(key for key in every if all(key in keys for keys in known))}",
     )
 
 
@@ -270,21 +274,21 @@ def group_runs(folders: list[str], arms: list[str], warn: Callable[[str], None])
         name, _, listed = text.partition("=")
         named_folders = [folder for folder in listed.split(",") if folder]
         if not name or not named_folders:
-            raise InputError(f"--arms {text} must be NAME=DIR or NAME=DIR,DIR,...")
+            raise InputError("arms", f"`arms` {text} must be NAME=DIR or NAME=DIR,DIR,...")
         if name in named:
-            raise InputError(f"--arms names {name} twice; give its folders with commas between")
+            raise InputError("arms", f"`arms` names {name} twice; give its folders with commas between")
         named[name] = named_folders
     given = [*(folder for listed in named.values() for folder in listed), *folders]
     if not given:
-        raise InputError("give the folders of one run or more, or --arms NAME=DIR,DIR")
+        raise InputError("arms", "give the folders of one run or more, or `arms` NAME=DIR,DIR")
     places = [Path(folder).resolve() for folder in given]
     for folder, place in zip(given, places):
         if places.count(place) > 1:
-            raise InputError(f"{folder} is given twice; give each run once")
+            raise InputError(None, f"{folder} is given twice; give each run once")
     groups = {name: [Run(folder, warn) for folder in listed] for name, listed in named.items()}
     derived = derive_arms([Run(folder, warn) for folder in folders]) if folders else {}
     if clash := set(groups) & set(derived):
-        raise InputError(f"--arms: {clash.pop()} is also what another run is called; choose another name")
+        raise InputError("arms", f"`arms`: {clash.pop()} is also what another run is called; choose another name")
     return groups | derived
 
 

@@ -121,8 +121,9 @@ def find_checkpoint(resume_from_checkpoint: str, output_dir: str | Path) -> Path
     if resume_from_checkpoint == "none":
         if existing:
             raise InputError(
-                f"--resume_from_checkpoint none would mix a new run with {existing[-1]}; choose another --output_dir, or "
-                "`latest` to continue that run"
+                "resume_from_checkpoint",
+                f"`resume_from_checkpoint` none would mix a new run with {existing[-1]}; choose another `output_dir`, or "
+                "`latest` to continue that run",
             )
         return None
     path = Path(resume_from_checkpoint)
@@ -131,18 +132,21 @@ def find_checkpoint(resume_from_checkpoint: str, output_dir: str | Path) -> Path
     if not ((path / "training_state.json").is_file() or (path / MANIFEST).is_file()):
         known = f"; {output_dir} has {', '.join(p.name for p in existing)}" if existing else ""
         raise InputError(
-            f"--resume_from_checkpoint {resume_from_checkpoint} is not a checkpoint of this script (no "
-            f"training_state.json in it); give a checkpoint-N folder or `latest`{known}"
+            "resume_from_checkpoint",
+            f"`resume_from_checkpoint` {resume_from_checkpoint} is not a checkpoint of this script (no "
+            f"training_state.json in it); give a checkpoint-N folder or `latest`{known}",
         )
     if path.resolve().parent == Path(output_dir).resolve() and path.name != existing[-1].name:
         raise InputError(
-            f"--resume_from_checkpoint {resume_from_checkpoint} is older than {existing[-1]}; to branch off from it choose "
-            "another --output_dir, to continue that run take `latest`"
+            "resume_from_checkpoint",
+            f"`resume_from_checkpoint` {resume_from_checkpoint} is older than {existing[-1]}; to branch off from it choose "
+            "another `output_dir`, to continue that run take `latest`",
         )
     if damage := find_damage(path):
         raise InputError(
-            f"--resume_from_checkpoint {resume_from_checkpoint} is damaged ({damage}); give another, or `latest` for the "
-            "newest whole one of --output_dir"
+            "resume_from_checkpoint",
+            f"`resume_from_checkpoint` {resume_from_checkpoint} is damaged ({damage}); give another, or `latest` for the "
+            "newest whole one of `output_dir`",
         )
     return path
 
@@ -162,8 +166,9 @@ def newest_whole_checkpoint(existing: list[Path]) -> Path | None:
     else:
         if existing:
             raise InputError(
+                "output_dir",
                 f"no checkpoint in {existing[0].parent} is whole ({'; '.join(f'{p.name}: {d}' for p, d in damaged)}); "
-                "mend one, remove them to start anew, or choose another --output_dir"
+                "mend one, remove them to start anew, or choose another `output_dir`",
             )
         return None
     for bad, damage in damaged:
@@ -198,8 +203,9 @@ def choose_checkpoint(accelerator: Accelerator, resume_from_checkpoint: str, out
                 return
             time.sleep(1)
         raise InputError(
-            f"--output_dir {output_dir} is not the same folder for all processes; give one on a file system that all "
-            "machines share"
+            "output_dir",
+            f"`output_dir` {output_dir} is not the same folder for all processes; give one on a file system that all "
+            "machines share",
         )
 
     try:
@@ -208,7 +214,7 @@ def choose_checkpoint(accelerator: Accelerator, resume_from_checkpoint: str, out
         if accelerator.is_main_process:
             mark.unlink(missing_ok=True)
     if failure:
-        raise InputError(f"--output_dir {output_dir} cannot be read or written: {failure}")
+        raise InputError("output_dir", f"`output_dir` {output_dir} cannot be read or written: {failure}")
     return None if broadcast_object_list(found)[0] is None else Path(found[0])
 
 
@@ -226,14 +232,16 @@ def read_training_state(checkpoint: Path, expected: dict) -> dict:
         settings = state["settings"]
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"--resume_from_checkpoint {checkpoint} is damaged (training_state.json: {first_line(error)}); remove it to "
-            "continue from the one before"
+            "resume_from_checkpoint",
+            f"`resume_from_checkpoint` {checkpoint} is damaged (training_state.json: {first_line(error)}); remove it to "
+            "continue from the one before",
         ) from error
     for name, value in expected.items():
         if settings.get(name) != value:
             raise InputError(
+                None,
                 f"{name} is {value}, but {checkpoint} was trained with {settings.get(name)}; keep to that, or start a new "
-                "run in another --output_dir"
+                "run in another `output_dir`",
             )
     return state
 
@@ -299,8 +307,9 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path):
             raise
         except (OSError, LookupError, EOFError, RuntimeError, ValueError, SafetensorError, UnpicklingError) as error:
             raise InputError(
-                f"--resume_from_checkpoint {checkpoint} cannot be loaded ({first_line(error)}); remove it to continue from "
-                "the one before"
+                "resume_from_checkpoint",
+                f"`resume_from_checkpoint` {checkpoint} cannot be loaded ({first_line(error)}); remove it to continue from "
+                "the one before",
             ) from error
 
     together(accelerator, load)

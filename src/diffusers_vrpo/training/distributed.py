@@ -34,8 +34,9 @@ def start_processes() -> PartialState:
     state = PartialState(cpu=on_cpu, **several)
     if state.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
         raise InputError(
+            None,
             f"{os.environ['WORLD_SIZE']} processes were started, but accelerate does not connect them; for several CPU "
-            "processes set ACCELERATE_USE_CPU=true"
+            "processes set ACCELERATE_USE_CPU=true",
         )
     level = logging.INFO if state.is_main_process else logging.WARNING
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=level)
@@ -53,8 +54,9 @@ def check_distributed(accelerator: Accelerator, lora: bool):
     kind = accelerator.distributed_type
     if kind in (DistributedType.MEGATRON_LM, DistributedType.XLA):
         raise InputError(
+            None,
             f"accelerate is configured for {kind.value}, which averages, guards and checkpoints of this script do not "
-            "know; take configs/accelerate/fsdp2.yaml or ddp.yaml"
+            "know; take configs/accelerate/fsdp2.yaml or ddp.yaml",
         )
     if kind == DistributedType.DEEPSPEED:
         check_deepspeed(accelerator)
@@ -62,12 +64,13 @@ def check_distributed(accelerator: Accelerator, lora: bool):
         return
     if not accelerator.is_fsdp2:
         raise InputError(
-            "accelerate is configured for FSDP 1; set fsdp_version: 2, as configs/accelerate/fsdp2.yaml does"
+            None, "accelerate is configured for FSDP 1; set fsdp_version: 2, as configs/accelerate/fsdp2.yaml does"
         )
     if lora or accelerator.mixed_precision == "fp16":
-        option = "--lora_rank" if lora else "--mixed_precision fp16"
+        option, value = ("lora_rank", "") if lora else ("mixed_precision", " fp16")
         raise InputError(
-            f"{option} does not go with FSDP; take configs/accelerate/ddp.yaml{'' if lora else ', or bf16'}"
+            option,
+            f"`{option}`{value} does not go with FSDP; take configs/accelerate/ddp.yaml{'' if lora else ', or bf16'}",
         )
     # Autocast, as everywhere else, instead of a cast of the inputs: t has more digits than bfloat16.
     accelerator.state.fsdp_plugin.mixed_precision_policy = None
@@ -86,17 +89,20 @@ def check_deepspeed(accelerator: Accelerator):
     )
     if zero.get("stage") != 2 or offloads:
         raise InputError(
+            None,
             f"DeepSpeed is configured for zero_stage: {zero.get('stage')}{' with offloading' * offloads}; only stage 2 "
-            "without offloading goes, as in configs/accelerate/deepspeed_zero2.yaml; fsdp2.yaml saves more memory"
+            "without offloading goes, as in configs/accelerate/deepspeed_zero2.yaml; fsdp2.yaml saves more memory",
         )
     if accelerator.mixed_precision == "fp16":
         raise InputError(
-            "--mixed_precision fp16 does not go with DeepSpeed; take bf16, or configs/accelerate/ddp.yaml"
+            "mixed_precision",
+            "`mixed_precision` fp16 does not go with DeepSpeed; take bf16, or configs/accelerate/ddp.yaml",
         )
     if given := {"optimizer", "scheduler"} & config.keys():
         raise InputError(
-            f"the DeepSpeed configuration has its own {' and '.join(sorted(given))}; leave that out: --learning_rate, "
-            "--lr_scheduler, --adam_beta1, ... say what to take"
+            "learning_rate",
+            f"the DeepSpeed configuration has its own {' and '.join(sorted(given))}; leave that out: `learning_rate`, "
+            "`lr_scheduler`, `adam_beta1`, ... say what to take",
         )
     if accelerator.mixed_precision == "bf16":
         # accelerate's own would do nothing here.
@@ -313,5 +319,5 @@ def together(accelerator: Accelerator, action: Callable, *arguments, where: bool
     for is_file, is_input, text in outcomes:
         if not is_file:
             settle(accelerator)
-            raise own or (InputError(text) if is_input else RuntimeError(f"another process failed: {text}"))
+            raise own or (InputError(None, text) if is_input else RuntimeError(f"another process failed: {text}"))
     return outcomes[0][2] if outcomes else None

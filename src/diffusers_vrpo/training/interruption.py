@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from ..errors import TrainingStopped
 
 
-SKIPPED_IN_A_ROW = 100  # steps that --skip_nonfinite leaves out, one after another, before the run stops all the same
+SKIPPED_IN_A_ROW = 100  # steps that `skip_nonfinite` leaves out, one after another, before the run stops all the same
 OVERFLOWS_IN_A_ROW = 40  # fp16: the scaler halves its scale at each overflow; from 2^40 it would be at 1
 
 
@@ -135,7 +135,7 @@ class StepGuard:
         if self.skip_nonfinite:
             remedy = f"it is the {SKIPPED_IN_A_ROW}th in a row, which skipping does not mend"
         else:
-            remedy = "the same command tries it again, --skip_nonfinite leaves such steps out"
+            remedy = "the same command tries it again, `skip_nonfinite` leaves such steps out"
         saved = (
             f"{output_dir / f'checkpoint-{saved_step}'} is the newest checkpoint"
             if saved_step

@@ -34,7 +34,8 @@ def prepare_output_dir(output_dir: str) -> Path:
         probe.unlink()
     except OSError as error:
         raise InputError(
-            f"--output_dir {output_dir} cannot be written ({error.strerror or error}); choose another folder"
+            "output_dir",
+            f"`output_dir` {output_dir} cannot be written ({error.strerror or error}); choose another folder",
         ) from error
     return path
 
@@ -63,8 +64,9 @@ def locked(folder: Path):
         except (BlockingIOError, PermissionError) as error:
             file.seek(0)
             raise InputError(
-                f"--output_dir {folder} is in use by another run ({file.read().strip() or 'unknown'}); wait for its end or "
-                "choose another folder"
+                "output_dir",
+                f"`output_dir` {folder} is in use by another run ({file.read().strip() or 'unknown'}); wait for its end or "
+                "choose another folder",
             ) from error
         except OSError:
             pass

@@ -30,15 +30,19 @@ def start_accelerator(args, output_dir: Path) -> Accelerator:
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
         )
     except ValueError as error:
-        raise InputError(f"--mixed_precision {args.mixed_precision} --report_to {args.report_to}: {error}") from error
+        raise InputError(
+            "mixed_precision", f"`mixed_precision` {args.mixed_precision} `report_to` {args.report_to}: {error}"
+        ) from error
     if missing := set(trackers) - {str(name) for name in accelerator.log_with} - {"all"}:
         raise InputError(
-            f"--report_to {args.report_to}: {', '.join(missing)} is not installed; pip install it, or `none`"
+            "report_to",
+            f"`report_to` {args.report_to}: {', '.join(missing)} is not installed; pip install it, or `none`",
         )
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
         raise InputError(
+            None,
             f"{os.environ['WORLD_SIZE']} processes were started, but accelerate does not connect them; to train on several "
-            "CPU processes set ACCELERATE_USE_CPU=true"
+            "CPU processes set ACCELERATE_USE_CPU=true",
         )
     # A launcher's environment would count more than the option.
     accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps

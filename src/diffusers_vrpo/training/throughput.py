@@ -300,7 +300,7 @@ def speed_up(transformer: SiTTransformer2DModel, encoders: list, compile: bool =
         try:
             transformer.set_attention_backend(backend)
         except (ValueError, RuntimeError, ImportError) as error:
-            raise InputError(f"--attention_backend {backend}: {first_line(error)}") from error
+            raise InputError("attention_backend", f"`attention_backend` {backend}: {first_line(error)}") from error
     if compile:
         transformer.compile_repeated_blocks()
         for encoder in encoders:

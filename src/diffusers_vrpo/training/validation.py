@@ -40,9 +40,9 @@ REFERENCE_IMAGES = 10_000  # training images behind the Fréchet distance; all o
 
 
 class Validation:
-    """Every `--validation_steps`, and at the end: what the averaged model draws.
+    """Every `validation_steps`, and at the end: what the averaged model draws.
 
-    The grid has one column per class, from the noise of the seed. With `--fd_encoder`, `--num_fd_samples` unguided samples,
+    The grid has one column per class, from the noise of the seed. With `fd_encoder`, `num_fd_samples` unguided samples,
     each time of the same classes from the same noise, are set against training images by the Fréchet distance of their
     features; `metrics.jsonl` gets it as `validation/fd_{encoder}`. All processes share that work.
 
@@ -66,21 +66,26 @@ class Validation:
         self.judge = None
         if args.num_fd_samples and not args.fd_encoder:
             raise InputError(
-                f"--num_fd_samples {args.num_fd_samples} goes with --fd_encoder only; add that, or leave it out"
+                "num_fd_samples",
+                f"`num_fd_samples` {args.num_fd_samples} goes with `fd_encoder` only; add that, or leave it out",
             )
         if args.fd_encoder:
             self.num_samples = args.num_fd_samples or SAMPLES
             if self.num_samples < 2:
-                raise InputError(f"--num_fd_samples {args.num_fd_samples} has no covariance; take {SAMPLES} or more")
+                raise InputError(
+                    "num_fd_samples",
+                    f"`num_fd_samples` {args.num_fd_samples} has no covariance; take {SAMPLES} or more",
+                )
             if isinstance(data, LatentCache) and data.config["images"] == "none":
                 raise InputError(
-                    f"--fd_encoder {args.fd_encoder} compares with images, and --latents_dir {args.latents_dir} has none; "
-                    "prepare it with --images webp"
+                    "fd_encoder",
+                    f"`fd_encoder` {args.fd_encoder} compares with images, and `latents_dir` {args.latents_dir} has none; "
+                    "prepare it with `images` webp",
                 )
             self.name = f"validation/fd_{Path(args.fd_encoder).name}"
             with accelerator.main_process_first():
                 self.judge = load_image_encoder(
-                    args.fd_encoder, device=accelerator.device, cache_dir=args.cache_dir, option="--fd_encoder"
+                    args.fd_encoder, device=accelerator.device, cache_dir=args.cache_dir, option="fd_encoder"
                 )
             self.reference = self.reference_moments(data)
 
@@ -238,7 +243,7 @@ def labelled_images(data, rows: np.ndarray, resolution: int) -> tuple[np.ndarray
 
 
 def grid_columns(pipeline: VRPOPipeline, labels: list[str] | None) -> list[int]:
-    """The classes of `--validation_labels`, names or ids; without them ten, spread over all.
+    """The classes of `validation_labels`, names or ids; without them ten, spread over all.
 
     Raises:
         InputError: for a label that the model does not have.
@@ -249,7 +254,7 @@ def grid_columns(pipeline: VRPOPipeline, labels: list[str] | None) -> list[int]:
     try:
         return pipeline.get_label_ids([c if str(c).lower() in pipeline.labels else as_id(c) for c in labels])
     except ValueError as error:
-        raise InputError(f"--validation_labels: {error}") from error
+        raise InputError("validation_labels", f"`validation_labels`: {error}") from error
 
 
 def draw_samples(

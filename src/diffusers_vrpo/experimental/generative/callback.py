@@ -83,7 +83,7 @@ class GenerativePolicy:
         args: the options of `add_generative_options`.
         data: as `load_training_data` gives it.
         lr_scheduler: gets another base at the start.
-        validation: has the encoder of `--fd_encoder` and its reference, where there is one.
+        validation: has the encoder of `fd_encoder` and its reference, where there is one.
 
     Raises:
         InputError: for options that cannot work here.
@@ -119,7 +119,7 @@ class GenerativePolicy:
         name = args.reward_encoder or args.encoder[0]
         with accelerator.main_process_first():
             self.encoder = load_image_encoder(
-                name, device=self.device, cache_dir=args.cache_dir, option="--reward_encoder"
+                name, device=self.device, cache_dir=args.cache_dir, option="reward_encoder"
             )
         self.encoder.take_shallow(args.reward_shallow_layer)
         functions = load_reward_functions(args.reward_function or [])
@@ -168,7 +168,7 @@ class GenerativePolicy:
         )
         if validation.judge is None or Path(args.fd_encoder).name == Path(name).name:
             logger.warning(
-                f"no guard looks at features that the rewards do not see; give --fd_encoder of another family than {name}"
+                f"no guard looks at features that the rewards do not see; give `fd_encoder` of another family than {name}"
             )
 
         # 3. State. Ratios near 1 want all digits of the likelihood; with one epoch there are none.
@@ -182,33 +182,43 @@ class GenerativePolicy:
         args, accelerator = self.args, self.accelerator
         if self.start >= max_train_steps:
             raise InputError(
-                f"--generative_policy_start_step {self.start} is never reached: the run has {max_train_steps} steps"
+                "generative_policy_start_step",
+                f"`generative_policy_start_step` {self.start} is never reached: the run has {max_train_steps} steps",
             )
         steps = max_train_steps - self.start
         if args.use_ema and (1 - args.ema_decay) * steps < 3:
             logger.warning(
-                f"--ema_decay {args.ema_decay}: in {steps} steps the averaged weights, which are sampled, guarded and kept, hardly "
+                f"`ema_decay` {args.ema_decay}: in {steps} steps the averaged weights, which are sampled, guarded and kept, hardly "
                 f"follow; {max(0.0, 1 - 10 / steps):.4g} would let them"
             )
         if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise InputError(
-                "--generative_policy_start_step does not go with FSDP and DeepSpeed; take configs/accelerate/ddp.yaml"
+                "generative_policy_start_step",
+                "`generative_policy_start_step` does not go with FSDP and DeepSpeed; take configs/accelerate/ddp.yaml",
             )
         if accelerator.mixed_precision == "fp16":
-            raise InputError("--generative_policy_start_step does not go with --mixed_precision fp16; take bf16 or no")
+            raise InputError(
+                "generative_policy_start_step",
+                "`generative_policy_start_step` does not go with `mixed_precision` fp16; take bf16 or no",
+            )
         if args.rollout_classes % accelerator.num_processes:
             raise InputError(
-                f"--rollout_classes {args.rollout_classes} must be a multiple of the {accelerator.num_processes} processes, which "
-                "have whole groups"
+                "rollout_classes",
+                f"`rollout_classes` {args.rollout_classes} must be a multiple of the {accelerator.num_processes} processes, which "
+                "have whole groups",
             )
         if isinstance(data, LatentCache) and data.config["images"] == "none":
             raise InputError(
-                f"--generative_policy_start_step compares with images, and --latents_dir {args.latents_dir} has none; prepare it "
-                "with --images webp"
+                "generative_policy_start_step",
+                f"`generative_policy_start_step` compares with images, and `latents_dir` {args.latents_dir} has none; prepare it "
+                "with `images` webp",
             )
         if self.pipeline.vae is None and self.transformer.config.in_channels != 3:
-            raise InputError("--generative_policy_start_step judges images, which these latents are not; give --vae")
-        check_steps(self.pipeline, args.rollout_steps, "--rollout_steps")
+            raise InputError(
+                "generative_policy_start_step",
+                "`generative_policy_start_step` judges images, which these latents are not; give `vae`",
+            )
+        check_steps(self.pipeline, args.rollout_steps, "rollout_steps")
 
     # ------------------------------------------------------------------------------------------------------------------
     # Training images
@@ -236,8 +246,9 @@ class GenerativePolicy:
         there = load_reference(file, description, device) if accelerator.is_main_process else None
         if broadcast_object_list([there is None and file.exists()])[0] and args.reward_reference:
             raise InputError(
-                f"--reward_reference {file} holds something else: statistics of other images, another encoder or another "
-                "--reward_reference_images; give another file, which will be made"
+                "reward_reference",
+                f"`reward_reference` {file} holds something else: statistics of other images, another encoder or another "
+                "`reward_reference_images`; give another file, which will be made",
             )
         if not broadcast_object_list([there is not None])[0]:
             logger.info(f"statistics of {len(rows)} training images for the rewards, kept in {file}")
@@ -271,7 +282,8 @@ class GenerativePolicy:
             time.sleep(1)
         else:
             raise InputError(
-                f"--reward_reference {file} is not the same file for all processes; give one that all share"
+                "reward_reference",
+                f"`reward_reference` {file} is not the same file for all processes; give one that all share",
             )
         return there
 
@@ -348,7 +360,7 @@ class GenerativePolicy:
         return self.update_flops / self.args.rollout_epochs if self.active(step) else 0.0
 
     def add_gradient(self, step: int, ema) -> dict[str, torch.Tensor]:
-        """Adds the rewards' gradient to the one that the parameters have, at most `--max_gradient_ratio` as long.
+        """Adds the rewards' gradient to the one that the parameters have, at most `max_gradient_ratio` as long.
 
         Returns:
             values for the log.
@@ -405,8 +417,8 @@ class GenerativePolicy:
         if not all(values.isfinite().all() for values in everyone.values()):
             settle(self.accelerator)
             raise TrainingStopped(
-                f"step {step + 1}: a sample of the rollout is not finite; a lower --generative_learning_rate, or fewer steps "
-                "before --generative_policy_start_step, may do"
+                f"step {step + 1}: a sample of the rollout is not finite; a lower `generative_learning_rate`, or fewer steps "
+                "before `generative_policy_start_step`, may do"
             )
         self.rewards.push(everyone, self.real_images)
         found = []
@@ -487,7 +499,7 @@ class GenerativePolicy:
     # Guards
 
     def look(self, step: int, ema, metrics_file) -> str | None:
-        """Before the first update, and every `--guard_every` rollouts: whether the model has become worse; for all processes.
+        """Before the first update, and every `guard_every` rollouts: whether the model has become worse; for all processes.
 
         Returns:
             why the policy must stop, or None.
@@ -615,7 +627,7 @@ class GenerativePolicy:
             return TrainingStopped(f"{stopped} before its first update: it needs a model that draws images")
         return TrainingStopped(
             f"{stopped}. In {self.output_dir}, {saved}best the averaged pipeline of step {self.best_step}: start from it with "
-            "--pretrained_model_name_or_path, fewer updates or a lower --generative_coeff"
+            "`pretrained_model_name_or_path`, fewer updates or a lower `generative_coeff`"
         )
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -650,8 +662,9 @@ class GenerativePolicy:
         for name, value in self.settings().items():
             if settings.get(name) != value:
                 raise InputError(
-                    f"--{name} is {value}, but the generative policy of this run began with {settings.get(name)}; keep to that, "
-                    "or start a new run in another --output_dir"
+                    name,
+                    f"`{name}` is {value}, but the generative policy of this run began with {settings.get(name)}; keep to that, "
+                    "or start a new run in another `output_dir`",
                 )
         self.first = Look(*state_dict["first"].tolist())
         self.best_score, best_step, looked_step = state_dict["best"].tolist()
@@ -673,11 +686,13 @@ class GenerativePolicy:
         file = checkpoint / "generative_policy.safetensors"
         if not self.enabled and file.exists() and bool(load_file(file)["begun"]):
             raise InputError(
-                f"without --generative_policy_start_step {checkpoint}, which follows rewards, cannot be continued; give what it "
-                "began with, or start a new run from these weights with --pretrained_model_name_or_path"
+                "generative_policy_start_step",
+                f"without `generative_policy_start_step` {checkpoint}, which follows rewards, cannot be continued; give what it "
+                "began with, or start a new run from these weights with `pretrained_model_name_or_path`",
             )
         if self.enabled and step > self.start and self.first is None:
             raise InputError(
-                f"--generative_policy_start_step {self.start} is behind step {step}, from which the run continues; give {step} or "
-                "more"
+                "generative_policy_start_step",
+                f"`generative_policy_start_step` {self.start} is behind step {step}, from which the run continues; give {step} or "
+                "more",
             )

@@ -62,14 +62,14 @@ def tripped(first: Look, now: Look, limits: Limits) -> str | None:
     if now.loss_fm > first.loss_fm * (1 + limits.loss_rise):
         return (
             f"the flow-matching loss on training images has risen by {100 * (now.loss_fm / first.loss_fm - 1):.1f} % "
-            f"(from {first.loss_fm:.4g} to {now.loss_fm:.4g}; --guard_loss_rise {limits.loss_rise:g})"
+            f"(from {first.loss_fm:.4g} to {now.loss_fm:.4g}; `guard_loss_rise` {limits.loss_rise:g})"
         )
     if now.recall < first.recall - limits.recall_fall:
-        return f"recall has fallen from {first.recall:.3f} to {now.recall:.3f} (--guard_recall_fall {limits.recall_fall:g})"
+        return f"recall has fallen from {first.recall:.3f} to {now.recall:.3f} (`guard_recall_fall` {limits.recall_fall:g})"
     if now.held_out > first.held_out * (1 + limits.distance_rise) and now.reward > now.start_reward:
         return (
             f"the distance to training images in features that no reward sees has risen by "
             f"{100 * (now.held_out / first.held_out - 1):.1f} % (from {first.held_out:.4g} to {now.held_out:.4g}) while the "
-            f"reward has risen too (--guard_distance_rise {limits.distance_rise:g})"
+            f"reward has risen too (`guard_distance_rise` {limits.distance_rise:g})"
         )
     return None

@@ -3,7 +3,7 @@
 
 A reward is a plain function `reward(images, features, labels) -> Tensor[B]`: `images` uint8 `[B,3,H,W]`, `features` of the
 frozen reward encoder (`pool` and `shallow`, float32 `[B,D]`), `labels` class ids int64 `[B]`; the more the better, in any unit.
-The built-in ones are of this form, and so are those of `--reward_function FILE.py:NAME`. Formulas: generative_policy.py.
+The built-in ones are of this form, and so are those of `reward_function` FILE.py:NAME. Formulas: generative_policy.py.
 """
 
 import importlib.util
@@ -68,8 +68,9 @@ def class_statistics(features: torch.Tensor, labels: torch.Tensor, num_classes: 
     class_ids = (counts >= 2).nonzero().flatten()
     if len(class_ids) < 2:
         raise InputError(
-            f"the semantic reward needs at least 2 classes with 2 training images each; --reward_reference_images "
-            f"{len(labels)} has {len(class_ids)}: take more"
+            "reward_reference_images",
+            f"the semantic reward needs at least 2 classes with 2 training images each; `reward_reference_images` "
+            f"{len(labels)} has {len(class_ids)}: take more",
         )
     place = torch.full((num_classes,), -1, dtype=torch.long)
     place[class_ids] = torch.arange(len(class_ids))
@@ -98,7 +99,7 @@ def reference_statistics(
 ) -> dict[str, torch.Tensor]:
     """The tensors of a statistics file, of `pool` and `shallow` features `[N,D]` of training images in random order.
 
-    `pool`, `pool.mean` and `pool.covariance` are what `pipelines/evaluate.py --reference` reads, too.
+    `pool`, `pool.mean` and `pool.covariance` are what `vrpo evaluate --reference` reads, too.
     """
     tensors = {"labels": labels[:KEPT_FEATURES].contiguous()}
     for name, values in features.items():
@@ -125,7 +126,9 @@ def save_reference(tensors: dict[str, torch.Tensor], count: int, description: di
         save_file(tensors, temporary, {"description": json.dumps(description), "count": str(count)})
         os.replace(temporary, file)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"--reward_reference {file} cannot be written ({first_line(error)})") from error
+        raise InputError(
+            "reward_reference", f"`reward_reference` {file} cannot be written ({first_line(error)})"
+        ) from error
 
 
 def load_reference(file: Path, description: dict, device: torch.device) -> dict[str, torch.Tensor] | None:
@@ -151,22 +154,26 @@ def load_reward_function(argument: str) -> tuple[str, Reward]:
     """
     file, _, name = argument.rpartition(":")
     if not file.endswith(".py") or not Path(file).is_file():
-        raise InputError(f"--reward_function {argument}: give FILE.py:NAME with a file that is there")
+        raise InputError(
+            "reward_function", f"`reward_function` {argument}: give FILE.py:NAME with a file that is there"
+        )
     spec = importlib.util.spec_from_file_location(f"reward_{Path(file).stem}", file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickle look there
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # the user's own code raises what it likes
-        raise InputError(f"--reward_function {argument}: {file} cannot be imported ({first_line(error)})") from error
+        raise InputError(
+            "reward_function", f"`reward_function` {argument}: {file} cannot be imported ({first_line(error)})"
+        ) from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise InputError(f"--reward_function {argument}: {file} has no function {name!r}")
+        raise InputError("reward_function", f"`reward_function` {argument}: {file} has no function {name!r}")
     return name, function
 
 
 def load_reward_functions(arguments: list[str]) -> dict[str, Reward]:
-    """The functions of `--reward_function` by name.
+    """The functions of `reward_function` by name.
 
     Raises:
         InputError: when there is no such function, or its name is taken.
@@ -175,13 +182,16 @@ def load_reward_functions(arguments: list[str]) -> dict[str, Reward]:
     for argument in arguments:
         name, function = load_reward_function(argument)
         if name in (*REWARDS, *functions):
-            raise InputError(f"--reward_function {argument}: there is a reward {name!r} already; give it another name")
+            raise InputError(
+                "reward_function",
+                f"`reward_function` {argument}: there is a reward {name!r} already; give it another name",
+            )
         functions[name] = function
     return functions
 
 
 def parse_reward_weights(text: str | None, names: list[str]) -> list[float]:
-    """`s_k` of `--reward_weights`, one number a reward, made to sum to 1; equal ones for None.
+    """`s_k` of `reward_weights`, one number a reward, made to sum to 1; equal ones for None.
 
     Raises:
         InputError: for anything else.
@@ -192,8 +202,9 @@ def parse_reward_weights(text: str | None, names: list[str]) -> list[float]:
         numbers = []
     if len(numbers) != len(names) or min(numbers) < 0 or not 0 < sum(numbers) < float("inf"):
         raise InputError(
-            f"--reward_weights {text} must be {len(names)} numbers >= 0 with commas between and a sum above 0, for "
-            f"{', '.join(names)}"
+            "reward_weights",
+            f"`reward_weights` {text} must be {len(names)} numbers >= 0 with commas between and a sum above 0, for "
+            f"{', '.join(names)}",
         )
     return [number / sum(numbers) for number in numbers]
 
@@ -317,12 +328,12 @@ class SampleRewards:
             values = reward(images, features, labels)
             if not isinstance(values, torch.Tensor) or tuple(values.shape) != (len(labels),):
                 found = list(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
-                raise InputError(f"the reward {name!r} must give a tensor of shape [{len(labels)}], not {found}")
+                raise InputError(None, f"the reward {name!r} must give a tensor of shape [{len(labels)}], not {found}")
             columns.append(values.detach().to(self.device, torch.float64))
         rewards = torch.stack(columns, dim=1)
         if not rewards.isfinite().all():
             bad = self.names[int((~rewards.isfinite()).any(0).nonzero()[0])]
-            raise InputError(f"the reward {bad!r} is not finite; a reward must be a number for every image")
+            raise InputError(None, f"the reward {bad!r} is not finite; a reward must be a number for every image")
         return rewards
 
     def fidelity(self, images, features, labels) -> torch.Tensor:

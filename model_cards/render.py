@@ -35,9 +35,9 @@ RECIPES = [
 ]
 TESTED = {
     "SiT": "velocities and projections of this architecture agree with tensors of the official SiT and REPA code within "
-    "1e-5 (`tests/test_transformer.py`, where those tensors are at hand)",
+    "1e-5 (`tests/unit/test_transformer.py`, where those tensors are at hand)",
     "DiT": "the predictions of this architecture agree with those of diffusers' `DiTTransformer2DModel` within 1e-5 at "
-    "whole timesteps (`tests/test_conversion.py`)",
+    "whole timesteps (`tests/unit/test_conversion.py`)",
 }
 
 

@@ -1,3 +1,10 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""Fixtures of more than one test module; functions that several of them call are in `support`.
+
+Fixtures import what they need when they are used: a worker's threads and cores must be set before torch is loaded.
+"""
+
+import functools
 import os
 from pathlib import Path
 
@@ -12,15 +19,115 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
         os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 
+def pytest_collection_modifyitems(items):
+    """Slow tests come last; where several workers share the tests, first."""
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is not None) != bool(worker))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with real data, encoders and official tensors; tests that need it are skipped where it is absent."""
-    folder = Path(os.environ.get("VRPO_SHARED", Path(__file__).parents[2] / "shared"))
+    from support.paths import ROOT
+
+    folder = Path(os.environ.get("VRPO_SHARED", ROOT.parent / "shared"))
     if not (folder / "golden").is_dir() or not (folder / "encoders").is_dir():
         pytest.skip(f"no shared data at {folder} (set VRPO_SHARED)")
     return folder.resolve()
 
 
-def pytest_collection_modifyitems(items):
-    """Slow tests come last; where several workers share the tests, first."""
-    items.sort(key=lambda item: (item.get_closest_marker("slow") is not None) != bool(worker))
+# Training runs
+
+
+@pytest.fixture
+def command(tmp_path):
+    """`command(**changes)`: the options of a short run on digits whose output is `tmp_path / "run"`."""
+    from support.training import options_in
+
+    return options_in(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def trainers(tmp_path_factory):
+    """`trainers(options, hook=None, processes=1)` starts a training run in the background."""
+    from support.trainers import fork_server
+
+    with fork_server(tmp_path_factory.mktemp("fork_server")) as start:
+        yield start
+
+
+@pytest.fixture
+def one_core(trainers):
+    """Each process has a core: threads that wait for one another are slow where cores are shared."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    yield
+    os.sched_setaffinity(0, cores)
+
+
+# Models
+
+
+@pytest.fixture(scope="session")
+def encoder_checkpoint(tmp_path_factory):
+    """`encoder_checkpoint(name)`: the folder of a tiny encoder of that name with random weights."""
+    import torch
+
+    from support.encoders import save_encoder
+
+    torch.set_num_threads(1)
+
+    @functools.cache
+    def make(name):
+        folder = tmp_path_factory.mktemp(name)
+        save_encoder(folder, name)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def inception_weights():
+    """A state dict of the FID network with random weights."""
+    import torch
+
+    from support.inception import random_inception_state
+
+    torch.set_num_threads(1)
+    return random_inception_state()
+
+
+@pytest.fixture(scope="module")
+def digits_pipeline(tmp_path_factory):
+    """The folder of a pipeline of pixels for the digits, with random weights."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    from support.models import tiny_model
+    from support.pipelines import quiet_pipeline
+
+    folder = tmp_path_factory.mktemp("pipeline")
+    model = tiny_model(in_channels=3, num_classes=10, sample_size=8, class_dropout_prob=0.1)
+    quiet_pipeline(model, FlowMatchEulerDiscreteScheduler()).save_pretrained(folder)
+    return folder
+
+
+# The yardstick
+
+
+@pytest.fixture(scope="module")
+def yardstick():
+    """The modules of the yardstick by name."""
+    from support.yardstick import yardstick_modules
+
+    with yardstick_modules() as modules:
+        yield modules
+
+
+@pytest.fixture(scope="module")
+def tiny_yardstick(tmp_path_factory, yardstick):
+    """A function that runs the yardstick's driver on a recipe of two steps on three classes of digits."""
+    from support.yardstick import tiny_driver
+
+    return tiny_driver(tmp_path_factory.mktemp("yardstick"), yardstick)

@@ -1,0 +1,409 @@
+"""The page of space/: what its buttons do, the running server, and the page in a browser at two sizes."""
+
+import importlib.util
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from PIL import Image
+
+from diffusers_vrpo import SiTSDEScheduler, VRPOPipeline, ddpm
+from diffusers_vrpo.errors import InputError
+from diffusers_vrpo.sample import SAMPLERS
+from support.models import tiny_model
+from support.paths import ROOT
+
+
+SPACE = ROOT / "space"
+NAMES = {0: "goldfish, Carassius auratus", 1: "crane", 2: "crane", 4: "great white shark"}
+OPTIONS = {
+    "classes": [4, 0],
+    "images_per_class": 2,
+    "steps": 5,
+    "guidance_scale": 2.0,
+    "guided_from": 0.2,
+    "guided_to": 0.8,
+    "sampler": "default",
+    "seed": 7,
+}
+
+
+def load_module(name: str):
+    spec = importlib.util.spec_from_file_location(f"space_{name}", SPACE / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+generation = load_module("generation")
+
+
+def save_pipeline(folder: Path, names=NAMES, **config) -> str:
+    is_epsilon = config.get("prediction_type") == "epsilon"
+    betas = {key: ddpm.SCHEDULER_CONFIG[key] for key in ("beta_start", "beta_end")}
+    scheduler = DDIMScheduler(**betas, clip_sample=False, timestep_spacing="trailing")
+    scheduler = scheduler if is_epsilon else FlowMatchEulerDiscreteScheduler()
+    VRPOPipeline(tiny_model(in_channels=3, **config), scheduler, None, names).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    return save_pipeline(tmp_path_factory.mktemp("app") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder):
+    return generation.open_pipeline(folder)
+
+
+def generate(pipeline, **changes) -> list:
+    """Everything that the generator yields."""
+    return list(generation.generate(pipeline, threading.Lock(), **{**OPTIONS, **changes}))
+
+
+def pixels(images) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in images])
+
+
+def direct_call(folder: str, scheduler=None, **changes) -> np.ndarray:
+    """The images of OPTIONS by the pipeline itself."""
+    pipeline = VRPOPipeline.from_pretrained(folder)
+    pipeline.scheduler = scheduler or pipeline.scheduler
+    arguments = {"num_inference_steps": 5, "guidance_scale": 2.0, "guidance_interval": (0.2, 0.8), **changes}
+    generators = [torch.Generator().manual_seed(seed) for seed in (7, 8, 7, 8)]
+    return pixels(pipeline([4, 0], num_images_per_label=2, generator=generators, **arguments).images)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the buttons do
+
+
+def test_classes_have_names_where_there_are_names(pipeline, tmp_path):
+    texts = ["goldfish, Carassius auratus (0)", "crane (1)", "crane (2)", "class 3", "great white shark (4)"]
+    assert generation.class_choices(pipeline) == list(zip(texts, range(5)))
+    assert [generation.class_name(pipeline, i) for i in (0, 3)] == ["goldfish", "class 3"]
+    unnamed = generation.open_pipeline(save_pipeline(tmp_path, names=None))
+    assert generation.class_choices(unnamed) == [(f"class {i}", i) for i in range(5)]
+
+
+@pytest.mark.parametrize("sampler, scheduler", [("default", None), ("sde", SiTSDEScheduler())])
+def test_samples_are_those_of_the_pipeline(pipeline, folder, sampler, scheduler):
+    *progress, images = generate(pipeline, sampler=sampler)
+    assert [(class_id, seed) for _, class_id, seed in images] == [(4, 7), (4, 8), (0, 7), (0, 8)]
+    np.testing.assert_array_equal(pixels(image for image, _, _ in images), direct_call(folder, scheduler))
+    assert progress == sorted(progress) and all(1 <= step <= of == 5 for step, of in progress)
+    other = generate(pipeline, sampler=sampler, seed=8)[-1]
+    assert not np.array_equal(other[0][0], images[0][0])
+
+
+def test_a_caption_is_enough_to_get_an_image_again(pipeline):
+    image = generate(pipeline)[-1][1][0]
+    (alone, class_id, seed), *_ = generate(pipeline, classes=[4], images_per_class=1, seed=8)[-1]
+    assert (class_id, seed) == (4, 8)
+    # The batch has another size: sums may be rounded otherwise.
+    np.testing.assert_allclose(np.asarray(alone).astype(int), np.asarray(image).astype(int), atol=1)
+
+
+def test_what_one_user_chooses_does_not_stay_for_the_next(pipeline):
+    own, config = pipeline.scheduler, dict(pipeline.scheduler.config)
+    first = generate(pipeline)[-1]
+    generate(pipeline, sampler="heun", steps=3)
+    assert pipeline.scheduler is own and dict(own.config) == config
+    np.testing.assert_array_equal(pixels(i[0] for i in generate(pipeline)[-1]), pixels(i[0] for i in first))
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_every_sampler_that_is_offered_works(pipeline, tmp_path, kind):
+    if kind == "epsilon":
+        pipeline = generation.open_pipeline(save_pipeline(tmp_path, prediction_type="epsilon", learn_sigma=True))
+    results = [pixels(image for image, _, _ in generate(pipeline, sampler=name)[-1]) for name in SAMPLERS[kind]]
+    assert all(images.shape == (4, 8, 8, 3) and images.std() > 0 for images in results)
+    assert not np.array_equal(results[0], results[-1])
+    if kind == "epsilon":
+        with pytest.raises(InputError, match="^Steps 7: diffusers' DDIM needs a divisor of 1000"):
+            generate(pipeline, sampler="ddim", steps=7)
+        with pytest.raises(InputError, match="^Sampler ode does not go with .* which predicts noise"):
+            generate(pipeline, sampler="ode")
+
+
+def test_without_a_null_class_there_is_no_guidance(tmp_path):
+    pipeline = generation.open_pipeline(save_pipeline(tmp_path, class_dropout_prob=0.0))
+    with pytest.raises(InputError, match="^Guidance scale 2.0 needs a null class, .* pass guidance_scale=1$"):
+        generate(pipeline)
+    images = pixels(image for image, _, _ in generate(pipeline, guidance_scale=1)[-1])
+    np.testing.assert_array_equal(images, direct_call(str(tmp_path), guidance_scale=1.0))
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"classes": []}, "Choose at least one class"),
+        ({"classes": [5]}, "5 is not a class; this model has 5"),
+        ({"images_per_class": 17}, "Images per class must be a whole number from 1 to 16, not 17"),
+        ({"classes": [0, 1, 2, 3, 4], "images_per_class": 16}, "more than 64 images"),
+        ({"steps": 2.5}, "Steps must be a whole number from 1 to 250, not 2.5"),
+        ({"steps": 1, "sampler": "sde"}, "^Steps 1: .* at least 2"),
+        ({"guidance_scale": float("nan")}, "Guidance scale must be a number from 1 to 8, not nan"),
+        ({"guided_from": 0.9}, "Guided to t must be a number from 0.9 to 1, not 0.8"),
+        ({"seed": None}, "Seed must be a whole number from 0 to 4294967295, not None"),
+        ({"sampler": "ddim"}, "Sampler ddim does not go with .* predicts velocities; use ode"),
+    ],
+)
+def test_bad_input_gets_a_sentence(pipeline, changes, sentence):
+    with pytest.raises(InputError, match=sentence):
+        generate(pipeline, **changes)
+
+
+def test_numbers_that_are_not_finite_are_refused(tmp_path):
+    pipeline = generation.open_pipeline(save_pipeline(tmp_path))
+    with torch.no_grad():
+        pipeline.transformer.proj_out.bias.fill_(torch.nan)
+    with pytest.raises(InputError, match="Step 1 gave numbers that are not finite"):
+        generate(pipeline)
+
+
+def test_a_closed_run_ends_after_a_step(pipeline):
+    turn, calls = threading.Lock(), []
+    hook = pipeline.transformer.register_forward_hook(lambda *_: calls.append(time.sleep(0.02)))
+    try:
+        run = generation.generate(pipeline, turn, **{**OPTIONS, "steps": 250})
+        step, _ = next(run)
+        assert turn.locked()
+        run.close()
+        assert turn.acquire(timeout=10)
+        assert step <= len(calls) <= step + 5
+        turn.release()
+        assert len(list(generation.generate(pipeline, turn, **OPTIONS))[-1]) == 4
+    finally:
+        hook.remove()
+
+
+def test_what_cannot_be_opened_gets_a_sentence(tmp_path):
+    with pytest.raises(InputError, match="has no model_index.json, so it is no pipeline"):
+        generation.open_pipeline(str(tmp_path))
+    latents = VRPOPipeline(tiny_model(), FlowMatchEulerDiscreteScheduler())
+    latents.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="needs the autoencoder of these 4-channel latents"):
+        generation.open_pipeline(str(tmp_path))
+
+
+def test_the_space_is_whole():
+    _, metadata, _ = (SPACE / "README.md").read_text().split("---\n", 2)
+    metadata = yaml.safe_load(metadata)
+    assert metadata["sdk"] == "gradio" and (SPACE / metadata["app_file"]).is_file()
+    assert {"title", "emoji", "colorFrom", "colorTo", "license"} <= set(metadata)
+    assert len(metadata["short_description"]) <= 60
+    project = (ROOT / "pyproject.toml").read_text()
+    floor = re.search(r'^app = \["gradio>=([\d.]+)"\]', project, re.M)[1]
+    assert [int(n) for n in metadata["sdk_version"].split(".")] >= [int(n) for n in floor.split(".")]
+    # The Space carries the package as files, so what that needs must be listed.
+    needed = re.search(r"^dependencies = \[\n(.*?)^\]", project, re.M | re.S)[1]
+    assert set(re.findall('"(.*)"', needed)) <= set((SPACE / "requirements.txt").read_text().splitlines())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The server
+
+
+@pytest.fixture(scope="module")
+def server(folder, tmp_path_factory):
+    """The address of the page, run as a command; the requests that it makes to elsewhere are refused, and counted."""
+    pytest.importorskip("gradio", reason="the page needs gradio: pip install -e '.[app]'")
+    proxy = socket.create_server(("127.0.0.1", 0))
+    proxy.setblocking(False)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    elsewhere = dict.fromkeys(["HTTP_PROXY", "HTTPS_PROXY"], f"http://127.0.0.1:{proxy.getsockname()[1]}")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GRADIO_")}
+    environment |= {**elsewhere, "NO_PROXY": "127.0.0.1,localhost", "VRPO_PIPELINE": folder}
+    environment |= {"GRADIO_TEMP_DIR": str(tmp_path_factory.mktemp("gradio")), "OMP_NUM_THREADS": "1"}
+    log = tmp_path_factory.mktemp("log") / "app.log"
+    with log.open("w") as file:
+        app = subprocess.Popen(
+            [sys.executable, SPACE / "app.py", "--server_port", str(port)], env=environment, stdout=file, stderr=file
+        )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            assert app.poll() is None, log.read_text()
+            try:
+                urllib.request.urlopen(address).close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield address
+        with pytest.raises(BlockingIOError):  # nobody called
+            proxy.accept()
+    finally:
+        app.terminate()
+        app.wait(timeout=30)
+        proxy.close()
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return pytest.importorskip("gradio_client").Client(server, verbose=False, analytics_enabled=False)
+
+
+def call(client, submit=False, **changes):
+    """(status, images, archive, seed) of the page's function; or the job."""
+    arguments = [*{**OPTIONS, **changes}.values()]
+    function = client.submit if submit else client.predict
+    return function(*arguments, *([] if "is_random" in changes else [False]), api_name="/generate")
+
+
+def test_the_server_gives_the_same_images_with_captions_and_an_archive(client, folder):
+    status, images, archive, seed = call(client)
+    assert "4 images" in status and seed == 7
+    captions = ["great white shark · seed 7", "great white shark · seed 8", "goldfish · seed 7", "goldfish · seed 8"]
+    assert [entry["caption"] for entry in images] == captions
+    shown = pixels(Image.open(entry["image"]) for entry in images)
+    np.testing.assert_array_equal(shown, direct_call(folder))
+    with zipfile.ZipFile(archive) as files:
+        names = ["0004-great-white-shark-seed-7", "0004-great-white-shark-seed-8", "0000-goldfish-seed-7"]
+        assert files.namelist() == [f"{name}.png" for name in [*names, "0000-goldfish-seed-8"]]
+        np.testing.assert_array_equal(pixels(Image.open(files.open(name)) for name in files.namelist()), shown)
+    seeds = {call(client, is_random=True)[3] for _ in range(3)}
+    assert len(seeds) > 1
+
+
+def test_the_server_answers_bad_input_with_the_sentence(client):
+    with pytest.raises(Exception, match="Choose at least one class"):
+        call(client, classes=[])
+    with pytest.raises(Exception, match="Guided to t must be a number from 0.9 to 1"):
+        call(client, guided_from=0.9)
+
+
+def test_the_server_runs_one_at_a_time_and_a_cancelled_run_ends(client):
+    function = next(f for f in client.config["dependencies"] if f["api_name"] == "generate")
+    assert client.config["analytics_enabled"] is False and function["queue"] is not False
+    long = call(client, submit=True, steps=250, classes=[0, 1, 2, 3], images_per_class=16, sampler="heun")
+    while not any("Step" in update[0] for update in long.outputs()):
+        time.sleep(0.05)
+    waiting = call(client, submit=True, seed=9)
+    time.sleep(0.3)
+    assert not waiting.done() and not long.done()
+    long.cancel()
+    assert "4 images" in waiting.result(timeout=20)[0]
+    assert "64 images" not in long.outputs()[-1][0]
+
+
+def test_the_command_line_answers_in_a_line(capsys, monkeypatch, tmp_path, folder):
+    pytest.importorskip("gradio", reason="the page needs gradio: pip install -e '.[app]'")
+    monkeypatch.syspath_prepend(SPACE)
+    monkeypatch.delenv("VRPO_PIPELINE", raising=False)
+    app = load_module("app")
+    taken = socket.create_server(("127.0.0.1", 0))
+    for arguments, sentence in [
+        ([], "--pipeline is missing: name a folder or Hub repository, or set VRPO_PIPELINE"),
+        (["--pipline", "x"], "unrecognized arguments: --pipline x"),
+        (["--pipeline", str(tmp_path / "none")], "none is not a folder"),
+        (["--pipeline", str(tmp_path), "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--pipeline", folder, "--server_port", str(taken.getsockname()[1])], "; choose another --server_port"),
+    ]:
+        with pytest.raises(SystemExit):
+            app.main(arguments)
+        error = capsys.readouterr().err
+        line = error.splitlines()[-1]
+        assert sentence in line and line.startswith("app.py: error: ") and "Traceback" not in error
+    taken.close()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+@pytest.fixture(scope="module")
+def browser(server):
+    playwright = pytest.importorskip("playwright.sync_api", reason="the test of the page needs playwright")
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome", "chrome-headless-shell")
+    binary = os.environ.get("CHROME_BIN") or next(filter(None, map(shutil.which, names)), None)
+    if binary is None:
+        pytest.skip("no browser: set CHROME_BIN to a Chromium, or put one on the PATH")
+    with playwright.sync_playwright() as player:
+        browser = player.chromium.launch(executable_path=binary, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def overlap(first: dict, second: dict) -> bool:
+    return all(
+        first[side] < second[side] + second[length] and second[side] < first[side] + first[length]
+        for side, length in (("x", "width"), ("y", "height"))
+    )
+
+
+@pytest.mark.parametrize("width, height, scheme", [(390, 844, "dark"), (1280, 800, "light")])
+def test_the_page_in_a_browser(server, browser, width, height, scheme):
+    is_phone = width < 900
+    page = browser.new_page(
+        viewport={"width": width, "height": height}, color_scheme=scheme, has_touch=is_phone, is_mobile=is_phone
+    )
+    requests, problems = [], []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto(server)
+    press = lambda name: page.get_by_role("button", name=name, exact=True)  # noqa: E731
+    press("Generate").wait_for()
+
+    # A class is found by a part of its name; the results stand below the picker, or beside it.
+    page.get_by_label("Classes").first.click()
+    page.keyboard.type("white")
+    option = page.get_by_role("option", name="great white shark (4)")
+    assert option.bounding_box()["height"] >= 40
+    option.click()
+    page.keyboard.press("Escape")
+    pick, results, settings = (page.locator(f"#{name}").bounding_box() for name in ("pick", "results", "settings"))
+    assert (results["y"] > pick["y"] + 100) == is_phone and (results["x"] > pick["x"] + 100) != is_phone
+    assert not any(overlap(*pair) for pair in ((pick, results), (results, settings), (pick, settings)))
+    assert press("Generate").bounding_box()["height"] >= 44 and press("Stop").is_disabled()
+
+    # Four images of each of two classes, nothing of them cut off.
+    press("Generate").click()
+    page.get_by_text("8 images in").wait_for(timeout=30_000)
+    assert page.locator("#gallery .caption-label").first.inner_text().startswith("goldfish · seed")
+    boxes = [image.bounding_box() for image in page.locator("#gallery img").all()]
+    assert len(boxes) == 8 and all(b["x"] >= 0 and b["x"] + b["width"] <= width and b["width"] > 80 for b in boxes)
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    cut = "[...document.querySelectorAll('#gallery .caption-label')].filter(c => c.scrollWidth > c.clientWidth).length"
+    assert page.evaluate(cut) == 0
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", background)[:3])) < 200) == (scheme == "dark")
+    with page.expect_download() as download:
+        page.get_by_text("Download all").click()
+    assert len(zipfile.ZipFile(download.value.path()).namelist()) == 8
+
+    # Stop ends a long run (Heun's 250 steps are 499), and the next one works.
+    page.get_by_label("Sampler").first.click()
+    page.get_by_role("option", name="Heun").click()
+    page.get_by_label("number input for Steps").fill("250")
+    page.get_by_label("number input for Images per class").fill("16")
+    press("Generate").click()
+    page.get_by_text("of 499").wait_for(timeout=30_000)
+    press("Stop").click()
+    page.get_by_text("Stopped.").wait_for(timeout=5_000)
+    page.get_by_label("number input for Steps").fill("5")
+    press("Generate").click()
+    page.get_by_text("32 images in").wait_for(timeout=30_000)
+
+    # Without a class the sentence is shown, and the button is ready again.
+    page.get_by_title("Clear").click()
+    press("Generate").click()
+    page.get_by_text("Choose at least one class").wait_for(timeout=10_000)
+    press("Generate").click(timeout=10_000)
+    assert [url for url in requests if not url.startswith((server, "data:", "blob:"))] == problems == []
+    page.close()

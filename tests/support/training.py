@@ -1,0 +1,68 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""The training script as a module, short runs of it on digits, and what they leave."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from diffusers_vrpo.training import read_metrics
+from support.paths import TRAINING_SCRIPT
+
+
+TINY_DIGITS = {"patch_size": 2, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}
+
+spec = importlib.util.spec_from_file_location("train_vrpo", TRAINING_SCRIPT)
+train_vrpo = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(train_vrpo)
+
+
+def options_in(folder: Path):
+    """Gives the options of a short run on digits in a folder; keyword arguments change them, None removes."""
+    model_config = folder / "model.json"
+    model_config.write_text(json.dumps(TINY_DIGITS))
+    defaults = {
+        "output_dir": folder / "run",
+        "dataset_name": "digits",
+        "resolution": 8,
+        "vae": "none",
+        "model_config": model_config,
+        "objective": "vrpo",
+        "encoder": "digits",
+        "projector_dim": 32,
+        "train_batch_size": 16,
+        "max_train_steps": 4,
+        "learning_rate": 0.01,
+        "ema_decay": 0.5,
+        "logging_steps": 1,
+        "num_inference_steps": 2,
+        "num_validation_images": 1,
+        "dataloader_num_workers": 0,
+        "report_to": "none",
+    }
+
+    def options(**changes) -> list[str]:
+        merged = {**defaults, **changes}
+        return [part for name, value in merged.items() if value is not None for part in (f"--{name}", str(value))]
+
+    return options
+
+
+def run(options: list[str]):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train_vrpo.main(train_vrpo.parse_args(options))
+
+
+def losses(folder) -> list[float]:
+    return [row["loss_fm"] for row in read_metrics(Path(folder) / "metrics.jsonl")]
+
+
+def assert_same_files(a: Path, b: Path, names: list[str]):
+    for name in names:
+        left, right = load_file(a / name), load_file(b / name)
+        assert left.keys() == right.keys()
+        for key in left:
+            assert torch.equal(left[key], right[key]), f"{name}: {key}"

@@ -1,0 +1,145 @@
+"""What is looked at while training: the Fréchet distance beside the grid, and looks that a killed run missed."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import PartialState
+
+from diffusers_vrpo import VRPOPipeline, validation
+from diffusers_vrpo.errors import InputError
+from diffusers_vrpo.evaluation import frechet_distance, mean_and_covariance
+from diffusers_vrpo.image_features import load_image_encoder, pooled_features
+from diffusers_vrpo.latents import load_image_dataset
+from diffusers_vrpo.sample import sample_batch
+from diffusers_vrpo.streaming import stream_image_dataset
+from diffusers_vrpo.training import log_values, read_metrics
+from diffusers_vrpo.validation import fixed_rows, training_images
+from support.data import write_files
+from support.training import run
+
+
+FD = {"fd_encoder": "digits", "num_fd_samples": 40, "max_train_samples": 200}
+
+
+def to_tensor(images):
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+def test_the_distance_is_that_of_the_saved_pipeline(command, tmp_path):
+    run(command(max_train_steps=3, validation_steps=2, **FD))
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert ["validation/fd_digits" in row for row in rows] == [False, True, True]
+    assert all("loss_fm" in row for row in rows)
+
+    pipeline = VRPOPipeline.from_pretrained(tmp_path / "run")
+    pipeline.set_progress_bar_config(disable=True)
+    labels = [i // 4 for i in range(40)]
+    samples = sample_batch(pipeline, range(40), labels, 0, {"num_inference_steps": 2, "guidance_scale": 1.0})
+    data = load_image_dataset("digits", max_train_samples=200)[0]
+    encoder = load_image_encoder("digits")
+    real = pooled_features(encoder, to_tensor(training_images(data, fixed_rows(data, 10_000), 8)))
+    assert len(real) == len(data)
+    expected = frechet_distance(
+        *mean_and_covariance(real), *mean_and_covariance(pooled_features(encoder, to_tensor(samples)))
+    )
+    assert rows[-1]["validation/fd_digits"] == pytest.approx(expected, rel=1e-5)
+    assert rows[-1]["validation/fd_digits"] != rows[1]["validation/fd_digits"]
+
+
+@pytest.mark.parametrize("what", ["the grid", "the distance"])
+def test_a_look_that_a_kill_prevented_is_made_good(command, tmp_path, what):
+    options = {"max_train_steps": 4, "validation_steps": 2, "checkpointing_steps": 2, **FD}
+    run(command(**options))
+    expected = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    killed = tmp_path / "killed"
+    shutil.copytree(tmp_path / "run", killed)
+    shutil.rmtree(killed / "checkpoint-4")
+    grid = killed / "samples" / "step-0000002.png"
+    before = grid.read_bytes()
+    if what == "the grid":
+        grid.unlink()
+    (killed / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in expected[:1]))
+    with (killed / "metrics.jsonl").open("a") as file:
+        file.write(
+            json.dumps({name: value for name, value in expected[1].items() if name != "validation/fd_digits"}) + "\n"
+        )
+    run(command(**options, output_dir=killed))
+    assert grid.read_bytes() == before
+    rows = read_metrics(killed / "metrics.jsonl")
+    assert [row.get("validation/fd_digits") for row in rows] == [row.get("validation/fd_digits") for row in expected]
+    assert rows[1]["validation/fd_digits"] is not None
+
+
+def test_what_cannot_be_compared(command, tmp_path):
+    with pytest.raises(InputError, match="--num_fd_samples 1 has no covariance; take 2048 or more"):
+        run(command(fd_encoder="digits", num_fd_samples=1))
+    with pytest.raises(InputError, match="--num_fd_samples 9 goes with --fd_encoder only"):
+        run(command(num_fd_samples=9))
+    with pytest.raises(InputError, match="--fd_encoder ./nowhere: there is no such folder"):
+        run(command(fd_encoder="./nowhere"))
+
+
+def test_streamed_references_are_whole_row_groups(tmp_path):
+    folder = write_files(tmp_path / "numbered", rows=103, files=2, group_rows=10)
+    data = stream_image_dataset(folder)[0]
+    rows = fixed_rows(data, 25)
+    assert len(rows) == 25 and len({np.searchsorted(data.first_rows, row, side="right") for row in rows}) == 3
+    images = training_images(data, rows, 8)
+    assert images.shape == (25, 8, 8, 3) and images[:, 0, 0, 0].tolist() == rows.tolist()
+    assert np.array_equal(np.sort(fixed_rows(data, 10_000)), np.arange(103))
+
+
+def test_a_signal_ends_the_work(command, tmp_path, monkeypatch):
+    """No number is logged, and the run leaves with a checkpoint after its next step."""
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return sample_batch(*arguments)
+
+    monkeypatch.setattr(validation, "sample_batch", interrupted)
+    with pytest.raises(SystemExit) as end:
+        run(command(max_train_steps=9, validation_steps=2, **{**FD, "train_batch_size": 8}))
+    assert end.value.code == 143
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert len(rows) == 3 and not any("validation/fd_digits" in row for row in rows)
+    assert (tmp_path / "run" / "checkpoint-3").is_dir()
+
+
+def test_the_reference_is_that_of_the_data(command, tmp_path):
+    options = {"max_train_steps": 1, "resume_from_checkpoint": "none", **FD}
+    run(command(**options))
+    file, again = tmp_path / "run" / "fd_reference.safetensors", tmp_path / "again"
+    again.mkdir()
+    for content in (file.read_bytes(), b"damaged"):
+        (again / file.name).write_bytes(content)
+        run(command(**options, output_dir=again))
+        assert (again / file.name).read_bytes() == file.read_bytes()
+        shutil.rmtree(again / "checkpoint-1")
+
+
+def test_a_tracker_that_cannot_write_is_left_out():
+    class Full:
+        name = "full"
+
+        def log(self, values, step):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    class Kept:
+        name = "kept"
+
+        def log(self, values, step):
+            got.append((values, step))
+
+    got = []
+    accelerator = SimpleNamespace(trackers=[Full(), Kept()])
+    PartialState()  # accelerate's loggers ask it
+    for step in (1, 2):
+        log_values(accelerator, {"a": 1.0}, step)
+    assert got == [({"a": 1.0}, 1), ({"a": 1.0}, 2)] and [t.name for t in accelerator.trackers] == ["kept"]

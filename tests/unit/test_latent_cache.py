@@ -1,0 +1,530 @@
+"""The latent cache: what is written, that nothing interrupts it for good, and that training sees the same from it."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from datasets import load_dataset
+
+from diffusers_vrpo import latent_cache, prepare_latents
+from diffusers_vrpo.encoders import load_encoder
+from diffusers_vrpo.errors import InputError
+from diffusers_vrpo.latent_cache import (
+    CachedEncoder,
+    CachedSamples,
+    LatentCache,
+    batch_latents,
+    cached_encoders,
+    load_training_data,
+    training_samples,
+)
+from diffusers_vrpo.latents import (
+    TrainingSamples,
+    as_is,
+    decode_image,
+    encode_images,
+    encode_moments,
+    load_image_dataset,
+    load_vae,
+    resize_and_crop,
+)
+from support.data import png, write_parquet
+from support.models import tiny_vae
+from support.paths import SRC
+
+
+ROWS = 1437  # of the digits
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As the subprocesses have: kernels round differently with more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def vae_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "vae"
+    tiny_vae("kl").save_pretrained(folder)
+    return str(folder)
+
+
+def options(vae, output_dir, **changes) -> list[str]:
+    merged = {"dataset_name": "digits", "vae": vae, "resolution": 8, "output_dir": output_dir, "flip": True}
+    merged |= {"encoder": "digits", "patch_size": 1, "chunk_rows": 16, "dataloader_num_workers": 0, **changes}
+    argv = ["prepare"]
+    for name, value in merged.items():
+        argv += (
+            [f"--{name}"] if value is True else [] if value is None or value is False else [f"--{name}", str(value)]
+        )
+    return argv
+
+
+def command(argv, launcher=(), wait=True):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "ACCELERATE"))}
+    environment |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = str(SRC)
+    process = subprocess.Popen(
+        [sys.executable, *launcher, "-m", "diffusers_vrpo.latents", *argv],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if not wait:
+        return process
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
+def prepare(vae, output_dir, **changes):
+    args = prepare_latents.parse_args(options(vae, output_dir, **changes))
+    args.run(args)
+    return output_dir
+
+
+@pytest.fixture(scope="module")
+def reference(vae_folder, tmp_path_factory):
+    """Made by one process from beginning to end; with flipped copies, features and images."""
+    folder = tmp_path_factory.mktemp("reference") / "cache"
+    output = command(options(vae_folder, folder))
+    assert f"wrote {ROWS} images" in output and "image/s" in output
+    return folder
+
+
+@pytest.fixture
+def copy(reference, tmp_path):
+    return Path(shutil.copytree(reference, tmp_path / "copy"))
+
+
+def content(folder) -> dict[str, bytes]:
+    folder = Path(folder)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_same(a, b):
+    a, b = content(a), content(b)
+    assert a.keys() == b.keys()
+    assert [name for name in a if a[name] != b[name]] == []
+
+
+def damage(path: Path, position: float = 0.5):
+    data = bytearray(path.read_bytes())
+    data[int(position * len(data))] ^= 16
+    path.write_bytes(data)
+
+
+def digits_images(rows):
+    data = load_image_dataset("digits")[0]
+    return np.stack([resize_and_crop(decode_image(data[int(row)]["image"]), 8) for row in rows])
+
+
+# What is written
+
+
+def test_the_cache_holds_what_the_models_give(reference, vae_folder):
+    cache = LatentCache(reference)
+    rows = np.array([0, 15, 16, 700, ROWS - 1])
+    pixels = digits_images(rows)
+    vae, encoder = load_vae(vae_folder), load_encoder("digits", (4, 4))
+    assert len(cache) == ROWS and cache.id2label[3] == "three"
+    np.testing.assert_array_equal(cache["label"], load_image_dataset("digits")[0]["label"][:])
+    for flips in (np.zeros(5, dtype=bool), np.ones(5, dtype=bool)):
+        seen = pixels[:, :, ::-1] if flips[0] else pixels
+        images = torch.from_numpy(seen.copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
+        mean, std = encode_moments(vae, images)
+        latents = cache.read("latents", rows, flips)
+        assert latents.dtype == torch.float16 and latents.shape == (5, 8, 4, 4)
+        torch.testing.assert_close(latents[:, :4].float(), (mean - 0.1) * 0.3, rtol=6e-4, atol=1e-6)
+        torch.testing.assert_close(latents[:, 4:].float(), std * 0.3, rtol=6e-4, atol=1e-6)
+        features = cache.read("features-0", rows, flips)
+        torch.testing.assert_close(features.float(), encoder(images), rtol=6e-4, atol=1e-4)
+    np.testing.assert_array_equal(np.stack([cache.pixels(row) for row in rows]), pixels)
+
+
+def test_kinds_of_latents(tmp_path, vae_folder):
+    small = {"max_train_samples": 40, "flip": None, "encoder": None, "images": "none"}
+    moments = LatentCache(prepare(vae_folder, tmp_path / "moments", **small))
+    sampled = [LatentCache(prepare(vae_folder, tmp_path / str(n), sampled=True, seed=n, **small)) for n in (0, 1)]
+    mean, std = moments.read("latents", np.arange(40)).float().chunk(2, dim=1)
+    drawn = [cache.read("latents", np.arange(40)).float() for cache in sampled]
+    assert drawn[0].shape == (40, 4, 4, 4) and not torch.equal(*drawn)
+    for latents in drawn:
+        z = (latents - mean) / std
+        assert abs(z.mean()) < 0.1 and abs(z.std() - 1) < 0.1
+    tiny_vae("tiny").save_pretrained(tmp_path / "tiny")
+    small["resolution"] = 16
+    cache = LatentCache(prepare(str(tmp_path / "tiny"), tmp_path / "deterministic", **small))
+    batch = CachedSamples(cache, 0, 10).__getitems__([0, 1])
+    assert cache.config["kind"] == "latents" and "posterior_noise" not in batch
+    assert torch.equal(batch_latents(None, batch), batch["latents"].float())
+    with pytest.raises(InputError, match="--sampled: .*AutoencoderTiny, which has no posterior"):
+        prepare(str(tmp_path / "tiny"), tmp_path / "no", sampled=True, **small)
+
+
+def test_unreadable_images_are_replaced_as_without_a_cache(tmp_path, vae_folder):
+    images = [png(i % 256) for i in range(300)]
+    images[47] = images[48] = images[299] = b"broken"
+    folder = write_parquet(tmp_path / "data", [i % 2 for i in range(300)], images=images)
+    cache = LatentCache(prepare(vae_folder, tmp_path / "cache", dataset_name=folder, encoder=None))
+    assert cache.corrupt_rows == {47, 48, 299} and cache.id2label == {0: "cat", 1: "dog"}
+    assert np.array_equal(cache.pixels(47), cache.pixels(49)) and np.array_equal(cache.pixels(299), cache.pixels(0))
+    data = load_image_dataset(folder)[0]
+    a = TrainingSamples(data, 3, 8, (4, 4, 4), 2).__getitems__(list(range(300)))
+    b = CachedSamples(cache, 3, 2, images=True).__getitems__(list(range(300)))
+    for name in ("pixels", "class_labels", "corrupt_rows"):
+        assert torch.equal(a[name], b[name]), name
+    images[5] = b"broken"
+    folder = write_parquet(tmp_path / "four", [0] * 300, images=images)
+    with pytest.raises(InputError, match="cannot be decoded"):
+        prepare(vae_folder, tmp_path / "no", dataset_name=folder, encoder=None)
+
+
+# Interruptions
+
+
+def test_killed_and_continued(reference, vae_folder, tmp_path):
+    folder = tmp_path / "cache"
+    journal = folder / "journal-0.jsonl"
+    process = command(options(vae_folder, folder), wait=False)
+    deadline = time.monotonic() + 120
+    while not journal.exists() or len(journal.read_text().split()) < 20:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    done = len(journal.read_text().splitlines()) // 2
+    assert 3 <= done < 90
+    with pytest.raises(InputError, match="is not finished"):
+        LatentCache(folder)
+    whole = (folder / "latents.npy").read_bytes()
+    assert whole != (reference / "latents.npy").read_bytes()
+    prepare(vae_folder, folder)
+    assert_same(folder, reference)
+
+
+def test_two_processes_write_the_same(reference, vae_folder, tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command(options(vae_folder, tmp_path / "cache"), launcher)
+    assert_same(tmp_path / "cache", reference)
+
+
+def unfinish(folder, chunks) -> list[str]:
+    """Puts a cache back to where only these chunks were journalled; gives the journal's lines."""
+    meta = json.loads((folder / "meta.json").read_text())
+    lines = [json.dumps({"chunk": c, "crc": meta["checksums"][c], "corrupt": []}) for c in chunks]
+    kept = {"format": meta["format"], "complete": False, "about": meta["about"], "config": meta["config"]}
+    (folder / "meta.json").write_text(json.dumps(kept))
+    return lines
+
+
+def test_traces_of_a_kill_are_harmless(copy, reference, vae_folder):
+    lines = unfinish(copy, range(0, 88))
+    # By three processes; a line cut short, a chunk half written, temporary files.
+    (copy / "journal-0.jsonl").write_text("\n".join(lines[:40]) + "\n" + lines[40][:-20])
+    (copy / "journal-2.jsonl").write_text("\n".join(lines[41:]))
+    (copy / "images" / "00089.bin").unlink()
+    (copy / "images" / ".00089.bin.123.tmp").write_bytes(b"half")
+    (copy / ".meta.json.123.tmp").write_bytes(b"{")
+    damage(copy / "features-0.npy", 1436 / 2874)
+    prepare(vae_folder, copy)
+    assert_same(copy, reference)
+
+
+def test_a_lost_array_is_written_again(copy, reference, vae_folder):
+    (copy / "labels.npy").unlink()
+    os.truncate(copy / "latents.npy", 400_000)
+    with pytest.raises(InputError, match="--latents_dir .* is damaged .*npy.*; `prepare --verify` mends it"):
+        LatentCache(copy)
+    prepare(vae_folder, copy)
+    assert_same(copy, reference)
+
+
+def test_a_complete_cache_is_left_alone(copy, vae_folder, monkeypatch):
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
+    monkeypatch.setattr(prepare_latents, "write_chunks", None)
+    prepare(vae_folder, copy)
+    prepare(vae_folder, copy, verify=True)
+    assert before == {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    "file", ["latents.npy", "labels.npy", "features-0.npy", "image_offsets.npy", "images/00030.bin"]
+)
+def test_damage_is_found_and_mended(copy, reference, vae_folder, file):
+    damage(copy / file)
+    with pytest.raises(InputError, match=r"1 of 90 chunks differ from their checksum \(first: rows \d+ to \d+\)"):
+        prepare_latents.verify(SimpleNamespace(latents_dir=copy))
+    prepare(vae_folder, copy, verify=True)
+    assert_same(copy, reference)
+    prepare_latents.verify(SimpleNamespace(latents_dir=copy))
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"resolution": 16}, "otherwise: --resolution was 8 and is 16; keep to that"),
+        ({"flip": None}, "--flip was True and is False"),
+        ({"images": "none"}, "--images was webp and is none"),
+        ({"sampled": True}, r"the kind of latents \(--sampled\) was moments and is sampled"),
+        ({"encoder": None}, "--encoder, its layer, weights or token grid differs"),
+        ({"encoder_layer": 2}, "--encoder, its layer, weights or token grid differs"),
+        ({"max_train_samples": 100}, "the number of images was 1437 and is 100"),
+        ({"dataset_split": "validation"}, "the number of images was 1437 and is 360"),
+        ({"chunk_rows": 32}, "--chunk_rows was 16 and is 32"),
+    ],
+)
+def test_two_configurations_do_not_mix(reference, vae_folder, change, message):
+    with pytest.raises(InputError, match=message):
+        prepare(vae_folder, reference, **change)
+    LatentCache(reference)
+
+
+def test_other_weights_do_not_mix(reference, tmp_path):
+    vae = tiny_vae("kl")
+    with torch.no_grad():
+        vae.encoder.conv_in.bias += 1
+    vae.save_pretrained(tmp_path / "vae")
+    with pytest.raises(InputError, match="the checksum of the weights of --vae was"):
+        prepare(str(tmp_path / "vae"), reference)
+
+
+def test_folders_with_something_else(tmp_path, vae_folder, monkeypatch):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"holds other files \(thesis.txt\) and no latent cache"):
+        prepare(vae_folder, tmp_path)
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "meta.json").write_text("{")
+    with pytest.raises(InputError, match="meta.json is damaged"):
+        prepare(vae_folder, tmp_path / "damaged")
+    with pytest.raises(InputError, match="--latents_dir .*nowhere has no meta.json"):
+        LatentCache(tmp_path / "nowhere")
+    monkeypatch.setattr(latent_cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(InputError, match="has 0.0 GB of free space, but the arrays of the cache take"):
+        prepare(vae_folder, tmp_path / "full")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"vae": "none", "encoder": None}, "--vae none: a cache of pixels is for encoder features"),
+        ({"vae": "none", "vae_dtype": "float16"}, "--vae_dtype float16 is of an autoencoder"),
+        ({"dataset_name": None}, "give either --dataset_name or --train_data_dir"),
+        ({"chunk_rows": 0}, "--chunk_rows 0 must be at least 1"),
+        ({"encoder": None, "encoder_layer": 3}, "--encoder_layer goes with --encoder only"),
+        ({"seed": 3}, "--seed goes with --sampled only"),
+    ],
+)
+def test_command_lines_that_cannot_work(capsys, change, message):
+    with pytest.raises(SystemExit):
+        prepare_latents.parse_args(options(change.pop("vae", "vae"), "out", **change))
+    assert message in capsys.readouterr().err
+
+
+def test_command_line_errors_are_one_sentence(tmp_path):
+    with pytest.raises(
+        SystemExit, match="^python -m diffusers_vrpo.latents verify: error: --latents_dir .* no latent cache"
+    ):
+        prepare_latents.main(["verify", "--latents_dir", str(tmp_path)])
+
+
+def test_too_large_values_are_refused(tmp_path):
+    vae = tiny_vae("kl")
+    vae.register_to_config(scaling_factor=1e7)
+    vae.save_pretrained(tmp_path / "vae")
+    with pytest.raises(InputError, match="latents of rows 0 to 15 are not finite in float16"):
+        prepare(str(tmp_path / "vae"), tmp_path / "cache", encoder=None)
+
+
+# Training from it
+
+
+def test_the_streams_are_those_of_the_images(reference, vae_folder):
+    data = load_image_dataset("digits")[0]
+    vae, encoder = load_vae(vae_folder), load_encoder("digits", (4, 4))
+    streams = {"label_dropout": 0.3, "random_flip": True, "num_tokens": 100}
+    samples = TrainingSamples(data, 5, 8, (4, 4, 4), 10, sample_posterior=True, **streams)
+    cached = CachedSamples(LatentCache(reference), 5, 10, images=True, features=[0], **streams)
+    indices = list(range(ROWS - 40, ROWS + 40))  # from one epoch into the next
+    a, b = samples.__getitems__(indices), cached.__getitems__(indices)
+    assert set(b) == set(a) | {"latents", "features_0"}
+    for name in a:
+        assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
+    a["pixels"] = a["pixels"].float() / 127.5 - 1
+    x0 = encode_images(vae, a["pixels"], a["posterior_noise"])
+    assert torch.equal(batch_latents(vae, a), x0)
+    assert (batch_latents(None, b) - x0).abs().max() < 2e-3 * x0.abs().max()
+    features = CachedEncoder(0, 0, 64)(b)
+    expected = encoder(a["pixels"])
+    assert features.dtype == torch.float32 and (features - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+def test_worker_processes_read_the_same(reference):
+    samples = CachedSamples(LatentCache(reference), 0, 10, random_flip=True, images=True, features=[0])
+    here = samples.__getitems__([3, 99])
+    assert "arrays" not in pickle.loads(pickle.dumps(samples)).cache.__dict__
+    loader = torch.utils.data.DataLoader(
+        samples, batch_sampler=[[3, 99], [0, 1]], num_workers=1, collate_fn=as_is, multiprocessing_context="spawn"
+    )
+    there = next(iter(loader))
+    assert here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in here)
+
+
+def trainer_options(folder, **changes) -> SimpleNamespace:
+    plain = "dataset_name dataset_config_name train_data_dir max_train_samples cache_dir vae encoder_layer"
+    values = dict.fromkeys(plain.split())
+    values |= {"dataset_split": "train", "image_column": "image", "label_column": "label", "seed": 0, "resolution": 8}
+    values |= {
+        "latents_dir": folder,
+        "center_crop": True,
+        "random_flip": False,
+        "encoder": ["digits"],
+        "streaming": False,
+    }
+    return SimpleNamespace(**{**values, "objective": "vrpo", **changes})
+
+
+TRANSFORMER = SimpleNamespace(null_class_id=10, config=SimpleNamespace(class_dropout_prob=0.1))
+
+
+def test_what_the_trainer_opens(reference, vae_folder):
+    args = trainer_options(reference)
+    data, id2label, num_classes = load_training_data(args)
+    assert args.vae == vae_folder and num_classes == 10 and id2label[0] == "zero" and len(data) == ROWS
+    encoders = cached_encoders(data, args, (4, 4))
+    assert [encoder.embed_dim for encoder in encoders] == [64]
+    batch = training_samples(data, args, TRANSFORMER, (4, 4, 4), 16, encoders, 16).__getitems__([0])
+    assert {"latents", "features_0", "tokens"} <= set(batch) and "pixels" not in batch
+    # For another grid the images are there.
+    assert cached_encoders(data, args, (2, 2)) == []
+    batch = training_samples(data, args, TRANSFORMER, (4, 4, 4), 16, [object()], 16).__getitems__([0])
+    assert "pixels" in batch and "features_0" not in batch
+    args = trainer_options(reference, objective="none", encoder=None)
+    batch = training_samples(data, args, TRANSFORMER, (4, 4, 4), 16, cached_encoders(data, args, (4, 4)), 16)
+    assert not {"pixels", "features_0", "tokens"} & set(batch.__getitems__([0]))
+    images = trainer_options(None, dataset_name="digits", vae="none")
+    data, _, _ = load_training_data(images)
+    assert "pixels" in training_samples(data, images, TRANSFORMER, (3, 8, 8), 16, [], 16).__getitems__([0])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"resolution": 256}, "--resolution 256: .* prepared with --resolution 8; give that"),
+        ({"vae": "stabilityai/sd-vae-ft-ema"}, "--vae stabilityai/sd-vae-ft-ema: .* prepared with .*vae; give that"),
+        ({"center_crop": False}, "--no-center_crop: .* has centre crops only"),
+        ({"max_train_samples": 5}, "--max_train_samples goes with images"),
+    ],
+)
+def test_options_that_contradict_the_cache(reference, change, message):
+    with pytest.raises(InputError, match=message):
+        load_training_data(trainer_options(reference, **change))
+
+
+def test_a_cache_that_lacks_what_training_needs(tmp_path, vae_folder):
+    small = {"max_train_samples": 40, "flip": None, "images": "none"}
+    args = trainer_options(prepare(vae_folder, tmp_path / "cache", **small))
+    data, _, _ = load_training_data(args)
+    assert len(cached_encoders(data, args, (4, 4))) == 1
+    with pytest.raises(InputError, match="neither images nor all features of --encoder digits for a 2x2 grid"):
+        cached_encoders(data, args, (2, 2))
+    args.random_flip = True
+    with pytest.raises(InputError, match="--random_flip: .* has no flipped copies; prepare one with --flip"):
+        training_samples(data, args, TRANSFORMER, (4, 4, 4), 16, [], 16)
+    with pytest.raises(InputError, match=r"makes latents of \[4, 8, 8\]"):
+        training_samples(data, args, TRANSFORMER, (4, 8, 8), 16, [], 16)
+
+
+# Export and import
+
+
+@pytest.fixture
+def exported(reference, tmp_path):
+    prepare_latents.main(["export", "--latents_dir", str(reference), "--output_dir", str(tmp_path / "export")])
+    return tmp_path / "export"
+
+
+def test_export_and_import_give_the_same_bytes(reference, exported, tmp_path):
+    prepare_latents.main(["import", "--dataset", str(exported), "--output_dir", str(tmp_path / "cache")])
+    assert_same(tmp_path / "cache", reference)
+    cache = LatentCache(reference)
+    data = load_dataset(str(exported), split="train", cache_dir=str(tmp_path / "hf"))
+    assert data.features["label"].names == cache.about["class_names"] and len(data) == ROWS
+    row = data[77]
+    stored = cache.arrays["latents"]
+    assert row["latents"] == stored[77].tobytes() and row["latents_flipped"] == stored[ROWS + 77].tobytes()
+    assert row["features_0"] == cache.arrays["features-0"][77].tobytes() and row["label"] == cache["label"][77]
+    data.set_format(None)
+    assert np.array_equal(np.asarray(decode_image(row["image"])), cache.pixels(77))
+    # Given again, both have nothing to do.
+    before = (exported / "data" / "train-00000-of-00001.parquet").stat().st_mtime_ns
+    prepare_latents.main(["export", "--latents_dir", str(reference), "--output_dir", str(exported)])
+    prepare_latents.main(["import", "--dataset", str(exported), "--output_dir", str(tmp_path / "cache")])
+    assert (exported / "data" / "train-00000-of-00001.parquet").stat().st_mtime_ns == before
+
+
+def test_damaged_exports_are_refused(reference, exported, copy, tmp_path):
+    damage(copy / "latents.npy")
+    with pytest.raises(InputError, match="1 of 90 chunks differ"):
+        prepare_latents.export(SimpleNamespace(latents_dir=copy, output_dir=tmp_path / "no", push_to_hub=None))
+    other = SimpleNamespace(latents_dir=reference, output_dir=copy / "images", push_to_hub=None)
+    with pytest.raises(InputError, match="holds something else"):
+        prepare_latents.export(other)
+    parquet = exported / "data" / "train-00000-of-00001.parquet"
+    args = SimpleNamespace(dataset=str(exported), output_dir=tmp_path / "cache", cache_dir=None)
+    whole = parquet.read_bytes()
+    damage(parquet)
+    with pytest.raises(InputError, match="differ from their checksum|is damaged"):
+        prepare_latents.import_(args)
+    with pytest.raises(InputError, match="is not finished"):
+        LatentCache(args.output_dir)
+    # What was sound is not done again.
+    parquet.write_bytes(whole)
+    prepare_latents.import_(args)
+    assert_same(args.output_dir, reference)
+    parquet.unlink()
+    args.output_dir = tmp_path / "empty"
+    with pytest.raises(InputError, match="ends after 0 images of 1437"):
+        prepare_latents.import_(args)
+
+
+def test_push_uploads_the_folder(reference, exported, monkeypatch):
+    calls = []
+
+    class Api:
+        def create_repo(self, name, **options):
+            calls.append((name, options))
+            return SimpleNamespace(repo_id=name)
+
+        def upload_folder(self, **options):
+            calls.append(options)
+
+    monkeypatch.setattr(prepare_latents, "HfApi", Api)
+    args = ["export", "--latents_dir", str(reference), "--output_dir", str(exported), "--push_to_hub", "me/digits"]
+    prepare_latents.main([*args, "--private"])
+    assert calls[0] == ("me/digits", {"repo_type": "dataset", "private": True, "exist_ok": True})
+    assert calls[1]["folder_path"] == exported and calls[1]["repo_type"] == "dataset"
+
+    def offline(self, name, **options):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(Api, "create_repo", offline)
+    with pytest.raises(SystemExit, match="--push_to_hub me/digits: .*the Hub cannot be reached"):
+        prepare_latents.main(args)

@@ -1,0 +1,379 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""SiT (arXiv 2401.08740) and DiT (arXiv 2212.09748), one architecture, as a diffusers model with alignment projectors.
+
+Patches, adaLN-zero blocks, one timestep and one label embedder shared by all blocks; what distinguishes checkpoints of
+the two (what is predicted, which way time runs) is in the config. This file imports torch and diffusers only, so that it
+can be published beside the weights.
+"""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed_from_grid
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch import nn
+
+
+# Sizes of the SiT and DiT papers; XS is ours, for small data sets and tests.
+SIT_SIZES = {
+    "XS": {"num_layers": 6, "num_attention_heads": 4, "attention_head_dim": 32},
+    "S": {"num_layers": 12, "num_attention_heads": 6, "attention_head_dim": 64},
+    "B": {"num_layers": 12, "num_attention_heads": 12, "attention_head_dim": 64},
+    "L": {"num_layers": 24, "num_attention_heads": 16, "attention_head_dim": 64},
+    "XL": {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72},
+}
+SIT_PATCH_SIZES = (1, 2, 4, 8)
+SIT_PRESETS = tuple(f"{kind}-{size}/{p}" for kind in ("SiT", "DiT") for size in SIT_SIZES for p in SIT_PATCH_SIZES)
+
+
+def sit_preset(name: str) -> dict:
+    """The constructor arguments of a preset such as `"SiT-B/2"` or `"DiT-XL/2"` (kind, size, slash, patch size).
+
+    SiT predicts the velocity; DiT predicts the noise at integer timesteps, with a learned variance.
+
+    Raises:
+        ValueError: for an unknown name; the message lists the nearest presets.
+    """
+    by_lower_case = {preset.lower(): preset for preset in SIT_PRESETS}
+    preset = by_lower_case.get(name.lower())
+    if preset is None:
+        near = difflib.get_close_matches(name.lower(), by_lower_case, n=3) or by_lower_case
+        raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(by_lower_case[n] for n in near)}")
+    kind, size, patch = preset.replace("-", "/").split("/")
+    config = {**SIT_SIZES[size], "patch_size": int(patch)}
+    return config if kind == "SiT" else config | {"prediction_type": "epsilon", "learn_sigma": True}
+
+
+@dataclass
+class SiTTransformer2DModelOutput(BaseOutput):
+    """
+    Args:
+        sample (`torch.Tensor` of shape `(batch, channels, height, width)`): the predicted velocity or noise; with
+            `return_variance`, as many variance channels follow.
+        projections (`tuple` of `torch.Tensor` of shape `(batch, tokens, alignment_dim)`, *optional*):
+            projected hidden tokens, not normalised: for every block in `alignment_layers`, one tensor per entry of
+            `alignment_dims`.
+    """
+
+    sample: torch.Tensor
+    projections: tuple[torch.Tensor, ...] | None = None
+
+
+class SiTAttnProcessor:
+    """Self-attention through diffusers' attention backends (`model.set_attention_backend`)."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(self, attn: "SiTAttention", hidden_states: torch.Tensor) -> torch.Tensor:
+        if attn.fused_projections:
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query, key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in (query, key, value))
+        if attn.norm_q is not None:
+            query, key = attn.norm_q(query).to(value.dtype), attn.norm_k(key).to(value.dtype)
+        hidden_states = dispatch_attention_fn(
+            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+        return attn.to_out[0](hidden_states.flatten(2, 3).to(query.dtype))
+
+
+class SiTAttention(nn.Module, AttentionModuleMixin):
+    _default_processor_cls = SiTAttnProcessor
+    _available_processors = [SiTAttnProcessor]
+
+    def __init__(self, dim: int, heads: int, dim_head: int, qk_norm: bool = False):
+        super().__init__()
+        inner_dim = heads * dim_head
+        self.heads = heads
+        self.head_dim = dim_head
+        self.use_bias = True
+        self.to_q = nn.Linear(dim, inner_dim)
+        self.to_k = nn.Linear(dim, inner_dim)
+        self.to_v = nn.Linear(dim, inner_dim)
+        self.to_out = nn.ModuleList([nn.Linear(inner_dim, dim)])
+        self.norm_q = nn.LayerNorm(dim_head) if qk_norm else None
+        self.norm_k = nn.LayerNorm(dim_head) if qk_norm else None
+        self.set_processor(self._default_processor_cls())
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.processor(self, hidden_states)
+
+
+def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+class SiTTransformerBlock(nn.Module):
+    """Pre-norm attention and feed-forward, each shifted, scaled and gated by the conditioning (adaLN-zero)."""
+
+    def __init__(self, dim: int, heads: int, dim_head: int, mlp_ratio: float, qk_norm: bool, norm2_eps: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.attn = SiTAttention(dim, heads, dim_head, qk_norm)
+        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=norm2_eps)
+        self.ff = FeedForward(dim, inner_dim=int(dim * mlp_ratio), activation_fn="gelu-approximate")
+        self.modulation = nn.Linear(dim, 6 * dim)
+
+    def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(conditioning).chunk(6, dim=1)
+        hidden_states = hidden_states + gate1.unsqueeze(1) * self.attn(
+            modulate(self.norm1(hidden_states), shift1, scale1)
+        )
+        return hidden_states + gate2.unsqueeze(1) * self.ff(modulate(self.norm2(hidden_states), shift2, scale2))
+
+
+def mlp_projector(dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
+    """REPA's projector g: three linear layers with SiLU between them, applied to each token."""
+    return nn.Sequential(
+        nn.Linear(dim, hidden_dim),
+        nn.SiLU(),
+        nn.Linear(hidden_dim, hidden_dim),
+        nn.SiLU(),
+        nn.Linear(hidden_dim, out_dim),
+    )
+
+
+class ConvProjector(nn.Module):
+    """iREPA's projector (arXiv 2512.10794): one 3x3 convolution over the grid of tokens."""
+
+    def __init__(self, dim: int, out_dim: int):
+        super().__init__()
+        self.projection_layer = nn.Conv2d(dim, out_dim, kernel_size=3, padding=1)
+
+    def forward(self, hidden_states: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+        return self.projection_layer(hidden_states.mT.unflatten(2, grid_size)).flatten(2).mT
+
+
+class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
+    """Class-conditional transformer that predicts the velocity of a flow (SiT) or the noise of a diffusion (DiT).
+
+    Inputs and outputs are in the convention of the checkpoint, which the config names:
+    - `prediction_type="velocity"`: timesteps t in [0, 1], output `dx_t/dt` along the straight path between data x0 and
+      noise. `time_direction="data_to_noise"`: t = 1 is noise, the velocity is `noise - x0` (REPA, and what this package
+      trains); `"noise_to_data"`: t = 0 is noise, the velocity is `x0 - noise` (the SiT repository).
+    - `prediction_type="epsilon"`: integer timesteps 0 ... 999 of the linear DDPM schedule, output the noise (DiT).
+
+    Args:
+        sample_size (`int` or `(int, int)`): height and width of the latents (or pixels) it is trained on. Other sizes
+            run too: the position table is stretched over them.
+        patch_size (`int`): side of a patch; tokens N = (height / patch_size) * (width / patch_size).
+        in_channels (`int`): channels of the latents (4 for SD-VAE, 3 for pixels).
+        num_layers, num_attention_heads, attention_head_dim (`int`): depth and width; D = heads * head_dim.
+        mlp_ratio (`float`): hidden width of the feed-forward over D.
+        num_classes (`int`): K; labels are 0 ... K-1.
+        null_class_id (`int`, *optional*): the label that means "no class", at least K; K when not given.
+        class_dropout_prob (`float`): share of labels replaced by the null class in training. With 0 and no
+            `null_class_id` there is no null class, and no guidance.
+        prediction_type (`str`): `"velocity"` or `"epsilon"`.
+        time_direction (`str`): `"data_to_noise"` or `"noise_to_data"`; only the former with `"epsilon"`.
+        learn_sigma (`bool`): the last layer also has variance channels; they are cut from the output unless asked for.
+        guidance_channels (`int`, *optional*): how many channels the official sampler guides (3 of 4 in SiT and DiT);
+            all when not given.
+        qk_norm (`bool`): LayerNorm on queries and keys of each head.
+        downscale_freq_shift (`float`): the timestep's frequencies are `10000 ** (-i / (128 - downscale_freq_shift))`; 0
+            officially, 1 in diffusers' DiT.
+        norm2_eps (`float`): of the norm before the feed-forward; 1e-6 officially, 1e-5 in diffusers' DiT.
+        alignment_layers (`list[int]`): blocks, counted from 1, after which the tokens are projected.
+        alignment_dims (`list[int]`): widths of the encoders' patch embeddings; one projector per block and entry.
+        projector_type (`str`): `"mlp"`, REPA's three linear layers, or `"conv"`, iREPA's 3x3 convolution.
+        projector_dim (`int`): hidden width of the `"mlp"` projectors.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["SiTTransformerBlock"]
+    _repeated_blocks = ["SiTTransformerBlock"]
+    _skip_layerwise_casting_patterns = ["patch_embed", "time_embedding", "label_embedding", "norm", "proj_out"]
+    # A checkpoint with projectors opens without them: `from_pretrained(path, alignment_layers=[])`.
+    _keys_to_ignore_on_load_unexpected = [r"^projectors\."]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        num_layers: int = 12,
+        num_attention_heads: int = 12,
+        attention_head_dim: int = 64,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        null_class_id: int | None = None,
+        class_dropout_prob: float = 0.1,
+        prediction_type: str = "velocity",
+        time_direction: str = "data_to_noise",
+        learn_sigma: bool = False,
+        guidance_channels: int | None = None,
+        qk_norm: bool = False,
+        downscale_freq_shift: float = 0.0,
+        norm2_eps: float = 1e-6,
+        alignment_layers: list[int] = (),
+        alignment_dims: list[int] = (),
+        projector_type: str = "mlp",
+        projector_dim: int = 2048,
+    ):
+        super().__init__()
+        dim = num_attention_heads * attention_head_dim
+        height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        if height % patch_size or width % patch_size:
+            raise ValueError(f"sample_size {height}x{width} is not divisible by patch_size {patch_size}")
+        if dim % 4:
+            raise ValueError(f"num_attention_heads * attention_head_dim = {dim} must be divisible by 4")
+        if any(not 1 <= layer <= num_layers for layer in alignment_layers):
+            raise ValueError(f"alignment_layers {list(alignment_layers)} must lie in 1 ... num_layers = {num_layers}")
+        for name, value, choices in (
+            ("prediction_type", prediction_type, ("velocity", "epsilon")),
+            ("time_direction", time_direction, ("data_to_noise", "noise_to_data")),
+            ("projector_type", projector_type, ("mlp", "conv")),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} {value!r} must be one of {', '.join(choices)}")
+        if prediction_type == "epsilon" and time_direction != "data_to_noise":
+            raise ValueError(f"time_direction {time_direction!r} does not go with prediction_type 'epsilon'")
+        self.null_class_id = null_class_id
+        if null_class_id is None and class_dropout_prob > 0:
+            self.null_class_id = num_classes
+        if self.null_class_id is not None and self.null_class_id < num_classes:
+            raise ValueError(f"null_class_id {null_class_id} is one of the {num_classes} classes; use {num_classes}")
+        self.grid_size = (height // patch_size, width // patch_size)
+
+        self.patch_embed = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+        self.register_buffer("pos_embed", self._position_table(*self.grid_size), persistent=False)
+        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=downscale_freq_shift)
+        self.time_embedding = TimestepEmbedding(256, dim)
+        num_labels = num_classes if self.null_class_id is None else self.null_class_id + 1
+        self.label_embedding = nn.Embedding(num_labels, dim)
+        self.transformer_blocks = nn.ModuleList(
+            SiTTransformerBlock(dim, num_attention_heads, attention_head_dim, mlp_ratio, qk_norm, norm2_eps)
+            for _ in range(num_layers)
+        )
+        self.norm_out = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.modulation_out = nn.Linear(dim, 2 * dim)
+        self.proj_out = nn.Linear(dim, patch_size**2 * in_channels * (2 if learn_sigma else 1))
+        self.projectors = nn.ModuleList(
+            mlp_projector(dim, projector_dim, alignment_dim)
+            if projector_type == "mlp"
+            else ConvProjector(dim, alignment_dim)
+            for _ in alignment_layers
+            for alignment_dim in alignment_dims
+        )
+        self.gradient_checkpointing = False
+        self.initialize_weights()
+
+    def initialize_weights(self):
+        """SiT's initialisation: Xavier linears, N(0, 0.02) embedders, zeros where adaLN-zero wants the identity."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embed.weight.view(self.patch_embed.weight.shape[0], -1))
+        nn.init.zeros_(self.patch_embed.bias)
+        nn.init.normal_(self.label_embedding.weight, std=0.02)
+        nn.init.normal_(self.time_embedding.linear_1.weight, std=0.02)
+        nn.init.normal_(self.time_embedding.linear_2.weight, std=0.02)
+        for linear in [block.modulation for block in self.transformer_blocks] + [self.modulation_out, self.proj_out]:
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def enable_cache(self, config):
+        """Caching at inference (`FirstBlockCacheConfig`, ...); tells diffusers' hooks what the blocks return."""
+        from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+
+        TransformerBlockRegistry.register(SiTTransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0))
+        super().enable_cache(config)
+
+    def _position_table(self, rows: int, columns: int) -> torch.Tensor:
+        """Fixed sine-cosine positions `(1, rows * columns, D)`, stretched over the extent of the trained grid."""
+        y = torch.arange(rows, dtype=torch.float64) * (self.grid_size[0] / rows)
+        x = torch.arange(columns, dtype=torch.float64) * (self.grid_size[1] / columns)
+        # Column first, as in the official tables.
+        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"))
+        dim = self.config.num_attention_heads * self.config.attention_head_dim
+        return get_2d_sincos_pos_embed_from_grid(dim, grid, output_type="pt").float().unsqueeze(0)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor,
+        return_projections: bool = False,
+        alignment_fork: Callable | None = None,
+        return_variance: bool = False,
+        return_dict: bool = True,
+    ) -> SiTTransformer2DModelOutput | tuple:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, in_channels, height, width)`): noisy latents x_t.
+            timestep (`torch.Tensor` of shape `(batch,)` or `()`): in the checkpoint's convention: t in [0, 1], float32,
+                or an integer timestep (see the class).
+            class_labels (`torch.LongTensor` of shape `(batch,)`): 0 ... K-1, or `null_class_id` for no class.
+            return_projections (`bool`): run the projectors at `alignment_layers` and return what they give.
+            alignment_fork: called as `f(hidden_states, deepest)` after every aligned block, `deepest` telling the last of
+                them; returns the tokens for the blocks above and those for the projectors. Training weighs their
+                gradients with it.
+            return_variance (`bool`): keep the variance channels of a model with `learn_sigma`.
+            return_dict (`bool`): a [`SiTTransformer2DModelOutput`] instead of a tuple.
+        """
+        patch = self.config.patch_size
+        if hidden_states.shape[-2] % patch or hidden_states.shape[-1] % patch:
+            raise ValueError(
+                f"hidden_states of {hidden_states.shape[-2]}x{hidden_states.shape[-1]} are not divisible by the patch "
+                f"size {patch}"
+            )
+        batch_size, _, height, width = hidden_states.shape
+        rows, columns = height // patch, width // patch
+        pos_embed = self.pos_embed
+        if (rows, columns) != self.grid_size:
+            pos_embed = self._position_table(rows, columns).to(hidden_states.device)
+
+        # 1. Patches and conditioning. The frequencies stay float32 whatever the weights' dtype is.
+        # Under autocast the tokens between the blocks stay in the weights' float32, as in the official code.
+        weight_dtype = self.patch_embed.weight.dtype
+        hidden_states = self.patch_embed(hidden_states).flatten(2).transpose(1, 2).to(weight_dtype)
+        # Contiguous: of strided tokens Inductor's CPU backward gives wrong gradients (torch 2.13), and one layout lets all
+        # blocks share a compiled graph.
+        hidden_states = (hidden_states + pos_embed.to(weight_dtype)).contiguous()
+        timestep = timestep.expand(batch_size)
+        frequencies = self.time_proj(timestep).to(self.label_embedding.weight.dtype)
+        conditioning = F.silu(self.time_embedding(frequencies) + self.label_embedding(class_labels))
+
+        # 2. Blocks, with the projector branch after the aligned ones.
+        projections = []
+        per_layer = len(self.config.alignment_dims)
+        for number, block in enumerate(self.transformer_blocks, start=1):
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, conditioning)
+            else:
+                hidden_states = block(hidden_states, conditioning)
+            if return_projections and number in self.config.alignment_layers:
+                first = self.config.alignment_layers.index(number) * per_layer
+                to_project = hidden_states
+                if alignment_fork is not None:
+                    deepest = number == max(self.config.alignment_layers)
+                    hidden_states, to_project = alignment_fork(hidden_states, deepest)
+                for projector in self.projectors[first : first + per_layer]:
+                    grid = ((rows, columns),) if self.config.projector_type == "conv" else ()
+                    projections.append(projector(to_project, *grid))
+
+        # 3. Output: tokens back to an image.
+        shift, scale = self.modulation_out(conditioning).chunk(2, dim=1)
+        hidden_states = self.proj_out(modulate(self.norm_out(hidden_states), shift, scale))
+        hidden_states = hidden_states.reshape(batch_size, rows, columns, patch, patch, -1)
+        sample = hidden_states.permute(0, 5, 1, 3, 2, 4).reshape(batch_size, -1, height, width)
+        if not return_variance:
+            sample = sample[:, : self.config.in_channels]
+
+        projections = tuple(projections) if return_projections else None
+        if not return_dict:
+            return (sample, projections)
+        return SiTTransformer2DModelOutput(sample=sample, projections=projections)

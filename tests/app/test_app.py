@@ -20,9 +20,10 @@ import yaml
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
-from diffusers_vrpo import SiTSDEScheduler, VRPOPipeline, ddpm
+from diffusers_vrpo import SiTSDEScheduler, VRPOPipeline
 from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.sample import SAMPLERS
+from diffusers_vrpo.models import ddpm
+from diffusers_vrpo.pipelines.sampling import SAMPLERS
 from support.models import tiny_model
 from support.paths import ROOT
 

@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 
 from diffusers_vrpo import SiTTransformer2DModel
 from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.sharding import check_distributed
-from diffusers_vrpo.training import find_checkpoint, list_checkpoints, read_metrics
-from diffusers_vrpo.transformer_sit import SiTTransformerBlock
+from diffusers_vrpo.models.transformer_sit import SiTTransformerBlock
+from diffusers_vrpo.training.checkpoints import find_checkpoint, list_checkpoints
+from diffusers_vrpo.training.distributed import check_distributed
+from diffusers_vrpo.training.metrics import read_metrics
 from support.paths import TRAINING_SCRIPT
 from support.trainers import needs_fork
 from support.training import TINY_DIGITS, assert_same_files, losses, run

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from diffusers_vrpo.training import read_metrics
+from diffusers_vrpo.training.metrics import read_metrics
 from support.paths import TRAINING_SCRIPT
 from support.processes import no_network_environment
 from support.training import losses, run

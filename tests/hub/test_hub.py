@@ -14,12 +14,12 @@ import yaml
 from huggingface_hub import constants
 
 from diffusers_vrpo import SiTSDEScheduler, VRPOPipeline
-from diffusers_vrpo import hub as publishing
 from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.hub import push_folder
-from diffusers_vrpo.hub_run import HubPush, check_license, fetch_state, push_state, stage_state
-from diffusers_vrpo.interruption import Interruption
-from diffusers_vrpo.training import find_damage, write_manifest
+from diffusers_vrpo.hub import publish as publishing
+from diffusers_vrpo.hub.background import HubPush, check_license, fetch_state, push_state, stage_state
+from diffusers_vrpo.hub.publish import push_folder
+from diffusers_vrpo.training.checkpoints import find_damage, write_manifest
+from diffusers_vrpo.training.interruption import Interruption
 from support.hub_server import Repository, metadata_errors, serve
 from support.models import tiny_model, tiny_vae
 from support.paths import ROOT, SRC
@@ -88,7 +88,8 @@ PUBLISH = (
     + """
 import os
 from pathlib import Path
-from diffusers_vrpo import SiTTransformer2DModel, VRPOPipeline, hub
+from diffusers_vrpo import SiTTransformer2DModel, VRPOPipeline
+from diffusers_vrpo.hub import publish as hub
 hub.WAITS = (0.1, 0.1)
 
 pipeline = VRPOPipeline.from_pretrained("saved")
@@ -111,7 +112,7 @@ pipeline.push_to_hub("org/tiny", variant="fp16")
 # Everything from the Hub by the package, without leave to run the repository's code.
 again = VRPOPipeline.from_pretrained("org/tiny")
 assert type(again.transformer) is SiTTransformer2DModel and type(again) is VRPOPipeline
-assert again.scheduler.__class__.__module__ == "diffusers_vrpo.scheduling_sit_sde"
+assert again.scheduler.__class__.__module__ == "diffusers_vrpo.pipelines.scheduling_sit_sde"
 np.save("second.npy", sample(again))
 old = VRPOPipeline.from_pretrained("org/tiny", revision=first)
 assert np.array_equal(sample(old), np.load("expected.npy")) and not np.array_equal(sample(again), sample(old))
@@ -212,7 +213,9 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState
 from huggingface_hub import HfApi, constants
-from diffusers_vrpo import VRPOPipeline, hub, hub_run
+from diffusers_vrpo import VRPOPipeline
+from diffusers_vrpo.hub import publish as hub
+from diffusers_vrpo.hub import background as hub_run
 from diffusers_vrpo.errors import InputError
 hub.WAITS = (0.1, 0.1)
 spec = importlib.util.spec_from_file_location("train_vrpo", SCRIPT)
@@ -325,7 +328,7 @@ def test_a_run_publishes_itself_and_never_fails_for_it(hub, tmp_path_factory):
     assert len(refusals) == len(reasons)
     for (seconds, message), reason in zip(refusals, reasons):
         assert reason in message and float(seconds) < 30
-    assert "python -m diffusers_vrpo.hub no7" in refusals[-1][1]
+    assert "python -m diffusers_vrpo.hub.publish no7" in refusals[-1][1]
 
     digits, states = hub.repositories["org/digits"], hub.repositories["org/digits-state"]
     assert digits.private and states.private and not hub.repositories["org/adapters"].private
@@ -428,7 +431,7 @@ def test_what_has_no_record_leaves_the_card_and_claims_no_licence(here, tmp_path
     assert "license: mit" in kept.files()["README.md"].decode()
 
     check_license("mit")
-    with pytest.raises(InputError, match="--hub_license no-such is none that the Hub knows; give one such as"):
+    with pytest.raises(InputError, match="`hub_license` no-such is none that the Hub knows; give one such as"):
         check_license("no-such")
 
     push_folder(tmp_path / "plain", "org/plain")

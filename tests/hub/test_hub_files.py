@@ -21,12 +21,19 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_vrpo import SiTSDEScheduler, SiTTransformer2DModel, VRPOPipeline
 from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.hub import hub_sentence, is_passing, outdated_files, published_files, variant_of, without_paths
-from diffusers_vrpo.hub_run import HubPush, stage_pipeline
-from diffusers_vrpo.initialization import Start, build_transformer
-from diffusers_vrpo.interruption import Interruption
-from diffusers_vrpo.model_card import public_name, pushes_adapters_only, read_run, render_card
-from diffusers_vrpo.training import write_start
+from diffusers_vrpo.hub.background import HubPush, stage_pipeline
+from diffusers_vrpo.hub.card import public_name, pushes_adapters_only, read_run, render_card
+from diffusers_vrpo.hub.publish import (
+    hub_sentence,
+    is_passing,
+    outdated_files,
+    published_files,
+    variant_of,
+    without_paths,
+)
+from diffusers_vrpo.models.start import Start, build_transformer
+from diffusers_vrpo.training.interruption import Interruption
+from diffusers_vrpo.training.metrics import write_start
 from support.hub_server import metadata_errors
 from support.models import tiny_model
 from support.paths import ROOT
@@ -48,8 +55,8 @@ def test_the_saved_layout_and_older_ones_open(tmp_path):
     # As diffusers writes it by itself, and this package did before.
     index |= {
         "_class_name": "VRPOPipeline",
-        "transformer": ["diffusers_vrpo.transformer_sit", "SiTTransformer2DModel"],
-        "scheduler": ["diffusers_vrpo.scheduling_sit_sde", "SiTSDEScheduler"],
+        "transformer": ["diffusers_vrpo.models.transformer_sit", "SiTTransformer2DModel"],
+        "scheduler": ["diffusers_vrpo.pipelines.scheduling_sit_sde", "SiTSDEScheduler"],
     }
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     for file in tmp_path.rglob("*.py"):
@@ -281,7 +288,7 @@ class Hidden:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Hidden())
 importlib.util.find_spec = lambda name, *package: None if name.split(".")[0] in hidden else find_spec(name, *package)
-for name in ("diffusers_vrpo", "diffusers_vrpo.hub", "diffusers_vrpo.sample"):
+for name in ("diffusers_vrpo", "diffusers_vrpo.hub.publish", "diffusers_vrpo.commands.sample"):
     importlib.import_module(name)
 assert not set(hidden) & set(sys.modules)
 """

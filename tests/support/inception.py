@@ -3,7 +3,7 @@
 
 import torch
 
-from diffusers_vrpo.inception import FIDInception
+from diffusers_vrpo.evaluation.inception import FIDInception
 
 
 def random_inception_state() -> dict[str, torch.Tensor]:

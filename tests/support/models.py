@@ -9,7 +9,7 @@ from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from safetensors.torch import load_file
 
 from diffusers_vrpo import SiTTransformer2DModel
-from diffusers_vrpo.conversion import convert_checkpoint
+from diffusers_vrpo.models.official_checkpoints import convert_checkpoint
 
 
 TINY = {

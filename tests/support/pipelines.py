@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from diffusers_vrpo import SiTTransformer2DModel, VRPOPipeline, ddpm
+from diffusers_vrpo import SiTTransformer2DModel, VRPOPipeline
+from diffusers_vrpo.models import ddpm
 from support.models import TINY, tiny_model
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusers_vrpo.training import read_metrics
+from diffusers_vrpo.training.metrics import read_metrics
 from support.paths import TRAINING_SCRIPT
 from support.processes import no_network_environment
 from support.training import assert_same_files
@@ -31,8 +31,9 @@ import sklearn.datasets, tensorboard  # noqa: what a run would import later
 spec = importlib.util.spec_from_file_location("train_vrpo", sys.argv[1])
 train_vrpo = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(train_vrpo)
-from diffusers_vrpo import latents, training
-from diffusers_vrpo.digits import digits_splits
+from diffusers_vrpo.data import samples as latents
+from diffusers_vrpo.training import checkpoints as training
+from diffusers_vrpo.assets.digits import digits_splits
 
 digits_splits()  # made once, for all that are forked
 
@@ -75,7 +76,7 @@ def fsdp(reshard):
     from accelerate import FullyShardedDataParallelPlugin
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
-    from diffusers_vrpo.sharding import check_distributed
+    from diffusers_vrpo.training.distributed import check_distributed
     original = train_vrpo.start_accelerator
     def patched(args, output_dir):
         accelerator = original(args, output_dir)
@@ -98,7 +99,7 @@ def deepspeed_zero2():
     from accelerate import DeepSpeedPlugin
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
-    from diffusers_vrpo.sharding import check_distributed
+    from diffusers_vrpo.training.distributed import check_distributed
     deepspeed.comm.torch.build_shm_op = lambda: None  # a faster way over shared memory, to be compiled
     original = train_vrpo.start_accelerator
     def patched(args, output_dir):

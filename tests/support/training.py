@@ -9,7 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from diffusers_vrpo.training import read_metrics
+from diffusers_vrpo.training.metrics import read_metrics
 from support.paths import TRAINING_SCRIPT
 
 

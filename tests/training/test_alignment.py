@@ -11,16 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusers_vrpo import alignment as alignment_module
-from diffusers_vrpo import ddpm
-from diffusers_vrpo.alignment import Alignment
-from diffusers_vrpo.encoders import load_encoder
-from diffusers_vrpo.flow import forward_process
-from diffusers_vrpo.gradient_fork import alignment_fork
-from diffusers_vrpo.latents import TrainingSamples, action_noise, load_image_dataset
-from diffusers_vrpo.representation_policy import REWARDS, normalize, semantic_reward, structural_reward
-from diffusers_vrpo.reward_weights import ConflictGate
-from diffusers_vrpo.training import read_metrics
+from diffusers_vrpo.alignment import objective as alignment_module
+from diffusers_vrpo.alignment.encoders import load_encoder
+from diffusers_vrpo.alignment.gradient_fork import alignment_fork
+from diffusers_vrpo.alignment.objective import Alignment
+from diffusers_vrpo.alignment.policy import REWARDS, action_noise, normalize, semantic_reward, structural_reward
+from diffusers_vrpo.alignment.release import ConflictGate
+from diffusers_vrpo.data.image_datasets import load_image_dataset
+from diffusers_vrpo.data.samples import TrainingSamples
+from diffusers_vrpo.models import ddpm
+from diffusers_vrpo.models.flow import forward_process
+from diffusers_vrpo.training.metrics import read_metrics
 from support.models import digits_model, inputs, needs_compiler, tiny_model
 from support.paths import TRAINING_SCRIPT
 from support.processes import no_network_environment
@@ -323,7 +324,7 @@ import torch
 spec = importlib.util.spec_from_file_location("train_vrpo", {script!r})
 train_vrpo = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(train_vrpo)
-from diffusers_vrpo.alignment import Alignment
+from diffusers_vrpo.alignment.objective import Alignment
 
 def observe(self):
     self.gate.observe(self.t, torch.full_like(self.t, -0.5))  # a conflict at every timestep

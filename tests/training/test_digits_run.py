@@ -7,8 +7,8 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
 from diffusers_vrpo import VRPOPipeline
-from diffusers_vrpo.digits import DIGIT_NAMES, load_digits_dataset
-from diffusers_vrpo.training import read_metrics
+from diffusers_vrpo.assets.digits import DIGIT_NAMES, load_digits_dataset
+from diffusers_vrpo.training.metrics import read_metrics
 from support.paths import ROOT
 from support.training import run
 

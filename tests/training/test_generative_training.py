@@ -10,13 +10,16 @@ import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
-from diffusers_vrpo import VRPOPipeline, generative_training, prepare_latents, sample_rewards
-from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.evaluate import read_statistics
-from diffusers_vrpo.generative_training import GenerativePolicy
-from diffusers_vrpo.interruption import TrainingStopped
-from diffusers_vrpo.sample_rewards import REWARDS
-from diffusers_vrpo.training import list_checkpoints, read_metrics, write_manifest
+from diffusers_vrpo import VRPOPipeline
+from diffusers_vrpo.commands import prepare as prepare_latents
+from diffusers_vrpo.errors import InputError, TrainingStopped
+from diffusers_vrpo.evaluation.feature_statistics import read_statistics
+from diffusers_vrpo.experimental.generative import callback as generative_training
+from diffusers_vrpo.experimental.generative import rewards as sample_rewards
+from diffusers_vrpo.experimental.generative.callback import GenerativePolicy
+from diffusers_vrpo.experimental.generative.rewards import REWARDS
+from diffusers_vrpo.training.checkpoints import list_checkpoints, write_manifest
+from diffusers_vrpo.training.metrics import read_metrics
 from support.models import tiny_vae
 from support.trainers import assert_same_end, needs_fork
 from support.training import assert_same_files, options_in, run, train_vrpo
@@ -339,7 +342,7 @@ def test_what_it_began_with_stays(finished, tmp_path):
         with pytest.raises(InputError, match=f"^{message}"):
             run(options(**{**ONE_EPOCH, name: value, **given}))
     with pytest.raises(
-        InputError, match="without --generative_policy_start_step .*checkpoint-5, which follows rewards"
+        InputError, match="without `generative_policy_start_step` .*checkpoint-5, which follows rewards"
     ):
         run(options(output_dir=target, max_train_steps=8))
     # A run that has not begun to may leave it.
@@ -428,7 +431,7 @@ def test_latents_without_images_are_refused_before_any_work(command, encoded, mo
     cached = {"dataset_name": None, "vae": None, "latents_dir": encoded / "none"}
     monkeypatch.setattr(generative_training, "load_image_encoder", lambda *a, **k: pytest.fail("work"))
     with pytest.raises(
-        InputError, match="compares with images, and --latents_dir .*none has none; prepare it with --images"
+        InputError, match="compares with images, and `latents_dir` .*none has none; prepare it with `images`"
     ):
         run(command(**{**ALONE, **cached}))
 
@@ -442,7 +445,7 @@ def test_adapters_of_a_noise_predictor(command, tmp_path):
     config = VRPOPipeline.from_pretrained(folder / "best").transformer.config
     assert config.prediction_type == "epsilon" and config.learn_sigma
     assert rows_of(folder)[-1]["policy/ratio"] == 1
-    with pytest.raises(InputError, match="--rollout_steps 3: diffusers' DDIM needs a divisor of 1000"):
+    with pytest.raises(InputError, match="`rollout_steps` 3: diffusers' DDIM needs a divisor of 1000"):
         run(command(**{**changes, "rollout_steps": 3}, output_dir=tmp_path / "steps"))
 
     start = {"model_config": None, "pretrained_model_name_or_path": folder, "prediction_type": None, "lora_rank": 2}
@@ -543,7 +546,7 @@ def test_a_sample_that_is_not_finite_stops_the_run(command, monkeypatch):
 
     monkeypatch.setattr(GenerativePolicy, "_draw", broken)
     with pytest.raises(
-        TrainingStopped, match="step 4: a sample of the rollout is not finite; a lower --generative_learning"
+        TrainingStopped, match="step 4: a sample of the rollout is not finite; a lower `generative_learning`"
     ):
         run(command(**ALONE, checkpointing_steps=100))
     calls[:] = [0, 0]  # the next is the first look's

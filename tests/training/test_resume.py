@@ -19,11 +19,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from diffusers_vrpo import training
-from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.interruption import OVERFLOWS_IN_A_ROW, SKIPPED_IN_A_ROW, Interruption, StepGuard, TrainingStopped
-from diffusers_vrpo.latents import TrainingSamples
-from diffusers_vrpo.training import RunningMeans, find_checkpoint, find_damage, list_checkpoints, read_metrics
+from diffusers_vrpo.data.samples import TrainingSamples
+from diffusers_vrpo.errors import InputError, TrainingStopped
+from diffusers_vrpo.training import checkpoints as training
+from diffusers_vrpo.training.checkpoints import find_checkpoint, find_damage, list_checkpoints
+from diffusers_vrpo.training.interruption import OVERFLOWS_IN_A_ROW, SKIPPED_IN_A_ROW, Interruption, StepGuard
+from diffusers_vrpo.training.metrics import RunningMeans, read_metrics
 from support.processes import no_network_environment
 from support.trainers import assert_same_end, needs_fork
 from support.training import assert_same_files, losses, run, train_vrpo

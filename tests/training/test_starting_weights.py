@@ -6,12 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusers_vrpo import SiTTransformer2DModel, VRPOPipeline, ddpm
-from diffusers_vrpo.conversion import convert_checkpoint, default_scheduler
+from diffusers_vrpo import SiTTransformer2DModel, VRPOPipeline
+from diffusers_vrpo.data.image_datasets import load_image_dataset
+from diffusers_vrpo.data.samples import TrainingSamples
 from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.flow import forward_process
-from diffusers_vrpo.latents import TrainingSamples, load_image_dataset
-from diffusers_vrpo.training import read_metrics
+from diffusers_vrpo.models import ddpm
+from diffusers_vrpo.models.flow import forward_process
+from diffusers_vrpo.models.official_checkpoints import convert_checkpoint, default_scheduler
+from diffusers_vrpo.training.metrics import read_metrics
 from support.models import digits_model, tiny_vae
 from support.official import official_state, saved, tiny_dit
 from support.training import assert_same_files, losses, run
@@ -151,7 +153,7 @@ def test_the_same_number_of_other_classes_is_noticed(command, tmp_path, caplog):
         assert ("0 is 'zero' here, 'something else 0' there" in caplog.text) != same
         table = load_file(tmp_path / "run" / "transformer" / WEIGHTS)["label_embedding.weight"]
         assert torch.allclose(table, model.label_embedding.weight, atol=1e-6) == same
-    with pytest.raises(InputError, match="--keep_labels: a fresh model does not have the 10 classes"):
+    with pytest.raises(InputError, match="`keep_labels`: a fresh model does not have the 10 classes"):
         run(command(output_dir=tmp_path / "fresh") + ["--keep_labels"])
 
 
@@ -253,7 +255,7 @@ def test_what_cannot_work(command, tmp_path, changes, message):
 
 
 def test_learned_variance_needs_a_diffusion(command, capsys):
-    with pytest.raises(InputError, match="--learn_sigma trains a diffusion's variance"):
+    with pytest.raises(InputError, match="`learn_sigma` trains a diffusion's variance"):
         run(command() + ["--learn_sigma"])
     with pytest.raises(SystemExit):
         run(command(pretrained_model_name_or_path="x"))

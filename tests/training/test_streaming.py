@@ -16,11 +16,12 @@ import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
 
-from diffusers_vrpo import VRPOPipeline, streaming
-from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.interruption import TrainingStopped
-from diffusers_vrpo.latents import StreamBatchSampler, check_images, load_image_dataset
-from diffusers_vrpo.streaming import StreamedBatches, StreamedSamples, StreamOrder, stream_image_dataset
+from diffusers_vrpo import VRPOPipeline
+from diffusers_vrpo.data import parquet as streaming
+from diffusers_vrpo.data.image_datasets import check_images, load_image_dataset
+from diffusers_vrpo.data.parquet import StreamedBatches, StreamedSamples, StreamOrder, stream_image_dataset
+from diffusers_vrpo.data.samples import StreamBatchSampler
+from diffusers_vrpo.errors import InputError, TrainingStopped
 from support.data import numbered, png, write_files
 from support.paths import ROOT
 from support.processes import no_network_environment
@@ -408,13 +409,13 @@ def test_other_formats_and_broken_files(tmp_path, monkeypatch, no_delay):
     files = sorted((tmp_path / "data" / "data").iterdir())
     with monkeypatch.context() as patch:
         patch.setattr(streaming, "MOST_BYTES", 100)
-        with pytest.raises(InputError, match="a row group has .* GB, and --streaming holds at most"):
+        with pytest.raises(InputError, match="a row group has .* GB, and `streaming` holds at most"):
             stream_image_dataset(folder)
     pq.write_table(pq.read_table(files[1]).drop_columns(["label"]), files[1])
-    with pytest.raises(InputError, match="00001.* has the columns 'image', 'note', but --streaming needs 'image' and"):
+    with pytest.raises(InputError, match="00001.* has the columns 'image', 'note', but `streaming` needs 'image' and"):
         stream_image_dataset(folder)
     files[1].write_bytes(b"no parquet at all")
-    with pytest.raises(InputError, match=r"--dataset_name .*00001-of-00002.parquet cannot be read \(.*\)"):
+    with pytest.raises(InputError, match=r"`dataset_name` .*00001-of-00002.parquet cannot be read \(.*\)"):
         stream_image_dataset(folder)
 
 
@@ -467,7 +468,7 @@ def test_a_signal_and_the_same_command_again_are_bit_equal(command, folder, tmp_
     options |= {"output_dir": tmp_path / "left"}
     with pytest.raises(InputError, match="the number of samples a step is 8, but .*checkpoint-3 was trained with 16"):
         run(command(**options | {"train_batch_size": 4}) + ["--streaming", "--random_flip"])
-    with pytest.raises(InputError, match="--streaming is None, but .*checkpoint-3 was trained with True"):
+    with pytest.raises(InputError, match="`streaming` is None, but .*checkpoint-3 was trained with True"):
         run(command(**options) + ["--random_flip", "--cache_dir", str(tmp_path / "cache")])
     changed = write_files(tmp_path / "numbered", images=[numbered(row + (row == 400)) for row in range(403)])
     with pytest.raises(InputError, match="the checksum of the streamed files is"):
@@ -560,8 +561,8 @@ spec.loader.exec_module(train_vrpo)
 train_vrpo.main(train_vrpo.parse_args(sys.argv[2:]))
 
 # Another revision; and a process ends although every thread that reads waits for a server that is silent.
-from diffusers_vrpo.latents import StreamBatchSampler
-from diffusers_vrpo.streaming import StreamedBatches, StreamedSamples, stream_image_dataset
+from diffusers_vrpo.data.samples import StreamBatchSampler
+from diffusers_vrpo.data.parquet import StreamedBatches, StreamedSamples, stream_image_dataset
 data, _, _ = stream_image_dataset("me/numbered@refs/convert/parquet")
 samples = StreamedSamples(data, 16, 0, 8, (3, 8, 8), 10)
 batches = iter(StreamedBatches(samples, StreamBatchSampler(0, 1000, 16, 0, 1, 1), 1))

@@ -12,12 +12,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_vrpo import SiTTransformer2DModel, VRPOPipeline
-from diffusers_vrpo.encoders import load_encoder
+from diffusers_vrpo.alignment.encoders import load_encoder
+from diffusers_vrpo.alignment.policy import REWARDS
+from diffusers_vrpo.data.image_datasets import load_image_dataset
+from diffusers_vrpo.data.samples import TrainingSamples
 from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.flow import interpolate
-from diffusers_vrpo.latents import TrainingSamples, load_image_dataset
-from diffusers_vrpo.representation_policy import REWARDS
-from diffusers_vrpo.training import read_metrics
+from diffusers_vrpo.models.flow import interpolate
+from diffusers_vrpo.training.metrics import read_metrics
 from support.data import png, write_parquet
 from support.models import tiny_vae
 from support.paths import ROOT, TRAINING_SCRIPT
@@ -195,7 +196,7 @@ def test_resume_with_another_division_of_the_batch(command, tmp_path):
 
 def test_a_damaged_checkpoint_and_an_older_one(command, tmp_path):
     run(command(checkpointing_steps=2))
-    with pytest.raises(InputError, match="checkpoint-2 is older than .*checkpoint-4; .*another --output_dir"):
+    with pytest.raises(InputError, match="checkpoint-2 is older than .*checkpoint-4; .*another `output_dir`"):
         run(command(resume_from_checkpoint="checkpoint-2", max_train_steps=8))
     weights = tmp_path / "run" / "checkpoint-4" / "reward_statistics.safetensors"
     weights.write_bytes(weights.read_bytes()[:20])
@@ -321,7 +322,7 @@ def test_input_that_cannot_work(command, changes, message):
 )
 def test_wrong_model_configs(command, tmp_path, config, message):
     (tmp_path / "bad.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match=f"--model_config .*{message}"):
+    with pytest.raises(InputError, match=f"`model_config` .*{message}"):
         run(command(model_config=tmp_path / "bad.json"))
 
 
@@ -347,7 +348,7 @@ def test_a_wrong_output_dir_is_one_line_on_the_terminal(command, tmp_path):
 
 def test_another_seed_or_model_does_not_continue_the_run(command):
     run(command())
-    with pytest.raises(InputError, match="--seed is 1, but .*checkpoint-4 was trained with 0"):
+    with pytest.raises(InputError, match="`seed` is 1, but .*checkpoint-4 was trained with 0"):
         run(command(seed=1, max_train_steps=8))
     for option, value in (("learning_rate", 0.1), ("label_dropout", 0.5), ("reward_weighting", "equal")):
         with pytest.raises(InputError, match=f"--{option} is {value}, but .*checkpoint-4 was trained with"):

@@ -4,9 +4,10 @@ import shutil
 
 import pytest
 
-from diffusers_vrpo import VRPOPipeline, prepare_latents
+from diffusers_vrpo import VRPOPipeline
+from diffusers_vrpo.commands import prepare as prepare_latents
 from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.training import read_metrics
+from diffusers_vrpo.training.metrics import read_metrics
 from support.models import tiny_vae
 from support.training import losses, run, train_vrpo
 
@@ -61,7 +62,7 @@ def test_another_cache_does_not_continue_the_run(command, folders, tmp_path):
     moved = shutil.copytree(folders / "features", tmp_path / "moved")
     run(command(**{**changes, "max_train_steps": 3}, latents_dir=moved))
     assert len(losses(tmp_path / "run")) == 3
-    with pytest.raises(InputError, match="the checksum of --latents_dir is"):
+    with pytest.raises(InputError, match="the checksum of `latents_dir` is"):
         run(command(**{**changes, "max_train_steps": 4}, latents_dir=folders / "images"))
 
 
@@ -69,5 +70,5 @@ def test_a_cache_and_images_exclude_each_other(command, capsys):
     with pytest.raises(SystemExit):
         train_vrpo.parse_args(command(latents_dir="somewhere"))
     assert "give either --dataset_name or --train_data_dir or --latents_dir" in capsys.readouterr().err
-    with pytest.raises(InputError, match="--latents_dir nowhere"):
+    with pytest.raises(InputError, match="`latents_dir` nowhere"):
         run(command(dataset_name=None, latents_dir="nowhere"))

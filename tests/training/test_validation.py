@@ -12,15 +12,16 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from diffusers_vrpo import VRPOPipeline, validation
+from diffusers_vrpo import VRPOPipeline
+from diffusers_vrpo.data.image_datasets import load_image_dataset
+from diffusers_vrpo.data.parquet import stream_image_dataset
 from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.evaluation import frechet_distance, mean_and_covariance
-from diffusers_vrpo.image_features import load_image_encoder, pooled_features
-from diffusers_vrpo.latents import load_image_dataset
-from diffusers_vrpo.sample import sample_batch
-from diffusers_vrpo.streaming import stream_image_dataset
-from diffusers_vrpo.training import log_values, read_metrics
-from diffusers_vrpo.validation import fixed_rows, training_images
+from diffusers_vrpo.evaluation.image_encoders import load_image_encoder, pooled_features
+from diffusers_vrpo.evaluation.metrics import frechet_distance, mean_and_covariance
+from diffusers_vrpo.pipelines.sampling import sample_batch
+from diffusers_vrpo.training import validation
+from diffusers_vrpo.training.metrics import log_values, read_metrics
+from diffusers_vrpo.training.validation import fixed_rows, training_images
 from support.data import write_files
 from support.training import run
 
@@ -78,11 +79,11 @@ def test_a_look_that_a_kill_prevented_is_made_good(command, tmp_path, what):
 
 
 def test_what_cannot_be_compared(command, tmp_path):
-    with pytest.raises(InputError, match="--num_fd_samples 1 has no covariance; take 2048 or more"):
+    with pytest.raises(InputError, match="`num_fd_samples` 1 has no covariance; take 2048 or more"):
         run(command(fd_encoder="digits", num_fd_samples=1))
-    with pytest.raises(InputError, match="--num_fd_samples 9 goes with --fd_encoder only"):
+    with pytest.raises(InputError, match="`num_fd_samples` 9 goes with `fd_encoder` only"):
         run(command(num_fd_samples=9))
-    with pytest.raises(InputError, match="--fd_encoder ./nowhere: there is no such folder"):
+    with pytest.raises(InputError, match="`fd_encoder` ./nowhere: there is no such folder"):
         run(command(fd_encoder="./nowhere"))
 
 

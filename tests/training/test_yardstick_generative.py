@@ -8,7 +8,7 @@ import yaml
 from PIL import Image
 
 from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.training import read_metrics
+from diffusers_vrpo.training.metrics import read_metrics
 
 
 POLICY = {"generative_policy_start_step": 0, "rollout_classes": 2, "rollout_group_size": 2, "rollout_steps": 2}

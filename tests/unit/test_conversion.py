@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, DiTPipeline, DPMSolverMultistepScheduler
 
-from diffusers_vrpo import SiTSDEScheduler, SiTTransformer2DModel, VRPOPipeline, convert
-from diffusers_vrpo.conversion import convert_checkpoint, export_checkpoint, read_checkpoint
+from diffusers_vrpo import SiTSDEScheduler, SiTTransformer2DModel, VRPOPipeline
+from diffusers_vrpo.commands import convert
 from diffusers_vrpo.errors import InputError
+from diffusers_vrpo.models.official_checkpoints import convert_checkpoint, export_checkpoint, read_checkpoint
 from support.models import TINY, inputs, tiny_model, tiny_vae
 from support.official import official_forward, official_state, saved, tiny_dit
 from support.paths import ROOT

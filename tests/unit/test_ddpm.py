@@ -7,9 +7,9 @@ import torch
 from diffusers import DDPMScheduler
 from torch.distributions import Normal, kl_divergence
 
-from diffusers_vrpo import ddpm
-from diffusers_vrpo.flow import forward_process, interpolate
-from diffusers_vrpo.transformer_sit import SiTTransformer2DModel
+from diffusers_vrpo.models import ddpm
+from diffusers_vrpo.models.flow import forward_process, interpolate
+from diffusers_vrpo.models.transformer_sit import SiTTransformer2DModel
 
 
 SCHEDULER = DDPMScheduler(**ddpm.SCHEDULER_CONFIG)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from diffusers_vrpo.digits import DIGITS_ENCODER, digits_pixels, make_digits_encoder, measure_digits_encoder
+from diffusers_vrpo.assets.digits import DIGITS_ENCODER, digits_pixels, make_digits_encoder, measure_digits_encoder
 
 
 @pytest.fixture(autouse=True)

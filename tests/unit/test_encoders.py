@@ -27,8 +27,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from diffusers_vrpo import digits
-from diffusers_vrpo.encoders import load_encoder, spatial_normalize
+from diffusers_vrpo.alignment.encoders import load_encoder, spatial_normalize
+from diffusers_vrpo.assets import digits
 from diffusers_vrpo.errors import InputError
 from support.encoders import ALL, CONVS, DUALS, VISION, VITS, reference
 
@@ -423,7 +423,7 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
 
 def test_names_on_the_hub(encoder_checkpoint, tmp_path):
     script = """
-from diffusers_vrpo.encoders import load_encoder
+from diffusers_vrpo.alignment.encoders import load_encoder
 from diffusers_vrpo.errors import InputError
 for name in ("gated/model", "no/such-model", "tiny/vit"):
     try:

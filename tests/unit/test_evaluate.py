@@ -14,13 +14,15 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from diffusers_vrpo import evaluation, probing
+from diffusers_vrpo.commands import probe as probing
+from diffusers_vrpo.commands.evaluate import choose_metrics, main
+from diffusers_vrpo.data.image_datasets import resize_and_crop
 from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.evaluate import batch_moments, choose_metrics, main
-from diffusers_vrpo.image_features import load_image_encoder, pooled_features
-from diffusers_vrpo.image_sets import open_images, read_npz
-from diffusers_vrpo.inception import inception_from_state
-from diffusers_vrpo.latents import resize_and_crop
+from diffusers_vrpo.evaluation import metrics as evaluation
+from diffusers_vrpo.evaluation.feature_statistics import batch_moments
+from diffusers_vrpo.evaluation.image_encoders import load_image_encoder, pooled_features
+from diffusers_vrpo.evaluation.image_sets import open_images, read_npz
+from diffusers_vrpo.evaluation.inception import inception_from_state
 from support.paths import ROOT
 
 
@@ -382,8 +384,8 @@ def test_bad_input_ends_in_a_sentence(run, tmp_path, capsys):
 
 
 def test_features_that_are_not_finite(run, encoder_checkpoint, tmp_path):
-    from diffusers_vrpo.evaluate import measure
-    from diffusers_vrpo.prepare_latents import start_processes
+    from diffusers_vrpo.evaluation.feature_statistics import measure
+    from diffusers_vrpo.training.distributed import start_processes
 
     np.savez(tmp_path / "images.npz", pictures(6))
     encoder = load_image_encoder(str(encoder_checkpoint("dinov2")))
@@ -398,7 +400,7 @@ def test_order_on_real_images(shared):
     spec = importlib.util.spec_from_file_location("metric_sanity", ROOT / "benchmarks" / "metric_sanity.py")
     sanity = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sanity)
-    from diffusers_vrpo.latents import load_image_dataset
+    from diffusers_vrpo.data.image_datasets import load_image_dataset
 
     splits = [
         load_image_dataset(str(shared / "data" / "tiny-imagenet-100"), split=s)[0] for s in ("train", "validation")

@@ -1,6 +1,6 @@
 import torch
 
-from diffusers_vrpo.flow import flow_matching_loss, interpolate, velocity
+from diffusers_vrpo.models.flow import flow_matching_loss, interpolate, velocity
 
 
 def test_interpolant_and_its_velocity():

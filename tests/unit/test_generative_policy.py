@@ -8,9 +8,8 @@ import torch
 from sklearn.covariance import OAS
 
 from diffusers_vrpo import SiTTransformer2DModel
-from diffusers_vrpo.evaluation import frechet_distance, mean_and_covariance
-from diffusers_vrpo.flow import forward_process, x0_estimate
-from diffusers_vrpo.generative_policy import (
+from diffusers_vrpo.evaluation.metrics import frechet_distance, mean_and_covariance
+from diffusers_vrpo.experimental.generative.objective import (
     add_balanced,
     class_log_probability,
     denoising_loss,
@@ -25,6 +24,7 @@ from diffusers_vrpo.generative_policy import (
     transport_map,
     update_cost,
 )
+from diffusers_vrpo.models.flow import forward_process, x0_estimate
 
 
 def gaussian(count, dim, seed=0, shift=0.0):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from diffusers_vrpo.gradient_fork import CONFLICTS, fork, mix_gradients
+from diffusers_vrpo.alignment.gradient_fork import CONFLICTS, fork, mix_gradients
 
 
 B, N, D = 4, 3, 6

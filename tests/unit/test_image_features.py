@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModel, CLIPModel
 
 from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.image_features import encoder_checksum, load_image_encoder, pooled_features, to_uint8
+from diffusers_vrpo.evaluation.image_encoders import encoder_checksum, load_image_encoder, pooled_features, to_uint8
 from support.encoders import reference
 
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from diffusers_vrpo import inception
 from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.inception import inception_from_state, load_inception, resize_bilinear
+from diffusers_vrpo.evaluation import inception
+from diffusers_vrpo.evaluation.inception import inception_from_state, load_inception, resize_bilinear
 
 
 def tensorflow_resize(image: np.ndarray, side: int) -> np.ndarray:

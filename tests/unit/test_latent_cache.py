@@ -16,28 +16,15 @@ import pytest
 import torch
 from datasets import load_dataset
 
-from diffusers_vrpo import latent_cache, prepare_latents
-from diffusers_vrpo.encoders import load_encoder
+from diffusers_vrpo.alignment.encoders import load_encoder
+from diffusers_vrpo.commands import prepare as prepare_latents
+from diffusers_vrpo.data import latent_cache
+from diffusers_vrpo.data.image_datasets import decode_image, load_image_dataset, resize_and_crop
+from diffusers_vrpo.data.latent_cache import CachedSamples, LatentCache, batch_latents
+from diffusers_vrpo.data.samples import TrainingSamples, as_is
+from diffusers_vrpo.data.sources import CachedEncoder, cached_encoders, load_training_data, training_samples
 from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.latent_cache import (
-    CachedEncoder,
-    CachedSamples,
-    LatentCache,
-    batch_latents,
-    cached_encoders,
-    load_training_data,
-    training_samples,
-)
-from diffusers_vrpo.latents import (
-    TrainingSamples,
-    as_is,
-    decode_image,
-    encode_images,
-    encode_moments,
-    load_image_dataset,
-    load_vae,
-    resize_and_crop,
-)
+from diffusers_vrpo.models.autoencoder import encode_images, encode_moments, load_vae
 from support.data import png, write_parquet
 from support.models import tiny_vae
 from support.paths import SRC
@@ -78,7 +65,7 @@ def command(argv, launcher=(), wait=True):
     environment |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = str(SRC)
     process = subprocess.Popen(
-        [sys.executable, *launcher, "-m", "diffusers_vrpo.latents", *argv],
+        [sys.executable, *launcher, "-m", "diffusers_vrpo.data.samples", *argv],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -172,7 +159,7 @@ def test_kinds_of_latents(tmp_path, vae_folder):
     batch = CachedSamples(cache, 0, 10).__getitems__([0, 1])
     assert cache.config["kind"] == "latents" and "posterior_noise" not in batch
     assert torch.equal(batch_latents(None, batch), batch["latents"].float())
-    with pytest.raises(InputError, match="--sampled: .*AutoencoderTiny, which has no posterior"):
+    with pytest.raises(InputError, match="`sampled`: .*AutoencoderTiny, which has no posterior"):
         prepare(str(tmp_path / "tiny"), tmp_path / "no", sampled=True, **small)
 
 
@@ -248,7 +235,7 @@ def test_traces_of_a_kill_are_harmless(copy, reference, vae_folder):
 def test_a_lost_array_is_written_again(copy, reference, vae_folder):
     (copy / "labels.npy").unlink()
     os.truncate(copy / "latents.npy", 400_000)
-    with pytest.raises(InputError, match="--latents_dir .* is damaged .*npy.*; `prepare --verify` mends it"):
+    with pytest.raises(InputError, match="`latents_dir` .* is damaged .*npy.*; `prepare `verify`` mends it"):
         LatentCache(copy)
     prepare(vae_folder, copy)
     assert_same(copy, reference)
@@ -302,7 +289,7 @@ def test_other_weights_do_not_mix(reference, tmp_path):
     with torch.no_grad():
         vae.encoder.conv_in.bias += 1
     vae.save_pretrained(tmp_path / "vae")
-    with pytest.raises(InputError, match="the checksum of the weights of --vae was"):
+    with pytest.raises(InputError, match="the checksum of the weights of `vae` was"):
         prepare(str(tmp_path / "vae"), reference)
 
 
@@ -314,7 +301,7 @@ def test_folders_with_something_else(tmp_path, vae_folder, monkeypatch):
     (tmp_path / "damaged" / "meta.json").write_text("{")
     with pytest.raises(InputError, match="meta.json is damaged"):
         prepare(vae_folder, tmp_path / "damaged")
-    with pytest.raises(InputError, match="--latents_dir .*nowhere has no meta.json"):
+    with pytest.raises(InputError, match="`latents_dir` .*nowhere has no meta.json"):
         LatentCache(tmp_path / "nowhere")
     monkeypatch.setattr(latent_cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(InputError, match="has 0.0 GB of free space, but the arrays of the cache take"):
@@ -340,7 +327,7 @@ def test_command_lines_that_cannot_work(capsys, change, message):
 
 def test_command_line_errors_are_one_sentence(tmp_path):
     with pytest.raises(
-        SystemExit, match="^python -m diffusers_vrpo.latents verify: error: --latents_dir .* no latent cache"
+        SystemExit, match="^python -m diffusers_vrpo.data.samples verify: error: --latents_dir .* no latent cache"
     ):
         prepare_latents.main(["verify", "--latents_dir", str(tmp_path)])
 
@@ -443,10 +430,10 @@ def test_a_cache_that_lacks_what_training_needs(tmp_path, vae_folder):
     args = trainer_options(prepare(vae_folder, tmp_path / "cache", **small))
     data, _, _ = load_training_data(args)
     assert len(cached_encoders(data, args, (4, 4))) == 1
-    with pytest.raises(InputError, match="neither images nor all features of --encoder digits for a 2x2 grid"):
+    with pytest.raises(InputError, match="neither images nor all features of `encoder` digits for a 2x2 grid"):
         cached_encoders(data, args, (2, 2))
     args.random_flip = True
-    with pytest.raises(InputError, match="--random_flip: .* has no flipped copies; prepare one with --flip"):
+    with pytest.raises(InputError, match="`random_flip`: .* has no flipped copies; prepare one with `flip`"):
         training_samples(data, args, TRANSFORMER, (4, 4, 4), 16, [], 16)
     with pytest.raises(InputError, match=r"makes latents of \[4, 8, 8\]"):
         training_samples(data, args, TRANSFORMER, (4, 8, 8), 16, [], 16)

@@ -6,18 +6,10 @@ import torch
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
+from diffusers_vrpo.data.image_datasets import check_images, decode_image, load_image_dataset, resize_and_crop
+from diffusers_vrpo.data.samples import StreamBatchSampler, TrainingSamples
 from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.latents import (
-    StreamBatchSampler,
-    TrainingSamples,
-    check_images,
-    decode_image,
-    encode_images,
-    latent_shape,
-    load_image_dataset,
-    load_vae,
-    resize_and_crop,
-)
+from diffusers_vrpo.models.autoencoder import encode_images, latent_shape, load_vae
 from support.data import png, write_parquet
 from support.models import tiny_vae
 
@@ -96,14 +88,14 @@ def test_unlabelled_split(tmp_path):
 
 
 def test_missing_folders():
-    with pytest.raises(InputError, match="--dataset_name ./nowhere is not a folder"):
+    with pytest.raises(InputError, match="`dataset_name` ./nowhere is not a folder"):
         load_image_dataset("./nowhere")
-    with pytest.raises(InputError, match="--train_data_dir nowhere is not a folder"):
+    with pytest.raises(InputError, match="`train_data_dir` nowhere is not a folder"):
         load_image_dataset(train_data_dir="nowhere")
 
 
 def test_a_folder_without_data(tmp_path):
-    with pytest.raises(InputError, match="--dataset_name .* "):
+    with pytest.raises(InputError, match="`dataset_name` .* "):
         load_image_dataset(str(tmp_path))
 
 
@@ -290,14 +282,14 @@ def test_pixels_without_an_autoencoder():
 
 
 def test_resolution_must_fit(tmp_path):
-    with pytest.raises(InputError, match=r"--resolution 30 is not divisible by 8 .*24 or 32"):
+    with pytest.raises(InputError, match=r"`resolution` 30 is not divisible by 8 .*24 or 32"):
         latent_shape(tiny_vae("tiny"), 30, 2)
-    with pytest.raises(InputError, match="--resolution 3 .*; 4 would do"):
+    with pytest.raises(InputError, match="`resolution` 3 .*; 4 would do"):
         latent_shape(None, 3, 4)
 
 
 def test_wrong_autoencoders(tmp_path):
-    with pytest.raises(InputError, match="--vae ./nowhere is not a folder"):
+    with pytest.raises(InputError, match="`vae` ./nowhere is not a folder"):
         load_vae("./nowhere")
     with pytest.raises(InputError, match="diffusers cannot load it .*; a folder or Hub name"):
         load_vae(str(tmp_path))
@@ -305,5 +297,5 @@ def test_wrong_autoencoders(tmp_path):
 
     model = SiTTransformer2DModel(num_layers=1, num_attention_heads=1, attention_head_dim=8)
     model.save_pretrained(tmp_path / "sit")
-    with pytest.raises(InputError, match="--vae .*sit"):
+    with pytest.raises(InputError, match="`vae` .*sit"):
         load_vae(str(tmp_path / "sit"))

@@ -14,8 +14,9 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from diffusers_vrpo import SiTTransformer2DModel, VRPOPipeline, ddpm
-from diffusers_vrpo.scheduling_sit_sde import SiTSDEScheduler
+from diffusers_vrpo import SiTTransformer2DModel, VRPOPipeline
+from diffusers_vrpo.models import ddpm
+from diffusers_vrpo.pipelines.scheduling_sit_sde import SiTSDEScheduler
 from support.models import TINY, load_golden, tiny_model, tiny_vae
 from support.paths import ROOT
 from support.pipelines import ALPHA_BAR, FLOW_SIGMAS, NAMES, exact_gaussian, moment_errors, quiet_pipeline, sample

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from diffusers_vrpo.evaluation import precision_recall
-from diffusers_vrpo.flow import flow_matching_loss, forward_process, x0_estimate
-from diffusers_vrpo.generative_policy import (
+from diffusers_vrpo.evaluation.metrics import precision_recall
+from diffusers_vrpo.experimental.generative.guards import Limits, Look, tripped
+from diffusers_vrpo.experimental.generative.objective import (
     add_balanced,
     denoising_loss,
     gaussian_kernel,
@@ -21,7 +21,7 @@ from diffusers_vrpo.generative_policy import (
     sample_policy_loss,
     stratified_times,
 )
-from diffusers_vrpo.policy_guard import Limits, Look, tripped
+from diffusers_vrpo.models.flow import flow_matching_loss, forward_process, x0_estimate
 
 
 FIRST = Look(loss_fm=0.8, recall=0.6, reward=-0.5, start_reward=-0.5, distance=100.0, held_out=40.0, drift=0.0)

@@ -10,8 +10,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from diffusers_vrpo import VRPOPipeline
-from diffusers_vrpo.latents import decode_image, load_image_dataset, resize_and_crop
-from diffusers_vrpo.probing import LabelledImages, block_features, main, pooled_blocks
+from diffusers_vrpo.commands.probe import LabelledImages, block_features, main, pooled_blocks
+from diffusers_vrpo.data.image_datasets import decode_image, load_image_dataset, resize_and_crop
 from support.models import inputs, tiny_model
 
 
@@ -87,7 +87,7 @@ def test_images_pickle_for_workers_that_are_not_forked():
 
 def test_training_and_test_images_differ(digits_pipeline, monkeypatch):
     """No image is in both; features and labels belong together."""
-    from diffusers_vrpo import probing
+    from diffusers_vrpo.commands import probe as probing
 
     seen = []
     monkeypatch.setattr(probing, "linear_probe", lambda x, a, z, b, l2: seen.append((x, a, z, b)) or (0.0, 0.0))

@@ -11,11 +11,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from diffusers_vrpo.report import build_parser, collect, main, number
-from diffusers_vrpo.run_comparison import Run, first_crossing, read_lines
-from diffusers_vrpo.throughput import projector_flops, step_flops
-from diffusers_vrpo.training import MetricsFile, read_metrics
-from diffusers_vrpo.transformer_sit import SiTTransformer2DModel
+from diffusers_vrpo.commands.report import build_parser, collect, main, number
+from diffusers_vrpo.models.transformer_sit import SiTTransformer2DModel
+from diffusers_vrpo.reporting.runs import Run, first_crossing, read_lines
+from diffusers_vrpo.training.metrics import MetricsFile, read_metrics
+from diffusers_vrpo.training.throughput import projector_flops, step_flops
 from support.training import run
 
 

@@ -3,8 +3,7 @@ import math
 import pytest
 import torch
 
-from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.representation_policy import (
+from diffusers_vrpo.alignment.policy import (
     REWARDS,
     alignment_layers,
     clipped_objective,
@@ -23,6 +22,7 @@ from diffusers_vrpo.representation_policy import (
     timestep_weight,
     token_shares,
 )
+from diffusers_vrpo.errors import InputError
 
 
 def random_tokens(batch=2, tokens=6, dim=5, dtype=torch.float64, seed=0):
@@ -138,7 +138,7 @@ def test_layer_scopes():
     assert alignment_layers("all", 3) == [1, 2, 3]
     assert alignment_layers("8,4", 12) == [4, 8]
     for wrong in ("late", "0", "13", "4,x"):
-        with pytest.raises(InputError, match="--layer_scope"):
+        with pytest.raises(InputError, match="`layer_scope`"):
             alignment_layers(wrong, 12)
 
 

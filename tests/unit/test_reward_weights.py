@@ -3,20 +3,18 @@ import math
 import pytest
 import torch
 
-from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.reward_weights import (
-    COSINE_DECAY,
-    COSINE_STEPS,
+from diffusers_vrpo.alignment.release import COSINE_DECAY, COSINE_STEPS, ConflictGate
+from diffusers_vrpo.alignment.reward_statistics import (
     DECAY,
     FLOOR_STEP,
     MIN_SAMPLES,
     NUM_BINS,
-    ConflictGate,
     RewardStatistics,
     clip_shares,
     parse_reward_weighting,
     shares_from_std,
 )
+from diffusers_vrpo.errors import InputError
 
 
 def feed(statistics, steps, scale=(1.0, 0.1), batch=64, seed=0, mean=(0.3, -0.1)):
@@ -197,7 +195,7 @@ def test_parse_reward_weighting():
     assert parse_reward_weighting("equal", 2) == "equal"
     assert parse_reward_weighting("1,0", 2) == (1.0, 0.0)
     for wrong in ("inverse", "1", "1,2,3", "-1,2", "0,0", "nan,1"):
-        with pytest.raises(InputError, match="--reward_weighting"):
+        with pytest.raises(InputError, match="`reward_weighting`"):
             parse_reward_weighting(wrong, 2)
 
 

@@ -26,10 +26,12 @@ from diffusers import (
 )
 from PIL import Image
 
-from diffusers_vrpo import SiTSDEScheduler, SiTTransformer2DModel, VRPOPipeline, ddpm, sample
-from diffusers_vrpo.conversion import default_scheduler
+from diffusers_vrpo import SiTSDEScheduler, SiTTransformer2DModel, VRPOPipeline
+from diffusers_vrpo.commands import sample
 from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.sample_files import write_npz
+from diffusers_vrpo.models import ddpm
+from diffusers_vrpo.models.official_checkpoints import default_scheduler
+from diffusers_vrpo.pipelines.sample_folder import write_npz
 from support.models import needs_compiler, tiny_model, tiny_vae
 from support.paths import ROOT, SRC
 from support.pipelines import FLOW_SIGMAS, NAMES, quiet_pipeline

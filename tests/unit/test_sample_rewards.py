@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from diffusers_vrpo import sample_rewards
 from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.evaluate import read_statistics
-from diffusers_vrpo.evaluation import mean_and_covariance
-from diffusers_vrpo.generative_policy import mmd_witness, oas_shrinkage, shrink, transport_map
-from diffusers_vrpo.image_features import load_image_encoder
-from diffusers_vrpo.sample_rewards import (
+from diffusers_vrpo.evaluation.feature_statistics import read_statistics
+from diffusers_vrpo.evaluation.image_encoders import load_image_encoder
+from diffusers_vrpo.evaluation.metrics import mean_and_covariance
+from diffusers_vrpo.experimental.generative import rewards as sample_rewards
+from diffusers_vrpo.experimental.generative.objective import mmd_witness, oas_shrinkage, shrink, transport_map
+from diffusers_vrpo.experimental.generative.rewards import (
     REFRESH_UPDATES,
     SampleRewards,
     class_statistics,
@@ -87,7 +87,7 @@ def test_each_image_is_measured_against_prototypes_without_it():
 
 def test_too_few_images_for_classes():
     features = torch.randn(4, 3)
-    with pytest.raises(InputError, match=r"--reward_reference_images 4 has 1: take more"):
+    with pytest.raises(InputError, match=r"`reward_reference_images` 4 has 1: take more"):
         class_statistics(features, torch.tensor([0, 0, 1, 2]), 3)
 
 
@@ -378,7 +378,7 @@ def test_which_shallow_layer(encoder_checkpoint):
     encoder.take_shallow()
     assert encoder.shallow_layer == 1
     for layer in (3, -1):
-        with pytest.raises(InputError, match=rf"--reward_shallow_layer {layer}: .*hidden states 0 to 2"):
+        with pytest.raises(InputError, match=rf"`reward_shallow_layer` {layer}: .*hidden states 0 to 2"):
             encoder.take_shallow(layer)
     assert encoder.shallow_layer == 1
     deep = load_image_encoder(str(encoder_checkpoint("deep-resnet")))

@@ -14,8 +14,9 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from diffusers_vrpo import SiTTransformer2DModel, ddpm
-from diffusers_vrpo.scheduling_sit_sde import SiTSDEScheduler
+from diffusers_vrpo import SiTTransformer2DModel
+from diffusers_vrpo.models import ddpm
+from diffusers_vrpo.pipelines.scheduling_sit_sde import SiTSDEScheduler
 from support.models import TINY
 from support.pipelines import ALPHA_BAR, FLOW_SIGMAS, quiet_pipeline
 

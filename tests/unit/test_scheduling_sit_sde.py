@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 
-from diffusers_vrpo.scheduling_sit_sde import SiTSDEScheduler
+from diffusers_vrpo.pipelines.scheduling_sit_sde import SiTSDEScheduler
 from support.pipelines import MEAN, STD, exact_gaussian, moment_errors, quiet_pipeline
 
 

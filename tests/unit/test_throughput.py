@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.throughput import (
+from diffusers_vrpo.models.transformer_sit import SiTTransformer2DModel, sit_preset
+from diffusers_vrpo.training.throughput import (
     ForeachEMA,
     StepProfile,
     TrainingSpeed,
@@ -30,7 +31,6 @@ from diffusers_vrpo.throughput import (
     throughput_metrics,
     training_flops,
 )
-from diffusers_vrpo.transformer_sit import SiTTransformer2DModel, sit_preset
 from support.paths import ROOT
 
 
@@ -198,7 +198,7 @@ def test_unknown_peaks_are_none(device, dtype):
 
 def test_profile(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("diffusers_vrpo.throughput.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("diffusers_vrpo.training.throughput.time.perf_counter", lambda: now[0])
     tables = []
     profile = StepProfile(2, report=tables.append, warmup=1)
     for step in range(5):
@@ -216,7 +216,9 @@ def test_profile(monkeypatch):
 
 @pytest.mark.parametrize("steps", [0, None])
 def test_profile_off(steps, monkeypatch):
-    monkeypatch.setattr("diffusers_vrpo.throughput.time.perf_counter", lambda: pytest.fail("it asked for the time"))
+    monkeypatch.setattr(
+        "diffusers_vrpo.training.throughput.time.perf_counter", lambda: pytest.fail("it asked for the time")
+    )
     profile = StepProfile(steps, report=lambda table: pytest.fail("it reported"))
     for _ in range(20):
         assert profile.mark("data", 7) == 7
@@ -373,7 +375,7 @@ def test_speed_up():
     speed_up(model, [object()], compile=True, backend="_native_math")
     assert all(block._compiled_call_impl is not None for block in model.transformer_blocks)
     assert list(model.state_dict()) == names
-    with pytest.raises(InputError, match="--attention_backend nonsense: "):
+    with pytest.raises(InputError, match="`attention_backend` nonsense: "):
         speed_up(model, [], backend="nonsense")
     speed_up(model, [], backend="native")
 

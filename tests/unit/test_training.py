@@ -8,19 +8,18 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 
 from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.plots import image_grid, plot_metrics
-from diffusers_vrpo.sharding import ema_weights
-from diffusers_vrpo.training import (
-    MetricsFile,
-    RunningMeans,
+from diffusers_vrpo.pipelines.sampling import image_grid
+from diffusers_vrpo.reporting.curves import plot_metrics
+from diffusers_vrpo.training.checkpoints import (
     find_checkpoint,
     list_checkpoints,
-    prepare_output_dir,
-    read_metrics,
     read_training_state,
     save_checkpoint,
     write_manifest,
 )
+from diffusers_vrpo.training.distributed import ema_weights
+from diffusers_vrpo.training.metrics import MetricsFile, RunningMeans, read_metrics
+from diffusers_vrpo.training.output_dir import prepare_output_dir
 
 
 @pytest.fixture
@@ -39,7 +38,7 @@ def fake_checkpoint(folder, step, settings=None):
 
 def test_output_dir_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="--output_dir .*file/run cannot be written .*another folder"):
+    with pytest.raises(InputError, match="`output_dir` .*file/run cannot be written .*another folder"):
         prepare_output_dir(str(tmp_path / "file" / "run"))
     assert list(prepare_output_dir(str(tmp_path / "a" / "b")).iterdir()) == []
 
@@ -61,16 +60,16 @@ def test_checkpoints_are_ordered_by_step_and_half_made_ones_do_not_count(tmp_pat
 def test_what_resume_refuses(tmp_path):
     assert find_checkpoint("latest", tmp_path) is None and find_checkpoint("none", tmp_path) is None
     fake_checkpoint(tmp_path, 5)
-    with pytest.raises(InputError, match="--resume_from_checkpoint none would mix.*--output_dir"):
+    with pytest.raises(InputError, match="`resume_from_checkpoint` none would mix.*`output_dir`"):
         find_checkpoint("none", tmp_path)
-    with pytest.raises(InputError, match="--resume_from_checkpoint nowhere is not a checkpoint.*has checkpoint-5"):
+    with pytest.raises(InputError, match="`resume_from_checkpoint` nowhere is not a checkpoint.*has checkpoint-5"):
         find_checkpoint("nowhere", tmp_path)
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     path = fake_checkpoint(tmp_path, 5, {"--seed": 1})
     assert read_training_state(path, {"--seed": 1})["step"] == 5
-    with pytest.raises(InputError, match="--seed is 2, but .*checkpoint-5 was trained with 1"):
+    with pytest.raises(InputError, match="`seed` is 2, but .*checkpoint-5 was trained with 1"):
         read_training_state(path, {"--seed": 2})
     (path / "training_state.json").write_text("{")
     with pytest.raises(InputError, match="damaged"):

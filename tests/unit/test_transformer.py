@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from diffusers_vrpo import SIT_PRESETS, SiTTransformer2DModel, sit_preset
-from diffusers_vrpo.flow import flow_matching_loss, forward_process
-from diffusers_vrpo.representation_policy import normalize, repa_loss
+from diffusers_vrpo.alignment.policy import normalize, repa_loss
+from diffusers_vrpo.models.flow import flow_matching_loss, forward_process
 from support.models import TINY, inputs, load_golden, tiny_model
 
 

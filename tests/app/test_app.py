@@ -347,6 +347,7 @@ def overlap(first: dict, second: dict) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width, height, scheme", [(390, 844, "dark"), (1280, 800, "light")])
 def test_the_page_in_a_browser(server, browser, width, height, scheme):
     is_phone = width < 900

@@ -157,6 +157,7 @@ print("loaded", len(second))
 )
 
 
+@pytest.mark.slow
 def test_published_pipelines_open_with_and_without_the_package(hub, tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
     transformer = tiny_model(in_channels=4, sample_size=8)
@@ -304,6 +305,7 @@ hub.main(["unsent", "--hub_model_id", "org/late"])
 """
 
 
+@pytest.mark.slow
 def test_a_run_publishes_itself_and_never_fails_for_it(hub, tmp_path_factory):
     folder = tmp_path_factory.mktemp("train")
     hub.faults = [("PUT /large/", None)] + [("POST .*org/broken/commit", 503)] * 9

@@ -35,6 +35,7 @@ pytestmark = pytest.mark.usefixtures("one_core")
 # Killed and interrupted
 
 
+@pytest.mark.slow
 @needs_fork
 def test_killed_at_any_moment_the_end_is_bit_equal(command, trainers, tmp_path):
     # Logged every third step, saved every second: sums of half a log interval are part of a checkpoint.
@@ -74,6 +75,7 @@ def test_killed_at_any_moment_the_end_is_bit_equal(command, trainers, tmp_path):
     assert share != pytest.approx(1 / 3)
 
 
+@pytest.mark.slow
 @needs_fork
 @pytest.mark.parametrize("signum, policy_epochs", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
 def test_a_signal_saves_and_the_end_is_bit_equal(command, trainers, tmp_path, signum, policy_epochs):
@@ -106,6 +108,7 @@ def test_signals_before_and_after_the_loop_act_as_always():
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_leaves_at_once():
     code = (
         "import os, signal, time\nfrom diffusers_vrpo.interruption import Interruption\n"

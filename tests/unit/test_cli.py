@@ -52,6 +52,7 @@ def test_train_is_launched_by_accelerate(monkeypatch):
         assert started == [expected]
 
 
+@pytest.mark.slow
 def test_an_error_of_the_trainer_is_one_sentence():
     done = subprocess.run(
         [

@@ -282,6 +282,7 @@ def test_reference_batch_of_adm(run, inception_weights, tmp_path):
         run(tmp_path / "samples.npz", tmp_path / "moments.npz")
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(run, encoder_checkpoint, digits_pipeline, tmp_path):
     """Evaluation and probing, one after the other, as a launcher starts them."""
     np.savez(tmp_path / "samples.npz", pictures(45))

@@ -357,6 +357,7 @@ class Resources(HTMLParser):
         self.found += [value for name, value in attributes if name in ("src", "srcset", "href", "data", "poster")]
 
 
+@pytest.mark.slow
 def test_real_runs_from_training_to_the_page(command, tmp_path, capsys):
     """Two arms; one is interrupted, and aligns up to step 2 only: its seconds and FLOPs go on where they were."""
     options = {"validation_steps": 2, "use_ema": None, "learning_rate": 1e-5}

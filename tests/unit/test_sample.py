@@ -263,6 +263,7 @@ def reference(models, tmp_path_factory) -> Path:
 REFERENCE = {"sampler": "sde", "output_format": "both", "num_images": 21, "num_inference_steps": 20}
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same(models, reference, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     process = script(argv(models / "latents", tmp_path / "out", **REFERENCE), launcher)
@@ -271,6 +272,7 @@ def test_two_processes_write_the_same(models, reference, tmp_path):
     assert contents(tmp_path / "out") == contents(reference)
 
 
+@pytest.mark.slow
 def test_killed_and_continued(models, reference, tmp_path):
     # So many steps that the kill comes in time: the images are others, which an uninterrupted run is compared with.
     options = {**REFERENCE, "num_inference_steps": 120}

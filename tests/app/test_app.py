@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """The page of space/: what its buttons do, the running server, and the page in a browser at two sizes."""
 
 import importlib.util

@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """Publishing and loading over HTTP, from a small local Hub: with the package and without, and when the Hub fails."""
 
 import json

@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """Names on the Hub: what a user reads when one cannot be had, asked of a small local server over HTTP."""
 
 import json

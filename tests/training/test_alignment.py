@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """The alignment term in training: one step by hand, several blocks and encoders, the gate, the stop, the estimators."""
 
 import math

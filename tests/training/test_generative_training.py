@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """The generative policy in runs of the training script: what it logs, saves, continues, adds to, and when it stops."""
 
 import os

@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """Runs that are killed, interrupted, or meet NaN and full disks."""
 
 import errno

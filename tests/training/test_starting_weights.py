@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """Training that starts from weights: pipelines, official files, other classes, adapters; and DiT's objective."""
 
 import shutil

@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """The training script from its command line to the saved pipeline, on real images (handwritten digits)."""
 
 import json

@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """What is looked at while training: the Fréchet distance beside the grid, and looks that a killed run missed."""
 
 import errno

@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """The yardstick's driver on digits: equal compute by hand, finished runs, continued runs, the table's numbers."""
 
 import argparse

@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """The comparison of the generative policy with flow matching, on digits: one base, equal wall time, lines once."""
 
 import json

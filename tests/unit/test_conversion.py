@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """Conversion from and to the official layouts, against a plain rendering of the official forward pass."""
 
 import argparse

@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """pipelines/evaluate.py from images to numbers, on tiny real encoders."""
 
 import importlib.util

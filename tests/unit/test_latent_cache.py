@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """The latent cache: what is written, that nothing interrupts it for good, and that training sees the same from it."""
 
 import json

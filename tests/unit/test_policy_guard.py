@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """The guards, each alone; and on a ring of eight Gaussians what the rewards do with and without real data."""
 
 import copy

@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """Reports on runs: figures worked out by hand, real runs through the command line, damaged and foreign input."""
 
 import json

@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """pipelines/sample.py: what is written, that it depends on (seed, index) alone, and what is refused."""
 
 import functools

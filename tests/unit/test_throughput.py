@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """FLOPs, peaks, the step's profile; no wait for the device in a step; the benchmark of the step."""
 
 import argparse

@@ -129,6 +129,7 @@ def two_checkpoints(command, tmp_path):
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(command, two_checkpoints, caplog):
     folder, last = two_checkpoints, two_checkpoints / "checkpoint-4"
     before = losses(folder)
@@ -189,6 +190,7 @@ def nan_sample(monkeypatch):
     monkeypatch.setattr(TrainingSamples, "__getitems__", patched)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_nan_stops_with_the_state_before_it(command, tmp_path, nan_sample, caplog):
     message = r"step 4 \(samples 48 to 63\): the loss is NaN or infinite; .*checkpoint-3 is .*--skip_nonfinite leaves"
     options = {"max_train_steps": 6, "gradient_accumulation_steps": 2, "train_batch_size": 8}
@@ -278,6 +280,7 @@ def test_means_leave_out_what_is_not_finite(tmp_path):
 # A full disk
 
 
+@pytest.mark.slow
 @needs_fork
 def test_a_full_disk_leaves_the_checkpoint_before(command, trainers, tmp_path):
     options = {"max_train_steps": 6, "checkpointing_steps": 2, "logging_steps": 6, "checkpoints_total_limit": 1}

@@ -245,6 +245,7 @@ def frechet_of_features(y, x):
     return ((y.mean(0) - x.mean(0)).square().sum() + traces - 2 * root_trace).item()
 
 
+@pytest.mark.slow
 def test_reference_batch_of_adm(run, inception_weights, tmp_path):
     """Its moments give FID and sFID, its images precision and recall."""
     save_file(inception_weights, tmp_path / "inception.safetensors")
@@ -395,6 +396,7 @@ def test_features_that_are_not_finite(run, encoder_checkpoint, tmp_path):
         measure(images, encoder, start_processes(), batch_size=4)
 
 
+@pytest.mark.slow
 def test_order_on_real_images(shared):
     """Real images are nearer to other real ones, of training or validation, than noisy ones or a few classes are."""
     spec = importlib.util.spec_from_file_location("metric_sanity", ROOT / "benchmarks" / "metric_sanity.py")

@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """What is saved for the Hub, what of a folder goes there, and what the card says; without a server."""
 
 import importlib.util
@@ -288,7 +289,7 @@ class Hidden:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Hidden())
 importlib.util.find_spec = lambda name, *package: None if name.split(".")[0] in hidden else find_spec(name, *package)
-for name in ("diffusers_vrpo", "diffusers_vrpo.hub.publish", "diffusers_vrpo.commands.sample"):
+for name in ("diffusers_vrpo", "diffusers_vrpo.hub.publish.publish", "diffusers_vrpo.commands.sample"):
     importlib.import_module(name)
 assert not set(hidden) & set(sys.modules)
 """

@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """The alignment term in training: one step by hand, several blocks and encoders, the gate, the stop, the estimators."""
 
 import math
@@ -11,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusers_vrpo.alignment import objective as alignment_module
 from diffusers_vrpo.alignment.encoders import load_encoder
 from diffusers_vrpo.alignment.gradient_fork import alignment_fork
 from diffusers_vrpo.alignment.objective import Alignment
+from diffusers_vrpo.alignment.objective import objective as alignment_module
 from diffusers_vrpo.alignment.policy import REWARDS, action_noise, normalize, semantic_reward, structural_reward
 from diffusers_vrpo.alignment.release import ConflictGate
 from diffusers_vrpo.data.image_datasets import load_image_dataset
@@ -130,6 +131,7 @@ def test_one_step_of_the_script_is_the_formula(command, tmp_path, layers, option
         torch.testing.assert_close(parameter.detach() - trained[name], step, atol=2e-6, rtol=1e-4)
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("layers", [[2], [1, 3]])
 def test_compiled_and_checkpointed_blocks_give_the_same_gradients(command, layers):
@@ -343,6 +345,7 @@ train_vrpo.main(train_vrpo.parse_args())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ends_by", ["gate", "stop"])
 def test_two_processes_cross_the_end_of_alignment(command, tmp_path, ends_by):
     """The gate closes (or the stop comes) at the same step on both; nothing hangs; the losses stay those of one."""

@@ -16,8 +16,8 @@ from huggingface_hub import constants
 
 from diffusers_vrpo import SiTSDEScheduler, VRPOPipeline
 from diffusers_vrpo.errors import InputError
+from diffusers_vrpo.hub import publish as publishing
 from diffusers_vrpo.hub.background import HubPush, check_license, fetch_state, push_state, stage_state
-from diffusers_vrpo.hub.publish import publish as publishing
 from diffusers_vrpo.hub.publish import push_folder
 from diffusers_vrpo.training.checkpoints import find_damage, write_manifest
 from diffusers_vrpo.training.interruption import Interruption
@@ -90,7 +90,7 @@ PUBLISH = (
 import os
 from pathlib import Path
 from diffusers_vrpo import SiTTransformer2DModel, VRPOPipeline
-from diffusers_vrpo.hub.publish import publish as hub
+from diffusers_vrpo.hub import publish as hub
 hub.WAITS = (0.1, 0.1)
 
 pipeline = VRPOPipeline.from_pretrained("saved")
@@ -216,8 +216,8 @@ import torch
 from accelerate.state import AcceleratorState
 from huggingface_hub import HfApi, constants
 from diffusers_vrpo import VRPOPipeline
-from diffusers_vrpo.hub.publish import publish as hub
-from diffusers_vrpo.hub.publish import background as hub_run
+from diffusers_vrpo.hub import publish as hub
+from diffusers_vrpo.hub import background as hub_run
 from diffusers_vrpo.errors import InputError
 hub.WAITS = (0.1, 0.1)
 spec = importlib.util.spec_from_file_location("train_vrpo", SCRIPT)
@@ -331,7 +331,7 @@ def test_a_run_publishes_itself_and_never_fails_for_it(hub, tmp_path_factory):
     assert len(refusals) == len(reasons)
     for (seconds, message), reason in zip(refusals, reasons):
         assert reason in message and float(seconds) < 30
-    assert "python -m diffusers_vrpo.hub.publish.publish no7" in refusals[-1][1]
+    assert "python -m diffusers_vrpo.hub.publish no7" in refusals[-1][1]
 
     digits, states = hub.repositories["org/digits"], hub.repositories["org/digits-state"]
     assert digits.private and states.private and not hub.repositories["org/adapters"].private

@@ -289,7 +289,7 @@ class Hidden:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Hidden())
 importlib.util.find_spec = lambda name, *package: None if name.split(".")[0] in hidden else find_spec(name, *package)
-for name in ("diffusers_vrpo", "diffusers_vrpo.hub.publish.publish", "diffusers_vrpo.commands.sample"):
+for name in ("diffusers_vrpo", "diffusers_vrpo.hub.publish", "diffusers_vrpo.commands.sample"):
     importlib.import_module(name)
 assert not set(hidden) & set(sys.modules)
 """

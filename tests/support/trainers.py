@@ -32,7 +32,7 @@ spec = importlib.util.spec_from_file_location("train_vrpo", sys.argv[1])
 train_vrpo = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(train_vrpo)
 from diffusers_vrpo.data import samples as latents
-from diffusers_vrpo.training.checkpoints import checkpoints as training
+from diffusers_vrpo.training import checkpoints as training
 from diffusers_vrpo.assets.digits import digits_splits
 
 digits_splits()  # made once, for all that are forked

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffusers_vrpo.alignment import objective as alignment_module
 from diffusers_vrpo.alignment.encoders import load_encoder
 from diffusers_vrpo.alignment.gradient_fork import alignment_fork
 from diffusers_vrpo.alignment.objective import Alignment
-from diffusers_vrpo.alignment.objective import objective as alignment_module
 from diffusers_vrpo.alignment.policy import REWARDS, action_noise, normalize, semantic_reward, structural_reward
 from diffusers_vrpo.alignment.release import ConflictGate
 from diffusers_vrpo.data.image_datasets import load_image_dataset

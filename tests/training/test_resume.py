@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from diffusers_vrpo.data.samples import TrainingSamples
 from diffusers_vrpo.errors import InputError, TrainingStopped
-from diffusers_vrpo.training.checkpoints import checkpoints as training
+from diffusers_vrpo.training import checkpoints as training
 from diffusers_vrpo.training.checkpoints import find_checkpoint, find_damage, list_checkpoints
 from diffusers_vrpo.training.interruption import OVERFLOWS_IN_A_ROW, SKIPPED_IN_A_ROW, Interruption, StepGuard
 from diffusers_vrpo.training.metrics import RunningMeans, read_metrics

@@ -20,7 +20,7 @@ from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.evaluation.image_encoders import load_image_encoder, pooled_features
 from diffusers_vrpo.evaluation.metrics import frechet_distance, mean_and_covariance
 from diffusers_vrpo.pipelines.sampling import sample_batch
-from diffusers_vrpo.training.checkpoints import validation
+from diffusers_vrpo.training import validation
 from diffusers_vrpo.training.metrics import log_values, read_metrics
 from diffusers_vrpo.training.validation import fixed_rows, training_images
 from support.data import write_files

@@ -19,11 +19,11 @@ from diffusers_vrpo.commands import probe as probing
 from diffusers_vrpo.commands.evaluate import choose_metrics, main
 from diffusers_vrpo.data.image_datasets import resize_and_crop
 from diffusers_vrpo.errors import InputError
+from diffusers_vrpo.evaluation import metrics as evaluation
 from diffusers_vrpo.evaluation.feature_statistics import batch_moments
 from diffusers_vrpo.evaluation.image_encoders import load_image_encoder, pooled_features
 from diffusers_vrpo.evaluation.image_sets import open_images, read_npz
 from diffusers_vrpo.evaluation.inception import inception_from_state
-from diffusers_vrpo.evaluation.metrics import metrics as evaluation
 from support.paths import ROOT
 
 

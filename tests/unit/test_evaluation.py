@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.evaluation.metrics import metrics as evaluation
+from diffusers_vrpo.evaluation import metrics as evaluation
 
 
 def gaussian_features(count, dim, seed=0, shift=0.0, decay=1.0):

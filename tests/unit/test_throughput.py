@@ -199,7 +199,7 @@ def test_unknown_peaks_are_none(device, dtype):
 
 def test_profile(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("diffusers_vrpo.training.checkpoints.throughput.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("diffusers_vrpo.training.throughput.time.perf_counter", lambda: now[0])
     tables = []
     profile = StepProfile(2, report=tables.append, warmup=1)
     for step in range(5):
@@ -218,7 +218,7 @@ def test_profile(monkeypatch):
 @pytest.mark.parametrize("steps", [0, None])
 def test_profile_off(steps, monkeypatch):
     monkeypatch.setattr(
-        "diffusers_vrpo.training.checkpoints.throughput.time.perf_counter",
+        "diffusers_vrpo.training.throughput.time.perf_counter",
         lambda: pytest.fail("it asked for the time"),
     )
     profile = StepProfile(steps, report=lambda table: pytest.fail("it reported"))

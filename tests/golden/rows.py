@@ -18,6 +18,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from unittest import mock
 
@@ -338,7 +339,7 @@ ROWS = {
 
 
 def to_argv(options: dict) -> list[str]:
-    """Options as a command line; None leaves one out, True and False are switches, a list has several values."""
+    """Options as a command line; None removes an option, True and False are switches, a list has several values."""
     argv = []
     for name, value in options.items():
         if isinstance(value, bool):
@@ -411,7 +412,7 @@ def sample(folder: Path) -> np.ndarray:
 # Command lines
 
 
-# The least that each command takes. The folder names are those of nothing.
+# The least that each command takes. Nothing is read: the folders need not exist.
 COMMANDS = {
     "train": ["--dataset_name", "digits", "--vae", "none", "--encoder", "digits"],
     "prepare": ["--dataset_name", "digits", "--vae", "vae", "--output_dir", "latents"],
@@ -451,7 +452,8 @@ def parse_command(name: str, argv: list[str]) -> tuple[argparse.ArgumentParser, 
     with patched, contextlib.redirect_stdout(io.StringIO()):
         try:
             if name == "train":
-                return parsers[-1] if parsers else None, vars(train_vrpo.parse_args(argv))
+                parsed = vars(train_vrpo.parse_args(argv))
+                return parsers[-1], parsed
             vrpo([*name.split(), *argv])
         except Parsed as parsed:
             return parsers[-1], parsed.args[0]
@@ -461,16 +463,10 @@ def parse_command(name: str, argv: list[str]) -> tuple[argparse.ArgumentParser, 
     raise AssertionError(f"`vrpo {name}` ran without parsing its options")
 
 
-def is_plain(value) -> bool:
-    """Whether a value is one of JSON's, at any depth."""
-    if isinstance(value, list | tuple):
-        return all(map(is_plain, value))
-    return value is None or isinstance(value, str | int | float | bool)
-
-
 def plain_values(parsed: dict) -> dict:
-    """Parsed options as JSON keeps them; functions that a parser attaches are left out."""
-    return json.loads(json.dumps({name: value for name, value in sorted(parsed.items()) if is_plain(value)}))
+    """Parsed options as JSON keeps them, paths and enumerations as their text; functions that a parser attaches are dropped."""
+    values = {name: value for name, value in sorted(parsed.items()) if not callable(value)}
+    return json.loads(json.dumps(values, default=lambda value: value.value if isinstance(value, Enum) else str(value)))
 
 
 def describe_command(name: str) -> dict:

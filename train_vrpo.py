@@ -25,9 +25,11 @@ from tqdm.auto import tqdm
 
 from diffusers_vrpo.alignment.encoders import load_encoder
 from diffusers_vrpo.alignment.gradient_fork import CONFLICTS
-from diffusers_vrpo.alignment.objective import Alignment
-from diffusers_vrpo.alignment.policy import REWARDS, TIMESTEP_WEIGHTS
+from diffusers_vrpo.alignment.objective import objective_from_config
+from diffusers_vrpo.alignment.policy import TIMESTEP_WEIGHTS
 from diffusers_vrpo.alignment.reward_statistics import parse_reward_weighting
+from diffusers_vrpo.alignment.rewards import DEFAULT_REWARDS
+from diffusers_vrpo.alignment.start import build_aligned_transformer
 from diffusers_vrpo.command_line import (
     HelpFormatter,
     OneLineErrorParser,
@@ -50,26 +52,24 @@ from diffusers_vrpo.models.autoencoder import latent_shape, load_vae
 from diffusers_vrpo.models.ddpm import variational_bound
 from diffusers_vrpo.models.flow import flow_matching_loss, forward_process
 from diffusers_vrpo.models.official_checkpoints import default_scheduler
-from diffusers_vrpo.models.start import build_transformer, read_start
+from diffusers_vrpo.models.start import read_start
 from diffusers_vrpo.models.vision import layers_of_encoders
 from diffusers_vrpo.pipelines.pipeline_vrpo import VRPOPipeline
 from diffusers_vrpo.reporting.curves import plot_metrics
 from diffusers_vrpo.training.checkpoints import (
-    alignment_end,
     choose_checkpoint,
     load_checkpoint,
     read_training_state,
     register_model_hooks,
-    restore_alignment_end,
     run_settings,
     save_checkpoint,
     save_lora,
 )
-from diffusers_vrpo.training.distributed import clip_grad_norm, is_sharded, prepare, whole_pipeline
+from diffusers_vrpo.training.distributed import clip_grad_norm, prepare, whole_pipeline
 from diffusers_vrpo.training.interruption import Interruption, StepGuard, settle
 from diffusers_vrpo.training.metrics import MetricsFile, RunningMeans, log_values, write_start
 from diffusers_vrpo.training.output_dir import locked, prepare_output_dir, written
-from diffusers_vrpo.training.setup import build_optimizer, release_projectors, start_accelerator, trainable_parameters
+from diffusers_vrpo.training.setup import build_optimizer, start_accelerator, trainable_parameters
 from diffusers_vrpo.training.throughput import ForeachEMA, TrainingSpeed, add_speed_options
 from diffusers_vrpo.training.validation import Validation
 
@@ -313,7 +313,7 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
     # 1. Data, autoencoder, encoder: whatever cannot work fails here, before any long work.
     hub = HubPush(args, accelerator, output_dir, interruption)
     checkpoint = choose_checkpoint(accelerator, args.resume_from_checkpoint, output_dir)
-    parse_reward_weighting(args.reward_weighting, len(REWARDS))
+    parse_reward_weighting(args.reward_weighting, len(DEFAULT_REWARDS))
     with accelerator.main_process_first():
         data, id2label, num_classes = load_training_data(args)
     if args.streaming:  # in an outage, a signal ends the waiting
@@ -325,26 +325,26 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
     patch_size = start.config["patch_size"]
     channels, height, width = latent_shape(vae, args.resolution, patch_size)
     grid_size = (height // patch_size, width // patch_size)
-    aligned = args.objective != "none"
+    aligns = args.objective != "none"
     encoders = cached_encoders(data, args, grid_size)
-    if aligned and not encoders:
+    if aligns and not encoders:
         half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
         encoder_dtype = torch.float32 if device.type == "cpu" else half
         for name, layer in zip(args.encoder, layers_of_encoders(args.encoder, args.encoder_layer)):
             encoders.append(load_encoder(name, grid_size, layer, encoder_dtype, device, args.cache_dir))
-    elif args.encoder and not aligned:
+    elif args.encoder and not aligns:
         logger.info(f"--objective none trains without the encoder {', '.join(args.encoder)}")
 
     # 2. Model, EMA, optimizer. All processes start from the same weights, drawn from the seed.
     torch.manual_seed(args.seed)
-    embed_dims = [encoder.embed_dim for encoder in encoders]
-    model = build_transformer(args, start, (channels, height, width), num_classes, id2label, embed_dims)
+    aligned = build_aligned_transformer(args, start, (channels, height, width), num_classes, id2label, encoders)
+    transformer = aligned.transformer
     del start
     if args.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    model.to(device)
-    speed = TrainingSpeed(args, model, encoders, accelerator, logger.info)
-    optimizer = build_optimizer(args, trainable_parameters(model))
+        transformer.enable_gradient_checkpointing()
+    aligned.to(device)
+    speed = TrainingSpeed(args, aligned, accelerator, logger.info)
+    optimizer = build_optimizer(args, trainable_parameters(aligned))
     global_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     max_train_steps = args.max_train_steps or 400_000
     if args.num_train_epochs:
@@ -354,12 +354,12 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps
     )
-    alignment = Alignment(args, model, encoders, max_train_steps, device, accelerator.autocast)
-    pipeline = VRPOPipeline(model, default_scheduler(model.config.prediction_type), vae, id2label)
+    objective = objective_from_config(args, aligned, max_train_steps, autocast=accelerator.autocast)
+    pipeline = VRPOPipeline(transformer, default_scheduler(transformer.config.prediction_type), vae, id2label)
 
     # FSDP replaces the weights: the averages are of the new ones.
-    model, optimizer = prepare(accelerator, model, optimizer)
-    sharded, ema = is_sharded(model), None
+    model, optimizer = prepare(accelerator, aligned, optimizer)
+    ema = None
     if args.use_ema:
         # min_decay turns diffusers' warm-up off, which would reach 0.9999 at step 90,000 only.
         ema = ForeachEMA(trainable_parameters(model), decay=args.ema_decay, min_decay=args.ema_decay)
@@ -368,13 +368,13 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
     policy = GenerativePolicy(args, accelerator, pipeline, data, lr_scheduler, validation, *length)
 
     # 3. Where to start: the stream of samples goes on where the checkpoint's ended.
-    states = {"reward_statistics": alignment.statistics, "conflict_gate": alignment.gate}
+    states = objective.stateful()
     states |= {"generative_policy": policy} if policy.enabled else {}
     means = RunningMeans()
     register_model_hooks(accelerator, ema, states, means, optional=["generative_policy"])
     guard = StepGuard(accelerator, optimizer, interruption, args.skip_nonfinite)
     step, samples_seen, saved_step, seconds, flops = 0, 0, 0, 0.0, 0.0
-    settings = run_settings(args, data, pipeline.transformer, global_batch_size)
+    settings = run_settings(args, data, aligned, global_batch_size)
     if checkpoint is not None:
         state = read_training_state(checkpoint, settings)
         load_checkpoint(accelerator, checkpoint)
@@ -387,7 +387,8 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
         policy.check_begun(step, checkpoint)
         logger.info(f"continuing from {checkpoint} at step {step}")
     options = ((channels, height, width), math.prod(grid_size), encoders, global_batch_size)
-    samples = training_samples(data, args, pipeline.transformer, *options)
+    samples = training_samples(data, args, transformer, *options)
+    del encoders, options  # the aligned transformer frees them when alignment ends
     batch_sampler = StreamBatchSampler(
         samples_seen,
         max(0, max_train_steps - step),
@@ -404,11 +405,11 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
         with written(f"train_config.yaml or metrics.jsonl in {output_dir}"):
             (output_dir / "train_config.yaml").write_text(yaml.safe_dump(given))
             metrics_file = MetricsFile(output_dir / "metrics.jsonl", step)
-            write_start(output_dir, step, accelerator, pipeline.transformer, global_batch_size, max_train_steps, given)
+            write_start(output_dir, step, accelerator, aligned, global_batch_size, max_train_steps, given)
         # What a continued run logs a second time replaces what TensorBoard has.
         purge = {"tensorboard": {"purge_step": step + 1}} if step else {}
         accelerator.init_trackers("vrpo", {name: str(value) for name, value in vars(args).items()}, purge)
-    parameters = sum(p.numel() for p in trainable_parameters(model))
+    parameters = sum(p.numel() for p in trainable_parameters(aligned))
     logger.info(
         f"{len(data)} images, {num_classes} classes; training {parameters / 1e6:.1f} M parameters, {math.prod(grid_size)} tokens; "
         f"{global_batch_size} samples a step on {accelerator.num_processes} process(es), steps {step} to {max_train_steps}"
@@ -417,8 +418,7 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
     # 4. The loop.
     model_config = pipeline.transformer.config
     learn_variance = model_config.learn_sigma and model_config.prediction_type == "epsilon"
-    if checkpoint is None or not restore_alignment_end(alignment, state["alignment"]):
-        alignment.look_ahead(step)
+    objective.resume(step, None if checkpoint is None else state["alignment"])
     corrupt_rows, num_corrupt = set(), 0
     progress = tqdm(
         total=max_train_steps, initial=step, disable=not accelerator.is_main_process, desc=args.objective, unit="step"
@@ -428,7 +428,7 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
         if accelerator.is_main_process:
             metrics_file.sync()
         state = {"step": step, "samples_seen": samples_seen, "skipped": guard.skipped, "settings": settings}
-        state |= {"lr_scheduler": lr_scheduler.state_dict(), "alignment": alignment_end(alignment)}
+        state |= {"lr_scheduler": lr_scheduler.state_dict(), "alignment": objective.release_state()}
         state |= {"train_seconds": seconds, "train_flops": flops}
         return save_checkpoint(accelerator, output_dir, step, state, args.checkpoints_total_limit)
 
@@ -438,7 +438,7 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
     model.train()
     interruption.listen()
     logged_step, logged_seconds, clock = step, seconds, time.perf_counter()
-    for micro_step, batch in enumerate(dataloader):
+    for batch in dataloader:
         speed.mark("data")
         corrupt_rows.update(batch.pop("corrupt_rows").tolist())
         if len(corrupt_rows) > 0.01 * len(data):
@@ -447,20 +447,16 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()} | {"index": indices}
         if "pixels" in batch:
             batch["pixels"] = batch["pixels"].float() / 127.5 - 1
-        # What the encoders see: images, or their features out of the cache.
-        seen = batch.get("pixels", batch)
-        aligning = alignment.active(step)
+        # What the encoders take: images, or their features out of the cache.
+        images = batch.get("pixels", batch)
 
         with accelerator.accumulate(model):
             x0 = speed.mark("autoencoder", batch_latents(vae, batch))
             x_t, timestep, target, t = forward_process(x0, batch["noise"], batch["timestep"], model_config)
             inputs = (x_t, timestep, batch["class_labels"])
+            alignment = objective.begin(t)
             prediction, projections = model(
-                *inputs,
-                return_projections=aligning,
-                alignment_fork=alignment.fork(t) if aligning else None,
-                return_variance=learn_variance,
-                return_dict=False,
+                *inputs, fork=alignment.fork, align=alignment.active, return_variance=learn_variance
             )
             loss_fm = flow_matching_loss(prediction[:, :channels], target)
             loss = speed.mark("forward", loss_fm.mean())
@@ -469,27 +465,17 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
                 loss_vb = variational_bound(*prediction.split(channels, dim=1), x0, x_t, timestep).mean()
                 loss = loss + loss_vb
                 means.add(loss_vb=loss_vb)
-            if aligning:
+            if aligns:
                 # REPA's cosine, or VRPO's reward-weighted policy; fidelity joins in at the fork.
-                targets = speed.mark("encoder", alignment.targets(seen))
-                part = micro_step % args.gradient_accumulation_steps
-                loss_rep, logs = alignment.loss(projections, targets, t, loss_fm, batch, step, part, inputs)
+                alignment.targets = speed.mark("encoder", objective.targets(images))
+                draws = {"subset": batch.get("tokens"), "index": indices, "inputs": inputs}
+                loss_rep = objective(alignment, projections, images, loss_fm, **draws)
                 loss = loss + args.alignment_coeff * loss_rep
-                means.add(**speed.mark("alignment loss", logs))
-            elif aligned:
-                if alignment.encoders:
-                    alignment.end()
-                    logger.info(f"alignment has ended at step {step}; neither encoder nor projector runs from here on")
-                means.add(alignment_coeff=torch.zeros((), device=device))
-                if accelerator.num_processes > 1 and not sharded:  # DDP waits for a gradient of every parameter
-                    loss = loss + 0.0 * sum(p.sum() for p in pipeline.transformer.projectors.parameters())
+                means.add(**speed.mark("alignment loss", alignment.logs))
 
             guard.watch(loss)
             speed.mark("backward", accelerator.backward(loss))
-            if aligning:
-                alignment.observe()
-            elif aligned:
-                release_projectors(pipeline.transformer)
+            objective.observe(alignment)
             if accelerator.sync_gradients:
                 if policy.active(step):  # rewards of generated images pull, too
                     means.add(**speed.mark("generative policy", policy.add_gradient(step, ema)))
@@ -511,13 +497,12 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
             logger.warning(f"{where} is NaN or infinite; the step is skipped, {guard.skipped} so far")
         step += 1
         means.commit()
-        flops += speed.flops_per_image[aligning] * global_batch_size + policy.flops(step - 1)
+        flops += speed.flops_per_image[alignment.active] * global_batch_size + policy.flops(step - 1)
         samples_seen += global_batch_size if step % args.policy_epochs == 0 else 0
         lr_scheduler.step()
         if ema is not None:
-            speed.mark("average", ema.step(trainable_parameters(pipeline.transformer)))
-        if aligning:
-            alignment.update(step, accelerator.reduce if accelerator.num_processes > 1 else None)
+            speed.mark("average", ema.step(trainable_parameters(aligned)))
+        objective.update(accelerator.reduce if accelerator.num_processes > 1 else None)
         speed.mark("statistics", progress.update())
         whole = step % args.policy_epochs == 0 and not policy.unfinished(step)  # no draw is in use
 
@@ -526,17 +511,20 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
         if step % args.logging_steps == 0 or last:
             values = means.read(accelerator)
             num_corrupt = check_corrupt_rows(corrupt_rows, len(data), num_corrupt)
-            if aligning:
-                values |= alignment.summary()
+            if alignment.active:
+                values |= objective.summary()
             seconds += time.perf_counter() - clock
             if args.skip_nonfinite:
                 values["skipped_steps"] = guard.skipped
             values["learning_rate"] = lr_scheduler.get_last_lr()[0]
             values["images_per_second"] = (step - logged_step) * global_batch_size / (seconds - logged_seconds)
-            values |= speed.metrics(values["images_per_second"], aligning)
+            values |= speed.metrics(values["images_per_second"], alignment.active)
             values |= {"samples_seen": samples_seen, "train_seconds": seconds, "train_flops": flops}
             logged_step, logged_seconds, clock = step, seconds, time.perf_counter()
-            shown = {"loss": values["loss_fm"], **{name: values.get(f"reward/{name}") for name in REWARDS}}
+            shown = {
+                "loss": values["loss_fm"],
+                **{name: values.get(f"reward/{name}") for name in objective.reward_names},
+            }
             shown = {name: f"{value:.4f}" for name, value in shown.items() if value is not None}
             progress.set_postfix(shown | speed.shown(values))
             log_values(accelerator, values, step)

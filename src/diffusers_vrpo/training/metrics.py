@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
+from ..alignment.attach import AlignedTransformer
 from ..files import sync_to_disk
 from .output_dir import written
 from .throughput import hardware_name
@@ -120,7 +121,7 @@ def write_start(
     output_dir: Path,
     step: int,
     accelerator: Accelerator,
-    transformer: torch.nn.Module,
+    aligned: AlignedTransformer,
     global_batch_size: int,
     max_train_steps: int,
     options: dict,
@@ -130,7 +131,6 @@ def write_start(
     Args:
         options: as given; their values that are files or folders here are listed, which nobody could tell elsewhere.
     """
-    projectors = sum(parameter.numel() for parameter in transformer.projectors.parameters())
     names = [name for value in options.values() for name in (value if isinstance(value, list) else [value])]
     start = {
         "step": step,
@@ -138,10 +138,10 @@ def write_start(
         "num_processes": accelerator.num_processes,
         "global_batch_size": global_batch_size,
         "mixed_precision": accelerator.mixed_precision,
-        "parameters": sum(parameter.numel() for parameter in transformer.parameters()) - projectors,
-        "projector_parameters": projectors,
+        "parameters": sum(parameter.numel() for parameter in aligned.transformer.parameters()),
+        "projector_parameters": sum(parameter.numel() for parameter in aligned.projectors.parameters()),
         "max_train_steps": max_train_steps,
-        "adapters_suffice": transformer.adapters_suffice,
+        "adapters_suffice": aligned.transformer.adapters_suffice,
         "local": sorted({name for name in names if isinstance(name, str) and os.path.exists(name)}),
         "torch": torch.__version__,
     }

@@ -19,6 +19,7 @@ from diffusers.training_utils import EMAModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..alignment.attach import AlignedTransformer
 from ..alignment.encoders import PatchEncoder
 from ..errors import InputError, first_line
 from ..models.transformer_sit import SiTTransformer2DModel
@@ -63,16 +64,28 @@ def forward_flops(config: dict, tokens: int | None = None) -> int:
     return 2 * (embedding + config["num_layers"] * block + output)
 
 
-def projector_flops(config: dict, tokens: int | None = None) -> int:
-    """FLOPs of one image through all alignment projectors of a transformer's config."""
-    config = MODEL_DEFAULTS | dict(config)
-    tokens = tokens or num_tokens(config)
-    dim, hidden = config["num_attention_heads"] * config["attention_head_dim"], config["projector_dim"]
-    if config["projector_type"] == "conv":
-        one = sum(9 * dim * out for out in config["alignment_dims"])
+def projector_flops(
+    hidden_dim: int,
+    tokens: int,
+    num_layers: int,
+    embed_dims: list[int],
+    projector: str = "mlp",
+    projector_dim: int = 2048,
+) -> int:
+    """FLOPs of one image through all alignment projectors.
+
+    Args:
+        hidden_dim: D, the width of the tokens.
+        tokens: N.
+        num_layers: aligned blocks.
+        embed_dims: widths of the encoders.
+        projector, projector_dim: as of `AlignedTransformer`.
+    """
+    if projector == "conv":
+        one = sum(9 * hidden_dim * out for out in embed_dims)
     else:
-        one = sum(dim * hidden + hidden**2 + hidden * out for out in config["alignment_dims"])
-    return 2 * tokens * len(config["alignment_layers"]) * one
+        one = sum(hidden_dim * projector_dim + projector_dim**2 + projector_dim * out for out in embed_dims)
+    return 2 * tokens * num_layers * one
 
 
 def encoder_flops(encoder) -> int:
@@ -99,15 +112,25 @@ def training_flops(forward: float, encoders: float = 0.0, recompute: bool = Fals
     return (3 + recompute - adapters) * forward + encoders
 
 
-def step_flops(transformer: SiTTransformer2DModel, encoders: list = ()) -> tuple[float, float]:
+def step_flops(aligned: AlignedTransformer) -> tuple[float, float]:
     """FLOPs of one image in a training step: without alignment, and with projectors and encoders.
 
     The autoencoder, the losses and the optimizer are not in it. Ask before anything is compiled.
     """
-    adapters = not all(parameter.requires_grad for parameter in transformer.parameters())
-    plain = training_flops(forward_flops(transformer.config), adapters=adapters)
-    projectors = projector_flops(transformer.config) if encoders else 0
-    return plain, plain + training_flops(projectors, sum(encoder_flops(encoder) for encoder in encoders))
+    config = aligned.transformer.config
+    adapters = not all(parameter.requires_grad for parameter in aligned.transformer.parameters())
+    plain = training_flops(forward_flops(config), adapters=adapters)
+    if not aligned.layers:
+        return plain, plain
+    projectors = projector_flops(
+        aligned.hidden_dim,
+        num_tokens(config),
+        len(aligned.layers),
+        aligned.embed_dims,
+        aligned.projector,
+        aligned.projector_dim,
+    )
+    return plain, plain + training_flops(projectors, sum(encoder_flops(encoder) for encoder in aligned.encoders))
 
 
 def throughput_metrics(
@@ -321,15 +344,14 @@ class TrainingSpeed:
     def __init__(
         self,
         args: argparse.Namespace,
-        transformer: SiTTransformer2DModel,
-        encoders: list,
+        aligned: AlignedTransformer,
         accelerator: Accelerator,
         report: Callable[[str], None] = print,
     ):
         # FLOPs are counted before anything is compiled.
-        self.flops_per_image = step_flops(transformer, encoders)
+        self.flops_per_image = step_flops(aligned)
         self.metrics = throughput_meter(self.flops_per_image, accelerator, args.peak_tflops)
-        speed_up(transformer, encoders, args.compile, args.attention_backend)
+        speed_up(aligned.transformer, aligned.encoders, args.compile, args.attention_backend)
         profile = StepProfile(args.profile, accelerator.device, report)
         self.mark, self.step = profile.mark, profile.step
 

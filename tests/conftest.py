@@ -20,8 +20,9 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
 
 
 def pytest_collection_modifyitems(items):
-    """Slow tests come last; where several workers share the tests, first."""
-    items.sort(key=lambda item: (item.get_closest_marker("slow") is not None) != bool(worker))
+    """Modules with slow tests come last; where several workers share the modules, first. A module's tests stay together."""
+    slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
+    items.sort(key=lambda item: (item.path in slow) != bool(worker))
 
 
 @pytest.fixture(scope="session")

@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """The page of space/: what its buttons do, the running server, and the page in a browser at two sizes."""
 
 import importlib.util
@@ -348,6 +349,7 @@ def overlap(first: dict, second: dict) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width, height, scheme", [(390, 844, "dark"), (1280, 800, "light")])
 def test_the_page_in_a_browser(server, browser, width, height, scheme):
     is_phone = width < 900

@@ -39,6 +39,7 @@ hooks_that_shard = [
 ]
 
 
+@pytest.mark.slow
 @needs_fork
 def test_three_divisions_give_the_same_trajectory(command, trainers, tmp_path):
     """1 process of 16, 2 of 8 (one of which gets a signal on the way), and 8 twice, over 50 steps."""
@@ -68,6 +69,7 @@ def test_three_divisions_give_the_same_trajectory(command, trainers, tmp_path):
             assert drift.abs().max() <= 1e-5 and drift.mean().abs() <= 1e-6
 
 
+@pytest.mark.slow
 @needs_fork
 @pytest.mark.parametrize("hook", hooks_that_shard)
 def test_sharded_runs_train_save_and_resume_alike(command, trainers, tmp_path, hook):
@@ -98,6 +100,7 @@ def test_sharded_runs_train_save_and_resume_alike(command, trainers, tmp_path, h
     assert len(list((tmp_path / "sharded" / "samples").iterdir())) == 2
 
 
+@pytest.mark.slow
 @needs_fork
 @needs_deepspeed
 def test_deepspeed_accumulates_clips_and_trains_adapters_in_bf16(command, trainers, tmp_path):
@@ -204,6 +207,7 @@ def test_what_deepspeed_is_not_taken_for(config, precision, message):
         check_distributed(accelerator, False)
 
 
+@pytest.mark.slow
 @needs_fork
 @pytest.mark.parametrize(
     "hook",

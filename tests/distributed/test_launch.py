@@ -23,12 +23,14 @@ def launch(launcher: list[str], options: list[str], **environment) -> subprocess
     )
 
 
+@pytest.mark.slow
 def test_accelerate_launch(command, tmp_path):
     done = launch(["accelerate.commands.launch", "--cpu"], command(max_train_steps=2))
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "run" / "model_index.json").is_file() and len(losses(tmp_path / "run")) == 2
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_losses(command, tmp_path):
     fd = {"fd_encoder": "digits", "num_fd_samples": 100}
     run(command(max_train_steps=10, train_batch_size=64, **fd))

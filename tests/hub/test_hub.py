@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """Publishing and loading over HTTP, from a small local Hub: with the package and without, and when the Hub fails."""
 
 import json
@@ -158,6 +159,7 @@ print("loaded", len(second))
 )
 
 
+@pytest.mark.slow
 def test_published_pipelines_open_with_and_without_the_package(hub, tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
     transformer = tiny_model(in_channels=4, sample_size=8)
@@ -307,6 +309,7 @@ hub.main(["unsent", "--hub_model_id", "org/late"])
 """
 
 
+@pytest.mark.slow
 def test_a_run_publishes_itself_and_never_fails_for_it(hub, tmp_path_factory):
     folder = tmp_path_factory.mktemp("train")
     hub.faults = [("PUT /large/", None)] + [("POST .*org/broken/commit", 503)] * 9

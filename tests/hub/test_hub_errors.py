@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """Names on the Hub: what a user reads when one cannot be had, asked of a small local server over HTTP."""
 
 import json
@@ -8,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from support.hub_server import Hub, serve
-from support.paths import ROOT, SRC
+from support.paths import ROOT, SRC, TRAINING_SCRIPT
 
 
-SCRIPT = ROOT / "train_vrpo.py"
+# Each asks a process that imports everything.
+pytestmark = pytest.mark.slow
+
 OPTIONS = ["--objective", "none", "--output_dir", "run", "--resolution", "8"]
 CASES = {
     "gated data": ["--dataset_name", "gated/imagenet", "--vae", "none"],
@@ -73,7 +76,7 @@ def test_gated_and_unknown_weights_to_start_from(messages):
 def test_hub_out_of_reach(tmp_path):
     hub = Hub()
     hub.url = "http://127.0.0.1:9"
-    done = run(hub, tmp_path, str(SCRIPT), "--dataset_name", "some/data", "--vae", "none", *OPTIONS)
+    done = run(hub, tmp_path, str(TRAINING_SCRIPT), "--dataset_name", "some/data", "--vae", "none", *OPTIONS)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert (
         done.stderr.strip()

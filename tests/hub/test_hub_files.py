@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """What is saved for the Hub, what of a folder goes there, and what the card says; without a server."""
 
 import importlib.util

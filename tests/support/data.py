@@ -10,12 +10,14 @@ from PIL import Image as PILImage
 
 
 def png(value: int, size=(12, 10)) -> bytes:
+    """A PNG of one colour, whose red is `value`."""
     buffer = io.BytesIO()
     PILImage.new("RGB", size, (value, 10, 20)).save(buffer, "png")
     return buffer.getvalue()
 
 
 def write_parquet(folder, labels, names=("cat", "dog"), images=None, column="image"):
+    """Writes one parquet file with an image per label, and returns its folder; without `names` labels are plain integers."""
     folder.mkdir(parents=True, exist_ok=True)
     images = images or [png(i % 256) for i in range(len(labels))]
     features = Features({column: Image(), "label": ClassLabel(names=list(names)) if names else Value("int64")})

@@ -52,7 +52,7 @@ OTHERS = {
 ALL = {**VITS, **DUALS, **CONVS, **OTHERS}
 
 
-def reference(folder, name, pixels, **arguments):
+def transformers_output(folder, name, pixels, **arguments):
     """transformers' own output for pixels of the native size."""
     model = AutoModel.from_pretrained(folder).eval()
     model = model.vision_model if name in DUALS else model

@@ -38,6 +38,7 @@ def tiny_model(**changes) -> SiTTransformer2DModel:
 
 
 def inputs(batch=2, channels=4, height=8, width=8):
+    """Noisy images, their timesteps and their class labels, always the same."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch, channels, height, width, generator=generator)
     return x, torch.rand(batch, generator=generator), torch.arange(batch) % 5
@@ -52,11 +53,13 @@ def load_golden(shared, name: str):
 
 
 def digits_model(**changes) -> SiTTransformer2DModel:
+    """A small model for the digits: 8x8 pixels of 3 channels, 10 classes, no projector."""
     arguments = {"in_channels": 3, "num_classes": 10, "num_layers": 2, "alignment_layers": [], **changes}
     return tiny_model(**arguments)
 
 
 def tiny_vae(kind):
+    """A small autoencoder with random weights: `kl`, `tiny` or `dc`."""
     torch.manual_seed(0)
     if kind == "kl":
         return AutoencoderKL(

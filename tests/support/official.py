@@ -101,6 +101,7 @@ def official_forward(state, x, t, labels, heads, aligned=None):
 
 
 def saved(tmp_path, content, name="checkpoint.pt") -> str:
+    """Saves a checkpoint as the official scripts do, and returns its path."""
     torch.save(content, tmp_path / name)
     return str(tmp_path / name)
 

@@ -16,12 +16,14 @@ NAMES = {0: "goldfish, Carassius auratus", 1: "crane", 2: "crane", 3: "tench", 4
 
 
 def quiet_pipeline(model, scheduler) -> VRPOPipeline:
+    """A pipeline without an autoencoder and without a progress bar."""
     pipeline = VRPOPipeline(model, scheduler)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def sample(pipeline, labels=(0, 3), **arguments):
+    """Images of a pipeline from noise of seed 0, as latents unless told otherwise."""
     generator = torch.Generator().manual_seed(0)
     arguments = {"num_inference_steps": 3, "output_type": "latent", "generator": generator, **arguments}
     return pipeline(list(labels) if isinstance(labels, tuple) else labels, **arguments).images
@@ -44,6 +46,7 @@ class ExactGaussian(SiTTransformer2DModel):
 
 
 def exact_gaussian(**config) -> ExactGaussian:
+    """A model of the given config that predicts exactly."""
     return ExactGaussian(**{**TINY, "class_dropout_prob": 0.0, **config})
 
 
@@ -57,6 +60,7 @@ def moment_errors(pipeline, steps) -> tuple[float, float]:
 
 
 def save_pipeline(folder: Path, scheduler=None, **options) -> VRPOPipeline:
+    """Saves a small pipeline of pixels with names of classes, and returns it."""
     names = {0: "goldfish, Carassius auratus", 1: "crane"}
     pipeline = VRPOPipeline(tiny_model(in_channels=3), scheduler or FlowMatchEulerDiscreteScheduler(), id2label=names)
     pipeline.save_pretrained(folder, **options)

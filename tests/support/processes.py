@@ -7,5 +7,6 @@ from support.paths import SRC
 
 
 def no_network_environment() -> dict:
+    """The environment of a program that finds this package's sources, and no settings of the Hub or of accelerate."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "ACCELERATE"))}
     return {**environment, "PYTHONPATH": str(SRC)}

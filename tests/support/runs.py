@@ -8,6 +8,7 @@ import yaml
 
 
 def write_run(folder: Path, start: dict | None = None, **options):
+    """Writes options, metrics and the record of the start; `options` change the first, `start` the last."""
     folder.mkdir(exist_ok=True)
     config = {"objective": "vrpo", "encoder": ["/data/models/dinov2"], "vae": "stabilityai/sd-vae-ft-ema", "seed": 3}
     config |= {"dataset_name": "ILSVRC/imagenet-1k", "resolution": 256, "learning_rate": 1e-4, "max_train_steps": 20}

@@ -52,15 +52,18 @@ def options_in(folder: Path):
 
 
 def run(options: list[str]):
+    """Trains in this process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     train_vrpo.main(train_vrpo.parse_args(options))
 
 
 def losses(folder) -> list[float]:
+    """The logged flow-matching losses of a run."""
     return [row["loss_fm"] for row in read_metrics(Path(folder) / "metrics.jsonl")]
 
 
 def assert_same_files(a: Path, b: Path, names: list[str]):
+    """The files of both folders have the same tensors, bit by bit."""
     for name in names:
         left, right = load_file(a / name), load_file(b / name)
         assert left.keys() == right.keys()

@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """The alignment term in training: one step by hand, several blocks and encoders, the gate, the stop, the estimators."""
 
 import math
@@ -130,6 +131,7 @@ def test_one_step_of_the_script_is_the_formula(command, tmp_path, layers, option
         torch.testing.assert_close(parameter.detach() - trained[name], step, atol=2e-6, rtol=1e-4)
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("layers", [[2], [1, 3]])
 def test_compiled_and_checkpointed_blocks_give_the_same_gradients(command, layers):
@@ -343,6 +345,7 @@ train_vrpo.main(train_vrpo.parse_args())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ends_by", ["gate", "stop"])
 def test_two_processes_cross_the_end_of_alignment(command, tmp_path, ends_by):
     """The gate closes (or the stop comes) at the same step on both; nothing hangs; the losses stay those of one."""

@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """The embedded default, whole: what README's first command trains must look like digits and not like copies."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """The generative policy in runs of the training script: what it logs, saves, continues, adds to, and when it stops."""
 
 import os
@@ -218,6 +219,7 @@ def test_two_epochs_have_a_ratio_clipping_and_an_anchor(finished, tmp_path):
     assert drifts[100] < 0.5 * drifts[0] and drifts[100] < drifts[None] < drifts[0]
 
 
+@pytest.mark.slow
 def test_a_reward_of_ones_own_rises(command, tmp_path):
     """Brighter images where brightness is wanted, darker ones where darkness is."""
     (tmp_path / "mine.py").write_text(
@@ -355,6 +357,7 @@ def test_what_it_began_with_stays(finished, tmp_path):
 # However the batch is divided
 
 
+@pytest.mark.slow
 @needs_fork
 @pytest.mark.parametrize("kind", ["mmd", "frechet"])
 def test_divisions_give_the_same_trajectory(command, trainers, tmp_path, kind):
@@ -494,6 +497,7 @@ GUARDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GUARDS)
 def test_each_guard_stops_a_run_that_goes_wrong(command, tmp_path, name):
     limit, reason = GUARDS[name]

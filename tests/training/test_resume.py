@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """Runs that are killed, interrupted, or meet NaN and full disks."""
 
 import errno
@@ -36,6 +37,7 @@ pytestmark = pytest.mark.usefixtures("one_core")
 # Killed and interrupted
 
 
+@pytest.mark.slow
 @needs_fork
 def test_killed_at_any_moment_the_end_is_bit_equal(command, trainers, tmp_path):
     # Logged every third step, saved every second: sums of half a log interval are part of a checkpoint.
@@ -75,6 +77,7 @@ def test_killed_at_any_moment_the_end_is_bit_equal(command, trainers, tmp_path):
     assert share != pytest.approx(1 / 3)
 
 
+@pytest.mark.slow
 @needs_fork
 @pytest.mark.parametrize("signum, policy_epochs", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
 def test_a_signal_saves_and_the_end_is_bit_equal(command, trainers, tmp_path, signum, policy_epochs):
@@ -107,6 +110,7 @@ def test_signals_before_and_after_the_loop_act_as_always():
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_leaves_at_once():
     code = (
         "import os, signal, time\nfrom diffusers_vrpo.interruption import Interruption\n"
@@ -126,6 +130,7 @@ def two_checkpoints(command, tmp_path):
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(command, two_checkpoints, caplog):
     folder, last = two_checkpoints, two_checkpoints / "checkpoint-4"
     before = losses(folder)
@@ -186,6 +191,7 @@ def nan_sample(monkeypatch):
     monkeypatch.setattr(TrainingSamples, "__getitems__", patched)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_nan_stops_with_the_state_before_it(command, tmp_path, nan_sample, caplog):
     message = r"step 4 \(samples 48 to 63\): the loss is NaN or infinite; .*checkpoint-3 is .*--skip_nonfinite leaves"
     options = {"max_train_steps": 6, "gradient_accumulation_steps": 2, "train_batch_size": 8}
@@ -275,6 +281,7 @@ def test_means_leave_out_what_is_not_finite(tmp_path):
 # A full disk
 
 
+@pytest.mark.slow
 @needs_fork
 def test_a_full_disk_leaves_the_checkpoint_before(command, trainers, tmp_path):
     options = {"max_train_steps": 6, "checkpointing_steps": 2, "logging_steps": 6, "checkpoints_total_limit": 1}

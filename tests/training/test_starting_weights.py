@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """Training that starts from weights: pipelines, official files, other classes, adapters; and DiT's objective."""
 
 import shutil
@@ -72,6 +73,7 @@ def test_training_goes_on_in_the_checkpoints_convention(command, tmp_path, conve
         assert pipeline.transformer.config[key] == value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["none", "repa", "vrpo"])
 @pytest.mark.parametrize("source", ["pipeline", "sit.pt", "repa.pt", "dit folder"])
 def test_every_source_and_objective(command, tmp_path, source, objective):
@@ -169,6 +171,7 @@ def test_a_run_continues_another_with_its_projectors(command, tmp_path, caplog):
         torch.testing.assert_close(second[name], tensor, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_lora_trains_adapters_and_projectors_alone(command, tmp_path):
     pytest.importorskip("peft")
     model = digits_model()
@@ -218,6 +221,7 @@ def test_lora_on_other_classes_trains_their_table_too(command, tmp_path):
     assert "label_embedding.weight" in load_file(tmp_path / "run" / "checkpoint-4" / "transformer.safetensors")
 
 
+@pytest.mark.slow
 def test_no_label_dropout_means_no_null_class(command, tmp_path):
     run(command(label_dropout=0, max_train_steps=2))
     pipeline = VRPOPipeline.from_pretrained(tmp_path / "run")

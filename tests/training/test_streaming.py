@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """Training straight from parquet files: the order, who reads what, resuming, servers and files that fail."""
 
 import http.server
@@ -23,7 +24,7 @@ from diffusers_vrpo.data.parquet import StreamedBatches, StreamedSamples, Stream
 from diffusers_vrpo.data.samples import StreamBatchSampler
 from diffusers_vrpo.errors import InputError, TrainingStopped
 from support.data import numbered, png, write_files
-from support.paths import ROOT
+from support.paths import TRAINING_SCRIPT
 from support.processes import no_network_environment
 from support.training import assert_same_files, losses, run, train_vrpo
 
@@ -480,6 +481,7 @@ def test_a_signal_and_the_same_command_again_are_bit_equal(command, folder, tmp_
     assert losses(tmp_path / "run") == losses(tmp_path / "left") and len(losses(tmp_path / "left")) == 5
 
 
+@pytest.mark.slow
 def test_imagenet_images_with_a_real_encoder(command, shared, tmp_path):
     """Two optimizer steps a draw; no copy of the data set is made."""
     options = {"dataset_name": shared / "data" / "tiny-imagenet-100", "resolution": 64, "preset": "SiT-XS/8"}
@@ -573,6 +575,7 @@ sys.exit("as usual")
 """
 
 
+@pytest.mark.slow
 def test_from_the_hub_by_http(command, tmp_path):
     """The same losses as from the folder, one request for each row group, nothing on the disk, and an end in any case."""
     FakeHub.folder, FakeHub.requests = Path(write_files(tmp_path / "numbered")) / "data", []
@@ -583,7 +586,7 @@ def test_from_the_hub_by_http(command, tmp_path):
     environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
     options = {"max_train_steps": 3, "objective": "none", "encoder": None, "dataloader_num_workers": 1}
     on_hub = command(**options, dataset_name="me/numbered") + ["--streaming"]
-    script = [sys.executable, "-c", ON_THE_HUB, str(ROOT / "train_vrpo.py"), *on_hub]
+    script = [sys.executable, "-c", ON_THE_HUB, str(TRAINING_SCRIPT), *on_hub]
     done = subprocess.run(script, capture_output=True, text=True, env=environment)
     took = time.time() - float(done.stdout.split()[-1])
     server.shutdown()

@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """The training script from its command line to the saved pipeline, on real images (handwritten digits)."""
 
 import json
@@ -135,6 +136,7 @@ def test_latents_conv_encoder_and_images_of_a_folder(command, tmp_path):
         assert grid.size == (2 * 66 - 2, 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["none", "repa", "vrpo"])
 def test_imagenet_images_with_a_real_encoder(command, shared, tmp_path, objective):
     options = command(
@@ -159,6 +161,7 @@ def test_imagenet_images_with_a_real_encoder(command, shared, tmp_path, objectiv
 # The same run, however it is divided or interrupted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective, precision", [("vrpo", "no"), ("repa", "no"), ("vrpo", "bf16")])
 def test_resume_is_bit_equal(command, tmp_path, objective, precision):
     # 640 samples: enough for the running statistics to act.
@@ -213,6 +216,7 @@ def test_the_same_command_again_ends_at_once(command, tmp_path):
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 def test_accumulation_gives_the_same_losses(command, tmp_path):
     run(command(max_train_steps=10, train_batch_size=64))
     run(
@@ -333,6 +337,7 @@ def test_the_config_of_a_trained_model_opens_for_another_objective(command, tmp_
     assert len(VRPOPipeline.from_pretrained(tmp_path / "plain").transformer.projectors) == 0
 
 
+@pytest.mark.slow
 def test_a_wrong_output_dir_is_one_line_on_the_terminal(command, tmp_path):
     (tmp_path / "file").write_text("")
     done = subprocess.run(
@@ -413,6 +418,7 @@ def test_help_explains_every_option(capsys):
     assert "(default: 0.9999)" in text and "(default: None)" not in text
 
 
+@pytest.mark.slow
 def test_no_network_and_no_torchvision(command, tmp_path):
     """The digits run in a process whose sockets and torchvision are forbidden."""
     guard = tmp_path / "guard.py"

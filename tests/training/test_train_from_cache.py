@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """Training from prepared latents: the same run as from the images, with the encoder's features computed or cached."""
 
 import shutil

@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """What is looked at while training: the Fréchet distance beside the grid, and looks that a killed run missed."""
 
 import errno
@@ -54,6 +55,7 @@ def test_the_distance_is_that_of_the_saved_pipeline(command, tmp_path):
     assert rows[-1]["validation/fd_digits"] != rows[1]["validation/fd_digits"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["the grid", "the distance"])
 def test_a_look_that_a_kill_prevented_is_made_good(command, tmp_path, what):
     options = {"max_train_steps": 4, "validation_steps": 2, "checkpointing_steps": 2, **FD}
@@ -113,6 +115,7 @@ def test_a_signal_ends_the_work(command, tmp_path, monkeypatch):
     assert (tmp_path / "run" / "checkpoint-3").is_dir()
 
 
+@pytest.mark.slow
 def test_the_reference_is_that_of_the_data(command, tmp_path):
     options = {"max_train_steps": 1, "resume_from_checkpoint": "none", **FD}
     run(command(**options))

@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """The yardstick's driver on digits: equal compute by hand, finished runs, continued runs, the table's numbers."""
 
 import argparse
@@ -72,6 +73,7 @@ def test_recipe_hash_names_what_results_depend_on(yardstick, tiny_yardstick):
         module.choose_arms(["nothing"], recipe)
 
 
+@pytest.mark.slow
 def test_two_arms_and_seeds_once(tiny_yardstick, yardstick, capsys):
     wanted = ["--arms", "none", "repa", "--seeds", "0", "1"]
     assert tiny_yardstick(*wanted, "--dry_run") == 4
@@ -115,6 +117,7 @@ def test_two_arms_and_seeds_once(tiny_yardstick, yardstick, capsys):
     assert (written / "quality_vs_time.png").exists() and (written / "quality_vs_steps.svg").exists()
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on(tiny_yardstick, yardstick):
     recipe = tiny_yardstick.folder / "longer.yaml"
     recipe.write_text(yaml.safe_dump(tiny_yardstick.values | {"reference_steps": 400, "evaluations": 1}))

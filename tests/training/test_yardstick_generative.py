@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """The comparison of the generative policy with flow matching, on digits: one base, equal wall time, lines once."""
 
 import json
@@ -44,6 +45,7 @@ def comparison(tiny_yardstick, yardstick, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_arms_from_one_base_for_the_same_time(comparison, capsys, monkeypatch):
     times = {comparison.module.cost_key({}): {"step": 0.1, "setup": 0.0}}
     times[comparison.module.cost_key({"policy": True})] = {"step": 0.5, "setup": 1.0}

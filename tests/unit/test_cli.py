@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """`vrpo`: the scripts as one command."""
 
 import os
@@ -52,6 +53,7 @@ def test_train_is_launched_by_accelerate(monkeypatch):
         assert started == [expected]
 
 
+@pytest.mark.slow
 def test_an_error_of_the_trainer_is_one_sentence():
     done = subprocess.run(
         [

@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """Conversion from and to the official layouts, against a plain rendering of the official forward pass."""
 
 import argparse
@@ -390,6 +391,7 @@ def test_the_script_keeps_the_pipelines_parts(tmp_path):
     assert again.scheduler.config.last_step_size == 0.1 and again.labels["zebra"] == [0] and again.vae is not None
 
 
+@pytest.mark.slow
 def test_the_script_says_what_is_wrong_in_one_line(tmp_path):
     import subprocess
 

@@ -30,7 +30,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from diffusers_vrpo.alignment.encoders import load_encoder, spatial_normalize
 from diffusers_vrpo.assets import digits
 from diffusers_vrpo.errors import InputError
-from support.encoders import ALL, CONVS, DUALS, VISION, VITS, reference
+from support.encoders import ALL, CONVS, DUALS, VISION, VITS, transformers_output
 
 
 def random_images(*size, batch=2, seed=0):
@@ -46,7 +46,7 @@ def test_vit_gives_the_patch_tokens_of_the_model(encoder_checkpoint, name):
     assert features.shape == (2, 16, encoder.embed_dim) and encoder.embed_dim == 32
     assert features.dtype == torch.float32 and features.is_contiguous()
     assert encoder.input_size == (4 * (14 if name == "dinov2" else 16),) * 2
-    output = reference(folder, name, encoder.preprocess(images))
+    output = transformers_output(folder, name, encoder.preprocess(images))
     torch.testing.assert_close(features, output.last_hidden_state[:, prefix:])
 
 
@@ -55,7 +55,7 @@ def test_layer_of_a_vit(encoder_checkpoint, name):
     folder, prefix = encoder_checkpoint(name), ALL[name][2]
     encoder = load_encoder(folder, (4, 4), layer=1)
     images = random_images(64, 64)
-    output = reference(folder, name, encoder.preprocess(images), output_hidden_states=True)
+    output = transformers_output(folder, name, encoder.preprocess(images), output_hidden_states=True)
     torch.testing.assert_close(encoder(images), output.hidden_states[1][:, prefix:])
     assert (load_encoder(folder, (4, 4), layer=-2)(images) == encoder(images)).all()
 

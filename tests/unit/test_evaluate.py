@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """pipelines/evaluate.py from images to numbers, on tiny real encoders."""
 
 import importlib.util
@@ -246,6 +247,7 @@ def frechet_of_features(y, x):
     return ((y.mean(0) - x.mean(0)).square().sum() + traces - 2 * root_trace).item()
 
 
+@pytest.mark.slow
 def test_reference_batch_of_adm(run, inception_weights, tmp_path):
     """Its moments give FID and sFID, its images precision and recall."""
     save_file(inception_weights, tmp_path / "inception.safetensors")
@@ -284,6 +286,7 @@ def test_reference_batch_of_adm(run, inception_weights, tmp_path):
         run(tmp_path / "samples.npz", tmp_path / "moments.npz")
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(run, encoder_checkpoint, digits_pipeline, tmp_path):
     """Evaluation and probing, one after the other, as a launcher starts them."""
     np.savez(tmp_path / "samples.npz", pictures(45))
@@ -395,6 +398,7 @@ def test_features_that_are_not_finite(run, encoder_checkpoint, tmp_path):
         measure(images, encoder, start_processes(), batch_size=4)
 
 
+@pytest.mark.slow
 def test_order_on_real_images(shared):
     """Real images are nearer to other real ones, of training or validation, than noisy ones or a few classes are."""
     spec = importlib.util.spec_from_file_location("metric_sanity", ROOT / "benchmarks" / "metric_sanity.py")

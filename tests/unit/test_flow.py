@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 import torch
 
 from diffusers_vrpo.models.flow import flow_matching_loss, interpolate, velocity

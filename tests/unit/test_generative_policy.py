@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """Rewards against numeric derivatives of the distances that they follow, advantages, and the loss of a tiny model."""
 
 import math

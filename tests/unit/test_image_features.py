@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """One vector an image, of every family, against what transformers gives."""
 
 import pytest
@@ -6,7 +7,7 @@ from transformers import AutoModel, CLIPModel
 
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.evaluation.image_encoders import encoder_checksum, load_image_encoder, pooled_features, to_uint8
-from support.encoders import reference
+from support.encoders import transformers_output
 
 
 # What the vector of each family is, from the output of its model.
@@ -43,7 +44,7 @@ def test_the_vector_is_that_of_the_family(encoder_checkpoint, name):
         3, 1, 1
     )
     vectors = encoder(images)["pool"]
-    expected = VECTORS[name](reference(encoder_checkpoint(name), name, pixels))
+    expected = VECTORS[name](transformers_output(encoder_checkpoint(name), name, pixels))
     assert vectors.shape == (3, encoder.dim) and vectors.dtype == torch.float32
     assert (vectors - expected).abs().max() < 1e-5 * expected.abs().max()
     assert not vectors.requires_grad and not encoder.train().model.training
@@ -65,7 +66,7 @@ def test_clip_gives_its_projected_embedding(encoder_checkpoint):
 def test_mean_of_the_patch_tokens(encoder_checkpoint, name, prefix):
     encoder = load_image_encoder(str(encoder_checkpoint(name)), pooling="mean")
     images = random_uint8(2, 3, *encoder.input_size)
-    tokens = reference(encoder_checkpoint(name), name, encoder.preprocess(images)).last_hidden_state
+    tokens = transformers_output(encoder_checkpoint(name), name, encoder.preprocess(images)).last_hidden_state
     assert torch.allclose(encoder(images)["pool"], tokens[:, prefix:].mean(1), atol=1e-6)
 
 

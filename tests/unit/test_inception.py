@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """The FID network against an independent rendering: numpy for the resize and the pooling, a flat program for the rest."""
 
 import zlib

@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """The latent cache: what is written, that nothing interrupts it for good, and that training sees the same from it."""
 
 import json
@@ -185,6 +186,7 @@ def test_unreadable_images_are_replaced_as_without_a_cache(tmp_path, vae_folder)
 # Interruptions
 
 
+@pytest.mark.slow
 def test_killed_and_continued(reference, vae_folder, tmp_path):
     folder = tmp_path / "cache"
     journal = folder / "journal-0.jsonl"
@@ -205,6 +207,7 @@ def test_killed_and_continued(reference, vae_folder, tmp_path):
     assert_same(folder, reference)
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same(reference, vae_folder, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command(options(vae_folder, tmp_path / "cache"), launcher)

@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 import numpy as np
 import pytest
 import torch
@@ -326,7 +327,7 @@ def test_ddpm_uses_the_learned_variance_of_the_class():
 @pytest.mark.parametrize(
     "scheduler, steps",
     [
-        (DDIMScheduler(**ddpm.SCHEDULER_CONFIG), 250),
+        pytest.param(DDIMScheduler(**ddpm.SCHEDULER_CONFIG), 250, marks=pytest.mark.slow),
         (DPMSolverMultistepScheduler(), 50),
         # Scales the start by 157 and the transformer's input at every step.
         (EulerDiscreteScheduler(beta_start=1e-4, beta_end=0.02, timestep_spacing="trailing"), 250),

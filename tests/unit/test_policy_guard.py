@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """The guards, each alone; and on a ring of eight Gaussians what the rewards do with and without real data."""
 
 import copy
@@ -222,6 +223,7 @@ def follow_rewards(net, real_data: bool, updates=200):
             yield look(average)
 
 
+@pytest.mark.slow
 def test_with_real_data_the_distance_falls_and_no_mode_is_lost(pretrained):
     first, modes = look(pretrained)
     looks = list(follow_rewards(pretrained, real_data=True))
@@ -232,6 +234,7 @@ def test_with_real_data_the_distance_falls_and_no_mode_is_lost(pretrained):
     assert sum(now.distance for now, _ in looks[3:]) / len(looks[3:]) < 0.89 * first.distance
 
 
+@pytest.mark.slow
 def test_without_real_data_a_guard_trips(pretrained):
     first, _ = look(pretrained)
     reasons = (tripped(first, now, LIMITS) for now, _ in follow_rewards(pretrained, real_data=False))

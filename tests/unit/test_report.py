@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """Reports on runs: figures worked out by hand, real runs through the command line, damaged and foreign input."""
 
 import json
@@ -357,6 +358,7 @@ class Resources(HTMLParser):
         self.found += [value for name, value in attributes if name in ("src", "srcset", "href", "data", "poster")]
 
 
+@pytest.mark.slow
 def test_real_runs_from_training_to_the_page(command, tmp_path, capsys):
     """Two arms; one is interrupted, and aligns up to step 2 only: its seconds and FLOPs go on where they were."""
     options = {"validation_steps": 2, "use_ema": None, "learning_rate": 1e-5}

@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """pipelines/sample.py: what is written, that it depends on (seed, index) alone, and what is refused."""
 
 import functools
@@ -265,6 +266,7 @@ def reference(models, tmp_path_factory) -> Path:
 REFERENCE = {"sampler": "sde", "output_format": "both", "num_images": 21, "num_inference_steps": 20}
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same(models, reference, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     process = script(argv(models / "latents", tmp_path / "out", **REFERENCE), launcher)
@@ -273,6 +275,7 @@ def test_two_processes_write_the_same(models, reference, tmp_path):
     assert contents(tmp_path / "out") == contents(reference)
 
 
+@pytest.mark.slow
 def test_killed_and_continued(models, reference, tmp_path):
     # So many steps that the kill comes in time: the images are others, which an uninterrupted run is compared with.
     options = {**REFERENCE, "num_inference_steps": 120}

@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """Statistics of training images, and the rewards that compare samples with them."""
 
 import math
@@ -22,7 +23,7 @@ from diffusers_vrpo.experimental.generative.rewards import (
     reference_statistics,
     save_reference,
 )
-from support.encoders import reference
+from support.encoders import transformers_output
 
 
 CLASSES = torch.tensor([[3.0, 0, 0, 0], [0, 3.0, 0, 0], [0, 0, 3.0, 0]])
@@ -353,7 +354,7 @@ def test_shallow_features_of_a_vit(encoder_checkpoint, name, layer, prefix):
     assert plain.keys() == {"pool"}
     encoder.take_shallow(layer)
     found = encoder(images)
-    states = reference(
+    states = transformers_output(
         encoder_checkpoint(name), name, encoder.preprocess(images), output_hidden_states=True
     ).hidden_states
     assert found["shallow"].shape == (3, 32) and found["shallow"].dtype == torch.float32
@@ -367,7 +368,7 @@ def test_shallow_features_of_a_conv_net(encoder_checkpoint, name):
     encoder = load_image_encoder(str(encoder_checkpoint(name)))
     encoder.take_shallow(1)
     images = torch.randint(0, 256, (2, 3, *encoder.input_size), dtype=torch.uint8)
-    output = reference(encoder_checkpoint(name), name, encoder.preprocess(images), output_hidden_states=True)
+    output = transformers_output(encoder_checkpoint(name), name, encoder.preprocess(images), output_hidden_states=True)
     state = (getattr(output, "reshaped_hidden_states", None) or output.hidden_states)[1]
     assert state.ndim == 4
     torch.testing.assert_close(encoder(images)["shallow"], state.mean((2, 3)), atol=1e-5, rtol=1e-5)

@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """FLOPs, peaks, the step's profile; no wait for the device in a step; the benchmark of the step."""
 
 import argparse
@@ -217,7 +218,8 @@ def test_profile(monkeypatch):
 @pytest.mark.parametrize("steps", [0, None])
 def test_profile_off(steps, monkeypatch):
     monkeypatch.setattr(
-        "diffusers_vrpo.training.throughput.time.perf_counter", lambda: pytest.fail("it asked for the time")
+        "diffusers_vrpo.training.throughput.time.perf_counter",
+        lambda: pytest.fail("it asked for the time"),
     )
     profile = StepProfile(steps, report=lambda table: pytest.fail("it reported"))
     for _ in range(20):

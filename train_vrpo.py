@@ -40,10 +40,9 @@ from diffusers_vrpo.command_line import (
     config_to_argv,
     with_flags,
 )
-from diffusers_vrpo.data.image_datasets import check_corrupt_rows, check_images, too_many_corrupt
-from diffusers_vrpo.data.latent_cache import batch_latents
+from diffusers_vrpo.data.image_datasets import check_corrupt_rows, too_many_corrupt
 from diffusers_vrpo.data.samples import StreamBatchSampler
-from diffusers_vrpo.data.sources import cached_encoders, load_training_data, training_batches, training_samples
+from diffusers_vrpo.data.sources import check_data_settings, data_settings, load_training_data
 from diffusers_vrpo.errors import InputError, TrainingStopped
 from diffusers_vrpo.experimental.generative.callback import GenerativePolicy
 from diffusers_vrpo.experimental.generative.config import add_generative_options, check_generative
@@ -128,6 +127,9 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--image_column", default="image", help="column with the images")
     g.add_argument("--label_column", default="label", help="column with the integer class labels")
     g.add_argument("--max_train_samples", type=int, help="train on a random subset of this size")
+    g.add_argument(
+        "--allow_changed_data", action="store_true", help="continue a run on other images, labels or class names"
+    )
     g.add_argument("--resolution", type=int, default=256, help="side of the training images in pixels")
     g.add_argument("--center_crop", action=flag, default=True, help="ADM's centre crop, or else a random one")
     g.add_argument("--random_flip", action=flag, default=False, help="mirror half of the images")
@@ -315,22 +317,24 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
     checkpoint = choose_checkpoint(accelerator, args.resume_from_checkpoint, output_dir)
     parse_reward_weighting(args.reward_weighting, len(DEFAULT_REWARDS))
     with accelerator.main_process_first():
-        data, id2label, num_classes = load_training_data(args)
-    if args.streaming:  # in an outage, a signal ends the waiting
-        data.interrupted = lambda: interruption.signum > 0
-    if accelerator.is_main_process and args.latents_dir is None:
-        check_images(data)
-    vae = None if args.vae == "none" else load_vae(args.vae, args.cache_dir).to(device)
+        data = load_training_data(args)
+    num_classes, id2label = data.num_classes, data.id2label
+    data.give_up_when(lambda: interruption.signum > 0)  # in an outage, a signal ends the waiting
+    if accelerator.is_main_process:
+        data.check()
+    vae_name = args.vae or data.vae
+    vae = None if vae_name == "none" else load_vae(vae_name, args.cache_dir).to(device)
     start = read_start(args)
     patch_size = start.config["patch_size"]
     channels, height, width = latent_shape(vae, args.resolution, patch_size)
     grid_size = (height // patch_size, width // patch_size)
     aligns = args.objective != "none"
-    encoders = cached_encoders(data, args, grid_size)
+    layers = layers_of_encoders(args.encoder, args.encoder_layer)
+    encoders = data.features(args.encoder, layers, grid_size) if aligns else []
     if aligns and not encoders:
         half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
         encoder_dtype = torch.float32 if device.type == "cpu" else half
-        for name, layer in zip(args.encoder, layers_of_encoders(args.encoder, args.encoder_layer)):
+        for name, layer in zip(args.encoder, layers):
             encoders.append(load_encoder(name, grid_size, layer, encoder_dtype, device, args.cache_dir))
     elif args.encoder and not aligns:
         logger.info(f"--objective none trains without the encoder {', '.join(args.encoder)}")
@@ -374,9 +378,10 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
     register_model_hooks(accelerator, ema, states, means, optional=["generative_policy"])
     guard = StepGuard(accelerator, optimizer, interruption, args.skip_nonfinite)
     step, samples_seen, saved_step, seconds, flops = 0, 0, 0, 0.0, 0.0
-    settings = run_settings(args, data, aligned, global_batch_size)
+    settings, of_data = run_settings(args, data, aligned, global_batch_size), data_settings(data)
     if checkpoint is not None:
         state = read_training_state(checkpoint, settings)
+        check_data_settings(state["settings"], of_data, checkpoint, args.allow_changed_data)
         load_checkpoint(accelerator, checkpoint)
         lr_scheduler.load_state_dict(state["lr_scheduler"])
         step, samples_seen, guard.skipped = state["step"], state["samples_seen"], state["skipped"]
@@ -386,9 +391,20 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
             ema.optimization_step = step
         policy.check_begun(step, checkpoint)
         logger.info(f"continuing from {checkpoint} at step {step}")
-    options = ((channels, height, width), math.prod(grid_size), encoders, global_batch_size)
-    samples = training_samples(data, args, transformer, *options)
-    del encoders, options  # the aligned transformer frees them when alignment ends
+    samples = data.samples(
+        seed=args.seed,
+        resolution=args.resolution,
+        latent_shape=(channels, height, width),
+        null_class_id=pipeline.transformer.null_class_id,
+        label_dropout=pipeline.transformer.config.class_dropout_prob,
+        center_crop=args.center_crop,
+        random_flip=args.random_flip,
+        sample_posterior=vae is not None,
+        num_tokens=math.prod(grid_size) if args.objective == "vrpo" else None,
+        encoders=encoders,
+        global_batch_size=global_batch_size,
+    )
+    del encoders  # the aligned transformer frees them when alignment ends
     batch_sampler = StreamBatchSampler(
         samples_seen,
         max(0, max_train_steps - step),
@@ -398,10 +414,11 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
         args.gradient_accumulation_steps,
         repeats=args.policy_epochs,
     )
-    dataloader = training_batches(samples, batch_sampler, args.dataloader_num_workers, device.type == "cuda")
+    dataloader = data.loader(samples, batch_sampler, args.dataloader_num_workers, device.type == "cuda")
     metrics_file = None
     if accelerator.is_main_process:
         given = {name: value for name, value in vars(args).items() if value is not None and name != "config"}
+        given["vae"] = vae_name
         with written(f"train_config.yaml or metrics.jsonl in {output_dir}"):
             (output_dir / "train_config.yaml").write_text(yaml.safe_dump(given))
             metrics_file = MetricsFile(output_dir / "metrics.jsonl", step)
@@ -427,7 +444,8 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
     def save() -> bool:
         if accelerator.is_main_process:
             metrics_file.sync()
-        state = {"step": step, "samples_seen": samples_seen, "skipped": guard.skipped, "settings": settings}
+        state = {"step": step, "samples_seen": samples_seen, "skipped": guard.skipped}
+        state |= {"settings": settings | of_data}
         state |= {"lr_scheduler": lr_scheduler.state_dict(), "alignment": objective.release_state()}
         state |= {"train_seconds": seconds, "train_flops": flops}
         return save_checkpoint(accelerator, output_dir, step, state, args.checkpoints_total_limit)
@@ -451,7 +469,7 @@ def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption
         images = batch.get("pixels", batch)
 
         with accelerator.accumulate(model):
-            x0 = speed.mark("autoencoder", batch_latents(vae, batch))
+            x0 = speed.mark("autoencoder", data.latents(vae, batch))
             x_t, timestep, target, t = forward_process(x0, batch["noise"], batch["timestep"], model_config)
             inputs = (x_t, timestep, batch["class_labels"])
             alignment = objective.begin(t)

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from ..errors import InputError, first_line
 from ..pipelines.pipeline_vrpo import VRPOPipeline
+from ..training.callbacks import TrainerCallback
 from ..training.checkpoints import find_damage, list_checkpoints
 from ..training.distributed import together
-from ..training.callbacks import TrainerCallback
 from ..training.interruption import Interruption
 from ..training.output_dir import unwritable
 from .card import STAGED

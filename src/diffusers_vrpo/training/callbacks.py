@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 
-
 if TYPE_CHECKING:
     from ..trainer import VRPOTrainer
 

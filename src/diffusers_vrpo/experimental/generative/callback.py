@@ -12,7 +12,6 @@ import json
 import math
 import os
 import shutil
-import time
 import zlib
 from pathlib import Path
 
@@ -25,11 +24,17 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ...data.latent_cache import LatentCache
-from ...data.parquet import ParquetRows
+from ...data.sources import TrainingData
 from ...errors import InputError, TrainingStopped
-from ...evaluation.feature_statistics import describe, gather_rows
-from ...evaluation.image_encoders import default_batch_size, load_image_encoder
+from ...evaluation.feature_statistics import (
+    FeatureSet,
+    collect_features,
+    describe,
+    gather_rows,
+    known_statistics,
+    shared_statistics,
+)
+from ...evaluation.image_encoders import default_batch_size, image_features, load_image_encoder
 from ...evaluation.metrics import frechet_distance, mean_and_covariance, precision_recall
 from ...models.autoencoder import encode_images
 from ...models.flow import flow_matching_loss, forward_process, x0_estimate
@@ -41,7 +46,6 @@ from ...training.metrics import log_values
 from ...training.output_dir import written
 from ...training.setup import trainable_parameters
 from ...training.throughput import forward_flops
-from ...training.validation import fixed_rows, labelled_images
 from .config import FREE, OPTIONS
 from .guards import Limits, Look, tripped
 from .objective import (
@@ -57,11 +61,9 @@ from .rewards import (
     REAL_VALUES,
     REWARDS,
     SampleRewards,
-    load_reference,
     load_reward_functions,
     parse_reward_weights,
     reference_statistics,
-    save_reference,
 )
 
 
@@ -81,7 +83,7 @@ class GenerativePolicy:
 
     Args:
         args: the options of `add_generative_options`.
-        data: as `load_training_data` gives it.
+        data: what the run trains on.
         lr_scheduler: gets another base at the start.
         validation: has the encoder of `fd_encoder` and its reference, where there is one.
 
@@ -94,7 +96,7 @@ class GenerativePolicy:
         args: argparse.Namespace,
         accelerator: Accelerator,
         pipeline,
-        data,
+        data: TrainingData,
         lr_scheduler,
         validation,
         global_batch_size: int,
@@ -123,8 +125,8 @@ class GenerativePolicy:
             )
         self.encoder.take_shallow(args.reward_shallow_layer)
         functions = load_reward_functions(args.reward_function or [])
-        rows = fixed_rows(data, args.reward_reference_images)
-        if not isinstance(data, ParquetRows):  # which are read group by group, and these are in random order
+        rows = data.fixed_rows(args.reward_reference_images)
+        if data.random_access:  # other data give rows in random order, one group of rows after another
             rows = random_stream(0, 1, LOOK_REAL).permutation(rows)
         reference = self._reference(data, rows, name)
         kind = args.fidelity_reward
@@ -140,8 +142,7 @@ class GenerativePolicy:
             self.real_images = some.to(self.device)
         self.real_x0 = self._latents(some[:REAL_IMAGES])
         self.real_labels = labels[:REAL_IMAGES].to(self.device)
-        if isinstance(data, ParquetRows):
-            data.release()
+        data.release()
 
         # 2. What an update costs, in forward passes of the transformer for each sample.
         evaluations = len(self._schedule())
@@ -166,7 +167,7 @@ class GenerativePolicy:
             f"{3 * args.mc_samples * args.rollout_epochs + args.mc_samples * (self.anchor_coeff > 0)} likelihood, {real:.1f} real "
             f"images; rewards {', '.join(f'{n} {w:.2f}' for n, w in zip(self.rewards.names, weights))} ({kind})"
         )
-        if validation.judge is None or Path(args.fd_encoder).name == Path(name).name:
+        if validation.fd_encoder is None or Path(args.fd_encoder).name == Path(name).name:
             logger.warning(
                 f"no guard looks at features that the rewards do not see; give `fd_encoder` of another family than {name}"
             )
@@ -207,7 +208,7 @@ class GenerativePolicy:
                 f"`rollout_classes` {args.rollout_classes} must be a multiple of the {accelerator.num_processes} processes, which "
                 "have whole groups",
             )
-        if isinstance(data, LatentCache) and data.config["images"] == "none":
+        if not data.has_images:
             raise InputError(
                 "generative_policy_start_step",
                 f"`generative_policy_start_step` compares with images, and `latents_dir` {args.latents_dir} has none; prepare it "
@@ -226,7 +227,7 @@ class GenerativePolicy:
     def _real(self, data, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Images uint8 `[B,3,R,R]` and labels `[B]` of some rows; in their order, read in the data's."""
         order = np.argsort(rows, kind="stable")
-        images, labels = labelled_images(data, rows[order], self.args.resolution)
+        images, labels = data.examples(rows[order], self.args.resolution)
         back = np.argsort(order, kind="stable")
         return torch.from_numpy(images[back]).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels[back])
 
@@ -242,50 +243,49 @@ class GenerativePolicy:
         images |= {"checksum": zlib.crc32(first.numpy(), zlib.crc32(rows.tobytes()))}
         num_classes = images["classes"] = self.transformer.config.num_classes
         description = describe(images, name, self.encoder, len(rows)) | {"shallow_layer": self.encoder.shallow_layer}
-        device = torch.device("cpu") if self.device.type == "mps" else self.device
-        there = load_reference(file, description, device) if accelerator.is_main_process else None
-        if broadcast_object_list([there is None and file.exists()])[0] and args.reward_reference:
+        known = known_statistics(file, description) if accelerator.is_main_process else None
+        if broadcast_object_list([known is None and file.exists()])[0] and args.reward_reference:
             raise InputError(
                 "reward_reference",
                 f"`reward_reference` {file} holds something else: statistics of other images, another encoder or another "
                 "`reward_reference_images`; give another file, which will be made",
             )
-        if not broadcast_object_list([there is not None])[0]:
+
+        def compute() -> FeatureSet | None:
             logger.info(f"statistics of {len(rows)} training images for the rewards, kept in {file}")
-            size = self.args.train_batch_size
-            batches = [range(i, min(i + size, len(rows))) for i in range(0, len(rows), size)]
-            places, parts = [torch.zeros(0, dtype=torch.long)], {"pool": [], "shallow": [], "labels": []}
-            for batch in batches[accelerator.process_index :: accelerator.num_processes]:
-                pixels, labels = self._real(data, rows[batch.start : batch.stop])
-                for key, values in self._encode(pixels).items():
-                    parts[key].append(values.cpu())
-                parts["labels"].append(labels[:, None].float())
-                places.append(torch.arange(batch.start, batch.stop))
-            dims = {"pool": self.encoder.dim, "shallow": self._encode(first[:1])["shallow"].shape[1], "labels": 1}
-            # Class ids are exact in float32 up to 16 million.
-            gathered = {
-                key: gather_rows(
-                    torch.cat([torch.zeros(0, dims[key]), *values]), torch.cat(places), len(rows), accelerator
-                )
-                for key, values in parts.items()
-            }
+            size = args.train_batch_size
+            batches = [np.arange(first, min(first + size, len(rows))) for first in range(0, len(rows), size)]
+            places, labels = [torch.zeros(0, dtype=torch.long)], [torch.zeros(0, 1)]
+
+            def real_images():
+                for batch in batches[accelerator.process_index :: accelerator.num_processes]:
+                    images, classes = self._real(data, rows[batch])
+                    places.append(torch.from_numpy(batch))
+                    labels.append(classes[:, None].float())  # exact up to 16 million
+                    yield places[-1], images
+
+            _, features = collect_features(
+                self.encoder,
+                real_images(),
+                accelerator,
+                moments_of=(),
+                rows_of=("pool", "shallow"),
+                num_rows=len(rows),
+            )
+            every_label = gather_rows(torch.cat(labels), torch.cat(places), len(rows), accelerator)
+            found = []
 
             def make():
-                labels = gathered.pop("labels").squeeze(1).long()
-                save_reference(reference_statistics(gathered, labels, num_classes), len(rows), description, file)
+                classes = every_label.squeeze(1).long()
+                tensors = reference_statistics(features, classes, num_classes)
+                found.append(FeatureSet.from_tensors(len(rows), tensors))
 
             together(accelerator, make, where=accelerator.is_main_process)
-        for _ in range(60):  # a network file system may show a new file late
-            there = load_reference(file, description, device)
-            if there is not None:
-                break
-            time.sleep(1)
-        else:
-            raise InputError(
-                "reward_reference",
-                f"`reward_reference` {file} is not the same file for all processes; give one that all share",
-            )
-        return there
+            return found[0] if found else None
+
+        device = torch.device("cpu") if self.device.type == "mps" else self.device
+        reference = shared_statistics(file, description, compute, accelerator).tensors()
+        return {name: tensor.to(device) for name, tensor in reference.items()}
 
     # ------------------------------------------------------------------------------------------------------------------
     # Samples
@@ -304,8 +304,7 @@ class GenerativePolicy:
 
     def _encode(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """`pool` and `shallow` of images, `[B,D]`."""
-        parts = [self.encoder(part.to(self.device)) for part in images.split(default_batch_size(self.device))]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return image_features(self.encoder, images)
 
     def _draw(self, labels: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
         """Latents, images and features of samples; features of what is not finite are NaN. Within `_averaged`."""
@@ -553,9 +552,9 @@ class GenerativePolicy:
             if finite:
                 self.rewards.push(features, self.real_images)
         held_out, own = math.nan, [math.nan] * 4
-        if self.validation.judge is not None:
+        if self.validation.fd_encoder is not None:
             parts = images.split(default_batch_size(self.device))
-            judged = self._gather(torch.cat([self.validation.judge(part)["pool"] for part in parts]))
+            judged = self._gather(torch.cat([self.validation.fd_encoder(part)["pool"] for part in parts]))
             if finite:
                 moments = mean_and_covariance(judged[: args.guard_samples].to(self.rewards.device))
                 held_out = frechet_distance(*self.validation.reference, *moments)

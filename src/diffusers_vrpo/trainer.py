@@ -12,14 +12,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+import yaml
 from accelerate.logging import get_logger
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
 from .alignment.encoders import load_encoder
 from .alignment.objective import objective_from_config
+from .alignment.rewards import DEFAULT_REWARDS
 from .alignment.start import build_aligned_transformer
-from .config import VRPOConfig
+from .config import VRPOConfig, replace
 from .data.image_datasets import check_corrupt_rows, too_many_corrupt
 from .data.samples import StreamBatchSampler
 from .data.sources import TrainingData, as_training_data, check_data_settings, data_settings, load_training_data
@@ -31,10 +33,11 @@ from .models.ddpm import variational_bound
 from .models.flow import flow_matching_loss, forward_process
 from .models.official_checkpoints import default_scheduler
 from .models.start import read_start
+from .models.transformer_sit import SIT_PRESETS
 from .models.vision import layers_of_encoders
 from .pipelines import VRPOPipeline
 from .reporting.curves import plot_metrics
-from .training.callbacks import TrainerCallback, stateful
+from .training.callbacks import TrainerCallback, check_states, stateful
 from .training.checkpoints import (
     choose_checkpoint,
     load_checkpoint,
@@ -46,7 +49,15 @@ from .training.checkpoints import (
 )
 from .training.distributed import clip_grad_norm, prepare, whole_pipeline
 from .training.interruption import Interruption, StepGuard, settle
-from .training.metrics import MetricsFile, RunningMeans, Stopwatch, log_values, start_trackers, write_start
+from .training.metrics import (
+    MetricsFile,
+    RunningMeans,
+    Stopwatch,
+    log_values,
+    shown_values,
+    start_trackers,
+    write_start,
+)
 from .training.output_dir import locked, prepare_output_dir, written
 from .training.setup import build_optimizer, start_accelerator, trainable_parameters
 from .training.throughput import ForeachEMA, StepProfile, speed_up, step_flops, throughput_meter
@@ -105,7 +116,7 @@ class VRPOTrainer:
         args: VRPOConfig | None = None,
         callbacks: Iterable[TrainerCallback] = (),
     ):
-        self.args = args = with_given(args or VRPOConfig(), model, encoders, vae, train_dataset)
+        self.args = args = with_given(args or VRPOConfig(), model, encoders, vae)
         self.output_dir = prepare_output_dir(args.output_dir)
         self.interruption = Interruption()
         with contextlib.ExitStack() as resources:
@@ -114,12 +125,16 @@ class VRPOTrainer:
             self.profile = StepProfile(args.profile, self.accelerator.device, logger.info)
 
             # What cannot work fails here: the Hub, the checkpoint to continue from, data, autoencoder, encoders.
-            publisher = [HubPublisher(self)] if args.push_to_hub else []
+            publisher = []
+            if args.push_to_hub:
+                publisher = [HubPublisher(args, self.accelerator, self.output_dir, self.interruption)]
             self.checkpoint = choose_checkpoint(self.accelerator, args.resume_from_checkpoint, self.output_dir)
             self.data = self._open_data(train_dataset)
             self.vae = self._open_vae(vae)
             self._build_model(encoders, rewards)
-            self.validation = Validation()
+            self.validation = Validation(
+                args, self.accelerator, self.pipeline, self.data, self.output_dir, self.interruption
+            )
             self.callbacks = [*publisher, self.validation, *callbacks]
             self._call("on_init_end")
             self._register_state()
@@ -148,7 +163,6 @@ class VRPOTrainer:
                 `timestep [B]`, uniform in [0, 1); and what the objective needs.
         """
         config, channels = self.transformer.config, self.latent_shape[0]
-        aligning = self.objective.active(self.step)
 
         # Clean latents, and their noisy versions. In flow time t, 1 is noise.
         with self.profile("autoencoder"):
@@ -156,14 +170,11 @@ class VRPOTrainer:
         x_t, timestep, target, t = forward_process(x0, batch["noise"], batch["timestep"], config)
 
         # One forward pass gives the prediction and the projected tokens of the aligned blocks.
-        alignment = self.objective.begin(t) if aligning else None
         inputs = (x_t, timestep, batch["class_labels"])
+        self.alignment = alignment = self.objective.begin(t)
         with self.profile("forward"):
             prediction, projections = self.model(
-                *inputs,
-                fork=alignment.fork if aligning else None,
-                align=aligning,
-                return_variance=self.learns_variance,
+                *inputs, fork=alignment.fork, align=alignment.active, return_variance=self.learns_variance
             )
             loss_fm = flow_matching_loss(prediction[:, :channels], target)
             loss = loss_fm.mean()
@@ -176,15 +187,15 @@ class VRPOTrainer:
             self.metrics.add(loss_vb=loss_vb)
 
         # REPA's cosine, or VRPO's rewards of the projected tokens; the fidelity reward joins in at the fork.
-        if aligning:
-            with self.profile("alignment"):
-                images = batch.get("pixels", batch)  # a cache has the encoders' features in their place
-                loss_rep = self.objective(
-                    alignment, projections, images, loss_fm, subset=batch.get("tokens"), index=batch["index"], inputs=inputs
-                )
+        if self.aligned.layers:
+            images = batch.get("pixels", batch)  # a cache has the encoders' features in their place
+            with self.profile("encoder"):
+                alignment.targets = self.objective.targets(images)
+            with self.profile("alignment loss"):
+                draws = {"subset": batch.get("tokens"), "index": batch["index"], "inputs": inputs}
+                loss_rep = self.objective(alignment, projections, images, loss_fm, **draws)
             loss = loss + self.args.alignment_coeff * loss_rep
             self.metrics.add(**alignment.logs)
-        self.alignment = alignment
         return loss
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -231,7 +242,7 @@ class VRPOTrainer:
                 self.guard.watch(loss)
                 with self.profile("backward"):
                     accelerator.backward(loss)
-                    self.objective.observe(self.alignment)
+                self.objective.observe(self.alignment)
                 if accelerator.sync_gradients:
                     self._call("before_optimizer_step")
                     grad_norm = clip_grad_norm(accelerator, self.model, args.max_grad_norm)
@@ -264,8 +275,7 @@ class VRPOTrainer:
             return
         values = self.metrics.read(self.accelerator)
         self.num_corrupt = check_corrupt_rows(self.corrupt_rows, len(self.data), self.num_corrupt)
-        aligning = self.objective.active(self.step - 1)
-        if aligning:
+        if self.alignment.active:
             values |= self.objective.summary()
         if args.skip_nonfinite:
             values["skipped_steps"] = self.guard.skipped
@@ -273,10 +283,10 @@ class VRPOTrainer:
         seconds = self.stopwatch.seconds()
         images = (self.step - self.logged_step) * self.global_batch_size
         values["images_per_second"] = images / (seconds - self.logged_seconds)
-        values |= self.throughput(values["images_per_second"], aligning)
+        values |= self.throughput(values["images_per_second"], self.alignment.active)
         values |= {"samples_seen": self.samples_seen, "train_seconds": seconds, "train_flops": self.flops}
         self.logged_step, self.logged_seconds = self.step, seconds
-        self.progress.set_postfix(shown_values(values, self.objective.reward_names))
+        self.progress.set_postfix(shown_values(values))
         self.log(values)
         self._call("on_log", values)
 
@@ -316,7 +326,8 @@ class VRPOTrainer:
             "skipped": self.guard.skipped,
             "settings": self.settings,
             "lr_scheduler": self.lr_scheduler.state_dict(),
-            "alignment": self.objective.end_state(),
+            "alignment": self.objective.release_state(),
+            "callbacks": [name for name, callback in stateful(self.callbacks).items() if callback.state_dict()],
             "train_seconds": self.stopwatch.seconds(),
             "train_flops": self.flops,
         }
@@ -437,9 +448,7 @@ class VRPOTrainer:
         self.throughput = throughput_meter(self.flops_per_image, accelerator, args.peak_tflops)
         speed_up(transformer, self.encoders, args.compile, args.attention_backend)
 
-        self.global_batch_size = (
-            args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-        )
+        self.global_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
         self.max_train_steps = length_of_run(args, len(data), self.global_batch_size)
         optimizer = build_optimizer(args, trainable_parameters(self.aligned))
         self.lr_scheduler = get_scheduler(
@@ -449,7 +458,7 @@ class VRPOTrainer:
             num_training_steps=self.max_train_steps,
         )
         self.objective = objective_from_config(
-            args, self.aligned, self.max_train_steps, accelerator.device, accelerator.autocast, rewards=rewards
+            args, self.aligned, self.max_train_steps, rewards=rewards or DEFAULT_REWARDS, autocast=accelerator.autocast
         )
         scheduler = default_scheduler(transformer.config.prediction_type)
         self.pipeline = VRPOPipeline(transformer, scheduler, self.vae, data.id2label)
@@ -459,9 +468,7 @@ class VRPOTrainer:
         self.ema = None
         if args.use_ema:
             # min_decay turns diffusers' warm-up off, which would reach 0.9999 at step 90,000 only.
-            self.ema = ForeachEMA(
-                trainable_parameters(self.aligned), decay=args.ema_decay, min_decay=args.ema_decay
-            )
+            self.ema = ForeachEMA(trainable_parameters(self.aligned), decay=args.ema_decay, min_decay=args.ema_decay)
 
     def _register_state(self):
         """What a run counts, and what its checkpoints hold."""
@@ -470,7 +477,7 @@ class VRPOTrainer:
         self.corrupt_rows, self.num_corrupt = set(), 0
         self.stopwatch, self.metrics, self.metrics_file = Stopwatch(), RunningMeans(), None
         self.guard = StepGuard(self.accelerator, self.optimizer, self.interruption, self.args.skip_nonfinite)
-        self.settings = run_settings(self.args, self.data, self.transformer, self.global_batch_size)
+        self.settings = run_settings(self.args, self.data, self.aligned, self.global_batch_size)
         of_callbacks = stateful(self.callbacks)
         register_model_hooks(
             self.accelerator,
@@ -486,6 +493,7 @@ class VRPOTrainer:
         if self.checkpoint is not None:
             state = read_training_state(self.checkpoint, self.settings)
             check_data_settings(state["settings"], of_data, self.checkpoint, self.args.allow_changed_data)
+            check_states(self.checkpoint, state.get("callbacks"), self.callbacks)
             load_checkpoint(self.accelerator, self.checkpoint)
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
             self.step, self.samples_seen, self.flops = state["step"], state["samples_seen"], state["train_flops"]
@@ -505,9 +513,10 @@ class VRPOTrainer:
         """Writes what runs: the options, the start, and a line for the log; opens metrics and trackers."""
         args, accelerator = self.args, self.accelerator
         if accelerator.is_main_process:
-            given = args.given() | {"vae": args.vae or self.data.vae or "none"}
+            given = {name: value for name, value in vars(args).items() if value is not None and name != "config"}
+            given["vae"] = args.vae or self.data.vae or "none"
             with written(f"train_config.yaml or metrics.jsonl in {self.output_dir}"):
-                args.save(self.output_dir / "train_config.yaml", given)
+                (self.output_dir / "train_config.yaml").write_text(yaml.safe_dump(given))
                 self.metrics_file = MetricsFile(self.output_dir / "metrics.jsonl", self.step)
                 write_start(
                     self.output_dir,
@@ -584,8 +593,7 @@ class VRPOTrainer:
         logger.warning(f"{where} is NaN or infinite; the step is skipped, {self.guard.skipped} so far")
 
     def _flops_of_step(self) -> float:
-        aligning = self.objective.active(self.step)
-        own = self.flops_per_image[aligning] * self.global_batch_size
+        own = self.flops_per_image[self.alignment.active] * self.global_batch_size
         return own + sum(callback.flops(self.step) for callback in self.callbacks)
 
     def _progress_bar(self) -> tqdm:
@@ -611,7 +619,23 @@ def as_list(value) -> list | None:
     return value if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
 
-def with_given(args: VRPOConfig, model, encoders, vae, train_dataset) -> VRPOConfig:
+def length_of_run(args: VRPOConfig, num_images: int, global_batch_size: int) -> int:
+    """The optimizer steps of a run; with `num_train_epochs` they are whole draws of actions and rollouts."""
+    if not args.num_train_epochs:
+        return args.max_train_steps or 400_000
+    draws = math.ceil(args.num_train_epochs * num_images / global_batch_size)
+    shared = math.lcm(args.policy_epochs, args.rollout_every if args.rollout_epochs > 1 else 1)
+    return math.ceil(draws * args.policy_epochs / shared) * shared
+
+
+def name_of(component) -> str:
+    """What a component is called in the record of a run: its path or Hub name, or the name of its class or function."""
+    if isinstance(component, str | Path):
+        return str(component)
+    return getattr(component, "__name__", type(component).__name__)
+
+
+def with_given(args: VRPOConfig, model, encoders, vae) -> VRPOConfig:
     """The options with the trainer's own arguments in them, by name: what is recorded, and what a resumed run must keep.
 
     Raises:
@@ -627,7 +651,4 @@ def with_given(args: VRPOConfig, model, encoders, vae, train_dataset) -> VRPOCon
         given["encoder"] = [name_of(encoder) for encoder in as_list(encoders)]
     if vae is not None:
         given["vae"] = name_of(vae)
-    args = args.replace(**given)
-    if train_dataset is None or args.encoder is None:
-        args.check_complete(data=train_dataset is None)
-    return args
+    return replace(args, **given)

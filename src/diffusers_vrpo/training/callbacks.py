@@ -6,6 +6,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors.torch import load_file
+
+from ..errors import InputError
+
 
 if TYPE_CHECKING:
     from ..trainer import VRPOTrainer
@@ -71,3 +75,22 @@ def stateful(callbacks: list[TrainerCallback]) -> dict[str, TrainerCallback]:
     return {callback.state_name: callback for callback in callbacks if callback.state_name}
 
 
+def check_states(checkpoint: Path, names: list[str] | None, callbacks: list[TrainerCallback]):
+    """Refuses to continue without a callback that the run had begun to follow.
+
+    Args:
+        checkpoint: to continue from.
+        names: the callbacks whose state it holds; None for a checkpoint of version 0.1, which does not say.
+
+    Raises:
+        InputError: when one of them is not given.
+    """
+    if names is None:
+        file = checkpoint / "generative_policy.safetensors"
+        names = ["generative_policy"] if file.exists() and bool(load_file(file)["begun"]) else []
+    if missing := [name for name in names if name not in stateful(callbacks)]:
+        raise InputError(
+            "callbacks",
+            f"{checkpoint} was trained with the callback {missing[0]} and cannot be continued without it; give the options "
+            "that it began with, or start a new run from these weights with `pretrained_model_name_or_path`",
+        )

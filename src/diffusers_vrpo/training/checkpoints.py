@@ -401,7 +401,8 @@ def register_model_hooks(
                 save_aligned(accelerator, aligned, average, Path(output_dir), suffix)
         if accelerator.is_main_process:
             for name, holder in tensors.items():
-                save_file(holder.state_dict(), os.path.join(output_dir, f"{name}.safetensors"))
+                if state := holder.state_dict():
+                    save_file(state, os.path.join(output_dir, f"{name}.safetensors"))
         name = f"running_means_{accelerator.process_index}.safetensors"
         save_file(means.state_dict(), os.path.join(output_dir, name))
         # What is taken out here, accelerate does not save a second time.

@@ -113,7 +113,7 @@ class _TakeTokens:
     def __init__(self, attachment: _Attachment, layer: int):
         self.attachment, self.layer = attachment, layer
 
-    # Compiled blocks end before the hook: what it remembers and how it forks stays outside of their graphs.
+    # The graph of a compiled block ends before the hook: what it remembers and how it forks is not traced.
     @torch.compiler.disable
     def __call__(self, block, inputs, output):
         call = self.attachment.current

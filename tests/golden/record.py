@@ -38,6 +38,9 @@ def record_runs(names: list[str]):
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             runs[name] = rows.run_row(name, Path(folder))
+        tensors = runs[name]["tensors"]
+        if tensors.get("average") == tensors["pipeline"]:
+            tensors["average"] = "pipeline"  # is not written down twice
         print(f"{name}: {time.perf_counter() - start:.1f} s", flush=True)
     ordered = {name: runs[name] for name in rows.ROWS if name in runs}
     file.write_text(compact({"conditions": rows.conditions(), "runs": ordered}, 5))
@@ -50,7 +53,7 @@ def record_folders():
         (folder / "model.json").write_text(json.dumps(rows.MODEL))
         rows.train(rows.to_argv(rows.RESUMED), folder)
         run = folder / "run"
-        record = {"conditions": rows.conditions(), **rows.read_run(run)}
+        record = {"conditions": rows.conditions(), **rows.read_run(run, 20)}
         record["metrics"] = {name: values[10:] for name, values in record["metrics"].items()}
 
         pipeline = rows.FOLDERS / "pipeline"
@@ -58,7 +61,8 @@ def record_folders():
         pipeline.mkdir(parents=True)
         shutil.copy(run / "model_index.json", pipeline)
         for part in ("transformer", "scheduler"):
-            shutil.copytree(run / part, pipeline / part)
+            # Without the copy of its class, which those read who have not installed the package.
+            shutil.copytree(run / part, pipeline / part, ignore=shutil.ignore_patterns("*.py"))
         record["images"] = [round(float(value), 7) for value in rows.sample(pipeline).flatten()]
 
         stopped = rows.FOLDERS / "training"

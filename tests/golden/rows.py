@@ -18,6 +18,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from unittest import mock
 
@@ -119,10 +120,11 @@ def digests(file: Path) -> dict[str, list]:
     return table
 
 
-def read_run(folder: Path, step: int = 20) -> dict:
+def read_run(folder: Path, step: int) -> dict:
     """Metrics of a run, and the digests of its pipeline, of its last checkpoint's weights and of their average.
 
-    Where adapters are trained, the checkpoint has them alone, and `lora/` has their average.
+    Where adapters are trained, the checkpoint has them alone, and `lora/` has their average. Without averages the part is
+    left out.
     """
     assert (folder / "model_index.json").is_file()
     files = {"pipeline": folder / "transformer" / WEIGHTS}
@@ -130,7 +132,8 @@ def read_run(folder: Path, step: int = 20) -> dict:
         whole = folder / f"checkpoint-{step}" / name / WEIGHTS
         files[part] = whole if whole.is_file() else folder / f"checkpoint-{step}" / f"{name}.safetensors"
     files |= {f"lora/{file.name}": file for file in sorted(folder.glob("lora/*.safetensors"))}
-    return {"metrics": read_metrics(folder), "tensors": {part: digests(file) for part, file in files.items()}}
+    tensors = {part: digests(file) for part, file in files.items() if part != "average" or file.is_file()}
+    return {"metrics": read_metrics(folder), "tensors": tensors}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -138,13 +141,15 @@ def read_run(folder: Path, step: int = 20) -> dict:
 
 
 def fill_from_seed(model: torch.nn.Module, seed: int):
-    """Draws all matrices and filters of a model in the order of their names, however its class starts them."""
+    """Draws matrices, filters and biases of a model in the order of their names; scales stay as its class starts them."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for _, parameter in sorted(model.named_parameters()):
+        for name, parameter in sorted(model.named_parameters()):
             if parameter.ndim > 1:
                 fan_in = parameter[0].numel()
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(fan_in))
+            elif name.endswith("bias"):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 10)
 
 
 def make_vae(folder: Path) -> Path:
@@ -198,6 +203,19 @@ def make_parquet(folder: Path) -> Path:
         path = folder / "data" / f"train-{number:05d}-of-00002.parquet"
         Dataset.from_dict(columns, features=features).to_parquet(path, batch_size=16)
     return folder
+
+
+def make_image_folder(folder: Path) -> Path:
+    """Two classes of 40 noisy PNG files of 12 x 10 pixels."""
+    from PIL import Image
+
+    generator = np.random.default_rng(4)
+    for label, name in enumerate(("ant", "bee")):
+        (folder / "images" / name).mkdir(parents=True)
+        for number in range(40):
+            noise = generator.integers(0, 128, (12, 10, 3)) + 127 * label
+            Image.fromarray(noise.astype(np.uint8)).save(folder / "images" / name / f"{number:02d}.png")
+    return folder / "images"
 
 
 def make_cache(folder: Path, features: bool) -> Path:
@@ -257,7 +275,7 @@ GENERATIVE = {
 
 
 def row(model: dict | None = None, make: Callable[[Path], dict] | None = None, processes: int = 1, **options) -> dict:
-    """A run of 20 steps: what it changes in the model and the options, and what it needs in its folder.
+    """A run of 20 steps, unless said otherwise: what it changes in the model and the options, and what it needs in its folder.
 
     Args:
         make: writes files into the folder and gives the options that name them.
@@ -297,22 +315,35 @@ ROWS = {
         model={"patch_size": 1}, **LATENTS, make=lambda folder: {"latents_dir": make_cache(folder, features=True)}
     ),
     "streaming": row(streaming=True, random_flip=True, make=lambda folder: {"dataset_name": make_parquet(folder)}),
+    "image-folder": row(
+        dataset_name=None,
+        random_flip=True,
+        center_crop=False,
+        max_train_samples=60,
+        make=lambda folder: {"train_data_dir": make_image_folder(folder)},
+    ),
     "accumulation": row(train_batch_size=8, gradient_accumulation_steps=2),
     "conv-projector": row(projector="conv", spatial_norm=0.6),
     "low-noise": row(timestep_weighting="low_noise"),
     "alignment-stop": row(alignment_stop_step=10),
+    # Alignment turns against a noise predictor: all bins of the gate close, and it ends.
+    "gate": row(
+        model={"prediction_type": "epsilon"}, train_batch_size=64, max_train_steps=54, logging_steps=3, seed=1
+    ),
+    "no-average": row(use_ema=False),
     "generative": row(**GENERATIVE),
+    "generative-two-epochs": row(**GENERATIVE, rollout_epochs=2, rollout_clip_range=1e-4),
     "two-processes": row(train_batch_size=8, processes=2),
     "two-processes-repa-stop": row(objective="repa", alignment_stop_step=10, train_batch_size=8, processes=2),
 }
 
 
 def to_argv(options: dict) -> list[str]:
-    """Options as a command line; None leaves one out, True is a switch, a list has several values."""
+    """Options as a command line; None removes an option, True and False are switches, a list has several values."""
     argv = []
     for name, value in options.items():
-        if value is True:
-            argv.append(f"--{name}")
+        if isinstance(value, bool):
+            argv.append(f"--{name}" if value else f"--no-{name}")
         elif isinstance(value, list):
             argv += [f"--{name}", *map(str, value)]
         elif value is not None:
@@ -355,7 +386,7 @@ def run_row(name: str, folder: Path) -> dict:
         launch(to_argv(options), folder, wanted["processes"])
     else:
         train(to_argv(options), folder)
-    return read_run(folder / "run")
+    return read_run(folder / "run", options["max_train_steps"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -381,7 +412,7 @@ def sample(folder: Path) -> np.ndarray:
 # Command lines
 
 
-# The least that each command takes. The folder names are those of nothing.
+# The least that each command takes. Nothing is read: the folders need not exist.
 COMMANDS = {
     "train": ["--dataset_name", "digits", "--vae", "none", "--encoder", "digits"],
     "prepare": ["--dataset_name", "digits", "--vae", "vae", "--output_dir", "latents"],
@@ -421,7 +452,8 @@ def parse_command(name: str, argv: list[str]) -> tuple[argparse.ArgumentParser, 
     with patched, contextlib.redirect_stdout(io.StringIO()):
         try:
             if name == "train":
-                return parsers[-1] if parsers else None, vars(train_vrpo.parse_args(argv))
+                parsed = vars(train_vrpo.parse_args(argv))
+                return parsers[-1], parsed
             vrpo([*name.split(), *argv])
         except Parsed as parsed:
             return parsers[-1], parsed.args[0]
@@ -431,16 +463,10 @@ def parse_command(name: str, argv: list[str]) -> tuple[argparse.ArgumentParser, 
     raise AssertionError(f"`vrpo {name}` ran without parsing its options")
 
 
-def is_plain(value) -> bool:
-    """Whether a value is one of JSON's, at any depth."""
-    if isinstance(value, list | tuple):
-        return all(map(is_plain, value))
-    return value is None or isinstance(value, str | int | float | bool)
-
-
 def plain_values(parsed: dict) -> dict:
-    """Parsed options as JSON keeps them; functions that a parser attaches are left out."""
-    return json.loads(json.dumps({name: value for name, value in sorted(parsed.items()) if is_plain(value)}))
+    """Parsed options as JSON keeps them, paths and enumerations as their text; functions that a parser attaches are dropped."""
+    values = {name: value for name, value in sorted(parsed.items()) if not callable(value)}
+    return json.loads(json.dumps(values, default=lambda value: value.value if isinstance(value, Enum) else str(value)))
 
 
 def describe_command(name: str) -> dict:

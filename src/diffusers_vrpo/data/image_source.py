@@ -14,7 +14,7 @@ from PIL import Image as PILImage
 
 from ..models.autoencoder import encode_images
 from ..random_streams import ORDER, random_stream
-from .image_datasets import check_images, first_readable, resize_and_crop
+from .image_datasets import check_images, column_values, first_readable, resize_and_crop
 from .samples import SampleStreams, TrainingSamples, as_is, ignore_signals
 
 
@@ -196,7 +196,7 @@ class ImageDataset(ImageSource):
 
     def labels(self) -> np.ndarray:
         """The labels of all rows, int64 `[n]`."""
-        return np.asarray(self.data["label"][:], dtype=np.int64)
+        return column_values(self.data, "label").to_numpy().astype(np.int64)
 
     def fingerprint(self) -> dict:
         """The class names, CRC-32 of the labels, and for each class CRC-32 of what its images are.

@@ -297,4 +297,6 @@ def open_images(
         raise InputError(
             None, f"{name}: there is no image ({', '.join(SUFFIXES)}) in that folder, nor is there such a folder"
         )
-    return dataset_images(option, name, source, config_name, split, image_column, resolution or dataset_resolution, cache_dir)
+    return dataset_images(
+        option, name, source, config_name, split, image_column, resolution or dataset_resolution, cache_dir
+    )

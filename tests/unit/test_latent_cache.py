@@ -67,7 +67,7 @@ def command(argv, launcher=(), wait=True):
     environment |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = str(SRC)
     process = subprocess.Popen(
-        [sys.executable, *launcher, "-m", "diffusers_vrpo.data.samples", *argv],
+        [sys.executable, *launcher, "-m", "diffusers_vrpo.commands.prepare", *argv],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -331,7 +331,7 @@ def test_command_lines_that_cannot_work(capsys, change, message):
 
 def test_command_line_errors_are_one_sentence(tmp_path):
     with pytest.raises(
-        SystemExit, match="^python -m diffusers_vrpo.data.samples verify: error: --latents_dir .* no latent cache"
+        SystemExit, match="^vrpo verify: error: --latents_dir .* is not a latent cache|has no meta.json"
     ):
         prepare_latents.main(["verify", "--latents_dir", str(tmp_path)])
 

@@ -5,6 +5,7 @@ import io
 import os
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
@@ -58,22 +59,43 @@ def load_image_dataset(
         )
     data = data[split]
 
-    check_columns(data.features, option, name, image_column, label_column)
     if len(data) == 0:
         raise InputError("dataset_split", f"`dataset_split` {split!r} of `{option}` {name} has no images")
-    labels, label = data.data.column(label_column), data.features[label_column]
-    smallest, largest = pc.min_max(labels).as_py().values()
-    column = f"`label_column` {label_column!r} of `{option}` {name}"
-    names, num_classes = check_labels(label, labels.null_count, smallest, largest, len(data), column)
+    data, id2label, num_classes = image_and_label(data, option, name, image_column, label_column)
     if max_train_samples is not None:
         # A random subset, since many data sets are sorted by class; the same for every seed.
         rows = random_stream(0, 0, ORDER).permutation(len(data))[:max_train_samples]
         data = data.select(np.sort(rows))
+    return data, id2label, num_classes
+
+
+def image_and_label(
+    data: Dataset, option: str, name: str, image_column: str, label_column: str
+) -> tuple[Dataset, dict[int, str] | None, int]:
+    """A data set with the columns `image`, not decoded, and `label` only; class names and the number of classes.
+
+    Args:
+        data: with images in one column and class ids in another.
+        option, name: what errors call the data set.
+
+    Raises:
+        InputError: when the columns hold something else.
+    """
+    check_columns(data.features, option, name, image_column, label_column)
+    labels, label = column_values(data, label_column), data.features[label_column]
+    smallest, largest = pc.min_max(labels).as_py().values()
+    column = f"`label_column` {label_column!r} of `{option}` {name}"
+    names, num_classes = check_labels(label, labels.null_count, smallest, largest, len(data), column)
     data = data.select_columns([image_column, label_column])
     renamed = {image_column: "image", label_column: "label"}
     data = data.rename_columns({old: new for old, new in renamed.items() if old != new})
-    data = data.cast_column("image", Image(decode=False))
-    return data, dict(enumerate(names)) if names else None, num_classes
+    return data.cast_column("image", Image(decode=False)), dict(enumerate(names)) if names else None, num_classes
+
+
+def column_values(data: Dataset, column: str) -> pa.ChunkedArray:
+    """A column as arrow has it. A selection of rows is kept by `datasets` as indices into the table."""
+    values = data.data.column(column)
+    return values if data._indices is None else values.take(data._indices.column(0))
 
 
 def check_columns(features: Features, option: str, name: str, image_column: str, label_column: str):

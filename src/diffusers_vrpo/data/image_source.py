@@ -14,7 +14,7 @@ from PIL import Image as PILImage
 
 from ..models.autoencoder import encode_images
 from ..random_streams import ORDER, random_stream
-from .image_datasets import check_images, first_readable, resize_and_crop
+from .image_datasets import check_images, column_values, first_readable, resize_and_crop
 from .samples import SampleStreams, TrainingSamples, as_is, ignore_signals
 
 
@@ -194,6 +194,10 @@ class ImageDataset(ImageSource):
     def __getitem__(self, rows: list[int]) -> dict[str, list]:
         return self.data[rows]
 
+    def labels(self) -> np.ndarray:
+        """The labels of all rows, int64 `[n]`."""
+        return column_values(self.data, "label").to_numpy().astype(np.int64)
+
     def fingerprint(self) -> dict:
         """The class names, CRC-32 of the labels, and for each class CRC-32 of what its images are.
 
@@ -201,7 +205,7 @@ class ImageDataset(ImageSource):
         content of at least one image of each class. It does not depend on where the files lie. Of more than 100,000 image
         files the sizes are those of an even share of each class, and of more than 1,024 classes an even share is sampled.
         """
-        labels = np.asarray(self.data["label"][:], dtype=np.int64)
+        labels = self.labels()
         names, sizes = image_files(self.data)
         rows_of_class = np.split(
             np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels, minlength=self.num_classes))[:-1]

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from datasets import ClassLabel, Dataset, Image
+from datasets import Dataset
 
 from ..errors import InputError
-from .image_datasets import check_columns, load_image_dataset
+from .image_datasets import image_and_label, load_image_dataset
 from .image_source import CLASS_CHECKSUMS, CLASS_NAMES, ImageDataset
 from .latent_cache import LatentCache
 from .parquet import stream_image_dataset
@@ -239,15 +239,7 @@ def as_training_data(dataset, image_column: str = "image", label_column: str = "
         InputError: when it is something else, or the columns do not hold images and class ids.
     """
     if isinstance(dataset, Dataset):
-        check_columns(dataset.features, "train_dataset", "given", image_column, label_column)
-        label = dataset.features[label_column]
-        names = label.names if isinstance(label, ClassLabel) else None
-        num_classes = len(names) if names else int(np.max(dataset[label_column][:])) + 1
-        dataset = dataset.select_columns([image_column, label_column])
-        renamed = {image_column: "image", label_column: "label"}
-        dataset = dataset.rename_columns({old: new for old, new in renamed.items() if old != new})
-        dataset = dataset.cast_column("image", Image(decode=False))
-        return ImageDataset(dataset, dict(enumerate(names)) if names else None, num_classes)
+        return ImageDataset(*image_and_label(dataset, "train_dataset", "(a Dataset)", image_column, label_column))
     if not isinstance(dataset, TrainingData):
         raise InputError(
             "train_dataset",

@@ -346,7 +346,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     g.add_argument("--test_split", help="split of the test images; without it they are others of --dataset_split")
     g.add_argument("--image_column", default="image", help="column with the images")
     g.add_argument("--label_column", default="label", help="column with the integer class labels")
-    g.add_argument("num_train", type=int, default=10_000, help="training images, drawn at random")
+    g.add_argument("--num_train", type=int, default=10_000, help="training images, drawn at random")
     g.add_argument(
         "--num_test", type=int, default=2000, help="test images, drawn at random; CKNNA depends on their number"
     )

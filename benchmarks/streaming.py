@@ -27,9 +27,9 @@ import numpy as np
 import torch
 
 from diffusers_vrpo.data.image_datasets import load_image_dataset
+from diffusers_vrpo.data.image_source import ImageDataset
 from diffusers_vrpo.data.parquet import StreamedSamples, StreamOrder, stream_image_dataset
 from diffusers_vrpo.data.samples import StreamBatchSampler, TrainingSamples
-from diffusers_vrpo.data.sources import training_batches
 
 
 def count_row_groups(processes: int) -> tuple[int, int, int]:
@@ -39,7 +39,7 @@ def count_row_groups(processes: int) -> tuple[int, int, int]:
     order = StreamOrder(0, rows, rows * 110_000, 256)
     share = 256 // processes
     held, read, window = 0, 0, deque(maxlen=order.steps_ahead)
-    for step in range(order.length * order.num_streams // 256):
+    for step in range(order.length * order.num_lanes // 256):
         before = set().union(*window)
         window.append({order.locate(256 * step + place)[1] for place in range(share)})
         held = max(held, len(set().union(*window)))
@@ -73,8 +73,8 @@ def main():
     options = {"seed": 0, "resolution": args.resolution, "latent_shape": (4, side, side), "null_class_id": 1000}
     options |= {"sample_posterior": True, "num_tokens": side * side // 4}
     with tempfile.TemporaryDirectory() as folder:
-        on_disk, _, _ = load_image_dataset(args.folder, cache_dir=folder)
-        streamed, _, _ = stream_image_dataset(args.folder)
+        on_disk = ImageDataset(*load_image_dataset(args.folder, cache_dir=folder))
+        streamed = stream_image_dataset(args.folder)
         print(f"{len(streamed)} images in {len(streamed.group_rows)} row groups of up to {streamed.group_rows.max()}")
         kinds = {
             "streamed": StreamedSamples(streamed, args.batch_size, **options),
@@ -89,7 +89,7 @@ def main():
                     round_ * 10_000 * args.batch_size, args.batches + 1, args.batch_size, 0, 1, 1
                 )
                 start, first = time.perf_counter(), None
-                for _ in training_batches(kinds[kind], sampler, workers, pin_memory=False):
+                for _ in kinds[kind].data.loader(kinds[kind], sampler, workers, pin_memory=False):
                     first = first or time.perf_counter()
                 waits[key].append(first - start)
                 speeds[key].append(args.batches * args.batch_size / (time.perf_counter() - first))

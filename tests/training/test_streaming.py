@@ -19,7 +19,7 @@ from datasets import Dataset, Features, Image, Value
 
 from diffusers_vrpo import VRPOPipeline
 from diffusers_vrpo.data import parquet as streaming
-from diffusers_vrpo.data.image_datasets import check_images, load_image_dataset
+from diffusers_vrpo.data.image_datasets import load_image_dataset
 from diffusers_vrpo.data.parquet import StreamedBatches, StreamedSamples, StreamOrder, stream_image_dataset
 from diffusers_vrpo.data.samples import StreamBatchSampler
 from diffusers_vrpo.errors import InputError, TrainingStopped
@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
 
 
 def stream(folder, global_batch_size=16, seed=3, **options) -> StreamedSamples:
-    data, _, _ = stream_image_dataset(folder)
+    data = stream_image_dataset(folder)
     arguments = {"resolution": 8, "latent_shape": (3, 8, 8), "null_class_id": 10, "num_tokens": 16, **options}
     return StreamedSamples(data, global_batch_size, seed, **arguments)
 
@@ -56,10 +56,9 @@ def counted(samples: StreamedSamples) -> list[int]:
 
 def test_rows_and_classes_are_those_of_load_dataset(folder, tmp_path):
     expected, names, num_classes = load_image_dataset(folder, cache_dir=str(tmp_path))
-    rows, streamed_names, streamed_classes = stream_image_dataset(folder)
-    assert (streamed_names, streamed_classes, len(rows)) == (names, num_classes, len(expected)) and names[
-        3
-    ] == "class 3"
+    rows = stream_image_dataset(folder)
+    assert (rows.id2label, rows.num_classes, len(rows)) == (names, num_classes, len(expected))
+    assert names[3] == "class 3"
     assert len(rows.files) == 2 and set(rows.group_rows) == {10, 2, 1}
     for row in range(len(rows)):
         assert rows[row]["label"] == expected[row]["label"]
@@ -72,12 +71,12 @@ def test_plain_integers_and_labels_without_statistics(tmp_path, monkeypatch):
     folder = write_files(tmp_path / "data", rows=35, files=1, names=None, write_statistics=False)
     columns, original = [], streaming.read_columns
     monkeypatch.setattr(streaming, "read_columns", lambda *a: columns.append(a[2]) or original(*a))
-    _, names, num_classes = stream_image_dataset(folder)
-    assert names is None and num_classes == 10 and columns == [["label"]] * 4
+    rows = stream_image_dataset(folder)
+    assert rows.id2label is None and rows.num_classes == 10 and columns == [["label"]] * 4
 
 
 def test_only_the_two_columns_are_fetched_in_one_request(tmp_path, monkeypatch):
-    rows, _, _ = stream_image_dataset(write_files(tmp_path / "data", rows=30, files=1))
+    rows = stream_image_dataset(write_files(tmp_path / "data", rows=30, files=1))
     asked, original = [], streaming.read_range
     monkeypatch.setattr(streaming, "read_range", lambda fs, path, *r: asked.append(r) or original(fs, path, *r))
     rows.read_group(1)
@@ -99,13 +98,13 @@ def test_damaged_images_and_the_sample_that_is_tried(tmp_path):
     folder = write_files(tmp_path / "one", rows=200, files=1, images=images)
     samples = stream(folder, 8)
     reads = counted(samples)
-    check_images(samples.data)
+    samples.data.check()
     assert len(reads) == 4
     found = [batch["corrupt_rows"].tolist() for batch in StreamedBatches(samples, sampler(0, 25, 8), 1)]
     assert sum(found, []) == [4]
     folder = write_files(tmp_path / "all", rows=200, files=1, images=[b"not an image"] * 200)
     with pytest.raises(InputError, match="40 of 40 images tried cannot be decoded"):
-        check_images(stream(folder, 8).data)
+        stream(folder, 8).data.check()
 
 
 def test_a_path_in_a_remote_file_is_not_opened(tmp_path):
@@ -130,11 +129,11 @@ def sampler(start=0, steps=3, batch_size=16, rank=0, processes=1, accumulation=1
     return StreamBatchSampler(start, steps, batch_size, rank, processes, accumulation, repeats)
 
 
-@pytest.mark.parametrize("batch_size, num_streams", [(16, 16), (24, 24), (1, 1), (7, 7), (256, 64), (100, 50)])
-def test_an_epoch_takes_every_row_once(batch_size, num_streams):
+@pytest.mark.parametrize("batch_size, num_lanes", [(16, 16), (24, 24), (1, 1), (7, 7), (256, 64), (100, 50)])
+def test_an_epoch_takes_every_row_once(batch_size, num_lanes):
     group_rows = np.array([10] * 30 + [1, 90, 7, 5])
     order = StreamOrder(1, group_rows, group_rows * 1000, batch_size)
-    assert order.num_streams == num_streams
+    assert order.num_lanes == num_lanes
     epochs = {0: [], 1: [], 2: []}
     for index in range(5 * 403):
         epoch, _, _ = order.locate(index)
@@ -142,10 +141,10 @@ def test_an_epoch_takes_every_row_once(batch_size, num_streams):
             epochs[epoch].append(order.row_of(index))
     for rows in epochs.values():
         # At most S - 1 rows are left out.
-        assert len(rows) == len(set(rows)) == 403 // num_streams * num_streams and set(rows) <= set(range(403))
+        assert len(rows) == len(set(rows)) == 403 // num_lanes * num_lanes and set(rows) <= set(range(403))
     assert epochs[0] != epochs[1] != epochs[2]
     left_out = [set(range(403)) - set(rows) for rows in epochs.values()]
-    assert 403 % num_streams == 0 or left_out[0] != left_out[1]
+    assert 403 % num_lanes == 0 or left_out[0] != left_out[1]
     other = StreamOrder(2, group_rows, group_rows * 1000, batch_size)
     assert [other.row_of(i) for i in range(100)] != epochs[0][:100]
 
@@ -164,9 +163,9 @@ def test_rows_are_mixed():
 
 def test_large_row_groups_make_fewer_streams():
     rows = np.full(10, 1000)
-    assert StreamOrder(0, rows, np.full(10, 1 << 30), 64).num_streams == 4
-    assert StreamOrder(0, rows, np.full(10, 4 << 30), 64).num_streams == 1
-    assert StreamOrder(0, np.array([5]), np.array([100]), 16).num_streams == 4
+    assert StreamOrder(0, rows, np.full(10, 1 << 30), 64).num_lanes == 4
+    assert StreamOrder(0, rows, np.full(10, 4 << 30), 64).num_lanes == 1
+    assert StreamOrder(0, np.array([5]), np.array([100]), 16).num_lanes == 4
 
 
 @pytest.mark.parametrize("threads", [0, 2])
@@ -565,7 +564,7 @@ train_vrpo.main(train_vrpo.parse_args(sys.argv[2:]))
 # Another revision; and a process ends although every thread that reads waits for a server that is silent.
 from diffusers_vrpo.data.samples import StreamBatchSampler
 from diffusers_vrpo.data.parquet import StreamedBatches, StreamedSamples, stream_image_dataset
-data, _, _ = stream_image_dataset("me/numbered@refs/convert/parquet")
+data = stream_image_dataset("me/numbered@refs/convert/parquet")
 samples = StreamedSamples(data, 16, 0, 8, (3, 8, 8), 10)
 batches = iter(StreamedBatches(samples, StreamBatchSampler(0, 1000, 16, 0, 1, 1), 1))
 urllib.request.urlopen(os.environ["HF_ENDPOINT"] + "/api/datasets/me/numbered?silence").close()

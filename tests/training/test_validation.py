@@ -15,6 +15,7 @@ from accelerate import PartialState
 
 from diffusers_vrpo import VRPOPipeline
 from diffusers_vrpo.data.image_datasets import load_image_dataset
+from diffusers_vrpo.data.image_source import ImageDataset
 from diffusers_vrpo.data.parquet import stream_image_dataset
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.evaluation.image_encoders import load_image_encoder, pooled_features
@@ -22,7 +23,6 @@ from diffusers_vrpo.evaluation.metrics import frechet_distance, mean_and_covaria
 from diffusers_vrpo.pipelines.sampling import sample_batch
 from diffusers_vrpo.training import validation
 from diffusers_vrpo.training.metrics import log_values, read_metrics
-from diffusers_vrpo.training.validation import fixed_rows, training_images
 from support.data import write_files
 from support.training import run
 
@@ -44,9 +44,9 @@ def test_the_distance_is_that_of_the_saved_pipeline(command, tmp_path):
     pipeline.set_progress_bar_config(disable=True)
     labels = [i // 4 for i in range(40)]
     samples = sample_batch(pipeline, range(40), labels, 0, {"num_inference_steps": 2, "guidance_scale": 1.0})
-    data = load_image_dataset("digits", max_train_samples=200)[0]
+    data = ImageDataset(*load_image_dataset("digits", max_train_samples=200))
     encoder = load_image_encoder("digits")
-    real = pooled_features(encoder, to_tensor(training_images(data, fixed_rows(data, 10_000), 8)))
+    real = pooled_features(encoder, to_tensor(data.examples(data.fixed_rows(10_000), 8)[0]))
     assert len(real) == len(data)
     expected = frechet_distance(
         *mean_and_covariance(real), *mean_and_covariance(pooled_features(encoder, to_tensor(samples)))
@@ -91,12 +91,12 @@ def test_what_cannot_be_compared(command, tmp_path):
 
 def test_streamed_references_are_whole_row_groups(tmp_path):
     folder = write_files(tmp_path / "numbered", rows=103, files=2, group_rows=10)
-    data = stream_image_dataset(folder)[0]
-    rows = fixed_rows(data, 25)
+    data = stream_image_dataset(folder)
+    rows = data.fixed_rows(25)
     assert len(rows) == 25 and len({np.searchsorted(data.first_rows, row, side="right") for row in rows}) == 3
-    images = training_images(data, rows, 8)
+    images = data.examples(rows, 8)[0]
     assert images.shape == (25, 8, 8, 3) and images[:, 0, 0, 0].tolist() == rows.tolist()
-    assert np.array_equal(np.sort(fixed_rows(data, 10_000)), np.arange(103))
+    assert np.array_equal(np.sort(data.fixed_rows(10_000)), np.arange(103))
 
 
 def test_a_signal_ends_the_work(command, tmp_path, monkeypatch):

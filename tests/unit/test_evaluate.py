@@ -16,10 +16,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from diffusers_vrpo.commands import probe as probing
-from diffusers_vrpo.commands.evaluate import choose_metrics, main
+from diffusers_vrpo.commands.evaluate import main
 from diffusers_vrpo.data.image_datasets import resize_and_crop
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.evaluation import metrics as evaluation
+from diffusers_vrpo.evaluation.compare import choose_metrics
 from diffusers_vrpo.evaluation.feature_statistics import batch_moments
 from diffusers_vrpo.evaluation.image_encoders import load_image_encoder, pooled_features
 from diffusers_vrpo.evaluation.image_sets import open_images, read_npz
@@ -109,7 +110,7 @@ def test_folders_of_samples(run, tmp_path, caplog):
     assert "unfinished" not in caplog.text
     (folder / "manifest.json").write_text(json.dumps(manifest | {"complete": False}))
     run(folder, folder)
-    assert f"SAMPLES {folder} is an unfinished set of 40 samples; those that are there count" in caplog.text
+    assert f"SAMPLES {folder} is an unfinished set of 40 samples; only those that exist count" in caplog.text
     (tmp_path / "npz").mkdir()
     np.savez(tmp_path / "npz" / "samples.npz", pictures(30))
     with pytest.raises(SystemExit, match="SAMPLES .*npz has no image files; give .*npz/samples.npz, which is in it"):
@@ -198,7 +199,7 @@ def test_statistics_of_the_reference_are_kept(run, tmp_path, caplog):
     assert run(tmp_path / "samples.npz", reference, "--reference_cache", tmp_path / "file" / "x") == changed
     assert "are not kept" in caplog.text
 
-    # A torn file is made anew.
+    # A torn file is made again.
     for file in (tmp_path / "cache").iterdir():
         file.write_bytes(file.read_bytes()[:1000])
     caplog.clear()
@@ -224,7 +225,7 @@ def test_a_statistics_file_is_a_reference(run, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"is of images of \[16, 16\], SAMPLES are \[20, 20\]"):
         run(tmp_path / "large.npz", file)
     file.write_bytes(b"nothing")
-    with pytest.raises(SystemExit, match="is no statistics file of this program"):
+    with pytest.raises(SystemExit, match="is not a statistics file of this program"):
         run(tmp_path / "samples.npz", file)
 
 

@@ -21,9 +21,10 @@ from diffusers_vrpo.alignment.encoders import load_encoder
 from diffusers_vrpo.commands import prepare as prepare_latents
 from diffusers_vrpo.data import latent_cache
 from diffusers_vrpo.data.image_datasets import decode_image, load_image_dataset, resize_and_crop
-from diffusers_vrpo.data.latent_cache import CachedSamples, LatentCache, batch_latents
+from diffusers_vrpo.data.image_source import ImageDataset
+from diffusers_vrpo.data.latent_cache import CachedEncoder, CachedSamples, LatentCache
 from diffusers_vrpo.data.samples import TrainingSamples, as_is
-from diffusers_vrpo.data.sources import CachedEncoder, cached_encoders, load_training_data, training_samples
+from diffusers_vrpo.data.sources import TrainingData, load_training_data
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.models.autoencoder import encode_images, encode_moments, load_vae
 from support.data import png, write_parquet
@@ -66,7 +67,7 @@ def command(argv, launcher=(), wait=True):
     environment |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = str(SRC)
     process = subprocess.Popen(
-        [sys.executable, *launcher, "-m", "diffusers_vrpo.data.samples", *argv],
+        [sys.executable, *launcher, "-m", "diffusers_vrpo.commands.prepare", *argv],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -159,7 +160,7 @@ def test_kinds_of_latents(tmp_path, vae_folder):
     cache = LatentCache(prepare(str(tmp_path / "tiny"), tmp_path / "deterministic", **small))
     batch = CachedSamples(cache, 0, 10).__getitems__([0, 1])
     assert cache.config["kind"] == "latents" and "posterior_noise" not in batch
-    assert torch.equal(batch_latents(None, batch), batch["latents"].float())
+    assert torch.equal(cache.latents(None, batch), batch["latents"].float())
     with pytest.raises(InputError, match="`sampled`: .*AutoencoderTiny, which has no posterior"):
         prepare(str(tmp_path / "tiny"), tmp_path / "no", sampled=True, **small)
 
@@ -330,7 +331,7 @@ def test_command_lines_that_cannot_work(capsys, change, message):
 
 def test_command_line_errors_are_one_sentence(tmp_path):
     with pytest.raises(
-        SystemExit, match="^python -m diffusers_vrpo.data.samples verify: error: --latents_dir .* no latent cache"
+        SystemExit, match="^vrpo verify: error: --latents_dir .* is not a latent cache|has no meta.json"
     ):
         prepare_latents.main(["verify", "--latents_dir", str(tmp_path)])
 
@@ -347,7 +348,7 @@ def test_too_large_values_are_refused(tmp_path):
 
 
 def test_the_streams_are_those_of_the_images(reference, vae_folder):
-    data = load_image_dataset("digits")[0]
+    data = ImageDataset(*load_image_dataset("digits"))
     vae, encoder = load_vae(vae_folder), load_encoder("digits", (4, 4))
     streams = {"label_dropout": 0.3, "random_flip": True, "num_tokens": 100}
     samples = TrainingSamples(data, 5, 8, (4, 4, 4), 10, sample_posterior=True, **streams)
@@ -359,8 +360,8 @@ def test_the_streams_are_those_of_the_images(reference, vae_folder):
         assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
     a["pixels"] = a["pixels"].float() / 127.5 - 1
     x0 = encode_images(vae, a["pixels"], a["posterior_noise"])
-    assert torch.equal(batch_latents(vae, a), x0)
-    assert (batch_latents(None, b) - x0).abs().max() < 2e-3 * x0.abs().max()
+    assert torch.equal(data.latents(vae, a), x0)
+    assert (cached.cache.latents(None, b) - x0).abs().max() < 2e-3 * x0.abs().max()
     features = CachedEncoder(0, 0, 64)(b)
     expected = encoder(a["pixels"])
     assert features.dtype == torch.float32 and (features - expected).abs().max() < 1e-3 * expected.abs().max()
@@ -391,27 +392,27 @@ def trainer_options(folder, **changes) -> SimpleNamespace:
     return SimpleNamespace(**{**values, "objective": "vrpo", **changes})
 
 
-TRANSFORMER = SimpleNamespace(null_class_id=10, config=SimpleNamespace(class_dropout_prob=0.1))
+OPTIONS = {"seed": 0, "resolution": 8, "latent_shape": (4, 4, 4), "null_class_id": 10, "num_tokens": 16}
+OPTIONS |= {"global_batch_size": 16}
 
 
 def test_what_the_trainer_opens(reference, vae_folder):
-    args = trainer_options(reference)
-    data, id2label, num_classes = load_training_data(args)
-    assert args.vae == vae_folder and num_classes == 10 and id2label[0] == "zero" and len(data) == ROWS
-    encoders = cached_encoders(data, args, (4, 4))
+    data = load_training_data(trainer_options(reference))
+    assert data.vae == vae_folder and data.num_classes == 10 and data.id2label[0] == "zero" and len(data) == ROWS
+    assert isinstance(data, TrainingData) and data.has_images
+    encoders = data.features(["digits"], [None], (4, 4))
     assert [encoder.embed_dim for encoder in encoders] == [64]
-    batch = training_samples(data, args, TRANSFORMER, (4, 4, 4), 16, encoders, 16).__getitems__([0])
+    batch = data.samples(**OPTIONS, encoders=encoders).__getitems__([0])
     assert {"latents", "features_0", "tokens"} <= set(batch) and "pixels" not in batch
     # For another grid the images are there.
-    assert cached_encoders(data, args, (2, 2)) == []
-    batch = training_samples(data, args, TRANSFORMER, (4, 4, 4), 16, [object()], 16).__getitems__([0])
+    assert data.features(["digits"], [None], (2, 2)) == []
+    batch = data.samples(**OPTIONS, encoders=[object()]).__getitems__([0])
     assert "pixels" in batch and "features_0" not in batch
-    args = trainer_options(reference, objective="none", encoder=None)
-    batch = training_samples(data, args, TRANSFORMER, (4, 4, 4), 16, cached_encoders(data, args, (4, 4)), 16)
-    assert not {"pixels", "features_0", "tokens"} & set(batch.__getitems__([0]))
-    images = trainer_options(None, dataset_name="digits", vae="none")
-    data, _, _ = load_training_data(images)
-    assert "pixels" in training_samples(data, images, TRANSFORMER, (3, 8, 8), 16, [], 16).__getitems__([0])
+    samples = data.samples(**OPTIONS | {"num_tokens": None}, encoders=[])
+    assert not {"pixels", "features_0", "tokens"} & set(samples.__getitems__([0]))
+    data = load_training_data(trainer_options(None, dataset_name="digits", vae="none"))
+    assert isinstance(data, TrainingData) and data.vae is None and data.features(["digits"], [None], (4, 4)) == []
+    assert "pixels" in data.samples(**OPTIONS | {"latent_shape": (3, 8, 8)}).__getitems__([0])
 
 
 @pytest.mark.parametrize(
@@ -431,15 +432,14 @@ def test_options_that_contradict_the_cache(reference, change, message):
 def test_a_cache_that_lacks_what_training_needs(tmp_path, vae_folder):
     small = {"max_train_samples": 40, "flip": None, "images": "none"}
     args = trainer_options(prepare(vae_folder, tmp_path / "cache", **small))
-    data, _, _ = load_training_data(args)
-    assert len(cached_encoders(data, args, (4, 4))) == 1
+    data = load_training_data(args)
+    assert len(data.features(["digits"], [None], (4, 4))) == 1 and not data.has_images
     with pytest.raises(InputError, match="neither images nor all features of `encoder` digits for a 2x2 grid"):
-        cached_encoders(data, args, (2, 2))
-    args.random_flip = True
+        data.features(["digits"], [None], (2, 2))
     with pytest.raises(InputError, match="`random_flip`: .* has no flipped copies; prepare one with `flip`"):
-        training_samples(data, args, TRANSFORMER, (4, 4, 4), 16, [], 16)
+        data.samples(**OPTIONS, random_flip=True)
     with pytest.raises(InputError, match=r"makes latents of \[4, 8, 8\]"):
-        training_samples(data, args, TRANSFORMER, (4, 8, 8), 16, [], 16)
+        data.samples(**OPTIONS | {"latent_shape": (4, 8, 8)})
 
 
 # Export and import

@@ -7,7 +7,8 @@ import torch
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
-from diffusers_vrpo.data.image_datasets import check_images, decode_image, load_image_dataset, resize_and_crop
+from diffusers_vrpo.data.image_datasets import decode_image, load_image_dataset, resize_and_crop
+from diffusers_vrpo.data.image_source import ImageDataset
 from diffusers_vrpo.data.samples import StreamBatchSampler, TrainingSamples
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.models.autoencoder import encode_images, latent_shape, load_vae
@@ -75,7 +76,7 @@ def test_wrong_columns_and_splits(tmp_path, arguments, message):
 
 def test_labels_that_are_no_classes(tmp_path):
     folder = write_parquet(tmp_path / "ids", [3, 10**12], names=None)
-    with pytest.raises(InputError, match="goes up to 1000000000000 with 2 images: these are no class labels"):
+    with pytest.raises(InputError, match="goes up to 1000000000000 with 2 images: these are not class labels"):
         load_image_dataset(folder)
     folder = write_parquet(tmp_path / "nulls", [0, None], names=None)
     with pytest.raises(InputError, match="is empty in 1 rows"):
@@ -229,12 +230,11 @@ def test_images_are_read_as_people_see_them():
 def test_images_are_tried_before_training(tmp_path):
     images = [png(i) for i in range(200)]
     images[3] = b"broken"
-    data, _, _ = load_image_dataset(write_parquet(tmp_path / "one", [0] * 200, images=images))
-    check_images(data)
+    ImageDataset(*load_image_dataset(write_parquet(tmp_path / "one", [0] * 200, images=images))).check()
     images[5] = images[7] = b"broken"
-    data, _, _ = load_image_dataset(write_parquet(tmp_path / "three", [0] * 200, images=images))
+    data = ImageDataset(*load_image_dataset(write_parquet(tmp_path / "three", [0] * 200, images=images)))
     with pytest.raises(InputError, match=r"3 of 200 images tried cannot be decoded.*rows \[3, 5, 7\]"):
-        check_images(data)
+        data.check()
 
 
 def test_batches_divide_the_same_indices(tmp_path):

@@ -7,7 +7,12 @@ import pytest
 import torch
 
 from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.evaluation.feature_statistics import read_statistics
+from diffusers_vrpo.evaluation.feature_statistics import (
+    FeatureSet,
+    known_statistics,
+    read_statistics,
+    save_statistics,
+)
 from diffusers_vrpo.evaluation.image_encoders import load_image_encoder
 from diffusers_vrpo.evaluation.metrics import mean_and_covariance
 from diffusers_vrpo.experimental.generative import rewards as sample_rewards
@@ -16,12 +21,10 @@ from diffusers_vrpo.experimental.generative.rewards import (
     REFRESH_UPDATES,
     SampleRewards,
     class_statistics,
-    load_reference,
     load_reward_function,
     load_reward_functions,
     parse_reward_weights,
     reference_statistics,
-    save_reference,
 )
 from support.encoders import transformers_output
 
@@ -108,29 +111,28 @@ def test_reference_statistics(real, monkeypatch):
 
 
 def test_reference_file(real, tmp_path):
+    """It is a file of statistics as `vrpo evaluate` reads them, with all that the rewards need."""
     file, description = tmp_path / "new" / "reference.safetensors", {"encoder": "x", "images": {"size": [8, 8]}}
-    assert load_reference(file, description, torch.device("cpu")) is None
-    save_reference(real, 600, description, file)
-    loaded = load_reference(file, description, torch.device("cpu"))
-    assert loaded.keys() == real.keys()
-    for name, tensor in real.items():
-        assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor)
-    assert load_reference(file, {**description, "encoder": "y"}, torch.device("cpu")) is None
-    assert [path.name for path in file.parent.iterdir()] == [file.name]
-
-    # The file is one of evaluate.py, too.
+    assert known_statistics(file, description) is None
+    save_statistics(FeatureSet.from_tensors(600, real), description, file)
     found, about = read_statistics(file)
     assert found.count == 600 and about == description and torch.equal(found.pool, real["pool"])
     assert torch.equal(found.moments["pool"][0], real["pool.mean"])
     assert torch.equal(found.moments["pool"][1], real["pool.covariance"])
+    loaded = known_statistics(file, description).tensors()
+    assert loaded.keys() == real.keys()
+    for name, tensor in real.items():
+        assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor)
+    assert known_statistics(file, {**description, "encoder": "y"}) is None
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
 
     content = file.read_bytes()
     for torn in (content[:-100], content[:50], b""):
         file.write_bytes(torn)
-        assert load_reference(file, description, torch.device("cpu")) is None
+        assert known_statistics(file, description) is None
     (tmp_path / "occupied").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
-        save_reference(real, 600, description, tmp_path / "occupied" / "reference.safetensors")
+        save_statistics(found, description, tmp_path / "occupied" / "reference.safetensors")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

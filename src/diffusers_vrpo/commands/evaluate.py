@@ -1,9 +1,9 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 r"""Compare generated images with a reference: FID, sFID, Inception Score, KID, precision and recall, density and coverage.
 
-    python pipelines/evaluate.py samples/ --reference VIRTUAL_imagenet256_labeled.npz
-    python pipelines/evaluate.py samples.npz --reference ILSVRC/imagenet-1k --resolution 256 --encoder facebook/dinov2-base
-    accelerate launch pipelines/evaluate.py samples/ --reference path/to/images --encoder inception facebook/dinov2-large
+    vrpo evaluate samples/ --reference VIRTUAL_imagenet256_labeled.npz
+    vrpo evaluate samples.npz --reference ILSVRC/imagenet-1k --resolution 256 --encoder facebook/dinov2-base
+    accelerate launch -m diffusers_vrpo.commands.evaluate samples/ --reference path/to/images --encoder inception facebook/dinov2-large
 
 SAMPLES is a folder with PNG or JPEG files at any depth, or an .npz as ADM writes it (arr_0, uint8 [N, H, W, 3]). The
 reference is the same, a data set (Hub name or folder of `datasets`, centre-cropped as for training), one of ADM's reference
@@ -18,32 +18,23 @@ import logging
 import os
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from .. import __version__
 from ..command_line import HelpFormatter, OneLineErrorParser, check_ranges, with_flags
 from ..errors import InputError
-from ..evaluation.feature_statistics import FeatureSet, batch_moments, measure, reference_features
-from ..evaluation.image_encoders import POOLINGS, encoder_checksum, load_image_encoder
-from ..evaluation.image_sets import ImageSet, npz_keys, open_images
-from ..evaluation.metrics import (
-    density_coverage,
-    frechet_distance,
-    inception_score,
-    kernel_distance,
-    nearest_distances,
-    precision_recall,
-)
+from ..evaluation.compare import DATASET_OPTIONS, METRICS, MetricSettings, compare_images, open_reference
+from ..evaluation.image_encoders import POOLINGS
+from ..evaluation.image_sets import open_images
+from ..evaluation.plots import plot_features
 from ..pipelines.sample_folder import unfinished_samples
 from ..training.distributed import start_processes
 
 
 logger = logging.getLogger("evaluate")
-METRICS = ("fid", "sfid", "is", "kid", "precision_recall", "density_coverage")
-INCEPTION_METRICS = ("sfid", "is")
 SETTINGS = (
     "pooling",
     "resolution",
@@ -56,89 +47,80 @@ SETTINGS = (
     "density_coverage_k",
     "seed",
 )
-DATASET_OPTIONS = {"dataset_config_name": None, "reference_split": "train", "image_column": "image"}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Metrics
-
-
-def choose_metrics(asked: list[str] | None, encoder_name: str, has_images: bool, has_spatial: bool) -> list[str]:
-    """The metrics to compute for an encoder: those asked for, or all that can be.
+def evaluate(args: argparse.Namespace) -> dict | None:
+    """Computes what the options ask for; the main process returns the content of the JSON file, the others None.
 
     Raises:
-        InputError: for one that was asked for and cannot be.
+        InputError: for input that cannot work.
     """
-    chosen = []
-    for metric in asked or METRICS:
-        problem = None
-        if metric in INCEPTION_METRICS and encoder_name != "inception":
-            problem = f"it is defined by the Inception network, not by --encoder {encoder_name}"
-        elif metric == "sfid" and not has_spatial:
-            problem = "the reference has no mu_s and sigma_s, nor images"
-        elif metric in ("kid", "precision_recall", "density_coverage") and not has_images:
-            problem = "the reference has statistics only; it needs images"
-        if problem is None:
-            chosen.append(metric)
-        elif asked:
-            raise InputError("metrics", f"`metrics` {metric}: {problem}; leave it out")
-    return chosen
-
-
-def check_counts(metrics: list[str], args, num_samples: int, num_reference: int | None):
-    """Whether there are enough images, before any work.
-
-    Raises:
-        InputError: names the metric and how many it needs.
-    """
-    needs = {
-        "fid": (2, 2),
-        "sfid": (2, 2),
-        "is": (args.inception_score_splits, 0),
-        "kid": (args.kid_subset_size or 2,) * 2,
-        "precision_recall": (args.precision_recall_k + 1,) * 2,
-        "density_coverage": (1, args.density_coverage_k + 1),
+    state = start_processes()
+    check_output_files(args, "output_file", "plot_file", "save_reference")
+    started = time.perf_counter()
+    with state.main_process_first():
+        samples, reference = open_images("SAMPLES", args.samples), None
+        if args.reference is not None:
+            reference = open_reference(
+                args.reference,
+                samples,
+                args.resolution,
+                args.dataset_config_name,
+                args.reference_split,
+                args.image_column,
+                args.cache_dir,
+                args.save_reference,
+            )
+    if state.is_main_process:
+        warn_of_unfinished("SAMPLES", args.samples)
+        warn_of_unfinished("--reference", args.reference or "")
+    comparison = compare_images(
+        samples,
+        reference,
+        args.encoder,
+        args.metrics,
+        MetricSettings(**{field.name: getattr(args, field.name) for field in fields(MetricSettings)}),
+        pooling=args.pooling,
+        inception_weights=args.inception_weights,
+        max_features=args.max_features,
+        batch_size=args.batch_size,
+        num_workers=args.dataloader_num_workers,
+        cache_dir=args.cache_dir,
+        reference_cache=args.reference_cache,
+        save_reference=args.save_reference,
+        state=state,
+    )
+    if comparison is None:
+        return None
+    images = None if reference is None else reference.images
+    report = {
+        "samples": {"source": args.samples, "count": len(samples), "size": list(samples.size)},
+        "reference": {"source": args.reference, "count": None if images is None else len(images)},
+        "metrics": comparison.metrics,
+        "encoders": comparison.encoders,
+        "settings": {key: getattr(args, key) for key in SETTINGS},
+        "versions": {"diffusers_vrpo": __version__, "torch": torch.__version__},
+        "seconds": round(time.perf_counter() - started, 1),
     }
-    for metric in metrics:
-        for name, count, least in zip(("SAMPLES", "--reference"), (num_samples, num_reference), needs[metric]):
-            if count is not None and count < least:
-                images = "image" if count == 1 else "images"
-                raise InputError(
-                    "metrics", f"`metrics` {metric} needs at least {least} images; {name} has {count} {images}"
-                )
+    print(format_table(comparison.metrics))  # first: a disk may be full
+    if args.output_file:
+        Path(args.output_file).write_text(json.dumps(report, indent=2) + "\n")
+    if args.plot_file and comparison.features:
+        plot_features(comparison.features, Path(args.plot_file), args.seed)
+    elif args.plot_file:
+        logger.warning("--plot_file needs features of a reference; nothing is drawn")
+    return report
 
 
-def compute_metrics(
-    metrics: list[str], samples: FeatureSet, reference: FeatureSet | None, args, device: torch.device, key: str = "fid"
-) -> dict:
-    """Numbers by name, as they go into the JSON file; `key` is the name of the Fréchet distance.
-
-    Distances are computed on `device`.
-    """
-    device = torch.device("cpu") if device.type == "mps" else device
-    results = {}
-    for metric, name, vector in (("fid", key, "pool"), ("sfid", "sfid", "spatial")):
-        if metric in metrics:
-            moments = [m.to(device) for m in (*samples.moments[vector], *reference.moments[vector])]
-            results[name] = frechet_distance(*moments)
-    if "is" in metrics:
-        seed = args.seed if args.shuffle else None
-        mean, std = inception_score(samples.logits, args.inception_score_splits, seed)
-        results |= {"inception_score": mean, "inception_score_std": std}
-    x, y = (None if f is None or f.pool is None else f.pool.to(device) for f in (reference, samples))
-    if "kid" in metrics:
-        size = args.kid_subset_size or max(2, min(1000, len(x) // 2, len(y) // 2))
-        mean, std = kernel_distance(x, y, args.kid_subsets, size, args.seed)
-        results |= {"kid": mean, "kid_std": std, "kid_subset_size": size}
-    if "precision_recall" in metrics:
-        results["precision"], results["recall"] = precision_recall(x, y, args.precision_recall_k)
-    if "density_coverage" in metrics:
-        results["density"], results["coverage"] = density_coverage(x, y, args.density_coverage_k)
-    return results
+def warn_of_unfinished(name: str, source: str):
+    """Warns of a folder whose samples are not complete."""
+    wanted = unfinished_samples(Path(source).expanduser())
+    if wanted is not None:
+        logger.warning(f"{name} {source} is an unfinished set of {wanted} samples; only those that exist count")
 
 
 def format_table(results: dict[str, dict]) -> str:
-    """The results for people: a line for each encoder."""
+    """The results as a table: one line per encoder."""
     columns = [
         ("fid", "FID", 1, "{:.4g}"),
         ("fd", "FD", 1, "{:.4g}"),
@@ -163,51 +145,8 @@ def format_table(results: dict[str, dict]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 
 
-def plot_features(features: dict[str, tuple[FeatureSet, FeatureSet]], file: Path, seed: int, limit: int = 5000):
-    """For each encoder: both sets along the reference's two main directions, and distances to the nearest reference image.
-
-    Samples left of the reference's own distances lie closer to a reference image than another reference image does: they
-    may be copies.
-
-    Args:
-        features: samples and reference by encoder; at most `limit` images of each are drawn.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.2 * len(features)), layout="constrained")
-    axes = figure.subplots(len(features), 2, squeeze=False)
-    random = np.random.default_rng(seed)
-    for (name, (samples, reference)), (scatter, histogram) in zip(features.items(), axes):
-        x, y = (
-            f.pool[torch.from_numpy(random.permutation(len(f.pool))[:limit])].double() for f in (reference, samples)
-        )
-        mean = x.mean(0)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            directions = torch.svd_lowrank(x - mean, q=min(8, *x.shape), niter=4)[2][:, :2]
-        for points, label in ((x, "reference"), (y, "samples")):
-            at = (points - mean) @ directions
-            area = 3 if len(points) > 1000 else 14
-            scatter.scatter(at[:, 0], at[:, 1], s=area, alpha=0.5, label=f"{label} ({len(points)})", linewidths=0)
-        scatter.set(title=f"{Path(name).name}: main directions of the reference", xlabel="first", ylabel="second")
-        scatter.legend(frameon=False)
-        half = len(x) // 2
-        # The reference against itself, with as many to choose from.
-        own, generated = nearest_distances(x[:half], x[half:]), nearest_distances(y, x[half:])
-        bins = np.linspace(0, torch.cat([own, generated]).max().item(), 50)
-        for distances, label in ((own, "other reference images"), (generated, "samples")):
-            histogram.hist(distances.numpy(), bins=bins, density=True, alpha=0.5, label=label)
-        histogram.set(title="distance to the nearest reference image", xlabel="distance", ylabel="density")
-        histogram.legend(frameon=False)
-    figure.savefig(file, dpi=120)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
-
-
 def check_output_files(args: argparse.Namespace, *names: str):
-    """Whether the files that these options name can be written, before any work.
+    """Checks that the files which these options name can be written, before any work.
 
     Raises:
         InputError: when one cannot.
@@ -220,156 +159,6 @@ def check_output_files(args: argparse.Namespace, *names: str):
             raise InputError(name, f"`{name}` {file}: its folder does not exist")
         if not os.access(folder, os.W_OK) or Path(file).is_dir():
             raise InputError(name, f"`{name}` {file} cannot be written; choose another file")
-
-
-def evaluate(args: argparse.Namespace) -> dict | None:
-    """Computes what the options ask for; the main process returns the content of the JSON file, the others None.
-
-    Raises:
-        InputError: for input that cannot work.
-    """
-    state = start_processes()
-    # TensorFloat-32, cudnn's default, moves features by a thousandth.
-    torch.backends.cudnn.allow_tf32 = False
-    check_output_files(args, "output_file", "plot_file", "save_reference")
-    started = time.perf_counter()
-    with state.main_process_first():
-        samples = open_images("SAMPLES", args.samples)
-        reference = open_reference(args, samples)
-    given = batch_moments(args.reference) if (args.reference or "").endswith(".npz") else {}
-    results, features, details = {}, {}, {}
-    if state.is_main_process:
-        for name, source in (("SAMPLES", args.samples), ("--reference", args.reference)):
-            wanted = unfinished_samples(Path(source or "").expanduser())
-            if wanted is not None:
-                logger.warning(f"{name} {source} is an unfinished set of {wanted} samples; those that are there count")
-
-    # 1. Whatever cannot work with one of the encoders, before the work with another.
-    metrics_of, encoders = {}, {}
-    for name in args.encoder:
-        has_images = reference is not None or (args.reference or "").endswith(".safetensors")
-        metrics = choose_metrics(args.metrics, name, has_images, has_images or "spatial" in given)
-        if "fid" in metrics and not has_images and name != "inception":
-            raise InputError(
-                "encoder",
-                f"`encoder` {name}: {args.reference} has no images, only statistics of Inception features; give images",
-            )
-        check_counts(metrics, args, len(samples), None if reference is None else len(reference))
-        metrics_of[name] = metrics
-        with state.main_process_first():
-            encoders[name] = load_image_encoder(
-                name, args.pooling, args.inception_weights, device=state.device, cache_dir=args.cache_dir
-            )
-
-    # 2. Features and metrics.
-    for name, metrics in metrics_of.items():
-        encoder = encoders.pop(name)
-        compared = [metric for metric in metrics if metric != "is"]
-        known = None
-        if compared:
-            known = reference_features(args, reference, samples.size, given, compared, name, encoder, state)
-        if known is not None and "sfid" in metrics and "spatial" not in known.moments:
-            raise InputError(
-                "metrics", f"`metrics` sfid: {args.reference} has no statistics of spatial features; leave it out"
-            )
-        if known is not None and known.pool is not None:
-            check_counts(compared, args, len(samples), len(known.pool))
-        measured = measure(
-            samples, encoder, state, args.batch_size, args.dataloader_num_workers, args.max_features, "is" in metrics
-        )
-        if state.is_main_process:
-            key = "fid" if name == "inception" else "fd"
-            results[name] = compute_metrics(metrics, measured, known, args, state.device, key)
-            details[name] = {
-                "vector": getattr(encoder, "kind", "pool_3"),
-                "weights_checksum": encoder_checksum(encoder),
-                "reference_count": known.count if known else None,
-                # Of these, means and covariances are the file's own, of however many images.
-                "moments_from_the_reference_file": list(given) if name == "inception" else [],
-            }
-            if known is not None and known.pool is not None:
-                features[name] = (measured, known)
-        del encoder
-    if not state.is_main_process:
-        return None
-    report = {
-        "samples": {"source": args.samples, "count": len(samples), "size": list(samples.size)},
-        "reference": {"source": args.reference, "count": None if reference is None else len(reference)},
-        "metrics": results,
-        "encoders": details,
-        "settings": {key: getattr(args, key) for key in SETTINGS},
-        "versions": {"diffusers_vrpo": __version__, "torch": torch.__version__},
-        "seconds": round(time.perf_counter() - started, 1),
-    }
-    print(format_table(results))  # first: a disk may be full
-    if args.output_file:
-        Path(args.output_file).write_text(json.dumps(report, indent=2) + "\n")
-    if args.plot_file:
-        if features:
-            plot_features(features, Path(args.plot_file), args.seed)
-        else:
-            logger.warning("--plot_file needs features of a reference; nothing is drawn")
-    return report
-
-
-def open_reference(args, samples: ImageSet) -> ImageSet | None:
-    """The images of the reference; None where it is statistics only, or there is none.
-
-    Raises:
-        InputError: when it cannot be used for these samples.
-    """
-    if args.reference is None:
-        return None
-    path = Path(args.reference)
-    name = f"--reference {args.reference}"
-    if path.suffix in (".npz", ".safetensors"):
-        if not path.is_file():
-            raise InputError(None, f"{name}: there is no such file")
-        if args.resolution is not None:
-            raise InputError(
-                "resolution", f"`resolution` {args.resolution}: {args.reference} is taken as it is; leave it out"
-            )
-        refuse_dataset_options(args)
-        if path.suffix == ".safetensors" or "arr_0" not in npz_keys(name, path):
-            if path.suffix == ".npz" and not batch_moments(args.reference):
-                raise InputError(None, f"{name} has neither arr_0 (images) nor mu and sigma (statistics)")
-            if path.suffix == ".npz" and args.save_reference:
-                raise InputError(
-                    "save_reference",
-                    f"`save_reference` {args.save_reference}: {args.reference} has no images; leave it out",
-                )
-            return None
-    side = samples.size[0] if samples.size[0] == samples.size[1] else None
-    reference = open_images(
-        "--reference",
-        args.reference,
-        args.resolution,
-        args.dataset_config_name,
-        args.reference_split,
-        args.image_column,
-        args.cache_dir,
-        dataset_resolution=side,
-    )
-    if reference.kind != "data set":
-        refuse_dataset_options(args)
-    if reference.size != samples.size:
-        (h, w), (height, width) = reference.size, samples.size
-        remedy = f"; --resolution {side} crops the reference to it" if side and path.suffix != ".npz" else ""
-        raise InputError(None, f"{name}: its images are {w}x{h}, those of SAMPLES {width}x{height}{remedy}")
-    return reference
-
-
-def refuse_dataset_options(args):
-    """For a reference that is no data set.
-
-    Raises:
-        InputError: when an option is given that goes with one.
-    """
-    for option, default in DATASET_OPTIONS.items():
-        if (value := getattr(args, option)) != default:
-            raise InputError(
-                option, f"`{option}` {value} goes with a data set, which {args.reference} is not; leave it out"
-            )
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:

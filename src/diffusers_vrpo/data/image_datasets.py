@@ -5,6 +5,7 @@ import io
 import os
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
@@ -19,6 +20,8 @@ from ..random_streams import ORDER, random_stream
 
 
 logger = get_logger(__name__)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Data sets
 
@@ -56,26 +59,51 @@ def load_image_dataset(
         )
     data = data[split]
 
-    check_columns(data.features, option, name, image_column, label_column)
     if len(data) == 0:
         raise InputError("dataset_split", f"`dataset_split` {split!r} of `{option}` {name} has no images")
-    labels, label = data.data.column(label_column), data.features[label_column]
-    smallest, largest = pc.min_max(labels).as_py().values()
-    there = f"`label_column` {label_column!r} of `{option}` {name}"
-    names, num_classes = check_labels(label, labels.null_count, smallest, largest, len(data), there)
+    data, id2label, num_classes = image_and_label(data, option, name, image_column, label_column)
     if max_train_samples is not None:
         # A random subset, since many data sets are sorted by class; the same for every seed.
         rows = random_stream(0, 0, ORDER).permutation(len(data))[:max_train_samples]
         data = data.select(np.sort(rows))
+    return data, id2label, num_classes
+
+
+def image_and_label(
+    data: Dataset, option: str, name: str, image_column: str, label_column: str
+) -> tuple[Dataset, dict[int, str] | None, int]:
+    """A data set with the columns `image`, not decoded, and `label` only; class names and the number of classes.
+
+    Args:
+        data: with images in one column and class ids in another.
+        option, name: what errors call the data set.
+
+    Raises:
+        InputError: when the columns hold something else.
+    """
+    check_columns(data.features, option, name, image_column, label_column)
+    labels, label = column_values(data, label_column), data.features[label_column]
+    smallest, largest = pc.min_max(labels).as_py().values()
+    column = f"`label_column` {label_column!r} of `{option}` {name}"
+    names, num_classes = check_labels(label, labels.null_count, smallest, largest, len(data), column)
     data = data.select_columns([image_column, label_column])
     renamed = {image_column: "image", label_column: "label"}
     data = data.rename_columns({old: new for old, new in renamed.items() if old != new})
-    data = data.cast_column("image", Image(decode=False))
-    return data, dict(enumerate(names)) if names else None, num_classes
+    return data.cast_column("image", Image(decode=False)), dict(enumerate(names)) if names else None, num_classes
+
+
+def column_values(data: Dataset, column: str) -> pa.ChunkedArray:
+    """A column as arrow has it. A selection of rows is kept by `datasets` as indices into the table."""
+    values = data.data.column(column)
+    return values if data._indices is None else values.take(data._indices.column(0))
 
 
 def check_columns(features: Features, option: str, name: str, image_column: str, label_column: str):
-    """Ends with a sentence where a data set has no such columns, or not with images and integers in them."""
+    """Checks that a data set has these columns, with images in one and integers in the other.
+
+    Raises:
+        InputError: when it has not.
+    """
     for column_option, column in (("image_column", image_column), ("label_column", label_column)):
         if column not in features:
             raise InputError(
@@ -100,32 +128,34 @@ def check_columns(features: Features, option: str, name: str, image_column: str,
 
 
 def check_labels(
-    label: ClassLabel | Value, nulls: int, smallest: int, largest: int, count: int, there: str
+    label: ClassLabel | Value, nulls: int, smallest: int, largest: int, count: int, column: str
 ) -> tuple[list[str] | None, int]:
-    """Class names, or None where there are none, and the number of classes, of `count` labels.
+    """The class names, or None where the labels are plain integers, and the number of classes.
 
     Args:
-        label: their feature.
-        nulls: rows without one.
-        there: the column and the data set, for the error.
+        label: the feature of the column.
+        nulls: the number of rows without a label.
+        smallest, largest: of the labels.
+        count: the number of rows.
+        column: the column and the data set in words, for the error.
 
     Raises:
-        InputError: when they are not class ids.
+        InputError: when the labels are not class ids.
     """
     if nulls:
-        raise InputError(None, f"{there} is empty in {nulls} rows")
+        raise InputError(None, f"{column} is empty in {nulls} rows")
     names = label.names if isinstance(label, ClassLabel) else None
     num_classes = len(names) if names else largest + 1
     if not names and num_classes > max(1000, count):
         raise InputError(
             None,
-            f"{there} goes up to {largest} with {count} images: these are no class labels; "
+            f"{column} goes up to {largest} with {count} images: these are not class labels; "
             "dataset.class_encode_column(column) makes them",
         )
     if smallest < 0 or largest >= num_classes:
         raise InputError(
             None,
-            f"{there} has labels from {smallest} to {largest}, but they must lie in 0 ... classes - 1; choose a "
+            f"{column} has labels from {smallest} to {largest}, but they must lie in 0 ... classes - 1; choose a "
             "`dataset_split` that is labelled",
         )
     return names, num_classes
@@ -174,33 +204,44 @@ def resize_and_crop(image: PILImage.Image, resolution: int, position: tuple[floa
     return np.asarray(image)[top : top + resolution, left : left + resolution]
 
 
-def decode_image(encoded: dict) -> PILImage.Image:
-    """The RGB image of `{"bytes": ..., "path": ...}` as `datasets` stores it."""
+def decode_image(encoded: dict | PILImage.Image) -> PILImage.Image:
+    """The RGB image of `{"bytes": ..., "path": ...}`, as `datasets` stores it, or of a PIL image."""
+    if isinstance(encoded, PILImage.Image):
+        return to_rgb(encoded)
     source = encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])
     with PILImage.open(source) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip at 255
-            image = PILImage.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-        elif image.mode == "F":
-            raise ValueError("floating-point images have no known range")
-        return image.convert("RGB")
+        return to_rgb(image)
 
 
-def check_images(data: Dataset, sample: int = 256) -> None:
-    """Tries a fixed random sample of the images, before any training.
+def to_rgb(image: PILImage.Image) -> PILImage.Image:
+    """The image upright, in RGB; 16-bit grey becomes 8-bit.
 
     Raises:
-        InputError: when over 1 % of them cannot be decoded (3 % where the sample is not the whole data set).
+        ValueError: for floating-point images.
     """
-    if hasattr(data, "rows_to_try"):  # a streamed one, which is fetched a row group at a time
-        rows = data.rows_to_try(sample)
-    else:
-        rows = random_stream(0, 0, ORDER).permutation(len(data))[:sample]
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
+        image = PILImage.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("floating-point images have no known range")
+    return image.convert("RGB")
+
+
+def check_images(data, rows: np.ndarray):
+    """Decodes the images of some rows, before any training.
+
+    Args:
+        data: gives `{"image": [...], "label": [...]}` for a list of rows.
+        rows: the rows to decode.
+
+    Raises:
+        InputError: when over 1 % of them cannot be decoded (3 % where these are not all rows).
+    """
     corrupt = []
     for row in rows.tolist():
-        record = data[row]
+        record = data[[row]]
         try:
-            decode_image(record["image"])
+            decode_image(record["image"][0])
         except Exception:  # PIL's readers raise many types; all mean the same here
             corrupt.append(row)
     if len(corrupt) > (0.01 if len(rows) == len(data) else 0.03) * len(rows):
@@ -208,6 +249,7 @@ def check_images(data: Dataset, sample: int = 256) -> None:
 
 
 def too_many_corrupt(rows, out_of: int) -> InputError:
+    """The error for a data set in which these rows, of so many that were decoded, are damaged."""
     return InputError(
         "dataset_name",
         f"the data set given by `dataset_name` or `train_data_dir` is damaged: {len(rows)} of {out_of} images tried cannot "
@@ -227,10 +269,14 @@ def check_corrupt_rows(rows: set[int], num_rows: int, known: int) -> int:
     return len(found)
 
 
-def first_readable(data: Dataset, row: int, record: dict) -> tuple[PILImage.Image | None, int, list[int]]:
-    """Image and label of a row, or of the next one that can be read; the rows tried before it, which cannot.
+def first_readable(data, row: int, record: dict) -> tuple[PILImage.Image | None, int, list[int]]:
+    """The image and label of a row, or of the next row that can be decoded, and the rows before it, which cannot.
 
-    Where not one can be read, the image is None. `record` is the row of `data`, already fetched.
+    If no row can be decoded, the image is None.
+
+    Args:
+        data: gives `{"image": [...], "label": [...]}` for a list of rows.
+        record: the `image` and `label` of the row, already read.
     """
     corrupt = []
     for tries in range(len(data)):
@@ -238,5 +284,6 @@ def first_readable(data: Dataset, row: int, record: dict) -> tuple[PILImage.Imag
             return decode_image(record["image"]), record["label"], corrupt
         except Exception:  # PIL's readers raise many types; all mean the same here
             corrupt.append((row + tries) % len(data))
-            record = data[(row + tries + 1) % len(data)]
+            following = data[[(row + tries + 1) % len(data)]]
+            record = {name: values[0] for name, values in following.items()}
     return None, 0, corrupt

@@ -17,6 +17,7 @@ is in a journal, of which every process has its own; `meta.json` says `complete`
 import io
 import json
 import zlib
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
@@ -25,12 +26,13 @@ import torch
 from PIL import Image as PILImage
 
 from ..errors import InputError, first_line
-from ..models.autoencoder import encode_images
+from ..random_streams import ORDER, random_stream
+from .image_source import CLASS_NAMES, class_names, worker_loader
 from .samples import SampleStreams
 
 
 FORMAT = 1
-REMEDY = "`python -m diffusers_vrpo.latents prepare` makes one"
+REMEDY = "`vrpo prepare` makes one"
 
 
 def read_meta(folder: Path, option: str) -> dict:
@@ -45,14 +47,14 @@ def read_meta(folder: Path, option: str) -> dict:
             return meta
     except FileNotFoundError as error:
         raise InputError(
-            option, f"`{option}` {folder} has no meta.json, so it is no latent cache; {REMEDY}"
+            option, f"`{option}` {folder} has no meta.json, so it is not a latent cache; {REMEDY}"
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            option, f"`{option}` {folder}: meta.json is damaged ({first_line(error)}); prepare it anew"
+            option, f"`{option}` {folder}: meta.json is damaged ({first_line(error)}); prepare it again"
         ) from error
     raise InputError(
-        option, f"`{option}` {folder} has format {meta['format']}, this version reads {FORMAT}; prepare it anew"
+        option, f"`{option}` {folder} has format {meta['format']}, this version reads {FORMAT}; prepare it again"
     )
 
 
@@ -113,22 +115,29 @@ def checksum_on_disk(folder: Path, config: dict, chunk: int) -> int | None:
 
 
 class LatentCache:
-    """A complete cache, opened for reading. Copies of it in other processes map the files for themselves.
+    """A complete cache, opened for reading: training data without decoding and encoding; see `TrainingData`.
 
-    Like a `Dataset` of images it has a length and a column `["label"]`.
+    Like a `Dataset` of images it has a length and a column `["label"]`. Copies of it in other processes map the files for
+    themselves.
 
     Args:
-        folder: of the cache.
-        option: by which the user named it.
+        folder: the folder of the cache.
+        option: the option that names the folder, for errors.
 
     Attributes:
         config, about (`dict`): of `meta.json`.
-        corrupt_rows (`set[int]`): of the images that could not be decoded; in each one's place is the next one.
-        id2label (`dict[int, str]`, *optional*): class names.
+        checksum (`int`): CRC-32 of `config` and of the checksums of all chunks.
+        corrupt_rows (`set[int]`): the rows whose image could not be decoded; the next image is in the place of each.
+        num_classes (`int`): the number of classes.
+        id2label (`dict[int, str]`, *optional*): the names of the classes.
+        vae (`str`): the autoencoder that the cache was made with.
+        has_images (`bool`): whether the images are in it, too.
 
     Raises:
-        InputError: when it is none, not complete, or files are missing or cut short.
+        InputError: when the folder has no cache, an unfinished one, or files are missing or cut short.
     """
+
+    random_access = True
 
     def __init__(self, folder: str | Path, option: str = "latents_dir"):
         self.folder, self.option = Path(folder), option
@@ -141,7 +150,7 @@ class LatentCache:
         self.corrupt_rows = set(meta["corrupt_rows"])
         self.num_classes, names = self.about["num_classes"], self.about["class_names"]
         self.id2label = dict(enumerate(names)) if names else None
-        # Of the whole content.
+        self.vae, self.has_images = self.about["vae"], self.config["images"] != "none"
         self.checksum = zlib.crc32(json.dumps([self.config, self.checksums]).encode())
         for name, (dtype, row, copies) in array_layout(self.config).items():
             try:
@@ -150,7 +159,7 @@ class LatentCache:
                 raise self._damaged(f"{name}.npy: {first_line(error)}") from error
             if array.shape != (copies * len(self), *row) or array.dtype != dtype:
                 raise self._damaged(f"{name}.npy holds {array.dtype} {array.shape}")
-        if self.config["images"] != "none":
+        if self.has_images:
             missing = [c for c in range(num_chunks(self.config)) if not image_file(self.folder, c).exists()]
             if missing:
                 raise self._damaged(f"{image_file(self.folder, missing[0])} is missing")
@@ -209,13 +218,92 @@ class LatentCache:
         except OSError as error:
             raise self._damaged(f"the image of row {row}: {first_line(error)}") from error
 
+    # ------------------------------------------------------------------------------------------------------------------
+    # As training data
+
+    def check(self):
+        """Has no effect: the images were decoded when the cache was made."""
+
+    def fingerprint(self) -> dict:
+        """The class names, and CRC-32 of the labels and of the cache."""
+        return {
+            CLASS_NAMES: class_names(self),
+            "the checksum of the labels": zlib.crc32(np.asarray(self["label"], dtype=np.int64).tobytes()),
+            "the checksum of --latents_dir": self.checksum,
+        }
+
+    def features(self, encoders: list[str], layers: list[int | None], grid_size: tuple[int, int]) -> list:
+        """A `CachedEncoder` for each encoder, or an empty list where the cache has the images but not all features.
+
+        Raises:
+            InputError: when the cache has neither.
+        """
+        numbers = self.find_features(encoders, layers, grid_size)
+        return [CachedEncoder(i, array, self.config["features"][array]["dim"]) for i, array in enumerate(numbers)]
+
+    def samples(
+        self,
+        *,
+        seed: int,
+        latent_shape: tuple[int, int, int],
+        null_class_id: int | None,
+        label_dropout: float = 0.1,
+        random_flip: bool = False,
+        num_tokens: int | None = None,
+        encoders: list = (),
+        **only_for_images,
+    ) -> "CachedSamples":
+        """`CachedSamples`, with the images if some of the encoders need them. Resolution and crop are those of the cache.
+
+        Raises:
+            InputError: when the latents are of another shape, or have no flipped copies and `random_flip` is set.
+        """
+        if list(latent_shape) != self.config["latent_shape"]:
+            raise InputError(
+                "vae",
+                f"`vae` makes latents of {list(latent_shape)}, but `{self.option}` {self.folder} holds "
+                f"{self.config['latent_shape']}; give the autoencoder that made them",
+            )
+        features = [encoder.array for encoder in encoders if isinstance(encoder, CachedEncoder)]
+        images = bool(encoders) and not features
+        return CachedSamples(self, seed, null_class_id, label_dropout, random_flip, num_tokens, images, features)
+
+    def loader(self, samples: SampleStreams, batch_sampler, num_workers: int, pin_memory: bool):
+        """A `DataLoader` with worker processes."""
+        return worker_loader(samples, batch_sampler, num_workers, pin_memory)
+
+    def latents(self, vae, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The latents of the batch in float32, drawn from their posterior where the cache holds its moments."""
+        latents = batch["latents"].float()
+        if "posterior_noise" not in batch:
+            return latents
+        mean, std = latents.chunk(2, dim=1)
+        return mean + std * batch["posterior_noise"]
+
+    def fixed_rows(self, count: int) -> np.ndarray:
+        """Random rows in ascending order."""
+        return np.sort(random_stream(0, 0, ORDER).permutation(len(self))[:count])
+
+    def examples(self, rows: np.ndarray, resolution: int) -> tuple[np.ndarray, np.ndarray]:
+        """The images of the cache, which have its resolution, and their labels."""
+        return np.stack([self.pixels(row) for row in rows.tolist()]), self["label"][rows].astype(np.int64)
+
+    def give_up_when(self, interrupted: Callable[[], bool]):
+        """Has no effect: nothing here waits for a server."""
+
+    def release(self):
+        """Has no effect: no images are kept in memory."""
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Chunks and features
+
     def damaged_chunks(self, progress=lambda chunks: chunks) -> list[int]:
         """The chunks that differ from their checksums."""
         chunks = progress(range(num_chunks(self.config)))
         return [c for c in chunks if checksum_on_disk(self.folder, self.config, c) != self.checksums[c]]
 
     def find_features(self, encoders: list[str], layers: list[int | None], grid_size: tuple[int, int]) -> list[int]:
-        """The numbers of the feature arrays that these encoders give; empty where not all of them are here.
+        """The numbers of the feature arrays of these encoders; empty where the cache does not have all of them.
 
         Args:
             encoders: Hub names or folders; the last part of the name counts.
@@ -223,7 +311,7 @@ class LatentCache:
             grid_size: of the tokens.
 
         Raises:
-            InputError: where they are here for another token grid, and the images are not.
+            InputError: when the cache does not have the images either.
         """
         found = []
         for encoder, layer in zip(encoders, layers):
@@ -246,12 +334,29 @@ class LatentCache:
         return []
 
 
+class CachedEncoder:
+    """Stands for a frozen encoder whose features are in the cache: called with a batch, it takes them from it.
+
+    Args:
+        number: of the encoder, from 0.
+        array: number of the feature array in the cache.
+        embed_dim: E, the length of a feature.
+    """
+
+    def __init__(self, number: int, array: int, embed_dim: int):
+        self.number, self.array, self.embed_dim = number, array, embed_dim
+
+    def __call__(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Patch embeddings `[B,N,E]`, float32."""
+        return batch[f"features_{self.number}"].float()
+
+
 class CachedSamples(SampleStreams):
     """The samples of a run, from a cache. The draws for sample i are those of `TrainingSamples` (with a centre crop).
 
     A batch has what theirs has, except:
 
-        latents     float16 `[B,2C,h,w]` or `[B,C,h,w]`, as the cache has them; `batch_latents` makes the clean latents
+        latents     float16 `[B,2C,h,w]` or `[B,C,h,w]`, as the cache has them; `LatentCache.latents` makes the clean latents
         pixels      only with `images`
         features_0  float16 `[B,N,E]`, and so on, for each number in `features`
 
@@ -306,17 +411,3 @@ class CachedSamples(SampleStreams):
                 row = (row + 1) % len(cache)
         drawn = self.drawn(indices, uniforms, cache["label"][rows])
         return {**batch, **drawn, "corrupt_rows": torch.tensor(corrupt, dtype=torch.long)}
-
-
-def batch_latents(vae, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The clean latents `[B,C,h,w]` float32 of a batch of `CachedSamples` or `TrainingSamples`, on its device.
-
-    From a cache they do not need the autoencoder; else it encodes the pixels, which are float32 in [-1, 1] here.
-    """
-    if "latents" not in batch:
-        return encode_images(vae, batch["pixels"], batch.get("posterior_noise"))
-    latents = batch["latents"].float()
-    if "posterior_noise" not in batch:
-        return latents
-    mean, std = latents.chunk(2, dim=1)
-    return mean + std * batch["posterior_noise"]

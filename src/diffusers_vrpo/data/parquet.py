@@ -1,13 +1,13 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Training straight from the parquet files of a data set, on the Hub or here, a row group at a time.
+"""Training directly from the parquet files of a data set, on the Hub or on a disk, one row group at a time.
 
-Nothing is downloaded or converted first. Which row sample i takes is a function of (seed, i, samples of a step), as
+Nothing is downloaded or converted first. Which row sample i takes is a function of (seed, i, samples of a step), like
 everything else that is drawn for it: a resumed run opens the row groups that its next batches need, and no others.
 
-An epoch: the row groups in random order, one after the other, the rows of each in random order too. This sequence is cut
-into S streams of equal length, of which every batch takes equally many rows, always at the same places. A process, whose
-share of a batch is at fixed places as well, so reads the row groups of its streams alone. The last N mod S rows of the
-sequence, others in every epoch, are left out.
+An epoch goes through the row groups in random order, and through the rows of each in random order. This sequence is cut
+into S lanes of equal length; every batch takes equally many rows of each lane, always at the same places. The share of a
+process in a batch is at fixed places as well, so it reads the row groups of its own lanes only. The last N mod S rows of
+the sequence, which are others in every epoch, are not used.
 """
 
 import bisect
@@ -35,7 +35,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from ..errors import InputError, TrainingStopped, first_line
 from ..random_streams import ORDER, ROW_GROUPS, ROWS_OF_GROUP, random_stream
-from .image_datasets import check_columns, check_labels, open_named
+from .image_datasets import check_columns, check_images, check_labels, open_named
+from .image_source import CHECKED_IMAGES, CLASS_NAMES, ImageSource, class_names
 from .parquet_io import (
     MOST_BYTES,
     OPENING_SECONDS,
@@ -53,34 +54,46 @@ from .parquet_io import (
 from .samples import TrainingSamples
 
 
-MOST_STREAMS = 64
+MOST_LANES = 64
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Rows
 
 
-class ParquetRows:
-    """Rows of parquet files with `image` and `label`, as the `Dataset` of `load_image_dataset` gives them.
+class ParquetRows(ImageSource):
+    """Training data in parquet files, read in training; `stream_image_dataset` opens it.
 
-    `rows[5]` is `{"image": {"bytes": ..., "path": ...}, "label": ...}`, `rows[[5, 7]]` the same of lists. A row group is
-    read as a whole, once, and stays until `hold` is called with others.
+    `rows[5]` is `{"image": {"bytes": ..., "path": ...}, "label": ...}`, `rows[[5, 7]]` the same of lists, as for the
+    `Dataset` of `load_image_dataset`. A row group is read as a whole, once, and stays until `hold` is called with others.
 
     Args:
         files: in the order of the rows.
         image_column, label_column: the columns to read.
+        id2label: the names of the classes.
+        num_classes: the number of classes.
 
     Attributes:
         group_rows: int64 `[G]`, the number of rows of each row group; those without any are left out.
         group_bytes: int64 `[G]`, their images and labels in memory.
-        fingerprint (`int`): CRC-32 of the files' names, sizes and footers, and of the columns.
+        checksum (`int`): CRC-32 of the files' names, sizes and footers, and of the columns.
         closed: once set, no read is tried again.
         interrupted: says whether a signal has come; from then on a read is given up once it has failed for 10 seconds.
         retry_seconds: for which a failing read is tried again; `StreamedBatches` makes them `TRAINING_SECONDS`.
     """
 
-    def __init__(self, files: list[ParquetFile], image_column: str, label_column: str):
+    random_access = False
+
+    def __init__(
+        self,
+        files: list[ParquetFile],
+        image_column: str,
+        label_column: str,
+        id2label: dict[int, str] | None = None,
+        num_classes: int = 0,
+    ):
         self.files, self.columns = files, [image_column, label_column]
+        self.id2label, self.num_classes = id2label, num_classes
         self.groups = [
             (file, number)
             for file in files
@@ -93,7 +106,7 @@ class ParquetRows:
         self.group_bytes = np.array(sizes, dtype=np.int64)
         self.first_rows = np.concatenate([[0], np.cumsum(self.group_rows)])
         content = [[Path(file.path).name, file.size, file.checksum] for file in files]
-        self.fingerprint = zlib.crc32(json.dumps([content, self.columns]).encode())
+        self.checksum = zlib.crc32(json.dumps([content, self.columns]).encode())
         self.closed = threading.Event()
         self.interrupted: Callable[[], bool] = lambda: False
         self.retry_seconds = OPENING_SECONDS
@@ -130,10 +143,10 @@ class ParquetRows:
             if mine:
                 future = self._held[group] = Future()
         if mine:
-            self._fill(group, future)
+            self._read_into(group, future)
         return future.result()
 
-    def _fill(self, group: int, future: Future):
+    def _read_into(self, group: int, future: Future):
         try:
             future.set_result(self.read_group(group))
         except BaseException as error:
@@ -166,7 +179,7 @@ class ParquetRows:
             for group in wanted:
                 if group not in self._held:
                     future = self._held[group] = Future()
-                    submit(self._fill, group, future)
+                    submit(self._read_into, group, future)
 
     def release(self):
         """Forgets all row groups; who waits for one gets a `CancelledError`."""
@@ -175,14 +188,80 @@ class ParquetRows:
                 future.cancel()
             self._held = {}
 
-    def rows_to_try(self, sample: int) -> np.ndarray:
-        """Random rows, of at most four row groups, the same for every run."""
+    # ------------------------------------------------------------------------------------------------------------------
+    # As training data
+
+    def check(self):
+        """Decodes random rows of at most four row groups, the same for every run.
+
+        Raises:
+            InputError: when too many of them are damaged.
+        """
         generator = random_stream(0, 0, ORDER)
         rows = []
         for group in generator.permutation(len(self.group_rows))[:4].tolist():
-            places = generator.permutation(self.group_rows[group])[: -(-sample // 4)]
+            places = generator.permutation(self.group_rows[group])[: -(-CHECKED_IMAGES // 4)]
             rows.append(self.first_rows[group] + places)
-        return np.concatenate(rows)
+        check_images(self, np.concatenate(rows))
+
+    def fingerprint(self) -> dict:
+        """The class names, and CRC-32 of the files' names, sizes and footers."""
+        return {CLASS_NAMES: class_names(self), "the checksum of the streamed files": self.checksum}
+
+    def samples(
+        self,
+        *,
+        seed: int,
+        resolution: int,
+        latent_shape: tuple[int, int, int],
+        null_class_id: int | None,
+        label_dropout: float = 0.1,
+        center_crop: bool = True,
+        random_flip: bool = False,
+        sample_posterior: bool = False,
+        num_tokens: int | None = None,
+        encoders: list = (),
+        global_batch_size: int,
+    ) -> "StreamedSamples":
+        """`StreamedSamples` of the images; the order of the rows depends on `global_batch_size`.
+
+        Raises:
+            InputError: when the processes do not see the same files.
+        """
+        return StreamedSamples(
+            self,
+            global_batch_size,
+            seed,
+            resolution,
+            latent_shape,
+            null_class_id,
+            label_dropout,
+            center_crop,
+            random_flip,
+            sample_posterior,
+            num_tokens,
+        )
+
+    def loader(self, samples: "StreamedSamples", batch_sampler, num_workers: int, pin_memory: bool):
+        """`StreamedBatches`: threads take the place of worker processes, each of which would read every row group."""
+        return StreamedBatches(samples, batch_sampler, num_workers, pin_memory)
+
+    def fixed_rows(self, count: int) -> np.ndarray:
+        """The rows of as many random row groups as are needed, one group after another."""
+        groups = random_stream(0, 0, ORDER).permutation(len(self.group_rows))
+        groups = groups[: np.searchsorted(np.cumsum(self.group_rows[groups]), count) + 1]
+        return np.concatenate([self.first_rows[g] + np.arange(self.group_rows[g]) for g in groups])[:count]
+
+    def examples(self, rows: np.ndarray, resolution: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `ImageSource.examples`; the last row group stays in memory, as the next rows may begin in it."""
+        images_and_labels = super().examples(rows, resolution)
+        last = int(np.searchsorted(self.first_rows, rows[-1], side="right")) - 1
+        self.hold([last], lambda read, *arguments: read(*arguments))
+        return images_and_labels
+
+    def give_up_when(self, interrupted: Callable[[], bool]):
+        """From when `interrupted()` is true, a read is given up once it has failed for 10 seconds."""
+        self.interrupted = interrupted
 
 
 def stream_image_dataset(
@@ -192,34 +271,31 @@ def stream_image_dataset(
     image_column: str = "image",
     label_column: str = "label",
     cache_dir: str | None = None,
-) -> tuple[ParquetRows, dict[int, str] | None, int]:
+) -> ParquetRows:
     """Opens the parquet files of a Hub name or a folder: `load_image_dataset` for what is not to be downloaded.
 
     Only the files' footers are read (and the label column where they have no statistics of it). On the Hub the files are
     those of one commit for the whole run.
 
-    Returns:
-        the rows; the class names, or None where the labels are plain integers; the number of classes.
-
     Raises:
         InputError: when there is no such data set, split or column, it is not parquet, or the labels are not class ids.
     """
-    there = f"`dataset_name` {dataset_name}"
+    source = f"`dataset_name` {dataset_name}"
     builder = open_named("dataset_name", dataset_name, dataset_config_name, cache_dir, load_dataset_builder)
     splits = builder.config.data_files
     if not (isinstance(builder, Parquet) and splits):
         kind = type(builder).__mro__[1].__name__
         raise InputError(
             None,
-            f"{there}: `streaming` reads parquet files, and this data set is read by the {kind} reader of datasets; "
+            f"{source}: `streaming` reads parquet files, and this data set is read by the {kind} reader of datasets; "
             f"{dataset_name.partition('@')[0]}@refs/convert/parquet is the Hub's parquet copy where there is one, "
-            "Dataset.to_parquet writes one, and `python -m diffusers_vrpo.latents prepare` reads any format",
+            "Dataset.to_parquet writes one, and `vrpo prepare` reads any format",
         )
     if split not in splits:
         raise InputError(
-            "dataset_split", f"`dataset_split` {split!r} is not in {there}; it has {', '.join(map(repr, splits))}"
+            "dataset_split", f"`dataset_split` {split!r} is not in {source}; it has {', '.join(map(repr, splits))}"
         )
-    files = open_files(splits[split], there)
+    files = open_files(splits[split], source)
     schema = files[0].metadata.schema.to_arrow_schema()
     features = builder.info.features or Features.from_arrow_schema(schema)
     check_columns(features, "dataset_name", dataset_name, image_column, label_column)
@@ -229,31 +305,32 @@ def stream_image_dataset(
         if len(types) < 2 or any(name not in found.names or found.field(name).type != types[name] for name in types):
             raise InputError(
                 None,
-                f"{there}: {file.path} has the columns {', '.join(map(repr, found.names))}, but `streaming` needs "
+                f"{source}: {file.path} has the columns {', '.join(map(repr, found.names))}, but `streaming` needs "
                 f"{image_column!r} and {label_column!r} of one type in all files; train without `streaming`",
             )
     if not pa.types.is_integer(types[label_column]):
         raise InputError(
             "label_column",
-            f"`label_column` {label_column!r} of {there} is stored as {types[label_column]}, and `streaming` reads "
+            f"`label_column` {label_column!r} of {source} is stored as {types[label_column]}, and `streaming` reads "
             "integers; train without `streaming`",
         )
     rows = ParquetRows(files, image_column, label_column)
     if len(rows) == 0:
-        raise InputError("dataset_split", f"`dataset_split` {split!r} of {there} has no images")
+        raise InputError("dataset_split", f"`dataset_split` {split!r} of {source} has no images")
     if (largest := int(rows.group_bytes.max())) > MOST_BYTES:
         raise InputError(
             None,
-            f"{there}: a row group has {largest / 1e9:.1f} GB, and `streaming` holds at most {MOST_BYTES / 1e9:.1f} GB; "
+            f"{source}: a row group has {largest / 1e9:.1f} GB, and `streaming` holds at most {MOST_BYTES / 1e9:.1f} GB; "
             "write the files with smaller ones, as Dataset.to_parquet does",
         )
-    nulls, least, most = label_range(rows, there)
-    column = f"`label_column` {label_column!r} of {there}"
-    names, num_classes = check_labels(features[label_column], nulls, least, most, len(rows), column)
-    return rows, dict(enumerate(names)) if names else None, num_classes
+    nulls, least, most = label_range(rows, source)
+    column = f"`label_column` {label_column!r} of {source}"
+    names, rows.num_classes = check_labels(features[label_column], nulls, least, most, len(rows), column)
+    rows.id2label = dict(enumerate(names)) if names else None
+    return rows
 
 
-def open_files(urls: list[str], there: str) -> list[ParquetFile]:
+def open_files(urls: list[str], source: str) -> list[ParquetFile]:
     """Reads the footers, several at a time.
 
     Raises:
@@ -264,14 +341,14 @@ def open_files(urls: list[str], there: str) -> list[ParquetFile]:
         fs, path = place
         try:
             return retried(partial(read_footer, fs, path), path)
-        except Exception as error:  # of the file system, or pyarrow's for what is no parquet
-            raise InputError(None, f"{there}: {path} cannot be read ({first_line(error)})") from error
+        except Exception as error:  # of the file system, or pyarrow's for what is not parquet
+            raise InputError(None, f"{source}: {path} cannot be read ({first_line(error)})") from error
 
-    # By this thread: in others fsspec would make file systems anew, which know nothing of the folders yet.
+    # By this thread: in others fsspec would make new file systems, which have not listed the folders yet.
     return in_threads(footer, [fsspec.core.url_to_fs(str(url)) for url in urls])
 
 
-def label_range(rows: ParquetRows, there: str) -> tuple[int, int, int]:
+def label_range(rows: ParquetRows, source: str) -> tuple[int, int, int]:
     """Rows without a label, the smallest and the largest label, from the footers or else from the label column."""
 
     def of_group(group):
@@ -283,7 +360,7 @@ def label_range(rows: ParquetRows, there: str) -> tuple[int, int, int]:
         try:
             labels = retried(partial(read_columns, file, number, rows.columns[1:]), file.path).column(0)
         except Exception as error:
-            raise InputError(None, f"{there}: {file.path} cannot be read ({first_line(error)})") from error
+            raise InputError(None, f"{source}: {file.path} cannot be read ({first_line(error)})") from error
         return labels.null_count, *pc.min_max(labels).as_py().values()
 
     nulls, smallest, largest = zip(*in_threads(of_group, rows.groups))
@@ -292,6 +369,7 @@ def label_range(rows: ParquetRows, there: str) -> tuple[int, int, int]:
 
 
 def in_threads(function: Callable, items: Iterable) -> list:
+    """The function's results for all items, in their order."""
     threads = Threads(2 * READERS)
     try:
         return [future.result() for future in [threads.submit(function, item) for item in items]]
@@ -306,8 +384,8 @@ def in_threads(function: Callable, items: Iterable) -> list:
 class StreamOrder:
     """Which row is sample i, for every i: a function of the seed, the row groups and the samples of a step.
 
-    Sample i is at place p = i mod B of step i // B. Its stream is s = floor(p S / B), in which it is number
-    k = (i // B) (B / S) + p mod (B / S); so it is sample k mod L of the stream in epoch k // L, with L = floor(N / S).
+    Sample i is at place p = i mod B of step i // B. Its lane is s = floor(p S / B), in which it is number
+    k = (i // B) (B / S) + p mod (B / S); so it is sample k mod L of the lane in epoch k // L, with L = floor(N / S).
 
     Args:
         seed: of the run.
@@ -315,19 +393,19 @@ class StreamOrder:
         batch_size: B, samples of an optimizer step on all processes.
 
     Attributes:
-        num_streams (`int`): S, the largest divisor of B up to 64 (and N) for which S row groups stay below 4 GiB.
-        length (`int`): L, the rows of a stream in an epoch.
+        num_lanes (`int`): S, the largest divisor of B up to 64 (and N) for which S row groups stay below 4 GiB.
+        length (`int`): L, the rows of a lane in an epoch.
     """
 
     def __init__(self, seed: int, group_rows: np.ndarray, group_bytes: np.ndarray, batch_size: int):
         self.seed, self.group_rows, self.batch_size = seed, group_rows, batch_size
         self.first_rows = np.concatenate([[0], np.cumsum(group_rows)])
         num_rows = int(self.first_rows[-1])
-        most = min(MOST_STREAMS, num_rows, MOST_BYTES // max(1, int(group_bytes.max())))
-        self.num_streams = max(s for s in range(1, max(1, most) + 1) if batch_size % s == 0)
-        self.length = num_rows // self.num_streams
+        most = min(MOST_LANES, num_rows, MOST_BYTES // max(1, int(group_bytes.max())))
+        self.num_lanes = max(s for s in range(1, max(1, most) + 1) if batch_size % s == 0)
+        self.length = num_rows // self.num_lanes
         self._groups_of_epoch = lru_cache(maxsize=2)(self._groups_of_epoch)
-        self._rows_of_group = lru_cache(maxsize=2 * self.num_streams)(self._rows_of_group)
+        self._rows_of_group = lru_cache(maxsize=2 * self.num_lanes)(self._rows_of_group)
 
     def _groups_of_epoch(self, epoch: int) -> tuple[list[int], list[int]]:
         """The row groups in the order of an epoch, and where each ends in the sequence of its rows."""
@@ -341,11 +419,11 @@ class StreamOrder:
     def locate(self, index: int) -> tuple[int, int, int]:
         """Epoch, row group, and the place of the sample among those of the row group in that epoch."""
         step, place = divmod(index, self.batch_size)
-        share = self.batch_size // self.num_streams
-        stream, place = divmod(place, share)
+        share = self.batch_size // self.num_lanes
+        lane, place = divmod(place, share)
         epoch, place = divmod(step * share + place, self.length)
         order, ends = self._groups_of_epoch(epoch)
-        place += stream * self.length
+        place += lane * self.length
         number = bisect.bisect_right(ends, place)
         group = order[number]
         return epoch, group, place - ends[number] + int(self.group_rows[group])
@@ -357,8 +435,8 @@ class StreamOrder:
     @property
     def steps_ahead(self) -> int:
         """How many steps before they are needed row groups are fetched: while a quarter of one is used up, 8 to 64."""
-        rows_of_stream = self.batch_size / self.num_streams
-        return min(64, max(8, math.ceil(self.group_rows.mean() / 4 / rows_of_stream)))
+        rows_of_lane = self.batch_size / self.num_lanes
+        return min(64, max(8, math.ceil(self.group_rows.mean() / 4 / rows_of_lane)))
 
 
 class StreamedSamples(TrainingSamples):
@@ -376,7 +454,7 @@ class StreamedSamples(TrainingSamples):
     def __init__(self, data: ParquetRows, global_batch_size: int, seed: int, *arguments, **keywords):
         super().__init__(data, seed, *arguments, **keywords)
         self.order = StreamOrder(seed, data.group_rows, data.group_bytes, global_batch_size)
-        if len(set(gather_object([data.fingerprint]))) > 1:
+        if len(set(gather_object([data.checksum]))) > 1:
             raise InputError(
                 "dataset_name",
                 "`dataset_name`: the processes see different files of the data set, which has changed just now or differs "
@@ -427,9 +505,9 @@ class StreamedBatches:
         data.closed.clear()
         data.retry_seconds = TRAINING_SECONDS
         readers, decoders = Threads(READERS), Threads(self.num_threads)
-        coming = ((indices, self.samples.groups_of(indices)) for indices in self.batch_sampler)
+        upcoming = ((indices, self.samples.groups_of(indices)) for indices in self.batch_sampler)
         length = self.samples.order.steps_ahead * self.batch_sampler.accumulation
-        window, batches = deque(islice(coming, length)), deque()
+        window, batches = deque(islice(upcoming, length)), deque()
 
         def work_ahead():
             data.hold((group for _, groups in window for group in groups), readers.submit)
@@ -444,7 +522,7 @@ class StreamedBatches:
                 ahead, (indices, _) = batches.popleft(), window.popleft()
                 # Without threads it is computed now; and again where it has failed ahead, which may have been long ago.
                 batch = self._compute(indices) if ahead is None or has_failed(ahead) else ahead.result()
-                window.extend(islice(coming, 1))
+                window.extend(islice(upcoming, 1))
                 work_ahead()
                 yield batch
         finally:

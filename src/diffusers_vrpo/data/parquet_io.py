@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Reads byte ranges of parquet files, here or on the Hub, and retries what fails for a moment."""
+"""Reads byte ranges of parquet files, on a disk or on the Hub, and retries what fails for a moment."""
 
 import contextlib
 import io
@@ -20,7 +20,7 @@ from ..errors import first_line
 
 
 logger = logging.getLogger(__name__)
-# Row groups of all streams together, and so the most that one row group may have: S is smaller where they are large.
+# The row groups of all lanes together, and so the most that one row group may have: S is smaller where they are large.
 MOST_BYTES = 4 << 30
 READERS = 8  # threads that fetch row groups
 SIGNAL_SECONDS = 10  # how long a read must have failed for a signal to end it
@@ -38,11 +38,13 @@ OPENING_SECONDS, TRAINING_SECONDS = 60, 20 * 60
 
 @dataclass
 class ParquetFile:
+    """A parquet file of which the footer has been read."""
+
     fs: fsspec.AbstractFileSystem
     path: str
     size: int
     metadata: pq.FileMetaData
-    checksum: int  # CRC-32 of the footer, which has place, size and statistics of all that is in the file
+    checksum: int  # CRC-32 of the footer, which has place, size and statistics of everything in the file
 
 
 def retried(action: Callable, what: str, seconds: float | None = None, give_up: Callable[[float], bool] | None = None):
@@ -191,4 +193,5 @@ class Threads:
 
 
 def has_failed(future: Future) -> bool:
+    """Whether the future has ended with an exception."""
     return future.done() and not future.cancelled() and future.exception() is not None

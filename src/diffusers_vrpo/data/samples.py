@@ -11,7 +11,6 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from datasets import Dataset
 from PIL import Image as PILImage
 
 from ..random_streams import NOISE, ORDER, POSTERIOR, SAMPLE, TOKENS, random_stream
@@ -68,7 +67,7 @@ class SampleStreams(torch.utils.data.Dataset):
         return int(epoch_order(self.seed, epoch, self.num_rows)[position])
 
     def uniforms(self, indices: list[int]) -> np.ndarray:
-        """Five uniform numbers of each sample, float64 `[B,5]`: timestep, label drop, flip, and the crop's x and y."""
+        """Five uniform numbers for each sample, float64 `[B,5]`: timestep, label drop, flip, and the crop's x and y."""
         return np.stack([random_stream(self.seed, index, SAMPLE).random(5) for index in indices])
 
     def flips(self, uniforms: np.ndarray) -> np.ndarray:
@@ -108,7 +107,7 @@ class TrainingSamples(SampleStreams):
         corrupt_rows    rows that could not be decoded; the next row that can be stands in for each
 
     Args:
-        data: as `load_image_dataset` returns it.
+        data: gives `{"image": [...], "label": [...]}` for a list of rows, as `ImageSource` and a `Dataset` do.
         resolution: side of the square images, in pixels.
         center_crop: a random square otherwise.
         Others: those of `SampleStreams`.
@@ -116,7 +115,7 @@ class TrainingSamples(SampleStreams):
 
     def __init__(
         self,
-        data: Dataset,
+        data,
         seed: int,
         resolution: int,
         latent_shape: tuple[int, int, int],
@@ -141,7 +140,7 @@ class TrainingSamples(SampleStreams):
         for i, flip in enumerate(self.flips(uniforms)):
             record = {"image": records["image"][i], "label": records["label"][i]}
             image, label, tried = first_readable(self.data, rows[i], record)
-            # Where not one can be read: the trainer, which counts these rows, stops before it takes a step.
+            # If no image can be decoded, the trainer, which counts these rows, stops before it takes a step.
             image = image or PILImage.new("RGB", (self.resolution, self.resolution))
             square = resize_and_crop(image, self.resolution, None if self.center_crop else tuple(uniforms[i, 3:]))
             pixels.append(square[:, ::-1] if flip else square)
@@ -155,7 +154,7 @@ class TrainingSamples(SampleStreams):
 
 
 def as_is(batch):
-    """The collate function for `TrainingSamples`, which gives whole batches."""
+    """The collate function for datasets whose `__getitems__` gives batches."""
     return batch
 
 

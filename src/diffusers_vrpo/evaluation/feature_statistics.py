@@ -1,11 +1,18 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Features of image sets, their moments, and the files that keep the statistics of a reference."""
+"""Features of image sets, their moments, and the files that keep the statistics of a reference.
+
+One format of file serves `vrpo evaluate`, the validation of a training run and the rewards of generated images: float64
+`{vector}.mean [D]` and `{vector}.covariance [D, D]`, float32 features `pool [n, D]` of images, and whatever else was kept;
+the metadata have `count`, the number of images behind the moments, and `description`, JSON of all that they depend on.
+"""
 
 import hashlib
 import json
 import logging
 import os
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +27,7 @@ from tqdm.auto import tqdm
 from ..data.samples import as_is
 from ..errors import InputError, first_line
 from ..random_streams import ORDER, random_stream
-from .image_encoders import default_batch_size, encoder_checksum
+from .image_encoders import default_batch_size, encoder_checksum, image_features
 from .image_sets import ImageSet, npz_keys, read_npz
 from .inception import FIDInception
 from .metrics import RunningMoments
@@ -28,31 +35,121 @@ from .metrics import RunningMoments
 
 logger = logging.getLogger("evaluate")
 GATHERED_ROWS = 4096  # features that travel between processes at a time
+SHARING_SECONDS = 60  # how late a network file system may show a file
 
 
 @dataclass
 class FeatureSet:
-    """What is known of a set of images in an encoder's eyes; all on the CPU.
+    """What is known of a set of images through an encoder; all on the CPU.
 
     Attributes:
         count: images that the moments are of.
-        moments: mean `[D]` and covariance `[D, D]`, float64, under `pool` and (of Inception) `spatial`.
+        moments: mean `[D]` and covariance `[D, D]`, float64, under `pool`, `spatial` (of Inception) and `shallow`.
         pool: float32 features `[n, D]` of the images, or of `max_features` of them; None where only moments are known.
         logits: float32 `[n, 1008]` of Inception; None for a reference.
+        others: further tensors that a file keeps, by name.
     """
 
     count: int
     moments: dict[str, tuple[torch.Tensor, torch.Tensor]]
     pool: torch.Tensor | None = None
     logits: torch.Tensor | None = None
+    others: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a file keeps, by name; without `logits`."""
+        tensors = dict(self.others)
+        if self.pool is not None:
+            tensors["pool"] = self.pool
+        for name, (mean, covariance) in self.moments.items():
+            tensors |= {f"{name}.mean": mean, f"{name}.covariance": covariance}
+        return tensors
+
+    @classmethod
+    def from_tensors(cls, count: int, tensors: dict[str, torch.Tensor]) -> "FeatureSet":
+        """The inverse of `tensors`.
+
+        Raises:
+            KeyError: when a covariance is missing.
+        """
+        others, names = dict(tensors), [name.removesuffix(".mean") for name in tensors if name.endswith(".mean")]
+        moments = {name: (others.pop(f"{name}.mean"), others.pop(f"{name}.covariance")) for name in names}
+        return cls(count, moments, others.pop("pool", None), others=others)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Features
 
 
+def collect_features(
+    encoder: torch.nn.Module,
+    batches: Iterable[tuple[torch.Tensor | None, torch.Tensor | None]],
+    state,
+    moments_of: tuple[str, ...] = ("pool",),
+    rows_of: tuple[str, ...] = (),
+    num_rows: int = 0,
+    batch_size: int | None = None,
+    inspect: Callable[[torch.Tensor, dict[str, torch.Tensor]], None] | None = None,
+) -> tuple[dict[str, RunningMoments], dict[str, torch.Tensor]]:
+    """Moments of the features of all processes' images, and the features of some of them.
+
+    Args:
+        encoder: gives vectors `[B, D]` by name for uint8 images.
+        batches: those of this process: for each image its place among `num_rows` (int64 `[B]`, -1 for none; None without
+            `rows_of`), and the images, uint8 `[B, 3, H, W]`. In place of images that are not finite there is None.
+        state: `PartialState`, or an `Accelerator`.
+        moments_of: the vectors whose moments are computed.
+        rows_of: the vectors whose features are kept.
+        num_rows: the number of features to keep.
+        batch_size: images that the encoder sees at a time; `default_batch_size` without it.
+        inspect: gets each batch's images and features, for instance to check them.
+
+    Returns:
+        on each process the moments by name, with NaN in them where images were None; and on the main process the features
+        by name, float32 `[num_rows, D]` on the CPU.
+    """
+    device = next(encoder.parameters()).device
+    moments_device = "cpu" if device.type == "mps" else device  # MPS has no float64
+    dims = vector_dims(encoder) if rows_of or moments_of else {}
+    moments = {name: RunningMoments(dims[name], moments_device) for name in moments_of}
+    places, rows = [torch.zeros(0, dtype=torch.long)], {name: [torch.zeros(0, dims[name])] for name in rows_of}
+    for place, images in batches:
+        if images is None:
+            features = {name: torch.full((1, dim), torch.nan, device=device) for name, dim in dims.items()}
+        else:
+            images = images.to(device, non_blocking=True)
+            features = image_features(encoder, images, batch_size)
+        if inspect is not None:
+            inspect(images, features)
+        for name in moments_of:
+            moments[name].update(features[name])
+        if rows_of:
+            kept = place >= 0
+            places.append(place[kept])
+            for name in rows_of:
+                rows[name].append(features[name].cpu()[kept])
+    moments = {name: merge_moments(part, state) for name, part in moments.items()}
+    gathered = {
+        name: gather_rows(torch.cat(parts), torch.cat(places), num_rows, state) for name, parts in rows.items()
+    }
+    return moments, gathered if state.is_main_process else {}
+
+
+@torch.no_grad()
+def vector_dims(encoder: torch.nn.Module) -> dict[str, int]:
+    """The length of each vector of an encoder, by its name."""
+    device = next(encoder.parameters()).device
+    blank = torch.zeros(1, 3, *input_size(encoder), dtype=torch.uint8, device=device)
+    return {name: vector.shape[1] for name, vector in encoder(blank).items()}
+
+
+def input_size(encoder: torch.nn.Module) -> tuple[int, int]:
+    """Height and width in pixels that an encoder resizes images to."""
+    return tuple(getattr(encoder, "input_size", (299, 299)))
+
+
 class Batches(torch.utils.data.Dataset):
-    """Whole batches `[B, 3, H, W]`; what is wrong with an image comes as a sentence, which a worker would garble."""
+    """Batches `[B, 3, H, W]`; an error of an image comes as its message, since a worker process would garble it."""
 
     def __init__(self, images: ImageSet):
         self.images = images
@@ -97,51 +194,43 @@ def measure(
         collate_fn=as_is,
         pin_memory=device.type == "cuda",
     )
-    on_cpu = device.type == "mps"  # which has no float64
-    names = ["pool", "spatial"] if isinstance(encoder, FIDInception) else ["pool"]
-    moments, places, vectors, flat = {}, [], {"pool": [], "logits": []}, 0
     progress = tqdm(total=len(images), desc=images.name[-40:], unit="image", disable=not state.is_main_process)
-    with progress:
+    flat, current = 0, []
+
+    def loaded():
         for batch, pixels in zip(batches, loader):
             if isinstance(pixels, str):
                 raise InputError(None, pixels)
-            pixels = pixels.to(device, non_blocking=True)
-            flat += (pixels.flatten(1).amin(1) == pixels.flatten(1).amax(1)).sum().item()
-            features = encoder(pixels)
-            if not all(values.isfinite().all() for values in features.values()):
-                raise InputError(
-                    None, f"{images.name}: the encoder's features of images {batch[0]} to {batch[-1]} are not finite"
-                )
-            for name in names:
-                if name not in moments:
-                    moments[name] = RunningMoments(features[name].shape[1], "cpu" if on_cpu else device)
-                moments[name].update(features[name])
-            chosen = torch.from_numpy(place[batch])
-            places.append(chosen[chosen >= 0])
-            for name, parts in vectors.items():
-                if name == "pool" or (keep_logits and name in features):
-                    parts.append(features[name].cpu()[chosen >= 0])
+            current[:] = batch
+            yield torch.from_numpy(place[batch]), pixels
             progress.update(min(len(batch) * state.num_processes, len(images) - progress.n))
 
-    dims = [{name: len(m.mean) for name, m in moments.items()} | {"logits": encoder_classes(encoder)}]
-    dims = next(dims for dims in gather_object(dims) if "pool" in dims)  # a process may have no images
+    def inspect(pixels, features):
+        nonlocal flat
+        flat += (pixels.flatten(1).amin(1) == pixels.flatten(1).amax(1)).sum().item()
+        if not all(values.isfinite().all() for values in features.values()):
+            raise InputError(
+                None, f"{images.name}: the encoder's features of images {current[0]} to {current[-1]} are not finite"
+            )
+
+    is_inception = isinstance(encoder, FIDInception)
+    with progress:
+        moments, gathered = collect_features(
+            encoder,
+            loaded(),
+            state,
+            moments_of=("pool", "spatial") if is_inception else ("pool",),
+            rows_of=("pool", "logits") if keep_logits and is_inception else ("pool",),
+            num_rows=len(kept),
+            batch_size=batch_size,
+            inspect=inspect,
+        )
     flat = sum(gather_object([flat]))
-    moments = {name: merge_moments(moments.get(name), dims[name], state) for name in names}
-    places = torch.cat([torch.zeros(0, dtype=torch.long), *places])
-    gathered = {}
-    for name in ("pool", "logits") if keep_logits and dims["logits"] else ("pool",):
-        part = torch.cat([torch.zeros(0, dims[name]), *vectors[name]])
-        gathered[name] = gather_rows(part, places, len(kept), state)
     if not state.is_main_process:
         return None
     check_variety(images, flat, moments["pool"])
     moments = {name: (m.mean.cpu(), m.covariance.cpu()) for name, m in moments.items()}
     return FeatureSet(len(images), moments, gathered["pool"], gathered.get("logits"))
-
-
-def encoder_classes(encoder) -> int:
-    """How many logits an encoder gives."""
-    return encoder.fc.out_features if isinstance(encoder, FIDInception) else 0
 
 
 def check_variety(images: ImageSet, flat: int, moments: RunningMoments):
@@ -160,22 +249,21 @@ def check_variety(images: ImageSet, flat: int, moments: RunningMoments):
         )
 
 
-def merge_moments(moments: RunningMoments | None, dim: int, state: PartialState) -> RunningMoments:
-    """Those of all processes, on each; None is one that has seen nothing."""
-    moments = moments or RunningMoments(dim, state.device)
+def merge_moments(moments: RunningMoments, state) -> RunningMoments:
+    """The moments of what all processes have seen, on each of them."""
     if state.num_processes == 1:
         return moments
     counts = gather_object([moments.count])
     means, scatters = gather(moments.mean[None]), gather(moments.scatter[None])
-    merged = RunningMoments(dim, moments.mean.device)
+    merged = RunningMoments(len(moments.mean), moments.mean.device)
     for count, mean, scatter in zip(counts, means, scatters):
-        part = RunningMoments(dim, mean.device)
+        part = RunningMoments(len(mean), mean.device)
         part.count, part.mean, part.scatter = count, mean, scatter
         merged.merge(part)
     return merged
 
 
-def gather_rows(rows: torch.Tensor, places: torch.Tensor, total: int, state: PartialState) -> torch.Tensor | None:
+def gather_rows(rows: torch.Tensor, places: torch.Tensor, total: int, state) -> torch.Tensor | None:
     """Puts rows `[n, D]` of all processes to their places among `total`, on the main process's CPU; None elsewhere."""
     result = torch.empty(total, rows.shape[1]) if state.is_main_process else None
     longest = max(gather_object([len(rows)]))
@@ -191,31 +279,35 @@ def gather_rows(rows: torch.Tensor, places: torch.Tensor, total: int, state: Par
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The reference
+# Files
 
 
 def describe(images: dict, name: str, encoder, max_features: int) -> dict:
-    """All that the statistics of a reference depend on, as JSON; `images` is a set's fingerprint."""
+    """All that the statistics of images depend on, as JSON.
+
+    Args:
+        images: what tells them from others; `size` is their height and width.
+        name: of the encoder.
+        max_features: how many features are kept.
+    """
     return {
         "images": images,
         "encoder": Path(name).name,
         "encoder_checksum": encoder_checksum(encoder),
         "vector": getattr(encoder, "kind", "pool_3"),
-        "input_size": list(getattr(encoder, "input_size", (299, 299))),
+        "input_size": list(input_size(encoder)),
         "max_features": max_features,
         "format": 1,
     }
 
 
 def save_statistics(features: FeatureSet, description: dict, file: Path):
-    """Writes a reference's statistics as safetensors, whole or not at all.
+    """Writes statistics as safetensors, completely or not at all.
 
     Raises:
         InputError: when the file cannot be written.
     """
-    tensors = {"pool": features.pool} if features.pool is not None else {}
-    for name, (mean, covariance) in features.moments.items():
-        tensors |= {f"{name}.mean": mean.contiguous(), f"{name}.covariance": covariance.contiguous()}
+    tensors = {name: tensor.contiguous() for name, tensor in features.tensors().items()}
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -229,27 +321,84 @@ def read_statistics(file: Path) -> tuple[FeatureSet, dict]:
     """What `save_statistics` wrote, and the description.
 
     Raises:
-        InputError: when it is no such file.
+        InputError: when the file was not written by it, or is damaged.
     """
     try:
-        with safe_open(file, "pt") as tensors:
-            metadata = tensors.metadata() or {}
-            values = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
-        moments = {
-            name: (values[f"{name}.mean"], values[f"{name}.covariance"])
-            for name in ("pool", "spatial")
-            if f"{name}.mean" in values
-        }
-        return FeatureSet(int(metadata["count"]), moments, values.get("pool")), json.loads(metadata["description"])
+        with safe_open(file, "pt") as saved:
+            metadata = saved.metadata() or {}
+            tensors = {key: saved.get_tensor(key) for key in saved.keys()}  # noqa: SIM118
+        return FeatureSet.from_tensors(int(metadata["count"]), tensors), json.loads(metadata["description"])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise InputError(None, f"{file} is no statistics file of this program ({first_line(error)})") from error
+        raise InputError(None, f"{file} is not a statistics file of this program ({first_line(error)})") from error
+
+
+def known_statistics(file: Path, wanted: dict) -> FeatureSet | None:
+    """The statistics in a file; None where there is no file, it is damaged, or of another description."""
+    if not file.is_file():
+        return None
+    try:
+        features, found = read_statistics(file)
+    except InputError as error:
+        logger.warning(f"{error}; computing them again")
+        return None
+    if found != wanted:
+        logger.warning(f"{file} has the statistics of other images or another encoder; computing them again")
+        return None
+    logger.info(f"statistics of the reference are those of {file}")
+    return features
+
+
+def shared_statistics(
+    file: Path, wanted: dict, compute: Callable[[], FeatureSet | None], state, on_every_process: bool = True
+) -> FeatureSet | None:
+    """The statistics in a file, or else computed by all processes and kept there.
+
+    Args:
+        file: where they are kept.
+        wanted: their description.
+        compute: called by all processes; the main one gets the statistics.
+        on_every_process: all processes get them, and the file must be one that all see; or else only the main one does,
+            and a file that cannot be written is no more than a warning.
+
+    Raises:
+        InputError: when the file cannot be written, or not all processes see it; and whatever `compute` raises.
+    """
+    features = known_statistics(file, wanted) if state.is_main_process else None
+    # All do what the main process found: another may see a file late.
+    if not gather_object([features is not None])[0]:
+        features, problem = compute(), None
+        if state.is_main_process:
+            try:
+                save_statistics(features, wanted, file)
+                logger.info(f"statistics of the reference are kept in {file}")
+            except InputError as error:
+                problem = str(error)
+        problem = gather_object([problem])[0]
+        if problem and on_every_process:
+            raise InputError(None, problem)
+        if problem:
+            logger.warning(
+                f"{problem}; the statistics of the reference are not kept (`reference_cache` names another folder)"
+            )
+    if not on_every_process or state.num_processes == 1:
+        return features
+    end = time.monotonic() + SHARING_SECONDS
+    while not state.is_main_process and (features := known_statistics(file, wanted)) is None:
+        if time.monotonic() > end:
+            raise InputError(None, f"{file} is not the same file for all processes; they must share its folder")
+        time.sleep(1)
+    return features
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The reference of a metric
 
 
 def given_statistics(file: Path, wanted: dict) -> FeatureSet:
-    """The statistics in a file, if they are of this encoder and image size.
+    """The statistics in a file that must be of this encoder and image size.
 
     Raises:
-        InputError: when they are not.
+        InputError: when they are of another.
     """
     features, found = read_statistics(file)
     for key, meaning in (
@@ -290,70 +439,62 @@ def batch_moments(source: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 
 def statistics_folder() -> Path:
+    """Where statistics of references are kept: `diffusers-vrpo/statistics` in the user's cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "diffusers-vrpo" / "statistics"
 
 
 def reference_features(
-    args, images: ImageSet | None, size: tuple[int, int], given: dict, metrics: list[str], name: str, encoder, state
+    source: str | Path | None,
+    images: ImageSet | None,
+    size: tuple[int, int],
+    given: dict[str, tuple[torch.Tensor, torch.Tensor]],
+    metrics: list[str],
+    name: str,
+    encoder,
+    state,
+    max_features: int = 50_000,
+    batch_size: int | None = None,
+    num_workers: int = 0,
+    cache_folder: str | Path | None = None,
+    save_to: str | Path | None = None,
 ) -> FeatureSet | None:
-    """The reference's features: from its file, from the cache of earlier runs, or computed and then kept.
+    """The features of a reference: from its file, from the cache of earlier runs, or computed and then kept.
+
+    The main process gets them, the others None.
 
     Args:
-        images: of the reference; None where it is a file of statistics.
+        source: the reference; a `.safetensors` is a file of statistics.
+        images: of the reference; None where it is statistics only.
         size: height and width of the samples.
-        given: moments that the reference's `.npz` carries, by name; those of images go before computed ones.
-        metrics: that need it.
+        given: moments that the reference's `.npz` carries, by name; they replace computed ones.
+        metrics: that need the reference.
+        name, encoder: of the features.
+        max_features, batch_size, num_workers: as for `measure`.
+        cache_folder: where statistics are kept, `statistics_folder()` without it.
+        save_to: a file that the statistics are written to, too.
 
     Raises:
         InputError: as `given_statistics` and `measure`.
     """
     given = given if isinstance(encoder, FIDInception) else {}
+    has_file = str(source).endswith(".safetensors")
     enough = all({"fid": "pool", "sfid": "spatial"}.get(metric) in given for metric in metrics)
-    if (images is None and not args.reference.endswith(".safetensors")) or (enough and not args.save_reference):
+    if (images is None and not has_file) or (enough and save_to is None):
         return FeatureSet(0, dict(given))
     fingerprint = {"size": list(size)} if images is None else images.fingerprint()
-    wanted = describe(fingerprint, name, encoder, args.max_features)
+    wanted = describe(fingerprint, name, encoder, max_features)
     if images is None:
-        features = given_statistics(Path(args.reference), wanted) if state.is_main_process else None
+        features = given_statistics(Path(source), wanted) if state.is_main_process else None
     else:
         key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:16]
-        file = Path(args.reference_cache or statistics_folder()).expanduser() / f"{key}.safetensors"
-        features = cached_statistics(file, wanted) if state.is_main_process else None
-        # All do what the main process found: another may see a file late.
-        if not gather_object([features is not None])[0]:
-            features = measure(images, encoder, state, args.batch_size, args.dataloader_num_workers, args.max_features)
-            if state.is_main_process:
-                keep_statistics(features, wanted, file)
+        file = Path(cache_folder or statistics_folder()).expanduser() / f"{key}.safetensors"
+
+        def compute():
+            return measure(images, encoder, state, batch_size, num_workers, max_features)
+
+        features = shared_statistics(file, wanted, compute, state, on_every_process=False)
     if features is not None:
         features.moments |= given
-        if args.save_reference:
-            save_statistics(features, wanted, Path(args.save_reference))
-    return features
-
-
-def keep_statistics(features: FeatureSet, wanted: dict, file: Path):
-    """Puts statistics into the cache; where that fails, the work is not lost with it."""
-    try:
-        save_statistics(features, wanted, file)
-    except InputError as error:
-        logger.warning(
-            f"{error}; the statistics of the reference are not kept (`reference_cache` names another folder)"
-        )
-    else:
-        logger.info(f"statistics of the reference are kept in {file}")
-
-
-def cached_statistics(file: Path, wanted: dict) -> FeatureSet | None:
-    """The statistics in a file of the cache, None where there are none or they are damaged."""
-    if not file.is_file():
-        return None
-    try:
-        features, found = read_statistics(file)
-    except InputError as error:
-        logger.warning(f"{error}; computing them again")
-        return None
-    if found != wanted:
-        logger.warning(f"{file} is of something else than its name says; computing its statistics again")
-        return None
-    logger.info(f"statistics of the reference are those of {file}")
+        if save_to is not None:
+            save_statistics(features, wanted, Path(save_to))
     return features

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""One feature vector an image, for metrics: the FID Inception network or any vision encoder of transformers.
+"""One feature vector per image, for metrics: the FID Inception network or any vision encoder of transformers.
 
 What an encoder's vector is follows the literature of its family: the class token after the last norm (DINOv2, DINOv3, MAE:
 as FD-DINOv2, arXiv 2306.04675), the projected image embedding of CLIP, the attention-pooled one of SigLIP, the globally
@@ -34,7 +34,7 @@ POOLINGS = ("auto", "mean")
 
 
 class ImageEncoder(nn.Module):
-    """A frozen transformers model that gives one vector an image; `load_image_encoder` makes it.
+    """A frozen transformers model that gives one vector per image; `load_image_encoder` makes it.
 
     Attributes:
         dim (`int`): D, the length of a vector.
@@ -238,6 +238,21 @@ def _input_size(source, config, cache_dir, local):
 def default_batch_size(device: torch.device) -> int:
     """64 on an accelerator; on a CPU 4, where taking and freeing memory for more costs up to thrice the time."""
     return 4 if device.type == "cpu" else 64
+
+
+@torch.no_grad()
+def image_features(
+    encoder: "ImageEncoder | FIDInception", images: torch.Tensor, batch_size: int | None = None
+) -> dict[str, torch.Tensor]:
+    """The vectors `[B, D]` of an encoder by name, float32, on its device.
+
+    Args:
+        images: uint8 RGB `[B, 3, H, W]` on any device.
+        batch_size: images at a time; `default_batch_size` when not given.
+    """
+    device = next(encoder.parameters()).device
+    parts = [encoder(part.to(device)) for part in images.split(batch_size or default_batch_size(device))]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 @torch.no_grad()

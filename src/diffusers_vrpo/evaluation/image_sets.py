@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Sets of images to be measured: folders, ADM's `.npz` batches, data sets; all give uint8 RGB `[3, H, W]`."""
+"""Sets of images to be measured: folders, ADM's `.npz` batches, arrays, data sets; all give uint8 RGB `[3, H, W]`."""
 
 import os
 import struct
@@ -30,7 +30,7 @@ class ImageSet(torch.utils.data.Dataset):
     Attributes:
         name (`str`): for messages, the option and its value.
         size (`tuple[int, int]`): height and width.
-        kind (`str`): "folder", ".npz" or "data set".
+        kind (`str`): "folder", ".npz", "array" or "data set".
         read: gives the pixels of an image, uint8 `[H, W, 3]`; pickles, for worker processes that are not forked.
         origin: whatever tells this set from another one (names and dates of files, a data set's fingerprint).
     """
@@ -129,7 +129,7 @@ def folder_images(name: str, folder: str | Path, resolution: int | None = None) 
             with PILImage.open(path) as image:  # the header only
                 size = image.size
         except Exception as error:  # PIL's readers raise many types; all mean the same here
-            raise InputError(None, f"{name}: {path} is no image that can be read; mend or remove it") from error
+            raise InputError(None, f"{name}: {path} is not an image that can be read; mend or remove it") from error
         first = first or (path, size)
         if size != first[1]:
             raise InputError(
@@ -158,6 +158,26 @@ def array_images(name: str, file: str | Path) -> ImageSet:
         )
     origin = (os.path.getsize(file), os.stat(file).st_mtime_ns)
     return ImageSet(name, ".npz", len(array), array.shape[1:3], reader, origin)
+
+
+def as_image_set(name: str, images) -> ImageSet:
+    """The images of an array uint8 `[N, H, W, 3]` (numpy or torch), of a folder or of an `.npz`; an `ImageSet` as it is.
+
+    Raises:
+        InputError: when there are none, or they cannot be measured.
+    """
+    if isinstance(images, ImageSet):
+        return images
+    if isinstance(images, (str, Path)):
+        return open_images(f"`{name}`", str(images))
+    array = np.asarray(images)
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or len(array) == 0:
+        raise InputError(
+            None,
+            f"`{name}` must be uint8 of the shape [images, height, width, 3], not {array.dtype} {list(array.shape)}",
+        )
+    origin = zlib.crc32(np.ascontiguousarray(array))
+    return ImageSet(f"`{name}`", "array", len(array), array.shape[1:3], array.__getitem__, origin)
 
 
 def read_npz(name: str, file: str | Path, key: str) -> np.ndarray:
@@ -203,6 +223,7 @@ def npz_keys(name: str, file: str | Path) -> set[str]:
 
 
 def dataset_images(
+    option: str,
     name: str,
     source: str,
     config_name: str | None,
@@ -216,7 +237,7 @@ def dataset_images(
     Raises:
         InputError: when there is no such data set, split or column of images.
     """
-    data = load_digits_dataset() if source == "digits" else open_named(name.split()[0], source, config_name, cache_dir)
+    data = load_digits_dataset() if source == "digits" else open_named(option, source, config_name, cache_dir)
     if split not in data:
         raise InputError(
             "reference_split", f"`reference_split` {split!r} is not in {source}; it has {', '.join(map(repr, data))}"
@@ -236,7 +257,7 @@ def dataset_images(
 
 
 def open_images(
-    option: str,
+    name: str,
     source: str,
     resolution: int | None = None,
     config_name: str | None = None,
@@ -248,14 +269,15 @@ def open_images(
     """The images that a command line means: an `.npz`, a folder with image files, or a data set.
 
     Args:
-        option: for messages, such as `reference`.
+        name: what errors call the images, such as SAMPLES, or an option in backticks.
+        source: a path, or the Hub name of a data set.
         resolution: crops images of folders and data sets; without it those of a folder are taken as they are, and those
             of a data set are cropped to `dataset_resolution`.
 
     Raises:
         InputError: when there are none, or they cannot be measured.
     """
-    name, path = f"`{option}` {source}", Path(source).expanduser()
+    option, name, path = name.strip("`"), f"{name} {source}", Path(source).expanduser()
     if path.suffix == ".npz":
         if not path.is_file():
             raise InputError(None, f"{name}: there is no such file")
@@ -275,4 +297,6 @@ def open_images(
         raise InputError(
             None, f"{name}: there is no image ({', '.join(SUFFIXES)}) in that folder, nor is there such a folder"
         )
-    return dataset_images(name, source, config_name, split, image_column, resolution or dataset_resolution, cache_dir)
+    return dataset_images(
+        option, name, source, config_name, split, image_column, resolution or dataset_resolution, cache_dir
+    )

@@ -13,7 +13,6 @@ from collections.abc import Collection
 from pathlib import Path
 from pickle import UnpicklingError
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
@@ -248,7 +247,10 @@ def read_training_state(checkpoint: Path, expected: dict) -> dict:
 
 
 def run_settings(args, data, aligned: AlignedTransformer, global_batch_size: int) -> dict:
-    """What must be the same for a run to be continued, by the name that an error shows; paths may have moved."""
+    """What must be the same for a run to be continued, by the name that an error shows; paths may have moved.
+
+    What of the data must be the same is in `data_settings`.
+    """
     options = (
         "seed objective resolution center_crop random_flip lora_rank encoder_layer layer_scope alignment_coeff "
         "alignment_stop_step timestep_weighting projector spatial_norm reward_weighting estimator policy_noise "
@@ -256,21 +258,15 @@ def run_settings(args, data, aligned: AlignedTransformer, global_batch_size: int
         "adam_weight_decay adam_epsilon max_grad_norm use_ema ema_decay"
     )
     settings = {f"--{name}": getattr(args, name) for name in options.split()}
-    sources = ("vae", "pretrained_model_name_or_path")
-    settings |= {f"--{name}": Path(getattr(args, name) or "none").name for name in sources}
+    settings["--vae"] = Path(args.vae or data.vae or "none").name
+    settings["--pretrained_model_name_or_path"] = Path(args.pretrained_model_name_or_path or "none").name
     settings["--encoder"] = [Path(name).name for name in args.encoder or []]
     settings["--conflict"] = conflict_mode(args)
     transformer = aligned.transformer
     settings["--label_dropout"] = transformer.config.class_dropout_prob
-    settings["the number of images"] = len(data)
-    settings["the checksum of --latents_dir"] = getattr(data, "checksum", None)
     settings["--streaming"] = args.streaming or None  # None: older checkpoints do not know it
     if args.streaming:
-        # The order of the images depends on both.
-        settings["the checksum of the streamed files"] = data.fingerprint
-        settings["the number of samples a step"] = global_batch_size
-    else:
-        settings["the checksum of the labels"] = zlib.crc32(np.asarray(data["label"][:], dtype=np.int64).tobytes())
+        settings["the number of samples a step"] = global_batch_size  # the order of the images depends on it
     if args.lora_rank:
         # Adapters continue on the same weights only.
         frozen = (parameter for parameter in transformer.parameters() if not parameter.requires_grad)
@@ -405,7 +401,8 @@ def register_model_hooks(
                 save_aligned(accelerator, aligned, average, Path(output_dir), suffix)
         if accelerator.is_main_process:
             for name, holder in tensors.items():
-                save_file(holder.state_dict(), os.path.join(output_dir, f"{name}.safetensors"))
+                if state := holder.state_dict():
+                    save_file(state, os.path.join(output_dir, f"{name}.safetensors"))
         name = f"running_means_{accelerator.process_index}.safetensors"
         save_file(means.state_dict(), os.path.join(output_dir, name))
         # What is taken out here, accelerate does not save a second time.

@@ -6,6 +6,7 @@ step is what the mathematics asks for: recomputation with gradient checkpointing
 """
 
 import argparse
+import contextlib
 import inspect
 import platform
 import re
@@ -230,9 +231,9 @@ def hardware_name(device: torch.device) -> str:
 
 
 class StepProfile:
-    """Times the parts of some training steps, and reports a table once; off, a mark costs one comparison.
+    """Times the parts of some training steps, and reports a table once; off, a part costs one comparison.
 
-    `mark(name)` ends a part: the time since the mark before belongs to it. `step()` ends a step. On a GPU the marks are
+    `with profile(name):` is a part, to which the time since the part before belongs, too. `step()` ends a step. On a GPU the marks are
     events in its stream: what hides behind its work, such as a loader that keeps up, counts as nothing, and no mark waits.
 
     Args:
@@ -255,8 +256,14 @@ class StepProfile:
         self.count, self.marks = 0, []
         self.seconds: dict[str, float] = {}
 
-    def mark(self, name: str, result=None):
-        """The time since the mark before was spent on `name`. Gives `result` back, so as to stand around a call."""
+    @contextlib.contextmanager
+    def __call__(self, name: str):
+        """Inside is the part `name` of a step."""
+        yield
+        self.mark(name)
+
+    def mark(self, name: str):
+        """The time since the mark before was spent on `name`."""
         if self.active:
             if self.cuda:
                 stamp = torch.cuda.Event(enable_timing=True)
@@ -264,7 +271,6 @@ class StepProfile:
             else:
                 stamp = time.perf_counter()
             self.marks.append((name, stamp))
-        return result
 
     def step(self):
         """Ends a step; what came after its last mark is logging and checkpoints."""
@@ -329,39 +335,6 @@ def speed_up(transformer: SiTTransformer2DModel, encoders: list, compile: bool =
         for encoder in encoders:
             if isinstance(encoder, PatchEncoder):  # not features out of a cache
                 encoder.model.compile()
-
-
-class TrainingSpeed:
-    """All of the above for `train_vrpo.py`, from the options of `add_speed_options`: sets the switches when it is made.
-
-    `mark` and `step` are of the `StepProfile`, `metrics(images_per_second, aligning)` of the `throughput_meter`, and
-    `flops_per_image[aligning]` of `step_flops`.
-
-    Raises:
-        InputError: as `speed_up`.
-    """
-
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        aligned: AlignedTransformer,
-        accelerator: Accelerator,
-        report: Callable[[str], None] = print,
-    ):
-        # FLOPs are counted before anything is compiled.
-        self.flops_per_image = step_flops(aligned)
-        self.metrics = throughput_meter(self.flops_per_image, accelerator, args.peak_tflops)
-        speed_up(aligned.transformer, aligned.encoders, args.compile, args.attention_backend)
-        profile = StepProfile(args.profile, accelerator.device, report)
-        self.mark, self.step = profile.mark, profile.step
-
-    @staticmethod
-    def shown(values: dict[str, float]) -> dict[str, str]:
-        """Logged speeds in few characters, for the progress bar."""
-        shown = {"images/s": f"{values['images_per_second']:.0f}"}
-        if "mfu" in values:
-            shown |= {"TFLOP/s": f"{values['tflops_per_device']:.3g}", "MFU": f"{100 * values['mfu']:.1f}%"}
-        return shown
 
 
 class ForeachEMA(EMAModel):

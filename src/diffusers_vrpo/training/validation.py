@@ -1,8 +1,6 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""What is looked at while a run trains: a grid of samples, and their Fréchet distance to training images."""
+"""Validation of a run: a grid of samples, and the Fréchet distance of samples to training images."""
 
-import contextlib
-import json
 import math
 import zlib
 from collections.abc import Iterable
@@ -14,24 +12,19 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from ..command_line import as_id
-from ..data.image_datasets import first_readable, resize_and_crop
-from ..data.latent_cache import LatentCache
-from ..data.parquet import ParquetRows
+from ..data.sources import TrainingData
 from ..errors import InputError
-from ..evaluation.feature_statistics import merge_moments
-from ..evaluation.image_encoders import encoder_checksum, load_image_encoder, pooled_features
-from ..evaluation.metrics import RunningMoments, frechet_distance
+from ..evaluation.feature_statistics import FeatureSet, collect_features, describe, shared_statistics
+from ..evaluation.image_encoders import load_image_encoder
+from ..evaluation.metrics import frechet_distance
 from ..pipelines.pipeline_vrpo import VRPOPipeline
 from ..pipelines.sampling import check_steps, image_grid, sample_batch
-from ..random_streams import ORDER, random_stream
+from .callbacks import TrainerCallback
 from .distributed import whole_pipeline
 from .interruption import Interruption
-from .metrics import MetricsFile, log_values, read_metrics, use_trackers
-from .output_dir import written
+from .metrics import read_metrics, use_trackers
 
 
 logger = get_logger(__name__)
@@ -39,15 +32,15 @@ SAMPLES = 2048
 REFERENCE_IMAGES = 10_000  # training images behind the Fréchet distance; all of them where there are fewer
 
 
-class Validation:
-    """Every `validation_steps`, and at the end: what the averaged model draws.
+class Validation(TrainerCallback):
+    """Draws samples of the averaged model every `validation_steps` and at the end.
 
     The grid has one column per class, from the noise of the seed. With `fd_encoder`, `num_fd_samples` unguided samples,
-    each time of the same classes from the same noise, are set against training images by the Fréchet distance of their
+    each time of the same classes from the same noise, are compared with training images by the Fréchet distance of their
     features; `metrics.jsonl` gets it as `validation/fd_{encoder}`. All processes share that work.
 
     Raises:
-        InputError: for labels or an encoder that cannot be, or where there are no images to compare with.
+        InputError: for labels that the model does not have, an encoder that cannot be loaded, or data without images.
     """
 
     def __init__(
@@ -55,7 +48,7 @@ class Validation:
         args,
         accelerator: Accelerator,
         pipeline: VRPOPipeline,
-        data,
+        data: TrainingData,
         output_dir: Path,
         interruption: Interruption,
     ):
@@ -63,7 +56,8 @@ class Validation:
         self.interruption = interruption
         self.columns = grid_columns(pipeline, args.validation_labels)
         check_steps(pipeline, args.num_inference_steps)
-        self.judge = None
+        self.fd_encoder = None
+        self.grid: Image.Image | None = None  # the newest, on the main process
         if args.num_fd_samples and not args.fd_encoder:
             raise InputError(
                 "num_fd_samples",
@@ -76,7 +70,7 @@ class Validation:
                     "num_fd_samples",
                     f"`num_fd_samples` {args.num_fd_samples} has no covariance; take {SAMPLES} or more",
                 )
-            if isinstance(data, LatentCache) and data.config["images"] == "none":
+            if not data.has_images:
                 raise InputError(
                     "fd_encoder",
                     f"`fd_encoder` {args.fd_encoder} compares with images, and `latents_dir` {args.latents_dir} has none; "
@@ -84,32 +78,42 @@ class Validation:
                 )
             self.name = f"validation/fd_{Path(args.fd_encoder).name}"
             with accelerator.main_process_first():
-                self.judge = load_image_encoder(
+                self.fd_encoder = load_image_encoder(
                     args.fd_encoder, device=accelerator.device, cache_dir=args.cache_dir, option="fd_encoder"
                 )
             self.reference = self.reference_moments(data)
 
-    def __call__(self, step: int, ema, metrics_file: MetricsFile | None) -> Image.Image | None:
-        """Looks at the model of a step; for all processes.
+    def on_train_begin(self, trainer):
+        """Looks at the step that a run continues from, if it ended after the checkpoint and before this was done."""
+        step, missing = trainer.step, False
+        if step > 0 and step % self.args.validation_steps == 0 and self.accelerator.is_main_process:
+            rows = read_metrics(trainer.metrics_file.path)
+            judged = self.fd_encoder is None or any(row["step"] == step and self.name in row for row in rows)
+            missing = not (judged and grid_file(self.output_dir, step).exists())
+        if broadcast_object_list([missing])[0]:
+            self.validate(trainer)
 
-        Args:
-            metrics_file: of the main process.
+    def on_evaluate(self, trainer):
+        if trainer.step % self.args.validation_steps == 0 and trainer.step < trainer.max_train_steps:
+            self.validate(trainer)
 
-        Returns:
-            the grid, on the main process.
-        """
-        accelerator, grid = self.accelerator, None
-        with whole_pipeline(accelerator, self.pipeline, ema, everywhere=self.judge is not None) as averaged:
+    def on_train_end(self, trainer):
+        self.validate(trainer)
+
+    def validate(self, trainer):
+        """Draws the grid of the trainer's step, and measures the distance; for all processes."""
+        accelerator, step = self.accelerator, trainer.step
+        with whole_pipeline(
+            accelerator, self.pipeline, trainer.ema, everywhere=self.fd_encoder is not None
+        ) as averaged:
             if accelerator.is_main_process:
-                grid = self.draw(step, averaged)
-            if self.judge is not None:
+                self.grid = self.draw(step, averaged)
+            if self.fd_encoder is not None:
                 values = {self.name: self.distance(averaged)}
                 # Interrupted, it is no number; the continued run makes up for it.
                 if accelerator.is_main_process and not self.interruption.signum:
-                    log_values(accelerator, values, step)
                     logger.info(f"step {step}: {self.name} {values[self.name]:.2f}")
-                    metrics_file.write(step, values)
-        return grid
+                    trainer.log(values)
 
     def draw(self, step: int, averaged: VRPOPipeline) -> Image.Image:
         """The grid of a step, and keeps it; on the main process."""
@@ -118,17 +122,6 @@ class Validation:
         grid = draw_samples(averaged, self.columns, *drawing, device)
         save_samples(self.accelerator, self.output_dir, step, grid)
         return grid
-
-    def catch_up(self, step: int, ema, metrics_file: MetricsFile | None):
-        """Looks at the step that a run continues from, if it ended after the checkpoint and before this was done."""
-        missing = False
-        if step > 0 and step % self.args.validation_steps == 0 and metrics_file is not None:
-            judged = self.judge is None or any(
-                row["step"] == step and self.name in row for row in read_metrics(metrics_file.path)
-            )
-            missing = not (judged and grid_file(self.output_dir, step).exists())
-        if broadcast_object_list([missing])[0]:
-            self(step, ema, metrics_file)
 
     def distance(self, pipeline: VRPOPipeline) -> float:
         """The Fréchet distance of samples of `pipeline` to the reference."""
@@ -161,26 +154,22 @@ class Validation:
 
         They are kept in the output folder, for a continued run.
         """
-        rows = fixed_rows(data, REFERENCE_IMAGES)
-        some = training_images(data, rows[:16], self.args.resolution)
-        made_of = [encoder_checksum(self.judge), len(data), zlib.crc32(rows.tobytes()), zlib.crc32(some.tobytes())]
-        made_of, file = json.dumps(made_of), self.output_dir / "fd_reference.safetensors"
-        with contextlib.suppress(FileNotFoundError, SafetensorError), safe_open(file, "pt") as saved:
-            if (saved.metadata() or {}).get("made_of") == made_of:
-                return tuple(saved.get_tensor(name).to(self.device) for name in ("mean", "covariance"))
-        logger.info(f"{self.name}: features of {len(rows)} training images")
-        own = self.own_batches(len(rows))
-        mean, covariance = self.moments(
-            training_images(data, rows[i.start : i.stop], self.args.resolution) for i in own
-        )
-        if self.accelerator.is_main_process:
-            with written(f"fd_reference.safetensors in {self.output_dir}"):
-                save_file({"mean": mean.cpu(), "covariance": covariance.cpu()}, file, {"made_of": made_of})
-        # So that none looks for the file while another writes it.
-        self.accelerator.wait_for_everyone()
-        if isinstance(data, ParquetRows):
-            data.release()
-        return mean, covariance
+        resolution, file = self.args.resolution, self.output_dir / "fd_reference.safetensors"
+        rows = data.fixed_rows(REFERENCE_IMAGES)
+        first = data.examples(rows[:16], resolution)[0]
+        images = {"count": len(rows), "of": len(data), "size": [resolution, resolution]}
+        images["checksum"] = zlib.crc32(first.tobytes(), zlib.crc32(rows.tobytes()))
+
+        def compute() -> FeatureSet:
+            logger.info(f"{self.name}: features of {len(rows)} training images")
+            batches = (rows[own.start : own.stop] for own in self.own_batches(len(rows)))
+            mean, covariance = self.moments(data.examples(batch, resolution)[0] for batch in batches)
+            return FeatureSet(len(rows), {"pool": (mean.cpu(), covariance.cpu())})
+
+        description = describe(images, self.args.fd_encoder, self.fd_encoder, max_features=0)
+        known = shared_statistics(file, description, compute, self.accelerator)
+        data.release()
+        return tuple(tensor.to(self.device) for tensor in known.moments["pool"])
 
     @property
     def device(self) -> torch.device:
@@ -199,47 +188,9 @@ class Validation:
 
     def moments(self, batches: Iterable[np.ndarray | None]) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean `[D]` and covariance `[D,D]` of the features of all processes' images, uint8 `[B,H,W,3]`; None counts as NaN."""
-        device, dim = self.accelerator.device, self.judge.dim
-        moments = RunningMoments(dim, self.device)
-        for images in batches:
-            if images is None:
-                moments.update(torch.full((1, dim), math.nan, device=device))
-            else:
-                moments.update(pooled_features(self.judge, torch.from_numpy(images).permute(0, 3, 1, 2)))
-        moments = merge_moments(moments, dim, self.accelerator)
-        return moments.mean, moments.covariance
-
-
-def fixed_rows(data, count: int) -> np.ndarray:
-    """Rows of a data set, drawn without regard to the run's seed; of parquet files that are streamed, whole row groups."""
-    stream = random_stream(0, 0, ORDER)
-    if isinstance(data, ParquetRows):
-        groups = stream.permutation(len(data.group_rows))
-        groups = groups[: np.searchsorted(np.cumsum(data.group_rows[groups]), count) + 1]
-        return np.concatenate([data.first_rows[g] + np.arange(data.group_rows[g]) for g in groups])[:count]
-    return np.sort(stream.permutation(len(data))[:count])
-
-
-def training_images(data, rows: np.ndarray, resolution: int) -> np.ndarray:
-    """The images of some rows of the training data, as they are trained on with a centre crop: uint8 `[B,R,R,3]`."""
-    return labelled_images(data, rows, resolution)[0]
-
-
-def labelled_images(data, rows: np.ndarray, resolution: int) -> tuple[np.ndarray, np.ndarray]:
-    """`training_images`, and their class ids, int64 `[B]`; for one that cannot be read the next one stands in."""
-    if isinstance(data, LatentCache):
-        return np.stack([data.pixels(row) for row in rows.tolist()]), data["label"][rows].astype(np.int64)
-    records = data[rows.tolist()]
-    images, labels = [], []
-    for row, image, label in zip(rows.tolist(), records["image"], records["label"]):
-        image, label, _ = first_readable(data, row, {"image": image, "label": label})
-        images.append(resize_and_crop(image, resolution))
-        labels.append(label)
-    if isinstance(data, ParquetRows):
-        # The next batch may go on in the row group in which this one ends.
-        last = int(np.searchsorted(data.first_rows, rows[-1], side="right")) - 1
-        data.hold([last], lambda read, *arguments: read(*arguments))
-    return np.stack(images), np.array(labels, dtype=np.int64)
+        tensors = (None if images is None else torch.from_numpy(images).permute(0, 3, 1, 2) for images in batches)
+        moments, _ = collect_features(self.fd_encoder, ((None, images) for images in tensors), self.accelerator)
+        return moments["pool"].mean, moments["pool"].covariance
 
 
 def grid_columns(pipeline: VRPOPipeline, labels: list[str] | None) -> list[int]:

@@ -7,15 +7,11 @@ The built-in ones are of this form, and so are those of `reward_function` FILE.p
 """
 
 import importlib.util
-import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from ...errors import InputError, first_line
 from ...evaluation.metrics import RunningMoments
@@ -99,7 +95,7 @@ def reference_statistics(
 ) -> dict[str, torch.Tensor]:
     """The tensors of a statistics file, of `pool` and `shallow` features `[N,D]` of training images in random order.
 
-    `pool`, `pool.mean` and `pool.covariance` are what `vrpo evaluate --reference` reads, too.
+    `FeatureSet.from_tensors` takes them, so that `vrpo evaluate --reference` reads the file, too.
     """
     tensors = {"labels": labels[:KEPT_FEATURES].contiguous()}
     for name, values in features.items():
@@ -112,34 +108,6 @@ def reference_statistics(
         distances = torch.nn.functional.pdist(kept[:2000])
         tensors[f"{name}.bandwidth"] = distances.median()
     return tensors | class_statistics(features["pool"], labels, num_classes)
-
-
-def save_reference(tensors: dict[str, torch.Tensor], count: int, description: dict, file: Path):
-    """Writes a statistics file, whole or not at all.
-
-    Raises:
-        InputError: when it cannot be written.
-    """
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, {"description": json.dumps(description), "count": str(count)})
-        os.replace(temporary, file)
-    except (OSError, SafetensorError) as error:
-        raise InputError(
-            "reward_reference", f"`reward_reference` {file} cannot be written ({first_line(error)})"
-        ) from error
-
-
-def load_reference(file: Path, description: dict, device: torch.device) -> dict[str, torch.Tensor] | None:
-    """The tensors that `save_reference` wrote; None where there is no such file, or it is of other images or features."""
-    try:
-        with safe_open(file, "pt") as saved:
-            if json.loads((saved.metadata() or {}).get("description", "null")) != description:
-                return None
-            return {name: saved.get_tensor(name).to(device) for name in saved.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError):
-        return None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -213,7 +181,7 @@ class SampleRewards:
     """The rewards of a run, and the features of its latest samples that two of them depend on.
 
     Args:
-        reference: as `load_reference` gives it.
+        reference: the tensors of `reference_statistics`, on the device.
         queue_size: how many of the latest samples stand for what the model generates.
         fidelity_reward: `"frechet"` or `"mmd"`.
         functions: further rewards by name.

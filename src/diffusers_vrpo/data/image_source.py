@@ -1,0 +1,264 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""Training data whose images are read by row: image data sets, and whatever derives from `ImageSource`."""
+
+import os
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset
+from PIL import Image as PILImage
+
+from ..models.autoencoder import encode_images
+from ..random_streams import ORDER, random_stream
+from .image_datasets import check_images, column_values, first_readable, resize_and_crop
+from .samples import SampleStreams, TrainingSamples, as_is, ignore_signals
+
+
+CHECKED_IMAGES = 256  # images that are decoded before training
+FINGERPRINT_IMAGES = 64  # images whose content is part of a fingerprint; at least one for each class ...
+MOST_CLASSES = 1024  # ... of at most so many classes
+MOST_FILE_SIZES = 100_000  # files whose size is part of a fingerprint
+# Entries of a fingerprint, as errors show them.
+CLASS_NAMES = "the class names"
+CLASS_CHECKSUMS = "the checksums of the images of each class"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Any source of images
+
+
+class ImageSource:
+    """Training data that gives images and labels by row; see `TrainingData` for what each method is.
+
+    A source of your own derives from this class. It sets `num_classes` (and `id2label`, if the classes have names) and
+    defines two methods: `__len__`, and `__getitem__`, which gets a list of rows and returns
+    `{"image": [...], "label": [...]}`, as a `datasets.Dataset` does. An image is a PIL image, or
+    `{"bytes": ..., "path": ...}` of an image file.
+
+    Attributes:
+        num_classes (`int`): the number of classes.
+        id2label (`dict[int, str]`, *optional*): the names of the classes.
+    """
+
+    num_classes: int
+    id2label: dict[int, str] | None = None
+    vae: str | None = None
+    has_images = True
+    random_access = True
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, rows: list[int]) -> dict[str, list]:
+        raise NotImplementedError
+
+    def check(self):
+        """Decodes a fixed random sample of the images.
+
+        Raises:
+            InputError: when too many of them are damaged.
+        """
+        check_images(self, random_stream(0, 0, ORDER).permutation(len(self))[:CHECKED_IMAGES])
+
+    def fingerprint(self) -> dict:
+        """The class names, and CRC-32 of the labels and pixels of a fixed random sample of the rows."""
+        checksum = 0
+        for row in self.fixed_rows(FINGERPRINT_IMAGES).tolist():
+            record = self[[row]]
+            checksum = zlib.crc32(str(int(record["label"][0])).encode(), checksum)
+            checksum = zlib.crc32(image_content(record["image"][0]), checksum)
+        return {CLASS_NAMES: class_names(self), "the checksum of a sample of the images": checksum}
+
+    def features(self, encoders: list[str], layers: list[int | None], grid_size: tuple[int, int]) -> list:
+        """Always empty: the encoders compute their features from the images."""
+        return []
+
+    def samples(
+        self,
+        *,
+        seed: int,
+        resolution: int,
+        latent_shape: tuple[int, int, int],
+        null_class_id: int | None,
+        label_dropout: float = 0.1,
+        center_crop: bool = True,
+        random_flip: bool = False,
+        sample_posterior: bool = False,
+        num_tokens: int | None = None,
+        encoders: list = (),
+        global_batch_size: int | None = None,
+    ) -> SampleStreams:
+        """`TrainingSamples` of the images."""
+        return TrainingSamples(
+            self,
+            seed,
+            resolution,
+            latent_shape,
+            null_class_id,
+            label_dropout,
+            center_crop,
+            random_flip,
+            sample_posterior,
+            num_tokens,
+        )
+
+    def loader(self, samples: SampleStreams, batch_sampler, num_workers: int, pin_memory: bool):
+        """A `DataLoader` with worker processes."""
+        return worker_loader(samples, batch_sampler, num_workers, pin_memory)
+
+    def latents(self, vae, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The autoencoder's latents of the batch's `pixels`, with its `posterior_noise`; without `vae` the pixels."""
+        return encode_images(vae, batch["pixels"], batch.get("posterior_noise"))
+
+    def fixed_rows(self, count: int) -> np.ndarray:
+        """Random rows in ascending order."""
+        return np.sort(random_stream(0, 0, ORDER).permutation(len(self))[:count])
+
+    def examples(self, rows: np.ndarray, resolution: int) -> tuple[np.ndarray, np.ndarray]:
+        """Images, cropped in the centre, and labels; the next row that can be decoded stands in for one that cannot."""
+        records = self[rows.tolist()]
+        images, labels = [], []
+        for row, image, label in zip(rows.tolist(), records["image"], records["label"]):
+            image, label, _ = first_readable(self, row, {"image": image, "label": label})
+            images.append(resize_and_crop(image, resolution))
+            labels.append(label)
+        return np.stack(images), np.array(labels, dtype=np.int64)
+
+    def give_up_when(self, interrupted: Callable[[], bool]):
+        """Has no effect: nothing here waits for a server."""
+
+    def release(self):
+        """Has no effect: no images are kept in memory."""
+
+
+def worker_loader(samples: SampleStreams, batch_sampler, num_workers: int, pin_memory: bool):
+    """The batches of a process in order, made by worker processes, or with 0 of them when a batch is asked for.
+
+    Args:
+        samples: gives whole batches.
+        batch_sampler: a `StreamBatchSampler`.
+        num_workers: the number of worker processes.
+        pin_memory: whether batches are in pinned memory, for copies to a GPU.
+    """
+    return torch.utils.data.DataLoader(
+        samples,
+        batch_sampler=batch_sampler,
+        num_workers=num_workers,
+        collate_fn=as_is,
+        worker_init_fn=ignore_signals,
+        pin_memory=pin_memory,
+    )
+
+
+def class_names(data) -> list[str] | None:
+    """The names of the classes in order; None where they have none."""
+    return [data.id2label[label] for label in range(data.num_classes)] if data.id2label else None
+
+
+def image_content(image) -> bytes:
+    """The bytes of an image file, or the pixels of a PIL image; empty where the file cannot be read."""
+    if isinstance(image, PILImage.Image):
+        return f"{image.mode} {image.size}".encode() + image.tobytes()
+    if image["bytes"] is not None:
+        return image["bytes"]
+    try:
+        with open(image["path"], "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data sets of `datasets`
+
+
+class ImageDataset(ImageSource):
+    """A data set of `datasets` with the columns `image` and `label`.
+
+    Args:
+        data: as `load_image_dataset` returns it, with images that are not decoded.
+        id2label: the names of the classes.
+        num_classes: the number of classes.
+    """
+
+    def __init__(self, data: Dataset, id2label: dict[int, str] | None, num_classes: int):
+        self.data, self.id2label, self.num_classes = data, id2label, num_classes
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, rows: list[int]) -> dict[str, list]:
+        return self.data[rows]
+
+    def labels(self) -> np.ndarray:
+        """The labels of all rows, int64 `[n]`."""
+        return column_values(self.data, "label").to_numpy().astype(np.int64)
+
+    def fingerprint(self) -> dict:
+        """The class names, CRC-32 of the labels, and for each class CRC-32 of what its images are.
+
+        The latter covers the size in bytes of every image and the names of image files, in the order of the rows, and the
+        content of at least one image of each class. It does not depend on where the files lie. Of more than 100,000 image
+        files the sizes are those of an even share of each class, and of more than 1,024 classes an even share is sampled.
+        """
+        labels = self.labels()
+        names, sizes = image_files(self.data)
+        rows_of_class = np.split(
+            np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels, minlength=self.num_classes))[:-1]
+        )
+        files_of_class = max(1, MOST_FILE_SIZES // self.num_classes)
+        sampled_of_class = -(-FINGERPRINT_IMAGES // self.num_classes)
+        sampled_classes = range(0, self.num_classes, -(-self.num_classes // MOST_CLASSES))
+        checksums = []
+        for label, rows in enumerate(rows_of_class):
+            if sizes is None:
+                paths = names.take(pa.array(spread(rows, files_of_class))).to_pylist()
+                own_sizes = np.array([file_size(path) for path in paths], dtype=np.int64)
+                basenames = [os.path.basename(path) for path in names.take(pa.array(rows)).to_pylist()]
+                checksum = zlib.crc32("\n".join(basenames).encode())
+            else:
+                own_sizes, checksum = sizes[rows], 0
+            checksum = zlib.crc32(own_sizes.tobytes(), checksum)
+            if label in sampled_classes and len(rows):
+                for image in self[spread(rows, sampled_of_class).tolist()]["image"]:
+                    checksum = zlib.crc32(image_content(image), checksum)
+            checksums.append(checksum)
+        return {
+            CLASS_NAMES: class_names(self),
+            "the checksum of the labels": zlib.crc32(labels.tobytes()),
+            CLASS_CHECKSUMS: checksums,
+        }
+
+
+def image_files(data: Dataset) -> tuple[pa.Array, np.ndarray | None]:
+    """The paths of all images, and their sizes in bytes; None for the sizes where some images are files of their own.
+
+    Of embedded images only the lengths are read, not the images.
+    """
+    column = data.data.column("image")
+    paths = pa.chunked_array([pc.struct_field(chunk, "path") for chunk in column.chunks], pa.string())
+    paths = paths.cast(pa.large_string()).combine_chunks()
+    lengths = [pc.binary_length(pc.struct_field(chunk, "bytes")) for chunk in column.chunks]
+    lengths = pa.chunked_array(lengths, lengths[0].type)
+    # A selection of rows is kept by `datasets` as indices into the table.
+    if data._indices is not None:
+        indices = data._indices.column(0).combine_chunks()
+        paths, lengths = paths.take(indices), lengths.take(indices)
+    return paths, None if lengths.null_count else lengths.to_numpy().astype(np.int64)
+
+
+def file_size(path: str | None) -> int:
+    """The size of a file in bytes; -1 where it cannot be found."""
+    try:
+        return os.stat(path).st_size
+    except (OSError, TypeError):
+        return -1
+
+
+def spread(rows: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` of the rows, evenly spread over them."""
+    return rows[:: -(-len(rows) // count)] if len(rows) > count else rows

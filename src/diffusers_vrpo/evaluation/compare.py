@@ -1,0 +1,435 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""Compares generated images with a reference: FID and its relatives from folders, arrays, data sets or statistics.
+
+    from diffusers_vrpo.evaluation.compare import fid
+    fid("samples", "imagenet/val", encoder="facebook/dinov2-large")
+
+`compare_images` computes several metrics with several encoders; `fid` is its shortest use.
+"""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from ..errors import InputError
+from .feature_statistics import FeatureSet, batch_moments, measure, reference_features
+from .image_encoders import encoder_checksum, load_image_encoder
+from .image_sets import ImageSet, as_image_set, npz_keys, open_images
+from .metrics import (
+    density_coverage,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    mean_and_covariance,
+    precision_recall,
+)
+
+
+logger = logging.getLogger("evaluate")
+METRICS = ("fid", "sfid", "is", "kid", "precision_recall", "density_coverage")
+INCEPTION_METRICS = ("sfid", "is")
+# Options that only a reference which is a data set takes, with their defaults.
+DATASET_OPTIONS = {"dataset_config_name": None, "reference_split": "train", "image_column": "image"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings and results
+
+
+@dataclass
+class MetricSettings:
+    """What metrics depend on beside features.
+
+    Attributes:
+        kid_subsets: subsets that KID is averaged over.
+        kid_subset_size: images of each; by default 1000, but not over half of a set.
+        inception_score_splits: parts of the Inception Score.
+        shuffle: draw these parts at random; ADM takes the images in their order.
+        precision_recall_k: neighbours that set the radii of precision and recall.
+        density_coverage_k: neighbours that set the radii of density and coverage.
+        seed: of KID's subsets and the Inception Score's parts.
+    """
+
+    kid_subsets: int = 100
+    kid_subset_size: int | None = None
+    inception_score_splits: int = 10
+    shuffle: bool = True
+    precision_recall_k: int = 3
+    density_coverage_k: int = 5
+    seed: int = 0
+
+
+@dataclass
+class Reference:
+    """What samples are compared with.
+
+    Attributes:
+        source: as it was given, for messages.
+        images: the images; None where the reference is statistics only.
+        moments: mean and covariance that an `.npz` carries, of Inception's `pool` and `spatial` features.
+    """
+
+    source: str
+    images: ImageSet | None
+    moments: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    @property
+    def has_features(self) -> bool:
+        """Whether features of images can be had, not only moments."""
+        return self.images is not None or self.source.endswith(".safetensors")
+
+
+@dataclass
+class Comparison:
+    """The result of `compare_images`.
+
+    Attributes:
+        metrics: numbers by encoder and name.
+        encoders: what each encoder's vector is, and how many images are behind the reference.
+        features: of samples and reference by encoder, where the reference has features.
+    """
+
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    encoders: dict[str, dict] = field(default_factory=dict)
+    features: dict[str, tuple[FeatureSet, FeatureSet]] = field(default_factory=dict)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The reference
+
+
+def open_reference(
+    source: str,
+    samples: ImageSet,
+    resolution: int | None = None,
+    dataset_config_name: str | None = None,
+    reference_split: str = "train",
+    image_column: str = "image",
+    cache_dir: str | None = None,
+    save_reference: str | None = None,
+) -> Reference:
+    """The reference that samples are compared with.
+
+    Args:
+        source: a folder, an `.npz`, a statistics file, or the Hub name or folder of a data set.
+        samples: whose size the reference must have.
+        resolution: crops the reference's images; those of a data set are cropped to the samples' side without it.
+        dataset_config_name, reference_split, image_column: of a data set.
+        save_reference: a file that statistics are to be written to; for the check that there are images.
+
+    Raises:
+        InputError: when it cannot be used for these samples.
+    """
+    options = {
+        "dataset_config_name": dataset_config_name,
+        "reference_split": reference_split,
+        "image_column": image_column,
+    }
+    path, name = Path(source), f"`reference` {source}"
+    if path.suffix in (".npz", ".safetensors"):
+        if not path.is_file():
+            raise InputError(None, f"{name}: there is no such file")
+        if resolution is not None:
+            raise InputError(
+                "resolution", f"`resolution` {resolution}: {source} is taken as it is; leave `resolution` out"
+            )
+        refuse_dataset_options(source, options)
+        moments = batch_moments(source) if path.suffix == ".npz" else {}
+        if path.suffix == ".safetensors":
+            return Reference(source, None)
+        if "arr_0" not in npz_keys(name, path):
+            if not moments:
+                raise InputError(None, f"{name} has neither arr_0 (images) nor mu and sigma (statistics)")
+            if save_reference:
+                raise InputError(
+                    "save_reference", f"`save_reference` {save_reference}: {source} has no images; leave it out"
+                )
+            return Reference(source, None, moments)
+    side = samples.size[0] if samples.size[0] == samples.size[1] else None
+    images = open_images(
+        "`reference`",
+        source,
+        resolution,
+        dataset_config_name,
+        reference_split,
+        image_column,
+        cache_dir,
+        dataset_resolution=side,
+    )
+    if images.kind != "data set":
+        refuse_dataset_options(source, options)
+    check_sizes(name, images, samples, can_crop=path.suffix != ".npz")
+    return Reference(source, images, moments if path.suffix == ".npz" else {})
+
+
+def refuse_dataset_options(source: str, options: dict):
+    """For a reference that is not a data set.
+
+    Raises:
+        InputError: when an option of `DATASET_OPTIONS` is given.
+    """
+    for option, default in DATASET_OPTIONS.items():
+        if options[option] != default:
+            raise InputError(
+                option, f"`{option}` {options[option]} goes with a data set, which {source} is not; leave it out"
+            )
+
+
+def check_sizes(name: str, images: ImageSet, samples: ImageSet, can_crop: bool):
+    """Checks that the reference's images have the size of the samples.
+
+    Raises:
+        InputError: when they have another.
+    """
+    if images.size == samples.size:
+        return
+    (h, w), (height, width) = images.size, samples.size
+    remedy = f"; `resolution` {height} crops the reference to it" if height == width and can_crop else ""
+    raise InputError(None, f"{name}: its images are {w}x{h}, those of SAMPLES {width}x{height}{remedy}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def choose_metrics(asked: list[str] | None, encoder_name: str, has_images: bool, has_spatial: bool) -> list[str]:
+    """The metrics to compute for an encoder: those asked for, or all that can be.
+
+    Args:
+        has_images: whether the reference has features of images, not only moments.
+        has_spatial: whether the reference has moments of Inception's spatial features.
+
+    Raises:
+        InputError: for a metric that was asked for and cannot be computed.
+    """
+    chosen = []
+    for metric in asked or METRICS:
+        problem = None
+        if metric in INCEPTION_METRICS and encoder_name != "inception":
+            problem = f"it is defined by the Inception network, not by `encoder` {encoder_name}"
+        elif metric == "sfid" and not has_spatial:
+            problem = "the reference has no mu_s and sigma_s, nor images"
+        elif metric in ("kid", "precision_recall", "density_coverage") and not has_images:
+            problem = "the reference has statistics only; it needs images"
+        if problem is None:
+            chosen.append(metric)
+        elif asked:
+            raise InputError("metrics", f"`metrics` {metric}: {problem}; leave it out")
+    return chosen
+
+
+def check_counts(metrics: list[str], settings: MetricSettings, num_samples: int, num_reference: int | None):
+    """Checks that there are enough images, before any work.
+
+    Raises:
+        InputError: names the metric and how many images it needs.
+    """
+    needs = {
+        "fid": (2, 2),
+        "sfid": (2, 2),
+        "is": (settings.inception_score_splits, 0),
+        "kid": (settings.kid_subset_size or 2,) * 2,
+        "precision_recall": (settings.precision_recall_k + 1,) * 2,
+        "density_coverage": (1, settings.density_coverage_k + 1),
+    }
+    for metric in metrics:
+        for name, count, least in zip(("SAMPLES", "`reference`"), (num_samples, num_reference), needs[metric]):
+            if count is not None and count < least:
+                images = "image" if count == 1 else "images"
+                raise InputError(
+                    "metrics", f"`metrics` {metric} needs at least {least} images; {name} has {count} {images}"
+                )
+
+
+def compute_metrics(
+    metrics: list[str],
+    samples: FeatureSet,
+    reference: FeatureSet | None,
+    settings: MetricSettings,
+    device: torch.device,
+    key: str = "fid",
+) -> dict[str, float]:
+    """Numbers by name.
+
+    Args:
+        samples, reference: the features of one encoder.
+        device: where distances are computed.
+        key: the name of the Fréchet distance.
+    """
+    device = torch.device("cpu") if device.type == "mps" else device
+    results = {}
+    for metric, name, vector in (("fid", key, "pool"), ("sfid", "sfid", "spatial")):
+        if metric in metrics:
+            moments = [m.to(device) for m in (*samples.moments[vector], *reference.moments[vector])]
+            results[name] = frechet_distance(*moments)
+    if "is" in metrics:
+        seed = settings.seed if settings.shuffle else None
+        mean, std = inception_score(samples.logits, settings.inception_score_splits, seed)
+        results |= {"inception_score": mean, "inception_score_std": std}
+    x, y = (None if f is None or f.pool is None else f.pool.to(device) for f in (reference, samples))
+    if "kid" in metrics:
+        size = settings.kid_subset_size or max(2, min(1000, len(x) // 2, len(y) // 2))
+        mean, std = kernel_distance(x, y, settings.kid_subsets, size, settings.seed)
+        results |= {"kid": mean, "kid_std": std, "kid_subset_size": size}
+    if "precision_recall" in metrics:
+        results["precision"], results["recall"] = precision_recall(x, y, settings.precision_recall_k)
+    if "density_coverage" in metrics:
+        results["density"], results["coverage"] = density_coverage(x, y, settings.density_coverage_k)
+    return results
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Comparisons
+
+
+def compare_images(
+    samples: ImageSet,
+    reference: Reference | None = None,
+    encoders: list[str] = ("inception",),
+    metrics: list[str] | None = None,
+    settings: MetricSettings | None = None,
+    pooling: str = "auto",
+    inception_weights: str | None = None,
+    max_features: int = 50_000,
+    batch_size: int | None = None,
+    num_workers: int = 0,
+    cache_dir: str | None = None,
+    reference_cache: str | None = None,
+    save_reference: str | None = None,
+    state: PartialState | None = None,
+) -> Comparison | None:
+    """Metrics of samples against a reference, for each encoder; the main process gets them, the others None.
+
+    Args:
+        samples: as `open_images` or `as_image_set` returns them.
+        reference: as `open_reference` returns it; only the Inception Score needs none.
+        encoders: `inception`, or Hub names or folders of transformers vision models.
+        metrics: names of `METRICS`; by default all that the encoder and the reference allow.
+        settings: of the metrics.
+        pooling: the vector of a transformers model, as for `load_image_encoder`.
+        inception_weights: file of the Inception network; by default torch hub's cache, or a download.
+        max_features: images of each set, drawn at random, for all but FID and sFID, which take all.
+        batch_size: images that an encoder sees at a time; `default_batch_size` without it.
+        num_workers: processes that decode images.
+        cache_dir: where downloads go.
+        reference_cache: folder where statistics of references are kept.
+        save_reference: a file that the reference's statistics are written to, too.
+        state: the processes that share the work.
+
+    Raises:
+        InputError: for metrics that the encoder or the reference does not allow, too few images, or damaged ones.
+    """
+    state, settings = state or PartialState(), settings or MetricSettings()
+    # TensorFloat-32, cudnn's default, moves features by a thousandth.
+    tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        # First whatever cannot work with one of the encoders, before the work with another.
+        metrics_of, loaded = {}, {}
+        for name in encoders:
+            metrics_of[name] = allowed_metrics(metrics, name, samples, reference, settings)
+            with state.main_process_first():
+                loaded[name] = load_image_encoder(
+                    name, pooling, inception_weights, device=state.device, cache_dir=cache_dir
+                )
+
+        comparison = Comparison()
+        for name, chosen in metrics_of.items():
+            encoder = loaded.pop(name)
+            compared, known = [metric for metric in chosen if metric != "is"], None
+            if compared:
+                known = reference_features(
+                    reference.source,
+                    reference.images,
+                    samples.size,
+                    reference.moments,
+                    compared,
+                    name,
+                    encoder,
+                    state,
+                    max_features,
+                    batch_size,
+                    num_workers,
+                    reference_cache,
+                    save_reference,
+                )
+            if known is not None and "sfid" in chosen and "spatial" not in known.moments:
+                raise InputError(
+                    "metrics",
+                    f"`metrics` sfid: {reference.source} has no statistics of spatial features; leave it out",
+                )
+            if known is not None and known.pool is not None:
+                check_counts(compared, settings, len(samples), len(known.pool))
+            own = measure(samples, encoder, state, batch_size, num_workers, max_features, "is" in chosen)
+            if not state.is_main_process:
+                continue
+            key = "fid" if name == "inception" else "fd"
+            comparison.metrics[name] = compute_metrics(chosen, own, known, settings, state.device, key)
+            comparison.encoders[name] = {
+                "vector": getattr(encoder, "kind", "pool_3"),
+                "weights_checksum": encoder_checksum(encoder),
+                "reference_count": known.count if known else None,
+                # Of these, means and covariances are the file's own, of however many images.
+                "moments_from_the_reference_file": list(reference.moments)
+                if reference is not None and name == "inception"
+                else [],
+            }
+            if known is not None and known.pool is not None:
+                comparison.features[name] = (own, known)
+            del encoder
+    finally:
+        torch.backends.cudnn.allow_tf32 = tf32
+    return comparison if state.is_main_process else None
+
+
+def allowed_metrics(
+    asked: list[str] | None,
+    encoder_name: str,
+    samples: ImageSet,
+    reference: Reference | None,
+    settings: MetricSettings,
+) -> list[str]:
+    """`choose_metrics` for a reference, after a check that there are enough images.
+
+    Raises:
+        InputError: for a metric that cannot be computed.
+    """
+    has_features = reference is not None and reference.has_features
+    has_spatial = has_features or (reference is not None and "spatial" in reference.moments)
+    chosen = choose_metrics(asked, encoder_name, has_features, has_spatial)
+    if "fid" in chosen and not has_features and encoder_name != "inception":
+        source = "no reference" if reference is None else reference.source
+        raise InputError(
+            "encoder",
+            f"`encoder` {encoder_name}: {source} has no images, only statistics of Inception features; give images",
+        )
+    images = None if reference is None else reference.images
+    check_counts(chosen, settings, len(samples), None if images is None else len(images))
+    return chosen
+
+
+def fid(samples, reference, encoder: str = "inception", **options) -> float:
+    """The Fréchet distance of samples to a reference: FID with `inception`, FD-DINOv2 with facebook/dinov2-large.
+
+    Args:
+        samples: a folder of images, an `.npz` of ADM, an array uint8 `[N,H,W,3]`, or features `[N,D]`.
+        reference: the same, a data set, or a file of statistics.
+        encoder: of the features; not used where both arguments are features.
+        options: further arguments of `compare_images`.
+
+    Raises:
+        InputError: for input that cannot be compared.
+    """
+    if all(isinstance(given, torch.Tensor) and given.is_floating_point() for given in (samples, reference)):
+        return frechet_distance(*mean_and_covariance(samples), *mean_and_covariance(reference))
+    samples = as_image_set("samples", samples)
+    if isinstance(reference, (str, Path)):
+        reference = open_reference(str(reference), samples, cache_dir=options.get("cache_dir"))
+    else:
+        images = as_image_set("reference", reference)
+        check_sizes("`reference`", images, samples, can_crop=False)
+        reference = Reference("", images)
+    comparison = compare_images(samples, reference, [encoder], ["fid"], **options)
+    return next(iter(comparison.metrics[encoder].values()))

@@ -1,0 +1,52 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""Plots of two image sets in an encoder's features."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .feature_statistics import FeatureSet
+from .metrics import nearest_distances
+
+
+def plot_features(features: dict[str, tuple[FeatureSet, FeatureSet]], file: Path, seed: int, limit: int = 5000):
+    """For each encoder: both sets along the reference's two main directions, and distances to the nearest reference image.
+
+    Samples left of the reference's own distances lie closer to a reference image than another reference image does: they
+    may be copies.
+
+    Args:
+        features: samples and reference by encoder.
+        file: the image file to write.
+        seed: of the images that are drawn, where there are more than `limit` in a set.
+        limit: how many images of each set are drawn at most.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2 * len(features)), layout="constrained")
+    axes = figure.subplots(len(features), 2, squeeze=False)
+    random = np.random.default_rng(seed)
+    for (name, (samples, reference)), (scatter, histogram) in zip(features.items(), axes):
+        x, y = (
+            f.pool[torch.from_numpy(random.permutation(len(f.pool))[:limit])].double() for f in (reference, samples)
+        )
+        mean = x.mean(0)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            directions = torch.svd_lowrank(x - mean, q=min(8, *x.shape), niter=4)[2][:, :2]
+        for points, label in ((x, "reference"), (y, "samples")):
+            at = (points - mean) @ directions
+            area = 3 if len(points) > 1000 else 14
+            scatter.scatter(at[:, 0], at[:, 1], s=area, alpha=0.5, label=f"{label} ({len(points)})", linewidths=0)
+        scatter.set(title=f"{Path(name).name}: main directions of the reference", xlabel="first", ylabel="second")
+        scatter.legend(frameon=False)
+        half = len(x) // 2
+        # The reference against itself, with as many to choose from.
+        own, generated = nearest_distances(x[:half], x[half:]), nearest_distances(y, x[half:])
+        bins = np.linspace(0, torch.cat([own, generated]).max().item(), 50)
+        for distances, label in ((own, "other reference images"), (generated, "samples")):
+            histogram.hist(distances.numpy(), bins=bins, density=True, alpha=0.5, label=label)
+        histogram.set(title="distance to the nearest reference image", xlabel="distance", ylabel="density")
+        histogram.legend(frameon=False)
+    figure.savefig(file, dpi=120)

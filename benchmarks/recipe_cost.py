@@ -12,6 +12,7 @@ which is assumed.
 import argparse
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import yaml
@@ -19,11 +20,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Dinov2Config, Dinov2Model
 
+from diffusers_vrpo.alignment.attach import AlignedTransformer, alignment_layers
 from diffusers_vrpo.command_line import OneLineErrorParser, check_ranges
 from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.models.start import alignment_layers
 from diffusers_vrpo.models.transformer_sit import SiTTransformer2DModel, sit_preset
-from diffusers_vrpo.training.throughput import forward_flops, projector_flops, training_flops
+from diffusers_vrpo.training.throughput import step_flops
 
 
 GLOBAL_BATCH_SIZE = 256
@@ -56,18 +57,16 @@ def recipe_cost(path: Path, encoder_flops: int) -> dict[str, float]:
     ):
         raise InputError(None, f"{path} is not of {ENCODER} and 32x32 latents, which the cost is counted for")
     aligned = options.get("objective", "vrpo") != "none"
-    if aligned:
-        blocks = alignment_layers(str(options.get("layer_scope", "early")), config["num_layers"])
-        config |= {"alignment_layers": blocks, "alignment_dims": [768]}
-        config |= {"projector_dim": options.get("projector_dim", 2048)}
     with torch.device("meta"):
-        model = SiTTransformer2DModel(**config)
-    forward = forward_flops(model.config) + (projector_flops(model.config) if aligned else 0)
-    flops = training_flops(forward, encoder_flops if aligned else 0)
-    projectors = sum(p.numel() for p in model.projectors.parameters()) if aligned else 0
+        transformer = SiTTransformer2DModel(**config)
+        blocks = alignment_layers(str(options.get("layer_scope", "early")), config["num_layers"])
+        encoders = [SimpleNamespace(embed_dim=768)] if aligned else []
+        model = AlignedTransformer(transformer, blocks, encoders, projector_dim=options.get("projector_dim", 2048))
+    plain, with_projectors = step_flops(model)
+    flops = with_projectors + encoder_flops if aligned else plain
     return {
-        "parameters": sum(p.numel() for p in model.parameters()) - projectors,
-        "projectors": projectors,
+        "parameters": sum(p.numel() for p in transformer.parameters()),
+        "projectors": sum(p.numel() for p in model.projectors.parameters()),
         "flops": flops,
         "total": flops * GLOBAL_BATCH_SIZE * steps,
     }

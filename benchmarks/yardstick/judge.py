@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from subset import SPLITS, packed
 from training_run import add_common_options, check_common
 
+from diffusers_vrpo.alignment.attach import alignment_layers
 from diffusers_vrpo.command_line import OneLineErrorParser
 from diffusers_vrpo.commands.probe import block_features
 from diffusers_vrpo.data.image_datasets import decode_image, load_image_dataset, resize_and_crop
@@ -37,7 +38,6 @@ from diffusers_vrpo.evaluation.metrics import (
     precision_recall,
 )
 from diffusers_vrpo.models.flow import flow_matching_loss, forward_process
-from diffusers_vrpo.models.start import alignment_layers
 from diffusers_vrpo.pipelines.pipeline_vrpo import VRPOPipeline
 from diffusers_vrpo.pipelines.sampling import sample_batch
 from diffusers_vrpo.random_streams import NOISE, random_stream

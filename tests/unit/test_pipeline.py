@@ -423,7 +423,7 @@ def test_without_a_null_class_there_is_no_guidance():
 
 
 def test_caching_keeps_guided_and_unguided_steps_apart():
-    pipeline = make_pipeline(alignment_layers=[], alignment_dims=[])
+    pipeline = make_pipeline()
     arguments = {"num_inference_steps": 8, "guidance_interval": (0.3, 0.7)}
     exact = sample(pipeline, **arguments)
     pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))

@@ -61,7 +61,7 @@ def models(tmp_path_factory) -> Path:
     """A folder with a pipeline of every kind."""
     folder = tmp_path_factory.mktemp("models")
     for kind, config in KINDS.items():
-        model = tiny_model(**config, alignment_layers=[], alignment_dims=[])
+        model = tiny_model(**config)
         scheduler = default_scheduler(model.config.prediction_type)
         vae = tiny_vae("kl").eval() if kind == "latents" else None
         VRPOPipeline(model, scheduler, vae, NAMES).save_pretrained(folder / kind)

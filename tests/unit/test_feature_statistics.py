@@ -27,6 +27,15 @@ from diffusers_vrpo.evaluation.image_sets import as_image_set
 from diffusers_vrpo.evaluation.metrics import frechet_distance, mean_and_covariance
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """More only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def encoder():
     return load_image_encoder("digits")

@@ -11,23 +11,13 @@ rewards on the projected tokens. Running the same command again continues the ru
 """
 
 import argparse
-import math
-import signal
 import sys
-import time
-from pathlib import Path
 
-import torch
-import yaml
 from accelerate.logging import get_logger
-from diffusers.optimization import SchedulerType, get_scheduler
-from tqdm.auto import tqdm
+from diffusers.optimization import SchedulerType
 
-from diffusers_vrpo.alignment.encoders import load_encoder
 from diffusers_vrpo.alignment.gradient_fork import CONFLICTS
-from diffusers_vrpo.alignment.objective import Alignment
-from diffusers_vrpo.alignment.policy import REWARDS, TIMESTEP_WEIGHTS
-from diffusers_vrpo.alignment.reward_statistics import parse_reward_weighting
+from diffusers_vrpo.alignment.policy import TIMESTEP_WEIGHTS
 from diffusers_vrpo.command_line import (
     HelpFormatter,
     OneLineErrorParser,
@@ -38,39 +28,12 @@ from diffusers_vrpo.command_line import (
     config_to_argv,
     with_flags,
 )
-from diffusers_vrpo.data.image_datasets import check_corrupt_rows, too_many_corrupt
-from diffusers_vrpo.data.samples import StreamBatchSampler
-from diffusers_vrpo.data.sources import check_data_settings, data_settings, load_training_data
-from diffusers_vrpo.errors import InputError, TrainingStopped
-from diffusers_vrpo.experimental.generative.callback import GenerativePolicy
+from diffusers_vrpo.config import VRPOConfig
+from diffusers_vrpo.errors import InputError, TrainingInterrupted, TrainingStopped
 from diffusers_vrpo.experimental.generative.config import add_generative_options, check_generative
-from diffusers_vrpo.hub.background import HubPush, add_hub_options
-from diffusers_vrpo.models.autoencoder import latent_shape, load_vae
-from diffusers_vrpo.models.ddpm import variational_bound
-from diffusers_vrpo.models.flow import flow_matching_loss, forward_process
-from diffusers_vrpo.models.official_checkpoints import default_scheduler
-from diffusers_vrpo.models.start import build_transformer, read_start
-from diffusers_vrpo.models.vision import layers_of_encoders
-from diffusers_vrpo.pipelines.pipeline_vrpo import VRPOPipeline
-from diffusers_vrpo.reporting.curves import plot_metrics
-from diffusers_vrpo.training.checkpoints import (
-    alignment_end,
-    choose_checkpoint,
-    load_checkpoint,
-    read_training_state,
-    register_model_hooks,
-    restore_alignment_end,
-    run_settings,
-    save_checkpoint,
-    save_lora,
-)
-from diffusers_vrpo.training.distributed import clip_grad_norm, is_sharded, prepare, whole_pipeline
-from diffusers_vrpo.training.interruption import Interruption, StepGuard, settle
-from diffusers_vrpo.training.metrics import MetricsFile, RunningMeans, log_values, write_start
-from diffusers_vrpo.training.output_dir import locked, prepare_output_dir, written
-from diffusers_vrpo.training.setup import build_optimizer, release_projectors, start_accelerator, trainable_parameters
-from diffusers_vrpo.training.throughput import ForeachEMA, TrainingSpeed, add_speed_options
-from diffusers_vrpo.training.validation import Validation
+from diffusers_vrpo.hub.background import add_hub_options
+from diffusers_vrpo.trainer import VRPOTrainer
+from diffusers_vrpo.training.throughput import add_speed_options
 
 
 logger = get_logger("train_vrpo")
@@ -295,305 +258,28 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 # Training
 
 
-def main(args: argparse.Namespace):
-    """Trains, or goes on where the newest checkpoint of `--output_dir` ends.
+def main(args: VRPOConfig):
+    """Trains, or continues where the newest checkpoint of `output_dir` ends.
 
     Raises:
         InputError: for options, data or checkpoints that cannot work.
         TrainingStopped: when the run cannot go on.
         SystemExit: 128 + the number of a signal (143, 130), after a checkpoint was saved.
     """
-    output_dir = prepare_output_dir(args.output_dir)
-    with Interruption() as interruption, locked(output_dir):
-        train(args, output_dir, interruption)
+    callbacks = []
+    if args.generative_policy_start_step is not None:
+        from diffusers_vrpo.experimental.generative.callback import GenerativePolicy
 
+        callbacks.append(GenerativePolicy(args))
 
-def train(args: argparse.Namespace, output_dir: Path, interruption: Interruption):
-    accelerator = start_accelerator(args, output_dir)
-    device = accelerator.device
-
-    # 1. Data, autoencoder, encoder: whatever cannot work fails here, before any long work.
-    hub = HubPush(args, accelerator, output_dir, interruption)
-    checkpoint = choose_checkpoint(accelerator, args.resume_from_checkpoint, output_dir)
-    parse_reward_weighting(args.reward_weighting, len(REWARDS))
-    with accelerator.main_process_first():
-        data = load_training_data(args)
-    num_classes, id2label = data.num_classes, data.id2label
-    data.give_up_when(lambda: interruption.signum > 0)  # in an outage, a signal ends the waiting
-    if accelerator.is_main_process:
-        data.check()
-    vae_name = args.vae or data.vae
-    vae = None if vae_name == "none" else load_vae(vae_name, args.cache_dir).to(device)
-    start = read_start(args)
-    patch_size = start.config["patch_size"]
-    channels, height, width = latent_shape(vae, args.resolution, patch_size)
-    grid_size = (height // patch_size, width // patch_size)
-    aligned = args.objective != "none"
-    layers = layers_of_encoders(args.encoder, args.encoder_layer)
-    encoders = data.features(args.encoder, layers, grid_size) if aligned else []
-    if aligned and not encoders:
-        half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-        encoder_dtype = torch.float32 if device.type == "cpu" else half
-        for name, layer in zip(args.encoder, layers):
-            encoders.append(load_encoder(name, grid_size, layer, encoder_dtype, device, args.cache_dir))
-    elif args.encoder and not aligned:
-        logger.info(f"--objective none trains without the encoder {', '.join(args.encoder)}")
-
-    # 2. Model, EMA, optimizer. All processes start from the same weights, drawn from the seed.
-    torch.manual_seed(args.seed)
-    embed_dims = [encoder.embed_dim for encoder in encoders]
-    model = build_transformer(args, start, (channels, height, width), num_classes, id2label, embed_dims)
-    del start
-    if args.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    model.to(device)
-    speed = TrainingSpeed(args, model, encoders, accelerator, logger.info)
-    optimizer = build_optimizer(args, trainable_parameters(model))
-    global_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    max_train_steps = args.max_train_steps or 400_000
-    if args.num_train_epochs:
-        draws = math.ceil(args.num_train_epochs * len(data) / global_batch_size)
-        shared = math.lcm(args.policy_epochs, args.rollout_every if args.rollout_epochs > 1 else 1)
-        max_train_steps = math.ceil(draws * args.policy_epochs / shared) * shared
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps
-    )
-    alignment = Alignment(args, model, encoders, max_train_steps, device, accelerator.autocast)
-    pipeline = VRPOPipeline(model, default_scheduler(model.config.prediction_type), vae, id2label)
-
-    # FSDP replaces the weights: the averages are of the new ones.
-    model, optimizer = prepare(accelerator, model, optimizer)
-    sharded, ema = is_sharded(model), None
-    if args.use_ema:
-        # min_decay turns diffusers' warm-up off, which would reach 0.9999 at step 90,000 only.
-        ema = ForeachEMA(trainable_parameters(model), decay=args.ema_decay, min_decay=args.ema_decay)
-    validation = Validation(args, accelerator, pipeline, data, output_dir, interruption)
-    length = (global_batch_size, max_train_steps)
-    policy = GenerativePolicy(args, accelerator, pipeline, data, lr_scheduler, validation, *length)
-
-    # 3. Where to start: the stream of samples goes on where the checkpoint's ended.
-    states = {"reward_statistics": alignment.statistics, "conflict_gate": alignment.gate}
-    states |= {"generative_policy": policy} if policy.enabled else {}
-    means = RunningMeans()
-    register_model_hooks(accelerator, ema, states, means, optional=["generative_policy"])
-    guard = StepGuard(accelerator, optimizer, interruption, args.skip_nonfinite)
-    step, samples_seen, saved_step, seconds, flops = 0, 0, 0, 0.0, 0.0
-    settings, of_data = run_settings(args, data, pipeline.transformer, global_batch_size), data_settings(data)
-    if checkpoint is not None:
-        state = read_training_state(checkpoint, settings)
-        check_data_settings(state["settings"], of_data, checkpoint, args.allow_changed_data)
-        load_checkpoint(accelerator, checkpoint)
-        lr_scheduler.load_state_dict(state["lr_scheduler"])
-        step, samples_seen, guard.skipped = state["step"], state["samples_seen"], state["skipped"]
-        seconds, flops = state["train_seconds"], state["train_flops"]
-        saved_step = step if checkpoint.parent.resolve() == output_dir.resolve() else None
-        if ema is not None:
-            ema.optimization_step = step
-        policy.check_begun(step, checkpoint)
-        logger.info(f"continuing from {checkpoint} at step {step}")
-    samples = data.samples(
-        seed=args.seed,
-        resolution=args.resolution,
-        latent_shape=(channels, height, width),
-        null_class_id=pipeline.transformer.null_class_id,
-        label_dropout=pipeline.transformer.config.class_dropout_prob,
-        center_crop=args.center_crop,
-        random_flip=args.random_flip,
-        sample_posterior=vae is not None,
-        num_tokens=math.prod(grid_size) if args.objective == "vrpo" else None,
-        encoders=encoders,
-        global_batch_size=global_batch_size,
-    )
-    batch_sampler = StreamBatchSampler(
-        samples_seen,
-        max(0, max_train_steps - step),
-        args.train_batch_size,
-        accelerator.process_index,
-        accelerator.num_processes,
-        args.gradient_accumulation_steps,
-        repeats=args.policy_epochs,
-    )
-    dataloader = data.loader(samples, batch_sampler, args.dataloader_num_workers, device.type == "cuda")
-    metrics_file = None
-    if accelerator.is_main_process:
-        given = {name: value for name, value in vars(args).items() if value is not None and name != "config"}
-        given["vae"] = vae_name
-        with written(f"train_config.yaml or metrics.jsonl in {output_dir}"):
-            (output_dir / "train_config.yaml").write_text(yaml.safe_dump(given))
-            metrics_file = MetricsFile(output_dir / "metrics.jsonl", step)
-            write_start(output_dir, step, accelerator, pipeline.transformer, global_batch_size, max_train_steps, given)
-        # What a continued run logs a second time replaces what TensorBoard has.
-        purge = {"tensorboard": {"purge_step": step + 1}} if step else {}
-        accelerator.init_trackers("vrpo", {name: str(value) for name, value in vars(args).items()}, purge)
-    parameters = sum(p.numel() for p in trainable_parameters(model))
-    logger.info(
-        f"{len(data)} images, {num_classes} classes; training {parameters / 1e6:.1f} M parameters, {math.prod(grid_size)} tokens; "
-        f"{global_batch_size} samples a step on {accelerator.num_processes} process(es), steps {step} to {max_train_steps}"
-    )
-
-    # 4. The loop.
-    model_config = pipeline.transformer.config
-    learn_variance = model_config.learn_sigma and model_config.prediction_type == "epsilon"
-    if checkpoint is None or not restore_alignment_end(alignment, state["alignment"]):
-        alignment.look_ahead(step)
-    corrupt_rows, num_corrupt = set(), 0
-    progress = tqdm(
-        total=max_train_steps, initial=step, disable=not accelerator.is_main_process, desc=args.objective, unit="step"
-    )
-
-    def save() -> bool:
-        if accelerator.is_main_process:
-            metrics_file.sync()
-        state = {"step": step, "samples_seen": samples_seen, "skipped": guard.skipped}
-        state |= {"settings": settings | of_data}
-        state |= {"lr_scheduler": lr_scheduler.state_dict(), "alignment": alignment_end(alignment)}
-        state |= {"train_seconds": seconds, "train_flops": flops}
-        return save_checkpoint(accelerator, output_dir, step, state, args.checkpoints_total_limit)
-
-    validation.catch_up(step, ema, metrics_file)
-    if reason := policy.look(step, ema, metrics_file):
-        raise policy.stop(reason, step, saved_step)
-    model.train()
-    interruption.listen()
-    logged_step, logged_seconds, clock = step, seconds, time.perf_counter()
-    for micro_step, batch in enumerate(dataloader):
-        speed.mark("data")
-        corrupt_rows.update(batch.pop("corrupt_rows").tolist())
-        if len(corrupt_rows) > 0.01 * len(data):
-            raise too_many_corrupt(corrupt_rows, len(data))
-        indices = batch.pop("index")
-        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()} | {"index": indices}
-        if "pixels" in batch:
-            batch["pixels"] = batch["pixels"].float() / 127.5 - 1
-        # What the encoders see: images, or their features out of the cache.
-        seen = batch.get("pixels", batch)
-        aligning = alignment.active(step)
-
-        with accelerator.accumulate(model):
-            x0 = speed.mark("autoencoder", data.latents(vae, batch))
-            x_t, timestep, target, t = forward_process(x0, batch["noise"], batch["timestep"], model_config)
-            inputs = (x_t, timestep, batch["class_labels"])
-            prediction, projections = model(
-                *inputs,
-                return_projections=aligning,
-                alignment_fork=alignment.fork(t) if aligning else None,
-                return_variance=learn_variance,
-                return_dict=False,
-            )
-            loss_fm = flow_matching_loss(prediction[:, :channels], target)
-            loss = speed.mark("forward", loss_fm.mean())
-            means.add(loss_fm=loss)
-            if learn_variance:
-                loss_vb = variational_bound(*prediction.split(channels, dim=1), x0, x_t, timestep).mean()
-                loss = loss + loss_vb
-                means.add(loss_vb=loss_vb)
-            if aligning:
-                # REPA's cosine, or VRPO's reward-weighted policy; fidelity joins in at the fork.
-                targets = speed.mark("encoder", alignment.targets(seen))
-                part = micro_step % args.gradient_accumulation_steps
-                loss_rep, logs = alignment.loss(projections, targets, t, loss_fm, batch, step, part, inputs)
-                loss = loss + args.alignment_coeff * loss_rep
-                means.add(**speed.mark("alignment loss", logs))
-            elif aligned:
-                if alignment.encoders:
-                    alignment.end()
-                    logger.info(f"alignment has ended at step {step}; neither encoder nor projector runs from here on")
-                means.add(alignment_coeff=torch.zeros((), device=device))
-                if accelerator.num_processes > 1 and not sharded:  # DDP waits for a gradient of every parameter
-                    loss = loss + 0.0 * sum(p.sum() for p in pipeline.transformer.projectors.parameters())
-
-            guard.watch(loss)
-            speed.mark("backward", accelerator.backward(loss))
-            if aligning:
-                alignment.observe()
-            elif aligned:
-                release_projectors(pipeline.transformer)
-            if accelerator.sync_gradients:
-                if policy.active(step):  # rewards of generated images pull, too
-                    means.add(**speed.mark("generative policy", policy.add_gradient(step, ema)))
-                grad_norm = clip_grad_norm(accelerator, model, args.max_grad_norm)
-                means.add(grad_norm=grad_norm)
-                guard.ask(grad_norm)
-            optimizer.step()
-            speed.mark("optimizer", optimizer.zero_grad())
-
-        if not accelerator.sync_gradients:
-            continue
-        if problem := guard.answer():
-            # The optimizer has left the step out: weights, averages and statistics are as they were before it.
-            where = f"step {step + 1} (samples {samples_seen} to {samples_seen + global_batch_size - 1}): {problem}"
-            if guard.must_stop():
-                if step != saved_step and step % args.policy_epochs == 0 and not policy.active(step) and save():
-                    saved_step = step
-                raise guard.stop(where, output_dir, saved_step)
-            logger.warning(f"{where} is NaN or infinite; the step is skipped, {guard.skipped} so far")
-        step += 1
-        means.commit()
-        flops += speed.flops_per_image[aligning] * global_batch_size + policy.flops(step - 1)
-        samples_seen += global_batch_size if step % args.policy_epochs == 0 else 0
-        lr_scheduler.step()
-        if ema is not None:
-            speed.mark("average", ema.step(trainable_parameters(pipeline.transformer)))
-        if aligning:
-            alignment.update(step, accelerator.reduce if accelerator.num_processes > 1 else None)
-        speed.mark("statistics", progress.update())
-        whole = step % args.policy_epochs == 0 and not policy.unfinished(step)  # no draw is in use
-
-        # 5. Now and then: metrics, a checkpoint, a grid of samples.
-        last = step == max_train_steps
-        if step % args.logging_steps == 0 or last:
-            values = means.read(accelerator)
-            num_corrupt = check_corrupt_rows(corrupt_rows, len(data), num_corrupt)
-            if aligning:
-                values |= alignment.summary()
-            seconds += time.perf_counter() - clock
-            if args.skip_nonfinite:
-                values["skipped_steps"] = guard.skipped
-            values["learning_rate"] = lr_scheduler.get_last_lr()[0]
-            values["images_per_second"] = (step - logged_step) * global_batch_size / (seconds - logged_seconds)
-            values |= speed.metrics(values["images_per_second"], aligning)
-            values |= {"samples_seen": samples_seen, "train_seconds": seconds, "train_flops": flops}
-            logged_step, logged_seconds, clock = step, seconds, time.perf_counter()
-            shown = {"loss": values["loss_fm"], **{name: values.get(f"reward/{name}") for name in REWARDS}}
-            shown = {name: f"{value:.4f}" for name, value in shown.items() if value is not None}
-            progress.set_postfix(shown | speed.shown(values))
-            log_values(accelerator, values, step)
-            if accelerator.is_main_process:
-                metrics_file.write(step, values)
-        if reason := policy.look(step, ema, metrics_file):
-            raise policy.stop(reason, step, step if whole and save() else saved_step)
-        seconds += time.perf_counter() - clock
-        leaving = guard.signum and whole
-        if step % args.checkpointing_steps == 0 or last or leaving:
-            saved_step = step if save() else saved_step
-            hub.push_checkpoint(pipeline, saved_step)
-            if step != saved_step and (last or leaving):
-                raise TrainingStopped(f"step {step} could not be saved; make room and run the same command again")
-        if leaving:
-            logger.info(f"{signal.Signals(guard.signum).name}: the same command continues from step {step}")
-            settle(accelerator)
-            accelerator.end_training()
-            sys.exit(128 + guard.signum)
-        if step % args.validation_steps == 0 and not last:
-            validation(step, ema, metrics_file)
-        speed.step()
-        clock = time.perf_counter()
-    progress.close()
-
-    # 6. The result: a folder that `VRPOPipeline.from_pretrained` opens, with averaged weights.
-    accelerator.wait_for_everyone()
-    grid = validation(step, ema, metrics_file)
-    with whole_pipeline(accelerator, pipeline, ema) as averaged, written(f"the pipeline in {output_dir}"):
-        if accelerator.is_main_process:
-            if args.lora_rank:
-                save_lora(averaged.transformer, output_dir / "lora")
-            averaged.save_pretrained(output_dir)
-            grid.save(output_dir / "samples.png")
-            plot_metrics(output_dir / "metrics.jsonl", output_dir / "training.png", f"objective {args.objective}")
-            logger.info(f"wrote the pipeline, samples.png and training.png to {output_dir}")
-    settle(accelerator)
-    accelerator.end_training()
-    hub.push_result()
+    with VRPOTrainer(args=args, callbacks=callbacks) as trainer:
+        try:
+            trainer.train()
+        except TrainingInterrupted as interrupted:
+            sys.exit(128 + interrupted.signum)
+        trainer.save_model()
+        if args.push_to_hub:
+            trainer.push_to_hub()
 
 
 if __name__ == "__main__":

@@ -17,14 +17,13 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchHeunDiscreteScheduler
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.loaders.lora_pipeline import CogVideoXLoraLoaderMixin  # `loaders` has it with transformers only
+from diffusers.loaders.lora_pipeline import CogVideoXLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
 
 logger = logging.get_logger(__name__)
-
 # Of the components that diffusers does not have: the file that a published pipeline carries beside their weights.
 COMPONENT_FILES = {"SiTTransformer2DModel": "transformer_sit", "SiTSDEScheduler": "scheduling_sit_sde"}
 # The installed package, of which this file may be a part; published, it stands alone.
@@ -147,7 +146,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
     def _upload_folder(self, working_dir, repo_id, token=None, commit_message=None, create_pr=False, subfolder=None):
         """What `push_to_hub` ends with: a model card of our own, or the one that is there, whose tags diffusers would double."""
         try:
-            hub = importlib.import_module("diffusers_vrpo.hub")
+            hub = importlib.import_module("diffusers_vrpo.hub.publish")
         except ImportError:
             return super()._upload_folder(working_dir, repo_id, token, commit_message, create_pr, subfolder)
         return hub.push_folder(

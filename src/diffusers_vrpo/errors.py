@@ -1,5 +1,7 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 
+import signal
+
 from huggingface_hub.errors import (
     GatedRepoError,
     LocalEntryNotFoundError,
@@ -70,3 +72,16 @@ def first_line(error: BaseException) -> str:
 
 class TrainingStopped(RuntimeError):
     """The run cannot go on; the message is one sentence that says where it stands and what to do."""
+
+
+class TrainingInterrupted(TrainingStopped):
+    """A signal has ended the run, after a checkpoint was saved; the same command continues it.
+
+    Attributes:
+        signum (`int`): the signal.
+        step (`int`): of the checkpoint.
+    """
+
+    def __init__(self, signum: int, step: int):
+        super().__init__(f"{signal.Signals(signum).name}: the same command continues from step {step}")
+        self.signum, self.step = signum, step

@@ -2,6 +2,7 @@
 """Small transformers and autoencoders with random weights, and what they are called with."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from safetensors.torch import load_file
 
 from diffusers_vrpo import SiTTransformer2DModel
-from diffusers_vrpo.models.official_checkpoints import convert_checkpoint
+from diffusers_vrpo.alignment.attach import AlignedTransformer
+from diffusers_vrpo.models.official_checkpoints import convert_with_projectors
 
 
 TINY = {
@@ -18,9 +20,6 @@ TINY = {
     "num_attention_heads": 2,
     "attention_head_dim": 16,
     "num_classes": 5,
-    "alignment_layers": [2],
-    "alignment_dims": [12],
-    "projector_dim": 24,
 }
 
 
@@ -37,6 +36,16 @@ def tiny_model(**changes) -> SiTTransformer2DModel:
     return model.eval()
 
 
+def aligned_with(model, layers=(2,), dims=(12,), projector="mlp", projector_dim=24, **options) -> AlignedTransformer:
+    """Projectors with random weights on a model, for encoders of which only the width is known."""
+    encoders = [SimpleNamespace(embed_dim=dim) for dim in dims]
+    aligned = AlignedTransformer(model, list(layers), encoders, projector, projector_dim, **options)
+    torch.manual_seed(1)
+    for parameter in aligned.projectors.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return aligned.eval()
+
+
 def inputs(batch=2, channels=4, height=8, width=8):
     """Noisy images, their timesteps and their class labels, always the same."""
     generator = torch.Generator().manual_seed(1)
@@ -45,16 +54,27 @@ def inputs(batch=2, channels=4, height=8, width=8):
 
 
 def load_golden(shared, name: str):
-    """A model of the official code, converted, and the tensors that the official code computed with it."""
+    """A model of the official code, converted and with its projectors, and what the official code computed with it."""
     folder = shared / "golden" / name
     heads = json.loads((folder / "config.json").read_text())["num_heads"]
-    model = convert_checkpoint(str(folder / "checkpoint.pt"), num_attention_heads=heads)
-    return model, load_file(folder / "tensors.safetensors")
+    aligned = aligned_as_saved(*convert_with_projectors(str(folder / "checkpoint.pt"), num_attention_heads=heads))
+    return aligned, load_file(folder / "tensors.safetensors")
+
+
+def aligned_as_saved(model, projectors) -> AlignedTransformer:
+    """A model with the projectors that were saved with it, if any."""
+    if projectors is None:
+        return AlignedTransformer(model)
+    saved = projectors.description
+    kind = (saved["projector_type"], saved["projector_dim"])
+    aligned = aligned_with(model, saved["alignment_layers"], saved["alignment_dims"], *kind)
+    assert aligned.load_projectors(saved, projectors.state)
+    return aligned
 
 
 def digits_model(**changes) -> SiTTransformer2DModel:
-    """A small model for the digits: 8x8 pixels of 3 channels, 10 classes, no projector."""
-    arguments = {"in_channels": 3, "num_classes": 10, "num_layers": 2, "alignment_layers": [], **changes}
+    """A small model for the digits: 8x8 pixels of 3 channels, 10 classes."""
+    arguments = {"in_channels": 3, "num_classes": 10, "num_layers": 2, **changes}
     return tiny_model(**arguments)
 
 

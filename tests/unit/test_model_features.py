@@ -7,7 +7,7 @@ from diffusers import FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffusers_vrpo import SiTTransformer2DModel, VRPOPipeline
-from support.models import inputs, needs_compiler, tiny_model
+from support.models import aligned_with, inputs, needs_compiler, tiny_model
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
@@ -63,9 +63,10 @@ def test_regional_compilation_gives_the_same_output_and_gradients():
             torch._dynamo.reset()
             counter = CompileCounterWithBackend("inductor")
             model.compile_repeated_blocks(fullgraph=True, backend=counter)
-        output = model(*inputs(), return_projections=True)
-        (output.sample.square().mean() + output.projections[0].square().mean()).backward()
-        results.append([output.sample.detach(), *(p.grad for p in model.parameters())])
+        aligned = aligned_with(model).train()
+        sample, projections = aligned(*inputs())
+        (sample.square().mean() + projections[0].square().mean()).backward()
+        results.append([sample.detach(), *(p.grad for p in aligned.parameters())])
     assert counter.frame_count == 1
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
@@ -77,6 +78,7 @@ def test_compiled_checkpointed_blocks_train():
     gradients, saved = [], []
     for compiled in (False, True):
         model = tiny_model().train()
+        aligned = aligned_with(model).train()
         if compiled:
             model.enable_gradient_checkpointing()
             model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
@@ -87,10 +89,10 @@ def test_compiled_checkpointed_blocks_train():
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            loss = model(*inputs(), return_projections=True)
-            loss = loss.sample.square().mean() + loss.projections[0].square().mean()
+            sample, projections = aligned(*inputs())
+            loss = sample.square().mean() + projections[0].square().mean()
         loss.backward()
-        gradients.append([p.grad for p in model.parameters()])
+        gradients.append([p.grad for p in aligned.parameters()])
     # Checkpointed blocks keep their inputs alone for the backward pass.
     assert saved[1] < 0.5 * saved[0]
     for a, b in zip(*gradients, strict=True):

@@ -4,26 +4,37 @@ import math
 import pytest
 import torch
 
+from diffusers_vrpo.alignment.attach import alignment_layers
 from diffusers_vrpo.alignment.policy import (
-    REWARDS,
-    alignment_layers,
     clipped_objective,
     expected_policy_loss,
     group_relative_advantages,
     kl_penalty,
     log_probability,
-    normalize,
     repa_loss,
-    reward_gradients,
     sample_actions,
     sampled_policy_loss,
-    semantic_reward,
-    structural_reward,
-    tangent,
     timestep_weight,
     token_shares,
 )
+from diffusers_vrpo.alignment.rewards import (
+    BUILT_IN,
+    TokenReward,
+    normalize,
+    semantic_reward,
+    structural_reward,
+    tangent,
+)
+from diffusers_vrpo.alignment.rewards import reward_gradients as gradients_of_rewards
 from diffusers_vrpo.errors import InputError
+
+
+TOKEN_REWARDS = ("semantic", "structural")
+
+
+def reward_gradients(mu, y, subset):
+    """Of the two built-in rewards."""
+    return gradients_of_rewards([BUILT_IN[name] for name in TOKEN_REWARDS], mu, y, subset)
 
 
 def random_tokens(batch=2, tokens=6, dim=5, dtype=torch.float64, seed=0):
@@ -46,11 +57,11 @@ def test_rewards_by_hand():
     torch.testing.assert_close(rewards, torch.tensor([[[1.0, -0.18], [0.8, -0.18]]]))
 
 
-@pytest.mark.parametrize("reward", REWARDS[1:])
+@pytest.mark.parametrize("reward", TOKEN_REWARDS)
 def test_gradients_match_finite_differences_on_the_sphere(reward):
     mu, y, tokens = random_tokens()
     _, gradients = reward_gradients(mu, y, tokens)
-    gradient = gradients[REWARDS.index(reward) - 1]
+    gradient = gradients[TOKEN_REWARDS.index(reward)]
 
     def value(action):
         action = torch.nn.functional.normalize(action, dim=-1)
@@ -347,3 +358,25 @@ def test_timestep_weights_have_mean_one():
     weight = timestep_weight(torch.tensor([0.0, 0.7, 1.0]), "low_noise")
     assert weight.tolist() == pytest.approx([1.42882, 0.71441, 0.00353], abs=1e-5)
     assert timestep_weight(torch.tensor([0.0, 1.0]), "uniform").tolist() == [1, 1]
+
+
+def test_a_reward_without_a_closed_form_has_the_gradient_of_autograd():
+    """The built-in rewards, given as plain functions, have the values and gradients of their closed forms."""
+    mu, y, subset = random_tokens()
+    shares, tau = torch.tensor([[0.3, 0.7]]).double().expand(2, -1), torch.zeros(2, 2).double()
+    plain = [TokenReward(name, BUILT_IN[name].function) for name in TOKEN_REWARDS]
+    values, gradients = gradients_of_rewards(plain, mu, y, subset)
+    expected, closed_forms = reward_gradients(mu, y, subset)
+    torch.testing.assert_close(values, expected)
+    for gradient, closed_form in zip(gradients, closed_forms, strict=True):
+        torch.testing.assert_close(gradient, closed_form)
+    leaves = [mu.clone().requires_grad_() for _ in range(2)]
+    expected_policy_loss(leaves[0], y, subset, shares, tau)[0].sum().backward()
+    expected_policy_loss(leaves[1], y, subset, shares, tau, plain)[0].sum().backward()
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
+    # One of K rewards with a share of zero changes nothing.
+    third = TokenReward("third", lambda action, mu, y, subset: action.sum(-1))
+    leaf = mu.clone().requires_grad_()
+    wider, zeros = torch.cat([shares, torch.zeros(2, 1)], dim=1), torch.zeros(2, 3).double()
+    expected_policy_loss(leaf, y, subset, wider, zeros, [*plain, third])[0].sum().backward()
+    torch.testing.assert_close(leaf.grad, leaves[0].grad)

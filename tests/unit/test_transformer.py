@@ -1,26 +1,32 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from diffusers_vrpo import SIT_PRESETS, SiTTransformer2DModel, sit_preset
-from diffusers_vrpo.alignment.policy import normalize, repa_loss
+from diffusers_vrpo.alignment.policy import repa_loss
+from diffusers_vrpo.alignment.rewards import normalize
 from diffusers_vrpo.models.flow import flow_matching_loss, forward_process
-from support.models import TINY, inputs, load_golden, tiny_model
+from support.models import TINY, aligned_with, inputs, load_golden, tiny_model
 
 
 @pytest.mark.parametrize("name", ["repa_c10", "repa_c1000", "sit_learn_sigma"])
 @torch.no_grad()
 def test_matches_the_official_code(shared, name):
-    model, golden = load_golden(shared, name)
-    output = model(golden["x_t"], golden["t"], golden["labels"], return_projections=True)
-    torch.testing.assert_close(output.sample, golden["velocity"], atol=1e-5, rtol=0)
+    aligned, golden = load_golden(shared, name)
+    model = aligned.transformer
+    sample, projections = aligned(golden["x_t"], golden["t"], golden["labels"])
+    torch.testing.assert_close(sample, golden["velocity"], atol=1e-5, rtol=0)
+    assert len(projections) == ("projected" in golden)
     if "projected" in golden:
-        torch.testing.assert_close(output.projections[0], golden["projected"], atol=1e-5, rtol=0)
-        loss = repa_loss(normalize(output.projections[0]), normalize(golden["target_features"]))
+        torch.testing.assert_close(projections[0], golden["projected"], atol=1e-5, rtol=0)
+        loss = repa_loss(normalize(projections[0]), normalize(golden["target_features"]))
         torch.testing.assert_close(loss.mean(), golden["repa_loss"][0], atol=1e-5, rtol=0)
     if "denoising_loss" in golden:
         target = forward_process(golden["x0"], golden["noise"], golden["t"], model.config)[2]
-        loss = flow_matching_loss(output.sample, target)
+        loss = flow_matching_loss(sample, target)
         torch.testing.assert_close(loss, golden["denoising_loss"], atol=1e-5, rtol=0)
 
 
@@ -50,14 +56,14 @@ def test_a_fresh_model_is_adaln_zero():
 @pytest.mark.parametrize("patch_size", [1, 2, 4, 8])
 def test_patch_sizes_and_pixel_space(patch_size):
     model = tiny_model(patch_size=patch_size, in_channels=3)
-    output = model(*inputs(channels=3), return_projections=True)
-    assert output.sample.shape == (2, 3, 8, 8)
-    assert output.projections[0].shape == (2, (8 // patch_size) ** 2, 12)
+    sample, projections = aligned_with(model)(*inputs(channels=3))
+    assert sample.shape == model(*inputs(channels=3)).sample.shape == (2, 3, 8, 8)
+    assert projections[0].shape == (2, (8 // patch_size) ** 2, 12)
 
 
 def test_patches_return_to_their_place():
     # With the blocks cut off and projections that copy, what comes out of the patches must be the image.
-    model = tiny_model(num_layers=1, alignment_layers=[], num_attention_heads=1, attention_head_dim=16)
+    model = tiny_model(num_layers=1, num_attention_heads=1, attention_head_dim=16)
     torch.nn.init.zeros_(model.transformer_blocks[0].modulation.weight)
     torch.nn.init.zeros_(model.transformer_blocks[0].modulation.bias)
     torch.nn.init.zeros_(model.modulation_out.weight)
@@ -87,20 +93,6 @@ def test_non_square_and_other_sizes():
         model(*inputs(height=5, width=8))
 
 
-def test_projections_only_when_asked_for_and_per_layer_and_encoder():
-    model = tiny_model(alignment_layers=[1, 3], alignment_dims=[12, 20])
-    assert model(*inputs()).projections is None
-    output = model(*inputs(), return_projections=True)
-    assert [p.shape[-1] for p in output.projections] == [12, 20, 12, 20]
-    assert len(model.projectors) == 4
-    # A projection sees the blocks up to its own only.
-    with torch.no_grad():
-        model.transformer_blocks[2].modulation.bias += 1
-    changed = model(*inputs(), return_projections=True)
-    for index, same in enumerate([True, True, False, False]):
-        assert torch.equal(output.projections[index], changed.projections[index]) == same
-
-
 def test_null_class_and_label_table():
     model = tiny_model()
     assert model.null_class_id == 5 and model.label_embedding.num_embeddings == 6
@@ -110,8 +102,6 @@ def test_null_class_and_label_table():
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="alignment_layers"):
-        SiTTransformer2DModel(**{**TINY, "alignment_layers": [4]})
     with pytest.raises(ValueError, match="patch_size 3"):
         SiTTransformer2DModel(**{**TINY, "patch_size": 3})
 
@@ -123,9 +113,22 @@ def test_save_and_load_round_trip(tmp_path):
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, loaded.state_dict()[name]), name
     assert torch.equal(model(*inputs()).sample, loaded(*inputs()).sample)
-    without = SiTTransformer2DModel.from_pretrained(tmp_path, alignment_layers=[])
-    assert len(without.projectors) == 0
-    assert torch.equal(model(*inputs()).sample, without(*inputs()).sample)
+
+
+def test_folders_of_version_0_1_open_in_silence(tmp_path, caplog, capsys):
+    """They have projectors among the weights, and arguments that describe them in the config."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    weights, config = tmp_path / "diffusion_pytorch_model.safetensors", tmp_path / "config.json"
+    save_file({**load_file(weights), "projectors.0.0.weight": torch.ones(24, 32)}, weights, {"format": "pt"})
+    old = {"alignment_layers": [2], "alignment_dims": [12], "projector_type": "mlp", "projector_dim": 24}
+    config.write_text(json.dumps(json.loads(config.read_text()) | old))
+    capsys.readouterr()
+    loaded = SiTTransformer2DModel.from_pretrained(tmp_path)
+    assert not caplog.records and not capsys.readouterr().err
+    assert not set(old) & set(loaded.config)
+    assert torch.equal(model(*inputs()).sample, loaded(*inputs()).sample)
+    assert not set(old) & set(SiTTransformer2DModel.from_config(dict(loaded.config) | old).config)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():
@@ -136,8 +139,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         model.transformer_blocks[0].ff.register_forward_hook(lambda *_: forwards[-1].append(1))
         if checkpointing:
             model.enable_gradient_checkpointing()
-        output = model(*inputs(), return_projections=True)
-        (output.sample.square().mean() + output.projections[0].square().mean()).backward()
+        model(*inputs()).sample.square().mean().backward()
         gradients.append([p.grad for p in model.parameters()])
     assert [len(calls) for calls in forwards] == [1, 2]
     for a, b in zip(*gradients, strict=True):
@@ -158,8 +160,8 @@ def test_half_precision_is_close(dtype):
 @pytest.mark.parametrize("name", ["repa_c10", "repa_c1000", "sit_learn_sigma"])
 @torch.no_grad()
 def test_half_precision_is_close_on_official_weights(shared, name, dtype):
-    model, golden = load_golden(shared, name)
-    half = model.to(dtype)(golden["x_t"].to(dtype), golden["t"], golden["labels"]).sample.float()
+    aligned, golden = load_golden(shared, name)
+    half = aligned.transformer.to(dtype)(golden["x_t"].to(dtype), golden["t"], golden["labels"]).sample.float()
     exact = golden["velocity"]
     assert (half - exact).square().mean().sqrt() <= 2e-2 * exact.square().mean().sqrt()
 

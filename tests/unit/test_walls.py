@@ -36,13 +36,20 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
-def imports(name: str, inside_functions: bool = True) -> set[str]:
+def imports(name: str) -> set[str]:
     """The modules of this package that a module imports, by their names without the package's."""
     tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
     package = name if MODULES[name].name == "__init__.py" else name.rpartition(".")[0]
     found = set()
-    for node in ast.walk(tree) if inside_functions else tree.body:
-        if not isinstance(node, ast.ImportFrom):
+    # What only type checkers read is never imported.
+    for_types = {
+        id(statement)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+        for statement in node.body
+    }
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or id(node) in for_types:
             continue
         if node.level:
             parents = package.split(".") if package else []

@@ -158,6 +158,28 @@ def spatial_normalize(features, strength=0.6):
     return (features - strength * mean) / (std + 1e-6)
 
 
+def resample_tokens(features, num_tokens, grid_size=None):
+    """Patch embeddings `[B,M,E]` on another grid, `[B,num_tokens,E]`, bilinearly with antialiasing.
+
+    Args:
+        features (`torch.Tensor` of shape `(batch, M, channels)`): row by row of a square grid.
+        grid_size (`tuple[int, int]`, *optional*): rows and columns wanted; a square when not given.
+
+    Raises:
+        ValueError: where one of the grids is not known to be square.
+    """
+    side = math.isqrt(features.shape[1])
+    wanted = math.isqrt(num_tokens)
+    if grid_size is None or grid_size[0] * grid_size[1] != num_tokens:
+        grid_size = (wanted, wanted)
+    if side**2 != features.shape[1] or grid_size[0] * grid_size[1] != num_tokens:
+        raise ValueError(
+            f"an encoder gives {features.shape[1]} tokens and the transformer has {num_tokens}; only square grids are resampled"
+        )
+    maps = features.mT.unflatten(2, (side, side))
+    return F.interpolate(maps.float(), tuple(grid_size), mode="bilinear", antialias=True).flatten(2).mT.contiguous()
+
+
 # Loading
 
 

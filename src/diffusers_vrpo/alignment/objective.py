@@ -1,196 +1,282 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""The alignment term of a training step: which loss, with which weights, and until when.
+"""The alignment term of a training step: `NoAlignment`, `REPA` and `VRPO`, which share one interface.
 
-`L = L_FM + lambda L_rep`. This file puts together what the others compute: targets of the frozen encoders, REPA's loss or
-the policy's on every projector, timestep weight and gate, the fork that gives fidelity its share. Formulas:
+    aligned = AlignedTransformer(transformer, layers=[8], encoders=[encoder])
+    objective = VRPO(aligned, max_train_steps=400_000)
+    ...
+    step = objective.begin(t)
+    prediction, projections = aligned(x_t, timestep, ..., fork=step.fork, align=step.active)
+    loss = loss_fm.mean() + objective.alignment_coeff * objective(step, projections, images, loss_fm)
+    loss.backward()
+    objective.observe(step)
+    optimizer.step()
+    objective.update()
+
+`begin` to `observe` belong to a micro-batch, `update` to an optimizer step. The objective counts both. Formulas:
 docs/method.md.
 """
 
 import contextlib
-import copy
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 
 from ..models import ddpm
-from .encoders import spatial_normalize
-from .gradient_fork import alignment_fork
+from .attach import AlignedTransformer
+from .encoders import resample_tokens, spatial_normalize
+from .gradient_fork import CONFLICTS, alignment_fork
 from .policy import (
-    REWARDS,
+    TIMESTEP_WEIGHTS,
     action_noise,
     expected_policy_loss,
     kl_penalty,
-    normalize,
     repa_loss,
     sampled_policy_loss,
     timestep_weight,
     token_shares,
 )
-from .release import ConflictGate
+from .release import ConflictGate, Release
 from .reward_statistics import RewardStatistics, parse_reward_weighting
+from .rewards import DEFAULT_REWARDS, FIDELITY, load_rewards, normalize
 
 
-def conflict_mode(args) -> str:
-    """`conflict`, or its default: the gate belongs to VRPO; REPA is REPA unless it is asked for."""
-    return args.conflict or ("gate" if args.objective == "vrpo" else "none")
+logger = logging.getLogger(__name__)
+SUBSET_SIZE = 64  # tokens of the structural reward's subset, or all where there are fewer
 
 
-class Alignment:
-    """REPA's or VRPO's loss on the projections of a transformer, and everything it remembers from step to step.
+@dataclass
+class AlignmentStep:
+    """What an objective knows of a micro-batch.
 
-    A micro-batch goes `fork(t)`, model, `loss(...)`, backward, `observe()`; an optimizer step ends with `update(...)`.
+    Attributes:
+        t: flow time, `[B]`, 1 being noise.
+        active: whether this micro-batch is aligned.
+        fork: for the call of the aligned transformer; None where no gradients are weighed.
+        targets: of the encoders, where they have been computed before the objective is called.
+        logs: after the call, what to log: device scalars by name.
+    """
+
+    t: torch.Tensor
+    active: bool
+    fork: Callable | None = None
+    number: int = 0  # of the micro-batch within its optimizer step
+    targets: list[torch.Tensor] | None = None
+    logs: dict[str, torch.Tensor] = field(default_factory=dict)
+    probe: torch.Tensor | None = None  # its gradient is the cosine between the two gradients
+    shares: torch.Tensor | None = None  # of the rewards, `[L,B,K]`
+    tau: torch.Tensor | None = None
+
+
+class NoAlignment:
+    """Flow matching alone: the interface of the objectives, without a term.
 
     Args:
-        args: the alignment options of `train_vrpo.py`.
-        transformer: its projectors, in the order of its projections; with `kl_coeff` a copy of it is the reference.
-        encoders: frozen, one for each entry of the transformer's `alignment_dims`; none trains without alignment.
-        max_train_steps: the gate's window is 2 % of it.
-        device: where the statistics live.
-        autocast: makes the context that the transformer computes in, for the reference.
+        aligned: the transformer, usually without projectors.
+    """
 
-    Raises:
-        InputError: for a `reward_weighting` that is none.
+    reward_names: tuple[str, ...] = ()
+    alignment_coeff = 0.0
+
+    def __init__(self, aligned: AlignedTransformer | None = None):
+        self.aligned = aligned
+        self.step_number = 0
+
+    def active(self, step_number: int) -> bool:
+        """Whether this optimizer step, from 0, aligns."""
+        return False
+
+    def begin(self, t: torch.Tensor) -> AlignmentStep:
+        """Starts a micro-batch of flow times `t [B]`."""
+        return AlignmentStep(t, active=False)
+
+    def targets(self, images) -> list[torch.Tensor]:
+        """The encoders' patch embeddings of `images`; none."""
+        return []
+
+    def __call__(self, step: AlignmentStep, projections, images, loss_fm: torch.Tensor, **kwargs) -> torch.Tensor:
+        """The alignment loss, which is 0."""
+        return torch.zeros((), device=loss_fm.device)
+
+    def observe(self, step: AlignmentStep):
+        """After the backward pass of a micro-batch."""
+
+    def update(self, all_reduce: Callable | None = None):
+        """After an optimizer step."""
+        self.step_number += 1
+
+    def summary(self) -> dict[str, float]:
+        """Statistics for the log."""
+        return {}
+
+    def stateful(self) -> dict:
+        """What a checkpoint keeps, by file name: objects with `state_dict` and `load_state_dict` of tensors."""
+        return {}
+
+    def release_state(self) -> dict:
+        """What a checkpoint keeps about the end of alignment; JSON types."""
+        return {"stop_step": None, "gate_window": None}
+
+    def resume(self, step_number: int, release_state: dict | None = None):
+        """Continues at an optimizer step, after `stateful()` was loaded.
+
+        Args:
+            release_state: as `release_state()` gave it, where a checkpoint is continued.
+        """
+        self.step_number = step_number
+
+
+class REPA(NoAlignment):
+    """REPA's cosine loss (arXiv 2410.06940) on every projection.
+
+    Args:
+        aligned (`AlignedTransformer`): has projectors and encoders.
+        max_train_steps (`int`): optimizer steps of the training; the gate's window is 2 % of it.
+        alignment_coeff (`float`): lambda, by which the loss is to be multiplied; with 0 nothing is aligned.
+        alignment_stop_step (`int`, *optional*): align no longer from this step on.
+        timestep_weighting (`str`): `"uniform"`, or `"low_noise"`: w(t) = sigmoid(20 (0.7 - t)).
+        spatial_norm (`float`): a in iREPA's `(f - a mean) / std` of the targets; 0 for none.
+        conflict (`str`): what to do where alignment turns against flow matching: `"none"`, `"gate"` (close the timestep bin
+            for good) or `"project"` (take the opposing part out).
+        prediction_type (`str`, *optional*): `"velocity"`, whose flow times are uniform, or `"epsilon"`, whose flow times
+            are those of DDPM's noise levels; by default that of the transformer's config, or `"velocity"`.
+        device (*optional*): where the statistics live; by default the transformer's.
     """
 
     def __init__(
         self,
-        args,
-        transformer: torch.nn.Module,
-        encoders: list,
+        aligned: AlignedTransformer,
         max_train_steps: int,
-        device: torch.device,
-        autocast: Callable = contextlib.nullcontext,
+        alignment_coeff: float = 0.5,
+        alignment_stop_step: int | None = None,
+        timestep_weighting: str = "uniform",
+        spatial_norm: float = 0.0,
+        conflict: str = "none",
+        prediction_type: str | None = None,
+        device: torch.device | None = None,
     ):
-        self.args, self.encoders, self.device, self.autocast = args, encoders, device, autocast
-        self.vrpo = args.objective == "vrpo"
-        self.conflict = conflict_mode(args)
-        self.forks = self.vrpo or self.conflict != "none"
-        weighting = parse_reward_weighting(args.reward_weighting, len(REWARDS))
-        # A row for every projector: aligned blocks, and the encoders within each.
-        self.statistics = RewardStatistics(len(transformer.projectors), len(REWARDS), weighting, device)
-        self.gate = ConflictGate(max_train_steps, device, acts=self.conflict == "gate")
-        self.stop_step = math.inf if args.alignment_stop_step is None else args.alignment_stop_step
-        self.mean_weight = self._mean_timestep_weight(transformer.config.prediction_type)
-        self.reference = copy.deepcopy(transformer).eval().requires_grad_(False) if args.kl_coeff else None
-        self.draws: dict[tuple[int, int], torch.Tensor] = {}
+        super().__init__(aligned)
+        for name, value, choices in (
+            ("conflict", conflict, CONFLICTS),
+            ("timestep_weighting", timestep_weighting, TIMESTEP_WEIGHTS),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} {value!r} must be one of {', '.join(choices)}")
+        self.alignment_coeff, self.conflict = alignment_coeff, conflict
+        self.timestep_weighting, self.spatial_norm = timestep_weighting, spatial_norm
+        self.reward_names = ("semantic",)
+        self.device = device or next(aligned.parameters()).device
+        self.forks = conflict != "none"
+        self.gate = ConflictGate(max_train_steps, self.device, acts=conflict == "gate")
+        self.release = Release(self.gate, alignment_stop_step)
+        config = getattr(aligned.transformer, "config", {})
+        prediction_type = prediction_type or config.get("prediction_type", "velocity")
+        self.mean_weight = self._mean_timestep_weight(prediction_type)
+        self._micro_steps = 0
 
     def _mean_timestep_weight(self, prediction_type: str) -> float:
         """`E[w]` in units of the analytic one, which is over uniform t; those of a diffusion are not uniform."""
         if prediction_type == "velocity":
             return 1.0
         t = ddpm.flow_time(torch.arange(ddpm.NUM_TIMESTEPS))
-        return timestep_weight(t, self.args.timestep_weighting).mean().item()
+        return timestep_weight(t, self.timestep_weighting).mean().item()
 
-    def active(self, step: int) -> bool:
-        """Whether this step aligns. Once it does not, none after it does, on no process."""
-        return bool(self.encoders) and self.args.alignment_coeff > 0 and step < self.stop_step
+    def active(self, step_number: int) -> bool:
+        """Whether this optimizer step, from 0, aligns. Once one does not, none after it does, on any process."""
+        return bool(self.aligned.layers) and self.alignment_coeff > 0 and self.release.active(step_number)
 
-    def end(self):
-        """Frees what is needed no longer, once `active` has said no."""
-        self.encoders, self.reference = [], None
-        self.draws.clear()
+    def begin(self, t: torch.Tensor) -> AlignmentStep:
+        """Starts a micro-batch of flow times `t [B]`. The first one that is not aligned ends the alignment."""
+        if not self.active(self.step_number):
+            self._end()
+            return AlignmentStep(t, active=False)
+        step = AlignmentStep(t, active=True, number=self._micro_steps)
+        self._micro_steps += 1
+        if self.forks:
+            step.probe = torch.zeros_like(t, requires_grad=True)
+            step.fork = alignment_fork(self._fidelity_share(step), step.probe, self.conflict)
+        return step
 
-    def look_ahead(self, step: int):
-        """Learns from the gate when it will have closed everywhere; once in its window is often enough."""
-        if self.conflict == "gate":
-            self.stop_step = min(self.stop_step, step + self.gate.steps_until_closed())
+    def _end(self):
+        """Frees what is no longer needed."""
+        if not self.aligned.ended:
+            self.aligned.end()
+            if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+                step = self.step_number
+                logger.info(f"alignment has ended at step {step}; neither encoder nor projector runs from here on")
 
-    def fork(self, t: torch.Tensor):
-        """The transformer's `alignment_fork` for a batch of timesteps `t [B]`; None where nothing is to be weighed."""
-        if not self.forks:
-            return None
-        shares, self.tau = self.statistics.lookup(t)
-        # The encoders of a block share its weights, as they share the fork.
-        by_block = shares.unflatten(0, (-1, len(self.encoders))).mean(1)
-        self.shares = by_block.repeat_interleave(len(self.encoders), dim=0)
-        # The fork stands at the deepest aligned block.
-        s_f = by_block[-1, :, 0] if self.vrpo else torch.zeros_like(t)
-        self.t, self.probe = t, torch.zeros_like(t, requires_grad=True)
-        return alignment_fork(s_f, self.probe, self.conflict)
+    def _fidelity_share(self, step: AlignmentStep) -> torch.Tensor:
+        """`s_f [B]`, the share of the fidelity reward at the fork."""
+        return torch.zeros_like(step.t)
 
     @torch.no_grad()
-    def targets(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """`y [B,N,E]` of each encoder: unit patch embeddings, float32, of `images [B,3,H,W]` in [-1, 1]."""
-        features = [encoder(images) for encoder in self.encoders]
-        if self.args.spatial_norm > 0:
-            features = [spatial_normalize(f, self.args.spatial_norm) for f in features]
-        return [normalize(f) for f in features]
-
-    def loss(
-        self,
-        projections: tuple[torch.Tensor, ...],
-        targets: list[torch.Tensor],
-        t: torch.Tensor,
-        loss_fm: torch.Tensor,
-        batch: dict,
-        step: int,
-        micro_step: int,
-        reference_inputs: tuple = (),
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """`L_rep` without its coefficient, a scalar, and what to log.
+    def targets(self, images, num_tokens: int | None = None) -> list[torch.Tensor]:
+        """`y [B,N,E]` of each encoder: unit patch embeddings, float32.
 
         Args:
-            projections: of the transformer, `[B,N,E]` each.
-            targets: as `targets` gives them.
-            t: flow time, `[B]`.
-            loss_fm: `L_FM,i` of each sample, `[B]`; minus it is the fidelity reward.
-            batch: `tokens [B,M]` of the structural reward; `index [B]` (on the CPU) for the noise of the actions.
-            step, micro_step: optimizer step, and micro-batch within it.
-            reference_inputs: what the transformer was called with, for the reference of `kl_coeff`.
+            images: what the encoders take: pixels `[B,3,H,W]` in [-1, 1], or a batch with cached features.
+            num_tokens: N; by default the product of the aligned transformer's `grid_size`, where that is known. Embeddings
+                on another grid are resampled.
         """
-        args, logs = self.args, {}
-        weight = timestep_weight(t, args.timestep_weighting) / self.mean_weight
-        if self.conflict == "gate":
-            weight = weight * self.gate.lookup(t)
-        if self.reference is not None:
-            with torch.no_grad(), self.autocast():
-                references = self.reference(*reference_inputs, return_projections=True).projections
-        total = 0.0
-        for i, projection in enumerate(projections):
-            mu, y = normalize(projection), targets[i % len(self.encoders)]
-            if not self.vrpo:
-                loss_i = repa_loss(mu, y)
-                self._log(logs, **{"reward/semantic": -loss_i})
-            else:
-                if args.estimator == "expected":
-                    loss_i, rewards, squares = expected_policy_loss(
-                        mu, y, batch["tokens"], token_shares(self.shares[i]), self.tau[i, :, 1:]
-                    )
-                else:
-                    loss_i, rewards, squares = self._sampled_loss(i, mu, y, batch, step, micro_step, logs)
-                rewards = torch.cat([-loss_fm.detach().unsqueeze(1), rewards], dim=1)
-                # Fidelity has no gradient at the tokens, and no tau.
-                self.statistics.observe(i, t, rewards, F.pad(squares, (1, 0)))
-                self._log(logs, **{f"reward/{name}": rewards[:, k] for k, name in enumerate(REWARDS)})
-                if self.reference is not None:
-                    kl = kl_penalty(mu, normalize(references[i]), args.policy_noise)
-                    loss_i = loss_i + args.kl_coeff * kl
-                    self._log(logs, kl=kl)
-            total = total + (weight * loss_i).mean() / len(projections)
-        logs["alignment_coeff"] = [args.alignment_coeff * weight.mean()]
-        return total, {name: torch.stack(values).mean() for name, values in logs.items()}
+        grid_size = self.aligned.grid_size
+        num_tokens = num_tokens or (math.prod(grid_size) if grid_size else None)
+        features = [encoder(images) for encoder in self.aligned.encoders]
+        if num_tokens is not None:
+            features = [f if f.shape[1] == num_tokens else resample_tokens(f, num_tokens, grid_size) for f in features]
+        if self.spatial_norm > 0:
+            features = [spatial_normalize(f, self.spatial_norm) for f in features]
+        return [normalize(f) for f in features]
 
-    def _sampled_loss(self, i, mu, y, batch, step, micro_step, logs):
-        # Steps that share a draw see the same batch: its actions stay relative to the tokens they were drawn around.
-        if step % self.args.policy_epochs == 0:
-            self.draws[i, micro_step] = mu.detach()
-        xi = action_noise(self.args.seed, batch["index"], i, (self.args.group_size, *mu.shape[1:]), self.device)
-        loss_i, rewards, squares, spread, clipped = sampled_policy_loss(
-            mu,
-            y,
-            batch["tokens"],
-            xi,
-            token_shares(self.shares[i]),
-            noise_scale=self.args.policy_noise,
-            mu_old=self.draws[i, micro_step],
-            clip_range=self.args.clip_range,
-        )
-        self._log(logs, **{f"spread/{name}": spread[:, k] for k, name in enumerate(REWARDS[1:])})
-        if self.args.policy_epochs > 1:
-            self._log(logs, clip_fraction=clipped)
-        return loss_i, rewards, squares
+    def __call__(
+        self,
+        step: AlignmentStep,
+        projections: tuple[torch.Tensor, ...],
+        images,
+        loss_fm: torch.Tensor,
+        *,
+        subset: torch.Tensor | None = None,
+        index: torch.Tensor | None = None,
+        inputs: tuple | dict = (),
+    ) -> torch.Tensor:
+        """The alignment loss `L_rep` without its coefficient, a scalar; `step.logs` then has what to log.
+
+        Args:
+            projections: of the aligned transformer, `[B,N,E]` each.
+            images: as of `targets`; not looked at where `step.targets` are set.
+            loss_fm: `L_FM,i` of each sample, `[B]`; minus it is the fidelity reward.
+            subset: tokens `[B,M]` of the structural reward; drawn here when not given.
+            index: global sample indices `[B]` on the CPU, which the noise of sampled actions is a function of; drawn from
+                torch's generator when not given.
+            inputs: what the transformer was called with, as a tuple or a dictionary; needed with `kl_coeff`.
+        """
+        if not step.active:
+            step.logs = {"alignment_coeff": torch.zeros((), device=loss_fm.device)} if self.aligned.projectors else {}
+            return torch.zeros((), device=loss_fm.device)
+        targets = self.targets(images, projections[0].shape[1]) if step.targets is None else step.targets
+        weight = timestep_weight(step.t, self.timestep_weighting) / self.mean_weight
+        if self.conflict == "gate":
+            weight = weight * self.gate.lookup(step.t)
+        total, logs = 0.0, {}
+        references = self._reference_projections(inputs)
+        for i, projection in enumerate(projections):
+            mu, y = normalize(projection), targets[i % len(targets)]
+            loss_i = self._loss(step, i, mu, y, loss_fm, subset, index, references, logs)
+            total = total + (weight * loss_i).mean() / len(projections)
+        logs["alignment_coeff"] = [self.alignment_coeff * weight.mean()]
+        step.logs = {name: torch.stack(values).mean() for name, values in logs.items()}
+        return total
+
+    def _reference_projections(self, inputs) -> tuple[torch.Tensor, ...] | None:
+        return None
+
+    def _loss(self, step, i, mu, y, loss_fm, subset, index, references, logs) -> torch.Tensor:
+        """The loss of one projector, `[B]`."""
+        loss = repa_loss(mu, y)
+        self._log(logs, **{"reward/semantic": -loss})
+        return loss
 
     @staticmethod
     def _log(logs: dict, **values: torch.Tensor):
@@ -198,24 +284,241 @@ class Alignment:
         for name, value in values.items():
             logs.setdefault(name, []).append(value.detach().mean())
 
-    def observe(self):
+    def observe(self, step: AlignmentStep):
         """After backward: the cosine between the two gradients, which the probe's gradient is."""
-        if self.forks:
-            self.gate.observe(self.t, self.probe.grad)
+        if step.probe is not None:
+            self.gate.observe(step.t, step.probe.grad)
+        self.aligned.clear_resting_gradients()
 
-    def update(self, step: int, all_reduce=None):
-        """After optimizer step number `step`; `all_reduce(tensor)` sums over processes."""
-        if self.vrpo:
-            self.statistics.update(all_reduce)
+    def update(self, all_reduce: Callable | None = None):
+        """After an optimizer step; `all_reduce(tensor)` sums over processes."""
+        aligned = self.active(self.step_number)
+        self.step_number += 1
+        self._micro_steps = 0
+        if aligned:
+            self._update_statistics(all_reduce)
+
+    def _update_statistics(self, all_reduce):
         if self.forks:
             self.gate.update(all_reduce)
-            if step % self.gate.window == 0:
-                self.look_ahead(step)
+            if self.step_number % self.gate.window == 0:
+                self.release.look_ahead(self.step_number)
 
     def summary(self) -> dict[str, float]:
         """Statistics for the log; waits for the device."""
-        values = self.gate.summary() if self.forks else {}
-        if self.vrpo:
-            for name, numbers in zip(("std", "weight", "share"), self.statistics.summary()):
-                values |= {f"{name}/{reward}": number for reward, number in zip(REWARDS, numbers.tolist())}
+        return self.gate.summary() if self.forks else {}
+
+    def stateful(self) -> dict:
+        return {"conflict_gate": self.gate}
+
+    def release_state(self) -> dict:
+        return self.release.state()
+
+    def resume(self, step_number: int, release_state: dict | None = None):
+        super().resume(step_number)
+        if release_state is None or not self.release.restore(release_state):
+            self.release.look_ahead(step_number)
+
+
+class VRPO(REPA):
+    """Group-relative rewards in place of REPA's loss: a policy on the projected tokens (docs/method.md).
+
+    Args:
+        aligned, max_train_steps, alignment_coeff, alignment_stop_step, timestep_weighting, spatial_norm, prediction_type,
+            device: as of `REPA`.
+        conflict (`str`): as of `REPA`, but `"gate"` by default.
+        rewards (`list`): `"fidelity"`, first or not at all; `"semantic"`, `"structural"`; functions of (action, mu, y,
+            subset), `TokenReward`s, or `"package.module:name"` of either.
+        reward_weighting (`str`): `"inverse_variance"`, `"inverse_std"`, `"equal"`, or fixed shares with commas, one for
+            each of `rewards`.
+        estimator (`str`): `"expected"`, the limit of small noise in closed form, or `"sampled"` groups of actions.
+        policy_noise (`float`): sigma of the actions.
+        group_size (`int`): G, actions per token.
+        policy_epochs (`int`): optimizer steps that share a draw of actions; they must see the same batch.
+        clip_range (`float`): c of PPO's clipping.
+        kl_coeff (`float`): weight of the divergence from the model at the start.
+        seed (`int`): of the actions' noise.
+        autocast: makes the context that the reference of `kl_coeff` computes in.
+
+    Raises:
+        InputError: for rewards or a weighting that cannot be.
+    """
+
+    def __init__(
+        self,
+        aligned: AlignedTransformer,
+        max_train_steps: int,
+        alignment_coeff: float = 0.5,
+        alignment_stop_step: int | None = None,
+        timestep_weighting: str = "uniform",
+        spatial_norm: float = 0.0,
+        conflict: str = "gate",
+        prediction_type: str | None = None,
+        device: torch.device | None = None,
+        rewards: Sequence = DEFAULT_REWARDS,
+        reward_weighting: str = "inverse_variance",
+        estimator: str = "expected",
+        policy_noise: float = 0.1,
+        group_size: int = 8,
+        policy_epochs: int = 1,
+        clip_range: float = 0.2,
+        kl_coeff: float = 0.0,
+        seed: int = 0,
+        autocast: Callable = contextlib.nullcontext,
+    ):
+        super().__init__(
+            aligned,
+            max_train_steps,
+            alignment_coeff,
+            alignment_stop_step,
+            timestep_weighting,
+            spatial_norm,
+            conflict,
+            prediction_type,
+            device,
+        )
+        if estimator not in ("expected", "sampled"):
+            raise ValueError(f"estimator {estimator!r} must be one of expected, sampled")
+        self.fidelity, self.rewards = load_rewards(rewards)
+        self.reward_names = (FIDELITY,) * self.fidelity + tuple(reward.name for reward in self.rewards)
+        self.estimator, self.policy_noise, self.group_size = estimator, policy_noise, group_size
+        self.policy_epochs, self.clip_range, self.kl_coeff = policy_epochs, clip_range, kl_coeff
+        self.seed, self.autocast = seed, autocast
+        self.forks = True  # fidelity has its share there, and the conflict is measured
+        weighting = parse_reward_weighting(reward_weighting, len(self.reward_names))
+        # A row for every projector: aligned blocks, and the encoders within each.
+        self.statistics = RewardStatistics(len(aligned.projectors), len(self.reward_names), weighting, self.device)
+        self.reference = aligned.frozen_copy() if kl_coeff else None
+        self.draws: dict[tuple[int, int], torch.Tensor] = {}
+
+    def _end(self):
+        super()._end()
+        self.reference = None
+        self.draws.clear()
+
+    def _fidelity_share(self, step: AlignmentStep) -> torch.Tensor:
+        shares, step.tau = self.statistics.lookup(step.t)
+        # The encoders of a block share its weights, as they share the fork.
+        num_encoders = len(self.aligned.embed_dims)
+        by_block = shares.unflatten(0, (-1, num_encoders)).mean(1)
+        step.shares = by_block.repeat_interleave(num_encoders, dim=0)
+        # The fork stands at the deepest aligned block.
+        return by_block[-1, :, 0] if self.fidelity else torch.zeros_like(step.t)
+
+    def _reference_projections(self, inputs) -> tuple[torch.Tensor, ...] | None:
+        if self.reference is None:
+            return None
+        if not inputs:
+            raise ValueError("`kl_coeff` compares with the model at the start; call the objective with `inputs`")
+        with torch.no_grad(), self.autocast():
+            return (self.reference(**inputs) if isinstance(inputs, dict) else self.reference(*inputs))[1]
+
+    def _loss(self, step, i, mu, y, loss_fm, subset, index, references, logs) -> torch.Tensor:
+        if subset is None:
+            order = torch.rand(mu.shape[:2], device=mu.device).argsort(dim=1)
+            subset = order[:, : min(SUBSET_SIZE, mu.shape[1])]
+        shares = token_shares(step.shares[i], self.fidelity)
+        if self.estimator == "expected":
+            tau = step.tau[i, :, self.fidelity :]
+            loss, rewards, squares = expected_policy_loss(mu, y, subset, shares, tau, self.rewards)
+        else:
+            loss, rewards, squares = self._sampled_loss(step, i, mu, y, subset, shares, index, logs)
+        if self.fidelity:
+            rewards = torch.cat([-loss_fm.detach().unsqueeze(1), rewards], dim=1)
+            # It has no gradient at the tokens, and no tau.
+            squares = F.pad(squares, (1, 0))
+        self.statistics.observe(i, step.t, rewards, squares)
+        self._log(logs, **{f"reward/{name}": rewards[:, k] for k, name in enumerate(self.reward_names)})
+        if references is not None:
+            kl = kl_penalty(mu, normalize(references[i]), self.policy_noise)
+            loss = loss + self.kl_coeff * kl
+            self._log(logs, kl=kl)
+        return loss
+
+    def _sampled_loss(self, step, i, mu, y, subset, shares, index, logs):
+        # Steps that share a draw see the same batch: its actions stay relative to the tokens they were drawn around.
+        if self.step_number % self.policy_epochs == 0:
+            self.draws[i, step.number] = mu.detach()
+        shape = (self.group_size, *mu.shape[1:])
+        if index is None:
+            xi = torch.randn(self.group_size, *mu.shape, device=mu.device)
+        else:
+            xi = action_noise(self.seed, index, i, shape, self.device)
+        loss, rewards, squares, spread, clipped = sampled_policy_loss(
+            mu,
+            y,
+            subset,
+            xi,
+            shares,
+            rewards=self.rewards,
+            noise_scale=self.policy_noise,
+            mu_old=self.draws[i, step.number],
+            clip_range=self.clip_range,
+        )
+        self._log(logs, **{f"spread/{reward.name}": spread[:, k] for k, reward in enumerate(self.rewards)})
+        if self.policy_epochs > 1:
+            self._log(logs, clip_fraction=clipped)
+        return loss, rewards, squares
+
+    def _update_statistics(self, all_reduce):
+        self.statistics.update(all_reduce)
+        super()._update_statistics(all_reduce)
+
+    def summary(self) -> dict[str, float]:
+        values = super().summary()
+        for name, numbers in zip(("std", "weight", "share"), self.statistics.summary()):
+            values |= {f"{name}/{reward}": number for reward, number in zip(self.reward_names, numbers.tolist())}
         return values
+
+    def stateful(self) -> dict:
+        return {"reward_statistics": self.statistics, "conflict_gate": self.gate}
+
+
+def conflict_mode(config) -> str:
+    """`conflict`, or its default: the gate belongs to VRPO; REPA is REPA unless it is asked for."""
+    return config.conflict or ("gate" if config.objective == "vrpo" else "none")
+
+
+def objective_from_config(
+    config,
+    aligned: AlignedTransformer,
+    max_train_steps: int,
+    rewards: Sequence = DEFAULT_REWARDS,
+    autocast: Callable = contextlib.nullcontext,
+) -> NoAlignment:
+    """The objective that the alignment and policy options ask for.
+
+    Args:
+        config: `objective` (`"none"`, `"repa"` or `"vrpo"`) and the options of the same names as the arguments of the
+            classes.
+        rewards: of VRPO, for those that no option names.
+
+    Raises:
+        InputError: for a `reward_weighting` or rewards that cannot be.
+    """
+    if config.objective == "none":
+        return NoAlignment(aligned)
+    shared = {
+        "alignment_coeff": config.alignment_coeff,
+        "alignment_stop_step": config.alignment_stop_step,
+        "timestep_weighting": config.timestep_weighting,
+        "spatial_norm": config.spatial_norm,
+        "conflict": conflict_mode(config),
+    }
+    if config.objective == "repa":
+        return REPA(aligned, max_train_steps, **shared)
+    return VRPO(
+        aligned,
+        max_train_steps,
+        **shared,
+        rewards=rewards,
+        reward_weighting=config.reward_weighting,
+        estimator=config.estimator,
+        policy_noise=config.policy_noise,
+        group_size=config.group_size,
+        policy_epochs=config.policy_epochs,
+        clip_range=config.clip_range,
+        kl_coeff=config.kl_coeff,
+        seed=config.seed,
+        autocast=autocast,
+    )

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""The representation policy: rewards on projected tokens, and the loss whose gradient follows them.
+"""The representation policy: the losses whose gradients follow rewards on projected tokens (rewards.py).
 
 Pure functions on tensors; notation of docs/method.md. `mu [B,N,E]` are the projected tokens of the
 transformer and `y [B,N,E]` the patch embeddings of a frozen encoder, both unit vectors in float32. The objective is ours
@@ -7,30 +7,15 @@ in the terms that the paper (arXiv 2606.00583) fixes: group-relative rewards in 
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 
 from ..random_streams import ACTIONS, random_stream
+from .rewards import BUILT_IN, TokenReward, normalize, reward_gradients, tangent
 
 
-# The composite reward is alpha R_f + beta R_se + gamma R_st. Fidelity, R_f = -L_FM of the sample, is no function of the
-# tokens here: its gradient meets the others' in gradient_fork.py.
-REWARDS = ("fidelity", "semantic", "structural")
-
-
-def normalize(x: torch.Tensor) -> torch.Tensor:
-    """Unit vectors in float32; half precision here is REPA's known source of NaN.
-
-    Vectors shorter than 1e-6 become zero and get no gradient: it would be as large as they are short.
-    """
-    x = x.float()
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return torch.where(norm > 1e-6, x / norm.clamp_min(1e-6), 0.0)
-
-
-def tangent(mu: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """`P_mu g = g - <g, mu> mu`: what of a gradient moves a unit vector along the sphere."""
-    return torch.addcmul(gradient, (gradient * mu).sum(-1, keepdim=True), mu, value=-1)
+DEFAULT_TOKEN_REWARDS = (BUILT_IN["semantic"], BUILT_IN["structural"])
 
 
 def repa_loss(mu: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -38,47 +23,13 @@ def repa_loss(mu: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return -(mu * y).sum(-1).mean(-1)
 
 
-def semantic_reward(action: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """`R_se(a_n) = <a_n, y_n>` of unit actions `[B,N,E]`, in [-1, 1], `[B,N]`."""
-    return (action * y).sum(-1)
-
-
-def take_tokens(x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Rows `tokens [B,M]` of `x [B,N,E]`, `[B,M,E]`."""
-    return x.gather(1, tokens.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-
-
-def structural_reward(action: torch.Tensor, mu: torch.Tensor, y: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """`R_st(a_n) = -(1/M) sum_{m in S} (<a_n, sg mu_m> - <y_n, y_m>)^2`, at most 0, `[B,N]`.
-
-    The relations of a token to the tokens S (`tokens [B,M]`, row indices) must match the encoder's.
-    """
-    relations = action @ take_tokens(mu.detach(), tokens).mT
-    return -(relations - y @ take_tokens(y, tokens).mT).square().mean(-1)
-
-
-@torch.no_grad()
-def reward_gradients(
-    mu: torch.Tensor, y: torch.Tensor, tokens: torch.Tensor
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Rewards at the mean action and their tangent gradients `P_mu grad R_k`, in closed form.
-
-    Returns:
-        rewards `[B,N,2]`, semantic and structural, and their gradients, each `[B,N,E]`.
-    """
-    # Autocast would run the products in half precision: the rewards' differences are smaller than its rounding.
-    with torch.autocast(mu.device.type, enabled=False):
-        mu_s = take_tokens(mu, tokens)
-        difference = torch.baddbmm(mu @ mu_s.mT, y, take_tokens(y, tokens).mT, alpha=-1)
-        semantic = semantic_reward(mu, y)
-        rewards = torch.stack([semantic, -difference.square().mean(-1)], dim=-1)
-        gradient_st = (difference * (-2 / tokens.shape[1])) @ mu_s
-        # The first is `tangent(mu, y)`, whose product is the reward.
-        return rewards, [torch.addcmul(y, semantic.unsqueeze(-1), mu, value=-1), tangent(mu, gradient_st)]
-
-
 def expected_policy_loss(
-    mu: torch.Tensor, y: torch.Tensor, tokens: torch.Tensor, shares: torch.Tensor, tau: torch.Tensor
+    mu: torch.Tensor,
+    y: torch.Tensor,
+    subset: torch.Tensor,
+    shares: torch.Tensor,
+    tau: torch.Tensor,
+    rewards: Sequence[TokenReward] = DEFAULT_TOKEN_REWARDS,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The `expected` estimator: the limit of the group-relative objective for small policy noise (docs/method.md).
 
@@ -88,19 +39,22 @@ def expected_policy_loss(
 
     Args:
         mu, y: unit tokens `[B,N,E]`, float32.
-        tokens: the tokens S of the structural reward, `[B,M]`.
+        subset: the tokens S of the structural reward, `[B,M]`.
         shares: `s_k` of each sample, `[B,K]`, summing to 1.
         tau: `tau_k` of each sample, `[B,K]`, at least 0.
+        rewards: K of them; by default the semantic and the structural one.
 
     Returns:
         the loss `[B]`; the token mean of the rewards `[B,K]`; the token mean of `||P_mu grad R_k||^2` `[B,K]`.
     """
-    rewards, gradients = reward_gradients(mu, y, tokens)
+    values, gradients = reward_gradients(rewards, mu, y, subset)
     norms = torch.stack([torch.linalg.vector_norm(g, dim=-1) for g in gradients], dim=-1)
     scale = shares.unsqueeze(1) / (norms + tau.unsqueeze(1)).clamp_min(1e-12)
-    direction = torch.addcmul(scale[..., :1] * gradients[0], scale[..., 1:], gradients[1])
+    direction = scale[..., :1] * gradients[0]
+    for k in range(1, len(gradients)):
+        direction = torch.addcmul(direction, scale[..., k : k + 1], gradients[k])
     loss = -(direction * mu).sum(-1).mean(-1)
-    return loss, rewards.mean(1), norms.square().mean(1)
+    return loss, values.mean(1), norms.square().mean(1)
 
 
 def sample_actions(mu: torch.Tensor, xi: torch.Tensor, noise_scale: float = 0.1) -> torch.Tensor:
@@ -156,10 +110,11 @@ def clipped_objective(
 def sampled_policy_loss(
     mu: torch.Tensor,
     y: torch.Tensor,
-    tokens: torch.Tensor,
+    subset: torch.Tensor,
     xi: torch.Tensor | None,
     shares: torch.Tensor,
     *,
+    rewards: Sequence[TokenReward] = DEFAULT_TOKEN_REWARDS,
     noise_scale: float = 0.1,
     mu_old: torch.Tensor | None = None,
     clip_range: float = 0.2,
@@ -173,9 +128,10 @@ def sampled_policy_loss(
 
     Args:
         mu, y: unit tokens `[B,N,E]`, float32. The gradient goes to `mu` through `log pi` only.
-        tokens: the tokens S of the structural reward, `[B,M]`.
+        subset: the tokens S of the structural reward, `[B,M]`.
         xi: standard normal `[G,B,N,E]`, G at least 2; not used with `actions`.
         shares: `s_k` of each sample, `[B,K]`, summing to 1.
+        rewards: K of them; by default the semantic and the structural one.
         mu_old: the tokens that the actions are, or were, drawn around, `[B,N,E]`; without it `mu`, and then rho = 1.
         clip_range: c of the clipping.
         actions: `[G,B,N,E]` drawn before, around `mu_old`, which must then be given.
@@ -192,11 +148,11 @@ def sampled_policy_loss(
             actions = sample_actions(old, xi, noise_scale) if actions is None else actions
             # The other tokens are those of the draw too, so that an action's reward stays what it was.
             units = normalize(actions)
-            rewards = torch.stack([semantic_reward(units, y), structural_reward(units, old, y, tokens)], dim=-1)
-            spread = rewards.std(0, correction=0)
-            advantages = group_relative_advantages(rewards, noise_scale, embed_dim)
+            values = torch.stack([reward.function(units, old, y, subset) for reward in rewards], dim=-1)
+            spread = values.std(0, correction=0)
+            advantages = group_relative_advantages(values, noise_scale, embed_dim)
             advantages = (shares.unsqueeze(1) * advantages).sum(-1)
-            mean_rewards, gradients = reward_gradients(mu, y, tokens)
+            mean_rewards, gradients = reward_gradients(rewards, mu, y, subset)
             squares = torch.stack([g.square().sum(-1) for g in gradients], dim=-1)
         log_pi = log_probability(actions, mu, noise_scale)
         log_pi_old = log_pi.detach() if mu_old is None else log_probability(actions, mu_old.detach(), noise_scale)
@@ -216,14 +172,16 @@ def kl_penalty(mu: torch.Tensor, mu_ref: torch.Tensor, noise_scale: float = 0.1)
     return -scale * log_probability(mu, mu_ref.detach(), noise_scale).mean(-1)
 
 
-def token_shares(shares: torch.Tensor) -> torch.Tensor:
-    """Shares of the semantic and the structural reward among themselves, `[B,2]`, from all three `[B,3]`.
+def token_shares(shares: torch.Tensor, fidelity: bool = True) -> torch.Tensor:
+    """Shares of the token rewards among themselves, `[B,K-1]`, from those of all rewards `[B,K]`, fidelity first.
 
     What fidelity takes is taken where the gradients meet. Where it takes all, they are equal: fidelity's part is as large
-    as the gradient that it replaces.
+    as the gradient that it replaces. Without `fidelity` among the rewards, the shares `[B,K]` as they are.
     """
+    if not fidelity:
+        return shares
     rest = shares[:, 1:].sum(-1, keepdim=True)
-    return torch.where(rest > 0, shares[:, 1:] / rest.clamp_min(1e-12), 0.5)
+    return torch.where(rest > 0, shares[:, 1:] / rest.clamp_min(1e-12), 1 / (shares.shape[1] - 1))
 
 
 TIMESTEP_WEIGHTS = ("uniform", "low_noise")

@@ -1,5 +1,7 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""When alignment ends: the gate that closes timestep bins in which it opposes flow matching."""
+"""When alignment ends: at a step, or with the gate that closes timestep bins in which it opposes flow matching."""
+
+import math
 
 import torch
 
@@ -21,7 +23,7 @@ class ConflictGate:
 
     Choices of ours: the bound of a bin counts once it had samples in `MIN_SAMPLES` steps; in a step without samples a bin
     keeps its bound and its row goes on; a bin that never had samples keeps gate 1, but does not count for `closed`; the
-    averages start anew after the first 10 % of the training (1,000 steps at most), and before that nothing closes: a fresh
+    averages start again after the first 10 % of the training (1,000 steps at most), and before that nothing closes: a fresh
     model's gradients oppose each other for a while and then no longer do.
     Step k uses the statistics through step k-1, whose sums enter once per optimizer step, as in `RewardStatistics`.
 
@@ -29,7 +31,7 @@ class ConflictGate:
         max_train_steps (`int`): the window is 2 % of it, at least 1.
         device: where the statistics live, float64 (float32 on MPS).
         acts (`bool`): without it cosines are measured and no gate closes.
-        warmup (`int`, *optional*): after this many steps the averages start anew; as above when not given.
+        warmup (`int`, *optional*): after this many steps the averages start again; as above when not given.
     """
 
     def __init__(self, max_train_steps: int, device="cpu", acts: bool = True, warmup: int | None = None):
@@ -126,3 +128,38 @@ class ConflictGate:
             tensor.copy_(state_dict[name])
         # A run that goes on for longer has a longer window; the gates must not rise.
         self.state["closing"].mul_(self.window / int(state_dict["window"])).ceil_().clamp_(max=self.window)
+
+
+class Release:
+    """The step from which on alignment no longer acts: a given one, or the one at which every gate will have closed.
+
+    It is known ahead, and the same on every process, so that nobody has to ask the device at each step.
+
+    Args:
+        gate: the conflict gate; its window is how long it takes to close.
+        stop_step (`int`, *optional*): the step from which on alignment does not act in any case.
+    """
+
+    def __init__(self, gate: ConflictGate, stop_step: int | None = None):
+        self.gate = gate
+        self.stop_step = math.inf if stop_step is None else stop_step
+
+    def active(self, step: int) -> bool:
+        """Whether a step aligns. Once one does not, none after it does, on any process."""
+        return step < self.stop_step
+
+    def look_ahead(self, step: int):
+        """Learns from the gate when it will have closed everywhere. Once in a window of the gate is often enough."""
+        if self.gate.acts:
+            self.stop_step = min(self.stop_step, step + self.gate.steps_until_closed())
+
+    def state(self) -> dict:
+        """What is known so far, for a checkpoint; JSON types."""
+        return {"stop_step": None if math.isinf(self.stop_step) else self.stop_step, "gate_window": self.gate.window}
+
+    def restore(self, state: dict) -> bool:
+        """Takes over what a checkpoint knows; False where it is of a run of another length, and so does not hold."""
+        if state["gate_window"] != self.gate.window:
+            return False
+        self.stop_step = math.inf if state["stop_step"] is None else state["stop_step"]
+        return True

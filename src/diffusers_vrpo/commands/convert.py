@@ -23,7 +23,7 @@ from ..models.autoencoder import load_vae
 from ..models.official_checkpoints import (
     FORMATS,
     LAYOUTS,
-    convert_checkpoint,
+    convert_with_projectors,
     default_scheduler,
     export_checkpoint,
     pipeline_index,
@@ -104,7 +104,7 @@ def convert(args: argparse.Namespace):
             raise InputError(
                 "id2label", f"`id2label` {args.id2label} is no JSON map from ids to names: {first_line(error)}"
             ) from error
-    transformer = convert_checkpoint(
+    transformer, projectors = convert_with_projectors(
         args.checkpoint,
         preset=args.preset,
         num_attention_heads=args.num_attention_heads,
@@ -123,13 +123,17 @@ def convert(args: argparse.Namespace):
     if args.to is not None:
         is_file = output.suffix in (".pt", ".pth", ".safetensors") and not output.is_dir()
         file = output if is_file else output / f"{args.to}.pt"
-        state = export_checkpoint(transformer, args.to)
+        state = export_checkpoint(transformer, args.to, projectors)
         if args.ema_key and file.suffix == ".safetensors":
             raise InputError("ema_key", "`ema_key` needs a .pt file: safetensors are flat")
         save_official({"ema": state} if args.ema_key else state, file)
         logger.info(f"wrote {file}: {len(state)} tensors, learn_sigma={config.learn_sigma and args.to != 'repa'}")
         return
 
+    if projectors is not None:
+        logger.info(
+            f"{args.checkpoint} also holds alignment projectors, which only training needs; a pipeline has none"
+        )
     scheduler, names, has_vae = source_parts(args.checkpoint, args.cache_dir)
     vae = None
     if args.vae not in (None, "none"):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from ..errors import InputError, first_line
 from ..pipelines.pipeline_vrpo import VRPOPipeline
+from ..training.callbacks import TrainerCallback
 from ..training.checkpoints import find_damage, list_checkpoints
 from ..training.distributed import together
 from ..training.interruption import Interruption
@@ -221,28 +222,37 @@ def check_license(license: str):
     hf_raise_for_status(answer)
 
 
-class HubPush:
-    """Publishes a run: its checkpoints while it goes on, its result at the end. Without `push_to_hub` it does nothing.
+class HubPublisher(TrainerCallback):
+    """Publishes a run: its checkpoints while training goes on, its result at the end.
 
-    A push that fails is tried again, and then a warning; checkpoints that come faster than they can be sent give way to the
-    newest. What is sent lies in `.hub/` of the output folder (hard links), so that nothing waits for the network.
+    Only the main process sends. A push that fails is tried again, and then a warning; checkpoints that come faster than they
+    can be sent give way to the newest. What is sent lies in `.hub/` of the output folder (hard links), so that nothing waits
+    for the network.
+
+    Args:
+        args (`HubConfig`): what to publish, and where.
+        accelerator: of the training.
+        output_dir: of the run.
+        interruption: once it has a signal, nothing is waited for.
 
     Raises:
         InputError: before training, when the token may not write, or the Hub cannot be reached and the run is a new one.
     """
 
     def __init__(self, args, accelerator: Accelerator, output_dir: Path, interruption: Interruption):
-        check_hub_options(args)
         self.args, self.output_dir, self.interruption = args, output_dir, interruption
         self.staging = output_dir / ".hub"
-        self.active = args.push_to_hub and accelerator.is_main_process
+        self.sends = accelerator.is_main_process
         self.repo_id = args.hub_model_id or output_dir.resolve().name
         self.missing: dict[str, str] = {}  # what is not on the Hub, and why
         self._last_step = 0
         self._waiting, self._working = None, None  # jobs: a name, and what to call
         self._changed = threading.Condition()
-        if args.push_to_hub:
-            together(accelerator, self._open, where=accelerator.is_main_process)
+        together(accelerator, self._open, where=self.sends)
+
+    def on_save(self, trainer, checkpoint: Path):
+        if self.sends:
+            self.push_checkpoint(trainer.pipeline, checkpoint)
 
     def _open(self):
         shutil.rmtree(self.staging, ignore_errors=True)
@@ -275,11 +285,11 @@ class HubPush:
 
     # Main thread
 
-    def push_checkpoint(self, pipeline: VRPOPipeline, step: int):
+    def push_checkpoint(self, pipeline: VRPOPipeline, checkpoint: Path):
         """Sends a checkpoint that was just saved, if the options want it; returns at once."""
         wanted = self.args.hub_push_checkpoints or self.args.push_training_state
-        checkpoint = self.output_dir / f"checkpoint-{step}"
-        if not self.active or not wanted or not step or step == self._last_step or not checkpoint.is_dir():
+        step = int(checkpoint.name.split("-")[1])
+        if not wanted or step == self._last_step:
             return
         self._last_step, folder = step, self.staging / f"step-{step}"
         shutil.rmtree(folder, ignore_errors=True)
@@ -307,7 +317,7 @@ class HubPush:
 
     def push_result(self):
         """Publishes the output folder after all else; waits, says in one line what is not there, and raises nothing."""
-        if not self.active:
+        if not self.sends:
             return
         with self._changed:
             while self._waiting and not self.interruption.signum:

@@ -7,16 +7,19 @@ the config.
 """
 
 import argparse
+import json
 import logging
 import math
 import pickle
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
 from diffusers import DDIMScheduler, DiffusionPipeline, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
-from safetensors import SafetensorError
+from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..errors import InputError, first_line, hub_problem
@@ -65,11 +68,30 @@ DIFFUSERS_BLOCK_NAMES = {
 }
 
 
+@dataclass
+class SavedProjectors:
+    """Alignment projectors that were saved with a transformer.
+
+    Attributes:
+        description: `alignment_layers` (blocks, from 1), `alignment_dims` (widths of the encoders), `projector_type`
+            (`"mlp"` or `"conv"`) and `projector_dim` (hidden width of the former).
+        state: their weights, by names such as `"projectors.0.4.weight"`; block by block, the encoders within each.
+    """
+
+    description: dict
+    state: dict[str, torch.Tensor]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # To ours
 
 
-def convert_checkpoint(
+def convert_checkpoint(path: str, **options) -> SiTTransformer2DModel:
+    """A transformer from any checkpoint that this package knows; `convert_with_projectors` without the projectors."""
+    return convert_with_projectors(path, **options)[0]
+
+
+def convert_with_projectors(
     path: str,
     *,
     preset: str | None = None,
@@ -78,8 +100,8 @@ def convert_checkpoint(
     num_classes: int | None = None,
     alignment_layer: int | None = None,
     cache_dir: str | None = None,
-) -> SiTTransformer2DModel:
-    """A transformer from any checkpoint that this package knows, in float32 on the CPU.
+) -> tuple[SiTTransformer2DModel, SavedProjectors | None]:
+    """A transformer from any checkpoint that this package knows, in float32 on the CPU, and the projectors saved with it.
 
     Args:
         path: an official `.pt` (or `.safetensors` in the same keys) of SiT, REPA, iREPA or DiT, its averaged weights
@@ -281,8 +303,13 @@ def _from_official(path, state, training_args, preset, num_attention_heads, form
         config["guidance_channels"] = 3
 
     # 3. Projectors.
+    projectors = None
     if format in ("repa", "irepa") and _numbers(state, "projectors"):
-        config |= _projector_config(path, state, depth, training_args, alignment_layer)
+        description = _projector_config(path, state, depth, training_args, alignment_layer)
+        projectors = SavedProjectors(description, {})
+        if not 1 <= description["alignment_layers"][0] <= depth:
+            layer = description["alignment_layers"][0]
+            raise InputError("alignment_layer", f"`alignment_layer` {layer}: {path} has the blocks 1 to {depth}")
     elif alignment_layer is not None:
         raise InputError(
             "alignment_layer", f"`alignment_layer` {alignment_layer}: {path} has no projectors; leave it out"
@@ -307,12 +334,18 @@ def _from_official(path, state, training_args, preset, num_attention_heads, form
         if value.shape != parameter.shape:
             wrong.append(f"{official} {tuple(state[official].shape)}")
         converted[name] = value.float().clone(memory_format=torch.contiguous_format)
+    for name, shape in _projector_shapes(projectors, dim).items():
+        used.add(name)
+        if name in state:
+            if state[name].shape != shape:
+                wrong.append(f"{name} {tuple(state[name].shape)}")
+            projectors.state[name] = state[name].float().clone(memory_format=torch.contiguous_format)
     _check_keys(path, missing=used - state.keys(), unknown=state.keys() - used, wrong=wrong)
     table, stored = model.pos_embed, state["pos_embed"]
     if stored.shape != table.shape or not torch.allclose(stored.float(), table.to(stored.dtype).float(), atol=1e-5):
         raise InputError(None, f"{path}: its pos_embed is not SiT's sine-cosine table of {side} x {side} patches")
     model.load_state_dict(converted, assign=True)
-    return model.eval()
+    return model.eval(), projectors
 
 
 def _mlp_ratio(inner_dim: int, dim: int) -> float:
@@ -370,21 +403,34 @@ def _projector_config(path, state: dict, depth: int, training_args: dict, alignm
         alignment_layer = training_args.get("encoder_depth") or (8 if depth >= 24 else math.ceil(depth * 2 / 7))
         if "encoder_depth" not in training_args:
             logger.info(f"{path}: projectors taken as fed by block {alignment_layer} (the file does not say)")
-    config = {"alignment_layers": [alignment_layer]}
-    if conv := "projectors.0.projection_layer.weight" in state:
-        last = "projection_layer"
-        config["projector_type"] = "conv"
-    else:
-        last = "4"
+    conv = "projectors.0.projection_layer.weight" in state
+    last = "projection_layer" if conv else "4"
+    config = {"alignment_layers": [alignment_layer], "projector_type": "conv" if conv else "mlp"}
     dims = [state.get(f"projectors.{i}.{last}.weight") for i in numbers]
     if any(weight is None for weight in dims):
         raise InputError(
             None, f"{path}: its projectors are neither REPA's nor iREPA's (no projectors.*.{last}.weight)"
         )
     config["alignment_dims"] = [weight.shape[0] for weight in dims]
-    if not conv:
-        config["projector_dim"] = state["projectors.0.4.weight"].shape[1]
+    config["projector_dim"] = 2048 if conv else state["projectors.0.4.weight"].shape[1]
     return config
+
+
+def _projector_shapes(projectors: SavedProjectors | None, dim: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights of projectors, for tokens of width `dim`."""
+    if projectors is None:
+        return {}
+    description, shapes = projectors.description, {}
+    hidden = description["projector_dim"]
+    widths = list(description["alignment_dims"]) * len(description["alignment_layers"])
+    for i, width in enumerate(widths):
+        if description["projector_type"] == "conv":
+            parts = {"projection_layer": (width, dim, 3, 3)}
+        else:
+            parts = {"0": (hidden, dim), "2": (hidden, hidden), "4": (width, hidden)}
+        for part, shape in parts.items():
+            shapes |= {f"projectors.{i}.{part}.weight": shape, f"projectors.{i}.{part}.bias": shape[:1]}
+    return shapes
 
 
 def _check_keys(path, missing, unknown, wrong):
@@ -451,11 +497,53 @@ def pipeline_index(name_or_path: str, cache_dir: str | None = None) -> dict | No
         return None
 
 
-def _from_folder_or_hub(path: str, format: str, cache_dir: str | None) -> SiTTransformer2DModel:
+def read_projectors(path: str, config: dict, subfolder: str | None, cache_dir: str | None) -> SavedProjectors | None:
+    """The projectors of a training checkpoint, or of a pipeline or transformer of version 0.1, which had them inside.
+
+    Args:
+        config, subfolder: as `find_transformer` gives them.
+    """
+    averaged = subfolder == "transformer_ema"
+    file = Path(path) / ("projectors_ema.safetensors" if averaged else "projectors.safetensors")
+    if file.is_file():
+        return read_projector_file(file)
+    if not config.get("alignment_layers"):
+        return None
+    folder = Path(path)
+    if not folder.is_dir():
+        name = "/".join(filter(None, (subfolder, "diffusion_pytorch_model.safetensors")))
+        try:
+            folder = Path(hf_hub_download(path, name, cache_dir=cache_dir))
+        except Exception as error:  # in shards, or another format; the transformer itself has been loaded
+            logger.info(f"{path}: its projectors are not read ({first_line(error)})")
+            return None
+        folder = folder.parents[1] if subfolder else folder.parent
+    state = {}
+    for part in sorted((folder / (subfolder or "")).glob("*.safetensors")):
+        with safe_open(part, "pt") as weights:
+            names = [name for name in weights.keys() if name.startswith("projectors.")]  # noqa: SIM118
+            state |= {name: weights.get_tensor(name) for name in names}
+    defaults = {"alignment_dims": [], "projector_type": "mlp", "projector_dim": 2048}
+    description = {name: config.get(name, default) for name, default in ({"alignment_layers": []} | defaults).items()}
+    return SavedProjectors(description, {name: tensor.float() for name, tensor in state.items()}) if state else None
+
+
+def read_projector_file(file: Path) -> SavedProjectors:
+    """The projectors that a training checkpoint keeps in a file, whose metadata describe them."""
+    with safe_open(file, "pt") as weights:
+        description = json.loads((weights.metadata() or {}).get("description", "{}"))
+    return SavedProjectors(description, load_file(file))
+
+
+def _from_folder_or_hub(
+    path: str, format: str, cache_dir: str | None
+) -> tuple[SiTTransformer2DModel, SavedProjectors | None]:
     config, subfolder = find_transformer(path, cache_dir)
     ours = config["_class_name"] == "SiTTransformer2DModel"
     if format not in ("auto", "diffusers-dit") or (format == "diffusers-dit" and ours):
-        raise InputError("format", f"`format` {format} does not go with {path}, which holds a {config['_class_name']}")
+        raise InputError(
+            "format", f"`format` {format} cannot be combined with {path}, which holds a {config['_class_name']}"
+        )
     model_class = SiTTransformer2DModel if ours else DiTTransformer2DModel
     try:
         model, info = model_class.from_pretrained(
@@ -466,7 +554,9 @@ def _from_folder_or_hub(path: str, format: str, cache_dir: str | None) -> SiTTra
         raise InputError(None, f"{path}: the weights cannot be loaded: {problem}") from error
     wrong = [str(key) for key in info["mismatched_keys"]]
     _check_keys(path, missing=set(info["missing_keys"]), unknown=set(info["unexpected_keys"]), wrong=wrong)
-    return (model if ours else _from_diffusers_dit(path, model)).eval()
+    if not ours:
+        return _from_diffusers_dit(path, model).eval(), None
+    return model.eval(), read_projectors(path, config, subfolder, cache_dir)
 
 
 def _from_diffusers_dit(path: str, dit: DiTTransformer2DModel) -> SiTTransformer2DModel:
@@ -549,17 +639,20 @@ def flip_time(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return state
 
 
-def export_checkpoint(model: SiTTransformer2DModel, layout: str) -> dict[str, torch.Tensor]:
+def export_checkpoint(
+    model: SiTTransformer2DModel, layout: str, projectors: SavedProjectors | None = None
+) -> dict[str, torch.Tensor]:
     """The state dict that the SiT, REPA or DiT repository's model loads with `strict=True`.
 
     The official model must be constructed alike: same sizes, for `sit` and `dit` its `learn_sigma` as in our config, for
-    `repa` its `z_dims` and `projector_dim` (`z_dims=[]` for a model without projectors, iREPA's code for conv ones).
+    `repa` its `z_dims` and `projector_dim` (`z_dims=[]` without projectors, iREPA's code for conv ones).
     A model whose time runs the other way is converted (`flip_time`), so that it samples the same images there.
     `repa` keeps the projectors of one aligned block and drops variance channels, `sit` and `dit` drop projectors.
 
     Args:
         model: of any convention.
         layout: one of `LAYOUTS`.
+        projectors: those saved with the model, if any.
 
     Returns:
         float32 tensors on the CPU, by official key.
@@ -596,12 +689,11 @@ def export_checkpoint(model: SiTTransformer2DModel, layout: str) -> dict[str, to
             # Rows are ordered (patch row, patch column, channel), the variance after the velocity.
             tensor = state[f"proj_out.{kind}"].unflatten(0, (-1, 2 * config.in_channels))
             state[f"proj_out.{kind}"] = tensor[:, : config.in_channels].flatten(0, 1)
-    if layout != "repa" or len(config.alignment_layers) > 1:
-        dropped = [name for name in state if name.startswith("projectors.")]
-        state = {name: tensor for name, tensor in state.items() if name not in dropped}
-        if dropped:
-            logger.warning(f"`to` {layout}: without the {len(dropped)} tensors of the projectors")
-    if layout == "repa" and not any(name.startswith("projectors.") for name in state):
+    if projectors is not None and layout == "repa" and len(projectors.description["alignment_layers"]) == 1:
+        state |= {name: tensor.float().cpu() for name, tensor in projectors.state.items()}
+    elif projectors is not None:
+        logger.warning(f"`to` {layout}: without the {len(projectors.state)} tensors of the projectors")
+    elif layout == "repa":
         logger.warning(
             "`to` repa: no projectors; REPA's model takes it with z_dims=[], and convert.py with `format` repa"
         )

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""SiT (arXiv 2401.08740) and DiT (arXiv 2212.09748), one architecture, as a diffusers model with alignment projectors.
+"""SiT (arXiv 2401.08740) and DiT (arXiv 2212.09748), one architecture, as a diffusers model.
 
 Patches, adaLN-zero blocks, one timestep and one label embedder shared by all blocks; what distinguishes checkpoints of
 the two (what is predicted, which way time runs) is in the config. This file imports torch and diffusers only, so that it
@@ -7,7 +7,8 @@ can be published beside the weights.
 """
 
 import difflib
-from collections.abc import Callable
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,8 @@ SIT_SIZES = {
     "XL": {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72},
 }
 SIT_PATCH_SIZES = (1, 2, 4, 8)
+# What version 0.1 had among the arguments, for projectors that were part of the model; its config.json files name them.
+REMOVED_ARGUMENTS = ("alignment_layers", "alignment_dims", "projector_type", "projector_dim")
 SIT_PRESETS = tuple(f"{kind}-{size}/{p}" for kind in ("SiT", "DiT") for size in SIT_SIZES for p in SIT_PATCH_SIZES)
 
 
@@ -59,13 +62,9 @@ class SiTTransformer2DModelOutput(BaseOutput):
     Args:
         sample (`torch.Tensor` of shape `(batch, channels, height, width)`): the predicted velocity or noise; with
             `return_variance`, as many variance channels follow.
-        projections (`tuple` of `torch.Tensor` of shape `(batch, tokens, alignment_dim)`, *optional*):
-            projected hidden tokens, not normalised: for every block in `alignment_layers`, one tensor per entry of
-            `alignment_dims`.
     """
 
     sample: torch.Tensor
-    projections: tuple[torch.Tensor, ...] | None = None
 
 
 class SiTAttnProcessor:
@@ -133,28 +132,6 @@ class SiTTransformerBlock(nn.Module):
         return hidden_states + gate2.unsqueeze(1) * self.ff(modulate(self.norm2(hidden_states), shift2, scale2))
 
 
-def mlp_projector(dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
-    """REPA's projector g: three linear layers with SiLU between them, applied to each token."""
-    return nn.Sequential(
-        nn.Linear(dim, hidden_dim),
-        nn.SiLU(),
-        nn.Linear(hidden_dim, hidden_dim),
-        nn.SiLU(),
-        nn.Linear(hidden_dim, out_dim),
-    )
-
-
-class ConvProjector(nn.Module):
-    """iREPA's projector (arXiv 2512.10794): one 3x3 convolution over the grid of tokens."""
-
-    def __init__(self, dim: int, out_dim: int):
-        super().__init__()
-        self.projection_layer = nn.Conv2d(dim, out_dim, kernel_size=3, padding=1)
-
-    def forward(self, hidden_states: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
-        return self.projection_layer(hidden_states.mT.unflatten(2, grid_size)).flatten(2).mT
-
-
 class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
     """Class-conditional transformer that predicts the velocity of a flow (SiT) or the noise of a diffusion (DiT).
 
@@ -184,18 +161,14 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         downscale_freq_shift (`float`): the timestep's frequencies are `10000 ** (-i / (128 - downscale_freq_shift))`; 0
             officially, 1 in diffusers' DiT.
         norm2_eps (`float`): of the norm before the feed-forward; 1e-6 officially, 1e-5 in diffusers' DiT.
-        alignment_layers (`list[int]`): blocks, counted from 1, after which the tokens are projected.
-        alignment_dims (`list[int]`): widths of the encoders' patch embeddings; one projector per block and entry.
-        projector_type (`str`): `"mlp"`, REPA's three linear layers, or `"conv"`, iREPA's 3x3 convolution.
-        projector_dim (`int`): hidden width of the `"mlp"` projectors.
     """
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["SiTTransformerBlock"]
     _repeated_blocks = ["SiTTransformerBlock"]
     _skip_layerwise_casting_patterns = ["patch_embed", "time_embedding", "label_embedding", "norm", "proj_out"]
-    # A checkpoint with projectors opens without them: `from_pretrained(path, alignment_layers=[])`.
-    _keys_to_ignore_on_load_unexpected = [r"^projectors\."]
+    # Version 0.1 saved alignment projectors with the model.
+    _keys_to_ignore_on_load_unexpected = [r"^projectors?\."]
 
     @register_to_config
     def __init__(
@@ -217,10 +190,6 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         qk_norm: bool = False,
         downscale_freq_shift: float = 0.0,
         norm2_eps: float = 1e-6,
-        alignment_layers: list[int] = (),
-        alignment_dims: list[int] = (),
-        projector_type: str = "mlp",
-        projector_dim: int = 2048,
     ):
         super().__init__()
         dim = num_attention_heads * attention_head_dim
@@ -229,17 +198,14 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
             raise ValueError(f"sample_size {height}x{width} is not divisible by patch_size {patch_size}")
         if dim % 4:
             raise ValueError(f"num_attention_heads * attention_head_dim = {dim} must be divisible by 4")
-        if any(not 1 <= layer <= num_layers for layer in alignment_layers):
-            raise ValueError(f"alignment_layers {list(alignment_layers)} must lie in 1 ... num_layers = {num_layers}")
         for name, value, choices in (
             ("prediction_type", prediction_type, ("velocity", "epsilon")),
             ("time_direction", time_direction, ("data_to_noise", "noise_to_data")),
-            ("projector_type", projector_type, ("mlp", "conv")),
         ):
             if value not in choices:
                 raise ValueError(f"{name} {value!r} must be one of {', '.join(choices)}")
         if prediction_type == "epsilon" and time_direction != "data_to_noise":
-            raise ValueError(f"time_direction {time_direction!r} does not go with prediction_type 'epsilon'")
+            raise ValueError(f"time_direction {time_direction!r} cannot be combined with prediction_type 'epsilon'")
         self.null_class_id = null_class_id
         if null_class_id is None and class_dropout_prob > 0:
             self.null_class_id = num_classes
@@ -260,19 +226,16 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         self.norm_out = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.modulation_out = nn.Linear(dim, 2 * dim)
         self.proj_out = nn.Linear(dim, patch_size**2 * in_channels * (2 if learn_sigma else 1))
-        self.projectors = nn.ModuleList(
-            mlp_projector(dim, projector_dim, alignment_dim)
-            if projector_type == "mlp"
-            else ConvProjector(dim, alignment_dim)
-            for _ in alignment_layers
-            for alignment_dim in alignment_dims
-        )
         self.gradient_checkpointing = False
         self.initialize_weights()
 
-    def initialize_weights(self):
-        """SiT's initialisation: Xavier linears, N(0, 0.02) embedders, zeros where adaLN-zero wants the identity."""
-        for module in self.modules():
+    def initialize_weights(self, others: Iterable[nn.Module] = ()):
+        """SiT's initialisation: Xavier linears, N(0, 0.02) embedders, zeros where adaLN-zero wants the identity.
+
+        Args:
+            others: modules trained beside this one. Their linear layers are drawn right after this model's.
+        """
+        for module in itertools.chain(self.modules(), *(other.modules() for other in others)):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
@@ -284,6 +247,12 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         for linear in [block.modulation for block in self.transformer_blocks] + [self.modulation_out, self.proj_out]:
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        """diffusers' own, without its warning about the arguments that version 0.1 wrote for its projectors."""
+        config_dict = {name: value for name, value in config_dict.items() if name not in REMOVED_ARGUMENTS}
+        return super().extract_init_dict(config_dict, **kwargs)
 
     def enable_cache(self, config):
         """Caching at inference (`FirstBlockCacheConfig`, ...); tells diffusers' hooks what the blocks return."""
@@ -306,8 +275,6 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         hidden_states: torch.Tensor,
         timestep: torch.Tensor,
         class_labels: torch.Tensor,
-        return_projections: bool = False,
-        alignment_fork: Callable | None = None,
         return_variance: bool = False,
         return_dict: bool = True,
     ) -> SiTTransformer2DModelOutput | tuple:
@@ -317,10 +284,6 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
             timestep (`torch.Tensor` of shape `(batch,)` or `()`): in the checkpoint's convention: t in [0, 1], float32,
                 or an integer timestep (see the class).
             class_labels (`torch.LongTensor` of shape `(batch,)`): 0 ... K-1, or `null_class_id` for no class.
-            return_projections (`bool`): run the projectors at `alignment_layers` and return what they give.
-            alignment_fork: called as `f(hidden_states, deepest)` after every aligned block, `deepest` telling the last of
-                them; returns the tokens for the blocks above and those for the projectors. Training weighs their
-                gradients with it.
             return_variance (`bool`): keep the variance channels of a model with `learn_sigma`.
             return_dict (`bool`): a [`SiTTransformer2DModelOutput`] instead of a tuple.
         """
@@ -347,23 +310,12 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         frequencies = self.time_proj(timestep).to(self.label_embedding.weight.dtype)
         conditioning = F.silu(self.time_embedding(frequencies) + self.label_embedding(class_labels))
 
-        # 2. Blocks, with the projector branch after the aligned ones.
-        projections = []
-        per_layer = len(self.config.alignment_dims)
-        for number, block in enumerate(self.transformer_blocks, start=1):
+        # 2. Blocks.
+        for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, conditioning)
             else:
                 hidden_states = block(hidden_states, conditioning)
-            if return_projections and number in self.config.alignment_layers:
-                first = self.config.alignment_layers.index(number) * per_layer
-                to_project = hidden_states
-                if alignment_fork is not None:
-                    deepest = number == max(self.config.alignment_layers)
-                    hidden_states, to_project = alignment_fork(hidden_states, deepest)
-                for projector in self.projectors[first : first + per_layer]:
-                    grid = ((rows, columns),) if self.config.projector_type == "conv" else ()
-                    projections.append(projector(to_project, *grid))
 
         # 3. Output: tokens back to an image.
         shift, scale = self.modulation_out(conditioning).chunk(2, dim=1)
@@ -373,7 +325,6 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         if not return_variance:
             sample = sample[:, : self.config.in_channels]
 
-        projections = tuple(projections) if return_projections else None
         if not return_dict:
-            return (sample, projections)
-        return SiTTransformer2DModelOutput(sample=sample, projections=projections)
+            return (sample,)
+        return SiTTransformer2DModelOutput(sample=sample)

@@ -4,7 +4,6 @@
 import contextlib
 import json
 import logging
-import math
 import os
 import re
 import shutil
@@ -22,13 +21,15 @@ from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ..alignment.attach import AlignedTransformer
 from ..alignment.objective import conflict_mode
 from ..errors import InputError, first_line
 from ..files import sync_to_disk
 from ..models.start import weights_checksum
 from ..pipelines.pipeline_vrpo import VRPOPipeline
-from .distributed import fill, original_class, together, whole_model
+from .distributed import fill, original_class, together, whole, whole_model
 from .metrics import RunningMeans
+from .setup import trainable_parameters
 
 
 logger = get_logger(__name__)
@@ -245,7 +246,7 @@ def read_training_state(checkpoint: Path, expected: dict) -> dict:
     return state
 
 
-def run_settings(args, data, transformer: torch.nn.Module, global_batch_size: int) -> dict:
+def run_settings(args, data, aligned: AlignedTransformer, global_batch_size: int) -> dict:
     """What must be the same for a run to be continued, by the name that an error shows; paths may have moved.
 
     What of the data must be the same is in `data_settings`.
@@ -261,6 +262,7 @@ def run_settings(args, data, transformer: torch.nn.Module, global_batch_size: in
     settings["--pretrained_model_name_or_path"] = Path(args.pretrained_model_name_or_path or "none").name
     settings["--encoder"] = [Path(name).name for name in args.encoder or []]
     settings["--conflict"] = conflict_mode(args)
+    transformer = aligned.transformer
     settings["--label_dropout"] = transformer.config.class_dropout_prob
     settings["--streaming"] = args.streaming or None  # None: older checkpoints do not know it
     if args.streaming:
@@ -269,24 +271,10 @@ def run_settings(args, data, transformer: torch.nn.Module, global_batch_size: in
         # Adapters continue on the same weights only.
         frozen = (parameter for parameter in transformer.parameters() if not parameter.requires_grad)
         settings["the checksum of the frozen weights"] = weights_checksum(frozen)
-    for name, value in transformer.config.items():
+    for name, value in (transformer.config | aligned.description()).items():
         if not name.startswith("_"):
             settings[f"the model's {name}"] = list(value) if isinstance(value, tuple) else value
     return settings
-
-
-def alignment_end(alignment) -> dict:
-    """What the trainer knows about the step from which on it no longer aligns, for the checkpoint."""
-    stop = alignment.stop_step
-    return {"stop_step": None if math.isinf(stop) else stop, "gate_window": alignment.gate.window}
-
-
-def restore_alignment_end(alignment, state: dict) -> bool:
-    """Takes over what a checkpoint knows; False where it was made for a run of another length, and so does not hold."""
-    if state["gate_window"] != alignment.gate.window:
-        return False
-    alignment.stop_step = math.inf if state["stop_step"] is None else state["stop_step"]
-    return True
 
 
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path):
@@ -394,8 +382,10 @@ def register_model_hooks(
 ):
     """Makes checkpoints hold the weights and their averages, and more tensors.
 
-    Weights are in `transformer/` and `transformer_ema/`, which `from_pretrained` opens; where most are frozen, the trained
-    ones alone are in `transformer.safetensors` and `transformer_ema.safetensors`.
+    The transformer's weights are in `transformer/` and `transformer_ema/`, which `from_pretrained` opens, the projectors'
+    beside them in `projectors.safetensors` and `projectors_ema.safetensors`. Where most of the transformer is frozen, its
+    trained weights alone are in `transformer.safetensors` and `transformer_ema.safetensors`. Version 0.1 had the projectors
+    among the transformer's weights; its checkpoints are loaded, too.
 
     Args:
         tensors: objects with `state_dict` and `load_state_dict` of tensors, by name, the same on all processes; each is
@@ -404,33 +394,15 @@ def register_model_hooks(
         optional: names of `tensors` that a checkpoint may lack; these objects stay as they are then.
     """
 
-    def trained(model):
-        return {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-    def save(model, path):
-        if all(parameter.requires_grad for parameter in model.parameters()):
-            model.save_pretrained(path)
-        else:
-            save_file({name: tensor.contiguous() for name, tensor in trained(model).items()}, f"{path}.safetensors")
-
-    def load(model, path):
-        """The saved weights, in the order of the model's trained parameters."""
-        if all(parameter.requires_grad for parameter in model.parameters()):
-            saved = original_class(model).from_pretrained(path).state_dict()
-        else:
-            saved = load_file(f"{path}.safetensors")
-        return [saved[name] for name in trained(model)]
-
     def save_hook(models, weights, output_dir):
-        model = accelerator.unwrap_model(models[0])
-        for name, average in {"transformer": None, "transformer_ema": ema}.items():
-            if name == "transformer" or average is not None:
-                with whole_model(accelerator, model, average) as whole:
-                    if accelerator.is_main_process:
-                        save(whole, os.path.join(output_dir, name))
+        aligned = accelerator.unwrap_model(models[0])
+        for suffix, average in {"": None, "_ema": ema}.items():
+            if suffix == "" or average is not None:
+                save_aligned(accelerator, aligned, average, Path(output_dir), suffix)
         if accelerator.is_main_process:
             for name, holder in tensors.items():
-                save_file(holder.state_dict(), os.path.join(output_dir, f"{name}.safetensors"))
+                if state := holder.state_dict():
+                    save_file(state, os.path.join(output_dir, f"{name}.safetensors"))
         name = f"running_means_{accelerator.process_index}.safetensors"
         save_file(means.state_dict(), os.path.join(output_dir, name))
         # What is taken out here, accelerate does not save a second time.
@@ -439,10 +411,10 @@ def register_model_hooks(
     @torch.no_grad()
     def load_hook(models, input_dir):
         # Sharded ones are not among them: accelerate has loaded what it saved itself, the same.
-        model = accelerator.unwrap_model(models.pop() if models else accelerator._models[0])
-        fill(list(trained(model).values()), load(model, os.path.join(input_dir, "transformer")))
+        aligned = accelerator.unwrap_model(models.pop() if models else accelerator._models[0])
+        fill(trainable_parameters(aligned), load_aligned(aligned, Path(input_dir), ""))
         if ema is not None:
-            fill(ema.shadow_params, load(model, os.path.join(input_dir, "transformer_ema")))
+            fill(ema.shadow_params, load_aligned(aligned, Path(input_dir), "_ema"))
         for name, holder in tensors.items():
             file = os.path.join(input_dir, f"{name}.safetensors")
             if name not in optional or os.path.exists(file):
@@ -453,3 +425,56 @@ def register_model_hooks(
 
     accelerator.register_save_state_pre_hook(save_hook)
     accelerator.register_load_state_pre_hook(load_hook)
+
+
+def is_whole(transformer: torch.nn.Module) -> bool:
+    """Whether all of a transformer is trained, and not only adapters."""
+    return all(parameter.requires_grad for parameter in transformer.parameters())
+
+
+def trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The weights that are trained, by name."""
+    return {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def save_aligned(
+    accelerator: Accelerator, aligned: AlignedTransformer, average: EMAModel | None, folder: Path, suffix: str
+):
+    """Writes the weights of transformer and projectors, or their averages; for all processes."""
+    with whole_model(accelerator, aligned.transformer, average) as transformer:
+        if accelerator.is_main_process and is_whole(aligned.transformer):
+            transformer.save_pretrained(folder / f"transformer{suffix}")
+        elif accelerator.is_main_process:
+            weights = {name: tensor.contiguous() for name, tensor in trained(transformer).items()}
+            save_file(weights, folder / f"transformer{suffix}.safetensors")
+    names = list(aligned.projectors.state_dict())
+    if not names:
+        return
+    # The averages are in the order of the trained parameters, the projectors' last.
+    weights = list(aligned.projectors.parameters()) if average is None else average.shadow_params[-len(names) :]
+    weights = [whole(tensor.detach()).contiguous() for tensor in weights]
+    if accelerator.is_main_process:
+        metadata = {"description": json.dumps(aligned.description())}
+        save_file(dict(zip(names, weights)), folder / f"projectors{suffix}.safetensors", metadata)
+
+
+def load_aligned(aligned: AlignedTransformer, folder: Path, suffix: str) -> list[torch.Tensor]:
+    """What `save_aligned` wrote, or version 0.1: the saved weights in the order of the trained parameters."""
+    transformer = aligned.transformer
+    if is_whole(transformer):
+        path = folder / f"transformer{suffix}"
+        saved = original_class(transformer).from_pretrained(path).state_dict()
+    else:
+        saved = load_file(folder / f"transformer{suffix}.safetensors")
+    found = [saved[name] for name in trained(transformer)]
+    names = list(aligned.projectors.state_dict())
+    if not names:
+        return found
+    file = folder / f"projectors{suffix}.safetensors"
+    if file.is_file():
+        projectors = load_file(file)
+    else:  # version 0.1
+        for part in (folder / f"transformer{suffix}").glob("*.safetensors"):
+            saved |= load_file(part)
+        projectors = {name.removeprefix("projectors."): tensor for name, tensor in saved.items()}
+    return found + [projectors[name] for name in names]

@@ -20,7 +20,7 @@ OVERFLOWS_IN_A_ROW = 40  # fp16: the scaler halves its scale at each overflow; f
 class Interruption:
     """SIGTERM (a cluster's preemption) and SIGINT (Ctrl-C) as a wish, which the loop grants at the end of a step.
 
-    Until `listen` is called and after the `with` block signals act as always. A second SIGINT leaves at once; within a
+    Only inside a `with` block; outside of it signals act as always. A second SIGINT leaves at once; within a
     second it does not count, since terminal and launcher may both pass on the same Ctrl-C.
     """
 
@@ -30,17 +30,14 @@ class Interruption:
         self._first_sigint = None
 
     def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # no other thread may, nor gets any
+            self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *exception):
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
         self._previous = {}
-
-    def listen(self):
-        """From now on a signal sets `signum`."""
-        if threading.current_thread() is threading.main_thread():  # no other thread may, nor gets any
-            self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
 
     def _handle(self, signum, frame):
         if signum == signal.SIGINT:

@@ -4,13 +4,16 @@
 import contextlib
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.tracking import GeneralTracker
 
+from ..alignment.attach import AlignedTransformer
 from ..files import sync_to_disk
 from .output_dir import written
 from .throughput import hardware_name
@@ -34,8 +37,54 @@ def log_values(accelerator: Accelerator, values: dict[str, float], step: int):
     use_trackers(accelerator, lambda tracker: tracker.log(values, step=step))
 
 
+def start_trackers(accelerator: Accelerator, metrics_file: "MetricsFile", args, step: int):
+    """Starts the trackers of `report_to`, and adds `metrics.jsonl` to them; on the main process.
+
+    Args:
+        args (`VRPOConfig`): the options, which the trackers record.
+        step: of the checkpoint that is continued. What a continued run logs a second time replaces what TensorBoard has.
+    """
+    purge = {"tensorboard": {"purge_step": step + 1}} if step else {}
+    accelerator.init_trackers("vrpo", {name: str(value) for name, value in vars(args).items()}, purge)
+    accelerator.trackers.append(metrics_file)
+
+
+def shown_values(values: dict[str, float]) -> dict[str, str]:
+    """Loss, rewards and speed out of logged values, in few characters for the progress bar."""
+    shown = {"loss": f"{values['loss_fm']:.4f}"}
+    rewards = {name.removeprefix("reward/"): values[name] for name in values if name.startswith("reward/")}
+    shown |= {name: f"{value:.4f}" for name, value in rewards.items()}
+    shown["images/s"] = f"{values['images_per_second']:.0f}"
+    if "mfu" in values:
+        shown |= {"TFLOP/s": f"{values['tflops_per_device']:.3g}", "MFU": f"{100 * values['mfu']:.1f}%"}
+    return shown
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Metrics
+
+
+class Stopwatch:
+    """Counts the seconds between `start` and `stop`, on top of those of earlier starts.
+
+    Args:
+        seconds (`float`): where the count begins.
+    """
+
+    def __init__(self, seconds: float = 0.0):
+        self.counted = seconds
+        self.started: float | None = None
+
+    def start(self):
+        self.started = time.perf_counter()
+
+    def stop(self):
+        self.counted, self.started = self.seconds(), None
+
+    def seconds(self) -> float:
+        """The seconds so far."""
+        running = 0.0 if self.started is None else time.perf_counter() - self.started
+        return self.counted + running
 
 
 class RunningMeans:
@@ -90,10 +139,20 @@ class RunningMeans:
         self.commit()
 
 
-class MetricsFile:
-    """`metrics.jsonl`: one line per logged step. A resumed run drops the lines after its checkpoint."""
+class MetricsFile(GeneralTracker):
+    """`metrics.jsonl`, a tracker of accelerate: one line per logged step.
+
+    Args:
+        path: of the file.
+        resume_step: a resumed run drops the lines after its checkpoint.
+    """
+
+    name = "metrics.jsonl"
+    requires_logging_directory = False
+    main_process_only = True
 
     def __init__(self, path: Path, resume_step: int = 0):
+        super().__init__()
         self.path = path
         kept = [row for row in read_metrics(path) if row["step"] <= resume_step] if path.exists() else []
         temporary = path.with_suffix(".tmp")
@@ -101,7 +160,14 @@ class MetricsFile:
         sync_to_disk(temporary)
         os.replace(temporary, path)
 
-    def write(self, step: int, values: dict[str, float]):
+    @property
+    def tracker(self) -> Path:
+        return self.path
+
+    def store_init_configuration(self, values: dict):
+        """Nothing: `train_config.yaml` has the options."""
+
+    def log(self, values: dict[str, float], step: int | None = None, **kwargs):
         """Adds a line.
 
         Raises:
@@ -120,7 +186,7 @@ def write_start(
     output_dir: Path,
     step: int,
     accelerator: Accelerator,
-    transformer: torch.nn.Module,
+    aligned: AlignedTransformer,
     global_batch_size: int,
     max_train_steps: int,
     options: dict,
@@ -130,7 +196,6 @@ def write_start(
     Args:
         options: as given; their values that are files or folders here are listed, which nobody could tell elsewhere.
     """
-    projectors = sum(parameter.numel() for parameter in transformer.projectors.parameters())
     names = [name for value in options.values() for name in (value if isinstance(value, list) else [value])]
     start = {
         "step": step,
@@ -138,10 +203,10 @@ def write_start(
         "num_processes": accelerator.num_processes,
         "global_batch_size": global_batch_size,
         "mixed_precision": accelerator.mixed_precision,
-        "parameters": sum(parameter.numel() for parameter in transformer.parameters()) - projectors,
-        "projector_parameters": projectors,
+        "parameters": sum(parameter.numel() for parameter in aligned.transformer.parameters()),
+        "projector_parameters": sum(parameter.numel() for parameter in aligned.projectors.parameters()),
         "max_train_steps": max_train_steps,
-        "adapters_suffice": transformer.adapters_suffice,
+        "adapters_suffice": aligned.transformer.adapters_suffice,
         "local": sorted({name for name in names if isinstance(name, str) and os.path.exists(name)}),
         "torch": torch.__version__,
     }

@@ -79,9 +79,3 @@ def build_optimizer(args, parameters: list[torch.nn.Parameter]) -> torch.optim.O
 def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     """What is trained, averaged and clipped: all parameters, or with adapters the few that are not frozen."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def release_projectors(model: torch.nn.Module):
-    """Takes the projectors' gradients away: once alignment is off they rest, with one process and with many."""
-    for parameter in model.projectors.parameters():
-        parameter.grad = None

@@ -6,6 +6,7 @@ step is what the mathematics asks for: recomputation with gradient checkpointing
 """
 
 import argparse
+import contextlib
 import inspect
 import platform
 import re
@@ -19,6 +20,7 @@ from diffusers.training_utils import EMAModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..alignment.attach import AlignedTransformer
 from ..alignment.encoders import PatchEncoder
 from ..errors import InputError, first_line
 from ..models.transformer_sit import SiTTransformer2DModel
@@ -63,16 +65,28 @@ def forward_flops(config: dict, tokens: int | None = None) -> int:
     return 2 * (embedding + config["num_layers"] * block + output)
 
 
-def projector_flops(config: dict, tokens: int | None = None) -> int:
-    """FLOPs of one image through all alignment projectors of a transformer's config."""
-    config = MODEL_DEFAULTS | dict(config)
-    tokens = tokens or num_tokens(config)
-    dim, hidden = config["num_attention_heads"] * config["attention_head_dim"], config["projector_dim"]
-    if config["projector_type"] == "conv":
-        one = sum(9 * dim * out for out in config["alignment_dims"])
+def projector_flops(
+    hidden_dim: int,
+    tokens: int,
+    num_layers: int,
+    embed_dims: list[int],
+    projector: str = "mlp",
+    projector_dim: int = 2048,
+) -> int:
+    """FLOPs of one image through all alignment projectors.
+
+    Args:
+        hidden_dim: D, the width of the tokens.
+        tokens: N.
+        num_layers: aligned blocks.
+        embed_dims: widths of the encoders.
+        projector, projector_dim: as of `AlignedTransformer`.
+    """
+    if projector == "conv":
+        one = sum(9 * hidden_dim * out for out in embed_dims)
     else:
-        one = sum(dim * hidden + hidden**2 + hidden * out for out in config["alignment_dims"])
-    return 2 * tokens * len(config["alignment_layers"]) * one
+        one = sum(hidden_dim * projector_dim + projector_dim**2 + projector_dim * out for out in embed_dims)
+    return 2 * tokens * num_layers * one
 
 
 def encoder_flops(encoder) -> int:
@@ -99,15 +113,25 @@ def training_flops(forward: float, encoders: float = 0.0, recompute: bool = Fals
     return (3 + recompute - adapters) * forward + encoders
 
 
-def step_flops(transformer: SiTTransformer2DModel, encoders: list = ()) -> tuple[float, float]:
+def step_flops(aligned: AlignedTransformer) -> tuple[float, float]:
     """FLOPs of one image in a training step: without alignment, and with projectors and encoders.
 
     The autoencoder, the losses and the optimizer are not in it. Ask before anything is compiled.
     """
-    adapters = not all(parameter.requires_grad for parameter in transformer.parameters())
-    plain = training_flops(forward_flops(transformer.config), adapters=adapters)
-    projectors = projector_flops(transformer.config) if encoders else 0
-    return plain, plain + training_flops(projectors, sum(encoder_flops(encoder) for encoder in encoders))
+    config = aligned.transformer.config
+    adapters = not all(parameter.requires_grad for parameter in aligned.transformer.parameters())
+    plain = training_flops(forward_flops(config), adapters=adapters)
+    if not aligned.layers:
+        return plain, plain
+    projectors = projector_flops(
+        aligned.hidden_dim,
+        num_tokens(config),
+        len(aligned.layers),
+        aligned.embed_dims,
+        aligned.projector,
+        aligned.projector_dim,
+    )
+    return plain, plain + training_flops(projectors, sum(encoder_flops(encoder) for encoder in aligned.encoders))
 
 
 def throughput_metrics(
@@ -207,9 +231,9 @@ def hardware_name(device: torch.device) -> str:
 
 
 class StepProfile:
-    """Times the parts of some training steps, and reports a table once; off, a mark costs one comparison.
+    """Times the parts of some training steps, and reports a table once; off, a part costs one comparison.
 
-    `mark(name)` ends a part: the time since the mark before belongs to it. `step()` ends a step. On a GPU the marks are
+    `with profile(name):` is a part, to which the time since the part before belongs, too. `step()` ends a step. On a GPU the marks are
     events in its stream: what hides behind its work, such as a loader that keeps up, counts as nothing, and no mark waits.
 
     Args:
@@ -232,8 +256,14 @@ class StepProfile:
         self.count, self.marks = 0, []
         self.seconds: dict[str, float] = {}
 
-    def mark(self, name: str, result=None):
-        """The time since the mark before was spent on `name`. Gives `result` back, so as to stand around a call."""
+    @contextlib.contextmanager
+    def __call__(self, name: str):
+        """Inside is the part `name` of a step."""
+        yield
+        self.mark(name)
+
+    def mark(self, name: str):
+        """The time since the mark before was spent on `name`."""
         if self.active:
             if self.cuda:
                 stamp = torch.cuda.Event(enable_timing=True)
@@ -241,7 +271,6 @@ class StepProfile:
             else:
                 stamp = time.perf_counter()
             self.marks.append((name, stamp))
-        return result
 
     def step(self):
         """Ends a step; what came after its last mark is logging and checkpoints."""
@@ -306,40 +335,6 @@ def speed_up(transformer: SiTTransformer2DModel, encoders: list, compile: bool =
         for encoder in encoders:
             if isinstance(encoder, PatchEncoder):  # not features out of a cache
                 encoder.model.compile()
-
-
-class TrainingSpeed:
-    """All of the above for `train_vrpo.py`, from the options of `add_speed_options`: sets the switches when it is made.
-
-    `mark` and `step` are of the `StepProfile`, `metrics(images_per_second, aligning)` of the `throughput_meter`, and
-    `flops_per_image[aligning]` of `step_flops`.
-
-    Raises:
-        InputError: as `speed_up`.
-    """
-
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        transformer: SiTTransformer2DModel,
-        encoders: list,
-        accelerator: Accelerator,
-        report: Callable[[str], None] = print,
-    ):
-        # FLOPs are counted before anything is compiled.
-        self.flops_per_image = step_flops(transformer, encoders)
-        self.metrics = throughput_meter(self.flops_per_image, accelerator, args.peak_tflops)
-        speed_up(transformer, encoders, args.compile, args.attention_backend)
-        profile = StepProfile(args.profile, accelerator.device, report)
-        self.mark, self.step = profile.mark, profile.step
-
-    @staticmethod
-    def shown(values: dict[str, float]) -> dict[str, str]:
-        """Logged speeds in few characters, for the progress bar."""
-        shown = {"images/s": f"{values['images_per_second']:.0f}"}
-        if "mfu" in values:
-            shown |= {"TFLOP/s": f"{values['tflops_per_device']:.3g}", "MFU": f"{100 * values['mfu']:.1f}%"}
-        return shown
 
 
 class ForeachEMA(EMAModel):

@@ -21,9 +21,10 @@ from ..evaluation.image_encoders import load_image_encoder
 from ..evaluation.metrics import frechet_distance
 from ..pipelines.pipeline_vrpo import VRPOPipeline
 from ..pipelines.sampling import check_steps, image_grid, sample_batch
+from .callbacks import TrainerCallback
 from .distributed import whole_pipeline
 from .interruption import Interruption
-from .metrics import MetricsFile, log_values, read_metrics, use_trackers
+from .metrics import read_metrics, use_trackers
 
 
 logger = get_logger(__name__)
@@ -31,7 +32,7 @@ SAMPLES = 2048
 REFERENCE_IMAGES = 10_000  # training images behind the Fréchet distance; all of them where there are fewer
 
 
-class Validation:
+class Validation(TrainerCallback):
     """Draws samples of the averaged model every `validation_steps` and at the end.
 
     The grid has one column per class, from the noise of the seed. With `fd_encoder`, `num_fd_samples` unguided samples,
@@ -56,6 +57,7 @@ class Validation:
         self.columns = grid_columns(pipeline, args.validation_labels)
         check_steps(pipeline, args.num_inference_steps)
         self.fd_encoder = None
+        self.grid: Image.Image | None = None  # the newest, on the main process
         if args.num_fd_samples and not args.fd_encoder:
             raise InputError(
                 "num_fd_samples",
@@ -81,27 +83,37 @@ class Validation:
                 )
             self.reference = self.reference_moments(data)
 
-    def __call__(self, step: int, ema, metrics_file: MetricsFile | None) -> Image.Image | None:
-        """Looks at the model of a step; for all processes.
+    def on_train_begin(self, trainer):
+        """Looks at the step that a run continues from, if it ended after the checkpoint and before this was done."""
+        step, missing = trainer.step, False
+        if step > 0 and step % self.args.validation_steps == 0 and self.accelerator.is_main_process:
+            rows = read_metrics(trainer.metrics_file.path)
+            judged = self.fd_encoder is None or any(row["step"] == step and self.name in row for row in rows)
+            missing = not (judged and grid_file(self.output_dir, step).exists())
+        if broadcast_object_list([missing])[0]:
+            self.validate(trainer)
 
-        Args:
-            metrics_file: of the main process.
+    def on_evaluate(self, trainer):
+        if trainer.step % self.args.validation_steps == 0 and trainer.step < trainer.max_train_steps:
+            self.validate(trainer)
 
-        Returns:
-            the grid, on the main process.
-        """
-        accelerator, grid = self.accelerator, None
-        with whole_pipeline(accelerator, self.pipeline, ema, everywhere=self.fd_encoder is not None) as averaged:
+    def on_train_end(self, trainer):
+        self.validate(trainer)
+
+    def validate(self, trainer):
+        """Draws the grid of the trainer's step, and measures the distance; for all processes."""
+        accelerator, step = self.accelerator, trainer.step
+        with whole_pipeline(
+            accelerator, self.pipeline, trainer.ema, everywhere=self.fd_encoder is not None
+        ) as averaged:
             if accelerator.is_main_process:
-                grid = self.draw(step, averaged)
+                self.grid = self.draw(step, averaged)
             if self.fd_encoder is not None:
                 values = {self.name: self.distance(averaged)}
                 # Interrupted, it is no number; the continued run makes up for it.
                 if accelerator.is_main_process and not self.interruption.signum:
-                    log_values(accelerator, values, step)
                     logger.info(f"step {step}: {self.name} {values[self.name]:.2f}")
-                    metrics_file.write(step, values)
-        return grid
+                    trainer.log(values)
 
     def draw(self, step: int, averaged: VRPOPipeline) -> Image.Image:
         """The grid of a step, and keeps it; on the main process."""
@@ -110,17 +122,6 @@ class Validation:
         grid = draw_samples(averaged, self.columns, *drawing, device)
         save_samples(self.accelerator, self.output_dir, step, grid)
         return grid
-
-    def catch_up(self, step: int, ema, metrics_file: MetricsFile | None):
-        """Looks at the step that a run continues from, if it ended after the checkpoint and before this was done."""
-        missing = False
-        if step > 0 and step % self.args.validation_steps == 0 and metrics_file is not None:
-            measured = self.fd_encoder is None or any(
-                row["step"] == step and self.name in row for row in read_metrics(metrics_file.path)
-            )
-            missing = not (measured and grid_file(self.output_dir, step).exists())
-        if broadcast_object_list([missing])[0]:
-            self(step, ema, metrics_file)
 
     def distance(self, pipeline: VRPOPipeline) -> float:
         """The Fréchet distance of samples of `pipeline` to the reference."""

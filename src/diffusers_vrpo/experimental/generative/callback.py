@@ -5,7 +5,6 @@ An optimizer step goes: backward of the real batch, `add_gradient`, clipping, op
 generative_policy.py and docs/method.md.
 """
 
-import argparse
 import contextlib
 import copy
 import json
@@ -17,14 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, broadcast_object_list
-from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ...data.sources import TrainingData
 from ...errors import InputError, TrainingStopped
 from ...evaluation.feature_statistics import (
     FeatureSet,
@@ -40,13 +36,13 @@ from ...models.autoencoder import encode_images
 from ...models.flow import flow_matching_loss, forward_process, x0_estimate
 from ...pipelines.sampling import check_steps, decoded_images
 from ...random_streams import CLASSES, DRAWS, LOOK_NOISE, LOOK_REAL, ROLLOUT_NOISE, random_stream
+from ...training.callbacks import TrainerCallback
 from ...training.distributed import ema_weights, together, whole_pipeline
 from ...training.interruption import settle
-from ...training.metrics import log_values
 from ...training.output_dir import written
 from ...training.setup import trainable_parameters
 from ...training.throughput import forward_flops
-from .config import FREE, OPTIONS
+from .config import FREE, OPTIONS, GenerativeConfig
 from .guards import Limits, Look, tripped
 from .objective import (
     add_balanced,
@@ -75,41 +71,30 @@ REAL_IMAGES = 256  # training images behind the guards' flow-matching loss
 # The policy
 
 
-class GenerativePolicy:
+class GenerativePolicy(TrainerCallback):
     """What `train_vrpo.py` does between the backward of a real batch and its optimizer step, from a step on.
 
     Rollout r draws the classes, noise and timesteps of (seed, r): it is the same for any number of processes, each of which
     has whole groups. Statistics, the queue of features and what the guards compare with are saved with a checkpoint.
 
     Args:
-        args: the options of `add_generative_options`.
-        data: what the run trains on.
-        lr_scheduler: gets another base at the start.
-        validation: has the encoder of `fd_encoder` and its reference, where there is one.
+        args (`GenerativeConfig`): its options.
 
     Raises:
         InputError: for options that cannot work here.
     """
 
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        accelerator: Accelerator,
-        pipeline,
-        data: TrainingData,
-        lr_scheduler,
-        validation,
-        global_batch_size: int,
-        max_train_steps: int,
-    ):
+    state_name = "generative_policy"
+
+    def __init__(self, args: GenerativeConfig):
         self.args, self.start = args, args.generative_policy_start_step
-        self.enabled = self.start is not None
-        if not self.enabled:
-            return
-        self.accelerator, self.pipeline, self.output_dir = accelerator, pipeline, validation.output_dir
-        self.transformer, self.device = pipeline.transformer, accelerator.device
-        self.lr_scheduler, self.validation = lr_scheduler, validation
-        self._check(data, max_train_steps)
+
+    def on_init_end(self, trainer):
+        args, accelerator, data = self.args, trainer.accelerator, trainer.data
+        self.accelerator, self.pipeline, self.output_dir = accelerator, trainer.pipeline, trainer.output_dir
+        self.transformer, self.device = self.pipeline.transformer, accelerator.device
+        self.validation = trainer.validation
+        self._check(data, trainer.max_train_steps)
         self.limits = Limits(args.guard_loss_rise, args.guard_recall_fall, args.guard_distance_rise)
         self.anchor_coeff = (
             (0.3 if args.rollout_epochs > 1 else 0.0) if args.anchor_coeff is None else args.anchor_coeff
@@ -160,14 +145,14 @@ class GenerativePolicy:
         )
         self.num_samples = args.rollout_classes * args.rollout_group_size
         self.update_flops = own * self.num_samples * forward
-        real = 3 * args.rollout_every * global_batch_size / self.num_samples
+        real = 3 * args.rollout_every * trainer.global_batch_size / self.num_samples
         logger.info(
             f"an update of the generative policy has {self.num_samples} samples and costs {own + real:.1f} forward passes for each: "
             f"{evaluations} rollout, {counter.get_total_flops() / forward:.1f} encoder, "
             f"{3 * args.mc_samples * args.rollout_epochs + args.mc_samples * (self.anchor_coeff > 0)} likelihood, {real:.1f} real "
             f"images; rewards {', '.join(f'{n} {w:.2f}' for n, w in zip(self.rewards.names, weights))} ({kind})"
         )
-        if validation.fd_encoder is None or Path(args.fd_encoder).name == Path(name).name:
+        if self.validation.fd_encoder is None or Path(args.fd_encoder).name == Path(name).name:
             logger.warning(
                 f"no guard looks at features that the rewards do not see; give `fd_encoder` of another family than {name}"
             )
@@ -344,19 +329,47 @@ class GenerativePolicy:
 
     def active(self, step: int) -> bool:
         """Whether this step, from 0, follows rewards."""
-        return (
-            self.enabled
-            and step >= self.start
-            and (step - self.start) % self.args.rollout_every < self.args.rollout_epochs
-        )
+        return step >= self.start and (step - self.start) % self.args.rollout_every < self.args.rollout_epochs
 
-    def unfinished(self, step: int) -> bool:
-        """Whether after so many steps a rollout is in use, which no checkpoint holds."""
-        return self.active(step) and (step - self.start) % self.args.rollout_every > 0
+    def can_save(self, step: int, begun: bool = False) -> bool:
+        """Whether no rollout is in use, which no checkpoint holds."""
+        return not self.active(step) or (not begun and (step - self.start) % self.args.rollout_every == 0)
 
     def flops(self, step: int) -> float:
         """What a step costs beside the real batch."""
         return self.update_flops / self.args.rollout_epochs if self.active(step) else 0.0
+
+    def on_train_begin(self, trainer):
+        """Checks that a checkpoint fits, and looks at the model that the policy starts from.
+
+        Raises:
+            InputError: when the checkpoint was saved past the start, by a run without the policy.
+            TrainingStopped: when a guard trips.
+        """
+        if trainer.step > self.start and self.first is None:
+            raise InputError(
+                "generative_policy_start_step",
+                f"`generative_policy_start_step` {self.start} is behind step {trainer.step}, from which the run continues; "
+                f"give {trainer.step} or more",
+            )
+        self.on_step_end(trainer)
+
+    def before_optimizer_step(self, trainer):
+        """In a step that follows rewards, adds their gradient."""
+        if self.active(trainer.step):
+            with trainer.profile("generative policy"):
+                trainer.metrics.add(**self.add_gradient(trainer.step, trainer.ema))
+
+    def on_step_end(self, trainer):
+        """Looks at the model where it is time to.
+
+        Raises:
+            TrainingStopped: when a guard trips; a checkpoint was saved before, if that can be.
+        """
+        if reason := self.look(trainer):
+            if trainer.step != trainer.saved_step and trainer.can_save():
+                trainer.save_checkpoint()
+            raise self.stop(reason, trainer.step, trainer.saved_step)
 
     def add_gradient(self, step: int, ema) -> dict[str, torch.Tensor]:
         """Adds the rewards' gradient to the one that the parameters have, at most `max_gradient_ratio` as long.
@@ -483,8 +496,6 @@ class GenerativePolicy:
             scales.append(scale)
         if epoch == 0:
             rollout |= {"old": torch.cat(olds), "scale": torch.cat(scales)}
-            fresh = torch.cat(ratios)
-            assert bool(((fresh == 1) | fresh.isnan()).all()), "the ratio of a fresh rollout is not 1"
         if self.accelerator.num_processes > 1:
             for gradient in filter(lambda g: g is not None, gradients):
                 torch.distributed.all_reduce(gradient)
@@ -497,25 +508,25 @@ class GenerativePolicy:
     # ------------------------------------------------------------------------------------------------------------------
     # Guards
 
-    def look(self, step: int, ema, metrics_file) -> str | None:
+    def look(self, trainer) -> str | None:
         """Before the first update, and every `guard_every` rollouts: whether the model has become worse; for all processes.
 
         Returns:
             why the policy must stop, or None.
         """
-        if not self.enabled or step < self.start or step == self.looked_step:
+        step, ema = trainer.step, trainer.ema
+        if step < self.start or step == self.looked_step:
             return None
         rollouts, between = divmod(step - self.start, self.args.rollout_every)
         if between or rollouts % self.args.guard_every:
             return None
         if step == self.start:
-            self._set_learning_rate()
+            self._set_learning_rate(trainer.lr_scheduler)
         now = self._measure(ema)
         reason = tripped(self.first, now, self.limits)
         outcome = broadcast_object_list([reason, now.score])
         if self.accelerator.is_main_process:
-            log_values(self.accelerator, now.values(), step)
-            metrics_file.write(step, now.values())
+            trainer.log(now.values())
         if step == self.start or outcome[0] is not None:  # before and after, from the same noise
             with whole_pipeline(self.accelerator, self.pipeline, ema) as averaged:
                 if self.accelerator.is_main_process:
@@ -527,8 +538,8 @@ class GenerativePolicy:
             self.looked_step = step
         return outcome[0]
 
-    def _set_learning_rate(self):
-        rate, scheduler = self.args.generative_learning_rate, self.lr_scheduler
+    def _set_learning_rate(self, scheduler):
+        rate = self.args.generative_learning_rate
         scheduler.base_lrs = [rate] * len(scheduler.base_lrs)
         for group, factor in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas):
             group["lr"] = rate * factor(scheduler.last_epoch)
@@ -643,15 +654,17 @@ class GenerativePolicy:
         return {"generative_policy_start_step": self.start, **values}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        begun = self.first is not None
-        state = {"begun": torch.tensor(begun)}
-        if begun:
-            state["settings"] = torch.frombuffer(bytearray(json.dumps(self.settings()).encode()), dtype=torch.uint8)
-            state["first"] = torch.tensor(list(vars(self.first).values()), dtype=torch.float64)
-            state["best"] = torch.tensor([self.best_score, self.best_step, self.looked_step], dtype=torch.float64)
-            state |= {f"start.{name}": value.contiguous() for name, value in self.start_values.items()}
-            state |= {f"rewards.{name}": value for name, value in self.rewards.state_dict().items()}
-        return state
+        """What the policy has begun with and how far it is; nothing before it begins."""
+        if self.first is None:
+            return {}
+        state = {
+            "begun": torch.tensor(True),
+            "settings": torch.frombuffer(bytearray(json.dumps(self.settings()).encode()), dtype=torch.uint8),
+            "first": torch.tensor(list(vars(self.first).values()), dtype=torch.float64),
+            "best": torch.tensor([self.best_score, self.best_step, self.looked_step], dtype=torch.float64),
+        }
+        state |= {f"start.{name}": value.contiguous() for name, value in self.start_values.items()}
+        return state | {f"rewards.{name}": value for name, value in self.rewards.state_dict().items()}
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]):
         """Raises an InputError when the run was begun with other options."""
@@ -675,23 +688,3 @@ class GenerativePolicy:
         self.rewards.load_state_dict(
             {n.removeprefix("rewards."): v for n, v in state_dict.items() if n.startswith("rewards.")}
         )
-
-    def check_begun(self, step: int, checkpoint: Path):
-        """After a checkpoint was loaded: a run that is past the start must have begun there, and one that has begun goes on.
-
-        Raises:
-            InputError: when the checkpoint knows nothing of the policy, or knows it and the options do not.
-        """
-        file = checkpoint / "generative_policy.safetensors"
-        if not self.enabled and file.exists() and bool(load_file(file)["begun"]):
-            raise InputError(
-                "generative_policy_start_step",
-                f"without `generative_policy_start_step` {checkpoint}, which follows rewards, cannot be continued; give what it "
-                "began with, or start a new run from these weights with `pretrained_model_name_or_path`",
-            )
-        if self.enabled and step > self.start and self.first is None:
-            raise InputError(
-                "generative_policy_start_step",
-                f"`generative_policy_start_step` {self.start} is behind step {step}, from which the run continues; give {step} or "
-                "more",
-            )

@@ -149,3 +149,6 @@ def check_generative(parser: argparse.ArgumentParser, args: argparse.Namespace):
             "--generative_policy_start_step needs --reward_encoder, a frozen encoder that judges samples, such as "
             "facebook/dinov2-base"
         )
+
+
+GenerativeConfig = argparse.Namespace

@@ -1,0 +1,323 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""Attaching alignment to a diffusers transformer: projectors on the image tokens of some of its blocks.
+
+Forward hooks on the blocks read the tokens and pass them through the fork (gradient_fork.py). The transformer itself
+stays what it was: a pipeline saves it and samples from it, and knows nothing of the projectors.
+
+A limit: in transformers with a text stream (SD3, Flux), flow matching also reaches the lower blocks through the text
+tokens. The fork sees, weighs and compares the gradient of the image tokens alone.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from diffusers.hooks._helpers import TransformerBlockRegistry
+from torch import nn
+
+from ..errors import InputError
+from .projectors import ConvProjector, make_projector, token_grid
+
+
+def alignment_layers(layer_scope: str, num_layers: int) -> list[int]:
+    """The blocks, counted from 1, that `layer_scope` means: `early` (8 of 28), `mid`, `all`, or a list such as `4,8`.
+
+    Raises:
+        InputError: for another word or a block that the model does not have.
+    """
+    named = {
+        "early": [math.ceil(num_layers * 2 / 7)],
+        "mid": [max(1, num_layers // 2)],
+        "all": list(range(1, num_layers + 1)),
+    }
+    if layer_scope in named:
+        return named[layer_scope]
+    try:
+        layers = sorted({int(part) for part in layer_scope.split(",")})
+    except ValueError:
+        layers = []
+    if not layers or layers[0] < 1 or layers[-1] > num_layers:
+        raise InputError(
+            "layer_scope",
+            f"`layer_scope` {layer_scope!r} is neither early, mid, all nor a list such as 4,8 of blocks between 1 and "
+            f"{num_layers}",
+        )
+    return layers
+
+
+def transformer_blocks(transformer: nn.Module) -> list[nn.Module]:
+    """The blocks of a diffusers transformer in the order of the forward pass; Flux has single after double blocks.
+
+    Raises:
+        ValueError: for a module that has neither `transformer_blocks` nor `single_transformer_blocks`.
+    """
+    names = ("transformer_blocks", "single_transformer_blocks")
+    blocks = [block for name in names for block in getattr(transformer, name, [])]
+    if not blocks:
+        raise ValueError(f"{type(transformer).__name__} has no {' or '.join(names)}; give `blocks`")
+    return blocks
+
+
+def image_tokens_index(block: nn.Module, output: torch.Tensor | tuple) -> int | None:
+    """Where the image tokens `[B,N,D]` stand in a block's output; None where they are the output.
+
+    diffusers keeps a register of this (a private one, which a test pins); for a block that is not in it, the image tokens
+    are taken to be last.
+    """
+    if isinstance(output, torch.Tensor):
+        return None
+    try:
+        return TransformerBlockRegistry.get(type(block)).return_hidden_states_index
+    except ValueError:
+        return len(output) - 1
+
+
+@dataclass
+class _Call:
+    """One call of the aligned transformer: its fork, and the tokens that the hooks take out for the projectors."""
+
+    fork: Callable | None
+    tokens: dict[int, list[torch.Tensor]] | None = field(default_factory=dict)
+
+
+@dataclass
+class _Attachment:
+    """What the hooks on the transformer know. It is not the module, so that a copied transformer has hooks of its own.
+
+    `next` is what the coming call of the transformer belongs to, `current` what the last one belonged to: None where
+    somebody has called the transformer itself, such as a pipeline. `current` outlives the call, because with gradient
+    checkpointing the blocks and their hooks run a second time during backward.
+    """
+
+    deepest: int
+    projectors_per_layer: int
+    next: _Call | None = None
+    current: _Call | None = None
+
+
+class _StartCall:
+    """Forward pre-hook of the transformer: makes the coming call the current one."""
+
+    def __init__(self, attachment: _Attachment):
+        self.attachment = attachment
+
+    def __call__(self, transformer, inputs):
+        self.attachment.current, self.attachment.next = self.attachment.next, None
+
+
+class _TakeTokens:
+    """Forward hook of an aligned block: splits the image tokens in those that go on and those for the projectors."""
+
+    def __init__(self, attachment: _Attachment, layer: int):
+        self.attachment, self.layer = attachment, layer
+
+    # The graph of a compiled block ends before the hook: what it remembers and how it forks is not traced.
+    @torch.compiler.disable
+    def __call__(self, block, inputs, output):
+        call = self.attachment.current
+        if call is None:
+            return None
+        index = image_tokens_index(block, output)
+        onward = output if index is None else output[index]
+        to_project = onward
+        if call.fork is not None:
+            onward, to_project = call.fork(onward, self.layer == self.attachment.deepest)
+        # Autograd adds up gradients in the reverse order of the forward pass. A view for each projector, made here, keeps
+        # the projectors' place in that order, though they run after the last block.
+        views = [to_project.view_as(to_project) for _ in range(self.attachment.projectors_per_layer)]
+        if call.tokens is not None:
+            call.tokens[self.layer] = views
+        return onward if index is None else (*output[:index], onward, *output[index + 1 :])
+
+
+class _WithZeroGradient(torch.autograd.Function):
+    """The first tensor as it is; the others take part in the backward pass, with a gradient of zero."""
+
+    @staticmethod
+    def forward(ctx, x, *resting):
+        ctx.save_for_backward(*resting)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, *(torch.zeros_like(tensor) for tensor in ctx.saved_tensors)
+
+
+class AlignedTransformer(nn.Module):
+    """A diffusers transformer with projectors on the tokens of some of its blocks, as alignment trains it.
+
+        aligned = AlignedTransformer(transformer, layers=[8], encoders=[encoder])
+        prediction, projections = aligned(x_t, timestep, ..., fork=step.fork)
+
+    Train the wrapper (its parameters are the transformer's, then the projectors'), save and sample `aligned.transformer`.
+    It works with gradient checkpointing, compiled blocks, autocast, DDP, and FSDP2 and DeepSpeed through accelerate. A
+    backward pass with gradient checkpointing must follow its forward pass before the transformer is called again.
+
+    Args:
+        transformer: SiT, DiT, PixArt, SD3, Flux, Sana or another one whose blocks put out tokens `[B,N,D]`.
+        layers (`list[int]`): the aligned blocks, counted from 1; those of `transformer_blocks`, and from there on those of
+            `single_transformer_blocks`. None of them trains without projectors.
+        encoders (`list`): frozen encoders, one projector each and block: `PatchEncoder`s, or callables that give patch
+            embeddings `[B,M,E]` of images and have an attribute `embed_dim`, E. They are not submodules.
+        projector (`"mlp"` or `"conv"`): REPA's three linear layers, or iREPA's 3x3 convolution.
+        projector_dim (`int`): hidden width of the `"mlp"`.
+        hidden_dim (`int`, *optional*): D; by default `num_attention_heads * attention_head_dim` of the transformer's config.
+        grid_size (`(int, int)`, *optional*): rows and columns of the image tokens; by default the transformer's `grid_size`,
+            or what the shape of its input tells. Packed latents, as Flux takes them, do not tell.
+        blocks (`list[nn.Module]`, *optional*): the blocks that `layers` counts, of a transformer that names them otherwise.
+
+    Raises:
+        ValueError: for a layer or projector that cannot be, or a transformer whose blocks or width are not known.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        layers: list[int] = (),
+        encoders: list = (),
+        projector: str = "mlp",
+        projector_dim: int = 2048,
+        hidden_dim: int | None = None,
+        grid_size: tuple[int, int] | None = None,
+        blocks: list[nn.Module] | None = None,
+    ):
+        super().__init__()
+        self.transformer = transformer
+        self.encoders = list(encoders)
+        self.embed_dims = [int(encoder.embed_dim) for encoder in self.encoders]
+        self.layers = sorted(layers) if self.encoders else []
+        self.projector, self.projector_dim = projector, projector_dim
+        grid_size = grid_size or getattr(transformer, "grid_size", None)
+        self.grid_size = tuple(grid_size) if grid_size else None
+        self.ended = False
+        blocks = (blocks or transformer_blocks(transformer)) if self.layers else []
+        if self.layers and not 1 <= self.layers[0] <= self.layers[-1] <= len(blocks):
+            raise ValueError(f"layers {self.layers} must lie in 1 ... {len(blocks)}, the transformer's blocks")
+        if self.layers and hidden_dim is None:
+            config = transformer.config
+            if not {"num_attention_heads", "attention_head_dim"} <= set(config):
+                raise ValueError(f"the width of {type(transformer).__name__}'s tokens is not known; give `hidden_dim`")
+            hidden_dim = config["num_attention_heads"] * config["attention_head_dim"]
+        self.hidden_dim = hidden_dim
+
+        # Block by block, and the encoders within each: the order of the projections.
+        self.projectors = nn.ModuleList(
+            make_projector(projector, hidden_dim, embed_dim, projector_dim)
+            for _ in self.layers
+            for embed_dim in self.embed_dims
+        )
+        for module in self.projectors.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+        self._attachment = _Attachment(self.layers[-1] if self.layers else 0, len(self.embed_dims))
+        self._handles = [
+            blocks[layer - 1].register_forward_hook(_TakeTokens(self._attachment, layer)) for layer in self.layers
+        ]
+        self._handles.append(transformer.register_forward_pre_hook(_StartCall(self._attachment)))
+
+    @property
+    def _no_split_modules(self) -> list[str] | None:
+        """The transformer's, where accelerate looks for what FSDP is to shard as one."""
+        return getattr(self.transformer, "_no_split_modules", None)
+
+    def forward(self, *args, fork: Callable | None = None, align: bool = True, **kwargs):
+        """
+        Args:
+            args, kwargs: of the transformer.
+            fork: called as `f(tokens, deepest)` after every aligned block, `deepest` telling the last of them; returns the
+                tokens for the blocks above and those for the projectors. An objective's `begin` makes it.
+            align (`bool`): run the projectors; without it, and after `end`, there are no projections.
+
+        Returns:
+            the transformer's prediction; a tuple of projected tokens `[B,N,E]`, not normalised: for every aligned block,
+            one for each encoder.
+        """
+        align = align and not self.ended and bool(self.layers)
+        call = _Call(fork) if align else None
+        self._attachment.next = call
+        prediction = self.transformer(*args, **kwargs, return_dict=False)[0]
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if self.ended and several and torch.is_grad_enabled():
+            # DDP waits for a gradient of every parameter.
+            resting = [parameter for parameter in self.projectors.parameters() if parameter.requires_grad]
+            prediction = _WithZeroGradient.apply(prediction, *resting)
+        if not align:
+            return prediction, ()
+        tokens, call.tokens = call.tokens, None
+        first = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
+        projections = []
+        for number, projector in enumerate(self.projectors):
+            layer, i = divmod(number, len(self.embed_dims))
+            hidden_states = tokens[self.layers[layer]][i]
+            if isinstance(projector, ConvProjector):
+                grid = token_grid(hidden_states.shape[1], self.grid_size, first)
+                projections.append(projector(hidden_states, grid))
+            else:
+                projections.append(projector(hidden_states))
+        return prediction, tuple(projections)
+
+    def end(self):
+        """Ends alignment: frees the encoders. From now on `forward` runs no projector.
+
+        What DDP needs of a parameter that rests, a gradient of zero, comes with the prediction; `clear_resting_gradients`
+        keeps that from the optimizer.
+        """
+        self.encoders, self.ended = [], True
+        self._attachment.current = None
+
+    def clear_resting_gradients(self):
+        """After backward: projectors rest once alignment has ended, with one process and with many."""
+        if self.ended:
+            for parameter in self.projectors.parameters():
+                parameter.grad = None
+
+    def detach(self) -> nn.Module:
+        """Removes the hooks from the transformer and returns it."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        return self.transformer
+
+    def frozen_copy(self) -> "AlignedTransformer":
+        """A copy in evaluation mode that is not trained; it has no encoders."""
+        encoders, self.encoders = self.encoders, []
+        self._attachment.current = None
+        try:
+            return copy.deepcopy(self).eval().requires_grad_(False)
+        finally:
+            self.encoders = encoders
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Weights of the projectors
+
+    def description(self) -> dict:
+        """What projectors of other weights must have in common with these: blocks, widths and kind."""
+        return {
+            "alignment_layers": list(self.layers),
+            "alignment_dims": list(self.embed_dims),
+            "projector_type": self.projector,
+            "projector_dim": self.projector_dim,
+        }
+
+    @torch.no_grad()
+    def load_projectors(self, description: dict, state: dict[str, torch.Tensor]) -> bool:
+        """Takes over the weights of projectors, if they are of the same blocks, widths and kind.
+
+        Args:
+            description: as `description()` gives it.
+            state: by names as `"0.4.weight"`, or `"projectors.0.4.weight"`.
+
+        Returns:
+            whether they are.
+        """
+        own = self.description()
+        if own["projector_type"] == "conv":  # which has no hidden width
+            description = {**description, "projector_dim": own["projector_dim"]}
+        if any(description.get(name) != value for name, value in own.items()):
+            return False
+        self.projectors.load_state_dict({name.removeprefix("projectors."): tensor for name, tensor in state.items()})
+        return True

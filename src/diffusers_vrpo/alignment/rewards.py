@@ -1,0 +1,172 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""Rewards of projected tokens, and their gradients along the sphere.
+
+The composite reward is `alpha R_f + beta R_se + gamma R_st` (arXiv 2606.00583). Fidelity, `R_f = -L_FM` of the sample, is
+not a function of the tokens: its gradient meets the others' in gradient_fork.py. Semantic, structural and user-defined
+rewards are `TokenReward`s. Notation of docs/method.md: `mu [B,N,E]` are the projected tokens of the transformer and
+`y [B,N,E]` the patch embeddings of a frozen encoder, both unit vectors in float32.
+"""
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import InputError, first_line
+
+
+FIDELITY = "fidelity"
+DEFAULT_REWARDS = (FIDELITY, "semantic", "structural")
+
+
+def normalize(x: torch.Tensor) -> torch.Tensor:
+    """Unit vectors in float32; half precision here is REPA's known source of NaN.
+
+    Vectors shorter than 1e-6 become zero and get no gradient: it would be as large as they are short.
+    """
+    x = x.float()
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.where(norm > 1e-6, x / norm.clamp_min(1e-6), 0.0)
+
+
+def tangent(mu: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """`P_mu g = g - <g, mu> mu`: what of a gradient moves a unit vector along the sphere."""
+    return torch.addcmul(gradient, (gradient * mu).sum(-1, keepdim=True), mu, value=-1)
+
+
+@dataclass(frozen=True)
+class TokenReward:
+    """A reward of actions on tokens.
+
+    Attributes:
+        name (`str`): in logs, `reward/{name}`.
+        function: `f(action, mu, y, subset) -> reward`. `action` are unit vectors `[B,N,E]`, or `[G,B,N,E]` for a group of G
+            actions per token; `mu` the tokens that they were drawn around and `y` the encoder's, unit vectors `[B,N,E]`;
+            `subset` the indices `[B,M]` of M tokens drawn for this step. The reward has the shape of `action` without its
+            last dimension, float32. A token's reward may depend on its own action only; relations to other tokens go
+            through `mu`.
+        gradient (*optional*): `g(mu, y, subset) -> (reward [B,N], tangent gradient [B,N,E])` at `action = mu` in closed
+            form, where the gradient is `P_mu dR/da`. Without it autograd computes that from `function`.
+    """
+
+    name: str
+    function: Callable
+    gradient: Callable | None = None
+
+    def value_and_gradient(
+        self, mu: torch.Tensor, y: torch.Tensor, subset: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The reward of the mean action `[B,N]`, and its tangent gradient `[B,N,E]`."""
+        if self.gradient is not None:
+            return self.gradient(mu, y, subset)
+        with torch.enable_grad():
+            action = mu.detach().requires_grad_()
+            value = self.function(action, mu.detach(), y, subset)
+            (gradient,) = torch.autograd.grad(value.sum(), action)
+        return value.detach(), tangent(mu, gradient)
+
+
+def semantic_reward(action: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """`R_se(a_n) = <a_n, y_n>` of unit actions `[B,N,E]`, in [-1, 1], `[B,N]`."""
+    return (action * y).sum(-1)
+
+
+def semantic_gradient(mu: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The semantic reward at the mean action, and its tangent gradient; `tangent(mu, y)`, whose product is the reward."""
+    reward = semantic_reward(mu, y)
+    return reward, torch.addcmul(y, reward.unsqueeze(-1), mu, value=-1)
+
+
+def take_tokens(x: torch.Tensor, subset: torch.Tensor) -> torch.Tensor:
+    """Rows `subset [B,M]` of `x [B,N,E]`, `[B,M,E]`."""
+    return x.gather(1, subset.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def structural_reward(action: torch.Tensor, mu: torch.Tensor, y: torch.Tensor, subset: torch.Tensor) -> torch.Tensor:
+    """`R_st(a_n) = -(1/M) sum_{m in S} (<a_n, sg mu_m> - <y_n, y_m>)^2`, at most 0, `[B,N]`.
+
+    The relations of a token to the tokens S (`subset [B,M]`, row indices) must match the encoder's.
+    """
+    relations = action @ take_tokens(mu.detach(), subset).mT
+    return -(relations - y @ take_tokens(y, subset).mT).square().mean(-1)
+
+
+def structural_gradient(mu: torch.Tensor, y: torch.Tensor, subset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The structural reward at the mean action, and its tangent gradient, from one difference of relations."""
+    mu_s = take_tokens(mu, subset)
+    difference = torch.baddbmm(mu @ mu_s.mT, y, take_tokens(y, subset).mT, alpha=-1)
+    gradient = (difference * (-2 / subset.shape[1])) @ mu_s
+    return -difference.square().mean(-1), tangent(mu, gradient)
+
+
+BUILT_IN = {
+    "semantic": TokenReward(
+        "semantic",
+        lambda action, mu, y, subset: semantic_reward(action, y),
+        lambda mu, y, subset: semantic_gradient(mu, y),
+    ),
+    "structural": TokenReward("structural", structural_reward, structural_gradient),
+}
+
+
+@torch.no_grad()
+def reward_gradients(
+    rewards: Sequence[TokenReward], mu: torch.Tensor, y: torch.Tensor, subset: torch.Tensor
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Rewards at the mean action and their tangent gradients `P_mu grad R_k`.
+
+    Returns:
+        rewards `[B,N,K]`, and their gradients, each `[B,N,E]`.
+    """
+    # Autocast would run the products in half precision: the rewards' differences are smaller than its rounding.
+    with torch.autocast(mu.device.type, enabled=False):
+        found = [reward.value_and_gradient(mu, y, subset) for reward in rewards]
+    return torch.stack([value for value, _ in found], dim=-1), [gradient for _, gradient in found]
+
+
+def load_rewards(entries: Sequence[str | Callable | TokenReward]) -> tuple[bool, list[TokenReward]]:
+    """Whether fidelity is among the rewards, and the token rewards, from what a user names.
+
+    Args:
+        entries: `"fidelity"`, which must come first; `"semantic"`, `"structural"`; a `TokenReward`; a function as of
+            `TokenReward`, whose name is the reward's; or `"package.module:name"` of either.
+
+    Raises:
+        InputError: for an entry that is none of these, a name that stands twice, or no token reward at all.
+    """
+    rewards, fidelity = [], False
+    for number, entry in enumerate(entries):
+        if entry == FIDELITY:
+            fidelity = True
+            if number > 0:
+                raise InputError("rewards", f"`rewards` {entry} must come first")
+            continue
+        rewards.append(_load_reward(entry))
+    names = [FIDELITY] * fidelity + [reward.name for reward in rewards]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError("rewards", f"`rewards` has {twice[0]} twice")
+    if not rewards:
+        raise InputError("rewards", "`rewards` needs at least one reward of tokens, such as semantic")
+    return fidelity, rewards
+
+
+def _load_reward(entry: str | Callable | TokenReward) -> TokenReward:
+    if isinstance(entry, str) and entry in BUILT_IN:
+        return BUILT_IN[entry]
+    if isinstance(entry, str):
+        module, _, name = entry.partition(":")
+        if not module or not name:
+            raise InputError(
+                "rewards",
+                f"`rewards` {entry!r} is neither {', '.join((FIDELITY, *BUILT_IN))} nor package.module:name",
+            )
+        try:
+            entry = getattr(importlib.import_module(module), name)
+        except Exception as error:  # whatever that module raises when it is imported
+            raise InputError("rewards", f"`rewards` {entry} cannot be imported: {first_line(error)}") from error
+    if isinstance(entry, TokenReward):
+        return entry
+    if not callable(entry):
+        raise InputError("rewards", f"`rewards` {entry!r} is not a function of (action, mu, y, subset)")
+    return TokenReward(getattr(entry, "__name__", type(entry).__name__), entry)

@@ -1,0 +1,52 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""The aligned transformer that a training starts with: transformer and projectors, fresh or from a checkpoint."""
+
+import logging
+
+import torch
+
+from ..models.start import Start, build_transformer, load_start
+from .attach import AlignedTransformer, alignment_layers
+
+
+logger = logging.getLogger(__name__)
+
+
+def build_aligned_transformer(
+    args, start: Start, latent_shape: tuple, num_classes: int, id2label: dict | None, encoders: list
+) -> AlignedTransformer:
+    """The transformer to train, fitted to data and encoders, with its projectors; adapters if `lora_rank` asks for them.
+
+    All weights that are not loaded are drawn from torch's generator.
+
+    Args:
+        latent_shape: channels, height and width.
+        encoders: as of `AlignedTransformer`; none trains without projectors.
+
+    Raises:
+        InputError: when weights and data do not fit, or the configuration makes no model.
+    """
+    with torch.random.fork_rng(devices=[]):  # what making them draws does not count
+        transformer, difference = build_transformer(args, start, latent_shape, num_classes, id2label, draw=False)
+        layers = alignment_layers(args.layer_scope, len(transformer.transformer_blocks)) if encoders else []
+        aligned = AlignedTransformer(transformer, layers, encoders, args.projector, args.projector_dim)
+    draw_weights(aligned)
+    load_start(transformer, args, start, difference)
+    if start.source is not None and encoders:
+        saved = start.projectors
+        if saved is None or not aligned.load_projectors(saved.description, saved.state):
+            logger.info(f"{args.pretrained_model_name_or_path}: the projectors start again")
+    return aligned
+
+
+def draw_weights(aligned: AlignedTransformer):
+    """Draws the weights of a `SiTTransformer2DModel` and of its projectors from torch's generator.
+
+    This is the one place that keeps a seed's weights what they were in version 0.1, where the projectors were part of the
+    model: the defaults of every layer first, in the order of construction, the projectors' last, and then SiT's own
+    initialisation of all of them. Adapters are drawn later, as they were.
+    """
+    for module in aligned.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    aligned.transformer.initialize_weights(aligned.projectors)

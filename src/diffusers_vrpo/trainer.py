@@ -1,0 +1,654 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""The trainer: flow matching with representation alignment (none, REPA, VRPO), on one process or many.
+
+`compute_loss` is the method on one screen. `train_step` makes an optimizer step of it, and `train` repeats that until the
+run is done. What happens around the steps (validation, publishing, the generative policy) is a callback.
+"""
+
+import contextlib
+import math
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate.logging import get_logger
+from diffusers.optimization import get_scheduler
+from tqdm.auto import tqdm
+
+from .alignment.encoders import load_encoder
+from .alignment.objective import objective_from_config
+from .alignment.rewards import DEFAULT_REWARDS
+from .alignment.start import build_aligned_transformer
+from .config import VRPOConfig, replace
+from .data.image_datasets import check_corrupt_rows, too_many_corrupt
+from .data.samples import StreamBatchSampler
+from .data.sources import TrainingData, as_training_data, check_data_settings, data_settings, load_training_data
+from .errors import InputError, TrainingInterrupted, TrainingStopped
+from .hub.background import HubPublisher
+from .hub.publish import push_folder
+from .models.autoencoder import latent_shape, load_vae
+from .models.ddpm import variational_bound
+from .models.flow import flow_matching_loss, forward_process
+from .models.official_checkpoints import default_scheduler
+from .models.start import read_start
+from .models.transformer_sit import SIT_PRESETS
+from .models.vision import layers_of_encoders
+from .pipelines import VRPOPipeline
+from .reporting.curves import plot_metrics
+from .training.callbacks import TrainerCallback, check_states, stateful
+from .training.checkpoints import (
+    choose_checkpoint,
+    load_checkpoint,
+    read_training_state,
+    register_model_hooks,
+    run_settings,
+    save_checkpoint,
+    save_lora,
+)
+from .training.distributed import clip_grad_norm, prepare, whole_pipeline
+from .training.interruption import Interruption, StepGuard, settle
+from .training.metrics import (
+    MetricsFile,
+    RunningMeans,
+    Stopwatch,
+    log_values,
+    shown_values,
+    start_trackers,
+    write_start,
+)
+from .training.output_dir import locked, prepare_output_dir, written
+from .training.setup import build_optimizer, start_accelerator, trainable_parameters
+from .training.throughput import ForeachEMA, StepProfile, speed_up, step_flops, throughput_meter
+from .training.validation import Validation
+
+
+logger = get_logger(__name__)
+
+
+class VRPOTrainer:
+    """Trains a class-conditional diffusion transformer (SiT, DiT) with representation alignment.
+
+        trainer = VRPOTrainer(
+            model="SiT-B/2",
+            encoders="facebook/dinov2-base",
+            vae="stabilityai/sd-vae-ft-ema",
+            train_dataset=dataset,
+            args=VRPOConfig(output_dir="sit-b", max_train_steps=100_000),
+        )
+        trainer.train()
+        trainer.save_model()
+
+    `train` continues from the newest checkpoint in `args.output_dir`. What is not given here is what `args` names, so that
+    `VRPOTrainer(args=args)` is the whole of `train_vrpo.py`.
+
+    Args:
+        model (`str`, *optional*): a preset such as `"SiT-B/2"`, or weights to start from: a pipeline or transformer (Hub
+            name or folder), or an official checkpoint of SiT, REPA, iREPA or DiT.
+        encoders (`str`, callable or a list of them, *optional*): frozen vision encoders to align with: Hub names or folders
+            of `transformers` models, or callables that map images `[B,3,H,W]` in [-1, 1] to patch embeddings `[B,M,E]`
+            and have an attribute `embed_dim`, E. Each gets a projector.
+        vae (`str` or a diffusers autoencoder, *optional*): encodes the images; `"none"` trains on pixels.
+        train_dataset (`datasets.Dataset` or `TrainingData`, *optional*): images and class labels.
+        rewards (`list`, *optional*): of `objective="vrpo"`: names out of `"fidelity"`, `"semantic"` and `"structural"`, and
+            token rewards of your own: callables `reward(action, mu, y, subset) -> [B,N]` or `"package.module:name"`.
+        args (`VRPOConfig`, *optional*): all options; the defaults without it.
+        callbacks (`list[TrainerCallback]`): called around the steps, after the trainer's own.
+
+    Attributes:
+        step (`int`): optimizer steps that are done.
+        pipeline ([`VRPOPipeline`]): of the weights in training; `save_model` saves the averaged ones.
+        transformer: the model in training, without projectors.
+        model: what is called in training: the transformer with its projectors, wrapped by accelerate.
+
+    Raises:
+        InputError: for options, data or checkpoints that cannot work, before any long work.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        encoders: str | Callable | Sequence[str | Callable] | None = None,
+        vae: str | torch.nn.Module | None = None,
+        train_dataset=None,
+        rewards: list | None = None,
+        args: VRPOConfig | None = None,
+        callbacks: Iterable[TrainerCallback] = (),
+    ):
+        self.args = args = with_given(args or VRPOConfig(), model, encoders, vae)
+        self.output_dir = prepare_output_dir(args.output_dir)
+        self.interruption = Interruption()
+        with contextlib.ExitStack() as resources:
+            resources.enter_context(locked(self.output_dir))
+            self.accelerator = start_accelerator(args, self.output_dir)
+            self.profile = StepProfile(args.profile, self.accelerator.device, logger.info)
+
+            # What cannot work fails here: the Hub, the checkpoint to continue from, data, autoencoder, encoders.
+            publisher = []
+            if args.push_to_hub:
+                publisher = [HubPublisher(args, self.accelerator, self.output_dir, self.interruption)]
+            self.checkpoint = choose_checkpoint(self.accelerator, args.resume_from_checkpoint, self.output_dir)
+            self.data = self._open_data(train_dataset)
+            self.vae = self._open_vae(vae)
+            self._build_model(encoders, rewards)
+            self.validation = Validation(
+                args, self.accelerator, self.pipeline, self.data, self.output_dir, self.interruption
+            )
+            self.callbacks = [*publisher, self.validation, *callbacks]
+            self._call("on_init_end")
+            self._register_state()
+            self._resources = resources.pop_all()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def close(self):
+        """Lets other runs use the output folder; the end of the process does so, too."""
+        self._resources.close()
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # The method
+
+    def compute_loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The loss of a micro-batch, `L = L_FM + lambda L_rep` (docs/method.md), a scalar.
+
+        Models that learn the variance of their diffusion also get its variational bound.
+
+        Args:
+            batch: on the device: `pixels [B,3,R,R]` in [-1, 1] or what a latent cache holds; `class_labels [B]`; `noise`;
+                `timestep [B]`, uniform in [0, 1); and what the objective needs.
+        """
+        config, channels = self.transformer.config, self.latent_shape[0]
+
+        # Clean latents, and their noisy versions. In flow time t, 1 is noise.
+        with self.profile("autoencoder"):
+            x0 = self.data.latents(self.vae, batch)
+        x_t, timestep, target, t = forward_process(x0, batch["noise"], batch["timestep"], config)
+
+        # One forward pass gives the prediction and the projected tokens of the aligned blocks.
+        inputs = (x_t, timestep, batch["class_labels"])
+        self.alignment = alignment = self.objective.begin(t)
+        with self.profile("forward"):
+            prediction, projections = self.model(
+                *inputs, fork=alignment.fork, align=alignment.active, return_variance=self.learns_variance
+            )
+            loss_fm = flow_matching_loss(prediction[:, :channels], target)
+            loss = loss_fm.mean()
+            self.metrics.add(loss_fm=loss)
+
+        # The variance channels of a diffusion are trained by its variational bound.
+        if self.learns_variance:
+            loss_vb = variational_bound(*prediction.split(channels, dim=1), x0, x_t, timestep).mean()
+            loss = loss + loss_vb
+            self.metrics.add(loss_vb=loss_vb)
+
+        # REPA's cosine, or VRPO's rewards of the projected tokens; the fidelity reward joins in at the fork.
+        if self.aligned.layers:
+            images = batch.get("pixels", batch)  # a cache has the encoders' features in their place
+            with self.profile("encoder"):
+                alignment.targets = self.objective.targets(images)
+            with self.profile("alignment loss"):
+                draws = {"subset": batch.get("tokens"), "index": batch["index"], "inputs": inputs}
+                loss_rep = self.objective(alignment, projections, images, loss_fm, **draws)
+            loss = loss + self.args.alignment_coeff * loss_rep
+            self.metrics.add(**alignment.logs)
+        return loss
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # The loop
+
+    def train(self):
+        """Trains until `max_train_steps`, from the checkpoint that `args.resume_from_checkpoint` means, if there is one.
+
+        Raises:
+            TrainingStopped: when the run cannot go on.
+            TrainingInterrupted: after SIGTERM or SIGINT, when a checkpoint has been saved.
+        """
+        self._resume()
+        self._record_start()
+        batches = self._batches()
+        self._call("on_train_begin")
+        self.model.train()
+        with self.interruption, self._progress_bar() as self.progress:
+            self.stopwatch.start()
+            while self.step < self.max_train_steps:
+                self.train_step(batches)
+                self._call("on_step_end")
+                self.log_if_due()
+                self.stopwatch.stop()
+                self.save_if_due()
+                self._call("on_evaluate")
+                self.profile.step()
+                self.stopwatch.start()
+            self.stopwatch.stop()
+        self.accelerator.wait_for_everyone()
+        self._call("on_train_end")
+
+    def train_step(self, batches: Iterator[dict[str, torch.Tensor]]):
+        """One optimizer step, on `gradient_accumulation_steps` of the `batches`.
+
+        Raises:
+            TrainingStopped: when the loss or the gradient is not finite, unless such steps are skipped.
+        """
+        accelerator, args = self.accelerator, self.args
+        for _ in range(args.gradient_accumulation_steps):
+            batch = self._next_batch(batches)
+            with accelerator.accumulate(self.model):
+                loss = self.compute_loss(batch)
+                self.guard.watch(loss)
+                with self.profile("backward"):
+                    accelerator.backward(loss)
+                self.objective.observe(self.alignment)
+                if accelerator.sync_gradients:
+                    self._call("before_optimizer_step")
+                    grad_norm = clip_grad_norm(accelerator, self.model, args.max_grad_norm)
+                    self.metrics.add(grad_norm=grad_norm)
+                    self.guard.ask(grad_norm)
+                # Between two optimizer steps both do nothing.
+                with self.profile("optimizer"):
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
+
+        # A step that is not finite has changed nothing: the optimizer left weights and moments as they were.
+        if problem := self.guard.answer():
+            self._skip_or_stop(problem)
+        self.flops += self._flops_of_step()
+        self.step += 1
+        self.metrics.commit()
+        self.samples_seen += self.global_batch_size if self.step % args.policy_epochs == 0 else 0
+        self.lr_scheduler.step()
+        if self.ema is not None:
+            with self.profile("average"):
+                self.ema.step(trainable_parameters(self.aligned))
+        with self.profile("statistics"):
+            self.objective.update(accelerator.reduce if accelerator.num_processes > 1 else None)
+            self.progress.update()
+
+    def log_if_due(self):
+        """Every `logging_steps`, and at the end: reads the metrics and gives them to the trackers."""
+        args = self.args
+        if self.step % args.logging_steps and self.step < self.max_train_steps:
+            return
+        values = self.metrics.read(self.accelerator)
+        self.num_corrupt = check_corrupt_rows(self.corrupt_rows, len(self.data), self.num_corrupt)
+        if self.alignment.active:
+            values |= self.objective.summary()
+        if args.skip_nonfinite:
+            values["skipped_steps"] = self.guard.skipped
+        values["learning_rate"] = self.lr_scheduler.get_last_lr()[0]
+        seconds = self.stopwatch.seconds()
+        images = (self.step - self.logged_step) * self.global_batch_size
+        values["images_per_second"] = images / (seconds - self.logged_seconds)
+        values |= self.throughput(values["images_per_second"], self.alignment.active)
+        values |= {"samples_seen": self.samples_seen, "train_seconds": seconds, "train_flops": self.flops}
+        self.logged_step, self.logged_seconds = self.step, seconds
+        self.progress.set_postfix(shown_values(values))
+        self.log(values)
+        self._call("on_log", values)
+
+    def log(self, values: dict[str, float]):
+        """Gives metrics of the current step to `metrics.jsonl` and the trackers."""
+        log_values(self.accelerator, values, self.step)
+
+    def save_if_due(self):
+        """Every `checkpointing_steps`, at the end, and after a signal: a checkpoint.
+
+        Raises:
+            TrainingStopped: when the last one cannot be saved.
+            TrainingInterrupted: after a signal.
+        """
+        last = self.step == self.max_train_steps
+        leaving = self.guard.signum and self.can_save()
+        if self.step % self.args.checkpointing_steps == 0 or last or leaving:
+            self.save_checkpoint()
+            if self.saved_step != self.step and (last or leaving):
+                raise TrainingStopped(f"step {self.step} could not be saved; make room and run the same command again")
+        if leaving:
+            name = signal.Signals(self.guard.signum).name
+            logger.info(f"{name}: the same command continues from step {self.step}")
+            self.end()
+            raise TrainingInterrupted(self.guard.signum, self.step)
+
+    def can_save(self, begun: bool = False) -> bool:
+        """Whether a checkpoint of this step would hold all that a resumed run needs: no draw is in use."""
+        whole = self.step % self.args.policy_epochs == 0
+        return whole and all(callback.can_save(self.step, begun) for callback in self.callbacks)
+
+    def save_checkpoint(self) -> bool:
+        """Saves `checkpoint-{step}`, on all processes; returns whether it could be written."""
+        state = {
+            "step": self.step,
+            "samples_seen": self.samples_seen,
+            "skipped": self.guard.skipped,
+            "settings": self.settings,
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "alignment": self.objective.release_state(),
+            "callbacks": [name for name, callback in stateful(self.callbacks).items() if callback.state_dict()],
+            "train_seconds": self.stopwatch.seconds(),
+            "train_flops": self.flops,
+        }
+        if self.metrics_file is not None:
+            self.metrics_file.sync()
+        limit = self.args.checkpoints_total_limit
+        saved = save_checkpoint(self.accelerator, self.output_dir, self.step, state, limit)
+        if saved:
+            self.saved_step = self.step
+            self._call("on_save", self.output_dir / f"checkpoint-{self.step}")
+        return saved
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # The result
+
+    def save_model(self):
+        """Writes the result to the output folder: a pipeline with the averaged weights, a grid of samples, and curves.
+
+        `VRPOPipeline.from_pretrained(args.output_dir)` opens it. Adapters are also saved by themselves, in `lora/`.
+        """
+        args, output_dir = self.args, self.output_dir
+        with (
+            whole_pipeline(self.accelerator, self.pipeline, self.ema) as averaged,
+            written(f"the pipeline in {output_dir}"),
+        ):
+            if self.accelerator.is_main_process:
+                if args.lora_rank:
+                    save_lora(averaged.transformer, output_dir / "lora")
+                averaged.save_pretrained(output_dir)
+                if self.validation.grid is not None:
+                    self.validation.grid.save(output_dir / "samples.png")
+                plot_metrics(output_dir / "metrics.jsonl", output_dir / "training.png", f"objective {args.objective}")
+                logger.info(f"wrote the pipeline, samples.png and training.png to {output_dir}")
+        self.end()
+
+    def push_to_hub(self):
+        """Publishes the output folder, with a model card, as `args.hub_model_id` (the folder's name without it)."""
+        publisher = next((callback for callback in self.callbacks if isinstance(callback, HubPublisher)), None)
+        if publisher is not None:
+            with self.interruption:
+                publisher.push_result()
+        elif self.accelerator.is_main_process:
+            args = self.args
+            repo_id = args.hub_model_id or self.output_dir.resolve().name
+            push_folder(self.output_dir, repo_id, private=args.hub_private_repo or None, license=args.hub_license)
+
+    def end(self):
+        """Ends trackers; after that the processes may end, too."""
+        settle(self.accelerator)
+        self.accelerator.end_training()
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Setting up
+
+    def _open_data(self, train_dataset) -> TrainingData:
+        args, accelerator = self.args, self.accelerator
+        with accelerator.main_process_first():
+            if train_dataset is None:
+                data = load_training_data(args)
+            else:
+                data = as_training_data(train_dataset, args.image_column, args.label_column)
+        data.give_up_when(lambda: self.interruption.signum > 0)  # in an outage, a signal ends the waiting
+        if accelerator.is_main_process:
+            data.check()
+        return data
+
+    def _open_vae(self, vae) -> torch.nn.Module | None:
+        if isinstance(vae, torch.nn.Module):
+            return vae.to(self.accelerator.device).eval().requires_grad_(False)
+        name = self.args.vae or self.data.vae or "none"
+        return None if name == "none" else load_vae(name, self.args.cache_dir).to(self.accelerator.device)
+
+    def _load_encoders(self, encoders: list | None, grid_size: tuple[int, int]) -> list:
+        """The encoders to align with: those given, those whose features the data have, or loaded ones."""
+        args, accelerator = self.args, self.accelerator
+        if args.objective == "none":
+            if args.encoder:
+                logger.info(f"objective none trains without the encoder {', '.join(args.encoder)}")
+            return []
+        if encoders is None or all(isinstance(encoder, str) for encoder in encoders):
+            layers = layers_of_encoders(args.encoder, args.encoder_layer)
+            if cached := self.data.features(args.encoder, layers, grid_size):
+                return cached
+            encoders = args.encoder
+        else:
+            layers = layers_of_encoders(encoders, args.encoder_layer)
+        half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+        dtype = torch.float32 if accelerator.device.type == "cpu" else half
+        return [
+            load_encoder(encoder, grid_size, layer, dtype, accelerator.device, args.cache_dir)
+            if isinstance(encoder, str)
+            else encoder
+            for encoder, layer in zip(encoders, layers)
+        ]
+
+    def _build_model(self, encoders, rewards):
+        """The transformer with its projectors, pipeline, optimizer, averages and objective, spread over the processes."""
+        args, accelerator, data = self.args, self.accelerator, self.data
+        start = read_start(args)
+        patch_size = start.config["patch_size"]
+        self.latent_shape = latent_shape(self.vae, args.resolution, patch_size)
+        self.grid_size = tuple(side // patch_size for side in self.latent_shape[1:])
+        self.encoders = self._load_encoders(as_list(encoders), self.grid_size)
+
+        # All processes start from the same weights, drawn from the seed.
+        torch.manual_seed(args.seed)
+        self.aligned = build_aligned_transformer(
+            args, start, self.latent_shape, data.num_classes, data.id2label, self.encoders
+        )
+        self.transformer = transformer = self.aligned.transformer
+        self.learns_variance = transformer.config.learn_sigma and transformer.config.prediction_type == "epsilon"
+        if args.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+        self.aligned.to(accelerator.device)
+
+        # FLOPs are counted before anything is compiled.
+        self.flops_per_image = step_flops(self.aligned)
+        self.throughput = throughput_meter(self.flops_per_image, accelerator, args.peak_tflops)
+        speed_up(transformer, self.encoders, args.compile, args.attention_backend)
+
+        self.global_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+        self.max_train_steps = length_of_run(args, len(data), self.global_batch_size)
+        optimizer = build_optimizer(args, trainable_parameters(self.aligned))
+        self.lr_scheduler = get_scheduler(
+            args.lr_scheduler,
+            optimizer,
+            num_warmup_steps=args.lr_warmup_steps,
+            num_training_steps=self.max_train_steps,
+        )
+        self.objective = objective_from_config(
+            args, self.aligned, self.max_train_steps, rewards=rewards or DEFAULT_REWARDS, autocast=accelerator.autocast
+        )
+        scheduler = default_scheduler(transformer.config.prediction_type)
+        self.pipeline = VRPOPipeline(transformer, scheduler, self.vae, data.id2label)
+
+        # FSDP replaces the weights: the averages are of the new ones.
+        self.model, self.optimizer = prepare(accelerator, self.aligned, optimizer)
+        self.ema = None
+        if args.use_ema:
+            # min_decay turns diffusers' warm-up off, which would reach 0.9999 at step 90,000 only.
+            self.ema = ForeachEMA(trainable_parameters(self.aligned), decay=args.ema_decay, min_decay=args.ema_decay)
+
+    def _register_state(self):
+        """What a run counts, and what its checkpoints hold."""
+        self.step, self.samples_seen, self.saved_step, self.flops = 0, 0, 0, 0.0
+        self.logged_step, self.logged_seconds = 0, 0.0
+        self.corrupt_rows, self.num_corrupt = set(), 0
+        self.stopwatch, self.metrics, self.metrics_file = Stopwatch(), RunningMeans(), None
+        self.guard = StepGuard(self.accelerator, self.optimizer, self.interruption, self.args.skip_nonfinite)
+        self.settings = run_settings(self.args, self.data, self.aligned, self.global_batch_size)
+        of_callbacks = stateful(self.callbacks)
+        register_model_hooks(
+            self.accelerator,
+            self.ema,
+            self.objective.stateful() | of_callbacks,
+            self.metrics,
+            optional=list(of_callbacks),
+        )
+
+    def _resume(self):
+        """Loads the checkpoint to continue from, if there is one."""
+        of_data = data_settings(self.data)
+        if self.checkpoint is not None:
+            state = read_training_state(self.checkpoint, self.settings)
+            check_data_settings(state["settings"], of_data, self.checkpoint, self.args.allow_changed_data)
+            check_states(self.checkpoint, state.get("callbacks"), self.callbacks)
+            load_checkpoint(self.accelerator, self.checkpoint)
+            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+            self.step, self.samples_seen, self.flops = state["step"], state["samples_seen"], state["train_flops"]
+            self.guard.skipped = state["skipped"]
+            self.stopwatch = Stopwatch(state["train_seconds"])
+            self.logged_step, self.logged_seconds = self.step, state["train_seconds"]
+            # A checkpoint of another folder stays there: this one has none of its own yet.
+            own = self.checkpoint.parent.resolve() == self.output_dir.resolve()
+            self.saved_step = self.step if own else 0
+            if self.ema is not None:
+                self.ema.optimization_step = self.step
+            logger.info(f"continuing from {self.checkpoint} at step {self.step}")
+        self.objective.resume(self.step, None if self.checkpoint is None else state["alignment"])
+        self.settings |= of_data
+
+    def _record_start(self):
+        """Writes what runs: the options, the start, and a line for the log; opens metrics and trackers."""
+        args, accelerator = self.args, self.accelerator
+        if accelerator.is_main_process:
+            given = {name: value for name, value in vars(args).items() if value is not None and name != "config"}
+            given["vae"] = args.vae or self.data.vae or "none"
+            with written(f"train_config.yaml or metrics.jsonl in {self.output_dir}"):
+                (self.output_dir / "train_config.yaml").write_text(yaml.safe_dump(given))
+                self.metrics_file = MetricsFile(self.output_dir / "metrics.jsonl", self.step)
+                write_start(
+                    self.output_dir,
+                    self.step,
+                    accelerator,
+                    self.aligned,
+                    self.global_batch_size,
+                    self.max_train_steps,
+                    given,
+                )
+            start_trackers(accelerator, self.metrics_file, args, self.step)
+        parameters = sum(parameter.numel() for parameter in trainable_parameters(self.aligned))
+        logger.info(
+            f"{len(self.data)} images, {self.data.num_classes} classes; training {parameters / 1e6:.1f} M parameters, "
+            f"{math.prod(self.grid_size)} tokens; {self.global_batch_size} samples a step on "
+            f"{accelerator.num_processes} process(es), steps {self.step} to {self.max_train_steps}"
+        )
+
+    def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        """The micro-batches of this process, from where the checkpoint's stream of samples ended."""
+        args, accelerator, config = self.args, self.accelerator, self.transformer.config
+        samples = self.data.samples(
+            seed=args.seed,
+            resolution=args.resolution,
+            latent_shape=self.latent_shape,
+            null_class_id=self.transformer.null_class_id,
+            label_dropout=config.class_dropout_prob,
+            center_crop=args.center_crop,
+            random_flip=args.random_flip,
+            sample_posterior=self.vae is not None,
+            num_tokens=math.prod(self.grid_size) if args.objective == "vrpo" else None,
+            encoders=self.encoders,
+            global_batch_size=self.global_batch_size,
+        )
+        sampler = StreamBatchSampler(
+            self.samples_seen,
+            max(0, self.max_train_steps - self.step),
+            args.train_batch_size,
+            accelerator.process_index,
+            accelerator.num_processes,
+            args.gradient_accumulation_steps,
+            repeats=args.policy_epochs,
+        )
+        pin_memory = accelerator.device.type == "cuda"
+        return iter(self.data.loader(samples, sampler, args.dataloader_num_workers, pin_memory))
+
+    def _next_batch(self, batches: Iterator) -> dict[str, torch.Tensor]:
+        """A micro-batch on the device, pixels in [-1, 1]; sample indices stay on the CPU."""
+        with self.profile("data"):
+            batch = next(batches)
+        self.corrupt_rows.update(batch.pop("corrupt_rows").tolist())
+        if len(self.corrupt_rows) > 0.01 * len(self.data):
+            raise too_many_corrupt(self.corrupt_rows, len(self.data))
+        index = batch.pop("index")
+        device = self.accelerator.device
+        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        if "pixels" in batch:
+            batch["pixels"] = batch["pixels"].float() / 127.5 - 1
+        return batch | {"index": index}
+
+    def _skip_or_stop(self, problem: str):
+        """After a step whose loss or gradient was not finite.
+
+        Raises:
+            TrainingStopped: unless such steps are skipped.
+        """
+        first = self.samples_seen
+        last = first + self.global_batch_size - 1
+        where = f"step {self.step + 1} (samples {first} to {last}): {problem}"
+        if self.guard.must_stop():
+            if self.step != self.saved_step and self.can_save(begun=True):
+                self.save_checkpoint()
+            raise self.guard.stop(where, self.output_dir, self.saved_step)
+        logger.warning(f"{where} is NaN or infinite; the step is skipped, {self.guard.skipped} so far")
+
+    def _flops_of_step(self) -> float:
+        own = self.flops_per_image[self.alignment.active] * self.global_batch_size
+        return own + sum(callback.flops(self.step) for callback in self.callbacks)
+
+    def _progress_bar(self) -> tqdm:
+        return tqdm(
+            total=self.max_train_steps,
+            initial=self.step,
+            disable=not self.accelerator.is_main_process,
+            desc=self.args.objective,
+            unit="step",
+        )
+
+    def _call(self, hook: str, *arguments):
+        for callback in self.callbacks:
+            getattr(callback, hook)(self, *arguments)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Arguments
+
+
+def as_list(value) -> list | None:
+    """What may be one thing, several or None, as a list or None."""
+    return value if value is None else list(value) if isinstance(value, list | tuple) else [value]
+
+
+def length_of_run(args: VRPOConfig, num_images: int, global_batch_size: int) -> int:
+    """The optimizer steps of a run; with `num_train_epochs` they are whole draws of actions and rollouts."""
+    if not args.num_train_epochs:
+        return args.max_train_steps or 400_000
+    draws = math.ceil(args.num_train_epochs * num_images / global_batch_size)
+    shared = math.lcm(args.policy_epochs, args.rollout_every if args.rollout_epochs > 1 else 1)
+    return math.ceil(draws * args.policy_epochs / shared) * shared
+
+
+def name_of(component) -> str:
+    """What a component is called in the record of a run: its path or Hub name, or the name of its class or function."""
+    if isinstance(component, str | Path):
+        return str(component)
+    return getattr(component, "__name__", type(component).__name__)
+
+
+def with_given(args: VRPOConfig, model, encoders, vae) -> VRPOConfig:
+    """The options with the trainer's own arguments in them, by name: what is recorded, and what a resumed run must keep.
+
+    Raises:
+        InputError: when something is neither given nor named by an option.
+    """
+    given = {}
+    if model is not None:
+        if not isinstance(model, str | Path):
+            raise InputError("model", f"`model` is a {type(model).__name__}; give a preset, a folder or a Hub name")
+        is_preset = str(model).lower() in {preset.lower() for preset in SIT_PRESETS}
+        given["preset" if is_preset else "pretrained_model_name_or_path"] = str(model)
+    if encoders is not None:
+        given["encoder"] = [name_of(encoder) for encoder in as_list(encoders)]
+    if vae is not None:
+        given["vae"] = name_of(vae)
+    return replace(args, **given)

@@ -1,0 +1,96 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""What can happen around the steps of a training: the hooks that `VRPOTrainer` calls."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors.torch import load_file
+
+from ..errors import InputError
+
+
+if TYPE_CHECKING:
+    from ..trainer import VRPOTrainer
+
+
+class TrainerCallback:
+    """Hooks around the steps of a [`VRPOTrainer`]. Each does nothing unless a subclass overrides it.
+
+    All processes call the hooks at the same places, so that they may communicate. `trainer.step` counts the optimizer
+    steps that are done.
+
+    A callback that has `state_dict()` and `load_state_dict(state)`, both of tensors, is saved with every checkpoint under
+    `state_name`; a checkpoint that lacks that file leaves it as it is.
+
+    Attributes:
+        state_name (`str`): name of its file in a checkpoint, without `.safetensors`.
+    """
+
+    state_name = ""
+
+    def on_init_end(self, trainer: VRPOTrainer):
+        """When model and data are there, before a checkpoint is loaded: what cannot work raises an `InputError` here."""
+
+    def on_train_begin(self, trainer: VRPOTrainer):
+        """After a checkpoint was loaded, before the first step."""
+
+    def before_optimizer_step(self, trainer: VRPOTrainer):
+        """With the gradients of all micro-batches in place, before they are clipped; `trainer.step` is not done yet."""
+
+    def on_step_end(self, trainer: VRPOTrainer):
+        """After a step, before its checkpoint: what a checkpoint must hold is updated here."""
+
+    def on_save(self, trainer: VRPOTrainer, checkpoint: Path):
+        """After a checkpoint is on the disk."""
+
+    def on_evaluate(self, trainer: VRPOTrainer):
+        """At the end of a step, after its checkpoint if one was due: long work, such as validation, goes here.
+
+        Its time does not count as training time.
+        """
+
+    def on_log(self, trainer: VRPOTrainer, values: dict[str, float]):
+        """After metrics of a step were written."""
+
+    def on_train_end(self, trainer: VRPOTrainer):
+        """After the last step and its checkpoint."""
+
+    def can_save(self, step: int, begun: bool = False) -> bool:
+        """Whether a checkpoint after `step` steps would hold all that the callback needs to continue.
+
+        Args:
+            begun: the step after has begun and failed; what the callback has already changed for it cannot be undone.
+        """
+        return True
+
+    def flops(self, step: int) -> float:
+        """The FLOPs that the callback adds to step number `step`, counted from 0."""
+        return 0.0
+
+
+def stateful(callbacks: list[TrainerCallback]) -> dict[str, TrainerCallback]:
+    """The callbacks that are saved with a checkpoint, by the names of their files."""
+    return {callback.state_name: callback for callback in callbacks if callback.state_name}
+
+
+def check_states(checkpoint: Path, names: list[str] | None, callbacks: list[TrainerCallback]):
+    """Refuses to continue without a callback that the run had begun to follow.
+
+    Args:
+        checkpoint: to continue from.
+        names: the callbacks whose state it holds; None for a checkpoint of version 0.1, which does not say.
+
+    Raises:
+        InputError: when one of them is not given.
+    """
+    if names is None:
+        file = checkpoint / "generative_policy.safetensors"
+        names = ["generative_policy"] if file.exists() and bool(load_file(file)["begun"]) else []
+    if missing := [name for name in names if name not in stateful(callbacks)]:
+        raise InputError(
+            "callbacks",
+            f"{checkpoint} was trained with the callback {missing[0]} and cannot be continued without it; give the options "
+            "that it began with, or start a new run from these weights with `pretrained_model_name_or_path`",
+        )

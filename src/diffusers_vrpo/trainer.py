@@ -120,6 +120,10 @@ class VRPOTrainer:
         check_given(args, train_dataset, rewards, callbacks := list(callbacks))
         self.output_dir = prepare_output_dir(args.output_dir)
         self.interruption = Interruption()
+        self.step, self.samples_seen, self.saved_step, self.flops = 0, 0, 0, 0.0
+        self.logged_step, self.logged_seconds = 0, 0.0
+        self.corrupt_rows, self.num_corrupt = set(), 0
+        self.stopwatch, self.metrics, self.metrics_file = Stopwatch(), RunningMeans(), None
         with contextlib.ExitStack() as resources:
             resources.enter_context(locked(self.output_dir))
             self.accelerator = start_accelerator(args, self.output_dir)
@@ -218,16 +222,16 @@ class VRPOTrainer:
             self.stopwatch.start()
             while self.step < self.max_train_steps:
                 self.train_step(batches)
-                self._call("on_step_end")
                 self.log_if_due()
+                self._call("on_step_end")
                 self.stopwatch.stop()
                 self.save_if_due()
                 self._call("on_evaluate")
                 self.profile.step()
                 self.stopwatch.start()
             self.stopwatch.stop()
-        self.accelerator.wait_for_everyone()
-        self._call("on_train_end")
+            self.accelerator.wait_for_everyone()
+            self._call("on_train_end")
 
     def train_step(self, batches: Iterator[dict[str, torch.Tensor]]):
         """One optimizer step, on `gradient_accumulation_steps` of the `batches`.
@@ -351,6 +355,7 @@ class VRPOTrainer:
         """
         args, output_dir = self.args, self.output_dir
         with (
+            self.interruption,
             whole_pipeline(self.accelerator, self.pipeline, self.ema) as averaged,
             written(f"the pipeline in {output_dir}"),
         ):
@@ -472,11 +477,7 @@ class VRPOTrainer:
             self.ema = ForeachEMA(trainable_parameters(self.aligned), decay=args.ema_decay, min_decay=args.ema_decay)
 
     def _register_state(self):
-        """What a run counts, and what its checkpoints hold."""
-        self.step, self.samples_seen, self.saved_step, self.flops = 0, 0, 0, 0.0
-        self.logged_step, self.logged_seconds = 0, 0.0
-        self.corrupt_rows, self.num_corrupt = set(), 0
-        self.stopwatch, self.metrics, self.metrics_file = Stopwatch(), RunningMeans(), None
+        """What a checkpoint holds, and what a resumed run must keep."""
         self.guard = StepGuard(self.accelerator, self.optimizer, self.interruption, self.args.skip_nonfinite)
         self.settings = run_settings(self.args, self.data, self.aligned, self.global_batch_size)
         if self.objective.reward_names:

@@ -132,8 +132,8 @@ def test_callbacks_are_called_in_order_and_saved(config):
     assert first.calls == [
         ("init", 0),
         ("begin", 0),
-        *[("step", 1), ("log", 1), ("evaluate", 1)],
-        *[("step", 2), ("log", 2), ("save", 2), ("evaluate", 2)],
+        *[("log", 1), ("step", 1), ("evaluate", 1)],
+        *[("log", 2), ("step", 2), ("save", 2), ("evaluate", 2)],
         ("end", 2),
     ]
 

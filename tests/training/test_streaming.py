@@ -331,14 +331,14 @@ def test_a_file_that_is_damaged_on_the_way(tmp_path, no_delay, damage):
 
 def test_an_error_of_a_thread_is_raised_in_order(folder):
     samples = stream(folder)
-    original = samples.__getitems__
+    original = samples.__getitem__
 
     def failing(indices):
         if indices[0] == 48:
             raise ZeroDivisionError("in a thread")
         return original(indices)
 
-    samples.__class__ = type("Failing", (StreamedSamples,), {"__getitems__": lambda self, indices: failing(indices)})
+    samples.__class__ = type("Failing", (StreamedSamples,), {"__getitem__": lambda self, indices: failing(indices)})
     seen = []
     with pytest.raises(ZeroDivisionError, match="in a thread"):
         for batch in StreamedBatches(samples, sampler(steps=9), 2):
@@ -349,7 +349,7 @@ def test_an_error_of_a_thread_is_raised_in_order(folder):
 def test_a_batch_that_failed_ahead_is_computed_when_it_is_due(folder):
     expected = [rows_in(batch) for batch in StreamedBatches(stream(folder), sampler(steps=9), 2)]
     samples, later = stream(folder), threading.Event()
-    original = samples.__getitems__
+    original = samples.__getitem__
 
     def failing(indices):
         if indices[0] == 64:
@@ -358,7 +358,7 @@ def test_a_batch_that_failed_ahead_is_computed_when_it_is_due(folder):
             raise TrainingStopped("the network was down")
         return original(indices)
 
-    samples.__class__ = type("Failing", (StreamedSamples,), {"__getitems__": lambda self, indices: failing(indices)})
+    samples.__class__ = type("Failing", (StreamedSamples,), {"__getitem__": lambda self, indices: failing(indices)})
     found = []
     for batch in StreamedBatches(samples, sampler(steps=9), 1):
         found.append(rows_in(batch))

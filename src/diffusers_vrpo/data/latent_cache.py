@@ -393,7 +393,7 @@ class CachedSamples(SampleStreams):
         self.images = images
         self.features = list(features)
 
-    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
+    def __getitem__(self, indices: list[int]) -> dict[str, torch.Tensor]:
         cache = self.cache
         rows = np.array([self.row_of(index) for index in indices])
         uniforms = self.uniforms(indices)

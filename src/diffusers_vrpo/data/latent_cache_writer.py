@@ -32,7 +32,6 @@ from .latent_cache import (
     num_chunks,
     read_meta,
 )
-from .samples import as_is
 
 
 # Images a step of the autoencoder and of the encoders. A fixed number: some kernels round differently in other batches.
@@ -387,7 +386,7 @@ class ImageRows(torch.utils.data.Dataset):
     def __init__(self, data, resolution: int, images: str):
         self.data, self.resolution, self.images = data, resolution, images
 
-    def __getitems__(self, rows: list[int]) -> dict:
+    def __getitem__(self, rows: list[int]) -> dict:
         records = self.data[rows]
         batch = {"pixels": [], "labels": [], "images": [], "corrupt_rows": []}
         for row, image, label in zip(rows, records["image"], records["label"]):
@@ -457,9 +456,9 @@ def write_chunks(writer: CacheWriter, data, encode: BatchEncoder, num_workers: i
         batches += [rows[start : start + BATCH_SIZE] for start in range(0, len(rows), BATCH_SIZE)]
     dataloader = torch.utils.data.DataLoader(
         ImageRows(data, config["resolution"], config["images"]),
-        batch_sampler=batches,
+        batch_size=None,  # the rows give batches themselves
+        sampler=batches,
         num_workers=num_workers,
-        collate_fn=as_is,
         pin_memory=encode.device.type == "cuda",
     )
     many, rank = writer.state.num_processes > 1, writer.state.process_index

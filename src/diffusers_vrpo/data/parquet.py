@@ -497,7 +497,7 @@ class StreamedBatches:
         return len(self.batch_sampler)
 
     def _compute(self, indices: list[int]) -> dict[str, torch.Tensor]:
-        batch = self.samples.__getitems__(indices)
+        batch = self.samples[indices]
         return {name: tensor.pin_memory() for name, tensor in batch.items()} if self.pin_memory else batch
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:

@@ -95,7 +95,7 @@ class SampleStreams(torch.utils.data.Dataset):
 class TrainingSamples(SampleStreams):
     """The samples of a run, from images. Its indices are not rows but global sample indices without end.
 
-    A batch is a dict:
+    An item is a batch, for a list of indices: a dict of
 
         pixels          uint8 `[B,3,R,R]`
         class_labels    int64 `[B]`, dropped ones already replaced by `null_class_id`
@@ -132,7 +132,7 @@ class TrainingSamples(SampleStreams):
         self.resolution = resolution
         self.center_crop = center_crop
 
-    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
+    def __getitem__(self, indices: list[int]) -> dict[str, torch.Tensor]:
         rows = [self.row_of(index) for index in indices]
         records = self.data[rows]
         uniforms = self.uniforms(indices)
@@ -151,11 +151,6 @@ class TrainingSamples(SampleStreams):
             **self.drawn(indices, uniforms, labels),
             "corrupt_rows": torch.tensor(corrupt, dtype=torch.long),
         }
-
-
-def as_is(batch):
-    """The collate function for datasets whose `__getitems__` gives batches."""
-    return batch
 
 
 @lru_cache(maxsize=2)

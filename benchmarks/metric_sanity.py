@@ -63,7 +63,7 @@ def build_sets(train, validation, count: int, seed: int = 0) -> dict[str, torch.
     random = np.random.default_rng(seed)
     rows, labels = random.permutation(len(train)), np.asarray(train["label"][:])
     if len(rows) < 3 * count or len(validation) < count:
-        raise InputError(f"--count {count} needs {3 * count} training and {count} validation images")
+        raise InputError(None, f"--count {count} needs {3 * count} training and {count} validation images")
     part_a, part_b, others = rows[:count], rows[count : 2 * count], rows[count:]
     b = read_images(train, part_b)
     sets = {

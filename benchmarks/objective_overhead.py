@@ -326,7 +326,7 @@ def main(settings: argparse.Namespace):
     device_type = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     batch_size = settings.batch_size or (256 if device_type == "cuda" else 2)
     if device_type == "cuda" and settings.clock == "cpu":
-        raise InputError("--clock cpu does not see what a GPU does; use wall")
+        raise InputError(None, "--clock cpu does not see what a GPU does; use wall")
     if settings.threads:
         torch.set_num_threads(settings.threads)
     mixed_precision = {"float32": "no", "bfloat16": "bf16"}[settings.dtype]

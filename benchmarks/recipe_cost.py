@@ -49,13 +49,13 @@ def recipe_cost(path: Path, encoder_flops: int) -> dict[str, float]:
         options = yaml.safe_load(path.read_text())
         config, steps = sit_preset(options["preset"]), options.get("max_train_steps", 400_000)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is no recipe with a preset ({error})") from error
+        raise InputError(None, f"{path} is no recipe with a preset ({error})") from error
     if (
         options.get("encoder", ENCODER) != ENCODER
         or options.get("resolution", 256) != 256
         or options.get("vae") == "none"
     ):
-        raise InputError(f"{path} is not of {ENCODER} and 32x32 latents, which the cost is counted for")
+        raise InputError(None, f"{path} is not of {ENCODER} and 32x32 latents, which the cost is counted for")
     aligned = options.get("objective", "vrpo") != "none"
     with torch.device("meta"):
         transformer = SiTTransformer2DModel(**config)

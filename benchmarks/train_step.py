@@ -436,7 +436,7 @@ def main(settings: argparse.Namespace) -> dict:
     if settings.compile is None:
         settings.compile = settings.device == "cuda"
     if settings.device == "cuda" and settings.clock == "cpu":
-        raise InputError("--clock cpu does not see what a GPU does; use wall")
+        raise InputError(None, "--clock cpu does not see what a GPU does; use wall")
     if settings.threads:
         torch.set_num_threads(settings.threads)
     settings.batch_size = settings.batch_size or (256 if settings.device == "cuda" else 4)

@@ -92,7 +92,7 @@ def load_comparison(name: str) -> Comparison:
     try:
         return Comparison(**{"name": path.stem.removeprefix("generative-")} | read_yaml(path))
     except TypeError as error:
-        raise InputError(f"{path}: {error}") from error
+        raise InputError(None, f"{path}: {error}") from error
 
 
 def runs_folder(comparison: Comparison, work: Path) -> Path:
@@ -153,7 +153,7 @@ def make_base(comparison: Comparison, recipe: Recipe, work: Path, workers: Worke
         for checkpoint in list_checkpoints(folder):
             shutil.rmtree(checkpoint)
     if not (folder / "model_index.json").exists():
-        raise InputError(f"the base was not trained to its end; see {folder / 'log.txt'}")
+        raise InputError(None, f"the base was not trained to its end; see {folder / 'log.txt'}")
     return folder
 
 
@@ -258,7 +258,9 @@ def plan_steps(comparison: Comparison, name: str, arm: dict, times: dict) -> tup
     budget = comparison.budget_steps * times[cost_key({})]["step"]
     steps = round((budget - own["setup"]) / own["step"])
     if steps < 1:
-        raise InputError(f"budget_steps {comparison.budget_steps} does not pay for one step of {name}; take more")
+        raise InputError(
+            None, f"budget_steps {comparison.budget_steps} does not pay for one step of {name}; take more"
+        )
     return steps, own["setup"] + steps * own["step"]
 
 
@@ -396,7 +398,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.table:
         lines = read_results(results)
         if not lines:
-            raise InputError(f"{results} has no run; the command without --table makes them")
+            raise InputError(None, f"{results} has no run; the command without --table makes them")
         report = args.work / recipe.name / "report"
         report.mkdir(parents=True, exist_ok=True)
         plot(lines, report / f"generative-{comparison.name}.png")
@@ -404,7 +406,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{table(lines)}\nplot and samples are in {report}")
         return 0
     if unknown := [name for name in args.arms or [] if name not in comparison.arms]:
-        raise InputError(f"--arms {unknown[0]} is none of {', '.join(comparison.arms)}")
+        raise InputError(None, f"--arms {unknown[0]} is none of {', '.join(comparison.arms)}")
     if args.threads:
         torch.set_num_threads(args.threads)
     arms = {name: comparison.arms[name] for name in args.arms or comparison.arms}

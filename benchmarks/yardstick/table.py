@@ -155,7 +155,9 @@ def main(argv: list[str] | None = None):
             hashes[name] = recipe_hash(recipe, arm, equal_compute(recipe, arm, name, timing))
     arms = group_lines(read_results(args.results / f"results-{recipe.name}.jsonl"), hashes)
     if not arms:
-        raise InputError(f"results-{recipe.name}.jsonl has no run of this recipe; `run.py {args.size}` makes them")
+        raise InputError(
+            None, f"results-{recipe.name}.jsonl has no run of this recipe; `run.py {args.size}` makes them"
+        )
     text = markdown(*table_rows(arms, recipe.reference))
     output_dir = args.work / recipe.name / "report"
     output_dir.mkdir(parents=True, exist_ok=True)

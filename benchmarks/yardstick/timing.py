@@ -53,7 +53,7 @@ def read_timing(recipe: Recipe, folder: Path = HERE) -> dict:
         found |= json.loads(path.read_text())
         if found["options"] != timed_options(recipe):
             raise InputError(
-                f"{path.name} is of other options than {recipe.name}; run `timing.py {recipe.name} --again`"
+                None, f"{path.name} is of other options than {recipe.name}; run `timing.py {recipe.name} --again`"
             )
     return found
 
@@ -97,7 +97,7 @@ def burst(recipe: Recipe, arm: dict, work: Path, steps: int, skipped: int) -> fl
     shutil.rmtree(folder)
     if rows[-1].get("alignment_coeff") == 0:
         raise InputError(
-            f"--steps {steps}: the gate closed within so few, and steps became cheaper; take another number"
+            None, f"--steps {steps}: the gate closed within so few, and steps became cheaper; take another number"
         )
     return (seconds[skipped + steps] - seconds[skipped]) / steps
 

@@ -24,7 +24,6 @@ from diffusers_vrpo.models.official_checkpoints import (
 )
 from support.models import TINY, aligned_as_saved, aligned_with, inputs, tiny_model, tiny_vae
 from support.official import official_forward, official_state, saved, tiny_dit
-from support.paths import ROOT
 
 
 def convert_script(*argv):
@@ -310,18 +309,18 @@ def test_files_that_are_refused(tmp_path, capsys):
     refused(state | {"pos_embed": torch.zeros(1, 16, 24)}, "sine-cosine table")
     refused({"a": torch.zeros(1)}, "no SiT, REPA or DiT checkpoint: x_embedder.proj.weight")
     refused({"ema": [1]}, "no state dict")
-    refused(state, "give --num_attention_heads", num_attention_heads=None)
+    refused(state, "give `num_attention_heads`", num_attention_heads=None)
     refused(state, "does not divide the width 24", num_attention_heads=5)
-    refused(state, r"--preset SiT-S/2 has depth, width and patch size \(12, 384, 2\)", preset="SiT-S/2")
-    refused(state, "do not fit --num_classes 3", num_classes=3)
+    refused(state, r"`preset` SiT-S/2 has depth, width and patch size \(12, 384, 2\)", preset="SiT-S/2")
+    refused(state, "do not fit `num_classes` 3", num_classes=3)
     refused({"ema": state, "args": argparse.Namespace(path_type="GVP")}, "path_type 'GVP'")
-    refused(state, "--format 'sitt' must be one of", format="sitt")
-    refused(state, "--preset DiT-S/2 contradicts --format sit", preset="DiT-S/2", format="sit")
-    refused(state, "--alignment_layer 2: .* has no projectors", alignment_layer=2)
+    refused(state, "`format` 'sitt' must be one of", format="sitt")
+    refused(state, "`preset` DiT-S/2 contradicts `format` sit", preset="DiT-S/2", format="sit")
+    refused(state, "`alignment_layer` 2: .* has no projectors", alignment_layer=2)
     for name in ("num_attention_heads", "num_classes", "alignment_layer"):
-        refused(state, f"--{name} 0 must be at least 1", **{name: 0})
-    refused(official_state(rows=1), "do not fit --num_classes 0")
-    refused(official_state(qk_norm=8), "--num_attention_heads 2: .* has 3 heads; leave it out", num_attention_heads=2)
+        refused(state, f"`{name}` 0 must be at least 1", **{name: 0})
+    refused(official_state(rows=1), "do not fit `num_classes` 0")
+    refused(official_state(qk_norm=8), "`num_attention_heads` 2: .* has 3 heads; leave it out", num_attention_heads=2)
     refused(state | {"blocks.x.foo": torch.zeros(1), "projectors.foo": torch.zeros(1)}, "projectors", format="sit")
     refused(state | {"blocks.x.foo": torch.zeros(1)}, "1 unknown: blocks.x.foo")
     refused(state | {"pos_embed": torch.zeros(1, 15, 24)}, "sine-cosine table")
@@ -337,7 +336,7 @@ def test_files_that_are_refused(tmp_path, capsys):
     refused("./absent", "neither a folder nor a file", num_attention_heads=None)
     refused(str(tmp_path), "SiTTransformer2DModel or DiTTransformer2DModel", num_attention_heads=None)
     tiny_model().save_pretrained(tmp_path / "ours")
-    refused(str(tmp_path / "ours"), "--num_attention_heads 3: .* has a config.json that says it all")
+    refused(str(tmp_path / "ours"), "`num_attention_heads` 3: .* has a config.json that says it all")
     with pytest.raises(InputError, match="it goes to sit or repa"):
         export_checkpoint(tiny_model(), "dit")
     with pytest.raises(InputError, match="frequencies or the norm of diffusers' DiT"):
@@ -410,11 +409,11 @@ def test_the_script_refuses_what_would_not_sample(tmp_path):
     (tmp_path / "file").write_text("")
     pixels = saved(tmp_path, official_state(channels=3), "pixels.pt")
     for arguments, message in (
-        ((pixels, tmp_path / "out", "--vae", tmp_path / "vae"), "--vae .* has 4 channels, the transformer 3"),
+        ((pixels, tmp_path / "out", "--vae", tmp_path / "vae"), "`vae` .* has 4 channels, the transformer 3"),
         ((state, tmp_path / "out", "--id2label", tmp_path / "names.json"), "names class 99, but .* ids 0 ... 6"),
         ((state, tmp_path / "file" / "out"), "OUTPUT_DIR .* cannot be made a folder"),
         ((state, tmp_path / "file" / "out.pt", "--to", "sit"), "out.pt cannot be written"),
-        ((state, tmp_path / "out", "--ema_key"), "--ema_key goes with --to"),
+        ((state, tmp_path / "out", "--ema_key"), "`ema_key` goes with `to`"),
     ):
         with pytest.raises(InputError, match=message):
             convert_script(*arguments, "--num_attention_heads", 3)
@@ -433,12 +432,12 @@ def test_the_script_says_what_is_wrong_in_one_line(tmp_path):
     import subprocess
 
     done = subprocess.run(
-        [sys.executable, str(ROOT / "pipelines" / "convert.py"), str(tmp_path / "no.pt"), str(tmp_path / "out")],
+        [sys.executable, "-m", "diffusers_vrpo.commands.convert", str(tmp_path / "no.pt"), str(tmp_path / "out")],
         capture_output=True,
         text=True,
     )
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("convert.py: error:") and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("vrpo convert: error:") and "Traceback" not in done.stderr
     assert "no.pt is not a file" in done.stderr
 
 

@@ -494,7 +494,7 @@ def test_cpu_offload():
 
 
 def test_the_custom_pipeline_file_is_the_packages():
-    packaged = (ROOT / "src" / "diffusers_vrpo" / "pipeline_vrpo.py").read_bytes()
+    packaged = (ROOT / "src" / "diffusers_vrpo" / "pipelines" / "pipeline_vrpo.py").read_bytes()
     assert (ROOT / "pipelines" / "vrpo.py").read_bytes() == packaged
 
 

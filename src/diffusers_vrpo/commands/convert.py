@@ -1,10 +1,10 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 r"""Convert checkpoints of SiT, REPA, iREPA and DiT into pipelines, and transformers back into official state dicts.
 
-    python pipelines/convert.py SiT-XL-2-256x256.pt sit-xl --vae stabilityai/sd-vae-ft-ema
-    python pipelines/convert.py last.pt repa-xl --vae stabilityai/sd-vae-ft-ema
-    python pipelines/convert.py facebook/DiT-XL-2-256 dit-xl
-    python pipelines/convert.py sit-xl-vrpo sit-xl-vrpo.pt --to sit
+    vrpo convert SiT-XL-2-256x256.pt sit-xl --vae stabilityai/sd-vae-ft-ema
+    vrpo convert last.pt repa-xl --vae stabilityai/sd-vae-ft-ema
+    vrpo convert facebook/DiT-XL-2-256 dit-xl
+    vrpo convert sit-xl-vrpo sit-xl-vrpo.pt --to sit
 
 The result opens with `VRPOPipeline.from_pretrained` and starts a training with `--pretrained_model_name_or_path`.
 """

@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 r"""What a transformer's blocks know of the image: linear probes and alignment with vision encoders, by block and noise level.
 
-    python pipelines/probe.py PIPELINE --dataset_name ILSVRC/imagenet-1k --test_split validation \
+    vrpo probe PIPELINE --dataset_name ILSVRC/imagenet-1k --test_split validation \
       --encoder facebook/dinov2-large --output_file probe.json --plot_file probe.png
 
 The measurements of REPA's motivation (arXiv 2410.06940): images are encoded and noised to each of --timesteps (t = 1 is noise),
@@ -184,8 +184,8 @@ def split_rows(args, data, test_data) -> tuple[np.ndarray, np.ndarray]:
         return rows[: args.num_train], rows[args.num_train : needed]
     test_rows = random_stream(args.seed, 1, ORDER).permutation(len(test_data))
     for option, wanted, found in (
-        ("--num_train", args.num_train, len(rows)),
-        ("--num_test", args.num_test, len(test_rows)),
+        ("num_train", args.num_train, len(rows)),
+        ("num_test", args.num_test, len(test_rows)),
     ):
         if found < wanted:
             raise InputError(option, f"`{option}` {wanted}: the split has {found} images")

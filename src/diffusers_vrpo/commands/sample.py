@@ -1,10 +1,10 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 r"""Sample many images from a pipeline into a folder, as PNG files or an .npz file for ADM's evaluator.
 
-    python pipelines/sample.py outputs/digits --num_images 100 --output_dir samples
-    accelerate launch --multi_gpu pipelines/sample.py sit-xl --num_images 50000 --output_dir samples --sampler sde \
-        --num_inference_steps 250 --guidance_scale 1.8 --guidance_interval 0 0.7 --batch_size 128 --dtype bfloat16 \
-        --compile --output_format npz
+    vrpo sample outputs/digits --num_images 100 --output_dir samples
+    accelerate launch --multi_gpu -m diffusers_vrpo.commands.sample sit-xl --num_images 50000 --output_dir samples \
+        --sampler sde --num_inference_steps 250 --guidance_scale 1.8 --guidance_interval 0 0.7 --batch_size 128 \
+        --dtype bfloat16 --compile --output_format npz
 
 Image i is a function of (seed, i) and the options: the same files come from one process, several, or a run that was
 stopped and given again. What is there is kept.
@@ -60,9 +60,7 @@ def load_pipeline(name_or_path: str, revision: str | None, variant: str | None, 
     """
     is_path = name_or_path.startswith((".", "/", "~"))
     if not Path(name_or_path).is_dir() and (is_path or Path(name_or_path).exists()):
-        raise InputError(
-            None, f"PIPELINE {name_or_path} is not a folder; pipelines/convert.py makes one of a checkpoint"
-        )
+        raise InputError(None, f"PIPELINE {name_or_path} is not a folder; `vrpo convert` makes one of a checkpoint")
     if Path(name_or_path).is_dir():
         if revision is not None:
             raise InputError(
@@ -73,13 +71,13 @@ def load_pipeline(name_or_path: str, revision: str | None, variant: str | None, 
             raise InputError(
                 None,
                 f"PIPELINE {name_or_path} has no model_index.json, so it is no pipeline; give a run's output folder, or "
-                "what pipelines/convert.py makes of a checkpoint",
+                "what `vrpo convert` makes of a checkpoint",
             )
         found = index.get("transformer", [None, "no transformer"])[1]
         if found != "SiTTransformer2DModel":
             raise InputError(
                 None,
-                f"PIPELINE {name_or_path} holds {found}, not a SiTTransformer2DModel; pipelines/convert.py converts DiT",
+                f"PIPELINE {name_or_path} holds {found}, not a SiTTransformer2DModel; `vrpo convert` converts DiT",
             )
     try:
         return VRPOPipeline.from_pretrained(name_or_path, revision=revision, variant=variant, cache_dir=cache_dir)

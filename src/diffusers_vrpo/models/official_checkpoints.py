@@ -293,7 +293,7 @@ def _from_official(path, state, training_args, preset, num_attention_heads, form
         value = training_args.get(option)
         if format != "dit" and isinstance(value, str) and value.lower() not in supported:
             raise InputError(
-                None, f"{path} was trained with `{option}` {value!r}; only linear paths and velocities are read"
+                None, f"{path} was trained with {option} {value!r}; only linear paths and velocities are read"
             )
     if format == "sit":
         config["time_direction"] = "noise_to_data"
@@ -382,7 +382,7 @@ def _attention_heads(path, dim, depth, patch, preset, num_attention_heads, qk_no
     if heads is None:
         raise InputError(
             None,
-            f"{path} has depth {depth} and width {dim}, no known size: give `num_attention_heads` to pipelines/convert.py",
+            f"{path} has depth {depth} and width {dim}, no known size: give `num_attention_heads` to `vrpo convert`",
         )
     if dim % heads:
         raise InputError(

@@ -176,7 +176,7 @@ def sampling_arguments(pipeline: VRPOPipeline, args: argparse.Namespace) -> dict
     if pipeline.vae is None and config.in_channels not in (1, 3):
         raise InputError(
             "vae",
-            f"PIPELINE {args.pipeline} has no autoencoder for its {config.in_channels}-channel latents; pipelines/convert.py "
+            f"PIPELINE {args.pipeline} has no autoencoder for its {config.in_channels}-channel latents; `vrpo convert` "
             "puts one in with `vae`",
         )
     if pipeline.vae is None and args.vae_dtype != "float32":

@@ -222,7 +222,7 @@ def read_training_state(checkpoint: Path, expected: dict) -> dict:
     """The JSON state of a checkpoint, after a check that it belongs to the same stream of samples.
 
     Args:
-        expected: settings that must not have changed, by the name that the error shows.
+        expected: settings that must not have changed, by what the error calls them; options by their flags.
 
     Raises:
         InputError: when one of them has.
@@ -238,9 +238,11 @@ def read_training_state(checkpoint: Path, expected: dict) -> dict:
         ) from error
     for name, value in expected.items():
         if settings.get(name) != value:
+            field = name.removeprefix("--") if name.startswith("--") else None
+            shown = f"`{field}`" if field else name
             raise InputError(
-                None,
-                f"{name} is {value}, but {checkpoint} was trained with {settings.get(name)}; keep to that, or start a new "
+                field,
+                f"{shown} is {value}, but {checkpoint} was trained with {settings.get(name)}; keep to that, or start a new "
                 "run in another `output_dir`",
             )
     return state

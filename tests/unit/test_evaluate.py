@@ -344,7 +344,7 @@ def test_bad_input_ends_in_a_sentence(run, tmp_path, capsys):
     for samples, reference, options, message in (
         (tmp_path / "nowhere", good, [], "SAMPLES .*nowhere does not exist"),
         (tmp_path / "empty", good, [], "there is no image"),
-        (tmp_path / "broken", good, [], "a.png is no image that can be read"),
+        (tmp_path / "broken", good, [], "a.png is not an image that can be read"),
         (good, tmp_path / "nowhere.npz", [], "--reference .*nowhere.npz: there is no such file"),
         (folder, good, [], r"several sizes \(00000.png is 16x16, z.png 20x16\)"),
         (npz(images.astype(np.float32)), good, [], "arr_0 must be uint8 .* not float32"),

@@ -17,10 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffusers_vrpo.alignment.attach import AlignedTransformer
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.models.transformer_sit import SiTTransformer2DModel, sit_preset
+from diffusers_vrpo.training.metrics import shown_values
 from diffusers_vrpo.training.throughput import (
     ForeachEMA,
     StepProfile,
-    TrainingSpeed,
     add_speed_options,
     encoder_flops,
     forward_flops,
@@ -147,9 +147,10 @@ def test_encoder_and_step_flops(train_step):
 
 
 def test_throughput_metrics():
-    values = {"images_per_second": 812.3, "tflops_per_device": 310.04, "mfu": 0.3133}
-    assert TrainingSpeed.shown(values) == {"images/s": "812", "TFLOP/s": "310", "MFU": "31.3%"}
-    assert TrainingSpeed.shown({"images_per_second": 7.0, "tflops_per_device": 0.01}) == {"images/s": "7"}
+    values = {"loss_fm": 0.51234, "images_per_second": 812.3, "tflops_per_device": 310.04, "mfu": 0.3133}
+    assert shown_values(values) == {"loss": "0.5123", "images/s": "812", "TFLOP/s": "310", "MFU": "31.3%"}
+    values = {"loss_fm": 0.5, "images_per_second": 7.0, "tflops_per_device": 0.01}
+    assert shown_values(values) == {"loss": "0.5000", "images/s": "7"}
     assert throughput_metrics(100.0, 2e12) == {"tflops_per_device": 200.0}
     assert throughput_metrics(100.0, 2e12, peak=400e12) == {"tflops_per_device": 200.0, "mfu": 0.5}
     assert throughput_metrics(100.0, 2e12, peak=400e12, num_processes=4)["mfu"] == 0.125
@@ -212,8 +213,8 @@ def test_profile(monkeypatch):
         for _ in range(2):  # micro-steps
             now[0] += 100.0 if step == 0 else 1.0
             profile.mark("data")
-            now[0] += 3.0
-            assert profile.mark("backward", 7) == 7
+            with profile("backward"):
+                now[0] += 3.0
         now[0] += 2.0
         profile.step()
     assert profile.seconds == {"data": 2.0, "backward": 6.0, "logging, checkpoints": 2.0}
@@ -229,7 +230,8 @@ def test_profile_off(steps, monkeypatch):
     )
     profile = StepProfile(steps, report=lambda table: pytest.fail("it reported"))
     for _ in range(20):
-        assert profile.mark("data", 7) == 7
+        with profile("data"):
+            pass
         profile.step()
     assert profile.marks == []
 
@@ -395,12 +397,16 @@ def test_the_trainers_options(train_step):
     tables = []
     for options, compiled in (([], False), (["--compile", "--profile", "2", "--peak_tflops", "3"], True)):
         model = SiTTransformer2DModel(num_layers=1, num_attention_heads=2, attention_head_dim=16)
-        speed = TrainingSpeed(parser.parse_args(options), AlignedTransformer(model), setup.accelerator, tables.append)
+        args = parser.parse_args(options)
+        speed_up(model, [], args.compile, args.attention_backend)
+        meter = throughput_meter(step_flops(AlignedTransformer(model)), setup.accelerator, args.peak_tflops)
+        profile = StepProfile(args.profile, setup.accelerator.device, tables.append)
         assert (model.transformer_blocks[0]._compiled_call_impl is not None) == compiled
-        assert ("mfu" in speed.metrics(10.0, False)) == compiled
+        assert ("mfu" in meter(10.0, False)) == compiled
         for _ in range(10):
-            assert speed.mark("forward", 5) == 5
-            speed.step()
+            with profile("forward"):
+                pass
+            profile.step()
         assert len(tables) == compiled
 
 

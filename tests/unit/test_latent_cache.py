@@ -19,7 +19,7 @@ from datasets import load_dataset
 
 from diffusers_vrpo.alignment.encoders import load_encoder
 from diffusers_vrpo.commands import prepare as prepare_latents
-from diffusers_vrpo.data import latent_cache
+from diffusers_vrpo.data import latent_cache_export, latent_cache_writer
 from diffusers_vrpo.data.image_datasets import decode_image, load_image_dataset, resize_and_crop
 from diffusers_vrpo.data.image_source import ImageDataset
 from diffusers_vrpo.data.latent_cache import CachedEncoder, CachedSamples, LatentCache
@@ -239,7 +239,7 @@ def test_traces_of_a_kill_are_harmless(copy, reference, vae_folder):
 def test_a_lost_array_is_written_again(copy, reference, vae_folder):
     (copy / "labels.npy").unlink()
     os.truncate(copy / "latents.npy", 400_000)
-    with pytest.raises(InputError, match="`latents_dir` .* is damaged .*npy.*; `prepare `verify`` mends it"):
+    with pytest.raises(InputError, match="`latents_dir` .* is damaged .*npy.*; `vrpo prepare` with `verify` mends it"):
         LatentCache(copy)
     prepare(vae_folder, copy)
     assert_same(copy, reference)
@@ -271,15 +271,15 @@ def test_damage_is_found_and_mended(copy, reference, vae_folder, file):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"resolution": 16}, "otherwise: --resolution was 8 and is 16; keep to that"),
-        ({"flip": None}, "--flip was True and is False"),
-        ({"images": "none"}, "--images was webp and is none"),
-        ({"sampled": True}, r"the kind of latents \(--sampled\) was moments and is sampled"),
-        ({"encoder": None}, "--encoder, its layer, weights or token grid differs"),
-        ({"encoder_layer": 2}, "--encoder, its layer, weights or token grid differs"),
+        ({"resolution": 16}, "otherwise: `resolution` was 8 and is 16; keep to that"),
+        ({"flip": None}, "`flip` was True and is False"),
+        ({"images": "none"}, "`images` was webp and is none"),
+        ({"sampled": True}, r"the kind of latents \(`sampled`\) was moments and is sampled"),
+        ({"encoder": None}, "`encoder`, its layer, weights or token grid differs"),
+        ({"encoder_layer": 2}, "`encoder`, its layer, weights or token grid differs"),
         ({"max_train_samples": 100}, "the number of images was 1437 and is 100"),
         ({"dataset_split": "validation"}, "the number of images was 1437 and is 360"),
-        ({"chunk_rows": 32}, "--chunk_rows was 16 and is 32"),
+        ({"chunk_rows": 32}, "`chunk_rows` was 16 and is 32"),
     ],
 )
 def test_two_configurations_do_not_mix(reference, vae_folder, change, message):
@@ -307,7 +307,7 @@ def test_folders_with_something_else(tmp_path, vae_folder, monkeypatch):
         prepare(vae_folder, tmp_path / "damaged")
     with pytest.raises(InputError, match="`latents_dir` .*nowhere has no meta.json"):
         LatentCache(tmp_path / "nowhere")
-    monkeypatch.setattr(latent_cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(latent_cache_writer.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(InputError, match="has 0.0 GB of free space, but the arrays of the cache take"):
         prepare(vae_folder, tmp_path / "full")
 
@@ -418,10 +418,10 @@ def test_what_the_trainer_opens(reference, vae_folder):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"resolution": 256}, "--resolution 256: .* prepared with --resolution 8; give that"),
-        ({"vae": "stabilityai/sd-vae-ft-ema"}, "--vae stabilityai/sd-vae-ft-ema: .* prepared with .*vae; give that"),
-        ({"center_crop": False}, "--no-center_crop: .* has centre crops only"),
-        ({"max_train_samples": 5}, "--max_train_samples goes with images"),
+        ({"resolution": 256}, "`resolution` 256: .* prepared with `resolution` 8; give that"),
+        ({"vae": "stabilityai/sd-vae-ft-ema"}, "`vae` stabilityai/sd-vae-ft-ema: .* prepared with .*vae; give that"),
+        ({"center_crop": False}, "`center_crop` is off, but .* has centre crops only"),
+        ({"max_train_samples": 5}, "`max_train_samples` goes with images"),
     ],
 )
 def test_options_that_contradict_the_cache(reference, change, message):
@@ -506,7 +506,7 @@ def test_push_uploads_the_folder(reference, exported, monkeypatch):
         def upload_folder(self, **options):
             calls.append(options)
 
-    monkeypatch.setattr(prepare_latents, "HfApi", Api)
+    monkeypatch.setattr(latent_cache_export, "HfApi", Api)
     args = ["export", "--latents_dir", str(reference), "--output_dir", str(exported), "--push_to_hub", "me/digits"]
     prepare_latents.main([*args, "--private"])
     assert calls[0] == ("me/digits", {"repo_type": "dataset", "private": True, "exist_ok": True})

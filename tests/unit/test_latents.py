@@ -58,11 +58,11 @@ def test_subset_is_random_and_fixed(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"image_column": "img"}, "--image_column 'img'.*'image', 'label'"),
-        ({"label_column": "class"}, "--label_column 'class'.*'image', 'label'"),
-        ({"label_column": "name"}, "--label_column 'name'.*not integer class labels.*class_encode_column"),
-        ({"image_column": "label"}, "--image_column 'label'.*not images"),
-        ({"split": "test"}, "--dataset_split 'test'.*'train'"),
+        ({"image_column": "img"}, "`image_column` 'img'.*'image', 'label'"),
+        ({"label_column": "class"}, "`label_column` 'class'.*'image', 'label'"),
+        ({"label_column": "name"}, "`label_column` 'name'.*not integer class labels.*class_encode_column"),
+        ({"image_column": "label"}, "`image_column` 'label'.*not images"),
+        ({"split": "test"}, "`dataset_split` 'test'.*'train'"),
     ],
 )
 def test_wrong_columns_and_splits(tmp_path, arguments, message):

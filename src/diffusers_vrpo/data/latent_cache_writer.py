@@ -274,5 +274,5 @@ def cannot_write(folder: Path, error: OSError) -> InputError:
     return InputError(
         "output_dir",
         f"`output_dir` {folder} cannot be written ({error.strerror or error}); mend that and run the same command again, "
-        "it goes on from there",
+        "it continues from there",
     )

@@ -48,7 +48,7 @@ class ParquetRows(ImageSource):
     """Training data in parquet files, read in training; `stream_image_dataset` opens it.
 
     `rows[5]` is `{"image": {"bytes": ..., "path": ...}, "label": ...}`, `rows[[5, 7]]` the same of lists, as for the
-    `Dataset` of `load_image_dataset`. A row group is read as a whole, once, and stays until `hold` is called with others.
+    `Dataset` of `load_image_dataset`. A row group is read completely, once, and stays until `hold` is called with others.
 
     Args:
         files: in the order of the rows.
@@ -258,7 +258,7 @@ def stream_image_dataset(
     """Opens the parquet files of a Hub name or a folder: `load_image_dataset` for what is not to be downloaded.
 
     Only the files' footers are read (and the label column where they have no statistics of it). On the Hub the files are
-    those of one commit for the whole run.
+    those of one commit for all of the run.
 
     Raises:
         InputError: when there is no such data set, split or column, it is not parquet, or the labels are not class ids.

@@ -35,7 +35,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from diffusers_vrpo.data.latent_cache import CachedSamples, LatentCache, chunk_rows, num_chunks
-from diffusers_vrpo.data.latent_cache_writer import BATCH_SIZE, BatchEncoder, CacheWriter, ImageRows, write_chunks
+from diffusers_vrpo.data.latent_cache_writer import CacheWriter
+from diffusers_vrpo.data.latent_encoding import BATCH_SIZE, BatchEncoder, ImageRows, write_chunks
 from diffusers_vrpo.models.autoencoder import encode_moments
 
 

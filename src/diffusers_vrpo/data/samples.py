@@ -2,7 +2,7 @@
 """Images and what is drawn for them: data sets, random streams, autoencoders.
 
 Everything random about training sample i (which image, crop, flip, timestep, noise, label drop) is a function of
-(seed, i), where i counts the samples of the whole run. Neither the process that draws it nor the moment matters: a
+(seed, i), where i counts the samples of the run. Neither the process that draws it nor the moment matters: a
 resumed run, two processes or gradient accumulation see the same stream.
 """
 
@@ -18,7 +18,7 @@ from .image_datasets import first_readable, resize_and_crop
 
 
 def ignore_signals(worker_id: int):
-    """For the data loader's processes: a signal to the whole group must not end them before the last step is done."""
+    """For the data loader's processes: a signal to the process group must not end them before the last step is done."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -35,7 +35,7 @@ class SampleStreams(torch.utils.data.Dataset):
     Args:
         num_rows: of the data set.
         latent_shape: `(C, H, W)` of the noise.
-        null_class_id: the label that stands for no class; None where there is none, with label_dropout 0.
+        null_class_id: the label that stands for no class; None without one, with label_dropout 0.
         label_dropout: probability that a sample is trained without its class.
         random_flip: mirror half of the samples.
         sample_posterior: also draw the noise of the autoencoder's posterior.

@@ -323,7 +323,7 @@ def compare(setup: Setup, batch_size: int) -> dict:
     """Times all arms; the report as the JSON file holds it."""
     arms = {name: build() for name, build in arm_builders(setup).items()}
     seconds = measure_seconds(arms, setup, batch_size)
-    plain, aligned = step_flops(arms["vrpo"].transformer, [setup.encoder()])
+    plain, aligned = step_flops(arms["vrpo"].aligned)
     half, target = "+ encoder in half precision", TARGETS[setup.device.type]
     pairs = [(name, "plain", target if name in ("repa", "vrpo") else None) for name in arms if name != "plain"]
     if half in arms:

@@ -51,9 +51,9 @@ class GivenNoises(SiTSDEScheduler):
     ],
 )
 def test_samples_match_the_official_samplers(shared, name, kind, steps, guided):
-    model, golden = load_golden(shared, name)
+    aligned, golden = load_golden(shared, name)
     kinds = {"ode": FlowMatchEulerDiscreteScheduler, "heun": FlowMatchHeunDiscreteScheduler, "sde": GivenNoises}
-    pipeline = quiet_pipeline(model, kinds[kind]())
+    pipeline = quiet_pipeline(aligned.transformer, kinds[kind]())
     pipeline.scheduler.noises = golden["sde_noises"]
     images = pipeline(
         golden["sampler_labels"],
@@ -69,7 +69,8 @@ def test_samples_match_the_official_samplers(shared, name, kind, steps, guided):
 
 @torch.no_grad()
 def test_three_guided_channels_match_the_official_code(shared):
-    model, golden = load_golden(shared, "sit_learn_sigma")
+    aligned, golden = load_golden(shared, "sit_learn_sigma")
+    model = aligned.transformer
     # t = 0 is noise there, and the velocity is x0 - noise.
     model.register_to_config(time_direction="noise_to_data")
     pipeline = quiet_pipeline(model, FlowMatchEulerDiscreteScheduler())

@@ -55,7 +55,7 @@ TWO_EPOCHS = ONE_EPOCH | {"rollout_epochs": 2, "fidelity_reward": "mmd", "rollou
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
     """Curves take most of a short run's time."""
-    monkeypatch.setattr(train_vrpo, "plot_metrics", lambda *arguments: None)
+    monkeypatch.setattr("diffusers_vrpo.trainer.plot_metrics", lambda *arguments: None)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     options = options_in(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_vrpo, "plot_metrics", lambda *arguments: None)
+        patch.setattr("diffusers_vrpo.trainer.plot_metrics", lambda *arguments: None)
         patch.setattr(sample_rewards, "REFRESH_UPDATES", 3)
         run(options(output_dir=folder / "plain", max_train_steps=4, checkpointing_steps=1))
         run(options(**ONE_EPOCH, output_dir=folder / "one", checkpointing_steps=1))

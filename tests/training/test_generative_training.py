@@ -331,18 +331,18 @@ def test_what_it_began_with_stays(finished, tmp_path):
     given = {"output_dir": target, "reward_reference": folder / "one" / "reward_reference.safetensors"}
     for name, value, message in (
         ("rollout_steps", 3, "`rollout_steps` is 3, but the generative policy of this run began with 2; keep to that"),
-        ("generative_policy_start_step", 4, "--generative_policy_start_step is 4, but .* began with 2"),
+        ("generative_policy_start_step", 4, "`generative_policy_start_step` is 4, but .* began with 2"),
         (
             "reward_function",
             f"{tmp_path / 'mine.py'}:mine",
-            r"--reward_function is \['mine'\], but .* began with \[\]",
+            r"`reward_function` is \['mine'\], but .* began with \[\]",
         ),
-        ("fd_encoder", "digits", "--fd_encoder is digits, but .* began with none"),
+        ("fd_encoder", "digits", "`fd_encoder` is digits, but .* began with none"),
     ):
         with pytest.raises(InputError, match=f"^{message}"):
             run(options(**{**ONE_EPOCH, name: value, **given}))
     with pytest.raises(
-        InputError, match="without `generative_policy_start_step` .*checkpoint-5, which follows rewards"
+        InputError, match="checkpoint-5 was trained with the callback generative_policy and cannot be continued without it"
     ):
         run(options(output_dir=target, max_train_steps=8))
     # A run that has not begun to may leave it.

@@ -319,8 +319,8 @@ def test_folders_with_something_else(tmp_path, vae_folder, monkeypatch):
         ({"vae": "none", "vae_dtype": "float16"}, "--vae_dtype float16 is of an autoencoder"),
         ({"dataset_name": None}, "give either --dataset_name or --train_data_dir"),
         ({"chunk_rows": 0}, "--chunk_rows 0 must be at least 1"),
-        ({"encoder": None, "encoder_layer": 3}, "--encoder_layer goes with --encoder only"),
-        ({"seed": 3}, "--seed goes with --sampled only"),
+        ({"encoder": None, "encoder_layer": 3}, "--encoder_layer has no effect without --encoder"),
+        ({"seed": 3}, "--seed has no effect without --sampled"),
     ],
 )
 def test_command_lines_that_cannot_work(capsys, change, message):

@@ -22,7 +22,6 @@ rounds. For memory every arm runs alone for a few steps, before the clock is use
 
 import argparse
 import gc
-import importlib.util
 import json
 import random
 import sys
@@ -35,22 +34,24 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from diffusers_vrpo.alignment.objective import Alignment
-from diffusers_vrpo.alignment.policy import normalize
+from diffusers_vrpo.alignment.objective import objective_from_config
+from diffusers_vrpo.alignment.rewards import normalize
+from diffusers_vrpo.alignment.start import build_aligned_transformer
+from diffusers_vrpo.config import VRPOConfig
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.models.flow import flow_matching_loss, forward_process
-from diffusers_vrpo.models.start import build_transformer, read_start
+from diffusers_vrpo.models.start import read_start
 from diffusers_vrpo.training.metrics import RunningMeans
-from diffusers_vrpo.training.setup import build_optimizer, release_projectors, trainable_parameters
+from diffusers_vrpo.training.setup import build_optimizer, trainable_parameters
 from diffusers_vrpo.training.throughput import ForeachEMA, hardware_name
 
 
 ARMS = {
-    "none": ["--objective", "none"],
-    "repa": ["--objective", "repa"],
-    "vrpo": ["--objective", "vrpo"],
+    "none": {"objective": "none"},
+    "repa": {"objective": "repa"},
+    "vrpo": {"objective": "vrpo"},
     # Step 0 aligns, as in a run: what the optimizer keeps of the projectors stays.
-    "vrpo-stopped": ["--objective", "vrpo", "--alignment_stop_step", "1"],
+    "vrpo-stopped": {"objective": "vrpo", "alignment_stop_step": 1},
 }
 # numerator, denominator, at most: of time, and of peak memory.
 TIME_RATIOS = (("vrpo", "repa", 1.03), ("vrpo-stopped", "none", 1.01), ("repa", "none", None))
@@ -82,46 +83,36 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def load_train_script():
-    """train_vrpo.py of this checkout as a module: its parser has the defaults that are measured."""
-    path = Path(__file__).resolve().parents[1] / "train_vrpo.py"
-    spec = importlib.util.spec_from_file_location("train_vrpo", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # A step, as in train_vrpo.py
 
 
-def build_arm(name: str, train_parser: argparse.ArgumentParser, settings, accelerator: Accelerator) -> SimpleNamespace:
-    """Model, average, optimizer and alignment of one arm, as `main` of train_vrpo.py makes them."""
-    options = ["--preset", settings.preset, "--projector_dim", str(settings.projector_dim)]
-    args = train_parser.parse_args(ARMS[name] + options)
-    aligned = args.objective != "none"
+def build_arm(name: str, settings, accelerator: Accelerator, encoder=None) -> SimpleNamespace:
+    """Model, average, optimizer and objective of one arm, as `train` of train_vrpo.py makes them.
+
+    Args:
+        encoder: without one, of the encoder only the width is asked for: the targets are given.
+    """
+    args = VRPOConfig(preset=settings.preset, projector_dim=settings.projector_dim, **ARMS[name])
     torch.manual_seed(settings.seed)
     size = settings.latent_size
-    embed_dims = [settings.embed_dim] if aligned else []
-    model = build_transformer(args, read_start(args), (4, size, size), NUM_CLASSES, None, embed_dims)
-    model.to(accelerator.device).train()
-    ema = ForeachEMA(trainable_parameters(model), decay=args.ema_decay, min_decay=args.ema_decay)
-    optimizer = build_optimizer(args, trainable_parameters(model))
-    # Targets are given: of the encoders only their number is asked for.
-    alignment = Alignment(args, model, [lambda images: None] if aligned else [], MAX_TRAIN_STEPS, accelerator.device)
-    alignment.look_ahead(0)
-    transformer = model
-    model, optimizer = accelerator.prepare(model, optimizer)
+    encoders = [encoder or SimpleNamespace(embed_dim=settings.embed_dim)] if args.objective != "none" else []
+    aligned = build_aligned_transformer(args, read_start(args), (4, size, size), NUM_CLASSES, None, encoders)
+    aligned.to(accelerator.device).train()
+    ema = ForeachEMA(trainable_parameters(aligned), decay=args.ema_decay, min_decay=args.ema_decay)
+    optimizer = build_optimizer(args, trainable_parameters(aligned))
+    objective = objective_from_config(args, aligned, MAX_TRAIN_STEPS)
+    objective.resume(0)
+    model, optimizer = accelerator.prepare(aligned, optimizer)
     return SimpleNamespace(
         args=args,
         aligned=aligned,
-        transformer=transformer,
+        transformer=aligned.transformer,
         model=model,
         ema=ema,
         optimizer=optimizer,
-        alignment=alignment,
+        objective=objective,
         means=RunningMeans(),
-        step=0,
     )
 
 
@@ -143,40 +134,30 @@ def draw_batch(settings, batch_size: int, num_tokens: int, generator: torch.Gene
 
 def compute_gradients(arm: SimpleNamespace, batch: dict, accelerator: Accelerator):
     """Forward and backward, line by line the loop of train_vrpo.py for a model that predicts no variance."""
-    alignment, transformer = arm.alignment, arm.transformer
-    aligning = alignment.active(arm.step)
-    x_t, timestep, target, t = forward_process(batch["x0"], batch["noise"], batch["timestep"], transformer.config)
+    objective = arm.objective
+    x_t, timestep, target, t = forward_process(batch["x0"], batch["noise"], batch["timestep"], arm.transformer.config)
     inputs = (x_t, timestep, batch["class_labels"])
-    prediction, projections = arm.model(
-        *inputs,
-        return_projections=aligning,
-        alignment_fork=alignment.fork(t) if aligning else None,
-        return_dict=False,
-    )
+    step = objective.begin(t)
+    prediction, projections = arm.model(*inputs, fork=step.fork, align=step.active)
     loss_fm = flow_matching_loss(prediction, target)
     loss = loss_fm.mean()
     arm.means.add(loss_fm=loss)
-    if aligning:
-        loss_rep, logs = alignment.loss(projections, [batch["targets"]], t, loss_fm, batch, arm.step, 0, inputs)
+    if arm.args.objective != "none":
+        step.targets = [batch["targets"]]
+        loss_rep = objective(step, projections, None, loss_fm, subset=batch["tokens"], inputs=inputs)
         loss = loss + arm.args.alignment_coeff * loss_rep
-        arm.means.add(**logs)
+        arm.means.add(**step.logs)
     accelerator.backward(loss)
-    if aligning:
-        alignment.observe()
-    elif arm.aligned:
-        release_projectors(transformer)
+    objective.observe(step)
 
 
 def apply_gradients(arm: SimpleNamespace, accelerator: Accelerator):
     """The rest of the step: clipping, optimizer, average, statistics."""
-    aligning = arm.alignment.active(arm.step)
     arm.means.add(grad_norm=accelerator.clip_grad_norm_(arm.model.parameters(), arm.args.max_grad_norm))
     arm.optimizer.step()
     arm.optimizer.zero_grad()
-    arm.step += 1
-    arm.ema.step(trainable_parameters(arm.transformer))
-    if aligning:
-        arm.alignment.update(arm.step)
+    arm.ema.step(trainable_parameters(arm.aligned))
+    arm.objective.update()
 
 
 def train_step(arm: SimpleNamespace, batch: dict, accelerator: Accelerator):
@@ -333,19 +314,18 @@ def main(settings: argparse.Namespace):
     device_type = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     batch_size = settings.batch_size or (256 if device_type == "cuda" else 2)
     if device_type == "cuda" and settings.clock == "cpu":
-        raise InputError("--clock cpu does not see what a GPU does; use wall")
+        raise InputError(None, "--clock cpu does not see what a GPU does; use wall")
     if settings.threads:
         torch.set_num_threads(settings.threads)
     mixed_precision = {"float32": "no", "bfloat16": "bf16"}[settings.dtype]
     accelerator = Accelerator(mixed_precision=mixed_precision, cpu=device_type == "cpu")
     device = accelerator.device
-    train_parser = load_train_script().build_parser()
-    patch_size = read_start(train_parser.parse_args(["--preset", settings.preset])).config["patch_size"]
+    patch_size = read_start(VRPOConfig(preset=settings.preset)).config["patch_size"]
     num_tokens = (settings.latent_size // patch_size) ** 2
     generator = torch.Generator().manual_seed(settings.seed)
 
     def build(name):
-        return build_arm(name, train_parser, settings, accelerator)
+        return build_arm(name, settings, accelerator)
 
     def next_batch():
         return draw_batch(settings, batch_size, num_tokens, generator, device)

@@ -12,6 +12,7 @@ which is assumed.
 import argparse
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import yaml
@@ -19,11 +20,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Dinov2Config, Dinov2Model
 
-from diffusers_vrpo.command_line import OneLineErrorParser, check_ranges
+from diffusers_vrpo.alignment.attach import AlignedTransformer, alignment_layers
+from diffusers_vrpo.command_line import OneLineErrorParser, number_in
+from diffusers_vrpo.config import In
 from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.models.start import alignment_layers
 from diffusers_vrpo.models.transformer_sit import SiTTransformer2DModel, sit_preset
-from diffusers_vrpo.training.throughput import forward_flops, projector_flops, training_flops
+from diffusers_vrpo.training.throughput import step_flops
 
 
 GLOBAL_BATCH_SIZE = 256
@@ -48,26 +50,24 @@ def recipe_cost(path: Path, encoder_flops: int) -> dict[str, float]:
         options = yaml.safe_load(path.read_text())
         config, steps = sit_preset(options["preset"]), options.get("max_train_steps", 400_000)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is no recipe with a preset ({error})") from error
+        raise InputError(None, f"{path} is no recipe with a preset ({error})") from error
     if (
         options.get("encoder", ENCODER) != ENCODER
         or options.get("resolution", 256) != 256
         or options.get("vae") == "none"
     ):
-        raise InputError(f"{path} is not of {ENCODER} and 32x32 latents, which the cost is counted for")
+        raise InputError(None, f"{path} is not of {ENCODER} and 32x32 latents, which the cost is counted for")
     aligned = options.get("objective", "vrpo") != "none"
-    if aligned:
-        blocks = alignment_layers(str(options.get("layer_scope", "early")), config["num_layers"])
-        config |= {"alignment_layers": blocks, "alignment_dims": [768]}
-        config |= {"projector_dim": options.get("projector_dim", 2048)}
     with torch.device("meta"):
-        model = SiTTransformer2DModel(**config)
-    forward = forward_flops(model.config) + (projector_flops(model.config) if aligned else 0)
-    flops = training_flops(forward, encoder_flops if aligned else 0)
-    projectors = sum(p.numel() for p in model.projectors.parameters()) if aligned else 0
+        transformer = SiTTransformer2DModel(**config)
+        blocks = alignment_layers(str(options.get("layer_scope", "early")), config["num_layers"])
+        encoders = [SimpleNamespace(embed_dim=768)] if aligned else []
+        model = AlignedTransformer(transformer, blocks, encoders, projector_dim=options.get("projector_dim", 2048))
+    plain, with_projectors = step_flops(model)
+    flops = with_projectors + encoder_flops if aligned else plain
     return {
-        "parameters": sum(p.numel() for p in model.parameters()) - projectors,
-        "projectors": projectors,
+        "parameters": sum(p.numel() for p in transformer.parameters()),
+        "projectors": sum(p.numel() for p in model.projectors.parameters()),
         "flops": flops,
         "total": flops * GLOBAL_BATCH_SIZE * steps,
     }
@@ -75,11 +75,18 @@ def recipe_cost(path: Path, encoder_flops: int) -> dict[str, float]:
 
 def main(argv: list[str] | None = None):
     parser = OneLineErrorParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    positive = In(0, exclusive=True)
     parser.add_argument("recipes", nargs="+", type=Path, help="YAML files for train_vrpo.py --config")
-    parser.add_argument("--peak_tflops", type=float, default=989.0, help="of a device (default: 989, H100/H200 bf16)")
-    parser.add_argument("--mfu", type=float, default=0.4, help="assumed share of it (default: 0.4)")
+    parser.add_argument(
+        "--peak_tflops",
+        type=number_in(positive, float),
+        default=989.0,
+        help="of a device (default: 989, H100/H200 bf16)",
+    )
+    parser.add_argument(
+        "--mfu", type=number_in(positive, float), default=0.4, help="assumed share of it (default: 0.4)"
+    )
     args = parser.parse_args(argv)
-    check_ranges(parser, args, "", "", "peak_tflops mfu", "")
     encoder = dinov2_base_flops()
     print("| recipe | parameters, projectors (M) | GFLOPs an image | training (FLOPs) | device hours |")
     print("|---|---|---|---|---|")

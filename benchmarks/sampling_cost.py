@@ -16,7 +16,7 @@ counted, plus 3 %: what else a step costs must not eat up what guidance saves.
 
 With `--throughput`, two arms sample with always guided steps: float32 eager, and bfloat16 with compiled blocks.
 
-A call is `VRPOPipeline.__call__` up to the latents, with a generator for each image, as pipelines/sample.py makes it;
+A call is `VRPOPipeline.__call__` up to the latents, with a generator for each image, as `vrpo sample` makes it;
 weights are fresh. Arms take turns within a round, in an order of the round's own. Ratios are medians over rounds of the
 ratio within a round; intervals are a 95 % bootstrap over rounds. `--clock cpu` counts the process's processor time,
 for a machine that does other work too.
@@ -48,9 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--preset", default="SiT-S/2", help="as of train_vrpo.py (default: SiT-S/2)")
     parser.add_argument("--latent_size", type=int, default=32, help="side of the four-channel latents (default: 32)")
     parser.add_argument("--batch_size", type=int, help="default: 64 on a GPU, 2 on the CPU")
-    parser.add_argument(
-        "--sampler", default="default", help="as of pipelines/sample.py (default: the pipeline's, Euler)"
-    )
+    parser.add_argument("--sampler", default="default", help="as of `vrpo sample` (default: the pipeline's, Euler)")
     parser.add_argument("--num_inference_steps", type=int, default=50, help="default: 50")
     parser.add_argument("--guidance_scale", type=float, default=1.5, help="default: 1.5")
     parser.add_argument("--guidance_interval", type=float, nargs=2, default=[0.0, 0.7], help="default: 0 0.7")
@@ -75,7 +73,7 @@ def build_pipeline(settings, dtype: str, compiled: bool) -> VRPOPipeline:
     pipeline = VRPOPipeline(model, default_scheduler(model.config.prediction_type))
     samplers = ("default", *SAMPLERS[model.config.prediction_type])
     if settings.sampler not in samplers:
-        raise InputError(f"--sampler {settings.sampler}: {settings.preset} takes {', '.join(samplers)}")
+        raise InputError(None, f"--sampler {settings.sampler}: {settings.preset} takes {', '.join(samplers)}")
     set_sampler(pipeline, settings.sampler, settings.preset)
     model.to(settings.device)
     if dtype != "float32":
@@ -206,9 +204,11 @@ def print_report(report: dict):
 def main(settings: argparse.Namespace) -> dict:
     settings.device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if settings.device == "cuda" and settings.clock == "cpu":
-        raise InputError("--clock cpu does not see what a GPU does; use wall")
+        raise InputError(None, "--clock cpu does not see what a GPU does; use wall")
     if settings.throughput and (settings.dtype != "float32" or settings.compile):
-        raise InputError("--throughput compares float32 eager with bfloat16 compiled; leave out --dtype and --compile")
+        raise InputError(
+            None, "--throughput compares float32 eager with bfloat16 compiled; leave out --dtype and --compile"
+        )
     if settings.threads:
         torch.set_num_threads(settings.threads)
     settings.batch_size = settings.batch_size or (64 if settings.device == "cuda" else 2)

@@ -41,14 +41,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from objective_overhead import NUM_CLASSES, build_arm, draw_batch, hardware_name, load_train_script, median_ratio
+from objective_overhead import NUM_CLASSES, build_arm, draw_batch, hardware_name, median_ratio
 from transformers import Dinov2Config, Dinov2Model
 from transformers.utils.logging import disable_progress_bar
 
 from diffusers_vrpo.alignment.encoders import IMAGENET_MEAN, IMAGENET_STD, PatchEncoder, load_encoder
+from diffusers_vrpo.alignment.start import build_aligned_transformer
+from diffusers_vrpo.config import VRPOConfig
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.models.flow import flow_matching_loss, forward_process
-from diffusers_vrpo.models.start import build_transformer, read_start
+from diffusers_vrpo.models.start import read_start
 from diffusers_vrpo.training.interruption import Interruption, StepGuard
 from diffusers_vrpo.training.setup import trainable_parameters
 from diffusers_vrpo.training.throughput import peak_flops, speed_up, step_flops, throughput_metrics
@@ -103,8 +105,7 @@ class Setup:
         self.accelerator = Accelerator(mixed_precision=mixed_precision, cpu=settings.device == "cpu")
         self.device = self.accelerator.device
         self.dtype = getattr(torch, settings.dtype)
-        self.train_parser = load_train_script().build_parser()
-        patch_size = read_start(self.train_parser.parse_args(["--preset", preset])).config["patch_size"]
+        patch_size = read_start(VRPOConfig(preset=preset)).config["patch_size"]
         self.grid_size = (settings.latent_size // patch_size,) * 2
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.encoders: dict[tuple, PatchEncoder] = {}
@@ -160,8 +161,7 @@ def build_ours(setup: Setup, objective: str) -> SimpleNamespace:
         embed_dim=encoder.embed_dim,
         seed=settings.seed,
     )
-    arm = build_arm(objective, setup.train_parser, shapes, setup.accelerator)
-    arm.alignment.encoders = [encoder]
+    arm = build_arm(objective, shapes, setup.accelerator, encoder)
 
     speed_up(arm.transformer, [], compile=compiled)  # the encoder is already
     arm.guard = StepGuard(setup.accelerator, arm.optimizer, Interruption(), skip_nonfinite=False)
@@ -171,7 +171,7 @@ def build_ours(setup: Setup, objective: str) -> SimpleNamespace:
 
 def ours_step(arm: SimpleNamespace, batch: dict[str, torch.Tensor], accelerator: Accelerator):
     """Line by line the loop of train_vrpo.py, for a model that predicts no variance and while it aligns."""
-    alignment, means, guard = arm.alignment, arm.means, arm.guard
+    objective, means, guard = arm.objective, arm.means, arm.guard
     batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
     images = batch["pixels"].float() / 127.5 - 1
     with accelerator.accumulate(arm.model):
@@ -179,29 +179,26 @@ def ours_step(arm: SimpleNamespace, batch: dict[str, torch.Tensor], accelerator:
             batch["x0"], batch["noise"], batch["timestep"], arm.transformer.config
         )
         inputs = (x_t, timestep, batch["class_labels"])
-        prediction, projections = arm.model(
-            *inputs, return_projections=True, alignment_fork=alignment.fork(t), return_dict=False
-        )
+        step = objective.begin(t)
+        prediction, projections = arm.model(*inputs, fork=step.fork)
         loss_fm = flow_matching_loss(prediction, target)
         loss = loss_fm.mean()
         means.add(loss_fm=loss)
-        targets = alignment.targets(images)
-        loss_rep, logs = alignment.loss(projections, targets, t, loss_fm, batch, arm.step, 0, inputs)
+        loss_rep = objective(step, projections, images, loss_fm, subset=batch["tokens"], inputs=inputs)
         loss = loss + arm.args.alignment_coeff * loss_rep
-        means.add(**logs)
+        means.add(**step.logs)
         guard.watch(loss)
         accelerator.backward(loss)
-        alignment.observe()
+        objective.observe(step)
         grad_norm = accelerator.clip_grad_norm_(arm.model.parameters(), arm.args.max_grad_norm)
         means.add(grad_norm=grad_norm)
         guard.ask(grad_norm)
         arm.optimizer.step()
         arm.optimizer.zero_grad()
     guard.answer()
-    arm.step += 1
     means.commit()
-    arm.ema.step(trainable_parameters(arm.transformer))
-    alignment.update(arm.step)
+    arm.ema.step(trainable_parameters(arm.aligned))
+    objective.update()
 
 
 def build_plain(setup: Setup, improvements: tuple[str, ...] = ()) -> SimpleNamespace:
@@ -210,16 +207,15 @@ def build_plain(setup: Setup, improvements: tuple[str, ...] = ()) -> SimpleNames
         setup.dtype if "half" in improvements else torch.float32, "compiled encoder" in improvements
     )
     settings = setup.settings
-    options = ["--objective", "repa", "--preset", setup.preset, "--projector_dim", str(settings.projector_dim)]
-    args = setup.train_parser.parse_args(options)
+    args = VRPOConfig(objective="repa", preset=setup.preset, projector_dim=settings.projector_dim)
     torch.manual_seed(settings.seed)
     latent_shape = (4, settings.latent_size, settings.latent_size)
-    model = build_transformer(args, read_start(args), latent_shape, NUM_CLASSES, None, [encoder.embed_dim])
-    model.to(setup.device).train()
+    aligned = build_aligned_transformer(args, read_start(args), latent_shape, NUM_CLASSES, None, [encoder])
+    aligned.to(setup.device).train()
     if "compiled blocks" in improvements:
-        model.compile_repeated_blocks()
+        aligned.transformer.compile_repeated_blocks()
     optimizer = torch.optim.AdamW(
-        model.parameters(),
+        aligned.parameters(),
         lr=args.learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
@@ -227,8 +223,9 @@ def build_plain(setup: Setup, improvements: tuple[str, ...] = ()) -> SimpleNames
         fused=True if "adamw" in improvements else None,
     )
     arm = SimpleNamespace(
-        transformer=model,
-        average=[p.detach().clone() for p in model.parameters()],
+        aligned=aligned,
+        transformer=aligned.transformer,
+        average=[p.detach().clone() for p in aligned.parameters()],
         optimizer=optimizer,
         encoder=encoder,
         args=args,
@@ -249,11 +246,11 @@ def plain_step(arm: SimpleNamespace, batch: dict, device, dtype: torch.dtype, im
     # x_t = (1 - t) x0 + t noise, whose velocity is noise - x0
     s = t.reshape(-1, 1, 1, 1)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        output = arm.transformer((1 - s) * x0 + s * noise, t, labels, return_projections=True)
-    loss_fm = (output.sample.float() - (noise - x0)).square().mean()
+        prediction, projections = arm.aligned((1 - s) * x0 + s * noise, t, labels)
+    loss_fm = (prediction.float() - (noise - x0)).square().mean()
 
     # -(1/N) sum_n <mu_n, y_n>, mean over samples
-    projections = output.projections[0].float()
+    projections = projections[0].float()
     if "loss" in improvements:
         loss_rep = -(F.normalize(projections, dim=-1) * F.normalize(features, dim=-1)).sum(-1).mean()
     else:
@@ -265,7 +262,7 @@ def plain_step(arm: SimpleNamespace, batch: dict, device, dtype: torch.dtype, im
 
     loss = loss_fm + arm.args.alignment_coeff * loss_rep
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(arm.transformer.parameters(), arm.args.max_grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_(arm.aligned.parameters(), arm.args.max_grad_norm)
     arm.optimizer.step()
     arm.optimizer.zero_grad(set_to_none=True)
 
@@ -274,9 +271,9 @@ def plain_step(arm: SimpleNamespace, batch: dict, device, dtype: torch.dtype, im
     decay = arm.args.ema_decay if arm.step > 1 else 0.0
     with torch.no_grad():
         if "ema" in improvements:
-            torch._foreach_lerp_(arm.average, list(arm.transformer.parameters()), 1 - decay)
+            torch._foreach_lerp_(arm.average, list(arm.aligned.parameters()), 1 - decay)
         else:
-            for average, parameter in zip(arm.average, arm.transformer.parameters()):
+            for average, parameter in zip(arm.average, arm.aligned.parameters()):
                 average.mul_(decay).add_(parameter, alpha=1 - decay)
     losses = {"loss": loss_fm.detach(), "alignment": loss_rep.detach(), "grad_norm": norm}
     arm.log = losses if "sync" in improvements else {name: value.item() for name, value in losses.items()}
@@ -325,7 +322,7 @@ def compare(setup: Setup, batch_size: int) -> dict:
     """Times all arms; the report as the JSON file holds it."""
     arms = {name: build() for name, build in arm_builders(setup).items()}
     seconds = measure_seconds(arms, setup, batch_size)
-    plain, aligned = step_flops(arms["vrpo"].transformer, [setup.encoder()])
+    plain, aligned = step_flops(arms["vrpo"].aligned)
     half, target = "+ encoder in half precision", TARGETS[setup.device.type]
     pairs = [(name, "plain", target if name in ("repa", "vrpo") else None) for name in arms if name != "plain"]
     if half in arms:
@@ -387,7 +384,7 @@ def measure_alone(setup: Setup, batch_size: int) -> dict:
     wait()
     images_per_second = settings.repeats * batch_size / (time.perf_counter() - start)
     setup.accelerator.free_memory()
-    _, flops = step_flops(arm.transformer, [setup.encoder()])
+    _, flops = step_flops(arm.aligned)
     peak = 1e12 * settings.peak_tflops if settings.peak_tflops else peak_flops(setup.device, setup.dtype)
     return {
         "preset": setup.preset,
@@ -438,7 +435,7 @@ def main(settings: argparse.Namespace) -> dict:
     if settings.compile is None:
         settings.compile = settings.device == "cuda"
     if settings.device == "cuda" and settings.clock == "cpu":
-        raise InputError("--clock cpu does not see what a GPU does; use wall")
+        raise InputError(None, "--clock cpu does not see what a GPU does; use wall")
     if settings.threads:
         torch.set_num_threads(settings.threads)
     settings.batch_size = settings.batch_size or (256 if settings.device == "cuda" else 4)

@@ -16,9 +16,9 @@ import torch
 import yaml
 
 from diffusers_vrpo import SiTTransformer2DModel, sit_preset
-from diffusers_vrpo.alignment.policy import alignment_layers
+from diffusers_vrpo.alignment.attach import alignment_layers
 from diffusers_vrpo.hub.card import render_card
-from diffusers_vrpo.training.throughput import forward_flops, projector_flops, training_flops
+from diffusers_vrpo.training.throughput import forward_flops, num_tokens, projector_flops, training_flops
 
 
 FOLDER = Path(__file__).parent
@@ -53,13 +53,10 @@ def card(name: str, preset: str, steps: int) -> str:
         parameters = sum(parameter.numel() for parameter in SiTTransformer2DModel(**config).parameters())
     words = f"{LAUNCH} {options}".split(" --")
     recipe = words[0] + "".join((" \\\n  --" if i % 4 == 3 else " --") + word for i, word in enumerate(words[1:]))
-    aligned = {
-        **config,
-        "alignment_layers": alignment_layers(args.layer_scope, config["num_layers"]),
-        "alignment_dims": [768],
-        "projector_dim": args.projector_dim,
-    }
-    flops = training_flops(forward_flops(config) + projector_flops(aligned))
+    layers = alignment_layers(args.layer_scope, config["num_layers"])
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    projectors = projector_flops(width, num_tokens(config), len(layers), [768], projector_dim=args.projector_dim)
+    flops = training_flops(forward_flops(config) + projectors)
     measured = (
         f"Counted: {parameters / 1e6:.1f} M parameters, {flops / 2e9:.0f} GMAC a training step and image without encoder "
         "and autoencoder: three times the forward pass of transformer and projector (`training_flops` in "

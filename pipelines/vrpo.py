@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchHeunDiscreteScheduler
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.loaders.lora_pipeline import CogVideoXLoraLoaderMixin
+from diffusers.loaders.lora_pipeline import CogVideoXLoraLoaderMixin  # `loaders` has it with transformers only
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor

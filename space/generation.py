@@ -36,7 +36,7 @@ def open_pipeline(name: str, dtype: str | None = None) -> VRPOPipeline:
     try:
         pipeline.check_inputs(1, 1, 1.0, (0.0, 1.0), 1, output_type="pil", tensor_inputs=())
     except ValueError as error:
-        raise InputError(f"PIPELINE {name}: {error}") from error
+        raise InputError(None, f"PIPELINE {name}: {error}") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, dtype or ("bfloat16" if device == "cuda" else "float32"))
     pipeline.to(device)
@@ -61,7 +61,9 @@ def check_number(name: str, value, low: int, high: int, is_whole: bool = True):
     """An InputError when `value` is no number in `low ... high`."""
     is_number = isinstance(value, int | float) and math.isfinite(value)
     if not is_number or not low <= value <= high or (is_whole and value != int(value)):
-        raise InputError(f"{name} must be a {'whole ' if is_whole else ''}number from {low} to {high}, not {value}")
+        raise InputError(
+            None, f"{name} must be a {'whole ' if is_whole else ''}number from {low} to {high}, not {value}"
+        )
 
 
 def run(pipeline: VRPOPipeline, turn: threading.Lock, **arguments) -> Iterator[tuple[int, int] | list]:
@@ -81,7 +83,9 @@ def run(pipeline: VRPOPipeline, turn: threading.Lock, **arguments) -> Iterator[t
         if unwanted.is_set():
             raise Stopped
         if not tensors["latents"].isfinite().all():
-            raise InputError(f"Step {step + 1} gave numbers that are not finite; is the guidance scale too high?")
+            raise InputError(
+                None, f"Step {step + 1} gave numbers that are not finite; is the guidance scale too high?"
+            )
         news.put((step + 1, pipeline.num_timesteps))
         return tensors
 
@@ -127,7 +131,7 @@ def generate(
         InputError: for what the pipeline does not take, in a sentence.
     """
     if not classes:
-        raise InputError("Choose at least one class.")
+        raise InputError(None, "Choose at least one class.")
     check_number("Images per class", images_per_class, 1, MAX_IMAGES_PER_CLASS)
     check_number("Steps", steps, 1, MAX_STEPS)
     check_number("Guidance scale", guidance_scale, 1, MAX_GUIDANCE_SCALE, is_whole=False)
@@ -137,7 +141,7 @@ def generate(
     count = int(images_per_class)
     if len(classes) * count > MAX_IMAGES:
         raise InputError(
-            f"{len(classes)} classes with {count} images each are more than {MAX_IMAGES} images; take fewer"
+            None, f"{len(classes)} classes with {count} images each are more than {MAX_IMAGES} images; take fewer"
         )
 
     # Weights are shared by all users, schedulers are not: what one chose must not stay for the next.
@@ -160,8 +164,9 @@ def generate(
         ):
             yield item if isinstance(item, tuple) else list(zip(item, labels, seeds))
     except ValueError as error:
-        # In the words of the page, not of the command line.
-        words = {"--num_inference_steps": "Steps", "--sampler": "Sampler", "`guidance_scale`": "Guidance scale"}
-        raise InputError(re.sub("|".join(words), lambda found: words[found[0]], str(error))) from error
+        # In the words of the page, not of the library.
+        words = {"`num_inference_steps`": "Steps", "`sampler`": "Sampler", "`guidance_scale`": "Guidance scale"}
+        field = error.field if isinstance(error, InputError) else None
+        raise InputError(field, re.sub("|".join(words), lambda found: words[found[0]], str(error))) from error
     except torch.OutOfMemoryError as error:
-        raise InputError(f"There is not enough memory for {len(labels)} images at once; take fewer") from error
+        raise InputError(None, f"There is not enough memory for {len(labels)} images at once; take fewer") from error

@@ -33,14 +33,15 @@ from subset import pack, packed, show_smaller
 from timing import one_core
 from training_run import (
     add_common_options,
-    check_common,
     make_cache,
     make_moments,
+    resolve_folders,
     train_argv,
     train_script,
 )
 
-from diffusers_vrpo.command_line import OneLineErrorParser
+from diffusers_vrpo.command_line import OneLineErrorParser, number_in
+from diffusers_vrpo.config import In
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.files import write_atomically
 from diffusers_vrpo.pipelines.pipeline_vrpo import VRPOPipeline
@@ -92,7 +93,7 @@ def load_comparison(name: str) -> Comparison:
     try:
         return Comparison(**{"name": path.stem.removeprefix("generative-")} | read_yaml(path))
     except TypeError as error:
-        raise InputError(f"{path}: {error}") from error
+        raise InputError(None, f"{path}: {error}") from error
 
 
 def runs_folder(comparison: Comparison, work: Path) -> Path:
@@ -153,7 +154,7 @@ def make_base(comparison: Comparison, recipe: Recipe, work: Path, workers: Worke
         for checkpoint in list_checkpoints(folder):
             shutil.rmtree(checkpoint)
     if not (folder / "model_index.json").exists():
-        raise InputError(f"the base was not trained to its end; see {folder / 'log.txt'}")
+        raise InputError(None, f"the base was not trained to its end; see {folder / 'log.txt'}")
     return folder
 
 
@@ -258,7 +259,9 @@ def plan_steps(comparison: Comparison, name: str, arm: dict, times: dict) -> tup
     budget = comparison.budget_steps * times[cost_key({})]["step"]
     steps = round((budget - own["setup"]) / own["step"])
     if steps < 1:
-        raise InputError(f"budget_steps {comparison.budget_steps} does not pay for one step of {name}; take more")
+        raise InputError(
+            None, f"budget_steps {comparison.budget_steps} does not pay for one step of {name}; take more"
+        )
     return steps, own["setup"] + steps * own["step"]
 
 
@@ -383,11 +386,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--workers", type=int, default=1, help="runs side by side, each on a core of its own (default: 1); 0 is here"
     )
-    parser.add_argument("--threads", type=int, default=None if torch.cuda.is_available() else 1, help="of each run")
-    parser.add_argument("--rounds", type=int, default=3, help="of the timing (default: 3)")
+    parser.add_argument(
+        "--threads", type=number_in(In(1)), default=None if torch.cuda.is_available() else 1, help="of each run"
+    )
+    parser.add_argument("--rounds", type=number_in(In(1)), default=3, help="of the timing (default: 3)")
     parser.add_argument("--table", action="store_true", help="print what is recorded, draw a plot and samples")
     args = parser.parse_args(argv)
-    check_common(parser, args, "threads rounds")
+    resolve_folders(args)
     if args.workers < 0:
         parser.error(f"--workers {args.workers} must be at least 0")
     comparison = load_comparison(args.size)
@@ -396,7 +401,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.table:
         lines = read_results(results)
         if not lines:
-            raise InputError(f"{results} has no run; the command without --table makes them")
+            raise InputError(None, f"{results} has no run; the command without --table makes them")
         report = args.work / recipe.name / "report"
         report.mkdir(parents=True, exist_ok=True)
         plot(lines, report / f"generative-{comparison.name}.png")
@@ -404,7 +409,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{table(lines)}\nplot and samples are in {report}")
         return 0
     if unknown := [name for name in args.arms or [] if name not in comparison.arms]:
-        raise InputError(f"--arms {unknown[0]} is none of {', '.join(comparison.arms)}")
+        raise InputError(None, f"--arms {unknown[0]} is none of {', '.join(comparison.arms)}")
     if args.threads:
         torch.set_num_threads(args.threads)
     arms = {name: comparison.arms[name] for name in args.arms or comparison.arms}

@@ -54,9 +54,9 @@ def read_yaml(path: Path) -> dict:
     try:
         found = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path} cannot be read ({first_line(error)}); give a file such as cpu.yaml") from error
+        raise InputError(None, f"{path} cannot be read ({first_line(error)}); give a file such as cpu.yaml") from error
     if not isinstance(found, dict):
-        raise InputError(f"{path} must map names to values")
+        raise InputError(None, f"{path} must map names to values")
     return found
 
 
@@ -70,7 +70,7 @@ def load_recipe(name: str) -> Recipe:
     values = {"name": path.stem} | read_yaml(path)
     known = {field.name for field in dataclasses.fields(Recipe)}
     if wrong := sorted(known ^ set(values)):
-        raise InputError(f"{path}: {wrong[0]} is {'missing' if wrong[0] in known else 'unknown'}")
+        raise InputError(None, f"{path}: {wrong[0]} is {'missing' if wrong[0] in known else 'unknown'}")
     return Recipe(**values)
 
 
@@ -87,9 +87,9 @@ def choose_arms(wanted: list[str] | None, recipe: Recipe) -> dict[str, dict]:
     """
     arms = load_arms()
     if unknown := [name for name in wanted or [] if name not in arms]:
-        raise InputError(f"--arms {unknown[0]} is none of {', '.join(arms)}")
+        raise InputError(None, f"--arms {unknown[0]} is none of {', '.join(arms)}")
     if recipe.reference not in arms:
-        raise InputError(f"{recipe.name}: reference {recipe.reference} is none of {', '.join(arms)}")
+        raise InputError(None, f"{recipe.name}: reference {recipe.reference} is none of {', '.join(arms)}")
     return {name: arms[name] for name in wanted or arms}
 
 
@@ -131,7 +131,7 @@ def equal_compute(recipe: Recipe, arm: dict, name: str, timing: dict) -> dict:
     for each, found in ((name, ratio), ("none", plain if "stop" in arm else 1.0)):
         if found is None:
             raise InputError(
-                f"arm {each} has no time in {timing['file']}; run `timing.py {recipe.name} --arms {each}`"
+                None, f"arm {each} has no time in {timing['file']}; run `timing.py {recipe.name} --arms {each}`"
             )
     second = timing["reference_seconds"]
     features = timing["features_seconds"] / second if recipe.charge_features else 0.0

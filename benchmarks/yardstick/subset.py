@@ -29,7 +29,7 @@ def write_subset(dataset_name: str, num_classes: int, folder: Path) -> dict[str,
     for split in SPLITS:
         data, names, total = load_image_dataset(dataset_name, split=split)
         if total < num_classes:
-            raise InputError(f"classes: {num_classes} of {dataset_name}, which has {total}; take fewer")
+            raise InputError(None, f"classes: {num_classes} of {dataset_name}, which has {total}; take fewer")
         kept = np.arange(num_classes) * total // num_classes
         labels = np.asarray(data["label"][:])
         rows = np.flatnonzero(np.isin(labels, kept))
@@ -61,7 +61,9 @@ def pack(recipe, shared: Path, folder: Path):
             continue
         source = shared / name
         if not source.is_dir():
-            raise InputError(f"--shared {shared} has no {name}; name the folder that holds it (or set VRPO_SHARED)")
+            raise InputError(
+                None, f"--shared {shared} has no {name}; name the folder that holds it (or set VRPO_SHARED)"
+            )
         shutil.copytree(source, folder / name, dirs_exist_ok=True, copy_function=shutil.copyfile)
     if recipe.judge_pixels and recipe.judge != "digits":
         show_smaller(folder / recipe.judge / "preprocessor_config.json", recipe.judge_pixels)

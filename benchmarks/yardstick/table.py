@@ -22,7 +22,7 @@ import yaml
 from recipe import choose_arms, equal_compute, load_recipe, recipe_hash
 from run import read_results
 from timing import read_timing
-from training_run import add_common_options, check_common
+from training_run import add_common_options, resolve_folders
 
 from diffusers_vrpo.command_line import OneLineErrorParser
 from diffusers_vrpo.commands import report
@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None):
     parser = OneLineErrorParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_options(parser)
     args = parser.parse_args(argv)
-    check_common(parser, args, "")
+    resolve_folders(args)
     recipe = load_recipe(args.size)
     timing, hashes = read_timing(recipe, args.results), {}
     for name, arm in choose_arms(args.arms, recipe).items():
@@ -155,7 +155,9 @@ def main(argv: list[str] | None = None):
             hashes[name] = recipe_hash(recipe, arm, equal_compute(recipe, arm, name, timing))
     arms = group_lines(read_results(args.results / f"results-{recipe.name}.jsonl"), hashes)
     if not arms:
-        raise InputError(f"results-{recipe.name}.jsonl has no run of this recipe; `run.py {args.size}` makes them")
+        raise InputError(
+            None, f"results-{recipe.name}.jsonl has no run of this recipe; `run.py {args.size}` makes them"
+        )
     text = markdown(*table_rows(arms, recipe.reference))
     output_dir = args.work / recipe.name / "report"
     output_dir.mkdir(parents=True, exist_ok=True)

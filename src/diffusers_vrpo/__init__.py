@@ -12,10 +12,20 @@ __version__ = "0.1.0"
 
 # Public name: the module that defines it.
 _MODULES = {
+    "AlignedTransformer": "diffusers_vrpo.alignment.attach",
+    "InputError": "diffusers_vrpo.errors",
+    "NoAlignment": "diffusers_vrpo.alignment.objective",
+    "REPA": "diffusers_vrpo.alignment.objective",
     "SIT_PRESETS": "diffusers_vrpo.models.transformer_sit",
     "SiTSDEScheduler": "diffusers_vrpo.pipelines",
     "SiTTransformer2DModel": "diffusers_vrpo.models.transformer_sit",
+    "TokenReward": "diffusers_vrpo.alignment.rewards",
+    "TrainerCallback": "diffusers_vrpo.training.callbacks",
+    "VRPO": "diffusers_vrpo.alignment.objective",
+    "VRPOConfig": "diffusers_vrpo.config",
     "VRPOPipeline": "diffusers_vrpo.pipelines",
+    "VRPOTrainer": "diffusers_vrpo.trainer",
+    "load_encoder": "diffusers_vrpo.alignment.encoders",
     "sit_preset": "diffusers_vrpo.models.transformer_sit",
 }
 # diffusers looks for the base classes of a component in the package that defines the component.

@@ -118,8 +118,13 @@ class VRPOTrainer:
         callbacks: Iterable[TrainerCallback] = (),
     ):
         self.args = args = with_given(args or VRPOConfig(), model, encoders, vae)
+        check_given(args, train_dataset, rewards, callbacks := list(callbacks))
         self.output_dir = prepare_output_dir(args.output_dir)
         self.interruption = Interruption()
+        self.step, self.samples_seen, self.saved_step, self.flops = 0, 0, 0, 0.0
+        self.logged_step, self.logged_seconds = 0, 0.0
+        self.corrupt_rows, self.num_corrupt = set(), 0
+        self.stopwatch, self.metrics, self.metrics_file = Stopwatch(), RunningMeans(), None
         with contextlib.ExitStack() as resources:
             resources.enter_context(locked(self.output_dir))
             self.accelerator = start_accelerator(args, self.output_dir)
@@ -218,16 +223,16 @@ class VRPOTrainer:
             self.stopwatch.start()
             while self.step < self.max_train_steps:
                 self.train_step(batches)
-                self._call("on_step_end")
                 self.log_if_due()
+                self._call("on_step_end")
                 self.stopwatch.stop()
                 self.save_if_due()
                 self._call("on_evaluate")
                 self.profile.step()
                 self.stopwatch.start()
             self.stopwatch.stop()
-        self.accelerator.wait_for_everyone()
-        self._call("on_train_end")
+            self.accelerator.wait_for_everyone()
+            self._call("on_train_end")
 
     def train_step(self, batches: Iterator[dict[str, torch.Tensor]]):
         """One optimizer step, on `gradient_accumulation_steps` of the `batches`.
@@ -351,6 +356,7 @@ class VRPOTrainer:
         """
         args, output_dir = self.args, self.output_dir
         with (
+            self.interruption,
             whole_pipeline(self.accelerator, self.pipeline, self.ema) as averaged,
             written(f"the pipeline in {output_dir}"),
         ):
@@ -472,14 +478,12 @@ class VRPOTrainer:
             self.ema = ForeachEMA(trainable_parameters(self.aligned), decay=args.ema_decay, min_decay=args.ema_decay)
 
     def _register_state(self):
-        """What a run counts, and what its checkpoints hold."""
-        self.step, self.samples_seen, self.saved_step, self.flops = 0, 0, 0, 0.0
-        self.logged_step, self.logged_seconds = 0, 0.0
-        self.corrupt_rows, self.num_corrupt = set(), 0
-        self.stopwatch, self.metrics, self.metrics_file = Stopwatch(), RunningMeans(), None
+        """What a checkpoint holds, and what a resumed run must keep."""
         self.guard = StepGuard(self.accelerator, self.optimizer, self.interruption, self.args.skip_nonfinite)
         precision = self.accelerator.mixed_precision
         self.settings = run_settings(self.args, self.data, self.aligned, self.global_batch_size, precision)
+        if self.objective.reward_names:
+            self.settings["the rewards"] = list(self.objective.reward_names)
         of_callbacks = stateful(self.callbacks)
         register_model_hooks(
             self.accelerator,
@@ -653,3 +657,38 @@ def with_given(args: VRPOConfig, model, encoders, vae) -> VRPOConfig:
     if vae is not None:
         given["vae"] = name_of(vae)
     return dataclasses.replace(args, **given)
+
+
+def check_given(args: VRPOConfig, train_dataset, rewards: list | None, callbacks: list[TrainerCallback]):
+    """Refuses what is missing or would be ignored.
+
+    Raises:
+        InputError: for the first such argument.
+    """
+    named = (args.dataset_name, args.train_data_dir, args.latents_dir)
+    if train_dataset is None and not any(named):
+        raise InputError(
+            "train_dataset",
+            "`train_dataset` is missing; give a `datasets.Dataset` with images and labels, or name data in `args` "
+            "(`dataset_name`, `train_data_dir` or `latents_dir`)",
+        )
+    if train_dataset is not None and any(named):
+        name = next(name for name in named if name)
+        raise InputError(
+            "train_dataset", f"`train_dataset` is given, and `args` names the data {name}; remove one of the two"
+        )
+    if args.objective != "none" and not args.encoder:
+        raise InputError(
+            "encoders",
+            f"`encoders` are missing, which `objective` {args.objective} aligns with; give one such as "
+            "facebook/dinov2-base, or `objective` none",
+        )
+    if rewards is not None and args.objective != "vrpo":
+        raise InputError("rewards", f"`rewards` cannot be combined with `objective` {args.objective}, only with vrpo")
+    start = args.generative_policy_start_step
+    if start is not None and not any(callback.state_name == "generative_policy" for callback in callbacks):
+        raise InputError(
+            "generative_policy_start_step",
+            f"`generative_policy_start_step` {start} needs the callback "
+            "`diffusers_vrpo.experimental.generative.callback.GenerativePolicy(args)`",
+        )

@@ -21,6 +21,7 @@ from diffusers.pipelines import pipeline_loading_utils
 from safetensors.torch import load_file, save_file
 
 from diffusers_vrpo import SiTSDEScheduler, SiTTransformer2DModel, VRPOPipeline
+from diffusers_vrpo.alignment.attach import AlignedTransformer
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.hub.background import HubPush, stage_pipeline
 from diffusers_vrpo.hub.card import public_name, pushes_adapters_only, read_run, render_card
@@ -32,7 +33,7 @@ from diffusers_vrpo.hub.publish import (
     variant_of,
     without_paths,
 )
-from diffusers_vrpo.models.start import Start, build_transformer
+from diffusers_vrpo.models.start import Start, build_transformer, load_start
 from diffusers_vrpo.training.interruption import Interruption
 from diffusers_vrpo.training.metrics import write_start
 from support.hub_server import metadata_errors
@@ -215,7 +216,7 @@ def test_what_was_a_folder_there_is_no_name_on_the_hub_here(tmp_path, monkeypatc
     model = tiny_model()
     model.adapters_suffice = False
     accelerator = SimpleNamespace(device=next(model.parameters()).device, num_processes=1, mixed_precision="no")
-    write_start(tmp_path, 0, accelerator, model, 8, 1250, given)
+    write_start(tmp_path, 0, accelerator, AlignedTransformer(model), 8, 1250, given)
     monkeypatch.chdir(tmp_path)
     run = read_run(tmp_path)
     assert run["options"] == given | {"pretrained_model_name_or_path": "digits", "encoder": ["digits", "a/b"]}
@@ -238,16 +239,18 @@ def test_what_was_a_folder_there_is_no_name_on_the_hub_here(tmp_path, monkeypatc
 )
 def test_adapters_suffice_where_all_else_is_the_bases(change):
     pytest.importorskip("peft")
-    base = tiny_model(alignment_layers=[], **change.get("base", {}))
+    base = tiny_model(**change.get("base", {}))
     config = {key: value for key, value in base.config.items() if not key.startswith("_")}
     labels = dict(enumerate("abcde"))
-    start = Start(config, base, {str(key): name for key, name in labels.items()}, change.get("on_hub", True))
+    names = {str(key): name for key, name in labels.items()}
+    start = Start(config, base, labels=names, on_hub=change.get("on_hub", True))
     args = Namespace(
         pretrained_model_name_or_path="org/base", vae=None, keep_labels=False, label_dropout=0.1, layer_scope="early",
         projector="mlp", projector_dim=16, model_config=None, preset=None, lora_rank=change.get("lora_rank", 2),
     )  # fmt: skip
     size = change.get("size", base.config.sample_size)
-    model = build_transformer(args, start, (4, size, size), 5, change.get("labels", labels), [])
+    model, difference = build_transformer(args, start, (4, size, size), 5, change.get("labels", labels))
+    load_start(model, args, start, difference)
     assert model.adapters_suffice == (change == {})
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from diffusers_vrpo.training.metrics import read_metrics
@@ -69,3 +70,21 @@ def assert_same_files(a: Path, b: Path, names: list[str]):
         assert left.keys() == right.keys()
         for key in left:
             assert torch.equal(left[key], right[key]), f"{name}: {key}"
+
+
+def projectors_of(checkpoint: Path, suffix: str = "") -> tuple[dict, dict]:
+    """What describes the projectors of a checkpoint, and their weights."""
+    file = Path(checkpoint) / f"projectors{suffix}.safetensors"
+    with safe_open(file, "pt") as opened:
+        description = json.loads(opened.metadata()["description"])
+    return description, load_file(file)
+
+
+def aligned_weights(checkpoint: Path) -> dict:
+    """The weights of a checkpoint, by the names of `AlignedTransformer`."""
+    weights = load_file(Path(checkpoint) / "transformer" / "diffusion_pytorch_model.safetensors")
+    projectors = projectors_of(checkpoint)[1]
+    return {
+        **{f"transformer.{name}": tensor for name, tensor in weights.items()},
+        **{f"projectors.{name}": tensor for name, tensor in projectors.items()},
+    }

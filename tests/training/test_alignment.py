@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """The alignment term in training: one step by hand, several blocks and encoders, the gate, the stop, the estimators."""
 
+import json
 import math
 import shutil
 import subprocess
@@ -10,46 +11,47 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from diffusers_vrpo.alignment import objective as alignment_module
 from diffusers_vrpo.alignment.encoders import load_encoder
 from diffusers_vrpo.alignment.gradient_fork import alignment_fork
-from diffusers_vrpo.alignment.objective import Alignment
-from diffusers_vrpo.alignment.policy import REWARDS, action_noise, normalize, semantic_reward, structural_reward
+from diffusers_vrpo.alignment.objective import REPA, VRPO
+from diffusers_vrpo.alignment.policy import action_noise, timestep_weight
 from diffusers_vrpo.alignment.release import ConflictGate
+from diffusers_vrpo.alignment.rewards import DEFAULT_REWARDS, normalize, semantic_reward, structural_reward
+from diffusers_vrpo.alignment.start import build_aligned_transformer
 from diffusers_vrpo.data.image_datasets import load_image_dataset
 from diffusers_vrpo.data.samples import TrainingSamples
 from diffusers_vrpo.models import ddpm
 from diffusers_vrpo.models.flow import forward_process
 from diffusers_vrpo.training.metrics import read_metrics
-from support.models import digits_model, inputs, needs_compiler, tiny_model
+from support.models import aligned_with, digits_model, inputs, needs_compiler, tiny_model
 from support.paths import TRAINING_SCRIPT
 from support.processes import no_network_environment
-from support.training import assert_same_files, losses, run, train_vrpo
+from support.training import aligned_weights, assert_same_files, losses, projectors_of, run, train_vrpo
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def vrpo_gradients(model, x0, batch, y, shares=(1 / 3, 1 / 3, 1 / 3), coeff=0.5):
+def vrpo_gradients(aligned, x0, batch, y, shares=(1 / 3, 1 / 3, 1 / 3), coeff=0.5):
     """`L_FM + lambda L_rep` of one batch by two separate backward passes and the formulas written out, as `.grad`."""
-    config = model.config
-    x_t, timestep, target, _ = forward_process(x0, batch["noise"], batch["timestep"], config)
+    model = aligned.transformer
+    x_t, timestep, target, _ = forward_process(x0, batch["noise"], batch["timestep"], model.config)
     hidden = {}
-    for layer in config.alignment_layers:
+    for layer in aligned.layers:
         block = model.transformer_blocks[layer - 1]
         hooked = block.register_forward_hook(lambda module, args, output, layer=layer: hidden.update({layer: output}))
         hidden[layer] = hooked
     handles = list(hidden.values())
-    output = model(x_t, timestep, batch["class_labels"], return_projections=True)
+    prediction, projections = aligned(x_t, timestep, batch["class_labels"])
     for handle in handles:
         handle.remove()
-    loss_fm = (output.sample - target).square().mean()
+    loss_fm = (prediction - target).square().mean()
     s_f, s_se, s_st = shares
     rest = s_se + s_st
     losses_rep = []
-    for projection in output.projections:
+    for projection in projections:
         mu = normalize(projection)
         action = mu.detach().clone().requires_grad_()
         directions = []
@@ -58,9 +60,8 @@ def vrpo_gradients(model, x0, batch, y, shares=(1 / 3, 1 / 3, 1 / 3), coeff=0.5)
             tangent = gradient - (gradient * mu).sum(-1, keepdim=True) * mu
             directions.append((tangent / tangent.norm(dim=-1, keepdim=True)).detach())
         direction = (s_se * directions[0] + s_st * directions[1]) / rest
-        losses_rep.append(-coeff / len(output.projections) * (direction * mu).sum(-1).mean())
-    deepest = max(config.alignment_layers)
-    h = hidden[deepest]
+        losses_rep.append(-coeff / len(projections) * (direction * mu).sum(-1).mean())
+    h = hidden[max(aligned.layers)]
     (g_main,) = torch.autograd.grad(loss_fm, h, retain_graph=True)
     (g_align,) = torch.autograd.grad(losses_rep[-1], h, retain_graph=True)
     norms = [g.flatten(1).norm(dim=1).reshape(-1, 1, 1) for g in (g_main, g_align)]
@@ -68,7 +69,7 @@ def vrpo_gradients(model, x0, batch, y, shares=(1 / 3, 1 / 3, 1 / 3), coeff=0.5)
     cosine = torch.nn.functional.cosine_similarity(g_main.flatten(1), g_align.flatten(1))
 
     # Above the fork and in the projectors: the losses' own gradients. Below it: the mixture, and the shallower branches.
-    parameters = dict(model.named_parameters())
+    parameters = dict(aligned.named_parameters())
     own = torch.autograd.grad(
         loss_fm + sum(losses_rep), parameters.values(), retain_graph=True, allow_unused=True, materialize_grads=True
     )
@@ -97,26 +98,33 @@ def vrpo_gradients(model, x0, batch, y, shares=(1 / 3, 1 / 3, 1 / 3), coeff=0.5)
 def digits_batch_with_tokens():
     data, _, _ = load_image_dataset("digits")
     samples = TrainingSamples(data, 0, 8, (3, 8, 8), 10, num_tokens=16)
-    batch = samples.__getitems__(list(range(16)))
+    batch = samples.__getitem__(list(range(16)))
     x0 = batch["pixels"].float() / 127.5 - 1
     return x0, batch, normalize(load_encoder("digits", (4, 4))(x0))
+
+
+def save_start(aligned, folder):
+    """Saves model and projectors as a training checkpoint does."""
+    aligned.transformer.save_pretrained(folder / "transformer")
+    description = {"description": json.dumps(aligned.description())}
+    save_file(aligned.projectors.state_dict(), folder / "projectors.safetensors", description)
 
 
 @pytest.mark.parametrize("layers", ["1", "2", "1,2"])
 @pytest.mark.parametrize("options", [[], ["--gradient_checkpointing"], ["--gradient_accumulation_steps", "2"]])
 def test_one_step_of_the_script_is_the_formula(command, tmp_path, layers, options):
     numbers = [int(layer) for layer in layers.split(",")]
-    model = digits_model(alignment_layers=numbers, alignment_dims=[64], projector_dim=32)
-    model.save_pretrained(tmp_path / "start")
+    aligned = aligned_with(digits_model(), numbers, (64,), projector_dim=32)
+    save_start(aligned, tmp_path / "start")
     changes = {"model_config": None, "pretrained_model_name_or_path": tmp_path / "start", "layer_scope": layers}
     changes |= {"max_train_steps": 1, "max_grad_norm": 1e9, "train_batch_size": 8 if len(options) == 2 else 16}
     changes |= {"adam_epsilon": 1, "learning_rate": 1}
     run(command(**changes) + options)
     x0, batch, y = digits_batch_with_tokens()
-    loss_fm, cosine = vrpo_gradients(model, x0, batch, y)
+    loss_fm, cosine = vrpo_gradients(aligned, x0, batch, y)
     row = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]
     assert row["loss_fm"] == pytest.approx(loss_fm, rel=1e-5)
-    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
+    norm = torch.stack([p.grad.norm() for p in aligned.parameters()]).norm().item()
     assert row["grad_norm"] == pytest.approx(norm, rel=1e-5)
     bins = (batch["timestep"] * 10).long()
     for i in range(10):
@@ -125,8 +133,8 @@ def test_one_step_of_the_script_is_the_formula(command, tmp_path, layers, option
                 cosine[bins == i].mean().item(), abs=2e-5
             )
     # With so large an epsilon Adam's first step is the gradient's: lr g / (|g| + 1).
-    trained = load_file(tmp_path / "run" / "checkpoint-1" / "transformer" / WEIGHTS)
-    for name, parameter in model.named_parameters():
+    trained = aligned_weights(tmp_path / "run" / "checkpoint-1")
+    for name, parameter in aligned.named_parameters():
         step = parameter.grad / (parameter.grad.abs() + 1)
         torch.testing.assert_close(parameter.detach() - trained[name], step, atol=2e-6, rtol=1e-4)
 
@@ -134,28 +142,28 @@ def test_one_step_of_the_script_is_the_formula(command, tmp_path, layers, option
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("layers", [[2], [1, 3]])
-def test_compiled_and_checkpointed_blocks_give_the_same_gradients(command, layers):
+def test_compiled_and_checkpointed_blocks_give_the_same_gradients(layers):
     """The fork stands between compiled blocks: gradients, cosines and statistics are those of the eager model."""
-    args = train_vrpo.parse_args(command(conflict="project"))
     x, t, labels = inputs()
     y = normalize(torch.randn(2, 16, 12, generator=torch.Generator().manual_seed(3)))
-    batch, results = {"tokens": torch.arange(16).expand(2, -1)}, []
+    subset, results = torch.arange(16).expand(2, -1), []
     for kind in ("eager", "checkpointed", "compiled"):
-        model = tiny_model(alignment_layers=layers).train()
+        aligned = aligned_with(tiny_model(), layers).train()
         torch._dynamo.reset()
         if kind == "checkpointed":
-            model.enable_gradient_checkpointing()
+            aligned.transformer.enable_gradient_checkpointing()
         elif kind == "compiled":
-            model.compile_repeated_blocks(fullgraph=True)
-        alignment = Alignment(args, model, [None], 100, torch.device("cpu"))
-        output = model(x, t, labels, return_projections=True, alignment_fork=alignment.fork(t))
-        loss_fm = output.sample.square().flatten(1).mean(1)
-        loss, _ = alignment.loss(output.projections, [y], t, loss_fm, batch, 0, 0)
+            aligned.transformer.compile_repeated_blocks(fullgraph=True)
+        objective = VRPO(aligned, 100, conflict="project")
+        step = objective.begin(t)
+        prediction, projections = aligned(x, t, labels, fork=step.fork)
+        loss_fm = prediction.square().flatten(1).mean(1)
+        step.targets = [y]
+        loss = objective(step, projections, None, loss_fm, subset=subset)
         (loss_fm.mean() + 0.5 * loss).backward()
-        assert (alignment.probe.grad != 0).all()
-        results.append(
-            [alignment.probe.grad, *(p.grad for p in model.parameters()), *alignment.statistics.pending.values()]
-        )
+        assert (step.probe.grad != 0).all()
+        gradients = [p.grad for p in aligned.parameters()]
+        results.append([step.probe.grad, *gradients, *objective.statistics.pending.values()])
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
@@ -163,24 +171,29 @@ def test_compiled_and_checkpointed_blocks_give_the_same_gradients(command, layer
 
 @pytest.mark.parametrize("objective", ["repa", "vrpo"])
 @pytest.mark.parametrize("convention", [{}, {"time_direction": "noise_to_data"}, {"prediction_type": "epsilon"}])
-def test_statistics_gate_and_timestep_weight_enter_where_the_formula_has_them(command, objective, convention):
+def test_statistics_gate_and_timestep_weight_enter_where_the_formula_has_them(objective, convention):
     """Every projector and bin with shares and tau of its own, gates half and fully closed, against the sum written out."""
-    args = train_vrpo.parse_args(command(objective=objective, timestep_weighting="low_noise", conflict="gate"))
-    model = tiny_model(alignment_layers=[1, 3], alignment_dims=[12, 20], **convention)
-    alignment = Alignment(args, model, [None, None], 1000, torch.device("cpu"))
+    model = tiny_model(**convention)
+    aligned = aligned_with(model, (1, 3), (12, 20))
+    alignment_class = {"repa": REPA, "vrpo": VRPO}[objective]
+    alignment = alignment_class(aligned, 1000, timestep_weighting="low_noise", conflict="gate")
     generator = torch.Generator().manual_seed(5)
     shares = torch.rand(4, 3, 10, generator=generator) + 0.1
     shares, tau = shares / shares.sum(1, keepdim=True), torch.rand(4, 3, 10, generator=generator)
-    alignment.statistics._tables = shares, tau
+    if objective == "vrpo":
+        alignment.statistics._tables = shares, tau
     alignment.gate.state["closing"][:3] = torch.tensor([0.0, 0.5, 1.0]) * alignment.gate.window
     x, _, labels = inputs(batch=6)
     x0, noise, u = x, torch.randn(x.shape, generator=generator), torch.tensor([0.03, 0.15, 0.25, 0.5, 0.7, 0.95])
     x_t, timestep, target, t = forward_process(x0, noise, u, model.config)
     targets = [normalize(torch.randn(6, 16, dim, generator=generator)) for dim in (12, 20)]
-    batch = {"tokens": torch.arange(16).expand(6, -1)}
-    output = model(x_t, timestep, labels, return_projections=True, alignment_fork=alignment.fork(t))
-    loss_fm = (output.sample - target).square().flatten(1).mean(1)
-    loss, logs = alignment.loss(output.projections, targets, t, loss_fm, batch, 0, 0)
+    subset = torch.arange(16).expand(6, -1)
+    step = alignment.begin(t)
+    prediction, projections = aligned(x_t, timestep, labels, fork=step.fork)
+    loss_fm = (prediction - target).square().flatten(1).mean(1)
+    step.targets = targets
+    loss = alignment(step, projections, None, loss_fm, subset=subset)
+    logs = step.logs
 
     bins = (t * 10).long()
     gate = torch.tensor([1.0, 0.5, 0.0] + [1.0] * 7)[bins]
@@ -192,7 +205,7 @@ def test_statistics_gate_and_timestep_weight_enter_where_the_formula_has_them(co
     weight = gate * w / mean_w.float()
     assert logs["alignment_coeff"].item() == pytest.approx(0.5 * weight.mean().item(), rel=1e-4)
     expected = 0.0
-    for i, projection in enumerate(output.projections):
+    for i, projection in enumerate(projections):
         mu, y = normalize(projection), targets[i % 2]
         if objective == "repa":
             per_sample = -(mu * y).sum(-1).mean(-1)
@@ -201,7 +214,7 @@ def test_statistics_gate_and_timestep_weight_enter_where_the_formula_has_them(co
             s = shares[2 * (i // 2) : 2 * (i // 2) + 2].mean(0)[:, bins].T
             s = s[:, 1:] / s[:, 1:].sum(1, keepdim=True)
             action, direction = mu.detach().clone().requires_grad_(), 0.0
-            rewards = (semantic_reward(action, y), structural_reward(action, mu, y, batch["tokens"]))
+            rewards = (semantic_reward(action, y), structural_reward(action, mu, y, subset))
             for k, reward in enumerate(rewards):
                 (gradient,) = torch.autograd.grad(reward.sum(), action, retain_graph=True)
                 tangent = gradient - (gradient * mu).sum(-1, keepdim=True) * mu
@@ -210,7 +223,7 @@ def test_statistics_gate_and_timestep_weight_enter_where_the_formula_has_them(co
             per_sample = -(direction.detach() * mu).sum(-1).mean(-1)
         expected = expected + (weight * per_sample).mean() / 4
     torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-4)
-    gradients = [torch.autograd.grad(x, output.projections, retain_graph=True) for x in (loss, expected)]
+    gradients = [torch.autograd.grad(x, projections, retain_graph=True) for x in (loss, expected)]
     for ours, theirs in zip(*gradients, strict=True):
         assert theirs.abs().max() > 1e-4
         torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=1e-3)
@@ -231,9 +244,9 @@ def test_several_encoders_have_a_projector_each(command, tmp_path):
     ResNetModel(config).save_pretrained(tmp_path / "resnet")
     options = command(encoder="digits", layer_scope="all", max_train_steps=3) + ["--encoder", str(tmp_path / "resnet")]
     run(options)
-    transformer = train_vrpo.VRPOPipeline.from_pretrained(tmp_path / "run").transformer
-    assert list(transformer.config.alignment_dims) == [64, 12] and len(transformer.projectors) == 4
-    assert [p[-1].out_features for p in transformer.projectors] == [64, 12, 64, 12]
+    description, state = projectors_of(tmp_path / "run" / "checkpoint-3")
+    assert description["alignment_dims"] == [64, 12] and description["alignment_layers"] == [1, 2]
+    assert [state[f"{i}.4.weight"].shape[0] for i in range(4)] == [64, 12, 64, 12] and len(state) == 24
     statistics = load_file(tmp_path / "run" / "checkpoint-3" / "reward_statistics.safetensors")
     assert statistics["spread"].shape == (4, 3, 10)
     # In a YAML file a list; the command line replaces it.
@@ -246,7 +259,7 @@ def test_several_encoders_have_a_projector_each(command, tmp_path):
 def test_baselines_by_flags_alone(command, tmp_path):
     irepa = command(objective="repa", projector="conv", spatial_norm=0.6, max_train_steps=2)
     run(irepa)
-    assert train_vrpo.VRPOPipeline.from_pretrained(tmp_path / "run").transformer.config.projector_type == "conv"
+    assert projectors_of(tmp_path / "run" / "checkpoint-2")[0]["projector_type"] == "conv"
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert "reward/semantic" in rows[-1] and not any(name.startswith(("gate/", "share/")) for name in rows[-1])
     stopped = command(
@@ -270,14 +283,13 @@ def test_the_timestep_weight_acts_and_has_mean_one(command, tmp_path):
     a, b = (load_file(tmp_path / n / "checkpoint-1" / "transformer" / WEIGHTS) for n in ("uniform", "low_noise"))
     assert any(not torch.equal(a[name], b[name]) for name in a)
     # Of a diffusion the timesteps are not uniform in t; the mean is 1 over those that are drawn.
-    args = train_vrpo.parse_args(command(timestep_weighting="low_noise"))
     for prediction_type in ("velocity", "epsilon"):
-        model = tiny_model(prediction_type=prediction_type)
-        alignment = Alignment(args, model, [None], 100, torch.device("cpu"))
+        aligned = aligned_with(tiny_model(prediction_type=prediction_type))
+        alignment = VRPO(aligned, 100, timestep_weighting="low_noise")
         t = (torch.arange(10_000) + 0.5) / 10_000
         if prediction_type == "epsilon":
             t = ddpm.flow_time(torch.arange(1000))
-        weight = alignment_module.timestep_weight(t, "low_noise") / alignment.mean_weight
+        weight = timestep_weight(t, "low_noise") / alignment.mean_weight
         assert weight.mean().item() == pytest.approx(1, abs=1e-3)
 
 
@@ -302,20 +314,19 @@ def test_after_the_stop_neither_encoder_nor_projector_runs(command, tmp_path, mo
         counted.append(Counted(load_encoder(*args)))
         return counted[-1]
 
-    original = alignment_module.Alignment.__init__
+    def build_counted(*args):
+        aligned = build_aligned_transformer(*args)
+        aligned.projectors[0].register_forward_hook(lambda *_: projector_calls.append(1))
+        return aligned
 
-    def init(self, args, transformer, *rest):
-        transformer.projectors[0].register_forward_hook(lambda *_: projector_calls.append(1))
-        original(self, args, transformer, *rest)
-
-    monkeypatch.setattr(train_vrpo, "load_encoder", load_counted)
-    monkeypatch.setattr(alignment_module.Alignment, "__init__", init)
+    monkeypatch.setattr("diffusers_vrpo.trainer.load_encoder", load_counted)
+    monkeypatch.setattr("diffusers_vrpo.trainer.build_aligned_transformer", build_counted)
     run(command(alignment_stop_step=3, max_train_steps=8, checkpointing_steps=1))
     assert counted[0].calls == len(projector_calls) == 3
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert ["reward/semantic" in row for row in rows] == [True] * 3 + [False] * 5
     # The projector rests, the blocks train on.
-    a, b = (load_file(tmp_path / "run" / f"checkpoint-{n}" / "transformer" / WEIGHTS) for n in (3, 8))
+    a, b = (aligned_weights(tmp_path / "run" / f"checkpoint-{n}") for n in (3, 8))
     for name in a:
         assert torch.equal(a[name], b[name]) == name.startswith("projectors."), name
 
@@ -326,21 +337,20 @@ import torch
 spec = importlib.util.spec_from_file_location("train_vrpo", {script!r})
 train_vrpo = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(train_vrpo)
-from diffusers_vrpo.alignment.objective import Alignment
+from diffusers_vrpo.alignment.objective import VRPO
 
-def observe(self):
-    self.gate.observe(self.t, torch.full_like(self.t, -0.5))  # a conflict at every timestep
+observe, targets = VRPO.observe, VRPO.targets
+def conflicting(self, step):
+    if step.active:
+        step.probe.grad = torch.full_like(step.t, -0.5)  # a conflict at every timestep
+    observe(self, step)
+def counted(self, images, *args):
+    if self.aligned.encoders:
+        with open({log!r} + str(torch.distributed.get_rank() if torch.distributed.is_initialized() else 0), "a") as file:
+            file.write(str(self.step_number) + "\\n")
+    return targets(self, images, *args)
 
-targets, active = Alignment.targets, Alignment.active
-def now(self, step):
-    self.now = step
-    return active(self, step)
-def counted(self, images):
-    with open({log!r} + str(torch.distributed.get_rank() if torch.distributed.is_initialized() else 0), "a") as file:
-        file.write(str(self.now) + "\\n")
-    return targets(self, images)
-
-Alignment.observe, Alignment.active, Alignment.targets = observe, now, counted
+VRPO.observe, VRPO.targets = conflicting, counted
 train_vrpo.main(train_vrpo.parse_args())
 """
 
@@ -382,7 +392,8 @@ def test_two_processes_cross_the_end_of_alignment(command, tmp_path, ends_by):
 
 def test_the_gate_closes_where_targets_conflict_and_nowhere_else():
     """Real gradients: below t = 0.3 the alignment pulls the hidden tokens against flow matching, above it with it."""
-    model = tiny_model(alignment_layers=[2])
+    model = tiny_model()
+    aligned = aligned_with(model)
     gate = ConflictGate(max_train_steps=1000, warmup=0)
     generator = torch.Generator().manual_seed(0)
     x, _, labels = inputs(batch=20)
@@ -396,8 +407,8 @@ def test_the_gate_closes_where_targets_conflict_and_nowhere_else():
             return h, h
 
         probe = torch.zeros(20, requires_grad=True)
-        output = model(x + noise, t, labels, alignment_fork=grab, return_projections=True)
-        (g_main,) = torch.autograd.grad(output.sample.square().sum(), grabbed["h"])
+        prediction, _ = aligned(x + noise, t, labels, fork=grab)
+        (g_main,) = torch.autograd.grad(prediction.square().sum(), grabbed["h"])
 
         split = alignment_fork(torch.full((20,), 0.3), probe, "gate")
         branches = {}
@@ -406,11 +417,11 @@ def test_the_gate_closes_where_targets_conflict_and_nowhere_else():
             branches["main"], branches["align"] = split(h, deepest)  # noqa: B023
             return branches["main"], branches["align"]  # noqa: B023
 
-        output = model(x + noise, t, labels, alignment_fork=both, return_projections=True)
+        prediction, _ = aligned(x + noise, t, labels, fork=both)
         towards = torch.where(t < 0.3, -1.0, 1.0).reshape(-1, 1, 1) * g_main
         wobble = 0.5 * towards.norm() / math.sqrt(towards.numel()) * torch.randn(towards.shape, generator=generator)
         weight = gate.lookup(t).reshape(-1, 1, 1)
-        loss = output.sample.square().sum() + (weight * branches["align"] * (towards + wobble)).sum()
+        loss = prediction.square().sum() + (weight * branches["align"] * (towards + wobble)).sum()
         loss.backward()
         gate.observe(t, probe.grad)
         gate.update()
@@ -490,38 +501,48 @@ def test_everything_stays_finite(command, tmp_path, changes):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("case", ["zeros", "constant", "one token"])
-def test_no_nan_from_degenerate_features_in_half_precision(command, dtype, case):
-    args = train_vrpo.parse_args(command())
+def test_no_nan_from_degenerate_features_in_half_precision(dtype, case):
     model = tiny_model(patch_size=8 if case == "one token" else 2)
-    alignment = Alignment(args, model, [None], 100, torch.device("cpu"))
+    aligned = aligned_with(model)
+    alignment = VRPO(aligned, 100)
     x, t, labels = inputs()
     tokens = model.grid_size[0] ** 2
-    batch = {"tokens": torch.arange(min(tokens, 64)).expand(2, -1)}
+    subset = torch.arange(min(tokens, 64)).expand(2, -1)
     for _ in range(3):
+        step = alignment.begin(t)
         with torch.autocast("cpu", dtype=dtype):
-            output = model(x, t, labels, return_projections=True, alignment_fork=alignment.fork(t))
-            projections = output.projections
+            prediction, projections = aligned(x, t, labels, fork=step.fork)
             if case == "zeros":
                 projections = tuple(projection * 0 for projection in projections)
-            y = normalize(torch.ones(2, tokens, 12) if case != "zeros" else torch.zeros(2, tokens, 12))
-            loss_fm = output.sample.float().square().flatten(1).mean(1)
-            loss, logs = alignment.loss(projections, [y], t, loss_fm, batch, 0, 0)
+            step.targets = [normalize(torch.ones(2, tokens, 12) if case != "zeros" else torch.zeros(2, tokens, 12))]
+            loss_fm = prediction.float().square().flatten(1).mean(1)
+            loss = alignment(step, projections, None, loss_fm, subset=subset)
         (loss_fm.mean() + loss).backward()
-        alignment.observe()
-        alignment.update(1)
-        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+        alignment.observe(step)
+        alignment.update()
+        logs = step.logs
+        assert all(p.grad.isfinite().all() for p in aligned.parameters() if p.grad is not None)
         assert all(value.isfinite() for value in logs.values())
     assert all(math.isfinite(value) for value in alignment.summary().values())
-    assert {name for name in logs if name.startswith("reward/")} == {f"reward/{name}" for name in REWARDS}
+    assert {name for name in logs if name.startswith("reward/")} == {f"reward/{name}" for name in DEFAULT_REWARDS}
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
         ({"objective": "repa", "kl_coeff": 1}, "--kl_coeff 1.0 has no effect without --objective vrpo"),
-        ({"objective": "repa", "reward_weighting": "equal"}, "--reward_weighting equal has no effect without --objective vrpo"),
-        ({"objective": "none", "conflict": "project"}, "--conflict project has no effect without --objective repa or vrpo"),
-        ({"estimator": "sampled", "clip_range": 0.1}, "--clip_range 0.1 has no effect without --policy_epochs above 1"),
+        (
+            {"objective": "repa", "reward_weighting": "equal"},
+            "--reward_weighting equal has no effect without --objective vrpo",
+        ),
+        (
+            {"objective": "none", "conflict": "project"},
+            "--conflict project has no effect without --objective repa or vrpo",
+        ),
+        (
+            {"estimator": "sampled", "clip_range": 0.1},
+            "--clip_range 0.1 has no effect without --policy_epochs above 1",
+        ),
         (
             {"estimator": "sampled", "policy_epochs": 3, "checkpointing_steps": 3, "max_train_steps": None},
             "400000 must be",

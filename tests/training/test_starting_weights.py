@@ -1,23 +1,30 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """Training that starts from weights: pipelines, official files, other classes, adapters; and DiT's objective."""
 
+import json
 import shutil
+from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from diffusers_vrpo import SiTTransformer2DModel, VRPOPipeline
+from diffusers_vrpo.alignment.projectors import make_projector
+from diffusers_vrpo.alignment.start import build_aligned_transformer
 from diffusers_vrpo.data.image_datasets import load_image_dataset
 from diffusers_vrpo.data.samples import TrainingSamples
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.models import ddpm
 from diffusers_vrpo.models.flow import forward_process
 from diffusers_vrpo.models.official_checkpoints import convert_checkpoint, default_scheduler
+from diffusers_vrpo.models.start import Start
+from diffusers_vrpo.training.checkpoints import write_manifest
 from diffusers_vrpo.training.metrics import read_metrics
 from support.models import digits_model, tiny_vae
 from support.official import official_state, saved, tiny_dit
-from support.training import assert_same_files, losses, run
+from support.training import assert_same_files, losses, projectors_of, run
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -29,7 +36,7 @@ def official_digits(**changes) -> dict:
 
 def batch_of_digits(step=0):
     data, _, _ = load_image_dataset("digits")
-    batch = TrainingSamples(data, 0, 8, (3, 8, 8), 10).__getitems__(list(range(16 * step, 16 * step + 16)))
+    batch = TrainingSamples(data, 0, 8, (3, 8, 8), 10).__getitem__(list(range(16 * step, 16 * step + 16)))
     return batch["pixels"].float() / 127.5 - 1, batch
 
 
@@ -102,7 +109,10 @@ def test_every_source_and_objective(command, tmp_path, source, objective):
     assert pipeline("seven", num_inference_steps=2).images[0].size == (8, 8)
     config = pipeline.transformer.config
     assert config.prediction_type == ("epsilon" if "dit" in source else "velocity")
-    assert config.alignment_layers == ([] if objective == "none" else [1])
+    projectors = tmp_path / "run" / "checkpoint-12" / "projectors.safetensors"
+    assert projectors.exists() == (objective != "none")
+    if objective != "none":
+        assert projectors_of(projectors.parent)[0]["alignment_layers"] == [1]
     if source == "dit folder":
         assert config.downscale_freq_shift == 1 and type(pipeline.scheduler).__name__ == "DDIMScheduler"
 
@@ -124,16 +134,15 @@ def test_other_classes_start_the_label_table_anew(command, tmp_path, caplog):
     model.save_pretrained(tmp_path / "start")
     options = {"model_config": None, "pretrained_model_name_or_path": tmp_path / "start", "max_train_steps": 1}
     run(command(**options, learning_rate=1e-12))
-    assert "the classes differ (10 here, 4 there): the label table starts anew" in caplog.text
-    assert "the projectors start anew" in caplog.text
+    assert "the classes differ (10 here, 4 there): the label table starts again" in caplog.text
+    assert "the projectors start again" in caplog.text
     trained = SiTTransformer2DModel.from_pretrained(tmp_path / "run", subfolder="transformer").state_dict()
     table, old = trained.pop("label_embedding.weight"), model.state_dict()["label_embedding.weight"]
     assert table.shape[0] == 11
     torch.testing.assert_close(table[10], old[4])
     assert (table[:4] - old[:4]).abs().mean() > 0.05
     for name, tensor in trained.items():
-        if not name.startswith("projectors."):
-            torch.testing.assert_close(tensor, model.state_dict()[name], atol=1e-6, rtol=0)
+        torch.testing.assert_close(tensor, model.state_dict()[name], atol=1e-6, rtol=0)
 
 
 def test_the_same_number_of_other_classes_is_noticed(command, tmp_path, caplog):
@@ -159,16 +168,77 @@ def test_the_same_number_of_other_classes_is_noticed(command, tmp_path, caplog):
         run(command(output_dir=tmp_path / "fresh") + ["--keep_labels"])
 
 
-def test_a_run_continues_another_with_its_projectors(command, tmp_path, caplog):
+def merge_projectors(checkpoint, suffix, file):
+    """Moves the projectors of a checkpoint to the transformer's weights, where version 0.1 had them."""
+    state = projectors_of(checkpoint, suffix)[1]
+    weights = {**load_file(file), **{f"projectors.{name}": tensor for name, tensor in state.items()}}
+    save_file(weights, file, {"format": "pt"})
+    (checkpoint / f"projectors{suffix}.safetensors").unlink()
+
+
+def as_version_0_1(checkpoint, folder):
+    """A transformer folder as version 0.1 wrote it: projectors among the weights and described in the config."""
+    shutil.copytree(checkpoint, folder.with_suffix(".whole"))
+    description = projectors_of(checkpoint, "_ema")[0]
+    merge_projectors(folder.with_suffix(".whole"), "_ema", folder.with_suffix(".whole") / "transformer_ema" / WEIGHTS)
+    shutil.copytree(folder.with_suffix(".whole") / "transformer_ema", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | description))
+
+
+@pytest.mark.parametrize("source", ["checkpoint", "version 0.1", "pipeline"])
+def test_a_run_continues_another_with_its_projectors(command, tmp_path, caplog, source):
+    """From a training checkpoint, or from what version 0.1 wrote; a pipeline has no projectors."""
     caplog.set_level("INFO")
     run(command(max_train_steps=3))
-    first = load_file(tmp_path / "run" / "transformer" / WEIGHTS)
-    options = {"model_config": None, "pretrained_model_name_or_path": tmp_path / "run", "learning_rate": 1e-12}
+    start = {"checkpoint": tmp_path / "run" / "checkpoint-3", "pipeline": tmp_path / "run"}.get(
+        source, tmp_path / "old"
+    )
+    if source == "version 0.1":
+        as_version_0_1(tmp_path / "run" / "checkpoint-3", start)
+    options = {"model_config": None, "pretrained_model_name_or_path": start, "learning_rate": 1e-12}
     run(command(**options, max_train_steps=1, output_dir=tmp_path / "second"))
-    assert "anew" not in caplog.text and "predicts velocity, time data_to_noise" in caplog.text
-    second = load_file(tmp_path / "second" / "transformer" / WEIGHTS)
+    assert "predicts velocity, time data_to_noise" in caplog.text
+    assert ("the projectors start again" in caplog.text) == (source == "pipeline")
+    first, second = (load_file(tmp_path / folder / "transformer" / WEIGHTS) for folder in ("run", "second"))
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, atol=1e-6, rtol=0)
+    first = projectors_of(tmp_path / "run" / "checkpoint-3", "_ema")[1]
+    second = projectors_of(tmp_path / "second" / "checkpoint-1", "_ema")[1]
+    same = [torch.allclose(second[name], tensor, atol=1e-6, rtol=0) for name, tensor in first.items()]
+    assert any(same) == all(same) == (source != "pipeline")
+
+
+@pytest.mark.parametrize("projector", ["mlp", "conv"])
+def test_a_seed_draws_the_weights_of_version_0_1(projector):
+    """Defaults of all layers in the order of construction, projectors last, then SiT's initialisation of all of them."""
+
+    class Model(SiTTransformer2DModel):
+        """The model of version 0.1: projectors are made before the weights are initialised."""
+
+        def initialize_weights(self):
+            widths = (64, 12) * 2
+            self.projectors = torch.nn.ModuleList(make_projector(projector, 32, out, 24) for out in widths)
+            super().initialize_weights()
+
+    config = {"sample_size": 8, "in_channels": 3, "num_classes": 10, "num_layers": 3}
+    config |= {"num_attention_heads": 2, "attention_head_dim": 16}
+    torch.manual_seed(3)
+    expected = dict(Model(**config).named_parameters())
+    after = torch.rand(1)
+    args = Namespace(
+        pretrained_model_name_or_path=None, vae=None, keep_labels=False, label_dropout=None, layer_scope="1,2",
+        projector=projector, projector_dim=24, model_config=None, preset=None, lora_rank=None,
+    )  # fmt: skip
+    torch.manual_seed(3)
+    encoders = [SimpleNamespace(embed_dim=dim) for dim in (64, 12)]
+    aligned = build_aligned_transformer(args, Start(config), (3, 8, 8), 10, None, encoders)
+    assert torch.equal(torch.rand(1), after)
+    names = [name.removeprefix("transformer.") for name, _ in aligned.named_parameters()]
+    assert names == list(expected)
+    for name, parameter in zip(names, aligned.parameters()):
+        assert torch.equal(parameter, expected[name]), name
+    assert torch.equal(aligned.transformer.pos_embed, Model(**config).pos_embed)
 
 
 @pytest.mark.slow
@@ -181,8 +251,10 @@ def test_lora_trains_adapters_and_projectors_alone(command, tmp_path):
     run(command(**options))
     folder = tmp_path / "run"
     saved_names = set(load_file(folder / "checkpoint-3" / "transformer.safetensors"))
-    assert {name.split(".")[0] for name in saved_names} == {"transformer_blocks", "projectors"}
-    assert all("lora_" in name or name.startswith("projectors.") for name in saved_names)
+    assert {name.split(".")[0] for name in saved_names} == {"transformer_blocks"}
+    assert all("lora_" in name for name in saved_names)
+    first, second = (projectors_of(folder / f"checkpoint-{step}")[1] for step in (3, 6))
+    assert len(first) == 6 and not any(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
     # The pipeline has the adapters merged: it equals the starting weights with the adapters loaded.
     merged = VRPOPipeline.from_pretrained(folder).transformer.eval()
@@ -204,7 +276,18 @@ def test_lora_trains_adapters_and_projectors_alone(command, tmp_path):
     shutil.copytree(folder / "checkpoint-3", resumed / "checkpoint-3")
     run(command(**options, output_dir=resumed))
     names = ["transformer.safetensors", "transformer_ema.safetensors", "reward_statistics.safetensors"]
+    names += ["projectors.safetensors", "projectors_ema.safetensors"]
     assert_same_files(folder / "checkpoint-6", resumed / "checkpoint-6", names)
+
+    # A checkpoint of version 0.1, which had the projectors among the adapters, resumes the same.
+    old = tmp_path / "old"
+    old.mkdir()
+    shutil.copytree(folder / "checkpoint-3", old / "checkpoint-3")
+    for suffix in ("", "_ema"):
+        merge_projectors(old / "checkpoint-3", suffix, old / "checkpoint-3" / f"transformer{suffix}.safetensors")
+    write_manifest(old / "checkpoint-3")
+    run(command(**options, output_dir=old))
+    assert_same_files(folder / "checkpoint-6", old / "checkpoint-6", names)
     model.proj_out.bias.data += 1
     model.save_pretrained(tmp_path / "start")
     with pytest.raises(InputError, match="checkpoint-3 holds adapters only"):

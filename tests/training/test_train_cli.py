@@ -10,11 +10,12 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import load_file
 
 from diffusers_vrpo import SiTTransformer2DModel, VRPOPipeline
+from diffusers_vrpo.alignment.attach import AlignedTransformer
 from diffusers_vrpo.alignment.encoders import load_encoder
-from diffusers_vrpo.alignment.policy import REWARDS
+from diffusers_vrpo.alignment.rewards import DEFAULT_REWARDS
+from diffusers_vrpo.alignment.start import draw_weights
 from diffusers_vrpo.data.image_datasets import load_image_dataset
 from diffusers_vrpo.data.samples import TrainingSamples
 from diffusers_vrpo.errors import InputError
@@ -24,7 +25,7 @@ from support.data import png, write_parquet
 from support.models import tiny_vae
 from support.paths import ROOT, TRAINING_SCRIPT
 from support.processes import no_network_environment
-from support.training import TINY_DIGITS, assert_same_files, losses, run, train_vrpo
+from support.training import TINY_DIGITS, aligned_weights, assert_same_files, losses, projectors_of, run, train_vrpo
 
 
 # What comes out
@@ -49,7 +50,7 @@ def test_each_objective_trains_saves_and_samples_by_name(command, tmp_path, obje
     for name in rewards:
         assert rows[-1][name] > rows[0][name]
     if objective == "vrpo":
-        assert sum(rows[-1][f"share/{name}"] for name in REWARDS) == pytest.approx(1)
+        assert sum(rows[-1][f"share/{name}"] for name in DEFAULT_REWARDS) == pytest.approx(1)
 
     pipeline = VRPOPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
@@ -72,31 +73,25 @@ def test_repa_is_repas_loss(command, tmp_path):
     """One step of the script against the formula written out: L_FM - 0.5 mean <mu, y>, AdamW, clipped gradient."""
     run(command(objective="repa", max_train_steps=1, use_ema=None, max_grad_norm=1.0))
     data, _, _ = load_image_dataset("digits")
-    batch = TrainingSamples(data, 0, 8, (3, 8, 8), 10).__getitems__(list(range(16)))
+    batch = TrainingSamples(data, 0, 8, (3, 8, 8), 10).__getitem__(list(range(16)))
+    transformer = SiTTransformer2DModel(**TINY_DIGITS, sample_size=8, in_channels=3, num_classes=10)
+    model = AlignedTransformer(transformer, [1], [load_encoder("digits", (4, 4))], projector_dim=32)
     torch.manual_seed(0)
-    model = SiTTransformer2DModel(
-        **TINY_DIGITS,
-        sample_size=8,
-        in_channels=3,
-        num_classes=10,
-        alignment_layers=[1],
-        alignment_dims=[64],
-        projector_dim=32,
-    )
+    draw_weights(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0)
     images = batch["pixels"].float() / 127.5 - 1
     x_t = interpolate(images, batch["noise"], batch["timestep"])
-    output = model(x_t, batch["timestep"], batch["class_labels"], return_projections=True)
-    loss_fm = (output.sample - (batch["noise"] - images)).square().mean()
-    features = load_encoder("digits", (4, 4))(images)
-    cosine = torch.nn.functional.cosine_similarity(output.projections[0], features, dim=-1).mean()
+    prediction, projections = model(x_t, batch["timestep"], batch["class_labels"])
+    loss_fm = (prediction - (batch["noise"] - images)).square().mean()
+    features = model.encoders[0](images)
+    cosine = torch.nn.functional.cosine_similarity(projections[0], features, dim=-1).mean()
     (loss_fm - 0.5 * cosine).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     row = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]
     assert row["loss_fm"] == pytest.approx(loss_fm.item(), abs=1e-6)
     assert row["reward/semantic"] == pytest.approx(cosine.item(), abs=1e-6)
-    trained = load_file(tmp_path / "run" / "checkpoint-1" / "transformer" / "diffusion_pytorch_model.safetensors")
+    trained = aligned_weights(tmp_path / "run" / "checkpoint-1")
     for name, parameter in model.named_parameters():
         # Adam turns a gradient of rounding errors (the keys' bias has no true one) into a full step: leave it out.
         real = parameter.grad.abs() > 1e-6
@@ -129,7 +124,7 @@ def test_latents_conv_encoder_and_images_of_a_folder(command, tmp_path):
     )
     run(options + ["--random_flip", "--no-center_crop", "--validation_labels", "bee", "2", "--gradient_checkpointing"])
     pipeline = VRPOPipeline.from_pretrained(tmp_path / "run")
-    assert pipeline.transformer.config.alignment_layers == [1, 2]
+    assert projectors_of(tmp_path / "run" / "checkpoint-2")[0]["alignment_layers"] == [1, 2]
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline("cat", num_inference_steps=1).images[0].size == (32, 32)
     with Image.open(tmp_path / "run" / "samples.png") as grid:
@@ -155,7 +150,7 @@ def test_imagenet_images_with_a_real_encoder(command, shared, tmp_path, objectiv
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline("goldfish", num_inference_steps=1).images[0].size == (64, 64)
     if objective != "none":
-        assert pipeline.transformer.config.alignment_dims == [112]
+        assert projectors_of(tmp_path / "run" / "checkpoint-4")[0]["alignment_dims"] == [112]
 
 
 # The same run, however it is divided or interrupted
@@ -333,8 +328,12 @@ def test_wrong_model_configs(command, tmp_path, config, message):
 def test_the_config_of_a_trained_model_opens_for_another_objective(command, tmp_path):
     run(command(max_train_steps=1))
     config = tmp_path / "run" / "transformer" / "config.json"
+    # Version 0.1 wrote what described its projectors there.
+    old = {"alignment_layers": [1], "alignment_dims": [64], "projector_type": "mlp", "projector_dim": 32}
+    config.write_text(json.dumps(json.loads(config.read_text()) | old))
     run(command(max_train_steps=1, objective="none", model_config=config, output_dir=tmp_path / "plain"))
-    assert len(VRPOPipeline.from_pretrained(tmp_path / "plain").transformer.projectors) == 0
+    assert not (tmp_path / "plain" / "checkpoint-1" / "projectors.safetensors").exists()
+    assert not set(old) & set(VRPOPipeline.from_pretrained(tmp_path / "plain").transformer.config)
 
 
 @pytest.mark.slow

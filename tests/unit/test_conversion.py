@@ -10,14 +10,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, DiTPipeline, DPMSolverMultistepScheduler
+from safetensors.torch import load_file
 
 from diffusers_vrpo import SiTSDEScheduler, SiTTransformer2DModel, VRPOPipeline
 from diffusers_vrpo.commands import convert
 from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.models.official_checkpoints import convert_checkpoint, export_checkpoint, read_checkpoint
-from support.models import TINY, inputs, tiny_model, tiny_vae
+from diffusers_vrpo.models.official_checkpoints import (
+    SavedProjectors,
+    convert_checkpoint,
+    convert_with_projectors,
+    export_checkpoint,
+    read_checkpoint,
+)
+from support.models import TINY, aligned_as_saved, aligned_with, inputs, tiny_model, tiny_vae
 from support.official import official_forward, official_state, saved, tiny_dit
-from support.paths import ROOT
 
 
 def convert_script(*argv):
@@ -28,7 +34,7 @@ CASES = {
     "sit": ({}, {"time_direction": "noise_to_data", "prediction_type": "velocity", "guidance_channels": 3}),
     "sit patch 4, pixels": ({"patch": 4, "channels": 3, "rows": 3}, {"patch_size": 4, "num_classes": 2}),
     "sit patch 1, no sigma": ({"patch": 1, "sigma": False, "dim": 48}, {"learn_sigma": False}),
-    "repa": ({"sigma": False, "z": (10, 6), "rows": 1001}, {"alignment_dims": [10, 6], "num_classes": 1000}),
+    "repa": ({"sigma": False, "z": (10, 6), "rows": 1001}, {"num_classes": 1000}),
     "dit patch 8": ({"patch": 8, "side": 2}, {"prediction_type": "epsilon", "sample_size": 16}),
     "repa qk-norm": ({"sigma": False, "z": (5,), "qk_norm": 8}, {"qk_norm": True, "attention_head_dim": 8}),
 }
@@ -43,7 +49,9 @@ def test_converted_models_compute_what_the_official_code_computes(tmp_path, case
     path = saved(tmp_path, state)
     # With qk-norm the width of a head shows, otherwise it must be given.
     kwargs = {} if "qk_norm" in arguments else {"num_attention_heads": heads}
-    model = convert_checkpoint(path, format=case.split()[0] if "dit" in case else "auto", **kwargs)
+    format = case.split()[0] if "dit" in case else "auto"
+    model, projectors = convert_with_projectors(path, format=format, **kwargs)
+    aligned = aligned_as_saved(model, projectors)
     for name, value in expected.items():
         assert model.config[name] == value, name
     x = torch.randn(
@@ -52,28 +60,34 @@ def test_converted_models_compute_what_the_official_code_computes(tmp_path, case
     t = torch.tensor([0, 480, 999]) if "dit" in case else torch.tensor([0.0, 0.3, 1.0])
     labels = torch.tensor([0, 1, model.null_class_id])
     sample, projections = official_forward(state, x, t, labels, heads, aligned=1)
-    output = model(x, t, labels, return_projections=True, return_variance=True)
-    torch.testing.assert_close(output.sample, sample, atol=1e-5, rtol=0)
-    assert output.sample.shape[1] == model.config.in_channels * (2 if model.config.learn_sigma else 1)
-    assert len(output.projections) == len(projections) == len(arguments.get("z", ()))
-    for ours, theirs in zip(output.projections, projections):
+    ours, our_projections = aligned(x, t, labels, return_variance=True)
+    torch.testing.assert_close(ours, sample, atol=1e-5, rtol=0)
+    assert ours.shape[1] == model.config.in_channels * (2 if model.config.learn_sigma else 1)
+    assert aligned.embed_dims == list(arguments.get("z", ()))
+    assert len(our_projections) == len(projections) == len(arguments.get("z", ()))
+    for ours, theirs in zip(our_projections, projections):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
 def test_every_layout_of_a_file(tmp_path):
     state = official_state(z=(6,), sigma=False)
-    reference = convert_checkpoint(saved(tmp_path, state), num_attention_heads=3).state_dict()
+    path = saved(tmp_path, state)
+    reference, reference_projectors = convert_with_projectors(path, num_attention_heads=3)
+    reference = reference.state_dict()
 
     def same(content, name="other.pt", **kwargs):
-        converted = convert_checkpoint(saved(tmp_path, content, name), **{"num_attention_heads": 3, **kwargs})
+        path = saved(tmp_path, content, name)
+        converted, projectors = convert_with_projectors(path, **{"num_attention_heads": 3, **kwargs})
         assert all(torch.equal(x, reference[name]) for name, x in converted.state_dict().items())
-        return converted
+        assert projectors.state.keys() == reference_projectors.state.keys() and len(projectors.state) == 6
+        assert all(torch.equal(x, reference_projectors.state[name]) for name, x in projectors.state.items())
+        return projectors.description
 
     # Averaged weights come first; a training file's arguments are plain values and may be read.
     other = {name: torch.zeros_like(x) if name != "pos_embed" else x for name, x in state.items()}
     args = argparse.Namespace(model="SiT-XL/2", encoder_depth=2, enc_type="dinov2-vit-b", path_type="linear")
-    model = same({"model": other, "ema": state, "opt": {"state": {}}, "args": args, "steps": 7})
-    assert model.config.alignment_layers == [2]
+    description = same({"model": other, "ema": state, "opt": {"state": {}}, "args": args, "steps": 7})
+    assert description["alignment_layers"] == [2]
     same({"model": {f"module.{name}": x for name, x in state.items()}})
     same({f"_orig_mod.{name}": x for name, x in state.items()})
     # Early REPA files split the blocks where the encoder ends, which is the aligned one.
@@ -81,26 +95,26 @@ def test_every_layout_of_a_file(tmp_path):
     for name, x in state.items():
         number = int(name.split(".")[1]) if name.startswith("blocks.") else -1
         early[name.replace(f"blocks.{number}.", f"decoder_blocks.{number - 2}.") if number >= 2 else name] = x
-    assert same(early).config.alignment_layers == [2]
+    assert same(early)["alignment_layers"] == [2]
     # iREPA's name for the same projector, and its convolution.
     renamed = {name.replace("projectors.0.", "projectors.0.projection_layer."): x for name, x in state.items()}
-    assert same(renamed).config.projector_type == "mlp"
-    assert same(state, alignment_layer=3).config.alignment_layers == [3]
+    assert same(renamed)["projector_type"] == "mlp"
+    assert same(state, alignment_layer=3)["alignment_layers"] == [3]
 
 
 def test_irepa_convolution(tmp_path):
     state = official_state(sigma=False)
     weight, bias = torch.randn(7, 24, 3, 3), torch.randn(7)
     state |= {"projectors.0.projection_layer.weight": weight, "projectors.0.projection_layer.bias": bias}
-    model = convert_checkpoint(saved(tmp_path, state), num_attention_heads=3)
-    assert model.config.projector_type == "conv" and model.config.alignment_dims == [7]
+    model, projectors = convert_with_projectors(saved(tmp_path, state), num_attention_heads=3)
+    assert projectors.description["projector_type"] == "conv" and projectors.description["alignment_dims"] == [7]
     seen = []
     model.transformer_blocks[0].register_forward_hook(lambda module, args, output: seen.append(output))
     x, t, labels = inputs()
-    projection = model(x, t, labels, return_projections=True).projections[0]
+    projection = aligned_as_saved(model, projectors)(x, t, labels)[1][0]
     expected = F.conv2d(seen[0].mT.reshape(2, 24, 4, 4), weight, bias, padding=1)
     torch.testing.assert_close(projection, expected.flatten(2).mT)
-    exported = export_checkpoint(model, "repa")
+    exported = export_checkpoint(model, "repa", projectors)
     assert exported.keys() == state.keys() and torch.equal(exported["projectors.0.projection_layer.weight"], weight)
 
 
@@ -138,7 +152,8 @@ def test_half_precision_files_open(tmp_path, dtype):
 def test_official_files_come_back_bit_equal(shared, name, to):
     path = shared / "golden" / name / "checkpoint.pt"
     state = read_checkpoint(str(path))[0]
-    back = export_checkpoint(convert_checkpoint(str(path), num_attention_heads=4), to)
+    model, projectors = convert_with_projectors(str(path), num_attention_heads=4)
+    back = export_checkpoint(model, to, projectors)
     assert back.keys() == state.keys()
     assert all(torch.equal(back[key], value) for key, value in state.items())
 
@@ -160,27 +175,34 @@ def test_round_trips_are_bit_equal(tmp_path, layout, qk_norm):
             "time_direction": "noise_to_data",
             "learn_sigma": True,
             "guidance_channels": 3,
-            "alignment_layers": [],
         },
         "repa": {},
         "dit": {
             "prediction_type": "epsilon",
             "learn_sigma": True,
             "guidance_channels": 3,
-            "alignment_layers": [],
         },
     }[layout]
     model = tiny_model(qk_norm=qk_norm, **conventions)
-    path = saved(tmp_path, export_checkpoint(model, layout))
-    aligned = {"alignment_layer": 2} if layout == "repa" else {}
-    back = convert_checkpoint(path, num_attention_heads=None if qk_norm else 2, format=layout, **aligned)
+    aligned, projectors = aligned_with(model), None
+    if layout == "repa":
+        state = {f"projectors.{name}": tensor for name, tensor in aligned.projectors.state_dict().items()}
+        projectors = SavedProjectors(aligned.description(), state)
+    path = saved(tmp_path, export_checkpoint(model, layout, projectors))
+    options = {"alignment_layer": 2} if layout == "repa" else {}
+    heads = None if qk_norm else 2
+    back, projectors_back = convert_with_projectors(path, num_attention_heads=heads, format=layout, **options)
     ours = model.state_dict()
     assert back.state_dict().keys() == ours.keys()
     assert all(torch.equal(x, ours[name]) for name, x in back.state_dict().items())
     for name, value in model.config.items():
-        if not name.startswith("_") and name not in ("alignment_dims", "alignment_layers", "projector_dim"):
+        if not name.startswith("_"):
             assert back.config[name] == value, name
-    assert list(back.config.alignment_layers) == list(model.config.alignment_layers)
+    assert (projectors_back is None) == (projectors is None)
+    if projectors is not None:
+        assert projectors_back.description == projectors.description
+        assert projectors_back.state.keys() == projectors.state.keys()
+        assert all(torch.equal(x, projectors.state[name]) for name, x in projectors_back.state.items())
     # And the official code computes the same with it.
     x, t, labels = inputs()
     t = torch.tensor([3, 700]) if layout == "dit" else t
@@ -287,18 +309,18 @@ def test_files_that_are_refused(tmp_path, capsys):
     refused(state | {"pos_embed": torch.zeros(1, 16, 24)}, "sine-cosine table")
     refused({"a": torch.zeros(1)}, "no SiT, REPA or DiT checkpoint: x_embedder.proj.weight")
     refused({"ema": [1]}, "no state dict")
-    refused(state, "give --num_attention_heads", num_attention_heads=None)
+    refused(state, "give `num_attention_heads`", num_attention_heads=None)
     refused(state, "does not divide the width 24", num_attention_heads=5)
-    refused(state, r"--preset SiT-S/2 has depth, width and patch size \(12, 384, 2\)", preset="SiT-S/2")
-    refused(state, "do not fit --num_classes 3", num_classes=3)
+    refused(state, r"`preset` SiT-S/2 has depth, width and patch size \(12, 384, 2\)", preset="SiT-S/2")
+    refused(state, "do not fit `num_classes` 3", num_classes=3)
     refused({"ema": state, "args": argparse.Namespace(path_type="GVP")}, "path_type 'GVP'")
-    refused(state, "--format 'sitt' must be one of", format="sitt")
-    refused(state, "--preset DiT-S/2 contradicts --format sit", preset="DiT-S/2", format="sit")
-    refused(state, "--alignment_layer 2: .* has no projectors", alignment_layer=2)
+    refused(state, "`format` 'sitt' must be one of", format="sitt")
+    refused(state, "`preset` DiT-S/2 contradicts `format` sit", preset="DiT-S/2", format="sit")
+    refused(state, "`alignment_layer` 2: .* has no projectors", alignment_layer=2)
     for name in ("num_attention_heads", "num_classes", "alignment_layer"):
-        refused(state, f"--{name} 0 must be at least 1", **{name: 0})
-    refused(official_state(rows=1), "do not fit --num_classes 0")
-    refused(official_state(qk_norm=8), "--num_attention_heads 2: .* has 3 heads; leave it out", num_attention_heads=2)
+        refused(state, f"`{name}` 0 must be at least 1", **{name: 0})
+    refused(official_state(rows=1), "do not fit `num_classes` 0")
+    refused(official_state(qk_norm=8), "`num_attention_heads` 2: .* has 3 heads; leave it out", num_attention_heads=2)
     refused(state | {"blocks.x.foo": torch.zeros(1), "projectors.foo": torch.zeros(1)}, "projectors", format="sit")
     refused(state | {"blocks.x.foo": torch.zeros(1)}, "1 unknown: blocks.x.foo")
     refused(state | {"pos_embed": torch.zeros(1, 15, 24)}, "sine-cosine table")
@@ -314,7 +336,7 @@ def test_files_that_are_refused(tmp_path, capsys):
     refused("./absent", "neither a folder nor a file", num_attention_heads=None)
     refused(str(tmp_path), "SiTTransformer2DModel or DiTTransformer2DModel", num_attention_heads=None)
     tiny_model().save_pretrained(tmp_path / "ours")
-    refused(str(tmp_path / "ours"), "--num_attention_heads 3: .* has a config.json that says it all")
+    refused(str(tmp_path / "ours"), "`num_attention_heads` 3: .* has a config.json that says it all")
     with pytest.raises(InputError, match="it goes to sit or repa"):
         export_checkpoint(tiny_model(), "dit")
     with pytest.raises(InputError, match="frequencies or the norm of diffusers' DiT"):
@@ -366,6 +388,20 @@ def test_the_script_converts_and_exports(tmp_path, caplog):
     assert pipeline([1], num_inference_steps=2).images[0].size[0] > 8
 
 
+def test_the_script_leaves_projectors_to_training(tmp_path, caplog):
+    """A pipeline has none, and the log says so; the other official layout keeps them."""
+    caplog.set_level("INFO")
+    state = official_state(sigma=False, z=(6,))
+    path = saved(tmp_path, state)
+    convert_script(path, tmp_path / "pipeline", "--num_attention_heads", 3)
+    assert "alignment projectors, which only training needs" in caplog.text
+    weights = load_file(tmp_path / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert not any("projector" in name for name in weights)
+    convert_script(path, tmp_path / "back.pt", "--num_attention_heads", 3, "--to", "repa")
+    back = read_checkpoint(str(tmp_path / "back.pt"))[0]
+    assert back.keys() == state.keys() and all(torch.equal(back[name], x) for name, x in state.items())
+
+
 def test_the_script_refuses_what_would_not_sample(tmp_path):
     state = saved(tmp_path, official_state())
     tiny_vae("kl").save_pretrained(tmp_path / "vae")
@@ -373,11 +409,11 @@ def test_the_script_refuses_what_would_not_sample(tmp_path):
     (tmp_path / "file").write_text("")
     pixels = saved(tmp_path, official_state(channels=3), "pixels.pt")
     for arguments, message in (
-        ((pixels, tmp_path / "out", "--vae", tmp_path / "vae"), "--vae .* has 4 channels, the transformer 3"),
+        ((pixels, tmp_path / "out", "--vae", tmp_path / "vae"), "`vae` .* has 4 channels, the transformer 3"),
         ((state, tmp_path / "out", "--id2label", tmp_path / "names.json"), "names class 99, but .* ids 0 ... 6"),
         ((state, tmp_path / "file" / "out"), "OUTPUT_DIR .* cannot be made a folder"),
         ((state, tmp_path / "file" / "out.pt", "--to", "sit"), "out.pt cannot be written"),
-        ((state, tmp_path / "out", "--ema_key"), "--ema_key goes with --to"),
+        ((state, tmp_path / "out", "--ema_key"), "`ema_key` goes with `to`"),
     ):
         with pytest.raises(InputError, match=message):
             convert_script(*arguments, "--num_attention_heads", 3)
@@ -396,12 +432,12 @@ def test_the_script_says_what_is_wrong_in_one_line(tmp_path):
     import subprocess
 
     done = subprocess.run(
-        [sys.executable, str(ROOT / "pipelines" / "convert.py"), str(tmp_path / "no.pt"), str(tmp_path / "out")],
+        [sys.executable, "-m", "diffusers_vrpo.commands.convert", str(tmp_path / "no.pt"), str(tmp_path / "out")],
         capture_output=True,
         text=True,
     )
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("convert.py: error:") and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("vrpo convert: error:") and "Traceback" not in done.stderr
     assert "no.pt is not a file" in done.stderr
 
 

@@ -291,7 +291,7 @@ def refusal(name, grid_size=(4, 4), **arguments):
 
 def test_text_model_is_refused(encoder_checkpoint):
     message = refusal(encoder_checkpoint("bert"))
-    assert message.startswith(f"--encoder {encoder_checkpoint('bert')}: a bert model does not encode images; give ")
+    assert message.startswith(f"`encoder` {encoder_checkpoint('bert')}: a bert model does not encode images; give ")
 
 
 def test_layer_out_of_range_is_refused(encoder_checkpoint):
@@ -299,13 +299,13 @@ def test_layer_out_of_range_is_refused(encoder_checkpoint):
         message = refusal(encoder_checkpoint("vit"), layer=layer)
         assert (
             message
-            == f"--encoder_layer {layer}: {encoder_checkpoint('vit')} has hidden states 0 to 2; choose one of them"
+            == f"`encoder_layer` {layer}: {encoder_checkpoint('vit')} has hidden states 0 to 2; choose one of them"
         )
 
 
 def test_stage_without_extent_is_refused(encoder_checkpoint):
     message = refusal(encoder_checkpoint("deep-resnet"), layer=-1)
-    assert "--encoder_layer -1: " in message and message.endswith("choose one of 0, 1, 2, 3, 4, 5, 6")
+    assert "`encoder_layer` -1: " in message and message.endswith("choose one of 0, 1, 2, 3, 4, 5, 6")
     assert load_encoder(encoder_checkpoint("deep-resnet"), (1, 1), layer=-1)(random_images(64, 64)).shape == (2, 1, 8)
 
 
@@ -341,7 +341,7 @@ def test_model_with_pooled_vectors_only_is_refused(tmp_path):
 def test_missing_folders_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in (tmp_path / "none", str(tmp_path / "none"), "./none", "~/none-such", "a/b/c"):
-        assert refusal(name).startswith(f"--encoder {name}: there is no such folder; give ")
+        assert refusal(name).startswith(f"`encoder` {name}: there is no such folder; give ")
 
 
 def test_folders_without_a_checkpoint_are_refused(tmp_path, encoder_checkpoint):
@@ -390,7 +390,7 @@ def test_local_folder_never_touches_the_network(encoder_checkpoint, monkeypatch)
 def test_offline_name_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     message = refusal("facebook/dinov2-base", cache_dir=tmp_path)
-    assert message.startswith("--encoder facebook/dinov2-base: it is neither a folder here nor in the cache")
+    assert message.startswith("`encoder` facebook/dinov2-base: it is neither a folder here nor in the cache")
 
 
 class FakeHub(http.server.BaseHTTPRequestHandler):
@@ -421,6 +421,7 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 def test_names_on_the_hub(encoder_checkpoint, tmp_path):
     script = """
 from diffusers_vrpo.alignment.encoders import load_encoder
@@ -443,10 +444,10 @@ for name in ("gated/model", "no/such-model", "tiny/vit"):
     assert done.returncode == 0, done.stderr
     gated, unknown, found = done.stdout.strip().splitlines()
     assert gated == (
-        "--encoder gated/model: it is gated; accept its terms at https://huggingface.co/gated/model and run "
+        "`encoder` gated/model: it is gated; accept its terms at https://huggingface.co/gated/model and run "
         "`hf auth login` (or set HF_TOKEN)"
     )
-    assert unknown.startswith("--encoder no/such-model: it is neither a folder here nor known to the Hub")
+    assert unknown.startswith("`encoder` no/such-model: it is neither a folder here nor known to the Hub")
     assert found == "32 0.5"
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""pipelines/evaluate.py from images to numbers, on tiny real encoders."""
+"""`vrpo evaluate` from images to numbers, on tiny real encoders."""
 
 import importlib.util
 import json
@@ -102,7 +102,7 @@ def test_images_pickle_for_workers_that_are_not_forked(tmp_path):
 
 
 def test_folders_of_samples(run, tmp_path, caplog):
-    """What `sample.py` wrote, when it is not whole or has no image files."""
+    """What `vrpo sample` wrote, when it is not whole or has no image files."""
     folder = save_folder(tmp_path / "samples", pictures(30), classes=1)
     manifest = {"complete": True, "options": {"num_images": 40}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -300,9 +300,8 @@ def test_two_processes_give_the_numbers_of_one(run, encoder_checkpoint, digits_p
     probed += ["--batch_size", 40, "--encoder", encoder_checkpoint("dinov2"), "--output_file", tmp_path / "probe.json"]
     script = "import runpy, sys\n"
     for name, arguments in (("evaluate", evaluated), ("probe", probed)):
-        path = str(ROOT / "pipelines" / f"{name}.py")
-        script += f"sys.argv = {[path, *map(str, arguments), '--dataloader_num_workers', '0']}\n"
-        script += f"runpy.run_path({path!r}, run_name='__main__')\n"
+        script += f"sys.argv = {[name, *map(str, arguments), '--dataloader_num_workers', '0']}\n"
+        script += f"runpy.run_module('diffusers_vrpo.commands.{name}', run_name='__main__')\n"
     (tmp_path / "both.py").write_text(script)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
@@ -345,7 +344,7 @@ def test_bad_input_ends_in_a_sentence(run, tmp_path, capsys):
     for samples, reference, options, message in (
         (tmp_path / "nowhere", good, [], "SAMPLES .*nowhere does not exist"),
         (tmp_path / "empty", good, [], "there is no image"),
-        (tmp_path / "broken", good, [], "a.png is no image that can be read"),
+        (tmp_path / "broken", good, [], "a.png is not an image that can be read"),
         (good, tmp_path / "nowhere.npz", [], "--reference .*nowhere.npz: there is no such file"),
         (folder, good, [], r"several sizes \(00000.png is 16x16, z.png 20x16\)"),
         (npz(images.astype(np.float32)), good, [], "arr_0 must be uint8 .* not float32"),

@@ -80,7 +80,7 @@ def assert_near(actual, expected):
     "mode, conflict",
     [
         *itertools.product(["eager", "checkpointed", "accumulated", "scaled", "aot_eager"], CONFLICTS),
-        pytest.param("inductor", "project", marks=needs_compiler),
+        pytest.param("inductor", "project", marks=[needs_compiler, pytest.mark.slow]),
     ],
 )
 def test_one_backward_gives_what_two_give(mode, conflict):
@@ -145,7 +145,7 @@ def test_a_branch_may_stay_unused(used, backend):
     assert torch.equal(probe.grad, torch.zeros(B))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[needs_compiler, pytest.mark.slow])])
 def test_a_compiled_graph_may_end_at_the_fork(backend):
     """Compilers replace outputs that are views or copies of each other, and the gradients then go past the fork."""
 

@@ -18,12 +18,13 @@ import torch
 from datasets import load_dataset
 
 from diffusers_vrpo.alignment.encoders import load_encoder
+from diffusers_vrpo.commands import latents as latents_command
 from diffusers_vrpo.commands import prepare as prepare_latents
-from diffusers_vrpo.data import latent_cache
+from diffusers_vrpo.data import latent_cache_export, latent_cache_writer
 from diffusers_vrpo.data.image_datasets import decode_image, load_image_dataset, resize_and_crop
 from diffusers_vrpo.data.image_source import ImageDataset
 from diffusers_vrpo.data.latent_cache import CachedEncoder, CachedSamples, LatentCache
-from diffusers_vrpo.data.samples import TrainingSamples, as_is
+from diffusers_vrpo.data.samples import TrainingSamples
 from diffusers_vrpo.data.sources import TrainingData, load_training_data
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.models.autoencoder import encode_images, encode_moments, load_vae
@@ -54,7 +55,7 @@ def vae_folder(tmp_path_factory):
 def options(vae, output_dir, **changes) -> list[str]:
     merged = {"dataset_name": "digits", "vae": vae, "resolution": 8, "output_dir": output_dir, "flip": True}
     merged |= {"encoder": "digits", "patch_size": 1, "chunk_rows": 16, "dataloader_num_workers": 0, **changes}
-    argv = ["prepare"]
+    argv = []
     for name, value in merged.items():
         argv += (
             [f"--{name}"] if value is True else [] if value is None or value is False else [f"--{name}", str(value)]
@@ -82,7 +83,7 @@ def command(argv, launcher=(), wait=True):
 
 def prepare(vae, output_dir, **changes):
     args = prepare_latents.parse_args(options(vae, output_dir, **changes))
-    args.run(args)
+    prepare_latents.prepare(args)
     return output_dir
 
 
@@ -158,7 +159,7 @@ def test_kinds_of_latents(tmp_path, vae_folder):
     tiny_vae("tiny").save_pretrained(tmp_path / "tiny")
     small["resolution"] = 16
     cache = LatentCache(prepare(str(tmp_path / "tiny"), tmp_path / "deterministic", **small))
-    batch = CachedSamples(cache, 0, 10).__getitems__([0, 1])
+    batch = CachedSamples(cache, 0, 10).__getitem__([0, 1])
     assert cache.config["kind"] == "latents" and "posterior_noise" not in batch
     assert torch.equal(cache.latents(None, batch), batch["latents"].float())
     with pytest.raises(InputError, match="`sampled`: .*AutoencoderTiny, which has no posterior"):
@@ -173,8 +174,8 @@ def test_unreadable_images_are_replaced_as_without_a_cache(tmp_path, vae_folder)
     assert cache.corrupt_rows == {47, 48, 299} and cache.id2label == {0: "cat", 1: "dog"}
     assert np.array_equal(cache.pixels(47), cache.pixels(49)) and np.array_equal(cache.pixels(299), cache.pixels(0))
     data = load_image_dataset(folder)[0]
-    a = TrainingSamples(data, 3, 8, (4, 4, 4), 2).__getitems__(list(range(300)))
-    b = CachedSamples(cache, 3, 2, images=True).__getitems__(list(range(300)))
+    a = TrainingSamples(data, 3, 8, (4, 4, 4), 2).__getitem__(list(range(300)))
+    b = CachedSamples(cache, 3, 2, images=True).__getitem__(list(range(300)))
     for name in ("pixels", "class_labels", "corrupt_rows"):
         assert torch.equal(a[name], b[name]), name
     images[5] = b"broken"
@@ -239,7 +240,7 @@ def test_traces_of_a_kill_are_harmless(copy, reference, vae_folder):
 def test_a_lost_array_is_written_again(copy, reference, vae_folder):
     (copy / "labels.npy").unlink()
     os.truncate(copy / "latents.npy", 400_000)
-    with pytest.raises(InputError, match="`latents_dir` .* is damaged .*npy.*; `prepare `verify`` mends it"):
+    with pytest.raises(InputError, match="`latents_dir` .* is damaged .*npy.*; `vrpo prepare` with `verify` mends it"):
         LatentCache(copy)
     prepare(vae_folder, copy)
     assert_same(copy, reference)
@@ -259,10 +260,10 @@ def test_a_complete_cache_is_left_alone(copy, vae_folder, monkeypatch):
 def test_damage_is_found_and_mended(copy, reference, vae_folder, file):
     damage(copy / file)
     with pytest.raises(InputError, match=r"1 of 90 chunks differ from their checksum \(first: rows \d+ to \d+\)"):
-        prepare_latents.verify(SimpleNamespace(latents_dir=copy))
+        latents_command.verify(SimpleNamespace(latents_dir=copy))
     prepare(vae_folder, copy, verify=True)
     assert_same(copy, reference)
-    prepare_latents.verify(SimpleNamespace(latents_dir=copy))
+    latents_command.verify(SimpleNamespace(latents_dir=copy))
 
 
 # Refusals
@@ -271,15 +272,15 @@ def test_damage_is_found_and_mended(copy, reference, vae_folder, file):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"resolution": 16}, "otherwise: --resolution was 8 and is 16; keep to that"),
-        ({"flip": None}, "--flip was True and is False"),
-        ({"images": "none"}, "--images was webp and is none"),
-        ({"sampled": True}, r"the kind of latents \(--sampled\) was moments and is sampled"),
-        ({"encoder": None}, "--encoder, its layer, weights or token grid differs"),
-        ({"encoder_layer": 2}, "--encoder, its layer, weights or token grid differs"),
+        ({"resolution": 16}, "otherwise: `resolution` was 8 and is 16; keep to that"),
+        ({"flip": None}, "`flip` was True and is False"),
+        ({"images": "none"}, "`images` was webp and is none"),
+        ({"sampled": True}, r"the kind of latents \(`sampled`\) was moments and is sampled"),
+        ({"encoder": None}, "`encoder`, its layer, weights or token grid differs"),
+        ({"encoder_layer": 2}, "`encoder`, its layer, weights or token grid differs"),
         ({"max_train_samples": 100}, "the number of images was 1437 and is 100"),
         ({"dataset_split": "validation"}, "the number of images was 1437 and is 360"),
-        ({"chunk_rows": 32}, "--chunk_rows was 16 and is 32"),
+        ({"chunk_rows": 32}, "`chunk_rows` was 16 and is 32"),
     ],
 )
 def test_two_configurations_do_not_mix(reference, vae_folder, change, message):
@@ -307,7 +308,7 @@ def test_folders_with_something_else(tmp_path, vae_folder, monkeypatch):
         prepare(vae_folder, tmp_path / "damaged")
     with pytest.raises(InputError, match="`latents_dir` .*nowhere has no meta.json"):
         LatentCache(tmp_path / "nowhere")
-    monkeypatch.setattr(latent_cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(latent_cache_writer.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(InputError, match="has 0.0 GB of free space, but the arrays of the cache take"):
         prepare(vae_folder, tmp_path / "full")
 
@@ -331,9 +332,9 @@ def test_command_lines_that_cannot_work(capsys, change, message):
 
 def test_command_line_errors_are_one_sentence(tmp_path):
     with pytest.raises(
-        SystemExit, match="^vrpo verify: error: --latents_dir .* is not a latent cache|has no meta.json"
+        SystemExit, match="^vrpo verify: error: --latents_dir .* has no meta.json, so it is not a latent cache"
     ):
-        prepare_latents.main(["verify", "--latents_dir", str(tmp_path)])
+        latents_command.main(["verify", "--latents_dir", str(tmp_path)])
 
 
 def test_too_large_values_are_refused(tmp_path):
@@ -354,7 +355,7 @@ def test_the_streams_are_those_of_the_images(reference, vae_folder):
     samples = TrainingSamples(data, 5, 8, (4, 4, 4), 10, sample_posterior=True, **streams)
     cached = CachedSamples(LatentCache(reference), 5, 10, images=True, features=[0], **streams)
     indices = list(range(ROWS - 40, ROWS + 40))  # from one epoch into the next
-    a, b = samples.__getitems__(indices), cached.__getitems__(indices)
+    a, b = samples.__getitem__(indices), cached.__getitem__(indices)
     assert set(b) == set(a) | {"latents", "features_0"}
     for name in a:
         assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
@@ -369,10 +370,10 @@ def test_the_streams_are_those_of_the_images(reference, vae_folder):
 
 def test_worker_processes_read_the_same(reference):
     samples = CachedSamples(LatentCache(reference), 0, 10, random_flip=True, images=True, features=[0])
-    here = samples.__getitems__([3, 99])
+    here = samples.__getitem__([3, 99])
     assert "arrays" not in pickle.loads(pickle.dumps(samples)).cache.__dict__
     loader = torch.utils.data.DataLoader(
-        samples, batch_sampler=[[3, 99], [0, 1]], num_workers=1, collate_fn=as_is, multiprocessing_context="spawn"
+        samples, batch_size=None, sampler=[[3, 99], [0, 1]], num_workers=1, multiprocessing_context="spawn"
     )
     there = next(iter(loader))
     assert here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in here)
@@ -402,26 +403,26 @@ def test_what_the_trainer_opens(reference, vae_folder):
     assert isinstance(data, TrainingData) and data.has_images
     encoders = data.features(["digits"], [None], (4, 4))
     assert [encoder.embed_dim for encoder in encoders] == [64]
-    batch = data.samples(**OPTIONS, encoders=encoders).__getitems__([0])
+    batch = data.samples(**OPTIONS, encoders=encoders).__getitem__([0])
     assert {"latents", "features_0", "tokens"} <= set(batch) and "pixels" not in batch
     # For another grid the images are there.
     assert data.features(["digits"], [None], (2, 2)) == []
-    batch = data.samples(**OPTIONS, encoders=[object()]).__getitems__([0])
+    batch = data.samples(**OPTIONS, encoders=[object()]).__getitem__([0])
     assert "pixels" in batch and "features_0" not in batch
     samples = data.samples(**OPTIONS | {"num_tokens": None}, encoders=[])
-    assert not {"pixels", "features_0", "tokens"} & set(samples.__getitems__([0]))
+    assert not {"pixels", "features_0", "tokens"} & set(samples.__getitem__([0]))
     data = load_training_data(trainer_options(None, dataset_name="digits", vae="none"))
     assert isinstance(data, TrainingData) and data.vae is None and data.features(["digits"], [None], (4, 4)) == []
-    assert "pixels" in data.samples(**OPTIONS | {"latent_shape": (3, 8, 8)}).__getitems__([0])
+    assert "pixels" in data.samples(**OPTIONS | {"latent_shape": (3, 8, 8)}).__getitem__([0])
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"resolution": 256}, "--resolution 256: .* prepared with --resolution 8; give that"),
-        ({"vae": "stabilityai/sd-vae-ft-ema"}, "--vae stabilityai/sd-vae-ft-ema: .* prepared with .*vae; give that"),
-        ({"center_crop": False}, "--no-center_crop: .* has centre crops only"),
-        ({"max_train_samples": 5}, "--max_train_samples goes with images"),
+        ({"resolution": 256}, "`resolution` 256: .* prepared with `resolution` 8; give that"),
+        ({"vae": "stabilityai/sd-vae-ft-ema"}, "`vae` stabilityai/sd-vae-ft-ema: .* prepared with .*vae; give that"),
+        ({"center_crop": False}, "`center_crop` is off, but .* has centre crops only"),
+        ({"max_train_samples": 5}, "`max_train_samples` goes with images"),
     ],
 )
 def test_options_that_contradict_the_cache(reference, change, message):
@@ -447,12 +448,12 @@ def test_a_cache_that_lacks_what_training_needs(tmp_path, vae_folder):
 
 @pytest.fixture
 def exported(reference, tmp_path):
-    prepare_latents.main(["export", "--latents_dir", str(reference), "--output_dir", str(tmp_path / "export")])
+    latents_command.main(["export", "--latents_dir", str(reference), "--output_dir", str(tmp_path / "export")])
     return tmp_path / "export"
 
 
 def test_export_and_import_give_the_same_bytes(reference, exported, tmp_path):
-    prepare_latents.main(["import", "--dataset", str(exported), "--output_dir", str(tmp_path / "cache")])
+    latents_command.main(["import", "--dataset", str(exported), "--output_dir", str(tmp_path / "cache")])
     assert_same(tmp_path / "cache", reference)
     cache = LatentCache(reference)
     data = load_dataset(str(exported), split="train", cache_dir=str(tmp_path / "hf"))
@@ -465,34 +466,34 @@ def test_export_and_import_give_the_same_bytes(reference, exported, tmp_path):
     assert np.array_equal(np.asarray(decode_image(row["image"])), cache.pixels(77))
     # Given again, both have nothing to do.
     before = (exported / "data" / "train-00000-of-00001.parquet").stat().st_mtime_ns
-    prepare_latents.main(["export", "--latents_dir", str(reference), "--output_dir", str(exported)])
-    prepare_latents.main(["import", "--dataset", str(exported), "--output_dir", str(tmp_path / "cache")])
+    latents_command.main(["export", "--latents_dir", str(reference), "--output_dir", str(exported)])
+    latents_command.main(["import", "--dataset", str(exported), "--output_dir", str(tmp_path / "cache")])
     assert (exported / "data" / "train-00000-of-00001.parquet").stat().st_mtime_ns == before
 
 
 def test_damaged_exports_are_refused(reference, exported, copy, tmp_path):
     damage(copy / "latents.npy")
     with pytest.raises(InputError, match="1 of 90 chunks differ"):
-        prepare_latents.export(SimpleNamespace(latents_dir=copy, output_dir=tmp_path / "no", push_to_hub=None))
+        latents_command.export(SimpleNamespace(latents_dir=copy, output_dir=tmp_path / "no", push_to_hub=None))
     other = SimpleNamespace(latents_dir=reference, output_dir=copy / "images", push_to_hub=None)
     with pytest.raises(InputError, match="holds something else"):
-        prepare_latents.export(other)
+        latents_command.export(other)
     parquet = exported / "data" / "train-00000-of-00001.parquet"
     args = SimpleNamespace(dataset=str(exported), output_dir=tmp_path / "cache", cache_dir=None)
     whole = parquet.read_bytes()
     damage(parquet)
     with pytest.raises(InputError, match="differ from their checksum|is damaged"):
-        prepare_latents.import_(args)
+        latents_command.import_(args)
     with pytest.raises(InputError, match="is not finished"):
         LatentCache(args.output_dir)
     # What was sound is not done again.
     parquet.write_bytes(whole)
-    prepare_latents.import_(args)
+    latents_command.import_(args)
     assert_same(args.output_dir, reference)
     parquet.unlink()
     args.output_dir = tmp_path / "empty"
     with pytest.raises(InputError, match="ends after 0 images of 1437"):
-        prepare_latents.import_(args)
+        latents_command.import_(args)
 
 
 def test_push_uploads_the_folder(reference, exported, monkeypatch):
@@ -506,9 +507,9 @@ def test_push_uploads_the_folder(reference, exported, monkeypatch):
         def upload_folder(self, **options):
             calls.append(options)
 
-    monkeypatch.setattr(prepare_latents, "HfApi", Api)
+    monkeypatch.setattr(latent_cache_export, "HfApi", Api)
     args = ["export", "--latents_dir", str(reference), "--output_dir", str(exported), "--push_to_hub", "me/digits"]
-    prepare_latents.main([*args, "--private"])
+    latents_command.main([*args, "--private"])
     assert calls[0] == ("me/digits", {"repo_type": "dataset", "private": True, "exist_ok": True})
     assert calls[1]["folder_path"] == exported and calls[1]["repo_type"] == "dataset"
 
@@ -517,4 +518,4 @@ def test_push_uploads_the_folder(reference, exported, monkeypatch):
 
     monkeypatch.setattr(Api, "create_repo", offline)
     with pytest.raises(SystemExit, match="--push_to_hub me/digits: .*the Hub cannot be reached"):
-        prepare_latents.main(args)
+        latents_command.main(args)

@@ -54,6 +54,7 @@ def test_qk_norm_bounds_the_attention_logits():
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_regional_compilation_gives_the_same_output_and_gradients():
     """The repeated blocks are compiled, whole, once for all of them; projections stay outside."""
     results = []

@@ -51,9 +51,9 @@ class GivenNoises(SiTSDEScheduler):
     ],
 )
 def test_samples_match_the_official_samplers(shared, name, kind, steps, guided):
-    model, golden = load_golden(shared, name)
+    aligned, golden = load_golden(shared, name)
     kinds = {"ode": FlowMatchEulerDiscreteScheduler, "heun": FlowMatchHeunDiscreteScheduler, "sde": GivenNoises}
-    pipeline = quiet_pipeline(model, kinds[kind]())
+    pipeline = quiet_pipeline(aligned.transformer, kinds[kind]())
     pipeline.scheduler.noises = golden["sde_noises"]
     images = pipeline(
         golden["sampler_labels"],
@@ -69,7 +69,8 @@ def test_samples_match_the_official_samplers(shared, name, kind, steps, guided):
 
 @torch.no_grad()
 def test_three_guided_channels_match_the_official_code(shared):
-    model, golden = load_golden(shared, "sit_learn_sigma")
+    aligned, golden = load_golden(shared, "sit_learn_sigma")
+    model = aligned.transformer
     # t = 0 is noise there, and the velocity is x0 - noise.
     model.register_to_config(time_direction="noise_to_data")
     pipeline = quiet_pipeline(model, FlowMatchEulerDiscreteScheduler())
@@ -423,7 +424,7 @@ def test_without_a_null_class_there_is_no_guidance():
 
 
 def test_caching_keeps_guided_and_unguided_steps_apart():
-    pipeline = make_pipeline(alignment_layers=[], alignment_dims=[])
+    pipeline = make_pipeline()
     arguments = {"num_inference_steps": 8, "guidance_interval": (0.3, 0.7)}
     exact = sample(pipeline, **arguments)
     pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
@@ -494,7 +495,7 @@ def test_cpu_offload():
 
 
 def test_the_custom_pipeline_file_is_the_packages():
-    packaged = (ROOT / "src" / "diffusers_vrpo" / "pipeline_vrpo.py").read_bytes()
+    packaged = (ROOT / "src" / "diffusers_vrpo" / "pipelines" / "pipeline_vrpo.py").read_bytes()
     assert (ROOT / "pipelines" / "vrpo.py").read_bytes() == packaged
 
 

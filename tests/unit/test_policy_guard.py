@@ -48,12 +48,12 @@ def test_nothing_trips_at_the_start_or_when_all_is_better():
 @pytest.mark.parametrize(
     "within, beyond, message",
     [
-        ({"loss_fm": 0.8159}, LOSS, r"risen by 2\.0 % \(from 0\.8 to 0\.8161; --guard_loss_rise 0\.02\)"),
-        ({"recall": 0.571}, RECALL, r"recall has fallen from 0\.600 to 0\.569 \(--guard_recall_fall 0\.03\)"),
+        ({"loss_fm": 0.8159}, LOSS, r"risen by 2\.0 % \(from 0\.8 to 0\.8161; `guard_loss_rise` 0\.02\)"),
+        ({"recall": 0.571}, RECALL, r"recall has fallen from 0\.600 to 0\.569 \(`guard_recall_fall` 0\.03\)"),
         (
             {**HELD_OUT, "held_out": 40.7},
             HELD_OUT,
-            r"risen by 2\.2 % \(from 40 to 40\.9\).*--guard_distance_rise 0\.02",
+            r"risen by 2\.2 % \(from 40 to 40\.9\).*`guard_distance_rise` 0\.02",
         ),
     ],
 )
@@ -65,9 +65,9 @@ def test_each_guard_trips_alone_beyond_its_limit(within, beyond, message):
 @pytest.mark.parametrize(
     "field, beyond, option",
     [
-        ("loss_rise", LOSS, "--guard_loss_rise 0.01"),
-        ("recall_fall", RECALL, "--guard_recall_fall 0.01"),
-        ("distance_rise", HELD_OUT, "--guard_distance_rise 0.01"),
+        ("loss_rise", LOSS, "`guard_loss_rise` 0.01"),
+        ("recall_fall", RECALL, "`guard_recall_fall` 0.01"),
+        ("distance_rise", HELD_OUT, "`guard_distance_rise` 0.01"),
     ],
 )
 def test_each_limit_is_that_of_its_guard(field, beyond, option):

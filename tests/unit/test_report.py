@@ -17,6 +17,7 @@ from diffusers_vrpo.models.transformer_sit import SiTTransformer2DModel
 from diffusers_vrpo.reporting.runs import Run, first_crossing, read_lines
 from diffusers_vrpo.training.metrics import MetricsFile, read_metrics
 from diffusers_vrpo.training.throughput import projector_flops, step_flops
+from support.models import aligned_with
 from support.training import run
 
 
@@ -37,7 +38,7 @@ def write_run(folder, values: dict, seconds=2.0, flops=5.0, rows=(), start=None,
         logged[step] |= {"train_seconds": cumulative(seconds, step), "train_flops": cumulative(flops, step)}
     metrics = MetricsFile(folder / "metrics.jsonl")
     for step in sorted(logged):
-        metrics.write(step, logged[step])
+        metrics.log(logged[step], step)
     with metrics.path.open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     if start is not None:
@@ -198,7 +199,7 @@ def test_numbers_have_the_digits_of_their_deviation():
 
 def test_lines_of_resumed_and_killed_runs(tmp_path):
     folder = write_run(tmp_path / "run", {100: 9.0, 200: 8.0, 300: 7.0}, objective="repa")
-    MetricsFile(folder / "metrics.jsonl", resume_step=200).write(300, {FD: 6.5, "train_seconds": 650})
+    MetricsFile(folder / "metrics.jsonl", resume_step=200).log({FD: 6.5, "train_seconds": 650}, 300)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 400, "train_sec\n')  # torn by a kill
         file.write("17\n\n")
@@ -372,14 +373,15 @@ def test_real_runs_from_training_to_the_page(command, tmp_path, capsys):
     assert [row["train_seconds"] for row in rows[:3]] == seconds and 0 < seconds[0] < seconds[1] < seconds[2]
     assert rows[3]["train_seconds"] > seconds[2]
     model = SiTTransformer2DModel.from_pretrained(tmp_path / "repa" / "transformer")
-    plain, aligned = step_flops(model, [object()])
-    assert aligned == plain + 3 * projector_flops(model.config)
+    trained = aligned_with(model, (1,), (64,), projector_dim=32)
+    plain, aligned = step_flops(trained)
+    assert aligned == plain + 3 * projector_flops(32, 16, 1, [64], projector_dim=32)
     per_step = np.diff([0, *(row["train_flops"] for row in rows)]) / 16  # the encoder is counted, too
     assert per_step[0] == per_step[1] > aligned > per_step[2] == per_step[3] == plain
     starts, _ = read_lines(tmp_path / "repa" / "starts.jsonl")
     assert [start["step"] for start in starts] == [0, 3] and starts[0]["hardware"]
-    projectors = sum(p.numel() for p in model.projectors.parameters())
-    assert starts[1]["parameters"] == sum(p.numel() for p in model.parameters()) - projectors
+    projectors = sum(p.numel() for p in trained.projectors.parameters())
+    assert starts[1]["parameters"] == sum(p.numel() for p in model.parameters())
     assert starts[1]["projector_parameters"] == projectors > 0
 
     folders = [tmp_path / "none-0", tmp_path / "none-1", tmp_path / "repa"]

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""pipelines/sample.py: what is written, that it depends on (seed, index) alone, and what is refused."""
+"""`vrpo sample`: what is written, that it depends on (seed, index) alone, and what is refused."""
 
 import functools
 import importlib
@@ -32,6 +32,7 @@ from diffusers_vrpo.commands import sample
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.models import ddpm
 from diffusers_vrpo.models.official_checkpoints import default_scheduler
+from diffusers_vrpo.pipelines import sampling
 from diffusers_vrpo.pipelines.sample_folder import write_npz
 from support.models import needs_compiler, tiny_model, tiny_vae
 from support.paths import ROOT, SRC
@@ -60,7 +61,7 @@ def models(tmp_path_factory) -> Path:
     """A folder with a pipeline of every kind."""
     folder = tmp_path_factory.mktemp("models")
     for kind, config in KINDS.items():
-        model = tiny_model(**config, alignment_layers=[], alignment_dims=[])
+        model = tiny_model(**config)
         scheduler = default_scheduler(model.config.prediction_type)
         vae = tiny_vae("kl").eval() if kind == "latents" else None
         VRPOPipeline(model, scheduler, vae, NAMES).save_pretrained(folder / kind)
@@ -104,7 +105,7 @@ def environment() -> dict[str, str]:
 
 
 def script(words: list[str], launcher=()) -> subprocess.Popen:
-    command = [sys.executable, *launcher, str(ROOT / "pipelines" / "sample.py"), *words]
+    command = [sys.executable, *launcher, "-m", "diffusers_vrpo.commands.sample", *words]
     return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -180,8 +181,8 @@ def test_image_i_is_what_the_pipeline_gives_from_its_noise(models, tmp_path, kin
     indices = range(4, 8)  # the second batch
     images = pipeline(
         [i % 5 for i in indices],
-        latents=torch.stack([sample.start_noise(7, i, (KINDS[kind]["in_channels"], 8, 8)) for i in indices]),
-        generator=[sample.step_generator(7, i) for i in indices],
+        latents=torch.stack([sampling.start_noise(7, i, (KINDS[kind]["in_channels"], 8, 8)) for i in indices]),
+        generator=[sampling.step_generator(7, i) for i in indices],
         num_inference_steps=5,
         guidance_scale=2.0,
     ).images
@@ -210,12 +211,12 @@ def test_labels(models, tmp_path):
 def test_the_shift_of_the_pipelines_scheduler_is_kept():
     config = tiny_model().config
     for sampler in ("ode", "heun"):
-        assert sample.make_scheduler(sampler, config, {"shift": 3.0}).config.shift == 3.0
+        assert sampling.make_scheduler(sampler, config, {"shift": 3.0}).config.shift == 3.0
     for sampler in ("dpmsolver++", "unipc"):
-        assert sample.make_scheduler(sampler, config, {"shift": 3.0}).config.flow_shift == 3.0
+        assert sampling.make_scheduler(sampler, config, {"shift": 3.0}).config.flow_shift == 3.0
     config = tiny_model(prediction_type="epsilon").config
-    for sampler in sample.SAMPLERS["epsilon"]:
-        scheduler = sample.make_scheduler(sampler, config, {"beta_schedule": "scaled_linear", "beta_end": 0.012})
+    for sampler in sampling.SAMPLERS["epsilon"]:
+        scheduler = sampling.make_scheduler(sampler, config, {"beta_schedule": "scaled_linear", "beta_end": 0.012})
         assert scheduler.config.beta_schedule == "scaled_linear" and scheduler.config.beta_end == 0.012
 
 
@@ -355,14 +356,14 @@ def test_another_batch_size_changes_a_rounding_at_most(models, tmp_path):
 
 def test_streams_of_noise():
     shape = (4, 16, 16)
-    noises = [sample.start_noise(seed, i, shape) for seed in (0, 1) for i in range(20)]
-    noises += [torch.randn(shape, generator=sample.step_generator(seed, i)) for seed in (0, 1) for i in range(20)]
+    noises = [sampling.start_noise(seed, i, shape) for seed in (0, 1) for i in range(20)]
+    noises += [torch.randn(shape, generator=sampling.step_generator(seed, i)) for seed in (0, 1) for i in range(20)]
     noises = torch.stack(noises).flatten(1).double()
     assert noises.dtype == torch.float64 and abs(noises.mean()) < 0.02 and abs(noises.std() - 1) < 0.02
     correlation = torch.corrcoef(noises) - torch.eye(80)
     assert correlation.abs().max() < 5 / noises.shape[1] ** 0.5
-    assert torch.equal(sample.start_noise(2**63 - 1, 3, shape), sample.start_noise(2**63 - 1, 3, shape))
-    assert len({sample.step_generator(5, i).initial_seed() for i in range(2000)}) == 2000
+    assert torch.equal(sampling.start_noise(2**63 - 1, 3, shape), sampling.start_noise(2**63 - 1, 3, shape))
+    assert len({sampling.step_generator(5, i).initial_seed() for i in range(2000)}) == 2000
 
 
 # Computation
@@ -470,19 +471,19 @@ def test_wrong_options(models, tmp_path, capsys, options, message):
         (
             "velocity",
             {"sampler": "sde", "num_inference_steps": 1},
-            "--num_inference_steps 1: `num_inference_steps` must",
+            "--num_inference_steps 1: --num_inference_steps must",
         ),
         (
             "epsilon",
             {"num_inference_steps": 2000},
-            "--num_inference_steps 2000: `num_inference_steps`: 2000 cannot be",
+            "--num_inference_steps 2000: --num_inference_steps: 2000 cannot be",
         ),
         (
             "epsilon",
             {"num_inference_steps": 128},
             "--num_inference_steps 128: diffusers' DDIM needs a divisor of 1000",
         ),
-        ("velocity", {"guidance_channels": 4}, "`guidance_channels` must be in 1 ... 3, not 4"),
+        ("velocity", {"guidance_channels": 4}, "--guidance_channels must be in 1 ... 3, not 4"),
         ("grey", {"guidance_scale": 2.0}, "needs a null class"),
         (
             "velocity",
@@ -502,10 +503,10 @@ def test_what_does_not_go_with_the_pipeline(models, tmp_path, kind, options, mes
 
 
 def test_what_is_no_pipeline(models, tmp_path):
-    assert "is not a folder; pipelines/convert.py makes one" in refused(tmp_path / "missing", tmp_path / "out")
+    assert "is not a folder; `vrpo convert` makes one" in refused(tmp_path / "missing", tmp_path / "out")
     checkpoint = tmp_path / "model.pt"
     checkpoint.write_bytes(b"weights")
-    assert "is not a folder; pipelines/convert.py makes one" in refused(checkpoint, tmp_path / "out")
+    assert "is not a folder; `vrpo convert` makes one" in refused(checkpoint, tmp_path / "out")
     assert "has no model_index.json" in refused(models / "velocity" / "transformer", tmp_path / "out")
     dit = tmp_path / "dit"
     shutil.copytree(models / "velocity", dit)
@@ -611,9 +612,9 @@ def test_noise_that_no_seed_fixes_is_refused():
             return super().step(model_output + noise, timestep, sample, return_dict=return_dict)
 
     with pytest.raises(InputError, match="the pipeline's Unseeded draws noise that no seed fixes; choose another"):
-        sample.check_steps(quiet_pipeline(tiny_model(), Unseeded()), 5)
+        sampling.check_steps(quiet_pipeline(tiny_model(), Unseeded()), 5)
     for scheduler in (SiTSDEScheduler(), FlowMatchEulerDiscreteScheduler(), UniPCMultistepScheduler(**FLOW_SIGMAS)):
-        sample.check_steps(quiet_pipeline(tiny_model(), scheduler), 5)
+        sampling.check_steps(quiet_pipeline(tiny_model(), scheduler), 5)
 
 
 # Its benchmark

@@ -21,7 +21,7 @@ from diffusers_vrpo.experimental.generative.rewards import (
     REFRESH_UPDATES,
     SampleRewards,
     class_statistics,
-    load_reward_function,
+    import_reward,
     load_reward_functions,
     parse_reward_weights,
     reference_statistics,
@@ -300,8 +300,7 @@ def test_reward_functions(tmp_path, real):
         "def lost(images, features, labels):\n"
         "    return labels * float('nan')\n"
     )
-    name, function = load_reward_function(f"{file}:bright")
-    assert name == "bright"
+    function = import_reward(f"{file}:bright")
     images = torch.stack([torch.full((3, 8, 8), level, dtype=torch.uint8) for level in (0, 51, 255)])
     torch.testing.assert_close(function(images, {}, None), torch.tensor([0.0, 0.2, 1.0]))
 
@@ -317,15 +316,15 @@ def test_reward_functions(tmp_path, real):
     broken = tmp_path / "broken.py"
     broken.write_text("import nothing_of_that_name\n")
     for argument, message in (
-        (f"{tmp_path}/nowhere.py:f", "give FILE.py:NAME"),
+        (f"{tmp_path}/nowhere.py:f", "there is no file"),
         (str(file), "give FILE.py:NAME"),
-        ("mine:bright", "give FILE.py:NAME"),
+        ("no_such_package:bright", "cannot be imported .*no_such_package"),
         (f"{file}:dark", "has no function 'dark'"),
         (f"{file}:number", "has no function 'number'"),
         (f"{broken}:f", "cannot be imported .*nothing_of_that_name"),
     ):
         with pytest.raises(InputError, match=message):
-            load_reward_function(argument)
+            import_reward(argument)
     for arguments in ([f"{file}:semantic"], [f"{file}:bright", f"{file}:bright"]):
         with pytest.raises(InputError, match="already; give it another name"):
             load_reward_functions(arguments)

@@ -1,7 +1,6 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """FLOPs, peaks, the step's profile; no wait for the device in a step; the benchmark of the step."""
 
-import argparse
 import importlib
 import json
 import sys
@@ -14,13 +13,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffusers_vrpo.alignment.attach import AlignedTransformer
+from diffusers_vrpo.config import SpeedConfig
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.models.transformer_sit import SiTTransformer2DModel, sit_preset
+from diffusers_vrpo.training.metrics import shown_values
 from diffusers_vrpo.training.throughput import (
     ForeachEMA,
     StepProfile,
-    TrainingSpeed,
-    add_speed_options,
     encoder_flops,
     forward_flops,
     num_tokens,
@@ -32,6 +32,7 @@ from diffusers_vrpo.training.throughput import (
     throughput_metrics,
     training_flops,
 )
+from support.models import aligned_with
 from support.paths import ROOT
 
 
@@ -61,7 +62,7 @@ def counted(function, *arguments, **options):
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         result = function(*arguments, **options)
         if torch.is_grad_enabled():
-            sum(tensor.sum() for tensor in (result[0], *(result[1] or ()))).backward()
+            sum(tensor.sum() for tensor in (result[0], *result[1])).backward()
     return counter.get_total_flops()
 
 
@@ -83,9 +84,8 @@ def counted(function, *arguments, **options):
 )
 @pytest.mark.parametrize("projector_type", ["mlp", "conv"])
 def test_flops_are_what_torch_counts(config, projector_type):
-    model = SiTTransformer2DModel(
-        **config, alignment_layers=[1], alignment_dims=[48, 20], projector_type=projector_type, projector_dim=40
-    )
+    model = SiTTransformer2DModel(**config)
+    aligned = aligned_with(model, (1,), (48, 20), projector_type, 40)
     size = model.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     inputs = (
@@ -95,12 +95,14 @@ def test_flops_are_what_torch_counts(config, projector_type):
     )
     with torch.no_grad():
         forward = counted(model, *inputs, return_dict=False)
-        both = counted(model, *inputs, return_projections=True, return_dict=False)
+        both = counted(aligned, *inputs)
     assert 2 * forward_flops(model.config) == pytest.approx(forward, rel=0.01)
-    assert 2 * projector_flops(model.config) == pytest.approx(both - forward, rel=0.01)
+    projectors = projector_flops(aligned.hidden_dim, num_tokens(model.config), 1, [48, 20], projector_type, 40)
+    assert 2 * projectors == pytest.approx(both - forward, rel=0.01)
     # A backward has two products for each one, but for the first layer's input.
-    step = counted(model, *inputs, return_projections=True, return_dict=False)
-    expected = training_flops(forward_flops(model.config) + projector_flops(model.config))
+    step = counted(aligned, *inputs)
+    expected = training_flops(forward_flops(model.config) + projectors)
+    assert step_flops(aligned) == (training_flops(forward_flops(model.config)), expected)
     assert 2 * expected == pytest.approx(step, rel=0.02)
 
 
@@ -126,24 +128,28 @@ def test_encoder_and_step_flops(train_step):
     dim, tokens = encoder.embed_dim, 16
     block = (tokens + 1) * 12 * dim**2 + 2 * (tokens + 1) ** 2 * dim
     assert encoder_flops(encoder) == pytest.approx(2 * (12 * block + tokens * 3 * 14**2 * dim), rel=0.01)
-    model = train_step.build_plain(setup).transformer
-    plain, aligned = step_flops(model, [encoder])
-    assert plain == 3 * forward_flops(model.config)
-    assert aligned == plain + 3 * projector_flops(model.config) + encoder_flops(encoder)
-    assert step_flops(model)[1] == plain
-    assert step_flops(model, [object()])[1] == plain + 3 * projector_flops(model.config)  # features out of a cache
+    model = train_step.build_plain(setup).aligned
+    config = model.transformer.config
+    projectors = projector_flops(model.hidden_dim, num_tokens(config), 1, [encoder.embed_dim], "mlp", 32)
+    plain, aligned = step_flops(model)
+    assert plain == 3 * forward_flops(config)
+    assert aligned == plain + 3 * projectors + encoder_flops(encoder)
+    assert step_flops(AlignedTransformer(model.transformer))[1] == plain
+    model.encoders = [object()]  # features out of a cache
+    assert step_flops(model)[1] == plain + 3 * projectors
     meter = throughput_meter((plain, aligned), setup.accelerator, peak_tflops=2.0)
     assert meter(50.0, False) == throughput_metrics(50.0, plain, 2e12)
     assert meter(50.0, True) == throughput_metrics(50.0, aligned, 2e12)
     assert list(throughput_meter((1, 2), setup.accelerator)(1.0, True)) == ["tflops_per_device"]
-    model.patch_embed.requires_grad_(False)  # adapters
-    assert step_flops(model)[0] == 2 * forward_flops(model.config)
+    model.transformer.patch_embed.requires_grad_(False)  # adapters
+    assert step_flops(model)[0] == 2 * forward_flops(config)
 
 
 def test_throughput_metrics():
-    values = {"images_per_second": 812.3, "tflops_per_device": 310.04, "mfu": 0.3133}
-    assert TrainingSpeed.shown(values) == {"images/s": "812", "TFLOP/s": "310", "MFU": "31.3%"}
-    assert TrainingSpeed.shown({"images_per_second": 7.0, "tflops_per_device": 0.01}) == {"images/s": "7"}
+    values = {"loss_fm": 0.51234, "images_per_second": 812.3, "tflops_per_device": 310.04, "mfu": 0.3133}
+    assert shown_values(values) == {"loss": "0.5123", "images/s": "812", "TFLOP/s": "310", "MFU": "31.3%"}
+    values = {"loss_fm": 0.5, "images_per_second": 7.0, "tflops_per_device": 0.01}
+    assert shown_values(values) == {"loss": "0.5000", "images/s": "7"}
     assert throughput_metrics(100.0, 2e12) == {"tflops_per_device": 200.0}
     assert throughput_metrics(100.0, 2e12, peak=400e12) == {"tflops_per_device": 200.0, "mfu": 0.5}
     assert throughput_metrics(100.0, 2e12, peak=400e12, num_processes=4)["mfu"] == 0.125
@@ -206,8 +212,8 @@ def test_profile(monkeypatch):
         for _ in range(2):  # micro-steps
             now[0] += 100.0 if step == 0 else 1.0
             profile.mark("data")
-            now[0] += 3.0
-            assert profile.mark("backward", 7) == 7
+            with profile("backward"):
+                now[0] += 3.0
         now[0] += 2.0
         profile.step()
     assert profile.seconds == {"data": 2.0, "backward": 6.0, "logging, checkpoints": 2.0}
@@ -223,7 +229,8 @@ def test_profile_off(steps, monkeypatch):
     )
     profile = StepProfile(steps, report=lambda table: pytest.fail("it reported"))
     for _ in range(20):
-        assert profile.mark("data", 7) == 7
+        with profile("data"):
+            pass
         profile.step()
     assert profile.marks == []
 
@@ -384,17 +391,19 @@ def test_speed_up():
 
 def test_the_trainers_options(train_step):
     setup = train_step.Setup(tiny_settings(train_step), "SiT-XS/8")
-    parser = argparse.ArgumentParser()
-    add_speed_options(parser)
     tables = []
-    for options, compiled in (([], False), (["--compile", "--profile", "2", "--peak_tflops", "3"], True)):
+    for options, compiled in (({}, False), ({"compile": True, "profile": 2, "peak_tflops": 3.0}, True)):
         model = SiTTransformer2DModel(num_layers=1, num_attention_heads=2, attention_head_dim=16)
-        speed = TrainingSpeed(parser.parse_args(options), model, [], setup.accelerator, tables.append)
+        args = SpeedConfig(**options)
+        speed_up(model, [], args.compile, args.attention_backend)
+        meter = throughput_meter(step_flops(AlignedTransformer(model)), setup.accelerator, args.peak_tflops)
+        profile = StepProfile(args.profile, setup.accelerator.device, tables.append)
         assert (model.transformer_blocks[0]._compiled_call_impl is not None) == compiled
-        assert ("mfu" in speed.metrics(10.0, False)) == compiled
+        assert ("mfu" in meter(10.0, False)) == compiled
         for _ in range(10):
-            assert speed.mark("forward", 5) == 5
-            speed.step()
+            with profile("forward"):
+                pass
+            profile.step()
         assert len(tables) == compiled
 
 
@@ -414,7 +423,7 @@ def test_the_plain_step_does_the_same_as_ours(train_step, improvements):
     log = {name: float(value) for name, value in plain.log.items()}
     assert log["loss"] > 0 and log["grad_norm"] > 0
     moments = ours.optimizer.optimizer.state
-    for (name, a), b in zip(ours.transformer.named_parameters(), plain.transformer.parameters()):
+    for (name, a), b in zip(ours.aligned.named_parameters(), plain.aligned.parameters()):
         if name.endswith("to_k.bias"):
             continue  # softmax does not see it: its gradient is rounding
         # Adam's first moments are linear in the gradients; its steps are not, where those are all but zero.

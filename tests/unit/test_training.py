@@ -113,18 +113,18 @@ def test_metrics_file_drops_what_a_resumed_run_will_write_again(tmp_path):
     path = tmp_path / "metrics.jsonl"
     metrics = MetricsFile(path)
     for step in (10, 20, 30):
-        metrics.write(step, {"loss_fm": 1.0 / step})
+        metrics.log({"loss_fm": 1.0 / step}, step)
     with path.open("a") as file:
         file.write('{"step": 40, "lo')
     assert [row["step"] for row in read_metrics(path)] == [10, 20, 30]
-    MetricsFile(path, resume_step=20).write(30, {"loss_fm": 0.5})
+    MetricsFile(path, resume_step=20).log({"loss_fm": 0.5}, 30)
     assert [(row["step"], row["loss_fm"]) for row in read_metrics(path)] == [(10, 0.1), (20, 0.05), (30, 0.5)]
 
 
 def test_plot_and_grid(tmp_path):
     metrics = MetricsFile(tmp_path / "metrics.jsonl")
     for step in range(3):
-        metrics.write(step, {"loss_fm": 1.0, "reward/semantic": step, "share/semantic": 0.5, "share/structural": 0.5})
+        metrics.log({"loss_fm": 1.0, "reward/semantic": step, "share/semantic": 0.5, "share/structural": 0.5}, step)
     plot_metrics(tmp_path / "metrics.jsonl", tmp_path / "plot.png", title="run")
     with Image.open(tmp_path / "plot.png") as image:
         assert image.width > 500 and len(image.convert("L").getcolors(256)) > 10

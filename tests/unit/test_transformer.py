@@ -40,6 +40,7 @@ def test_presets_have_the_papers_sizes(preset, millions):
     assert round(sum(p.numel() for p in model.parameters()) / 1e6) == pytest.approx(millions, abs=1)
 
 
+@pytest.mark.slow
 def test_every_preset_builds_and_an_unknown_one_names_the_nearest():
     for preset in SIT_PRESETS:
         with torch.device("meta"):

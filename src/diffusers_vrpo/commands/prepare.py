@@ -19,7 +19,8 @@ from ..command_line import OneLineErrorParser, add_options, number_in, one_line_
 from ..config import DataConfig, In, RunConfig
 from ..data.image_source import class_names
 from ..data.latent_cache import num_chunks
-from ..data.latent_cache_writer import IMAGE_FORMATS, BatchEncoder, CacheWriter, cache_config, write_chunks
+from ..data.latent_cache_writer import CacheWriter
+from ..data.latent_encoding import IMAGE_FORMATS, BatchEncoder, cache_config, write_chunks
 from ..data.sources import load_images
 from ..models.autoencoder import latent_shape, load_vae
 from ..models.vision import layers_of_encoders

@@ -2,9 +2,9 @@
 r"""Sample many images from a pipeline into a folder, as PNG files or an .npz file for ADM's evaluator.
 
     vrpo sample outputs/digits --num_images 100 --output_dir samples
-    accelerate launch --multi_gpu -m diffusers_vrpo.commands.sample sit-xl --num_images 50000 --output_dir samples --sampler sde \
-        --num_inference_steps 250 --guidance_scale 1.8 --guidance_interval 0 0.7 --batch_size 128 --dtype bfloat16 \
-        --compile --output_format npz
+    accelerate launch --multi_gpu -m diffusers_vrpo.commands.sample sit-xl --num_images 50000 --output_dir samples \
+        --sampler sde --num_inference_steps 250 --guidance_scale 1.8 --guidance_interval 0 0.7 --batch_size 128 \
+        --dtype bfloat16 --compile --output_format npz
 
 Image i is a function of (seed, i) and the options: the same files come from one process, several, or a run that was
 stopped and given again. What is there is kept.

@@ -293,7 +293,7 @@ def _from_official(path, state, training_args, preset, num_attention_heads, form
         value = training_args.get(option)
         if format != "dit" and isinstance(value, str) and value.lower() not in supported:
             raise InputError(
-                None, f"{path} was trained with `{option}` {value!r}; only linear paths and velocities are read"
+                None, f"{path} was trained with {option} {value!r}; only linear paths and velocities are read"
             )
     if format == "sit":
         config["time_direction"] = "noise_to_data"
@@ -382,7 +382,7 @@ def _attention_heads(path, dim, depth, patch, preset, num_attention_heads, qk_no
     if heads is None:
         raise InputError(
             None,
-            f"{path} has depth {depth} and width {dim}, no known size: give `num_attention_heads` to pipelines/convert.py",
+            f"{path} has depth {depth} and width {dim}, no known size: give `num_attention_heads` to `vrpo convert`",
         )
     if dim % heads:
         raise InputError(
@@ -509,22 +509,23 @@ def read_projectors(path: str, config: dict, subfolder: str | None, cache_dir: s
         return read_projector_file(file)
     if not config.get("alignment_layers"):
         return None
-    folder = Path(path)
-    if not folder.is_dir():
+    folder = Path(path) / (subfolder or "")
+    if not Path(path).is_dir():
         name = "/".join(filter(None, (subfolder, "diffusion_pytorch_model.safetensors")))
         try:
-            folder = Path(hf_hub_download(path, name, cache_dir=cache_dir))
+            folder = Path(hf_hub_download(path, name, cache_dir=cache_dir)).parent
         except Exception as error:  # in shards, or another format; the transformer itself has been loaded
             logger.info(f"{path}: its projectors are not read ({first_line(error)})")
             return None
-        folder = folder.parents[1] if subfolder else folder.parent
+    elif not folder.is_dir():  # diffusers finds a transformer's own folder under any subfolder
+        folder = Path(path)
     state = {}
-    for part in sorted((folder / (subfolder or "")).glob("*.safetensors")):
+    for part in sorted(folder.glob("*.safetensors")):
         with safe_open(part, "pt") as weights:
             names = [name for name in weights.keys() if name.startswith("projectors.")]  # noqa: SIM118
             state |= {name: weights.get_tensor(name) for name in names}
-    defaults = {"alignment_dims": [], "projector_type": "mlp", "projector_dim": 2048}
-    description = {name: config.get(name, default) for name, default in ({"alignment_layers": []} | defaults).items()}
+    defaults = {"alignment_layers": [], "alignment_dims": [], "projector_type": "mlp", "projector_dim": 2048}
+    description = {name: config.get(name, default) for name, default in defaults.items()}
     return SavedProjectors(description, {name: tensor.float() for name, tensor in state.items()}) if state else None
 
 

@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,8 @@ class GenerativePolicy(TrainerCallback):
 
     Args:
         args (`GenerativeConfig`): its options.
+        rewards (`list`): rewards of generated images beside the built-in ones: functions `reward(images, features, labels)
+            -> [B]` (rewards.py), or their names as `"package.module:name"` or `"FILE.py:NAME"`.
 
     Raises:
         InputError: for options that cannot work here.
@@ -86,8 +89,14 @@ class GenerativePolicy(TrainerCallback):
 
     state_name = "generative_policy"
 
-    def __init__(self, args: GenerativeConfig):
+    def __init__(self, args: GenerativeConfig, rewards: Sequence[Callable | str] = ()):
+        if args.generative_policy_start_step is None:
+            raise InputError(
+                "generative_policy_start_step",
+                "`generative_policy_start_step` is not given; it is the step from which the policy follows rewards",
+            )
         self.args, self.start = args, args.generative_policy_start_step
+        self.functions = load_reward_functions([*(args.reward_function or []), *rewards])
 
     def on_init_end(self, trainer):
         args, accelerator, data = self.args, trainer.accelerator, trainer.data
@@ -109,7 +118,7 @@ class GenerativePolicy(TrainerCallback):
                 name, device=self.device, cache_dir=args.cache_dir, option="reward_encoder"
             )
         self.encoder.take_shallow(args.reward_shallow_layer)
-        functions = load_reward_functions(args.reward_function or [])
+        functions = self.functions
         rows = data.fixed_rows(args.reward_reference_images)
         if data.random_access:  # other data give rows in random order, one group of rows after another
             rows = random_stream(0, 1, LOOK_REAL).permutation(rows)

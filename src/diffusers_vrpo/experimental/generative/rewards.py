@@ -6,9 +6,10 @@ frozen reward encoder (`pool` and `shallow`, float32 `[B,D]`), `labels` class id
 The built-in ones are of this form, and so are those of `reward_function` FILE.py:NAME. Formulas: generative_policy.py.
 """
 
+import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -114,48 +115,60 @@ def reference_statistics(
 # Rewards
 
 
-def load_reward_function(argument: str) -> tuple[str, Reward]:
-    """Name and function of `FILE.py:NAME`.
+def load_reward_functions(entries: Sequence[Callable | str]) -> dict[str, Reward]:
+    """User-defined rewards by name.
 
-    Raises:
-        InputError: when there is no such function.
-    """
-    file, _, name = argument.rpartition(":")
-    if not file.endswith(".py") or not Path(file).is_file():
-        raise InputError(
-            "reward_function", f"`reward_function` {argument}: give FILE.py:NAME with a file that is there"
-        )
-    spec = importlib.util.spec_from_file_location(f"reward_{Path(file).stem}", file)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickle look there
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # the user's own code raises what it likes
-        raise InputError(
-            "reward_function", f"`reward_function` {argument}: {file} cannot be imported ({first_line(error)})"
-        ) from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise InputError("reward_function", f"`reward_function` {argument}: {file} has no function {name!r}")
-    return name, function
-
-
-def load_reward_functions(arguments: list[str]) -> dict[str, Reward]:
-    """The functions of `reward_function` by name.
+    Args:
+        entries: functions, or their names as `"FILE.py:NAME"` or `"package.module:name"`.
 
     Raises:
         InputError: when there is no such function, or its name is taken.
     """
     functions = {}
-    for argument in arguments:
-        name, function = load_reward_function(argument)
+    for entry in entries:
+        function = import_reward(entry) if isinstance(entry, str) else entry
+        name = getattr(function, "__name__", type(function).__name__)
         if name in (*REWARDS, *functions):
             raise InputError(
                 "reward_function",
-                f"`reward_function` {argument}: there is a reward {name!r} already; give it another name",
+                f"`reward_function` {entry}: there is a reward {name!r} already; give it another name",
             )
         functions[name] = function
     return functions
+
+
+def import_reward(entry: str) -> Reward:
+    """The function of `"FILE.py:NAME"` or `"package.module:name"`.
+
+    Raises:
+        InputError: when there is no such function.
+    """
+    source, _, name = entry.rpartition(":")
+    if source.endswith(".py") and not Path(source).is_file():
+        raise InputError("reward_function", f"`reward_function` {entry}: there is no file {source}")
+    if not source or not name.isidentifier():
+        raise InputError(
+            "reward_function", f"`reward_function` {entry}: give FILE.py:NAME or package.module:name of a function"
+        )
+    try:
+        module = import_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
+    except Exception as error:  # the imported code raises what it likes
+        raise InputError(
+            "reward_function", f"`reward_function` {entry}: {source} cannot be imported ({first_line(error)})"
+        ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise InputError("reward_function", f"`reward_function` {entry}: {source} has no function {name!r}")
+    return function
+
+
+def import_file(file: Path):
+    """The module of a Python file that is in no package."""
+    spec = importlib.util.spec_from_file_location(f"reward_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look there
+    spec.loader.exec_module(module)
+    return module
 
 
 def parse_reward_weights(text: str | None, names: list[str]) -> list[float]:

@@ -1,0 +1,299 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""The trainer from Python: what the command line does, with objects in the place of names."""
+
+import json
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from diffusers_vrpo import TrainerCallback, VRPOConfig, VRPOPipeline, VRPOTrainer
+from diffusers_vrpo.alignment.encoders import load_encoder
+from diffusers_vrpo.assets.digits import load_digits_dataset
+from diffusers_vrpo.data.image_source import ImageSource
+from diffusers_vrpo.errors import InputError
+from diffusers_vrpo.experimental.generative.callback import GenerativePolicy
+from diffusers_vrpo.training.metrics import read_metrics
+from support.training import TINY_DIGITS, assert_same_files, losses, run
+
+
+@pytest.fixture(autouse=True)
+def fresh_state():
+    """Every trainer of this module has an accelerator of its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def config(tmp_path):
+    """`config(**changes)`: the options of a run of four steps on digits."""
+    model_config = tmp_path / "model.json"
+    model_config.write_text(json.dumps(TINY_DIGITS))
+
+    def make(**changes) -> VRPOConfig:
+        options = {
+            "output_dir": str(tmp_path / "python"),
+            "model_config": str(model_config),
+            "resolution": 8,
+            "projector_dim": 32,
+            "train_batch_size": 16,
+            "max_train_steps": 4,
+            "learning_rate": 0.01,
+            "ema_decay": 0.5,
+            "logging_steps": 1,
+            "num_inference_steps": 2,
+            "num_validation_images": 1,
+            "dataloader_num_workers": 0,
+            "report_to": "none",
+        }
+        return VRPOConfig(**{**options, **changes})
+
+    return make
+
+
+def test_a_few_lines_train_save_and_open(config, command, tmp_path):
+    with VRPOTrainer(
+        encoders="digits", vae="none", train_dataset=load_digits_dataset()["train"], args=config()
+    ) as trainer:
+        trainer.train()
+        trainer.save_model()
+    pipeline = VRPOPipeline.from_pretrained(tmp_path / "python")
+    assert pipeline(["three"], num_inference_steps=2).images[0].size == (8, 8)
+
+    # The same run by the command line is equal, bit by bit.
+    run(command())
+    assert_same_files(tmp_path / "python", tmp_path / "run", ["transformer/diffusion_pytorch_model.safetensors"])
+    assert losses(tmp_path / "python") == losses(tmp_path / "run")
+
+
+def test_a_python_run_continues_bit_equal(config, tmp_path):
+    def train(**changes):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        with VRPOTrainer(
+            encoders="digits", vae="none", args=config(dataset_name="digits", checkpointing_steps=2, **changes)
+        ) as trainer:
+            trainer.train()
+            trainer.save_model()
+
+    train()
+    train(output_dir=str(tmp_path / "parts"), max_train_steps=2)
+    train(output_dir=str(tmp_path / "parts"))
+    assert losses(tmp_path / "python") == losses(tmp_path / "parts")
+
+
+class Steps(TrainerCallback):
+    """Writes down which hook was called at which step, and keeps a count with the checkpoints."""
+
+    state_name = "steps"
+
+    def __init__(self):
+        self.calls, self.count = [], 0
+
+    def on_init_end(self, trainer):
+        self.calls.append(("init", trainer.step))
+
+    def on_train_begin(self, trainer):
+        self.calls.append(("begin", trainer.step))
+
+    def before_optimizer_step(self, trainer):
+        gradients = [p.grad for p in trainer.transformer.parameters() if p.grad is not None]
+        assert gradients
+        assert all(gradient.isfinite().all() for gradient in gradients)
+        self.count += 1
+
+    def on_step_end(self, trainer):
+        self.calls.append(("step", trainer.step))
+
+    def on_save(self, trainer, checkpoint):
+        assert (checkpoint / "steps.safetensors").is_file()
+        self.calls.append(("save", trainer.step))
+
+    def on_log(self, trainer, values):
+        assert values["loss_fm"] > 0
+        self.calls.append(("log", trainer.step))
+
+    def on_evaluate(self, trainer):
+        self.calls.append(("evaluate", trainer.step))
+
+    def on_train_end(self, trainer):
+        self.calls.append(("end", trainer.step))
+
+    def state_dict(self):
+        return {"count": torch.tensor(self.count)}
+
+    def load_state_dict(self, state):
+        self.count = int(state["count"])
+
+
+def test_callbacks_are_called_in_order_and_saved(config):
+    arguments = {"encoders": "digits", "vae": "none"}
+    first = Steps()
+    with VRPOTrainer(**arguments, args=config(dataset_name="digits", max_train_steps=2), callbacks=[first]) as trainer:
+        trainer.train()
+    assert first.calls == [
+        ("init", 0),
+        ("begin", 0),
+        *[("log", 1), ("step", 1), ("evaluate", 1)],
+        *[("log", 2), ("step", 2), ("save", 2), ("evaluate", 2)],
+        ("end", 2),
+    ]
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    second = Steps()
+    with VRPOTrainer(**arguments, args=config(dataset_name="digits"), callbacks=[second]) as trainer:
+        trainer.train()
+    assert second.count == 4
+    assert second.calls[:2] == [("init", 0), ("begin", 2)]
+
+    # Without the callback, what it has kept would be lost.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with (
+        VRPOTrainer(**arguments, args=config(dataset_name="digits", max_train_steps=6)) as trainer,
+        pytest.raises(InputError, match="was trained with the callback steps and cannot be continued without it"),
+    ):
+        trainer.train()
+
+
+# One test for each row of the table "who adds what": none of them touches the package.
+
+
+def nearest_angle(action, mu, y, subset):
+    """A token reward: minus the squared angle to the target."""
+    return -torch.acos((action * y).sum(-1).clamp(-0.999, 0.999)).square()
+
+
+def test_a_token_reward_is_a_function(config, tmp_path):
+    rewards = ["fidelity", "semantic", nearest_angle]
+    with VRPOTrainer(encoders="digits", vae="none", rewards=rewards, args=config(dataset_name="digits")) as trainer:
+        trainer.train()
+    rows = read_metrics(tmp_path / "python" / "metrics.jsonl")
+    assert all(-(3.2**2) < row["reward/nearest_angle"] < 0 for row in rows)
+    assert all(row["share/nearest_angle"] > 0.05 for row in rows)
+    assert "reward/structural" not in rows[0]
+
+
+def test_a_token_reward_by_its_name(config, tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text("def first_axis(action, mu, y, subset):\n    return action[..., 0]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    rewards = ["semantic", "my_rewards:first_axis"]
+    with VRPOTrainer(
+        encoders="digits", vae="none", rewards=rewards, args=config(dataset_name="digits", max_train_steps=2)
+    ) as trainer:
+        trainer.train()
+    assert "reward/first_axis" in read_metrics(tmp_path / "python" / "metrics.jsonl")[0]
+
+
+def test_other_rewards_do_not_continue_a_run(config):
+    arguments = {"encoders": "digits", "vae": "none"}
+    with VRPOTrainer(**arguments, args=config(dataset_name="digits", max_train_steps=2)) as trainer:
+        trainer.train()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with (
+        VRPOTrainer(**arguments, rewards=["semantic"], args=config(dataset_name="digits")) as trainer,
+        pytest.raises(InputError, match="rewards"),
+    ):
+        trainer.train()
+
+
+def test_rewards_are_vrpos(config):
+    with pytest.raises(InputError, match="`rewards`.*objective"):
+        VRPOTrainer(
+            encoders="digits", vae="none", rewards=["semantic"], args=config(dataset_name="digits", objective="repa")
+        )
+
+
+def darkness(images, features, labels):
+    """An image reward: dark images are good."""
+    return -images.float().mean((1, 2, 3))
+
+
+def test_an_image_reward_is_a_function(config, tmp_path):
+    args = config(
+        dataset_name="digits",
+        generative_policy_start_step=2,
+        rollout_classes=2,
+        rollout_group_size=2,
+        rollout_steps=2,
+        rollout_every=1,
+        mc_samples=2,
+        guard_samples=16,
+        reward_reference_images=64,
+        reward_queue_size=16,
+        guard_loss_rise=10.0,
+        guard_recall_fall=1.0,
+    )
+    with VRPOTrainer(
+        encoders="digits", vae="none", args=args, callbacks=[GenerativePolicy(args, rewards=[darkness])]
+    ) as trainer:
+        trainer.train()
+    rows = read_metrics(tmp_path / "python" / "metrics.jsonl")
+    assert all(-255 <= row["sample_reward/darkness"] <= 0 for row in rows if row["step"] > 2)
+
+
+class PooledPatches:
+    """An encoder that is not in transformers: the mean colours of 4 x 4 parts of an image, and their squares."""
+
+    embed_dim = 6
+
+    def __call__(self, images):
+        colours = torch.nn.functional.adaptive_avg_pool2d(images, 4).flatten(2).mT
+        return torch.cat([colours, colours.square()], dim=-1) + 0.1
+
+
+def test_an_encoder_is_a_callable(config, tmp_path):
+    with VRPOTrainer(encoders=PooledPatches(), vae="none", args=config(dataset_name="digits")) as trainer:
+        trainer.train()
+    rewards = [row["reward/semantic"] for row in read_metrics(tmp_path / "python" / "metrics.jsonl")]
+    assert rewards[-1] > rewards[0]
+
+
+def test_two_encoders_one_of_each_kind(config, tmp_path):
+    encoders = [PooledPatches(), load_encoder("digits", (4, 4))]
+    with VRPOTrainer(
+        encoders=encoders, vae="none", args=config(dataset_name="digits", objective="repa", max_train_steps=2)
+    ) as trainer:
+        trainer.train()
+        assert [projector[-1].out_features for projector in trainer.aligned.projectors] == [6, encoders[1].embed_dim]
+
+
+class Squares(ImageSource):
+    """A source of training data: one grey square per class."""
+
+    num_classes, id2label = 3, {0: "black", 1: "grey", 2: "white"}
+
+    def __len__(self):
+        return 30
+
+    def __getitem__(self, rows):
+        from PIL import Image
+
+        labels = [row % 3 for row in rows]
+        return {"image": [Image.new("RGB", (8, 8), (127 * label,) * 3) for label in labels], "label": labels}
+
+
+def test_a_data_source_is_one_class(config, tmp_path):
+    with VRPOTrainer(encoders="digits", vae="none", train_dataset=Squares(), args=config()) as trainer:
+        trainer.train()
+        trainer.save_model()
+    pipeline = VRPOPipeline.from_pretrained(tmp_path / "python")
+    assert pipeline.get_label_ids("white") == [2]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"encoders": "/no/such/encoder"}, "^`encoder` /no/such/encoder: there is no such folder"),
+        ({"model": "SiT-B/3"}, "^`pretrained_model_name_or_path` SiT-B/3"),
+        ({"vae": "/no/such/vae"}, "^`vae` /no/such/vae is not a folder"),
+        ({"train_dataset": [1, 2]}, "^`train_dataset` is a list"),
+        ({"args": {"dataset_name": None}}, "`train_dataset`"),
+        ({"encoders": None}, "`encoders`"),
+        ({"args": {"generative_policy_start_step": 1}}, "`generative_policy_start_step`.*GenerativePolicy"),
+    ],
+)
+def test_what_cannot_work_names_the_argument(config, arguments, message):
+    defaults = {"encoders": "digits", "vae": "none"}
+    args = config(**{"dataset_name": "digits", **arguments.pop("args", {})})
+    if "model" in arguments:
+        args.model_config = None
+    with pytest.raises(InputError, match=message):
+        VRPOTrainer(**{**defaults, **arguments}, args=args)

@@ -398,7 +398,6 @@ def encoded(tmp_path_factory):
     tiny_vae("kl").save_pretrained(root / "vae")
     for images in ("webp", "none"):
         argv = [
-            "prepare",
             "--dataset_name",
             "digits",
             "--vae",
@@ -563,12 +562,15 @@ def test_a_sample_that_is_not_finite_stops_the_run(command, monkeypatch):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"generative_policy_start_step": None}, "--rollout_classes 2 goes with --generative_policy_start_step only"),
+        (
+            {"generative_policy_start_step": None},
+            "--rollout_classes 2 has no effect without --generative_policy_start_step",
+        ),
         ({"generative_policy_start_step": 6}, "6 is never reached: --max_train_steps 6 must be above it"),
-        ({"guard_distance_rise": 0.1}, "--guard_distance_rise 0.1 is of the distance in --fd_encoder; give that"),
+        ({"guard_distance_rise": 0.1}, "--guard_distance_rise 0.1 has no effect without --fd_encoder"),
         ({"rollout_group_size": 1}, "--rollout_group_size 1 must be at least 2: advantages are relative to the group"),
         ({"rollout_epochs": 2}, "--rollout_epochs 2 must be at most --rollout_every 1"),
-        ({"rollout_clip_range": 0.1}, "--rollout_clip_range 0.1 acts with --rollout_epochs above 1 only"),
+        ({"rollout_clip_range": 0.1}, "--rollout_clip_range 0.1 has no effect without --rollout_epochs above 1"),
         (
             {"rollout_every": 4, "rollout_epochs": 2},
             "--generative_policy_start_step 2 must be a multiple of --rollout_every 4",

@@ -434,10 +434,10 @@ def test_labels_that_are_no_classes(tmp_path, labels, message):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"dataset_name": None, "latents_dir": "somewhere"}, "does not go with --latents_dir somewhere"),
-        ({"dataset_name": None, "train_data_dir": "somewhere"}, "does not go with --train_data_dir somewhere"),
-        ({"dataset_name": "some/data", "max_train_samples": 5}, "does not go with --max_train_samples 5"),
-        ({}, "does not go with --dataset_name digits, which is embedded"),
+        ({"dataset_name": None, "latents_dir": "somewhere"}, "cannot be combined with --latents_dir somewhere"),
+        ({"dataset_name": None, "train_data_dir": "somewhere"}, "cannot be combined with --train_data_dir somewhere"),
+        ({"dataset_name": "some/data", "max_train_samples": 5}, "cannot be combined with --max_train_samples 5"),
+        ({}, "cannot be combined with --dataset_name digits, which is in the package"),
     ],
 )
 def test_options_that_do_not_go_together(command, capsys, changes, message):

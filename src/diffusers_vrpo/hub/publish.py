@@ -376,19 +376,3 @@ def move_tag(repo_id: str, tag: str, revision: str, token: str | None = None):
             raise
         api.delete_tag(repo_id, tag=tag)
         api.create_tag(repo_id, tag=tag, revision=revision)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
-
-
-def add_push_options(group):
-    """`hub_model_id`, `hub_private_repo`, `hub_license`."""
-    group.add_argument("--hub_model_id", metavar="OWNER/NAME", help="repository; by default the output folder's name")
-    group.add_argument(
-        "--hub_private_repo", action="store_true", help="make the repository private if it is made here"
-    )
-    group.add_argument(
-        "--hub_license",
-        help="of the weights; by default apache-2.0, `other` for what continues other weights, none without a record",
-    )

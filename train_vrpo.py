@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--train_data_dir", help="folder with one folder of images per class, instead of --dataset_name")
     g.add_argument(
         "--latents_dir",
-        help="train from what `python -m diffusers_vrpo.data.samples prepare` wrote there, not from images",
+        help="train from what `vrpo prepare` wrote there, not from images",
     )
     g.add_argument(
         "--streaming", action="store_true", help="read the parquet files of --dataset_name in training, keep no copy"

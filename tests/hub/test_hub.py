@@ -331,7 +331,7 @@ def test_a_run_publishes_itself_and_never_fails_for_it(hub, tmp_path_factory):
     assert len(refusals) == len(reasons)
     for (seconds, message), reason in zip(refusals, reasons):
         assert reason in message and float(seconds) < 30
-    assert "python -m diffusers_vrpo.hub.publish no7" in refusals[-1][1]
+    assert "vrpo push no7" in refusals[-1][1]
 
     digits, states = hub.repositories["org/digits"], hub.repositories["org/digits-state"]
     assert digits.private and states.private and not hub.repositories["org/adapters"].private

@@ -1,8 +1,8 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 r"""Compare training runs: quality against steps, wall time and FLOPs, with the spread over seeds.
 
-    python -m diffusers_vrpo.report outputs/repa-0 outputs/repa-1 outputs/vrpo-0 outputs/vrpo-1 --baseline repa
-    python -m diffusers_vrpo.report --arms ours=outputs/vrpo-0,outputs/vrpo-1 repa=outputs/repa-0 --metric loss_fm
+    vrpo report outputs/repa-0 outputs/repa-1 outputs/vrpo-0 outputs/vrpo-1 --baseline repa
+    vrpo report --arms ours=outputs/vrpo-0,outputs/vrpo-1 repa=outputs/repa-0 --metric loss_fm
 
 Runs that differ in nothing but the seed are one arm: its mean and standard deviation are shown. The folder of
 `--output_dir` gets `report.html` (one file that needs no other), `report.json` with every number, the plots as PNG and

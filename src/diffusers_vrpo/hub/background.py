@@ -340,7 +340,7 @@ class HubPublisher(TrainerCallback):
 
     def _command(self) -> str:
         """What publishes the result later, as this run would."""
-        words = ["python", "-m", "diffusers_vrpo.hub", str(self.output_dir), "--hub_model_id", self.repo_id]
+        words = ["vrpo", "push", str(self.output_dir), "--hub_model_id", self.repo_id]
         words += ["--hub_private_repo"] if self.args.hub_private_repo else []
         words += ["--hub_license", self.args.hub_license] if self.args.hub_license else []
         return shlex.join(words)

@@ -31,8 +31,7 @@ import sklearn.datasets, tensorboard  # noqa: what a run would import later
 spec = importlib.util.spec_from_file_location("train_vrpo", sys.argv[1])
 train_vrpo = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(train_vrpo)
-from diffusers_vrpo import trainer
-from diffusers_vrpo.data import samples
+from diffusers_vrpo.data import samples as latents
 from diffusers_vrpo.training import checkpoints as training
 from diffusers_vrpo.assets.digits import digits_splits
 
@@ -65,12 +64,12 @@ def no_name(*paths):
         die()
 
 def nan_sample(index):
-    original = samples.TrainingSamples.__getitem__
+    original = latents.TrainingSamples.__getitem__
     def patched(self, indices):
         batch = original(self, indices)
         batch["noise"][batch["index"] == index] = float("nan")
         return batch
-    samples.TrainingSamples.__getitem__ = patched
+    latents.TrainingSamples.__getitem__ = patched
 
 def fsdp(reshard):
     # accelerate has FSDP for GPUs only; on the CPU its parts work all the same.
@@ -78,7 +77,7 @@ def fsdp(reshard):
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
     from diffusers_vrpo.training.distributed import check_distributed
-    original = trainer.start_accelerator
+    original = train_vrpo.start_accelerator
     def patched(args, output_dir):
         accelerator = original(args, output_dir)
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
@@ -89,7 +88,7 @@ def fsdp(reshard):
         PartialState._shared_state["distributed_type"] = accelerator.state.distributed_type = DistributedType.FSDP
         check_distributed(accelerator, args.lora_rank)
         return accelerator
-    trainer.start_accelerator = patched
+    train_vrpo.start_accelerator = patched
 
 def deepspeed_zero2():
     # As with FSDP: accelerate starts DeepSpeed for accelerators only, which runs on the CPU all the same.
@@ -102,7 +101,7 @@ def deepspeed_zero2():
     from accelerate.utils import DistributedType
     from diffusers_vrpo.training.distributed import check_distributed
     deepspeed.comm.torch.build_shm_op = lambda: None  # a faster way over shared memory, to be compiled
-    original = trainer.start_accelerator
+    original = train_vrpo.start_accelerator
     def patched(args, output_dir):
         accelerator = original(args, output_dir)
         plugin = accelerator.state.deepspeed_plugins = DeepSpeedPlugin(zero_stage=2)
@@ -112,7 +111,7 @@ def deepspeed_zero2():
         accelerator.deepspeed_engine_wrapped = None
         check_distributed(accelerator, args.lora_rank)
         return accelerator
-    trainer.start_accelerator = patched
+    train_vrpo.start_accelerator = patched
 
 HOOKS = {
     None: lambda: None,
@@ -129,9 +128,9 @@ HOOKS = {
     "deepspeed nan": lambda: (deepspeed_zero2(), nan_sample(60)),
     # From the second checkpoint on no file may be longer than 10 kB.
     "disk full": lambda: nth_call(2, lambda *args: resource.setrlimit(resource.RLIMIT_FSIZE, (10000, -1)),
-                                  trainer, "save_checkpoint"),
+                                  train_vrpo, "save_checkpoint"),
     "no room for the result": lambda: nth_call(1, lambda *args: resource.setrlimit(resource.RLIMIT_FSIZE, (10000, -1)),
-                                               trainer.VRPOPipeline, "save_pretrained"),
+                                               train_vrpo.VRPOPipeline, "save_pretrained"),
 }
 
 cores = [*getattr(os, "sched_getaffinity", lambda pid: [])(0)]

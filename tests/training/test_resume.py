@@ -28,7 +28,7 @@ from diffusers_vrpo.training.interruption import OVERFLOWS_IN_A_ROW, SKIPPED_IN_
 from diffusers_vrpo.training.metrics import RunningMeans, read_metrics
 from support.processes import no_network_environment
 from support.trainers import assert_same_end, needs_fork
-from support.training import assert_same_files, losses, run
+from support.training import assert_same_files, losses, run, train_vrpo
 
 
 pytestmark = pytest.mark.usefixtures("one_core")
@@ -303,12 +303,8 @@ def test_a_full_disk_leaves_the_checkpoint_before(command, trainers, tmp_path):
 def test_a_full_disk_at_the_start_and_at_the_end(command, trainers, tmp_path, monkeypatch):
     options = command(max_train_steps=2)
     again = "cannot be written .*; make room and run the same command again"
-
-    def broken(*args):
-        (tmp_path / "run" / "logs" / "a" / "b").write_text("")
-
     with monkeypatch.context() as patch:
-        patch.setattr("diffusers_vrpo.trainer.yaml.safe_dump", broken)
+        patch.setattr(train_vrpo.yaml, "safe_dump", lambda *a: (tmp_path / "run" / "logs" / "a" / "b").write_text(""))
         with pytest.raises(TrainingStopped, match="train_config.yaml or metrics.jsonl in .*/run " + again):
             run(options)
     trainer = trainers(options, hook="no room for the result")

@@ -24,7 +24,6 @@ from diffusers_vrpo.data.parquet import stream_image_dataset
 from diffusers_vrpo.data.samples import StreamBatchSampler
 from diffusers_vrpo.data.streamed_samples import StreamedBatches, StreamedSamples, StreamOrder
 from diffusers_vrpo.errors import InputError, TrainingStopped
-from diffusers_vrpo.models.flow import forward_process
 from support.data import numbered, png, write_files
 from support.paths import TRAINING_SCRIPT
 from support.processes import no_network_environment
@@ -454,7 +453,7 @@ def test_a_signal_and_the_same_command_again_are_bit_equal(command, folder, tmp_
     options |= {"dataloader_num_workers": 2, "learning_rate": 1e-3}
     run(command(**options) + ["--streaming", "--random_flip"])
     again = command(**options, output_dir=tmp_path / "left") + ["--streaming", "--random_flip"]
-    original, calls = forward_process, []
+    original, calls = train_vrpo.forward_process, []
 
     def interrupted(*arguments):
         calls.append(0)
@@ -462,7 +461,7 @@ def test_a_signal_and_the_same_command_again_are_bit_equal(command, folder, tmp_
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*arguments)
 
-    monkeypatch.setattr("diffusers_vrpo.trainer.forward_process", interrupted)
+    monkeypatch.setattr(train_vrpo, "forward_process", interrupted)
     with pytest.raises(SystemExit) as ended:
         run(again)
     assert ended.value.code == 143 and (tmp_path / "left" / "checkpoint-3").is_dir()

@@ -48,17 +48,21 @@ def test_the_saved_layout_and_older_ones_open(tmp_path):
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["_class_name"] == ["pipeline_vrpo", "VRPOPipeline"] and index["vae"] == [None, None]
     assert index["transformer"] == ["transformer_sit", "SiTTransformer2DModel"]
-    for name, file in (("pipeline_vrpo", ""), ("transformer_sit", "transformer"), ("scheduling_sit_sde", "scheduler")):
-        source = (ROOT / "src" / "diffusers_vrpo" / f"{name}.py").read_bytes()
-        assert (tmp_path / file / f"{name}.py").read_bytes() == source
+    for source, folder in (
+        ("pipelines/pipeline_vrpo.py", ""),
+        ("models/transformer_sit.py", "transformer"),
+        ("pipelines/scheduling_sit_sde.py", "scheduler"),
+    ):
+        source = ROOT / "src" / "diffusers_vrpo" / source
+        assert (tmp_path / folder / source.name).read_bytes() == source.read_bytes()
     loaded = VRPOPipeline.from_pretrained(tmp_path)
     assert type(loaded.transformer) is SiTTransformer2DModel and type(loaded.scheduler) is SiTSDEScheduler
 
     # As diffusers writes it by itself, and this package did before.
     index |= {
         "_class_name": "VRPOPipeline",
-        "transformer": ["diffusers_vrpo.models.transformer_sit", "SiTTransformer2DModel"],
-        "scheduler": ["diffusers_vrpo.pipelines.scheduling_sit_sde", "SiTSDEScheduler"],
+        "transformer": ["diffusers_vrpo.transformer_sit", "SiTTransformer2DModel"],
+        "scheduler": ["diffusers_vrpo.scheduling_sit_sde", "SiTSDEScheduler"],
     }
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     for file in tmp_path.rglob("*.py"):

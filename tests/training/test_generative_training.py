@@ -630,7 +630,7 @@ def test_machines_that_cannot_work(accelerator, message):
     machine = SimpleNamespace(**{**defaults, **accelerator}, device=torch.device("cpu"))
     data = SimpleNamespace(has_images=True)
     trainer = SimpleNamespace(
-        accelerator=machine, pipeline=pipeline, data=data, output_dir=None, validation=None, max_train_steps=steps
+        accelerator=machine, pipeline=pipeline, data=data, output_dir=None, validation=None, max_train_steps=steps, args=args
     )
     with pytest.raises(InputError, match=message):
         GenerativePolicy(args).on_init_end(trainer)

@@ -355,7 +355,7 @@ def test_another_seed_or_model_does_not_continue_the_run(command):
     with pytest.raises(InputError, match="`seed` is 1, but .*checkpoint-4 was trained with 0"):
         run(command(seed=1, max_train_steps=8))
     for option, value in (("learning_rate", 0.1), ("label_dropout", 0.5), ("reward_weighting", "equal")):
-        with pytest.raises(InputError, match=f"--{option} is {value}, but .*checkpoint-4 was trained with"):
+        with pytest.raises(InputError, match=f"`{option}` is {value}, but .*checkpoint-4 was trained with"):
             run(command(max_train_steps=8, **{option: value}))
     with pytest.raises(InputError, match="the model's num_layers is 6, but .*checkpoint-4 was trained with 2"):
         run(command(model_config=None, preset="SiT-XS/2", max_train_steps=8))

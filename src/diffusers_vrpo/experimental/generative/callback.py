@@ -99,7 +99,8 @@ class GenerativePolicy(TrainerCallback):
         self.functions = load_reward_functions([*(args.reward_function or []), *rewards])
 
     def on_init_end(self, trainer):
-        args, accelerator, data = self.args, trainer.accelerator, trainer.data
+        args = self.args = trainer.args  # in which the trainer's own arguments have their names, too
+        accelerator, data = trainer.accelerator, trainer.data
         self.accelerator, self.pipeline, self.output_dir = accelerator, trainer.pipeline, trainer.output_dir
         self.transformer, self.device = self.pipeline.transformer, accelerator.device
         self.validation = trainer.validation

@@ -35,8 +35,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from diffusers_vrpo.data.latent_cache import CachedSamples, LatentCache, chunk_rows, num_chunks
-from diffusers_vrpo.data.latent_cache_writer import BATCH_SIZE, BatchEncoder, CacheWriter, ImageRows, write_chunks
-from diffusers_vrpo.data.samples import as_is
+from diffusers_vrpo.data.latent_cache_writer import CacheWriter
+from diffusers_vrpo.data.latent_encoding import BATCH_SIZE, BatchEncoder, ImageRows, write_chunks
 from diffusers_vrpo.models.autoencoder import encode_moments
 
 
@@ -93,7 +93,7 @@ def stores(folder: Path, rows: int) -> dict:
             torch.from_numpy(np.stack([np.load(paths[r]) for r in rows])),
             labels[rows],
         ),
-        "cache, all draws": lambda rows: samples.__getitems__(rows.tolist()),
+        "cache, all draws": lambda rows: samples[rows.tolist()],
     }
 
 
@@ -139,7 +139,7 @@ def prepare_cost(folder: Path, images: int, resolution: int, rounds: int) -> tup
     def alone():
         batches = [list(range(start, min(start + BATCH_SIZE, images))) for start in range(0, images, BATCH_SIZE)]
         dataset = ImageRows(data, resolution, "none")
-        for batch in torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=1, collate_fn=as_is):
+        for batch in torch.utils.data.DataLoader(dataset, batch_size=None, sampler=batches, num_workers=1):
             moments = encode_moments(vae, batch["pixels"].to(vae.device).float() / 127.5 - 1)
         return moments[0].sum().item()
 

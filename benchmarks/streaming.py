@@ -28,8 +28,9 @@ import torch
 
 from diffusers_vrpo.data.image_datasets import load_image_dataset
 from diffusers_vrpo.data.image_source import ImageDataset
-from diffusers_vrpo.data.parquet import StreamedSamples, StreamOrder, stream_image_dataset
+from diffusers_vrpo.data.parquet import stream_image_dataset
 from diffusers_vrpo.data.samples import StreamBatchSampler, TrainingSamples
+from diffusers_vrpo.data.streamed_samples import StreamedSamples, StreamOrder
 
 
 def count_row_groups(processes: int) -> tuple[int, int, int]:

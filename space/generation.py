@@ -164,8 +164,9 @@ def generate(
         ):
             yield item if isinstance(item, tuple) else list(zip(item, labels, seeds))
     except ValueError as error:
-        # In the words of the page, not of the command line.
-        words = {"--num_inference_steps": "Steps", "--sampler": "Sampler", "`guidance_scale`": "Guidance scale"}
-        raise InputError(re.sub("|".join(words), lambda found: words[found[0]], str(error))) from error
+        # In the words of the page, not of the library.
+        words = {"`num_inference_steps`": "Steps", "`sampler`": "Sampler", "`guidance_scale`": "Guidance scale"}
+        field = error.field if isinstance(error, InputError) else None
+        raise InputError(field, re.sub("|".join(words), lambda found: words[found[0]], str(error))) from error
     except torch.OutOfMemoryError as error:
         raise InputError(None, f"There is not enough memory for {len(labels)} images at once; take fewer") from error

@@ -64,12 +64,12 @@ def no_name(*paths):
         die()
 
 def nan_sample(index):
-    original = latents.TrainingSamples.__getitems__
+    original = latents.TrainingSamples.__getitem__
     def patched(self, indices):
         batch = original(self, indices)
         batch["noise"][batch["index"] == index] = float("nan")
         return batch
-    latents.TrainingSamples.__getitems__ = patched
+    latents.TrainingSamples.__getitem__ = patched
 
 def fsdp(reshard):
     # accelerate has FSDP for GPUs only; on the CPU its parts work all the same.

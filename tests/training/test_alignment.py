@@ -98,7 +98,7 @@ def vrpo_gradients(aligned, x0, batch, y, shares=(1 / 3, 1 / 3, 1 / 3), coeff=0.
 def digits_batch_with_tokens():
     data, _, _ = load_image_dataset("digits")
     samples = TrainingSamples(data, 0, 8, (3, 8, 8), 10, num_tokens=16)
-    batch = samples.__getitems__(list(range(16)))
+    batch = samples.__getitem__(list(range(16)))
     x0 = batch["pixels"].float() / 127.5 - 1
     return x0, batch, normalize(load_encoder("digits", (4, 4))(x0))
 

@@ -181,14 +181,14 @@ def test_what_a_kill_left_is_tidied(two_checkpoints):
 @pytest.fixture
 def nan_sample(monkeypatch):
     """Sample 60 of the stream, in step 4 of 16 samples each, has NaN as noise."""
-    original = TrainingSamples.__getitems__
+    original = TrainingSamples.__getitem__
 
     def patched(self, indices):
         batch = original(self, indices)
         batch["noise"][batch["index"] == 60] = math.nan
         return batch
 
-    monkeypatch.setattr(TrainingSamples, "__getitems__", patched)
+    monkeypatch.setattr(TrainingSamples, "__getitem__", patched)
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ def official_digits(**changes) -> dict:
 
 def batch_of_digits(step=0):
     data, _, _ = load_image_dataset("digits")
-    batch = TrainingSamples(data, 0, 8, (3, 8, 8), 10).__getitems__(list(range(16 * step, 16 * step + 16)))
+    batch = TrainingSamples(data, 0, 8, (3, 8, 8), 10).__getitem__(list(range(16 * step, 16 * step + 16)))
     return batch["pixels"].float() / 127.5 - 1, batch
 
 

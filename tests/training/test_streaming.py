@@ -18,10 +18,11 @@ import torch
 from datasets import Dataset, Features, Image, Value
 
 from diffusers_vrpo import VRPOPipeline
-from diffusers_vrpo.data import parquet as streaming
+from diffusers_vrpo.data import parquet, parquet_io, streamed_samples
 from diffusers_vrpo.data.image_datasets import load_image_dataset
-from diffusers_vrpo.data.parquet import StreamedBatches, StreamedSamples, StreamOrder, stream_image_dataset
+from diffusers_vrpo.data.parquet import stream_image_dataset
 from diffusers_vrpo.data.samples import StreamBatchSampler
+from diffusers_vrpo.data.streamed_samples import StreamedBatches, StreamedSamples, StreamOrder
 from diffusers_vrpo.errors import InputError, TrainingStopped
 from support.data import numbered, png, write_files
 from support.paths import TRAINING_SCRIPT
@@ -69,16 +70,16 @@ def test_rows_and_classes_are_those_of_load_dataset(folder, tmp_path):
 
 def test_plain_integers_and_labels_without_statistics(tmp_path, monkeypatch):
     folder = write_files(tmp_path / "data", rows=35, files=1, names=None, write_statistics=False)
-    columns, original = [], streaming.read_columns
-    monkeypatch.setattr(streaming, "read_columns", lambda *a: columns.append(a[2]) or original(*a))
+    columns, original = [], parquet.read_columns
+    monkeypatch.setattr(parquet, "read_columns", lambda *a: columns.append(a[2]) or original(*a))
     rows = stream_image_dataset(folder)
     assert rows.id2label is None and rows.num_classes == 10 and columns == [["label"]] * 4
 
 
 def test_only_the_two_columns_are_fetched_in_one_request(tmp_path, monkeypatch):
     rows = stream_image_dataset(write_files(tmp_path / "data", rows=30, files=1))
-    asked, original = [], streaming.read_range
-    monkeypatch.setattr(streaming, "read_range", lambda fs, path, *r: asked.append(r) or original(fs, path, *r))
+    asked, original = [], parquet_io.read_range
+    monkeypatch.setattr(parquet_io, "read_range", lambda fs, path, *r: asked.append(r) or original(fs, path, *r))
     rows.read_group(1)
     ((start, end),) = asked
     group = rows.files[0].metadata.row_group(1)
@@ -86,7 +87,7 @@ def test_only_the_two_columns_are_fetched_in_one_request(tmp_path, monkeypatch):
     image = group.column(0)
     assert start == (image.dictionary_page_offset if image.has_dictionary_page else image.data_page_offset)
     assert end - start <= sum(ends)
-    monkeypatch.setattr(streaming, "GAP_BYTES", 0)  # the column in between is left out
+    monkeypatch.setattr(parquet_io, "GAP_BYTES", 0)  # the column in between is left out
     del asked[:]
     table = rows.read_group(1)
     assert len(asked) == 2 and table.column("label").to_pylist() == list(range(10))
@@ -117,8 +118,8 @@ def test_a_path_in_a_remote_file_is_not_opened(tmp_path):
     fs = fsspec.filesystem("memory")
     with fs.open("/remote/train.parquet", "wb") as file:
         pq.write_table(table, file)
-    (opened,) = streaming.open_files(["memory://remote/train.parquet"], "")
-    data = streaming.ParquetRows([opened], "image", "label")
+    (opened,) = parquet.open_files(["memory://remote/train.parquet"], "")
+    data = parquet.ParquetRows([opened], "image", "label")
     assert data[0] == {"image": {"bytes": None, "path": None}, "label": 0}
 
 
@@ -230,14 +231,15 @@ def test_resuming_reads_nothing_but_the_next_batches(folder):
 @pytest.fixture
 def no_delay(monkeypatch):
     """A hundredth of a second in place of minutes."""
-    monkeypatch.setattr(streaming, "FIRST_DELAY", 0.001)
-    monkeypatch.setattr(streaming, "OPENING_SECONDS", 0.01)
-    monkeypatch.setattr(streaming, "TRAINING_SECONDS", 0.01)
+    monkeypatch.setattr(parquet_io, "FIRST_DELAY", 0.001)
+    monkeypatch.setattr(parquet, "OPENING_SECONDS", 0.01)
+    monkeypatch.setattr(parquet_io, "OPENING_SECONDS", 0.01)
+    monkeypatch.setattr(streamed_samples, "TRAINING_SECONDS", 0.01)
 
 
 def test_a_dropped_connection_is_tried_again(folder, monkeypatch, no_delay, caplog):
     expected = [rows_in(batch) for batch in StreamedBatches(stream(folder), sampler(steps=30), 2)]
-    original, calls = streaming.read_range, []
+    original, calls = parquet_io.read_range, []
 
     def flaky(fs, path, start, end):
         calls.append(0)
@@ -246,8 +248,8 @@ def test_a_dropped_connection_is_tried_again(folder, monkeypatch, no_delay, capl
         raise ConnectionError("connection reset")
 
     samples = stream(folder)
-    monkeypatch.setattr(streaming, "TRAINING_SECONDS", 60)
-    monkeypatch.setattr(streaming, "read_range", flaky)
+    monkeypatch.setattr(streamed_samples, "TRAINING_SECONDS", 60)
+    monkeypatch.setattr(parquet_io, "read_range", flaky)
     assert [rows_in(batch) for batch in StreamedBatches(samples, sampler(steps=30), 2)] == expected
     assert "connection reset; trying again in 0.001 s" in caplog.text
 
@@ -277,8 +279,8 @@ def test_how_long_an_outage_may_last(folder, monkeypatch, training, seconds):
         next(iter(StreamedBatches(samples, sampler(), 1)))  # which ends at once
         samples.data.closed.clear()
     samples.data.release()
-    monkeypatch.setattr(streaming, "time", clock)
-    monkeypatch.setattr(streaming, "read_range", down)
+    monkeypatch.setattr(parquet_io, "time", clock)
+    monkeypatch.setattr(parquet_io, "read_range", down)
     with pytest.raises(TrainingStopped, match="no route to host"):
         samples.data.read_group(0)
     assert tried[:6] == [0, 1, 3, 7, 15, 31] and tried[-1] == seconds
@@ -292,16 +294,16 @@ def test_how_long_an_outage_may_last(folder, monkeypatch, training, seconds):
 
 
 def test_what_could_not_be_fetched_ahead_is_read_when_it_is_due(folder, monkeypatch, no_delay):
-    data, original = stream(folder).data, streaming.read_range
+    data, original = stream(folder).data, parquet_io.read_range
 
     def down(*arguments):
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr(streaming, "read_range", down)
-    data.hold([0, 1], lambda fill, *arguments: fill(*arguments))
+    monkeypatch.setattr(parquet_io, "read_range", down)
+    data.hold([0, 1], lambda read, *arguments: read(*arguments))
     with pytest.raises(TrainingStopped, match="no route to host"):
         data[0]
-    monkeypatch.setattr(streaming, "read_range", original)
+    monkeypatch.setattr(parquet_io, "read_range", original)
     data.hold([0, 1], lambda *arguments: pytest.fail("it is not fetched ahead again"))
     assert data[0]["image"]["bytes"] == numbered(0) and data[15]["image"]["bytes"] == numbered(15)
     data.read_group = lambda group: pytest.fail("it is in memory")
@@ -331,14 +333,14 @@ def test_a_file_that_is_damaged_on_the_way(tmp_path, no_delay, damage):
 
 def test_an_error_of_a_thread_is_raised_in_order(folder):
     samples = stream(folder)
-    original = samples.__getitems__
+    original = samples.__getitem__
 
     def failing(indices):
         if indices[0] == 48:
             raise ZeroDivisionError("in a thread")
         return original(indices)
 
-    samples.__class__ = type("Failing", (StreamedSamples,), {"__getitems__": lambda self, indices: failing(indices)})
+    samples.__class__ = type("Failing", (StreamedSamples,), {"__getitem__": lambda self, indices: failing(indices)})
     seen = []
     with pytest.raises(ZeroDivisionError, match="in a thread"):
         for batch in StreamedBatches(samples, sampler(steps=9), 2):
@@ -349,7 +351,7 @@ def test_an_error_of_a_thread_is_raised_in_order(folder):
 def test_a_batch_that_failed_ahead_is_computed_when_it_is_due(folder):
     expected = [rows_in(batch) for batch in StreamedBatches(stream(folder), sampler(steps=9), 2)]
     samples, later = stream(folder), threading.Event()
-    original = samples.__getitems__
+    original = samples.__getitem__
 
     def failing(indices):
         if indices[0] == 64:
@@ -358,7 +360,7 @@ def test_a_batch_that_failed_ahead_is_computed_when_it_is_due(folder):
             raise TrainingStopped("the network was down")
         return original(indices)
 
-    samples.__class__ = type("Failing", (StreamedSamples,), {"__getitems__": lambda self, indices: failing(indices)})
+    samples.__class__ = type("Failing", (StreamedSamples,), {"__getitem__": lambda self, indices: failing(indices)})
     found = []
     for batch in StreamedBatches(samples, sampler(steps=9), 1):
         found.append(rows_in(batch))
@@ -385,11 +387,11 @@ def test_leaving_a_run_ends_its_threads(folder):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"image_column": "img"}, "--image_column 'img' is not in --dataset_name .*'image', 'note', 'label'"),
-        ({"label_column": "note"}, "--label_column 'note'.*not integer class labels.*class_encode_column"),
-        ({"image_column": "label"}, "--image_column 'label'.*not images"),
-        ({"split": "test"}, "--dataset_split 'test' is not in .*; it has 'train'"),
-        ({"dataset_name": "./nowhere"}, "--dataset_name ./nowhere is not a folder"),
+        ({"image_column": "img"}, "`image_column` 'img' is not in `dataset_name` .*'image', 'note', 'label'"),
+        ({"label_column": "note"}, "`label_column` 'note'.*not integer class labels.*class_encode_column"),
+        ({"image_column": "label"}, "`image_column` 'label'.*not images"),
+        ({"split": "test"}, "`dataset_split` 'test' is not in .*; it has 'train'"),
+        ({"dataset_name": "./nowhere"}, "`dataset_name` ./nowhere is not a folder"),
     ],
 )
 def test_wrong_columns_and_splits(folder, arguments, message):
@@ -408,7 +410,7 @@ def test_other_formats_and_broken_files(tmp_path, monkeypatch, no_delay):
     folder = write_files(tmp_path / "data", rows=20)
     files = sorted((tmp_path / "data" / "data").iterdir())
     with monkeypatch.context() as patch:
-        patch.setattr(streaming, "MOST_BYTES", 100)
+        patch.setattr(parquet, "MOST_BYTES", 100)
         with pytest.raises(InputError, match="a row group has .* GB, and `streaming` holds at most"):
             stream_image_dataset(folder)
     pq.write_table(pq.read_table(files[1]).drop_columns(["label"]), files[1])
@@ -563,7 +565,8 @@ train_vrpo.main(train_vrpo.parse_args(sys.argv[2:]))
 
 # Another revision; and a process ends although every thread that reads waits for a server that is silent.
 from diffusers_vrpo.data.samples import StreamBatchSampler
-from diffusers_vrpo.data.parquet import StreamedBatches, StreamedSamples, stream_image_dataset
+from diffusers_vrpo.data.parquet import stream_image_dataset
+from diffusers_vrpo.data.streamed_samples import StreamedBatches, StreamedSamples
 data = stream_image_dataset("me/numbered@refs/convert/parquet")
 samples = StreamedSamples(data, 16, 0, 8, (3, 8, 8), 10)
 batches = iter(StreamedBatches(samples, StreamBatchSampler(0, 1000, 16, 0, 1, 1), 1))

@@ -73,7 +73,7 @@ def test_repa_is_repas_loss(command, tmp_path):
     """One step of the script against the formula written out: L_FM - 0.5 mean <mu, y>, AdamW, clipped gradient."""
     run(command(objective="repa", max_train_steps=1, use_ema=None, max_grad_norm=1.0))
     data, _, _ = load_image_dataset("digits")
-    batch = TrainingSamples(data, 0, 8, (3, 8, 8), 10).__getitems__(list(range(16)))
+    batch = TrainingSamples(data, 0, 8, (3, 8, 8), 10).__getitem__(list(range(16)))
     transformer = SiTTransformer2DModel(**TINY_DIGITS, sample_size=8, in_channels=3, num_classes=10)
     model = AlignedTransformer(transformer, [1], [load_encoder("digits", (4, 4))], projector_dim=32)
     torch.manual_seed(0)

@@ -421,6 +421,7 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 def test_names_on_the_hub(encoder_checkpoint, tmp_path):
     script = """
 from diffusers_vrpo.alignment.encoders import load_encoder

@@ -23,7 +23,7 @@ from diffusers_vrpo.data import latent_cache_export, latent_cache_writer
 from diffusers_vrpo.data.image_datasets import decode_image, load_image_dataset, resize_and_crop
 from diffusers_vrpo.data.image_source import ImageDataset
 from diffusers_vrpo.data.latent_cache import CachedEncoder, CachedSamples, LatentCache
-from diffusers_vrpo.data.samples import TrainingSamples, as_is
+from diffusers_vrpo.data.samples import TrainingSamples
 from diffusers_vrpo.data.sources import TrainingData, load_training_data
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.models.autoencoder import encode_images, encode_moments, load_vae
@@ -158,7 +158,7 @@ def test_kinds_of_latents(tmp_path, vae_folder):
     tiny_vae("tiny").save_pretrained(tmp_path / "tiny")
     small["resolution"] = 16
     cache = LatentCache(prepare(str(tmp_path / "tiny"), tmp_path / "deterministic", **small))
-    batch = CachedSamples(cache, 0, 10).__getitems__([0, 1])
+    batch = CachedSamples(cache, 0, 10).__getitem__([0, 1])
     assert cache.config["kind"] == "latents" and "posterior_noise" not in batch
     assert torch.equal(cache.latents(None, batch), batch["latents"].float())
     with pytest.raises(InputError, match="`sampled`: .*AutoencoderTiny, which has no posterior"):
@@ -173,8 +173,8 @@ def test_unreadable_images_are_replaced_as_without_a_cache(tmp_path, vae_folder)
     assert cache.corrupt_rows == {47, 48, 299} and cache.id2label == {0: "cat", 1: "dog"}
     assert np.array_equal(cache.pixels(47), cache.pixels(49)) and np.array_equal(cache.pixels(299), cache.pixels(0))
     data = load_image_dataset(folder)[0]
-    a = TrainingSamples(data, 3, 8, (4, 4, 4), 2).__getitems__(list(range(300)))
-    b = CachedSamples(cache, 3, 2, images=True).__getitems__(list(range(300)))
+    a = TrainingSamples(data, 3, 8, (4, 4, 4), 2).__getitem__(list(range(300)))
+    b = CachedSamples(cache, 3, 2, images=True).__getitem__(list(range(300)))
     for name in ("pixels", "class_labels", "corrupt_rows"):
         assert torch.equal(a[name], b[name]), name
     images[5] = b"broken"
@@ -354,7 +354,7 @@ def test_the_streams_are_those_of_the_images(reference, vae_folder):
     samples = TrainingSamples(data, 5, 8, (4, 4, 4), 10, sample_posterior=True, **streams)
     cached = CachedSamples(LatentCache(reference), 5, 10, images=True, features=[0], **streams)
     indices = list(range(ROWS - 40, ROWS + 40))  # from one epoch into the next
-    a, b = samples.__getitems__(indices), cached.__getitems__(indices)
+    a, b = samples.__getitem__(indices), cached.__getitem__(indices)
     assert set(b) == set(a) | {"latents", "features_0"}
     for name in a:
         assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
@@ -369,10 +369,10 @@ def test_the_streams_are_those_of_the_images(reference, vae_folder):
 
 def test_worker_processes_read_the_same(reference):
     samples = CachedSamples(LatentCache(reference), 0, 10, random_flip=True, images=True, features=[0])
-    here = samples.__getitems__([3, 99])
+    here = samples.__getitem__([3, 99])
     assert "arrays" not in pickle.loads(pickle.dumps(samples)).cache.__dict__
     loader = torch.utils.data.DataLoader(
-        samples, batch_sampler=[[3, 99], [0, 1]], num_workers=1, collate_fn=as_is, multiprocessing_context="spawn"
+        samples, batch_size=None, sampler=[[3, 99], [0, 1]], num_workers=1, multiprocessing_context="spawn"
     )
     there = next(iter(loader))
     assert here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in here)
@@ -402,17 +402,17 @@ def test_what_the_trainer_opens(reference, vae_folder):
     assert isinstance(data, TrainingData) and data.has_images
     encoders = data.features(["digits"], [None], (4, 4))
     assert [encoder.embed_dim for encoder in encoders] == [64]
-    batch = data.samples(**OPTIONS, encoders=encoders).__getitems__([0])
+    batch = data.samples(**OPTIONS, encoders=encoders).__getitem__([0])
     assert {"latents", "features_0", "tokens"} <= set(batch) and "pixels" not in batch
     # For another grid the images are there.
     assert data.features(["digits"], [None], (2, 2)) == []
-    batch = data.samples(**OPTIONS, encoders=[object()]).__getitems__([0])
+    batch = data.samples(**OPTIONS, encoders=[object()]).__getitem__([0])
     assert "pixels" in batch and "features_0" not in batch
     samples = data.samples(**OPTIONS | {"num_tokens": None}, encoders=[])
-    assert not {"pixels", "features_0", "tokens"} & set(samples.__getitems__([0]))
+    assert not {"pixels", "features_0", "tokens"} & set(samples.__getitem__([0]))
     data = load_training_data(trainer_options(None, dataset_name="digits", vae="none"))
     assert isinstance(data, TrainingData) and data.vae is None and data.features(["digits"], [None], (4, 4)) == []
-    assert "pixels" in data.samples(**OPTIONS | {"latent_shape": (3, 8, 8)}).__getitems__([0])
+    assert "pixels" in data.samples(**OPTIONS | {"latent_shape": (3, 8, 8)}).__getitem__([0])
 
 
 @pytest.mark.parametrize(

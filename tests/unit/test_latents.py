@@ -45,7 +45,7 @@ def test_imagefolder(tmp_path):
     data, id2label, num_classes = load_image_dataset(train_data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"))
     assert id2label == {0: "ant", 1: "bee"} and num_classes == 2 and len(data) == 2
     samples = TrainingSamples(data, 0, 8, (3, 8, 8), 2)
-    assert samples.__getitems__([0, 1])["pixels"][0, :, 0, 0].tolist() == [5, 10, 20]
+    assert samples.__getitem__([0, 1])["pixels"][0, :, 0, 0].tolist() == [5, 10, 20]
 
 
 def test_subset_is_random_and_fixed(tmp_path):
@@ -144,21 +144,21 @@ def test_crop_positions_reach_both_ends():
 
 def test_samples_are_functions_of_seed_and_index(tmp_path):
     samples = make_samples(tmp_path, random_flip=True, sample_posterior=True)
-    batch = samples.__getitems__([5, 12, 7])
-    again = make_samples(tmp_path, random_flip=True, sample_posterior=True).__getitems__([12])
+    batch = samples.__getitem__([5, 12, 7])
+    again = make_samples(tmp_path, random_flip=True, sample_posterior=True).__getitem__([12])
     for name in ("pixels", "class_labels", "timestep", "noise", "posterior_noise", "tokens"):
         assert torch.equal(batch[name][1], again[name][0]), name
     assert not torch.equal(batch["noise"][0], batch["noise"][1])
     assert not torch.equal(batch["noise"], batch["posterior_noise"])
-    other = make_samples(tmp_path, seed=4).__getitems__([12])
+    other = make_samples(tmp_path, seed=4).__getitem__([12])
     assert not torch.equal(other["noise"][0], again["noise"][0])
     assert batch["pixels"].dtype == torch.uint8 and batch["pixels"].shape == (3, 3, 8, 8)
     assert batch["noise"].dtype == batch["timestep"].dtype == torch.float32
 
 
 def test_options_do_not_shift_the_streams(tmp_path):
-    plain = make_samples(tmp_path, num_tokens=None).__getitems__([0, 1, 2])
-    full = make_samples(tmp_path, random_flip=True, sample_posterior=True, center_crop=False).__getitems__([0, 1, 2])
+    plain = make_samples(tmp_path, num_tokens=None).__getitem__([0, 1, 2])
+    full = make_samples(tmp_path, random_flip=True, sample_posterior=True, center_crop=False).__getitem__([0, 1, 2])
     for name in ("class_labels", "timestep", "noise"):
         assert torch.equal(plain[name], full[name]), name
 
@@ -172,7 +172,7 @@ def test_each_epoch_sees_every_row_once_in_another_order(tmp_path):
 
 def test_distributions_of_the_streams(tmp_path):
     samples = make_samples(tmp_path, rows=10)
-    batch = samples.__getitems__(list(range(4000)))
+    batch = samples.__getitem__(list(range(4000)))
     assert abs((batch["class_labels"] == 2).float().mean() - 0.1) < 0.015
     t = batch["timestep"]
     assert abs(t.mean() - 0.5) < 0.015 and abs(t.std() - 12**-0.5) < 0.01 and t.min() >= 0 and t.max() < 1
@@ -191,7 +191,7 @@ def test_flip_mirrors_half_of_the_samples(tmp_path):
     folder = write_parquet(tmp_path / "d", [0], images=[buffer.getvalue()])
     data, _, _ = load_image_dataset(folder)
     samples = TrainingSamples(data, 0, 8, (3, 8, 8), 2, random_flip=True)
-    pixels = samples.__getitems__(list(range(1000)))["pixels"]
+    pixels = samples.__getitem__(list(range(1000)))["pixels"]
     flipped = pixels[:, 0, 0, -1] == 255
     assert abs(flipped.float().mean() - 0.5) < 0.06
     assert torch.equal(pixels[:, 0, 0, 0] == 255, ~flipped)
@@ -204,7 +204,7 @@ def test_corrupt_images_are_replaced_and_reported(tmp_path):
     folder = write_parquet(tmp_path / "d", [0] * 10, images=images)
     data, _, _ = load_image_dataset(folder)
     samples = TrainingSamples(data, 0, 8, (3, 8, 8), 2)
-    batch = samples.__getitems__(list(range(10)))
+    batch = samples.__getitem__(list(range(10)))
     assert sorted(set(batch["corrupt_rows"].tolist())) == [4, 5]
     # The row after the two stands in for them.
     assert (batch["pixels"][:, 0, 0, 0] == 6).sum() == 3

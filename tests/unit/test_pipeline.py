@@ -52,9 +52,8 @@ class GivenNoises(SiTSDEScheduler):
 )
 def test_samples_match_the_official_samplers(shared, name, kind, steps, guided):
     aligned, golden = load_golden(shared, name)
-    model = aligned.transformer
     kinds = {"ode": FlowMatchEulerDiscreteScheduler, "heun": FlowMatchHeunDiscreteScheduler, "sde": GivenNoises}
-    pipeline = quiet_pipeline(model, kinds[kind]())
+    pipeline = quiet_pipeline(aligned.transformer, kinds[kind]())
     pipeline.scheduler.noises = golden["sde_noises"]
     images = pipeline(
         golden["sampler_labels"],

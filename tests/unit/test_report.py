@@ -38,7 +38,7 @@ def write_run(folder, values: dict, seconds=2.0, flops=5.0, rows=(), start=None,
         logged[step] |= {"train_seconds": cumulative(seconds, step), "train_flops": cumulative(flops, step)}
     metrics = MetricsFile(folder / "metrics.jsonl")
     for step in sorted(logged):
-        metrics.write(step, logged[step])
+        metrics.log(logged[step], step)
     with metrics.path.open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     if start is not None:
@@ -199,7 +199,7 @@ def test_numbers_have_the_digits_of_their_deviation():
 
 def test_lines_of_resumed_and_killed_runs(tmp_path):
     folder = write_run(tmp_path / "run", {100: 9.0, 200: 8.0, 300: 7.0}, objective="repa")
-    MetricsFile(folder / "metrics.jsonl", resume_step=200).write(300, {FD: 6.5, "train_seconds": 650})
+    MetricsFile(folder / "metrics.jsonl", resume_step=200).log({FD: 6.5, "train_seconds": 650}, 300)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 400, "train_sec\n')  # torn by a kill
         file.write("17\n\n")

@@ -24,7 +24,8 @@ from ..command_line import HelpFormatter, OneLineErrorParser, check_ranges, with
 from ..data.image_source import class_names
 from ..data.latent_cache import LatentCache, num_chunks
 from ..data.latent_cache_export import damage, export_cache, import_cache, push_export
-from ..data.latent_cache_writer import IMAGE_FORMATS, BatchEncoder, CacheWriter, cache_config, write_chunks
+from ..data.latent_cache_writer import CacheWriter
+from ..data.latent_encoding import IMAGE_FORMATS, BatchEncoder, cache_config, write_chunks
 from ..data.sources import load_images
 from ..errors import InputError
 from ..models.autoencoder import latent_shape, load_vae

@@ -25,7 +25,6 @@ from tqdm.auto import tqdm
 
 from ..command_line import HelpFormatter, OneLineErrorParser, check_ranges, with_flags
 from ..data.image_datasets import load_image_dataset
-from ..data.samples import as_is
 from ..errors import InputError, first_line, hub_problem
 from ..evaluation.feature_statistics import Batches, gather_rows
 from ..evaluation.image_encoders import POOLINGS, load_image_encoder
@@ -110,7 +109,7 @@ class LabelledImages:
         batches = batches[state.process_index :: state.num_processes]
         self.rows = torch.tensor([row for batch in batches for row in batch], dtype=torch.long)
         loader = torch.utils.data.DataLoader(
-            Batches(self.images), batch_sampler=batches, num_workers=num_workers, collate_fn=as_is
+            Batches(self.images), batch_size=None, sampler=batches, num_workers=num_workers
         )
         latents, vectors = [], {name: [] for name in encoders}
         for pixels in tqdm(loader, desc=self.images.name, unit="batch", disable=not state.is_main_process):

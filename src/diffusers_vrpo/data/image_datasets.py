@@ -175,7 +175,7 @@ def open_named(option: str, name: str, config_name: str | None, cache_dir: str |
         if option == "train_data_dir":
             return opener("imagefolder", data_dir=name, cache_dir=cache_dir)
         return opener(repository, config_name, cache_dir=cache_dir, revision=revision or None)
-    except Exception as error:  # each reader of datasets has its own; all mean that this data set cannot be had
+    except Exception as error:  # each reader of datasets has its own; all mean that this data set cannot be opened
         problem = hub_problem(error, f"datasets/{repository}")
         problem = problem or f"it cannot be opened as a data set ({first_line(error)})"
         if isinstance(error, DatasetNotFoundError):  # which hides the Hub's own error

@@ -15,7 +15,7 @@ from PIL import Image as PILImage
 from ..models.autoencoder import encode_images
 from ..random_streams import ORDER, random_stream
 from .image_datasets import check_images, column_values, first_readable, resize_and_crop
-from .samples import SampleStreams, TrainingSamples, as_is, ignore_signals
+from .samples import SampleStreams, TrainingSamples, ignore_signals
 
 
 CHECKED_IMAGES = 256  # images that are decoded before training
@@ -139,16 +139,16 @@ def worker_loader(samples: SampleStreams, batch_sampler, num_workers: int, pin_m
     """The batches of a process in order, made by worker processes, or with 0 of them when a batch is asked for.
 
     Args:
-        samples: gives whole batches.
+        samples: gives a batch for a list of indices.
         batch_sampler: a `StreamBatchSampler`.
         num_workers: the number of worker processes.
         pin_memory: whether batches are in pinned memory, for copies to a GPU.
     """
     return torch.utils.data.DataLoader(
         samples,
-        batch_sampler=batch_sampler,
+        batch_size=None,  # the samples give batches themselves
+        sampler=batch_sampler,
         num_workers=num_workers,
-        collate_fn=as_is,
         worker_init_fn=ignore_signals,
         pin_memory=pin_memory,
     )

@@ -4,7 +4,7 @@
 A cache is a folder (n images, f = 2 with flipped copies and 1 without, docs/data.md):
 
     latents.npy        float16 `[f n, 2C, h, w]`: mean, then standard deviation, both as the transformer sees them (shifted
-                       and scaled); `[f n, C, h, w]` where there is no posterior or one latent was drawn of it
+                       and scaled); `[f n, C, h, w]` without a posterior, or for one latent drawn from it
     labels.npy         int64 `[n]`
     images/00000.bin   compressed images, one file a chunk; image_offsets.npy, int64 `[n]`, has where each ends in it
     features-0.npy     float16 `[f n, N, E]` of the first encoder
@@ -39,7 +39,7 @@ def read_meta(folder: Path, option: str) -> dict:
     """`meta.json` of a cache, complete or not.
 
     Raises:
-        InputError: when there is none that this version reads.
+        InputError: when the folder has no cache that this version reads.
     """
     try:
         meta = json.loads((folder / "meta.json").read_text())
@@ -360,7 +360,7 @@ class CachedSamples(SampleStreams):
         pixels      only with `images`
         features_0  float16 `[B,N,E]`, and so on, for each number in `features`
 
-    `posterior_noise` is there where the cache holds moments.
+    `posterior_noise` is in it if the cache holds moments.
 
     Args:
         cache: what to read.
@@ -393,7 +393,7 @@ class CachedSamples(SampleStreams):
         self.images = images
         self.features = list(features)
 
-    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
+    def __getitem__(self, indices: list[int]) -> dict[str, torch.Tensor]:
         cache = self.cache
         rows = np.array([self.row_of(index) for index in indices])
         uniforms = self.uniforms(indices)

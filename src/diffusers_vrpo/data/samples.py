@@ -2,7 +2,7 @@
 """Images and what is drawn for them: data sets, random streams, autoencoders.
 
 Everything random about training sample i (which image, crop, flip, timestep, noise, label drop) is a function of
-(seed, i), where i counts the samples of the whole run. Neither the process that draws it nor the moment matters: a
+(seed, i), where i counts the samples of the run. Neither the process that draws it nor the moment matters: a
 resumed run, two processes or gradient accumulation see the same stream.
 """
 
@@ -18,7 +18,7 @@ from .image_datasets import first_readable, resize_and_crop
 
 
 def ignore_signals(worker_id: int):
-    """For the data loader's processes: a signal to the whole group must not end them before the last step is done."""
+    """For the data loader's processes: a signal to the process group must not end them before the last step is done."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -35,7 +35,7 @@ class SampleStreams(torch.utils.data.Dataset):
     Args:
         num_rows: of the data set.
         latent_shape: `(C, H, W)` of the noise.
-        null_class_id: the label that stands for no class; None where there is none, with label_dropout 0.
+        null_class_id: the label that stands for no class; None without one, with label_dropout 0.
         label_dropout: probability that a sample is trained without its class.
         random_flip: mirror half of the samples.
         sample_posterior: also draw the noise of the autoencoder's posterior.
@@ -95,7 +95,7 @@ class SampleStreams(torch.utils.data.Dataset):
 class TrainingSamples(SampleStreams):
     """The samples of a run, from images. Its indices are not rows but global sample indices without end.
 
-    A batch is a dict:
+    An item is a batch, for a list of indices: a dict of
 
         pixels          uint8 `[B,3,R,R]`
         class_labels    int64 `[B]`, dropped ones already replaced by `null_class_id`
@@ -132,7 +132,7 @@ class TrainingSamples(SampleStreams):
         self.resolution = resolution
         self.center_crop = center_crop
 
-    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
+    def __getitem__(self, indices: list[int]) -> dict[str, torch.Tensor]:
         rows = [self.row_of(index) for index in indices]
         records = self.data[rows]
         uniforms = self.uniforms(indices)
@@ -151,11 +151,6 @@ class TrainingSamples(SampleStreams):
             **self.drawn(indices, uniforms, labels),
             "corrupt_rows": torch.tensor(corrupt, dtype=torch.long),
         }
-
-
-def as_is(batch):
-    """The collate function for datasets whose `__getitems__` gives batches."""
-    return batch
 
 
 @lru_cache(maxsize=2)

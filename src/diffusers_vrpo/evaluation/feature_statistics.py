@@ -24,7 +24,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from ..data.samples import as_is
 from ..errors import InputError, first_line
 from ..random_streams import ORDER, random_stream
 from .image_encoders import default_batch_size, encoder_checksum, image_features
@@ -154,7 +153,7 @@ class Batches(torch.utils.data.Dataset):
     def __init__(self, images: ImageSet):
         self.images = images
 
-    def __getitems__(self, rows: list[int]) -> torch.Tensor | str:
+    def __getitem__(self, rows: list[int]) -> torch.Tensor | str:
         try:
             return torch.stack([self.images[row] for row in rows])
         except InputError as error:
@@ -189,9 +188,9 @@ def measure(
     batches = batches[state.process_index :: state.num_processes]
     loader = torch.utils.data.DataLoader(
         Batches(images),
-        batch_sampler=batches,
+        batch_size=None,  # `Batches` gives batches itself
+        sampler=batches,
         num_workers=num_workers,
-        collate_fn=as_is,
         pin_memory=device.type == "cuda",
     )
     progress = tqdm(total=len(images), desc=images.name[-40:], unit="image", disable=not state.is_main_process)

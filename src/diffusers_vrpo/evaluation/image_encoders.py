@@ -161,7 +161,7 @@ def load_image_encoder(
 ) -> "ImageEncoder | FIDInception":
     """The encoder of a metric: `"inception"`, or a Hub name or folder of a transformers vision model.
 
-    Images are resized as a whole to the side that the model's processor ends with (DINOv2: 224), bicubic with
+    Images are resized, not cropped, to the side that the model's processor ends with (DINOv2: 224), bicubic with
     antialiasing, on the device.
 
     Args:

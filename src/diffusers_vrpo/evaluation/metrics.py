@@ -24,7 +24,7 @@ def as_float64(features: torch.Tensor) -> torch.Tensor:
 
 
 def check_features(features: torch.Tensor, name: str = "features", at_least: int = 1):
-    """Ends with a sentence unless `features` is a finite `[N, D]` with N >= `at_least`.
+    """Checks that `features` is a finite `[N, D]` with N >= `at_least`.
 
     Raises:
         InputError: names the set by `name`.
@@ -46,7 +46,7 @@ class RunningMoments:
     """Mean and covariance of features that come in batches, from several processes too (Chan et al. 1979).
 
     Attributes:
-        count (`int`): features seen.
+        count (`int`): the number of features.
         mean (`torch.Tensor` of shape `(D,)`): float64.
         scatter (`torch.Tensor` of shape `(D, D)`): the sum of `(f - mean)(f - mean)^T`, float64.
     """
@@ -66,7 +66,7 @@ class RunningMoments:
         self._add(len(features), mean, centred.T @ centred)
 
     def merge(self, other: "RunningMoments"):
-        """Adds all that another one has seen."""
+        """Adds all features of another one."""
         if other.count:
             self._add(other.count, other.mean.to(self.mean.device), other.scatter.to(self.mean.device))
 
@@ -105,12 +105,12 @@ def covariance_factor(covariance: torch.Tensor) -> torch.Tensor:
     """F `[D, r]` with `F F^T = covariance [D, D]`, float64; r is the rank, so N < D images make it small.
 
     Raises:
-        InputError: when `covariance` is no covariance (it has a clearly negative eigenvalue).
+        InputError: when `covariance` is not a covariance (it has a clearly negative eigenvalue).
     """
     eigenvalues, vectors = torch.linalg.eigh(as_float64(covariance))
     largest = eigenvalues.abs().max()
     if eigenvalues[0] < -1e-6 * largest:
-        raise InputError(None, f"the matrix is no covariance: it has the eigenvalue {eigenvalues[0].item():.3g}")
+        raise InputError(None, f"the matrix is not a covariance: it has the eigenvalue {eigenvalues[0].item():.3g}")
     # What is rounding is zero: its square root would not be small (1e-16 of the largest becomes 1e-8).
     kept = eigenvalues > largest * len(eigenvalues) * torch.finfo(torch.float64).eps
     return vectors[:, kept] * eigenvalues[kept].sqrt()
@@ -136,7 +136,7 @@ def frechet_distance(mu1: torch.Tensor, sigma1: torch.Tensor, mu2: torch.Tensor,
     if [list(x.shape) for x in tensors] != [[dim], [dim, dim]] * 2:
         shapes = ", ".join(str(list(x.shape)) for x in tensors)
         raise InputError(
-            None, f"the statistics do not go together: they have the shapes {shapes}; are both of one encoder?"
+            None, f"the statistics cannot be compared: they have the shapes {shapes}; are both of one encoder?"
         )
     if not all(x.isfinite().all() for x in tensors):
         raise InputError(None, "the statistics are not finite; are the features of all images?")
@@ -170,7 +170,7 @@ def kernel_distance(
 
     Args:
         reference, samples: `[N, D]`, each with at least `subset_size` rows.
-        subset_size: at least 2; drawn without replacement, anew for each of the `subsets`.
+        subset_size: at least 2; drawn without replacement, again for each of the `subsets`.
 
     Raises:
         InputError: for sets that are too small or not finite.

@@ -128,7 +128,7 @@ def check_steps(pipeline: VRPOPipeline, num_inference_steps: int, option: str = 
                 option,
                 f"`{option}` {num_inference_steps}: diffusers' DDIM needs a divisor of "
                 f"{scheduler.config.num_train_timesteps} (and timestep_spacing 'trailing' or 'leading'), else its steps miss "
-                "its timesteps; sample.py `sampler` dpmsolver++ takes any number",
+                "its timesteps; `sampler` dpmsolver++ takes any number",
             )
     channels = pipeline.transformer.config.in_channels
     x, prediction = torch.zeros(1, channels, 2, 2), torch.zeros(1, channels * (1 + pipeline.learned_variance), 2, 2)

@@ -1,0 +1,231 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""Encodes an image data set for a latent cache: decoded in worker processes, encoded in batches, written chunk by chunk."""
+
+import io
+import zlib
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image as PILImage
+from tqdm.auto import tqdm
+
+from ..errors import InputError
+from ..models.autoencoder import encode_moments, scale_and_shift
+from ..models.start import weights_checksum
+from ..random_streams import ORDER, POSTERIOR, random_stream
+from .image_datasets import first_readable, resize_and_crop, too_many_corrupt
+from .image_source import image_content
+from .latent_cache import chunk_rows
+from .latent_cache_writer import CacheWriter
+
+
+# Images a step of the autoencoder and of the encoders. A fixed number: some kernels round differently in other batches.
+BATCH_SIZE = 32
+# Lossless WebP at its least effort is smaller than PNG and faster to write and to read (docs/data.md).
+IMAGE_FORMATS = {
+    "webp": {"format": "webp", "lossless": True, "method": 0, "quality": 0},
+    "jpeg": {"format": "jpeg", "quality": 95, "subsampling": 0},
+    "none": None,
+}
+
+
+def cache_config(
+    data,
+    vae,
+    latent_shape: tuple[int, int, int],
+    resolution: int,
+    encoders: list = (),
+    encoder_names: list[str] = (),
+    layers: list[int | None] = (),
+    vae_dtype: str = "float32",
+    sampled: bool = False,
+    seed: int = 0,
+    flip: bool = False,
+    images: str = "webp",
+    chunk_rows: int = 1024,
+) -> dict:
+    """All that the content of a cache depends on, as JSON values.
+
+    Args:
+        data: an `ImageDataset`.
+        vae: the autoencoder; None keeps the pixels.
+        latent_shape: `(C, h, w)`.
+        resolution: side of the centre crop in pixels.
+        encoders, encoder_names, layers: of the features; a layer of None is the encoder's default.
+        vae_dtype: of the autoencoder's computation.
+        sampled: keep one latent, drawn with `seed`, in place of mean and standard deviation.
+        flip: also encode every image mirrored.
+        images: how the images are kept, one of `IMAGE_FORMATS`.
+        chunk_rows: images of a chunk.
+
+    Raises:
+        InputError: for `sampled` with an autoencoder that has no posterior.
+    """
+    has_posterior = vae is not None and has_moments(vae)
+    if sampled and not has_posterior:
+        what = "`vae` none keeps pixels" if vae is None else f"`vae` is a {type(vae).__name__}, which has no posterior"
+        raise InputError("sampled", f"`sampled`: {what}; leave it out")
+    scale, shift = (1.0, 0.0) if vae is None else scale_and_shift(vae)
+    return {
+        "count": len(data),
+        "dataset_checksum": dataset_checksum(data),
+        "resolution": resolution,
+        "crop": "center",
+        "vae_checksum": None if vae is None else weights_checksum(vae.parameters()),
+        "vae_dtype": vae_dtype,
+        "scaling_factor": scale,
+        "shift_factor": shift,
+        "kind": "sampled" if sampled else "moments" if has_posterior else "latents",
+        "seed": seed if sampled else None,
+        "latent_shape": list(latent_shape),
+        "flip": flip,
+        "images": images,
+        "features": [
+            {
+                "encoder": Path(name).name,
+                "layer": layer,
+                "layer_used": encoder.layer,
+                "grid": list(encoder.grid_size),
+                "dim": encoder.embed_dim,
+                "checksum": weights_checksum(encoder.parameters()),
+            }
+            for name, layer, encoder in zip(encoder_names, layers, encoders)
+        ],
+        "chunk_rows": chunk_rows,
+    }
+
+
+def has_moments(vae) -> bool:
+    """Whether an autoencoder gives a posterior."""
+    return encode_moments(vae, torch.zeros(1, 3, 128, 128, device=vae.device))[1] is not None
+
+
+def dataset_checksum(data, sample: int = 256) -> int:
+    """CRC-32 of all labels and of a fixed random sample of the encoded images, wherever the files lie."""
+    checksum = zlib.crc32(data.labels().tobytes())
+    for row in random_stream(0, 0, ORDER).permutation(len(data))[:sample].tolist():
+        checksum = zlib.crc32(image_content(data[[row]]["image"][0]), checksum)
+    return checksum
+
+
+class ImageRows(torch.utils.data.Dataset):
+    """The images of a data set by row, cropped to squares, `[B,3,R,R]` uint8, and compressed again."""
+
+    def __init__(self, data, resolution: int, images: str):
+        self.data, self.resolution, self.images = data, resolution, images
+
+    def __getitem__(self, rows: list[int]) -> dict:
+        records = self.data[rows]
+        batch = {"pixels": [], "labels": [], "images": [], "corrupt_rows": []}
+        for row, image, label in zip(rows, records["image"], records["label"]):
+            image, label, tried = first_readable(self.data, row, {"image": image, "label": label})
+            if image is None:
+                raise too_many_corrupt(tried, len(self.data))
+            pixels = resize_and_crop(image, self.resolution)
+            if self.images != "none":
+                buffer = io.BytesIO()
+                PILImage.fromarray(pixels).save(buffer, **IMAGE_FORMATS[self.images])
+                batch["images"].append(buffer.getvalue())
+            batch["pixels"].append(pixels)
+            batch["labels"].append(label)
+            if tried:
+                batch["corrupt_rows"].append(row)
+        batch["pixels"] = torch.from_numpy(np.stack(batch["pixels"])).permute(0, 3, 1, 2).contiguous()
+        return batch
+
+
+class BatchEncoder:
+    """Encodes batches of images as the arrays of a cache have them.
+
+    Args:
+        vae: on the device; None keeps the pixels, in [-1, 1].
+        encoders: frozen, for `features-0` and so on.
+        config: of the cache.
+        device: the device of the autoencoder and the encoders.
+    """
+
+    def __init__(self, vae, encoders: list, config: dict, device: torch.device):
+        self.vae, self.encoders, self.config, self.device = vae, encoders, config, device
+
+    @torch.no_grad()
+    def __call__(self, pixels: torch.Tensor, rows: list[int]) -> dict[str, torch.Tensor]:
+        """Float16 tensors `[copies, B, ...]` on the device, for uint8 `pixels [B,3,R,R]` of the rows."""
+        images = pixels.to(self.device, non_blocking=True).float() / 127.5 - 1
+        copies = [images, images.flip(-1)] if self.config["flip"] else [images]
+        arrays = {"latents": [self._latents(images, rows, copy) for copy, images in enumerate(copies)]}
+        for i, encoder in enumerate(self.encoders):
+            arrays[f"features-{i}"] = [encoder(images) for images in copies]
+        return {name: torch.stack(parts).half() for name, parts in arrays.items()}
+
+    def _latents(self, images: torch.Tensor, rows: list[int], copy: int) -> torch.Tensor:
+        if self.vae is None:
+            return images
+        mean, std = encode_moments(self.vae, images)
+        scale, shift = scale_and_shift(self.vae)
+        if self.config["kind"] == "sampled":
+            keys = [copy * self.config["count"] + row for row in rows]
+            streams = (random_stream(self.config["seed"], key, POSTERIOR) for key in keys)
+            noise = np.stack([stream.standard_normal(mean.shape[1:], dtype=np.float32) for stream in streams])
+            mean = mean + std * torch.from_numpy(noise).to(mean)
+        mean = (mean - shift) * scale
+        return torch.cat([mean, std * scale], dim=1) if self.config["kind"] == "moments" else mean
+
+
+def write_chunks(writer: CacheWriter, data, encode: BatchEncoder, num_workers: int):
+    """Decodes (in worker processes), encodes (here) and writes (in a thread) the chunks of this process.
+
+    Raises:
+        InputError: for latents or features that are not finite in float16, too many damaged images, or a full disk.
+    """
+    config = writer.config
+    batches = []  # never across chunks, so that the content does not depend on who encodes what
+    for chunk in writer.chunks:
+        rows = list(chunk_rows(config, chunk))
+        batches += [rows[start : start + BATCH_SIZE] for start in range(0, len(rows), BATCH_SIZE)]
+    dataloader = torch.utils.data.DataLoader(
+        ImageRows(data, config["resolution"], config["images"]),
+        batch_size=None,  # the rows give batches themselves
+        sampler=batches,
+        num_workers=num_workers,
+        pin_memory=encode.device.type == "cuda",
+    )
+    many, rank = writer.state.num_processes > 1, writer.state.process_index
+    progress = tqdm(
+        total=sum(map(len, batches)),
+        desc=f"process {rank} of {writer.state.num_processes}" if many else "encoding",
+        unit="image",
+        disable=not writer.state.is_main_process,
+    )
+    loaded, num_corrupt = iter(dataloader), 0
+    with ThreadPoolExecutor(1) as thread, progress:
+        pending = deque()
+        for chunk in writer.chunks:
+            rows, parts, labels, images, corrupt = list(chunk_rows(config, chunk)), [], [], [], []
+            for start in range(0, len(rows), BATCH_SIZE):
+                batch = next(loaded)
+                parts.append(encode(batch["pixels"], rows[start : start + BATCH_SIZE]))
+                labels += batch["labels"]
+                images += batch["images"]
+                corrupt += batch["corrupt_rows"]
+                progress.update(len(batch["labels"]))
+            arrays = {name: torch.cat([part[name] for part in parts], dim=1).cpu().numpy() for name in parts[0]}
+            for name, array in arrays.items():
+                if not np.isfinite(array).all():
+                    raise InputError(
+                        None,
+                        f"{name} of rows {rows[0]} to {rows[-1]} are not finite in float16; is the model sound, and does it "
+                        "need `vae_dtype` float32?",
+                    )
+            num_corrupt += len(corrupt)
+            if num_corrupt > 0.01 * config["count"]:
+                raise too_many_corrupt(corrupt, config["count"])
+            arrays["labels"] = np.array(labels, dtype=np.int64)[None]
+            pending.append(thread.submit(writer.write, chunk, arrays, images, corrupt))
+            # Not more in memory than one chunk in the making and two on their way to the disk.
+            while len(pending) > 2 or (pending and pending[0].done()):
+                pending.popleft().result()
+        for write in pending:
+            write.result()

@@ -1,0 +1,191 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""The order in which streamed parquet files are trained on, and their batches.
+
+Which row sample i takes is a function of (seed, i, samples of a step), like everything else that is drawn for it: a
+resumed run opens the row groups that its next batches need, and no others.
+
+An epoch goes through the row groups in random order, and through the rows of each in random order. This sequence is cut
+into S lanes of equal length; every batch takes equally many rows of each lane, always at the same places. The share of a
+process in a batch is at fixed places as well, so it reads the row groups of its own lanes only. The last N mod S rows of
+the sequence, which are others in every epoch, are not used.
+"""
+
+import bisect
+import math
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import islice
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+
+from ..errors import InputError
+from ..random_streams import ROW_GROUPS, ROWS_OF_GROUP, random_stream
+from .parquet_io import MOST_BYTES, READERS, TRAINING_SECONDS, Threads, has_failed
+from .samples import TrainingSamples
+
+
+MOST_LANES = 64
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Order
+
+
+class StreamOrder:
+    """Which row is sample i, for every i: a function of the seed, the row groups and the samples of a step.
+
+    Sample i is at place p = i mod B of step i // B. Its lane is s = floor(p S / B), in which it is number
+    k = (i // B) (B / S) + p mod (B / S); so it is sample k mod L of the lane in epoch k // L, with L = floor(N / S).
+
+    Args:
+        seed: of the run.
+        group_rows, group_bytes: of each row group, `[G]`.
+        batch_size: B, samples of an optimizer step on all processes.
+
+    Attributes:
+        num_lanes (`int`): S, the largest divisor of B up to 64 (and N) for which S row groups stay below 4 GiB.
+        length (`int`): L, the rows of a lane in an epoch.
+    """
+
+    def __init__(self, seed: int, group_rows: np.ndarray, group_bytes: np.ndarray, batch_size: int):
+        self.seed, self.group_rows, self.batch_size = seed, group_rows, batch_size
+        self.first_rows = np.concatenate([[0], np.cumsum(group_rows)])
+        num_rows = int(self.first_rows[-1])
+        most = min(MOST_LANES, num_rows, MOST_BYTES // max(1, int(group_bytes.max())))
+        self.num_lanes = max(s for s in range(1, max(1, most) + 1) if batch_size % s == 0)
+        self.length = num_rows // self.num_lanes
+        self._groups_of_epoch = lru_cache(maxsize=2)(self._groups_of_epoch)
+        self._rows_of_group = lru_cache(maxsize=2 * self.num_lanes)(self._rows_of_group)
+
+    def _groups_of_epoch(self, epoch: int) -> tuple[list[int], list[int]]:
+        """The row groups in the order of an epoch, and where each ends in the sequence of its rows."""
+        order = random_stream(self.seed, epoch, ROW_GROUPS).permutation(len(self.group_rows))
+        return order.tolist(), np.cumsum(self.group_rows[order]).tolist()
+
+    def _rows_of_group(self, epoch: int, group: int) -> np.ndarray:
+        index = epoch * len(self.group_rows) + group
+        return random_stream(self.seed, index, ROWS_OF_GROUP).permutation(self.group_rows[group])
+
+    def locate(self, index: int) -> tuple[int, int, int]:
+        """Epoch, row group, and the place of the sample among those of the row group in that epoch."""
+        step, place = divmod(index, self.batch_size)
+        share = self.batch_size // self.num_lanes
+        lane, place = divmod(place, share)
+        epoch, place = divmod(step * share + place, self.length)
+        order, ends = self._groups_of_epoch(epoch)
+        place += lane * self.length
+        number = bisect.bisect_right(ends, place)
+        group = order[number]
+        return epoch, group, place - ends[number] + int(self.group_rows[group])
+
+    def row_of(self, index: int) -> int:
+        epoch, group, place = self.locate(index)
+        return int(self.first_rows[group] + self._rows_of_group(epoch, group)[place])
+
+    @property
+    def steps_ahead(self) -> int:
+        """How many steps before they are needed row groups are fetched: while a quarter of one is used up, 8 to 64."""
+        rows_of_lane = self.batch_size / self.num_lanes
+        return min(64, max(8, math.ceil(self.group_rows.mean() / 4 / rows_of_lane)))
+
+
+class StreamedSamples(TrainingSamples):
+    """`TrainingSamples` of `ParquetRows`; another order, all else is the same.
+
+    Args:
+        data: `ParquetRows`.
+        global_batch_size: samples of an optimizer step on all processes.
+        Others: those of `TrainingSamples`.
+
+    Raises:
+        InputError: when the processes do not see the same files.
+    """
+
+    def __init__(self, data, global_batch_size: int, seed: int, *arguments, **keywords):
+        super().__init__(data, seed, *arguments, **keywords)
+        self.order = StreamOrder(seed, data.group_rows, data.group_bytes, global_batch_size)
+        if len(set(gather_object([data.checksum]))) > 1:
+            raise InputError(
+                "dataset_name",
+                "`dataset_name`: the processes see different files of the data set, which has changed just now or differs "
+                "between machines; run the command again",
+            )
+
+    def row_of(self, index: int) -> int:
+        return self.order.row_of(index)
+
+    def groups_of(self, indices: list[int]) -> list[int]:
+        """The row groups of some samples."""
+        return list(dict.fromkeys(self.order.locate(index)[1] for index in indices))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+class StreamedBatches:
+    """The batches of `StreamedSamples` in order, computed ahead by threads of this process.
+
+    Worker processes would each read every row group. Two batches a thread are in work or ready; row groups are fetched
+    for as many steps ahead as `StreamOrder.steps_ahead` says, and no others are in memory.
+
+    Args:
+        samples: what to take them from.
+        batch_sampler: the `StreamBatchSampler` of this process.
+        num_threads: that decode; with 0 the thread that iterates does, but row groups are fetched ahead all the same.
+        pin_memory: for copies to a GPU.
+
+    Raises:
+        TrainingStopped: when a row group can no longer be read; so does whatever a thread raises.
+    """
+
+    def __init__(self, samples: StreamedSamples, batch_sampler, num_threads: int, pin_memory: bool = False):
+        self.samples, self.batch_sampler = samples, batch_sampler
+        self.num_threads, self.pin_memory = num_threads, pin_memory
+
+    def __len__(self):
+        return len(self.batch_sampler)
+
+    def _compute(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        batch = self.samples[indices]
+        return {name: tensor.pin_memory() for name, tensor in batch.items()} if self.pin_memory else batch
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        data = self.samples.data
+        data.closed.clear()
+        data.retry_seconds = TRAINING_SECONDS
+        readers, decoders = Threads(READERS), Threads(self.num_threads)
+        upcoming = ((indices, self.samples.groups_of(indices)) for indices in self.batch_sampler)
+        length = self.samples.order.steps_ahead * self.batch_sampler.accumulation
+        window, batches = deque(islice(upcoming, length)), deque()
+
+        def work_ahead():
+            data.hold((group for _, groups in window for group in groups), readers.submit)
+            for indices, _ in islice(window, len(batches), max(1, 2 * self.num_threads)):
+                batches.append(decoders.submit(self._compute, indices) if self.num_threads else None)
+
+        # Also when the process ends and nobody has closed the generator.
+        end = weakref.finalize(self, end_threads, data, decoders, readers)
+        try:
+            work_ahead()
+            while batches:
+                ahead, (indices, _) = batches.popleft(), window.popleft()
+                # Without threads it is computed now; and again where it has failed ahead, which may have been long ago.
+                batch = self._compute(indices) if ahead is None or has_failed(ahead) else ahead.result()
+                window.extend(islice(upcoming, 1))
+                work_ahead()
+                yield batch
+        finally:
+            end()
+
+
+def end_threads(data, *threads: Threads):
+    """Ends the reading of `ParquetRows`, and the threads."""
+    data.closed.set()
+    data.release()
+    for group in threads:
+        group.close()

@@ -22,7 +22,7 @@ from diffusers_vrpo.training.distributed import check_distributed
 from diffusers_vrpo.training.metrics import read_metrics
 from support.paths import TRAINING_SCRIPT
 from support.trainers import needs_fork
-from support.training import TINY_DIGITS, assert_same_files, losses, run
+from support.training import TINY_DIGITS, assert_same_files, losses, projectors_of, run
 
 
 pytestmark = pytest.mark.usefixtures("one_core")
@@ -89,12 +89,14 @@ def test_sharded_runs_train_save_and_resume_alike(command, trainers, tmp_path, h
     assert losses(tmp_path / "left") == losses(tmp_path / "sharded")
     weights = "transformer/diffusion_pytorch_model.safetensors"
     files = [weights, f"checkpoint-10/{weights}", "checkpoint-10/conflict_gate.safetensors"]
+    files += ["checkpoint-10/projectors.safetensors", "checkpoint-10/projectors_ema.safetensors"]
     assert_same_files(tmp_path / "left", tmp_path / "sharded", files)
     drift = torch.tensor(losses(tmp_path / "run")) - torch.tensor(losses(tmp_path / "sharded"))
     assert drift.abs().max() <= 1e-5 and drift.mean().abs() <= 1e-6
     one, two = (load_file(tmp_path / folder / weights) for folder in ("run", "sharded"))
+    assert max((one[name] - two[name]).abs().max() for name in one) < 1e-5
+    one, two = (projectors_of(tmp_path / folder / "checkpoint-10")[1] for folder in ("run", "sharded"))
     assert max((one[name] - two[name]).abs().max() for name in one) < 1e-3
-    assert max((one[name] - two[name]).abs().max() for name in one if "projectors" not in name) < 1e-5
     config = json.loads((tmp_path / "sharded" / "transformer" / "config.json").read_text())
     assert config == json.loads((tmp_path / "run" / "transformer" / "config.json").read_text())
     assert len(list((tmp_path / "sharded" / "samples").iterdir())) == 2

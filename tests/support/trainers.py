@@ -231,6 +231,11 @@ def assert_same_end(a: Path, b: Path, step: int):
     """Weights, averages, optimizer, statistics, what is published, and every logged number but the speed."""
     weights = "diffusion_pytorch_model.safetensors"
     names = [f"transformer/{weights}", f"transformer_ema/{weights}"]
+    names += [
+        name
+        for name in ("projectors.safetensors", "projectors_ema.safetensors")
+        if (a / f"checkpoint-{step}" / name).exists()
+    ]
     names += ["reward_statistics.safetensors", "conflict_gate.safetensors", "running_means_0.safetensors"]
     checkpoints = a / f"checkpoint-{step}", b / f"checkpoint-{step}"
     assert_same_files(*checkpoints, names)

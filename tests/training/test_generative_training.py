@@ -342,7 +342,8 @@ def test_what_it_began_with_stays(finished, tmp_path):
         with pytest.raises(InputError, match=f"^{message}"):
             run(options(**{**ONE_EPOCH, name: value, **given}))
     with pytest.raises(
-        InputError, match="checkpoint-5 was trained with the callback generative_policy and cannot be continued without it"
+        InputError,
+        match="checkpoint-5 was trained with the callback generative_policy and cannot be continued without it",
     ):
         run(options(output_dir=target, max_train_steps=8))
     # A run that has not begun to may leave it.
@@ -630,7 +631,13 @@ def test_machines_that_cannot_work(accelerator, message):
     machine = SimpleNamespace(**{**defaults, **accelerator}, device=torch.device("cpu"))
     data = SimpleNamespace(has_images=True)
     trainer = SimpleNamespace(
-        accelerator=machine, pipeline=pipeline, data=data, output_dir=None, validation=None, max_train_steps=steps, args=args
+        accelerator=machine,
+        pipeline=pipeline,
+        data=data,
+        output_dir=None,
+        validation=None,
+        max_train_steps=steps,
+        args=args,
     )
     with pytest.raises(InputError, match=message):
         GenerativePolicy(args).on_init_end(trainer)

@@ -48,8 +48,8 @@ from .training.checkpoints import (
     save_checkpoint,
     save_lora,
 )
-from .training.distributed import clip_grad_norm, prepare, whole_pipeline
-from .training.interruption import Interruption, StepGuard, settle
+from .training.distributed import clip_grad_norm, full_pipeline, prepare
+from .training.interruption import Interruption, StepGuard, wait_before_exit
 from .training.metrics import (
     MetricsFile,
     RunningMeans,
@@ -59,7 +59,7 @@ from .training.metrics import (
     start_trackers,
     write_start,
 )
-from .training.output_dir import locked, prepare_output_dir, written
+from .training.output_dir import locked, prepare_output_dir, writing
 from .training.setup import build_optimizer, start_accelerator, trainable_parameters
 from .training.throughput import ForeachEMA, StepProfile, speed_up, step_flops, throughput_meter
 from .training.validation import Validation
@@ -357,8 +357,8 @@ class VRPOTrainer:
         args, output_dir = self.args, self.output_dir
         with (
             self.interruption,
-            whole_pipeline(self.accelerator, self.pipeline, self.ema) as averaged,
-            written(f"the pipeline in {output_dir}"),
+            full_pipeline(self.accelerator, self.pipeline, self.ema) as averaged,
+            writing(f"the pipeline in {output_dir}"),
         ):
             if self.accelerator.is_main_process:
                 if args.lora_rank:
@@ -383,7 +383,7 @@ class VRPOTrainer:
 
     def end(self):
         """Ends trackers; after that the processes may end, too."""
-        settle(self.accelerator)
+        wait_before_exit(self.accelerator)
         self.accelerator.end_training()
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -520,7 +520,7 @@ class VRPOTrainer:
         args, accelerator = self.args, self.accelerator
         if accelerator.is_main_process:
             given = args.to_dict() | {"vae": args.vae or self.data.vae or "none"}
-            with written(f"train_config.yaml or metrics.jsonl in {self.output_dir}"):
+            with writing(f"train_config.yaml or metrics.jsonl in {self.output_dir}"):
                 (self.output_dir / "train_config.yaml").write_text(yaml.safe_dump(given))
                 self.metrics_file = MetricsFile(self.output_dir / "metrics.jsonl", self.step)
                 write_start(

@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 r"""Publish the folder of a pipeline or a run on the Hub, with a model card made from its files.
 
-    python -m diffusers_vrpo.hub outputs/sit-xl --hub_model_id org/sit-xl-vrpo
+    vrpo push outputs/sit-xl --hub_model_id org/sit-xl-vrpo
 
 Only the pipeline, its code, adapters, sample grid, curves and metrics go there. The token is that of `hf auth login` or
 HF_TOKEN.

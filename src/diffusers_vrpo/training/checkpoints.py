@@ -107,9 +107,10 @@ def remove_checkpoint(checkpoint: Path):
 
 
 def find_checkpoint(resume_from_checkpoint: str, output_dir: str | Path) -> Path | None:
-    """The folder that `--resume_from_checkpoint` means: `latest` (None where there is none), `none`, or a path.
+    """The folder that `resume_from_checkpoint` means: `latest` (None where there is none), `none`, or a path.
 
-    `hub` is `latest` of what `hub_run.py` has fetched before. `latest` is the newest that is whole: damaged ones are reported and renamed to `checkpoint-N.damaged`. For one process.
+    `hub` is `latest` of what the Hub has given before. `latest` is the newest that is whole: damaged ones are reported and
+    renamed to `checkpoint-N.damaged`. For one process.
 
     Raises:
         InputError: for a path that is not a checkpoint or a damaged one; for `none` where the output folder holds a run

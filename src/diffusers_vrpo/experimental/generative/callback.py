@@ -2,7 +2,7 @@
 """The generative policy in a training run: rollouts, rewards, the gradient that joins flow matching's, and its guards.
 
 An optimizer step goes: backward of the real batch, `add_gradient`, clipping, optimizer, average, `look`. Formulas:
-generative_policy.py and docs/method.md.
+objective.py and docs/generative.md.
 """
 
 import contextlib

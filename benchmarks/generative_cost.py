@@ -35,8 +35,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Dinov2Config, Dinov2Model
 
 from diffusers_vrpo import SiTTransformer2DModel, VRPOPipeline, sit_preset
+from diffusers_vrpo.command_line import add_options
+from diffusers_vrpo.config import GenerativeConfig, options_of
 from diffusers_vrpo.experimental.generative.callback import GenerativePolicy
-from diffusers_vrpo.experimental.generative.config import add_generative_options
 from diffusers_vrpo.experimental.generative.objective import update_cost
 from diffusers_vrpo.models.flow import flow_matching_loss, forward_process
 from diffusers_vrpo.models.official_checkpoints import default_scheduler
@@ -65,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="of the CPU; 1 is steadier where other work runs")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: the process's processor time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers")
-    add_generative_options(parser)
+    add_options(parser, GenerativeConfig, options_of(GenerativeConfig))
     # Small, so that a CPU can do it.
     parser.set_defaults(rollout_classes=2, rollout_group_size=4, rollout_steps=10, rollout_every=1)
     return parser

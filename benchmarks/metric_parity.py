@@ -21,7 +21,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from diffusers_vrpo.command_line import HelpFormatter, OneLineErrorParser
+from diffusers_vrpo.command_line import OneLineErrorParser
 from diffusers_vrpo.evaluation import metrics as evaluation
 from diffusers_vrpo.evaluation.inception import FIDInception, inception_from_state, load_inception, resize_bilinear
 
@@ -91,11 +91,7 @@ def compare_metrics():
 
 
 def main():
-    parser = OneLineErrorParser(
-        prog="metric_parity.py",
-        description=__doc__,
-        formatter_class=lambda prog: HelpFormatter(prog, max_help_position=36, width=118),
-    )
+    parser = OneLineErrorParser(prog="metric_parity.py", description=__doc__)
     parser.add_argument("--weights", help="file of the published weights; random ones without it")
     args = parser.parse_args()
     state = load_inception(args.weights).state_dict() if args.weights else random_weights()

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-from diffusers_vrpo.command_line import HelpFormatter, OneLineErrorParser, check_ranges
+from diffusers_vrpo.command_line import OneLineErrorParser, number_in
+from diffusers_vrpo.config import In
 from diffusers_vrpo.data.image_datasets import decode_image, load_image_dataset
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.evaluation.image_encoders import ImageEncoder, load_image_encoder, pooled_features
@@ -122,22 +123,15 @@ def print_table(rows: dict[str, dict[str, float]]):
 
 
 def main(input_args: list[str] | None = None):
-    parser = OneLineErrorParser(
-        prog="metric_sanity.py",
-        description=__doc__,
-        formatter_class=lambda prog: HelpFormatter(prog, max_help_position=36, width=118),
-    )
+    parser = OneLineErrorParser(prog="metric_sanity.py", description=__doc__)
     parser.add_argument("--dataset_name", required=True, help="Hub name or folder of a labelled image data set")
     parser.add_argument("--validation_split", default="validation", help="split of held-out images")
     parser.add_argument("--encoder", required=True, help="`inception`, or Hub name or folder of a vision model")
-    parser.add_argument("--count", type=int, default=1000, help="images of each set")
-    parser.add_argument("--input_size", type=int, help="side that images are resized to, of a conv net")
-    parser.add_argument("--seed", type=int, default=0, help="of the parts and the noise")
+    parser.add_argument("--count", type=number_in(In(6)), default=1000, help="images of each set")
+    parser.add_argument("--input_size", type=number_in(In(1)), help="side that images are resized to, of a conv net")
+    parser.add_argument("--seed", type=number_in(In(0)), default=0, help="of the parts and the noise")
     parser.add_argument("--json", help="also write the numbers to this file")
     args = parser.parse_args(input_args)
-    check_ranges(parser, args, "input_size", "seed", "", "")
-    if args.count < 6:
-        parser.error(f"--count {args.count} must be at least 6")
     try:
         train, _, _ = load_image_dataset(args.dataset_name)
         validation, _, _ = load_image_dataset(args.dataset_name, split=args.validation_split)

@@ -22,7 +22,6 @@ rounds. For memory every arm runs alone for a few steps, before the clock is use
 
 import argparse
 import gc
-import importlib.util
 import json
 import random
 import sys
@@ -38,6 +37,7 @@ from accelerate import Accelerator
 from diffusers_vrpo.alignment.objective import objective_from_config
 from diffusers_vrpo.alignment.rewards import normalize
 from diffusers_vrpo.alignment.start import build_aligned_transformer
+from diffusers_vrpo.config import VRPOConfig
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.models.flow import flow_matching_loss, forward_process
 from diffusers_vrpo.models.start import read_start
@@ -47,11 +47,11 @@ from diffusers_vrpo.training.throughput import ForeachEMA, hardware_name
 
 
 ARMS = {
-    "none": ["--objective", "none"],
-    "repa": ["--objective", "repa"],
-    "vrpo": ["--objective", "vrpo"],
+    "none": {"objective": "none"},
+    "repa": {"objective": "repa"},
+    "vrpo": {"objective": "vrpo"},
     # Step 0 aligns, as in a run: what the optimizer keeps of the projectors stays.
-    "vrpo-stopped": ["--objective", "vrpo", "--alignment_stop_step", "1"],
+    "vrpo-stopped": {"objective": "vrpo", "alignment_stop_step": 1},
 }
 # numerator, denominator, at most: of time, and of peak memory.
 TIME_RATIOS = (("vrpo", "repa", 1.03), ("vrpo-stopped", "none", 1.01), ("repa", "none", None))
@@ -83,29 +83,17 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def load_train_script():
-    """train_vrpo.py of this checkout as a module: its parser has the defaults that are measured."""
-    path = Path(__file__).resolve().parents[1] / "train_vrpo.py"
-    spec = importlib.util.spec_from_file_location("train_vrpo", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # A step, as in train_vrpo.py
 
 
-def build_arm(
-    name: str, train_parser: argparse.ArgumentParser, settings, accelerator: Accelerator, encoder=None
-) -> SimpleNamespace:
+def build_arm(name: str, settings, accelerator: Accelerator, encoder=None) -> SimpleNamespace:
     """Model, average, optimizer and objective of one arm, as `train` of train_vrpo.py makes them.
 
     Args:
         encoder: without one, of the encoder only the width is asked for: the targets are given.
     """
-    options = ["--preset", settings.preset, "--projector_dim", str(settings.projector_dim)]
-    args = train_parser.parse_args(ARMS[name] + options)
+    args = VRPOConfig(preset=settings.preset, projector_dim=settings.projector_dim, **ARMS[name])
     torch.manual_seed(settings.seed)
     size = settings.latent_size
     encoders = [encoder or SimpleNamespace(embed_dim=settings.embed_dim)] if args.objective != "none" else []
@@ -332,13 +320,12 @@ def main(settings: argparse.Namespace):
     mixed_precision = {"float32": "no", "bfloat16": "bf16"}[settings.dtype]
     accelerator = Accelerator(mixed_precision=mixed_precision, cpu=device_type == "cpu")
     device = accelerator.device
-    train_parser = load_train_script().build_parser()
-    patch_size = read_start(train_parser.parse_args(["--preset", settings.preset])).config["patch_size"]
+    patch_size = read_start(VRPOConfig(preset=settings.preset)).config["patch_size"]
     num_tokens = (settings.latent_size // patch_size) ** 2
     generator = torch.Generator().manual_seed(settings.seed)
 
     def build(name):
-        return build_arm(name, train_parser, settings, accelerator)
+        return build_arm(name, settings, accelerator)
 
     def next_batch():
         return draw_batch(settings, batch_size, num_tokens, generator, device)

@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Dinov2Config, Dinov2Model
 
 from diffusers_vrpo.alignment.attach import AlignedTransformer, alignment_layers
-from diffusers_vrpo.command_line import OneLineErrorParser, check_ranges
+from diffusers_vrpo.command_line import OneLineErrorParser, number_in
+from diffusers_vrpo.config import In
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.models.transformer_sit import SiTTransformer2DModel, sit_preset
 from diffusers_vrpo.training.throughput import step_flops
@@ -74,11 +75,18 @@ def recipe_cost(path: Path, encoder_flops: int) -> dict[str, float]:
 
 def main(argv: list[str] | None = None):
     parser = OneLineErrorParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    positive = In(0, exclusive=True)
     parser.add_argument("recipes", nargs="+", type=Path, help="YAML files for train_vrpo.py --config")
-    parser.add_argument("--peak_tflops", type=float, default=989.0, help="of a device (default: 989, H100/H200 bf16)")
-    parser.add_argument("--mfu", type=float, default=0.4, help="assumed share of it (default: 0.4)")
+    parser.add_argument(
+        "--peak_tflops",
+        type=number_in(positive, float),
+        default=989.0,
+        help="of a device (default: 989, H100/H200 bf16)",
+    )
+    parser.add_argument(
+        "--mfu", type=number_in(positive, float), default=0.4, help="assumed share of it (default: 0.4)"
+    )
     args = parser.parse_args(argv)
-    check_ranges(parser, args, "", "", "peak_tflops mfu", "")
     encoder = dinov2_base_flops()
     print("| recipe | parameters, projectors (M) | GFLOPs an image | training (FLOPs) | device hours |")
     print("|---|---|---|---|---|")

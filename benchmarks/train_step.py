@@ -41,12 +41,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from objective_overhead import NUM_CLASSES, build_arm, draw_batch, hardware_name, load_train_script, median_ratio
+from objective_overhead import NUM_CLASSES, build_arm, draw_batch, hardware_name, median_ratio
 from transformers import Dinov2Config, Dinov2Model
 from transformers.utils.logging import disable_progress_bar
 
 from diffusers_vrpo.alignment.encoders import IMAGENET_MEAN, IMAGENET_STD, PatchEncoder, load_encoder
 from diffusers_vrpo.alignment.start import build_aligned_transformer
+from diffusers_vrpo.config import VRPOConfig
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.models.flow import flow_matching_loss, forward_process
 from diffusers_vrpo.models.start import read_start
@@ -104,8 +105,7 @@ class Setup:
         self.accelerator = Accelerator(mixed_precision=mixed_precision, cpu=settings.device == "cpu")
         self.device = self.accelerator.device
         self.dtype = getattr(torch, settings.dtype)
-        self.train_parser = load_train_script().build_parser()
-        patch_size = read_start(self.train_parser.parse_args(["--preset", preset])).config["patch_size"]
+        patch_size = read_start(VRPOConfig(preset=preset)).config["patch_size"]
         self.grid_size = (settings.latent_size // patch_size,) * 2
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.encoders: dict[tuple, PatchEncoder] = {}
@@ -161,7 +161,7 @@ def build_ours(setup: Setup, objective: str) -> SimpleNamespace:
         embed_dim=encoder.embed_dim,
         seed=settings.seed,
     )
-    arm = build_arm(objective, setup.train_parser, shapes, setup.accelerator, encoder)
+    arm = build_arm(objective, shapes, setup.accelerator, encoder)
 
     speed_up(arm.transformer, [], compile=compiled)  # the encoder is already
     arm.guard = StepGuard(setup.accelerator, arm.optimizer, Interruption(), skip_nonfinite=False)
@@ -207,8 +207,7 @@ def build_plain(setup: Setup, improvements: tuple[str, ...] = ()) -> SimpleNames
         setup.dtype if "half" in improvements else torch.float32, "compiled encoder" in improvements
     )
     settings = setup.settings
-    options = ["--objective", "repa", "--preset", setup.preset, "--projector_dim", str(settings.projector_dim)]
-    args = setup.train_parser.parse_args(options)
+    args = VRPOConfig(objective="repa", preset=setup.preset, projector_dim=settings.projector_dim)
     torch.manual_seed(settings.seed)
     latent_shape = (4, settings.latent_size, settings.latent_size)
     aligned = build_aligned_transformer(args, read_start(args), latent_shape, NUM_CLASSES, None, [encoder])

@@ -32,7 +32,7 @@ from generation import (
 )
 
 from diffusers_vrpo import VRPOPipeline
-from diffusers_vrpo.command_line import HelpFormatter, OneLineErrorParser
+from diffusers_vrpo.command_line import OneLineErrorParser
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.pipelines.sampling import DTYPES, SAMPLERS
 
@@ -170,7 +170,7 @@ def build_app(pipeline: VRPOPipeline, title: str) -> gr.Blocks:
 
 
 def main(argv: list[str] | None = None):
-    parser = OneLineErrorParser(prog="app.py", description=__doc__, formatter_class=HelpFormatter)
+    parser = OneLineErrorParser(prog="app.py", description=__doc__)
     add = parser.add_argument
     add("--pipeline", default=os.environ.get("VRPO_PIPELINE"), help="folder or Hub repository (or set VRPO_PIPELINE)")
     add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")

@@ -33,14 +33,15 @@ from subset import pack, packed, show_smaller
 from timing import one_core
 from training_run import (
     add_common_options,
-    check_common,
     make_cache,
     make_moments,
+    resolve_folders,
     train_argv,
     train_script,
 )
 
-from diffusers_vrpo.command_line import OneLineErrorParser
+from diffusers_vrpo.command_line import OneLineErrorParser, number_in
+from diffusers_vrpo.config import In
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.files import write_atomically
 from diffusers_vrpo.pipelines.pipeline_vrpo import VRPOPipeline
@@ -385,11 +386,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--workers", type=int, default=1, help="runs side by side, each on a core of its own (default: 1); 0 is here"
     )
-    parser.add_argument("--threads", type=int, default=None if torch.cuda.is_available() else 1, help="of each run")
-    parser.add_argument("--rounds", type=int, default=3, help="of the timing (default: 3)")
+    parser.add_argument(
+        "--threads", type=number_in(In(1)), default=None if torch.cuda.is_available() else 1, help="of each run"
+    )
+    parser.add_argument("--rounds", type=number_in(In(1)), default=3, help="of the timing (default: 3)")
     parser.add_argument("--table", action="store_true", help="print what is recorded, draw a plot and samples")
     args = parser.parse_args(argv)
-    check_common(parser, args, "threads rounds")
+    resolve_folders(args)
     if args.workers < 0:
         parser.error(f"--workers {args.workers} must be at least 0")
     comparison = load_comparison(args.size)

@@ -22,11 +22,12 @@ import torch
 from recipe import Recipe, load_recipe
 from safetensors.torch import load_file, save_file
 from subset import SPLITS, packed
-from training_run import add_common_options, check_common
+from training_run import add_common_options, resolve_folders
 
 from diffusers_vrpo.alignment.attach import alignment_layers
-from diffusers_vrpo.command_line import OneLineErrorParser
+from diffusers_vrpo.command_line import OneLineErrorParser, number_in
 from diffusers_vrpo.commands.probe import block_features
+from diffusers_vrpo.config import In
 from diffusers_vrpo.data.image_datasets import decode_image, load_image_dataset, resize_and_crop
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.evaluation.image_encoders import load_image_encoder, pooled_features
@@ -222,10 +223,10 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
     parser.add_argument("--reward_encoder", help="folder of an encoder whose features are looked at, too")
     parser.add_argument("--guidance_scales", nargs="+", type=float, default=[], help="also judge guided samples")
-    parser.add_argument("--guided_samples", type=int, default=500, help="of each scale (default: 500)")
+    parser.add_argument("--guided_samples", type=number_in(In(1)), default=500, help="of each scale (default: 500)")
     parser.add_argument("--output", type=Path, help="JSON file with the numbers")
     args = parser.parse_args(argv)
-    check_common(parser, args, "guided_samples")
+    resolve_folders(args)
     recipe = load_recipe(args.size)
     work = args.work / recipe.name
     if args.run is None:

@@ -39,14 +39,15 @@ from training_run import (
     ROOT,
     TRAIN_SCRIPT,
     add_common_options,
-    check_common,
     make_cache,
     make_moments,
+    resolve_folders,
     train_argv,
     train_script,
 )
 
-from diffusers_vrpo.command_line import OneLineErrorParser
+from diffusers_vrpo.command_line import OneLineErrorParser, number_in
+from diffusers_vrpo.config import In
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.training.checkpoints import list_checkpoints
 from diffusers_vrpo.training.metrics import read_metrics
@@ -287,8 +288,10 @@ def build_parser() -> argparse.ArgumentParser:
         default=1,
         help="runs side by side, each in its own process (default: 1); 0 is one by one in this one",
     )
-    parser.add_argument("--threads", type=int, help="of each run (default: 1 without a GPU, else torch's)")
-    parser.add_argument("--time_limit_s", type=float, help="save and leave after this many seconds")
+    parser.add_argument(
+        "--threads", type=number_in(In(1)), help="of each run (default: 1 without a GPU, else torch's)"
+    )
+    parser.add_argument("--time_limit_s", type=number_in(In(1), float), help="save and leave after this many seconds")
     parser.add_argument("--prepare_only", action="store_true", help="pack data and encoders, to carry them elsewhere")
     parser.add_argument("--dry_run", action="store_true", help="show what would be trained for how long")
     return parser
@@ -299,7 +302,7 @@ def main(argv: list[str] | None = None) -> int:
     start = time.monotonic()
     parser = build_parser()
     args = parser.parse_args(argv)
-    check_common(parser, args, "threads time_limit_s")
+    resolve_folders(args)
     if args.workers < 0:
         parser.error(f"--workers {args.workers} must be at least 0")
     if args.time_limit_s is not None and args.time_limit_s <= GRACE:

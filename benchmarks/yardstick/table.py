@@ -22,7 +22,7 @@ import yaml
 from recipe import choose_arms, equal_compute, load_recipe, recipe_hash
 from run import read_results
 from timing import read_timing
-from training_run import add_common_options, check_common
+from training_run import add_common_options, resolve_folders
 
 from diffusers_vrpo.command_line import OneLineErrorParser
 from diffusers_vrpo.commands import report
@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None):
     parser = OneLineErrorParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_options(parser)
     args = parser.parse_args(argv)
-    check_common(parser, args, "")
+    resolve_folders(args)
     recipe = load_recipe(args.size)
     timing, hashes = read_timing(recipe, args.results), {}
     for name, arm in choose_arms(args.arms, recipe).items():

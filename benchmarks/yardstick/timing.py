@@ -23,9 +23,10 @@ import torch
 from accelerate.state import AcceleratorState
 from recipe import HERE, Recipe, aligned_flags, choose_arms, cost_flags, load_recipe, step_ratio
 from subset import pack
-from training_run import add_common_options, check_common, make_cache, train_argv, train_script
+from training_run import add_common_options, make_cache, resolve_folders, train_argv, train_script
 
-from diffusers_vrpo.command_line import OneLineErrorParser
+from diffusers_vrpo.command_line import OneLineErrorParser, number_in
+from diffusers_vrpo.config import In
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.files import write_atomically
 from diffusers_vrpo.training.metrics import read_metrics
@@ -169,9 +170,11 @@ def build_parser() -> argparse.ArgumentParser:
         prog="timing.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_common_options(parser)
-    parser.add_argument("--rounds", type=int, default=5, help="bursts of every arm (default: 5)")
-    parser.add_argument("--steps", type=int, help="steps of a burst that count (default: 8, on a GPU 30)")
-    parser.add_argument("--skipped", type=int, help="steps of a burst before these (default: 3, on a GPU 20)")
+    parser.add_argument("--rounds", type=number_in(In(1)), default=5, help="bursts of every arm (default: 5)")
+    parser.add_argument("--steps", type=number_in(In(1)), help="steps of a burst that count (default: 8, on a GPU 30)")
+    parser.add_argument(
+        "--skipped", type=number_in(In(1)), help="steps of a burst before these (default: 3, on a GPU 20)"
+    )
     parser.add_argument("--again", action="store_true", help="also the arms that have a time: their steps will change")
     return parser
 
@@ -179,7 +182,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None):
     parser = build_parser()
     args = parser.parse_args(argv)
-    check_common(parser, args, "rounds steps skipped")
+    resolve_folders(args)
     time_arms(args, load_recipe(args.size), args.arms)
 
 

@@ -15,7 +15,6 @@ from accelerate.state import AcceleratorState
 from recipe import HERE, Recipe
 from subset import packed
 
-from diffusers_vrpo.command_line import check_ranges
 from diffusers_vrpo.commands import prepare as prepare_latents
 from diffusers_vrpo.files import write_atomically
 from diffusers_vrpo.models.start import read_start
@@ -105,7 +104,7 @@ def make_cache(recipe: Recipe, work: Path) -> float:
         "output_dir": str(work / "cache"),
         "dataloader_num_workers": args.dataloader_num_workers,
     }
-    prepare_latents.prepare(prepare_latents.parse_args(["prepare", *to_argv(options)]))
+    prepare_latents.prepare(prepare_latents.parse_args(to_argv(options)))
     seconds = time.perf_counter() - start
     write_atomically(done, json.dumps(seconds).encode())
     return seconds
@@ -142,7 +141,7 @@ def add_common_options(parser: argparse.ArgumentParser):
     parser.add_argument("--results", type=Path, default=HERE, help="folder of results and timing (default: this one)")
 
 
-def check_common(parser: argparse.ArgumentParser, args: argparse.Namespace, at_least_one: str):
-    check_ranges(parser, args, at_least_one, "", "", "")
+def resolve_folders(args: argparse.Namespace):
+    """Makes the folders of the options of `add_common_options` absolute."""
     args.work, args.results = args.work.resolve(), args.results.resolve()
     args.shared = args.shared.resolve()

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""`vrpo`: what the scripts do, as one command."""
+"""`vrpo`: all programs as one command."""
 
 import difflib
 import os
@@ -9,17 +9,17 @@ from importlib.metadata import version
 from pathlib import Path
 
 
-# Command: module (and first argument), what it does. Each has `main(argv, prog)`; `train` goes through `accelerate launch`.
+# What each command does. It is `main(argv, prog)` of the module of its name; `train` goes through `accelerate launch`.
 COMMANDS = {
-    "train": (None, "train a transformer, with or without alignment (train_vrpo.py)"),
-    "prepare": ("prepare prepare", "encode a data set once, for train --latents_dir"),
-    "latents": ("prepare", "verify what prepare wrote, export it to the Hub, import it"),
-    "sample": ("sample", "many images from a pipeline, as PNG files or an .npz"),
-    "evaluate": ("evaluate", "FID and other metrics of images against a reference"),
-    "probe": ("probe", "linear probes and CKNNA of a transformer's blocks"),
-    "convert": ("convert", "checkpoints of SiT, REPA, iREPA and DiT, to pipelines and back"),
-    "report": ("report", "compare training runs: quality against steps, time and FLOPs"),
-    "push": ("push", "publish a run or a pipeline on the Hub"),
+    "train": "train a transformer, with or without alignment (train_vrpo.py)",
+    "prepare": "encode a data set once, for train --latents_dir",
+    "latents": "verify what prepare has written, export it to the Hub, import it",
+    "sample": "draw many images from a pipeline, as PNG files or an .npz",
+    "evaluate": "measure FID and other metrics of images against a reference",
+    "probe": "measure linear probes and CKNNA of a transformer's blocks",
+    "convert": "convert checkpoints of SiT, REPA, iREPA and DiT to pipelines and back",
+    "report": "compare training runs: quality against steps, time and FLOPs",
+    "push": "publish a run or a pipeline on the Hub",
 }
 USAGE = """usage: vrpo COMMAND [options]
        vrpo train [options of `accelerate launch` --] [options]
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None):
     argv = sys.argv[1:] if argv is None else argv
     name, *rest = argv or ["--help"]
     if name in ("-h", "--help"):
-        print(USAGE.format(commands="\n".join(f"  {name:<10}{what}" for name, (_, what) in COMMANDS.items())))
+        print(USAGE.format(commands="\n".join(f"  {name:<10}{what}" for name, what in COMMANDS.items())))
     elif name == "--version":
         print(version("diffusers-vrpo"))
     elif name not in COMMANDS:
@@ -68,9 +68,7 @@ def main(argv: list[str] | None = None):
     elif name == "train":
         train(rest)
     else:
-        module, *first = COMMANDS[name][0].split()
-        prog = "vrpo" if first else f"vrpo {name}"  # "vrpo prepare" either way
-        import_module(f"diffusers_vrpo.commands.{module}").main([*first, *rest], prog=prog)
+        import_module(f"diffusers_vrpo.commands.{name}").main(rest, prog=f"vrpo {name}")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,35 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Command lines: errors of one line, help with defaults, options from YAML files."""
+"""Command lines: parsers whose errors are one line, flags made from the fields of `config.py`, options from YAML files.
+
+The parser of training is made here and not by transformers' `HfArgumentParser`. That one spells the negation of a switch
+`--no_x` (ours is `--no-x`), lets every switch swallow the word after it, replaces a list where a flag is given twice,
+and takes eight seconds to import.
+"""
 
 import argparse
+import contextlib
 import difflib
-import math
-import os
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import yaml
 
+from .config import In, Option, Repeated, VRPOConfig, alternatives, check_complete, options_of
+from .errors import InputError, TrainingStopped
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Parsers
+
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Help with the defaults, but for those that say nothing (None, False)."""
+
+    def __init__(self, prog: str, max_help_position: int = 36, width: int = 118):
+        super().__init__(prog, max_help_position=max_help_position, width=width)
+
     def _get_help_string(self, action):
         plain = action.default is None or action.default is False
         return action.help if plain else super()._get_help_string(action)
@@ -21,171 +38,165 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
         return action.type.__name__.upper() if action.type else "TEXT"
 
 
-def with_flags(error: BaseException | str, names: Iterable[str]) -> str:
-    """A message of the library for the command line: each field in backticks becomes the flag of the same name.
-
-    Args:
-        names: the fields that have a flag, such as `vars(args)`.
-    """
-    known = set(names)
-    return re.sub(r"`(\w+)`", lambda match: f"--{match[1]}" if match[1] in known else match[0], str(error))
-
-
 class OneLineErrorParser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+    """A parser of exact flags, whose errors are one line that names the flag."""
+
+    def __init__(self, *args, formatter_class=HelpFormatter, allow_abbrev: bool = False, **kwargs):
+        super().__init__(*args, formatter_class=formatter_class, allow_abbrev=allow_abbrev, **kwargs)
+
+    def error(self, message: str | Exception):
+        # argparse writes "argument --batch_size: 0 must be at least 1"; in a sentence the value follows the flag.
+        text = re.sub(r"^argument (--\w+): (?=\S+ must )", r"\1 ", with_flags(message, flags_of(self)))
+        self.exit(2, f"{self.prog}: error: {text}\n")
 
 
-# Of each of these one can be given: on the command line it takes the place of another one in a file.
-ALTERNATIVES = (("dataset_name", "train_data_dir", "latents_dir"), ("max_train_steps", "num_train_epochs"))
+def number_in(limits: In, kind: type = int) -> Callable[[str], float]:
+    """A `type=` for argparse: an `int` or `float` within limits."""
 
+    def parse(text: str):
+        value = kind(text)
+        if value not in limits:
+            raise argparse.ArgumentTypeError(f"{value} must {limits}")
+        return value
 
-def config_to_argv(parser: argparse.ArgumentParser, file: str, given: list[str]) -> list[str]:
-    """The command line that a YAML file of options stands for, without those that the command line gives itself."""
-    try:
-        options = yaml.safe_load(Path(file).read_text()) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        parser.error(f"--config {file} cannot be read: {str(error).splitlines()[0]}")
-    if not isinstance(options, dict):
-        parser.error(f"--config {file} must map option names to values, such as `seed: 0`")
-    known = parser._option_string_actions
-    argv, given = [], {part.split("=")[0] for part in given}
-    for name, value in options.items():
-        action = known.get(f"--{name}")
-        if action is None or name in ("config", "help"):
-            near = difflib.get_close_matches(f"--{name}", known, n=1)
-            parser.error(
-                f"--config {file}: unknown option {name!r}" + (f"; did you mean {near[0][2:]}?" if near else "")
-            )
-        same = next((names for names in ALTERNATIVES if name in names), (name, f"no-{name}"))
-        if given & {f"--{each}" for each in same}:
-            continue
-        if value is False and action.choices and "no" in action.choices:
-            value = "no"  # which YAML reads as false
-        if isinstance(value, bool):
-            if action.nargs != 0:
-                parser.error(f"--config {file}: {name} takes a value, not {str(value).lower()}")
-            argv += [f"--{name}"] if value else [f"--no-{name}"] if f"--no-{name}" in known else []
-        elif isinstance(value, list):
-            argv += [f"--{name}", *map(str, value)]
-        elif value is not None:
-            argv += [f"--{name}={value}"]
-    return argv
-
-
-def check_ranges(
-    parser: argparse.ArgumentParser,
-    args: argparse.Namespace,
-    at_least_one: str,
-    at_least_zero: str,
-    positive: str,
-    shares: str,
-):
-    """Ends with a sentence about the first number out of its range; each argument names options, with spaces between.
-
-    Args:
-        shares: those that lie in [0, 1).
-    """
-    for names, fits, wanted in (
-        (at_least_one, lambda x: x >= 1, "must be at least 1"),
-        (at_least_zero, lambda x: 0 <= x < math.inf, "must be at least 0"),
-        (positive, lambda x: 0 < x < math.inf, "must be above 0"),
-        (shares, lambda x: 0 <= x < 1, "must lie in [0, 1)"),
-    ):
-        for name in names.split():
-            value = getattr(args, name)
-            if value is not None and not fits(value):
-                parser.error(f"--{name} {value} {wanted}")
-
-
-def check_data(parser: argparse.ArgumentParser, args: argparse.Namespace):
-    """Ends with a sentence where not exactly one data set is named, or `--streaming` does not go with it."""
-    if [args.dataset_name, args.train_data_dir, args.latents_dir].count(None) != 2:
-        parser.error(
-            "give either --dataset_name or --train_data_dir or --latents_dir (or, for a first run, --config "
-            "configs/digits.yaml)"
-        )
-    if not args.streaming:
-        return
-    for name, why in (
-        ("latents_dir", "a latent cache is read from the disk as it is"),
-        ("train_data_dir", "it reads parquet files; name a data set that has them with --dataset_name"),
-        (
-            "max_train_samples",
-            "a subset would be spread over all row groups; take a --dataset_split such as validation",
-        ),
-    ):
-        if getattr(args, name) is not None:
-            parser.error(f"--streaming does not go with --{name} {getattr(args, name)}: {why}")
-    if args.dataset_name == "digits" and not os.path.isdir("digits"):
-        parser.error("--streaming does not go with --dataset_name digits, which is embedded; leave it out")
-
-
-def add_policy_options(parser: argparse.ArgumentParser):
-    """The options of `--objective vrpo`, of the training script."""
-    g = parser.add_argument_group("policy (vrpo)")
-    g.add_argument(
-        "--reward_weighting",
-        default="inverse_variance",
-        help="inverse_variance, inverse_std, equal, or fixed shares of fidelity, semantic, structural such as 0.2,0.5,0.3",
-    )
-    g.add_argument(
-        "--estimator",
-        choices=["expected", "sampled"],
-        default="expected",
-        help="the update in closed form for small noise, or from drawn actions",
-    )
-    g.add_argument("--policy_noise", type=float, default=0.1, help="sigma of the policy")
-    g.add_argument("--group_size", type=int, default=8, help="sampled: actions per token")
-    g.add_argument("--policy_epochs", type=int, default=1, help="sampled: optimizer steps per draw")
-    g.add_argument("--clip_range", type=float, default=0.2, help="sampled: of the ratio, when policy_epochs > 1")
-    g.add_argument(
-        "--kl_coeff", type=float, default=0.0, help="pull towards the starting weights; costs a forward pass"
-    )
-
-
-def check_policy(parser: argparse.ArgumentParser, args: argparse.Namespace):
-    """Ends with a sentence about alignment options that do not go together and would be ignored."""
-    sampled = ["group_size", "policy_epochs", "clip_range"]
-    for needs, names in (
-        (
-            ("objective", None),
-            ["timestep_weighting", "conflict", "spatial_norm", "projector", "alignment_stop_step", "layer_scope"],
-        ),
-        (("objective", "vrpo"), ["reward_weighting", "estimator", "policy_noise", "kl_coeff", *sampled]),
-        (("estimator", "sampled"), sampled),
-    ):
-        option, wanted = needs
-        fits = getattr(args, option) != "none" if wanted is None else getattr(args, option) == wanted
-        for name in names:
-            if not fits and getattr(args, name) != parser.get_default(name):
-                wanted = wanted or "repa or vrpo"
-                parser.error(f"--{name} {getattr(args, name)} goes with --{option} {wanted} only; leave it out")
-    if args.clip_range != parser.get_default("clip_range") and args.policy_epochs == 1:
-        parser.error(f"--clip_range {args.clip_range} acts with --policy_epochs above 1 only; leave it out")
-    if args.policy_noise != parser.get_default("policy_noise") and args.estimator == "expected" and not args.kl_coeff:
-        parser.error(
-            f"--policy_noise {args.policy_noise} goes with --estimator sampled or --kl_coeff: the expected update is its "
-            "limit for small noise"
-        )
-    if args.group_size < 2:
-        parser.error(f"--group_size {args.group_size} must be at least 2: advantages are relative to the group")
-    for name in ("checkpointing_steps", "max_train_steps"):
-        value = getattr(args, name)
-        if name == "max_train_steps" and value is None and args.num_train_epochs is None:
-            value = 400_000  # what the script takes then
-        if (value or 0) % args.policy_epochs:
-            parser.error(
-                f"--{name} {value} must be a multiple of --policy_epochs {args.policy_epochs}, whose steps "
-                "share one draw"
-            )
-    encoders, layers = args.encoder or [], args.encoder_layer or []
-    if len(layers) > 1 and len(layers) != len(encoders):
-        parser.error(
-            f"--encoder_layer has {len(layers)} numbers for {len(encoders)} encoders; give one, or one for each"
-        )
+    parse.__name__ = kind.__name__
+    return parse
 
 
 def as_id(label: int | str) -> int | str:
     """A class id from the command line as a number; anything else as it is."""
     return int(label) if str(label).lstrip("-").isdigit() else label
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Errors
+
+
+def flags_of(parser: argparse.ArgumentParser) -> dict[str, str]:
+    """How the fields of a parser are spelled on its command line."""
+    return {
+        action.dest: action.option_strings[0] if action.option_strings else str(action.metavar or action.dest)
+        for action in parser._actions
+    }
+
+
+def with_flags(error: BaseException | str, flags: dict[str, str]) -> str:
+    """A message of the library for the command line: each field in backticks becomes its flag.
+
+    Args:
+        flags: of `flags_of`.
+    """
+    return re.sub(r"`(\w+)`", lambda match: flags.get(match[1], match[0]), str(error))
+
+
+@contextlib.contextmanager
+def one_line_errors(parser: argparse.ArgumentParser):
+    """Ends the process with one line where the library raises an error about its input."""
+    try:
+        yield
+    except (InputError, TrainingStopped) as error:
+        sys.exit(f"{parser.prog}: error: {with_flags(error, flags_of(parser))}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Flags from fields
+
+
+def add_option(group, option: Option, *spellings: str, suppress: bool = False, **changes):
+    """Adds the flag of an option to a parser or a group of one.
+
+    Args:
+        spellings: more of them, such as `"--dataset"`.
+        suppress: whether the flag gives no value where it is not given; its default is in the help all the same.
+        changes: other arguments of `add_argument` than those that follow from the option, such as `help`.
+    """
+    limits = option.marked(In)
+    value: dict = {"metavar": option.metavar, "choices": option.choices}
+    if option.kind is bool:
+        value = {"action": argparse.BooleanOptionalAction}
+    elif option.kind is not str:
+        value["type"] = number_in(limits[0], option.kind) if limits else option.kind
+    if option.many:
+        value |= {"action": "append"} if option.marked(Repeated) else {"action": "extend", "nargs": "+"}
+    shown = suppress and option.default is not None and option.default is not False
+    help = changes.pop("help", option.help) + (f" (default: {option.default})" if shown else "")
+    default = argparse.SUPPRESS if suppress else option.default
+    action = group.add_argument(f"--{option.name}", *spellings, **{"default": default} | value | changes)
+    action.help = help.replace("%", "%%")  # not earlier, since BooleanOptionalAction adds to it
+
+
+def add_options(group, config: type, names: Iterable[str], spellings: Sequence[str] = (), **changes):
+    """Adds the flags of some options of a configuration class to a parser or a group of one, as `add_option` does."""
+    options = options_of(config)
+    for name in names:
+        add_option(group, options[name], *spellings, **changes)
+
+
+def training_parser(**arguments) -> argparse.ArgumentParser:
+    """The parser of all options of `VRPOConfig`, for `parse_config`; it gives those alone that are on the command line.
+
+    Args:
+        arguments: of `argparse.ArgumentParser`, such as `prog`.
+    """
+    parser = OneLineErrorParser(**arguments)
+    for config in VRPOConfig.__bases__:
+        group = parser.add_argument_group(config._argument_group_name)
+        add_options(group, config, options_of(config), suppress=True)
+    return parser
+
+
+def parse_config(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> VRPOConfig:
+    """The options on a command line, and below them those of the YAML file that its `--config` names.
+
+    Ends the process with one line if an option is wrong, or one that a run needs is missing.
+
+    Args:
+        parser: of `training_parser`.
+        argv: the command line; that of the process if not given.
+    """
+    given = vars(parser.parse_args(argv))
+    if "config" in given:
+        of_file = vars(parser.parse_args(file_to_argv(parser, given["config"])))
+        # On the command line, one of several alternatives takes the place of another one in the file.
+        for names in alternatives(VRPOConfig):
+            if not given.keys().isdisjoint(names):
+                of_file = {name: value for name, value in of_file.items() if name not in names}
+        given = of_file | given
+    try:
+        config = VRPOConfig(**given)
+        check_complete(config)
+    except InputError as error:
+        parser.error(error)
+    return config
+
+
+def file_to_argv(parser: argparse.ArgumentParser, file: str) -> list[str]:
+    """The command line that a YAML file of training options stands for; `parser` reports errors."""
+    try:
+        values = yaml.safe_load(Path(file).read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        parser.error(f"--config {file} cannot be read: {str(error).splitlines()[0]}")
+    if not isinstance(values, dict):
+        parser.error(f"--config {file} must map option names to values, such as `seed: 0`")
+    options, argv = options_of(VRPOConfig), []
+    for name, value in values.items():
+        if name not in options or name == "config":
+            near = difflib.get_close_matches(str(name), options, n=1)
+            parser.error(f"--config {file}: unknown option {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
+        option = options[name]
+        if value is False and "no" in (option.choices or ()):
+            value = "no"  # which YAML reads as false
+        if value is None:
+            continue
+        if isinstance(value, bool) != (option.kind is bool):
+            wanted = "is true or false" if option.kind is bool else "takes a value"
+            parser.error(f"--config {file}: {name} {wanted}, not {str(value).lower()}")
+        if isinstance(value, dict) or (isinstance(value, list) and not option.many):
+            parser.error(f"--config {file}: {name} takes one value, not {value}")
+        if option.kind is bool:
+            argv.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, list) and not option.marked(Repeated):
+            argv += [f"--{name}", *map(str, value)]
+        else:
+            argv += [f"--{name}={item}" for item in (value if isinstance(value, list) else [value])]
+    return argv

@@ -1,13 +1,884 @@
-import argparse
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""The options of training: dataclasses in which one field holds all there is to know about an option.
+
+A field has a type, a default and a help text. Its annotation may also say which values are allowed (`Literal`, [`In`]),
+on which other option it depends ([`Needs`], [`OneOf`]), and what happens to it when a run is resumed ([`Resume`]; an
+option without such a mark must keep its value). The command line, the settings of checkpoints and the model card are
+derived from that. Each check across several options is a function at the end of the file.
+
+This module imports neither torch nor transformers nor diffusers.
+"""
+
+import dataclasses
+import enum
+import functools
+import math
+import numbers
+import os
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from .errors import InputError
 
 
-class VRPOConfig(argparse.Namespace):
-    pass
+DEFAULT_TRAIN_STEPS = 400_000  # where neither max_train_steps nor num_train_epochs is given
+DIGITS = "digits"  # the data set that is embedded in the package
 
 
-def replace(args, **given):
-    return VRPOConfig(**{**vars(args), **given})
+# ----------------------------------------------------------------------------------------------------------------------
+# What an annotation can say
 
 
-def check_complete(args):
-    pass
+@dataclass(frozen=True)
+class In:
+    """The range of a number: at least `low` (above it if `exclusive`), and below `high`.
+
+    Args:
+        why (`str`): the reason for the range, for the error message.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    exclusive: bool = False
+    why: str = ""
+
+    def __contains__(self, value: float) -> bool:
+        return (self.low < value if self.exclusive else self.low <= value) and value < self.high
+
+    def __str__(self) -> str:
+        if (self.low, self.high) == (-math.inf, math.inf):
+            text = "be finite"
+        elif self.high < math.inf:
+            text = f"lie in {'(' if self.exclusive else '['}{self.low}, {self.high})"
+        else:
+            text = f"be above {self.low}" if self.exclusive else f"be at least {self.low}"
+        return f"{text}: {self.why}" if self.why else text
+
+
+@dataclass(frozen=True)
+class Needs:
+    """The option has an effect only if the option `name` has one of `values`, or is set at all if none are given."""
+
+    name: str
+    values: tuple = ()
+
+    def met_by(self, value) -> bool:
+        return value in self.values if self.values else value is not None and value is not False
+
+    def __str__(self) -> str:
+        return f"`{self.name}` {' or '.join(map(str, self.values))}".rstrip()
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """At most one of the options with the same mark can be given."""
+
+    group: str
+
+
+class Repeated:
+    """The flag of a list takes one value and may be given several times."""
+
+
+class Resume(enum.Enum):
+    """What happens to an option when a run is resumed; one without this mark must keep its value."""
+
+    FREE = "may change"
+    WATCHED = "may change: it is about how a run is watched and saved, not about what is trained"
+    MACHINE = "may change: it is about a machine or an account, and model cards omit it"
+    NAME = "must keep the last part of its name, since folders may have moved"
+    DATA = "must keep its value unless `allow_changed_data` is given"
+    DATA_NAME = "must keep the last part of its name unless `allow_changed_data` is given"
+    RESOLVED = "is not compared itself; `run_settings` compares what it has led to"
+
+
+T = TypeVar("T")
+Free = Annotated[T, Resume.FREE]
+Watched = Annotated[T, Resume.WATCHED]
+Machine = Annotated[T, Resume.MACHINE]
+Name = Annotated[T, Resume.NAME]
+Data = Annotated[T, Resume.DATA]
+DataName = Annotated[T, Resume.DATA_NAME]
+Resolved = Annotated[T, Resume.RESOLVED]
+
+AtLeast1 = Annotated[int, In(1)]
+Count = Annotated[int, In(0)]
+NonNegative = Annotated[float, In(0)]
+Positive = Annotated[float, In(0, exclusive=True)]
+Share = Annotated[float, In(0, 1)]
+FINITE = In(exclusive=True)
+
+ALIGNED = Needs("objective", ("repa", "vrpo"))
+VRPO = Needs("objective", ("vrpo",))
+SAMPLED = Needs("estimator", ("sampled",))
+GENERATIVE = Needs("generative_policy_start_step")
+PUBLISHED = Needs("push_to_hub")
+MEASURED = Needs("fd_encoder")
+
+
+def option(default, help: str, metavar: str | None = None):
+    """A field of a configuration: its default and help text, and what stands for its value in the usage."""
+    return field(default=default, metadata={"help": help} | ({"metavar": metavar} if metavar else {}))
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option, read from a field.
+
+    Attributes:
+        name (`str`): of the field and, after two dashes, of the flag.
+        kind (`type`): `bool`, `int`, `float` or `str`; of the items if there are many.
+        many (`bool`): whether the value is a list.
+        optional (`bool`): whether None is allowed.
+        choices (`tuple`, *optional*): the allowed values.
+        marks (`tuple`): what else the annotation says, such as `In(0)`.
+    """
+
+    name: str
+    kind: type
+    many: bool
+    optional: bool
+    choices: tuple | None
+    marks: tuple
+    default: Any
+    help: str
+    metavar: str | None
+
+    def marked(self, kind: type[T]) -> list[T]:
+        """The marks of a kind."""
+        return [mark for mark in self.marks if isinstance(mark, kind)]
+
+    @property
+    def resume(self) -> Resume | None:
+        """What happens to it when a run is resumed; None if it must keep its value."""
+        return next(iter(self.marked(Resume)), None)
+
+
+def read_annotation(hint) -> tuple[type, bool, bool, tuple | None, tuple]:
+    """`kind`, `many`, `optional`, `choices` and `marks` of an `Option`, from an annotation such as `Free[int | None]`."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        kind, many, optional, choices, marks = read_annotation(arguments[0])
+        return kind, many, optional, choices, (*marks, *arguments[1:])
+    if origin in (Union, types.UnionType):
+        (inner,) = (argument for argument in arguments if argument is not type(None))
+        kind, many, _, choices, marks = read_annotation(inner)
+        return kind, many, True, choices, marks
+    if origin is list:
+        kind, _, _, choices, marks = read_annotation(arguments[0])
+        return kind, True, False, choices, marks
+    if origin is Literal:
+        return type(arguments[0]), False, False, arguments, ()
+    return hint, False, False, None, ()
+
+
+@functools.cache
+def options_of(config: type) -> dict[str, Option]:
+    """The options of a configuration class by name, in the order in which they are declared; of a joined one by group."""
+    if config.__bases__ != (Options,):
+        return {name: option for group in config.__bases__ for name, option in options_of(group).items()}
+    hints = get_type_hints(config, include_extras=True)
+    return {
+        f.name: Option(
+            f.name, *read_annotation(hints[f.name]), f.default, f.metadata["help"], f.metadata.get("metavar")
+        )
+        for f in dataclasses.fields(config)
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The options
+
+
+@dataclass(kw_only=True)
+class Options:
+    """What all configurations have in common: their values are checked when they are made.
+
+    Raises:
+        InputError: if a value has the wrong type or is out of range.
+    """
+
+    def __post_init__(self):
+        for each in options_of(type(self)).values():
+            setattr(self, each.name, checked_value(each, getattr(self, each.name)))
+
+    def to_dict(self) -> dict:
+        """The options that are set, as plain values for JSON or YAML."""
+        values = {name: getattr(self, name) for name in options_of(type(self)) if name != "config"}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(kw_only=True)
+class RunConfig(Options):
+    """Where a run writes, what it is seeded with, and in which precision it computes."""
+
+    _argument_group_name: ClassVar[str] = "run"
+
+    config: Machine[str | None] = option(
+        None, "YAML file of options, by their names without dashes; the command line overrides it", "FILE.yaml"
+    )
+    output_dir: Machine[str] = option(
+        "vrpo-model", "folder for checkpoints, metrics, sample grids and the final pipeline"
+    )
+    cache_dir: Machine[str | None] = option(None, "folder for downloads; the Hub's own cache if not given")
+    seed: Annotated[int, In(0, 2**63)] = option(
+        0, "seed of the starting weights, and of the noise, crops and labels drawn for each sample"
+    )
+    mixed_precision: Resolved[Literal["no", "fp16", "bf16"] | None] = option(
+        None, "precision of the computation; as accelerate is configured if not given"
+    )
+    allow_tf32: bool = option(False, "compute float32 matrix products in TF32, on Ampere and later GPUs")
+    report_to: Machine[str] = option(
+        "tensorboard", "experiment trackers, separated by commas (tensorboard, wandb, ...), or none"
+    )
+    logging_dir: Machine[str] = option("logs", "folder for the trackers' files, inside the output folder")
+    logging_steps: Watched[AtLeast1] = option(50, "optimizer steps between two rows of metrics")
+    dataloader_num_workers: Machine[Count] = option(
+        4, "processes (threads with --streaming) that decode images, for each training process"
+    )
+
+
+@dataclass(kw_only=True)
+class DataConfig(Options):
+    """The images and class labels to train on."""
+
+    _argument_group_name: ClassVar[str] = "data"
+
+    dataset_name: Annotated[DataName[str | None], OneOf("data")] = option(
+        None, "image data set: Hub name, folder, or `digits` (in the package)"
+    )
+    dataset_config_name: Data[str | None] = option(None, "configuration of that data set, where it has several")
+    dataset_split: Data[str] = option("train", "split of the data set")
+    train_data_dir: Annotated[Resolved[str | None], OneOf("data")] = option(
+        None, "folder with one folder of images per class, instead of --dataset_name"
+    )
+    latents_dir: Annotated[Resolved[str | None], OneOf("data")] = option(
+        None, "folder of encoded images that `vrpo prepare` has written, instead of --dataset_name"
+    )
+    streaming: Resolved[bool] = option(
+        False, "read the parquet files of --dataset_name during training, without a copy on the disk"
+    )
+    image_column: Data[str] = option("image", "column with the images")
+    label_column: Data[str] = option("label", "column with the integer class labels")
+    max_train_samples: Data[AtLeast1 | None] = option(
+        None, "number of images to use, drawn at random; all if not given"
+    )
+    allow_changed_data: Free[bool] = option(
+        False, "continue a run although the images, labels or class names have changed"
+    )
+    resolution: AtLeast1 = option(256, "side of the training images in pixels")
+    center_crop: bool = option(True, "crop images in the centre, as ADM does, instead of at random")
+    random_flip: bool = option(False, "mirror half of the images, drawn at random")
+
+
+@dataclass(kw_only=True)
+class ModelConfig(Options):
+    """The transformer, its starting weights and its autoencoder."""
+
+    _argument_group_name: ClassVar[str] = "model"
+
+    preset: Resolved[str | None] = option(
+        None, "size of the transformer, {SiT,DiT}-{XS,S,B,L,XL}/{1,2,4,8}; SiT-B/2 if nothing else names a model"
+    )
+    model_config: Resolved[str | None] = option(
+        None, "arguments of the transformer as JSON; those that the data determine are replaced", "FILE.json"
+    )
+    pretrained_model_name_or_path: Name[str | None] = option(
+        None,
+        "weights to start from: a pipeline or transformer, or an official checkpoint of SiT, REPA, iREPA or DiT",
+        "NAME|FOLDER|FILE.pt",
+    )
+    keep_labels: bool = option(
+        False, "keep the class embeddings of the starting weights, however their classes are called"
+    )
+    lora_rank: AtLeast1 | None = option(
+        None, "rank of the LoRA adapters to train, with the projectors, on frozen weights; all is trained if not given"
+    )
+    prediction_type: Resolved[Literal["velocity", "epsilon"] | None] = option(
+        None,
+        "output of the model: velocity (SiT) or epsilon, the noise (DiT); as the preset or the starting weights have it if not given",
+    )
+    learn_sigma: Resolved[bool | None] = option(
+        None,
+        "also train the variance, of models that predict noise; as the preset or the starting weights have it if not given",
+    )
+    vae: Resolved[str | None] = option(
+        None, "autoencoder of diffusers that encodes the images, Hub name or folder; `none` trains on pixels"
+    )
+    label_dropout: Resolved[Share | None] = option(
+        None, "share of samples trained without their class; as the starting weights have it, or 0.1, if not given"
+    )
+
+
+@dataclass(kw_only=True)
+class AlignmentConfig(Options):
+    """How hidden states of the transformer are aligned with a frozen vision encoder."""
+
+    _argument_group_name: ClassVar[str] = "alignment"
+
+    objective: Literal["none", "repa", "vrpo"] = option(
+        "vrpo", "addition to the flow-matching loss: none, REPA's cosine loss, or VRPO's rewards"
+    )
+    encoder: Name[list[str] | None] = option(
+        None,
+        "frozen vision encoders of transformers, Hub names or folders, or `digits` (in the package); each gets a projector",
+    )
+    encoder_layer: list[int] | None = option(
+        None,
+        "hidden state to align with, one index for all encoders or one for each; their output (of conv nets the stage of "
+        "stride 16) if not given",
+    )
+    layer_scope: Annotated[str, ALIGNED] = option(
+        "early", "transformer blocks to align: early (2/7 of the depth), mid, all, or a list such as 4,8"
+    )
+    alignment_coeff: NonNegative = option(0.5, "weight of the alignment loss")
+    alignment_stop_step: Annotated[Count | None, ALIGNED] = option(
+        None, "step at which alignment ends; it lasts for the whole run if not given"
+    )
+    timestep_weighting: Annotated[Literal["uniform", "low_noise"], ALIGNED] = option(
+        "uniform", "weight of the alignment loss over the noise level t: 1, or sigmoid(20 (0.7 - t))"
+    )
+    projector: Annotated[Literal["mlp", "conv"], ALIGNED] = option(
+        "mlp", "network from hidden states to encoder features: REPA's three layers, or iREPA's 3x3 convolution"
+    )
+    projector_dim: Resolved[AtLeast1] = option(2048, "hidden width of the mlp projectors")
+    spatial_norm: Annotated[NonNegative, ALIGNED] = option(
+        0.0, "factor a of the normalisation (f - a mean) / std of the encoder features; iREPA uses 0.6, 0 turns it off"
+    )
+    conflict: Annotated[Resolved[Literal["none", "gate", "project"] | None], ALIGNED] = option(
+        None,
+        "treatment of an alignment gradient that opposes flow matching: gate ends alignment at these noise levels, project "
+        "removes the opposing part, none changes nothing; gate for vrpo and none for repa if not given",
+    )
+
+
+@dataclass(kw_only=True)
+class PolicyConfig(Options):
+    """The rewards and the policy of `objective="vrpo"`."""
+
+    _argument_group_name: ClassVar[str] = "policy (vrpo)"
+
+    reward_weighting: Annotated[str, VRPO] = option(
+        "inverse_variance",
+        "weights of the rewards: inverse_variance, inverse_std, equal, or fixed shares of fidelity, semantic and "
+        "structural such as 0.2,0.5,0.3",
+    )
+    estimator: Annotated[Literal["expected", "sampled"], VRPO] = option(
+        "expected", "policy update: expected, in closed form for small noise, or sampled, from drawn actions"
+    )
+    policy_noise: Annotated[Positive, VRPO] = option(0.1, "standard deviation of the policy's actions")
+    group_size: Annotated[int, In(2, why="advantages are relative to the group"), VRPO, SAMPLED] = option(
+        8, "actions drawn for each token"
+    )
+    policy_epochs: Annotated[AtLeast1, VRPO, SAMPLED] = option(1, "optimizer steps with the same actions")
+    clip_range: Annotated[Positive, VRPO, SAMPLED] = option(
+        0.2, "largest deviation of the probability ratio from 1, with --policy_epochs above 1"
+    )
+    kl_coeff: Annotated[NonNegative, VRPO] = option(
+        0.0, "weight of the divergence from the starting weights; above 0 it costs a forward pass"
+    )
+
+
+@dataclass(kw_only=True)
+class OptimizationConfig(Options):
+    """Batch size, length of the run, AdamW and the averaged weights."""
+
+    _argument_group_name: ClassVar[str] = "optimization"
+
+    train_batch_size: Free[AtLeast1] = option(256, "samples for each process and micro-step")
+    gradient_accumulation_steps: Free[AtLeast1] = option(1, "micro-steps in an optimizer step")
+    gradient_checkpointing: Free[bool] = option(False, "compute the blocks again in the backward pass, to save memory")
+    max_train_steps: Annotated[Free[AtLeast1 | None], OneOf("steps")] = option(
+        None, f"length of the run in optimizer steps; {DEFAULT_TRAIN_STEPS} if --num_train_epochs is not given either"
+    )
+    num_train_epochs: Annotated[Free[AtLeast1 | None], OneOf("steps")] = option(
+        None, "length of the run in passes over the data, instead of --max_train_steps"
+    )
+    learning_rate: Positive = option(1e-4, "learning rate of AdamW after the warm-up")
+    lr_scheduler: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+    ] = option("constant_with_warmup", "schedule of the learning rate")
+    lr_warmup_steps: Count = option(0, "optimizer steps in which the learning rate rises from 0")
+    adam_beta1: Share = option(0.9, "decay per step of AdamW's average of gradients")
+    adam_beta2: Share = option(0.999, "decay per step of AdamW's average of squared gradients")
+    adam_weight_decay: NonNegative = option(0.0, "weight decay of AdamW")
+    adam_epsilon: Positive = option(1e-8, "constant in the denominator of AdamW's update")
+    max_grad_norm: Positive = option(1.0, "norm to which a longer gradient is clipped")
+    use_ema: bool = option(True, "average the weights; sample grids and the result use the average")
+    ema_decay: Share = option(0.9999, "decay per step of the averaged weights")
+
+
+@dataclass(kw_only=True)
+class SpeedConfig(Options):
+    """What changes how fast a run is, but not what it computes."""
+
+    _argument_group_name: ClassVar[str] = "speed"
+
+    compile: Free[bool] = option(False, "compile the transformer blocks and the encoders")
+    attention_backend: Free[str | None] = option(
+        None, "attention of diffusers: native, flash, _flash_3, _native_cudnn, sage, ...; its default if not given"
+    )
+    profile: Machine[AtLeast1 | None] = option(
+        None, "number of steps whose time is measured part by part and printed as a table", "STEPS"
+    )
+    peak_tflops: Watched[Positive | None] = option(
+        None, "peak of a device in TFLOP/s, for the share that is used (MFU); that of common GPUs is known"
+    )
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig(Options):
+    """Checkpoints, and the samples that are drawn during training."""
+
+    _argument_group_name: ClassVar[str] = "checkpoints and samples"
+
+    checkpointing_steps: Watched[AtLeast1] = option(10000, "optimizer steps between two checkpoints")
+    checkpoints_total_limit: Watched[AtLeast1 | None] = option(
+        None, "number of checkpoints to keep, the newest; all if not given"
+    )
+    resume_from_checkpoint: Machine[str] = option(
+        "latest",
+        "checkpoint to continue from: the latest if there is one, none, that on the Hub, or a folder",
+        "latest|none|hub|DIR",
+    )
+    skip_nonfinite: Free[bool] = option(
+        False, "skip steps whose loss or gradient is NaN or infinite, instead of stopping there"
+    )
+    validation_steps: Watched[AtLeast1] = option(10000, "optimizer steps between two sample grids")
+    validation_labels: Watched[list[str] | None] = option(
+        None, "class names or ids of the columns of the grid; ten ids if not given"
+    )
+    num_validation_images: Watched[AtLeast1] = option(4, "rows of the grid: images of each class")
+    num_inference_steps: Free[AtLeast1] = option(50, "solver steps of the samples in the grid and for --fd_encoder")
+    guidance_scale: Free[Annotated[float, FINITE]] = option(
+        1.5, "classifier-free guidance of the grid; 1 turns it off"
+    )
+    fd_encoder: Free[str | None] = option(
+        None, "vision encoder in whose features the Fréchet distance to training images is logged"
+    )
+    num_fd_samples: Annotated[Free[AtLeast1 | None], MEASURED] = option(
+        None, "number of unguided samples for that distance; 2048 if not given"
+    )
+
+
+@dataclass(kw_only=True)
+class GenerativeConfig(Options):
+    """Rewards on images that the model generates (docs/generative.md)."""
+
+    _argument_group_name: ClassVar[str] = "generative policy (docs/generative.md)"
+
+    generative_policy_start_step: Count | None = option(
+        None, "step from which rewards of generated images are followed, too; never if not given"
+    )
+    rollout_classes: Annotated[AtLeast1, GENERATIVE] = option(32, "classes in a rollout, the samples drawn together")
+    rollout_group_size: Annotated[int, In(2, why="advantages are relative to the group"), GENERATIVE] = option(
+        16, "samples drawn for each class of a rollout"
+    )
+    rollout_steps: Annotated[AtLeast1, GENERATIVE] = option(25, "solver steps of a sample, without guidance")
+    rollout_every: Annotated[AtLeast1, GENERATIVE] = option(2, "optimizer steps between two rollouts")
+    rollout_epochs: Annotated[AtLeast1, GENERATIVE] = option(1, "optimizer steps that use the samples of a rollout")
+    mc_samples: Annotated[AtLeast1, GENERATIVE] = option(
+        4, "noise levels at which the likelihood of a sample is estimated"
+    )
+    generative_coeff: Annotated[NonNegative, GENERATIVE] = option(1.0, "weight of the loss of the rewards")
+    max_gradient_ratio: Annotated[Positive, GENERATIVE] = option(
+        0.5, "largest length of the rewards' gradient, in units of the length of the rest"
+    )
+    rollout_clip_range: Annotated[Positive, GENERATIVE] = option(
+        8e-3, "largest deviation of the likelihood ratio from 1, with --rollout_epochs above 1"
+    )
+    anchor_coeff: Annotated[NonNegative | None, GENERATIVE] = option(
+        None,
+        "weight of the distance to the model that drew the samples; 0, or 0.3 with --rollout_epochs above 1, if not given",
+    )
+    generative_learning_rate: Annotated[Positive, GENERATIVE] = option(1e-5, "learning rate from the start step on")
+    reward_encoder: Annotated[Resolved[str | None], GENERATIVE] = option(
+        None, "frozen vision encoder of transformers that judges samples; the first --encoder if not given"
+    )
+    reward_shallow_layer: Annotated[int | None, GENERATIVE] = option(
+        None, "hidden state of that encoder for the perceptual reward; the one at a quarter of its depth if not given"
+    )
+    fidelity_reward: Annotated[Literal["auto", "frechet", "mmd"], GENERATIVE] = option(
+        "auto",
+        "distance behind the fidelity and perceptual rewards: Fréchet distance or MMD; auto takes the MMD for fewer than "
+        "10000 training images",
+    )
+    reward_function: Annotated[Resolved[list[str] | None], Repeated(), GENERATIVE] = option(
+        None, "user-defined reward `reward(images, features, labels)`; the flag may be repeated", "FILE.py:NAME"
+    )
+    reward_weights: Annotated[str | None, GENERATIVE] = option(
+        None, "shares of fidelity, perceptual, semantic and user-defined rewards, such as 2,1,1; equal if not given"
+    )
+    reward_queue_size: Annotated[AtLeast1, GENERATIVE] = option(
+        10240, "number of latest samples from which the model's distribution is estimated"
+    )
+    reward_reference: Annotated[Free[str | None], GENERATIVE] = option(
+        None,
+        "file for the statistics of the training images; inside the output folder if not given",
+        "FILE.safetensors",
+    )
+    reward_reference_images: Annotated[AtLeast1, GENERATIVE] = option(
+        50_000, "largest number of training images for these statistics"
+    )
+    guard_every: Annotated[AtLeast1, GENERATIVE] = option(25, "rollouts between two checks of the guards")
+    guard_samples: Annotated[int, In(4, why="recall looks at a sample's third neighbour"), GENERATIVE] = option(
+        1024, "samples drawn for a check of the guards"
+    )
+    guard_loss_rise: Annotated[Free[NonNegative], GENERATIVE] = option(
+        0.02, "relative rise of the flow-matching loss at which training stops"
+    )
+    guard_recall_fall: Annotated[Free[NonNegative], GENERATIVE] = option(
+        0.03, "fall of recall at which training stops"
+    )
+    guard_distance_rise: Annotated[Free[NonNegative], GENERATIVE, MEASURED] = option(
+        0.02, "relative rise of the distance in --fd_encoder at which training stops, if the reward rises, too"
+    )
+
+
+@dataclass(kw_only=True)
+class HubConfig(Options):
+    """What is published on the Hugging Face Hub (docs/publishing.md)."""
+
+    _argument_group_name: ClassVar[str] = "Hub"
+
+    push_to_hub: Machine[bool] = option(False, "publish the result, with a model card (docs/publishing.md)")
+    hub_model_id: Annotated[Machine[str | None], PUBLISHED] = option(
+        None, "repository to publish in; the name of the output folder if not given", "OWNER/NAME"
+    )
+    hub_private_repo: Annotated[Machine[bool], PUBLISHED] = option(
+        False, "create the repository as a private one, if it does not exist yet"
+    )
+    hub_license: Annotated[Machine[str | None], PUBLISHED] = option(
+        None, "license of the weights; apache-2.0 if not given, or `other` for weights that continue others"
+    )
+    hub_push_checkpoints: Annotated[Machine[bool], PUBLISHED] = option(
+        False, "also publish the averaged pipeline of each checkpoint, as a commit with the tag step-N"
+    )
+    push_training_state: Annotated[Machine[bool], PUBLISHED] = option(
+        False,
+        "also upload whole checkpoints to the private repository NAME-state, for --resume_from_checkpoint hub",
+    )
+
+
+@dataclass(kw_only=True)
+class VRPOConfig(
+    RunConfig,
+    DataConfig,
+    ModelConfig,
+    AlignmentConfig,
+    PolicyConfig,
+    OptimizationConfig,
+    SpeedConfig,
+    CheckpointConfig,
+    GenerativeConfig,
+    HubConfig,
+):
+    """All options of training, checked when they are made. `vrpo train --help` explains each.
+
+        VRPOConfig(output_dir="sit-b", objective="repa", max_train_steps=100_000)
+
+    Attributes are those of the groups above, under the names of the flags of `vrpo train`. Data set, autoencoder and
+    encoders may be missing: [`VRPOTrainer`] also takes them as objects.
+
+    Raises:
+        InputError: if a value has the wrong type or is out of range, or options contradict each other.
+    """
+
+    def __post_init__(self):
+        super().__post_init__()
+        for check in CHECKS:
+            check(self)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is derived from the options
+
+
+def checked_value(option: Option, value):
+    """The value of an option: paths as text, tuples as lists.
+
+    Raises:
+        InputError: if it has the wrong type or is out of range.
+    """
+    name = option.name
+    if value is None:
+        if not option.optional:
+            raise InputError(name, f"`{name}` cannot be None; its default is {option.default}")
+        return None
+    if option.many:
+        if not isinstance(value, list | tuple):
+            raise InputError(name, f"`{name}` must be a list, not {value!r}")
+        return [checked_item(option, item) for item in value]
+    return checked_item(option, value)
+
+
+def checked_item(option: Option, value):
+    """`checked_value` of an option that is not a list, or of an item of one that is."""
+    name = option.name
+    if option.kind is str and isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    is_bool = isinstance(value, bool)
+    fits, wanted = {
+        bool: (is_bool, "True or False"),
+        int: (isinstance(value, numbers.Integral) and not is_bool, "a whole number"),
+        float: (isinstance(value, numbers.Real) and not is_bool, "a number"),
+        str: (isinstance(value, str), "text"),
+    }[option.kind]
+    if not fits:
+        raise InputError(name, f"`{name}` must be {wanted}, not {value!r}")
+    if option.choices is not None and value not in option.choices:
+        raise InputError(name, f"`{name}` must be one of {', '.join(option.choices)}, not {value!r}")
+    for limits in option.marked(In):
+        if value not in limits:
+            raise InputError(name, f"`{name}` {value} must {limits}")
+    return value
+
+
+def alternatives(config: type) -> list[list[str]]:
+    """The names of options of which at most one can be given, group by group."""
+    groups: dict[str, list[str]] = {}
+    for each in options_of(config).values():
+        for mark in each.marked(OneOf):
+            groups.setdefault(mark.group, []).append(each.name)
+    return list(groups.values())
+
+
+def kept_value(option: Option, value):
+    """What a checkpoint keeps of an option's value: of names and paths the last part, `none` where there is no name."""
+    if option.resume not in (Resume.NAME, Resume.DATA_NAME):
+        return value
+    return [Path(item).name for item in value or []] if option.many else Path(value or "none").name
+
+
+def settings_to_keep(config: Options, group: type) -> dict[str, Any]:
+    """The options of a group that a resumed run must keep, as JSON values by name.
+
+    Not among them are those of the data (`data_settings_to_keep`) and those from which `run_settings` derives others.
+    """
+    options = options_of(group).values()
+    return {o.name: kept_value(o, getattr(config, o.name)) for o in options if o.resume in (None, Resume.NAME)}
+
+
+def data_settings_to_keep(config: DataConfig) -> dict[str, Any]:
+    """The options that name the data, which a resumed run must keep unless `allow_changed_data` is given."""
+    options = options_of(DataConfig).values()
+    of_data = (Resume.DATA, Resume.DATA_NAME)
+    return {o.name: kept_value(o, getattr(config, o.name)) for o in options if o.resume in of_data}
+
+
+def names_marked(*kinds: Resume) -> set[str]:
+    """The names of the options of training with one of these marks."""
+    return {each.name for each in options_of(VRPOConfig).values() if each.resume in kinds}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Options that contradict each other
+
+
+def is_default(config: Options, name: str) -> bool:
+    return getattr(config, name) == options_of(type(config))[name].default
+
+
+def train_steps(config: OptimizationConfig) -> int | None:
+    """The optimizer steps of a run; None where they depend on the number of images."""
+    return config.max_train_steps or (None if config.num_train_epochs else DEFAULT_TRAIN_STEPS)
+
+
+def check_alternatives(config: "VRPOConfig"):
+    """At most one of the options that exclude each other is given."""
+    for names in alternatives(type(config)):
+        given = [name for name in names if getattr(config, name) is not None]
+        if len(given) > 1:
+            listed = " or ".join(f"`{name}`" for name in names)
+            raise InputError(given[1], f"give either {listed}, not several of them")
+
+
+def check_unused(config: "VRPOConfig"):
+    """No option is given that has no effect with the others."""
+    for each in options_of(type(config)).values():
+        for need in each.marked(Needs):
+            if not need.met_by(getattr(config, need.name)) and not is_default(config, each.name):
+                value = getattr(config, each.name)
+                given = f"`{each.name}`" if value is True else f"`{each.name}` {value}"
+                raise InputError(each.name, f"{given} has no effect without {need}; remove it")
+
+
+def check_streaming(config: DataConfig):
+    """Streaming reads parquet files of a data set, all of them."""
+    if not config.streaming:
+        return
+    for name, why in (
+        ("latents_dir", "a latent cache is read from the disk as it is"),
+        ("train_data_dir", "it reads parquet files; name a data set that has them with `dataset_name`"),
+        (
+            "max_train_samples",
+            "a subset would be spread over all row groups; use a `dataset_split` such as validation",
+        ),
+    ):
+        if (value := getattr(config, name)) is not None:
+            raise InputError("streaming", f"`streaming` cannot be combined with `{name}` {value}: {why}")
+    if config.dataset_name == DIGITS and not os.path.isdir(DIGITS):
+        raise InputError(
+            "streaming",
+            "`streaming` cannot be combined with `dataset_name` digits, which is in the package; remove it",
+        )
+
+
+def check_model_config(config: ModelConfig):
+    """A file of arguments is the whole description of a model."""
+    if config.model_config and (config.preset or config.pretrained_model_name_or_path):
+        raise InputError(
+            "model_config", "`model_config` excludes `preset` and `pretrained_model_name_or_path`; give one of them"
+        )
+
+
+def check_encoder_layers(config: AlignmentConfig):
+    """One layer is given for all encoders, or one for each."""
+    encoders, layers = config.encoder or [], config.encoder_layer or []
+    if len(layers) > 1 and len(layers) != len(encoders):
+        raise InputError(
+            "encoder_layer",
+            f"`encoder_layer` has {len(layers)} numbers for {len(encoders)} encoders; give one, or one for each",
+        )
+
+
+def check_policy_noise(config: "VRPOConfig"):
+    """The expected update is the limit for small noise; its size acts on drawn actions and the divergence."""
+    if config.estimator == "expected" and not config.kl_coeff and not is_default(config, "policy_noise"):
+        raise InputError(
+            "policy_noise",
+            f"`policy_noise` {config.policy_noise} has no effect without `estimator` sampled or `kl_coeff`: the expected "
+            "update is its limit for small noise",
+        )
+
+
+def check_clip_ranges(config: "VRPOConfig"):
+    """Clipping acts from the second step with the same draw on."""
+    for epochs, clip_range in (("policy_epochs", "clip_range"), ("rollout_epochs", "rollout_clip_range")):
+        if getattr(config, epochs) == 1 and not is_default(config, clip_range):
+            raise InputError(
+                clip_range,
+                f"`{clip_range}` {getattr(config, clip_range)} has no effect without `{epochs}` above 1; remove it",
+            )
+
+
+def check_policy_epochs(config: "VRPOConfig"):
+    """Steps that share drawn actions are saved together."""
+    steps = {"checkpointing_steps": config.checkpointing_steps, "max_train_steps": train_steps(config)}
+    for name, value in steps.items():
+        if (value or 0) % config.policy_epochs:
+            raise InputError(
+                name,
+                f"`{name}` {value} must be a multiple of `policy_epochs` {config.policy_epochs}, whose steps share one draw",
+            )
+
+
+def check_warmup(config: OptimizationConfig):
+    """The constant schedule of diffusers ignores the warm-up."""
+    if config.lr_scheduler == "constant" and config.lr_warmup_steps:
+        raise InputError(
+            "lr_scheduler", "`lr_scheduler` constant has no warm-up; use constant_with_warmup, or `lr_warmup_steps` 0"
+        )
+
+
+def check_generative_start(config: "VRPOConfig"):
+    """The generative policy begins before the run ends."""
+    start, steps = config.generative_policy_start_step, config.max_train_steps
+    if start is not None and steps is not None and start >= steps:
+        raise InputError(
+            "generative_policy_start_step",
+            f"`generative_policy_start_step` {start} is never reached: `max_train_steps` {steps} must be above it",
+        )
+
+
+def check_rollouts(config: "VRPOConfig"):
+    """Samples are used before the next ones replace them, and steps that share samples are saved together."""
+    every, epochs = config.rollout_every, config.rollout_epochs
+    if config.generative_policy_start_step is None:
+        return
+    if epochs > every:
+        raise InputError(
+            "rollout_epochs",
+            f"`rollout_epochs` {epochs} must be at most `rollout_every` {every}, after which the next rollout replaces the "
+            "samples",
+        )
+    if config.reward_queue_size < config.rollout_classes * config.rollout_group_size:
+        raise InputError(
+            "reward_queue_size",
+            f"`reward_queue_size` {config.reward_queue_size} must be at least "
+            f"{config.rollout_classes * config.rollout_group_size}: the queue holds a whole rollout",
+        )
+    steps = {
+        "generative_policy_start_step": config.generative_policy_start_step,
+        "checkpointing_steps": config.checkpointing_steps,
+        "max_train_steps": train_steps(config),
+    }
+    for name, value in steps.items():
+        if epochs > 1 and (value or 0) % every:
+            raise InputError(
+                name,
+                f"`{name}` {value} must be a multiple of `rollout_every` {every} when `rollout_epochs` is above 1: steps "
+                "that share samples are saved together",
+            )
+
+
+def check_reward_encoder(config: GenerativeConfig):
+    """The encoder that judges results does not give rewards."""
+    if config.reward_encoder == "inception":
+        raise InputError(
+            "reward_encoder",
+            "`reward_encoder` inception judges results (FID): a reward must not see it; use another",
+        )
+
+
+def check_resume_from_hub(config: "VRPOConfig"):
+    """A run that continues from the Hub keeps its training state there."""
+    if config.resume_from_checkpoint == "hub" and not config.push_training_state:
+        raise InputError(
+            "resume_from_checkpoint",
+            "`resume_from_checkpoint` hub continues from a training state on the Hub; add `push_to_hub` "
+            "`push_training_state`, which also keep it there (with the `hub_model_id` that the run had)",
+        )
+
+
+CHECKS = (
+    check_alternatives,
+    check_unused,
+    check_streaming,
+    check_model_config,
+    check_encoder_layers,
+    check_policy_noise,
+    check_clip_ranges,
+    check_policy_epochs,
+    check_warmup,
+    check_generative_start,
+    check_rollouts,
+    check_reward_encoder,
+    check_resume_from_hub,
+)
+
+
+def check_complete(config: VRPOConfig):
+    """What a run from the command line must name, since it cannot be given objects.
+
+    Raises:
+        InputError: if data set, autoencoder or encoder are missing.
+    """
+    if [config.dataset_name, config.train_data_dir, config.latents_dir].count(None) == 3:
+        raise InputError(
+            "dataset_name",
+            "give either `dataset_name` or `train_data_dir` or `latents_dir` (or, for a first run, `config` "
+            "configs/digits.yaml)",
+        )
+    if config.vae is None and config.latents_dir is None:
+        raise InputError("vae", "give `vae`, such as stabilityai/sd-vae-ft-ema, or `vae` none to train on pixels")
+    if config.objective != "none" and config.encoder is None:
+        raise InputError("encoder", f"`objective` {config.objective} needs `encoder`, such as facebook/dinov2-base")
+    if config.generative_policy_start_step is not None and not (config.reward_encoder or config.encoder):
+        raise InputError(
+            "reward_encoder",
+            "`generative_policy_start_step` needs `reward_encoder`, a frozen encoder that judges samples, such as "
+            "facebook/dinov2-base",
+        )

@@ -6,6 +6,7 @@ run is done. What happens around the steps (validation, publishing, the generati
 """
 
 import contextlib
+import dataclasses
 import math
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +22,7 @@ from .alignment.encoders import load_encoder
 from .alignment.objective import objective_from_config
 from .alignment.rewards import DEFAULT_REWARDS
 from .alignment.start import build_aligned_transformer
-from .config import VRPOConfig, replace
+from .config import VRPOConfig, data_settings_to_keep, train_steps
 from .data.image_datasets import check_corrupt_rows, too_many_corrupt
 from .data.samples import StreamBatchSampler
 from .data.sources import TrainingData, as_training_data, check_data_settings, data_settings, load_training_data
@@ -479,7 +480,8 @@ class VRPOTrainer:
     def _register_state(self):
         """What a checkpoint holds, and what a resumed run must keep."""
         self.guard = StepGuard(self.accelerator, self.optimizer, self.interruption, self.args.skip_nonfinite)
-        self.settings = run_settings(self.args, self.data, self.aligned, self.global_batch_size)
+        precision = self.accelerator.mixed_precision
+        self.settings = run_settings(self.args, self.data, self.aligned, self.global_batch_size, precision)
         if self.objective.reward_names:
             self.settings["the rewards"] = list(self.objective.reward_names)
         of_callbacks = stateful(self.callbacks)
@@ -493,7 +495,7 @@ class VRPOTrainer:
 
     def _resume(self):
         """Loads the checkpoint to continue from, if there is one."""
-        of_data = data_settings(self.data)
+        of_data = data_settings_to_keep(self.args) | data_settings(self.data)
         if self.checkpoint is not None:
             state = read_training_state(self.checkpoint, self.settings)
             check_data_settings(state["settings"], of_data, self.checkpoint, self.args.allow_changed_data)
@@ -517,8 +519,7 @@ class VRPOTrainer:
         """Writes what runs: the options, the start, and a line for the log; opens metrics and trackers."""
         args, accelerator = self.args, self.accelerator
         if accelerator.is_main_process:
-            given = {name: value for name, value in vars(args).items() if value is not None and name != "config"}
-            given["vae"] = args.vae or self.data.vae or "none"
+            given = args.to_dict() | {"vae": args.vae or self.data.vae or "none"}
             with written(f"train_config.yaml or metrics.jsonl in {self.output_dir}"):
                 (self.output_dir / "train_config.yaml").write_text(yaml.safe_dump(given))
                 self.metrics_file = MetricsFile(self.output_dir / "metrics.jsonl", self.step)
@@ -626,7 +627,7 @@ def as_list(value) -> list | None:
 def length_of_run(args: VRPOConfig, num_images: int, global_batch_size: int) -> int:
     """The optimizer steps of a run; with `num_train_epochs` they are whole draws of actions and rollouts."""
     if not args.num_train_epochs:
-        return args.max_train_steps or 400_000
+        return train_steps(args)
     draws = math.ceil(args.num_train_epochs * num_images / global_batch_size)
     shared = math.lcm(args.policy_epochs, args.rollout_every if args.rollout_epochs > 1 else 1)
     return math.ceil(draws * args.policy_epochs / shared) * shared
@@ -655,7 +656,7 @@ def with_given(args: VRPOConfig, model, encoders, vae) -> VRPOConfig:
         given["encoder"] = [name_of(encoder) for encoder in as_list(encoders)]
     if vae is not None:
         given["vae"] = name_of(vae)
-    return replace(args, **given)
+    return dataclasses.replace(args, **given)
 
 
 def check_given(args: VRPOConfig, train_dataset, rewards: list | None, callbacks: list[TrainerCallback]):

@@ -17,7 +17,7 @@ from huggingface_hub import constants
 from diffusers_vrpo import SiTSDEScheduler, VRPOPipeline
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.hub import publish as publishing
-from diffusers_vrpo.hub.background import HubPush, check_license, fetch_state, push_state, stage_state
+from diffusers_vrpo.hub.background import HubPublisher, check_license, fetch_state, push_state, stage_state
 from diffusers_vrpo.hub.publish import push_folder
 from diffusers_vrpo.training.checkpoints import find_damage, write_manifest
 from diffusers_vrpo.training.interruption import Interruption
@@ -331,7 +331,7 @@ def test_a_run_publishes_itself_and_never_fails_for_it(hub, tmp_path_factory):
     assert len(refusals) == len(reasons)
     for (seconds, message), reason in zip(refusals, reasons):
         assert reason in message and float(seconds) < 30
-    assert "python -m diffusers_vrpo.hub.publish no7" in refusals[-1][1]
+    assert "vrpo push no7" in refusals[-1][1]
 
     digits, states = hub.repositories["org/digits"], hub.repositories["org/digits-state"]
     assert digits.private and states.private and not hub.repositories["org/adapters"].private
@@ -462,9 +462,8 @@ def test_adapters_leave_the_weights_that_are_there(here, tmp_path):
 
 
 def test_a_refused_pipeline_does_not_keep_its_training_state_back(here, tmp_path):
-    options = {"push_to_hub": False, "hub_model_id": None, "hub_license": None, "hub_private_repo": False}
-    options |= {"resume_from_checkpoint": "latest", "hub_push_checkpoints": False, "push_training_state": False}
-    push = HubPush(Namespace(**options), SimpleNamespace(is_main_process=True), tmp_path, Interruption())
+    options = {"hub_model_id": None, "hub_license": None, "hub_private_repo": False}
+    push = HubPublisher(Namespace(**options), SimpleNamespace(is_main_process=False), tmp_path, Interruption())
     push.repo_id = "org/parts"
     save_pipeline(tmp_path / "step-2" / "pipeline")
     whole_checkpoint(tmp_path / "step-2", 2)

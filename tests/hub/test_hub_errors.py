@@ -53,22 +53,22 @@ def messages(tmp_path_factory) -> dict[str, str]:
 
 def test_gated_and_unknown_data_sets(messages):
     assert messages["gated data"] == (
-        "--dataset_name gated/imagenet: it is gated; accept its terms at "
+        "`dataset_name` gated/imagenet: it is gated; accept its terms at "
         "https://huggingface.co/datasets/gated/imagenet and run `hf auth login` (or set HF_TOKEN)"
     )
-    unknown = "--dataset_name no/such-data: it is neither a folder here nor known to the Hub"
+    unknown = "`dataset_name` no/such-data: it is neither a folder here nor known to the Hub"
     assert messages["unknown data"].startswith(unknown)
 
 
 def test_a_gated_autoencoder(messages):
-    terms = "--vae gated/vae: it is gated; accept its terms at https://huggingface.co/gated/vae"
+    terms = "`vae` gated/vae: it is gated; accept its terms at https://huggingface.co/gated/vae"
     assert messages["gated vae"].startswith(terms)
 
 
 def test_gated_and_unknown_weights_to_start_from(messages):
     for case, problem in (
-        ("gated weights", "--pretrained_model_name_or_path gated/sit: it is gated; accept its terms"),
-        ("unknown weights", "--pretrained_model_name_or_path no/sit: it is neither a folder here nor known"),
+        ("gated weights", "`pretrained_model_name_or_path` gated/sit: it is gated; accept its terms"),
+        ("unknown weights", "`pretrained_model_name_or_path` no/sit: it is neither a folder here nor known"),
     ):
         assert messages[case].startswith(problem)
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from diffusers_vrpo import SiTSDEScheduler, SiTTransformer2DModel, VRPOPipeline
 from diffusers_vrpo.alignment.attach import AlignedTransformer
 from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.hub.background import HubPush, stage_pipeline
+from diffusers_vrpo.hub.background import HubPublisher, stage_pipeline
 from diffusers_vrpo.hub.card import public_name, pushes_adapters_only, read_run, render_card
 from diffusers_vrpo.hub.publish import (
     hub_sentence,
@@ -48,17 +48,21 @@ def test_the_saved_layout_and_older_ones_open(tmp_path):
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["_class_name"] == ["pipeline_vrpo", "VRPOPipeline"] and index["vae"] == [None, None]
     assert index["transformer"] == ["transformer_sit", "SiTTransformer2DModel"]
-    for name, file in (("pipeline_vrpo", ""), ("transformer_sit", "transformer"), ("scheduling_sit_sde", "scheduler")):
-        source = (ROOT / "src" / "diffusers_vrpo" / f"{name}.py").read_bytes()
-        assert (tmp_path / file / f"{name}.py").read_bytes() == source
+    for source, folder in (
+        ("pipelines/pipeline_vrpo.py", ""),
+        ("models/transformer_sit.py", "transformer"),
+        ("pipelines/scheduling_sit_sde.py", "scheduler"),
+    ):
+        source = ROOT / "src" / "diffusers_vrpo" / source
+        assert (tmp_path / folder / source.name).read_bytes() == source.read_bytes()
     loaded = VRPOPipeline.from_pretrained(tmp_path)
     assert type(loaded.transformer) is SiTTransformer2DModel and type(loaded.scheduler) is SiTSDEScheduler
 
     # As diffusers writes it by itself, and this package did before.
     index |= {
         "_class_name": "VRPOPipeline",
-        "transformer": ["diffusers_vrpo.models.transformer_sit", "SiTTransformer2DModel"],
-        "scheduler": ["diffusers_vrpo.pipelines.scheduling_sit_sde", "SiTSDEScheduler"],
+        "transformer": ["diffusers_vrpo.transformer_sit", "SiTTransformer2DModel"],
+        "scheduler": ["diffusers_vrpo.scheduling_sit_sde", "SiTSDEScheduler"],
     }
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     for file in tmp_path.rglob("*.py"):
@@ -330,14 +334,15 @@ def test_the_recipes_cards_are_what_their_commands_give():
 
 
 def test_checkpoints_give_way_to_newer_ones_and_nothing_waits(tmp_path, caplog):
-    options = {"push_to_hub": False, "hub_model_id": None, "hub_license": None, "hub_private_repo": False}
-    options |= {"resume_from_checkpoint": "latest", "hub_push_checkpoints": False, "push_training_state": False}
+    options = {"hub_model_id": None, "hub_license": None, "hub_private_repo": False}
+    options |= {"hub_push_checkpoints": False, "push_training_state": False}
     interruption = Interruption()
-    push = HubPush(Namespace(**options), SimpleNamespace(is_main_process=True), tmp_path, interruption)
+    # On another than the main process it does nothing.
+    push = HubPublisher(Namespace(**options), SimpleNamespace(is_main_process=False), tmp_path, interruption)
     pipeline = save_pipeline(tmp_path / "saved")
-    push.push_checkpoint(pipeline, 2)
+    push.on_save(SimpleNamespace(pipeline=pipeline), tmp_path / "checkpoint-2")
     push.push_result()
-    assert not (tmp_path / ".hub").exists()  # off, it does nothing
+    assert not (tmp_path / ".hub").exists()
 
     sent, may_send = [], threading.Event()
 
@@ -348,13 +353,13 @@ def test_checkpoints_give_way_to_newer_ones_and_nothing_waits(tmp_path, caplog):
         if step == 6:
             raise ConnectionError("hf_secret in an address")
 
-    push.active, push.args.hub_push_checkpoints = True, True
+    push.sends, push.args.hub_push_checkpoints = True, True
     push.repo_id, push.args.hub_private_repo, push.args.hub_license = "org/x", True, "mit"
     push._send_checkpoint, push._send_result = send, lambda: sent.append("result")
     threading.Thread(target=push._work, daemon=True).start()
     for step in (2, 4, 6):
         shutil.copytree(tmp_path / "saved" / "transformer", tmp_path / f"checkpoint-{step}" / "transformer_ema")
-        push.push_checkpoint(pipeline, step)
+        push.on_save(SimpleNamespace(pipeline=pipeline), tmp_path / f"checkpoint-{step}")
         while push._waiting and step == 2:
             pass  # until it is on its way
         shutil.rmtree(tmp_path / f"checkpoint-{step}")  # as --checkpoints_total_limit does
@@ -375,14 +380,15 @@ def test_checkpoints_give_way_to_newer_ones_and_nothing_waits(tmp_path, caplog):
 
 
 def test_a_checkpoint_that_cannot_be_shown_is_kept(tmp_path):
-    options = {"push_to_hub": False, "hub_model_id": None, "hub_license": None, "hub_private_repo": False}
-    options |= {"resume_from_checkpoint": "latest", "hub_push_checkpoints": False, "push_training_state": False}
-    push = HubPush(Namespace(**options), SimpleNamespace(is_main_process=True), tmp_path, Interruption())
-    push.active = push.args.hub_push_checkpoints = push.args.push_training_state = True
+    options = {"hub_model_id": None, "hub_license": None, "hub_private_repo": False}
+    options |= {"hub_push_checkpoints": False, "push_training_state": False}
+    push = HubPublisher(Namespace(**options), SimpleNamespace(is_main_process=False), tmp_path, Interruption())
+    push.sends = push.args.hub_push_checkpoints = push.args.push_training_state = True
     (tmp_path / "checkpoint-2").mkdir()
     (tmp_path / "checkpoint-2" / "transformer.safetensors").write_bytes(b"")
     (tmp_path / "metrics.jsonl").write_text("{}")
-    push.push_checkpoint(SimpleNamespace(transformer=SimpleNamespace(adapters_suffice=False)), 2)
+    pipeline = SimpleNamespace(transformer=SimpleNamespace(adapters_suffice=False))
+    push.on_save(SimpleNamespace(pipeline=pipeline), tmp_path / "checkpoint-2")
     assert list(push.missing) == ["step 2"] and push._waiting[0] == "step 2"
     assert {path.name for path in (tmp_path / ".hub" / "step-2").iterdir()} == {"checkpoint-2"}
     assert (tmp_path / ".hub" / "step-2" / "checkpoint-2" / "metrics.jsonl").is_file()

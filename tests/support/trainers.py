@@ -32,6 +32,7 @@ spec = importlib.util.spec_from_file_location("train_vrpo", sys.argv[1])
 train_vrpo = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(train_vrpo)
 from diffusers_vrpo.data import samples as latents
+from diffusers_vrpo import trainer as trainer_module
 from diffusers_vrpo.training import checkpoints as training
 from diffusers_vrpo.assets.digits import digits_splits
 
@@ -77,7 +78,7 @@ def fsdp(reshard):
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
     from diffusers_vrpo.training.distributed import check_distributed
-    original = train_vrpo.start_accelerator
+    original = trainer_module.start_accelerator
     def patched(args, output_dir):
         accelerator = original(args, output_dir)
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
@@ -88,7 +89,7 @@ def fsdp(reshard):
         PartialState._shared_state["distributed_type"] = accelerator.state.distributed_type = DistributedType.FSDP
         check_distributed(accelerator, args.lora_rank)
         return accelerator
-    train_vrpo.start_accelerator = patched
+    trainer_module.start_accelerator = patched
 
 def deepspeed_zero2():
     # As with FSDP: accelerate starts DeepSpeed for accelerators only, which runs on the CPU all the same.
@@ -101,7 +102,7 @@ def deepspeed_zero2():
     from accelerate.utils import DistributedType
     from diffusers_vrpo.training.distributed import check_distributed
     deepspeed.comm.torch.build_shm_op = lambda: None  # a faster way over shared memory, to be compiled
-    original = train_vrpo.start_accelerator
+    original = trainer_module.start_accelerator
     def patched(args, output_dir):
         accelerator = original(args, output_dir)
         plugin = accelerator.state.deepspeed_plugins = DeepSpeedPlugin(zero_stage=2)
@@ -111,7 +112,7 @@ def deepspeed_zero2():
         accelerator.deepspeed_engine_wrapped = None
         check_distributed(accelerator, args.lora_rank)
         return accelerator
-    train_vrpo.start_accelerator = patched
+    trainer_module.start_accelerator = patched
 
 HOOKS = {
     None: lambda: None,
@@ -128,9 +129,9 @@ HOOKS = {
     "deepspeed nan": lambda: (deepspeed_zero2(), nan_sample(60)),
     # From the second checkpoint on no file may be longer than 10 kB.
     "disk full": lambda: nth_call(2, lambda *args: resource.setrlimit(resource.RLIMIT_FSIZE, (10000, -1)),
-                                  train_vrpo, "save_checkpoint"),
+                                  trainer_module, "save_checkpoint"),
     "no room for the result": lambda: nth_call(1, lambda *args: resource.setrlimit(resource.RLIMIT_FSIZE, (10000, -1)),
-                                               train_vrpo.VRPOPipeline, "save_pretrained"),
+                                               trainer_module.VRPOPipeline, "save_pretrained"),
 }
 
 cores = [*getattr(os, "sched_getaffinity", lambda pid: [])(0)]

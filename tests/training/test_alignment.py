@@ -530,19 +530,28 @@ def test_no_nan_from_degenerate_features_in_half_precision(dtype, case):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"objective": "repa", "kl_coeff": 1}, "--kl_coeff 1.0 goes with --objective vrpo only"),
-        ({"objective": "repa", "reward_weighting": "equal"}, "--reward_weighting equal goes with --objective vrpo"),
-        ({"objective": "none", "conflict": "project"}, "--conflict project goes with --objective repa or vrpo only"),
-        ({"estimator": "sampled", "clip_range": 0.1}, "--clip_range 0.1 acts with --policy_epochs above 1 only"),
+        ({"objective": "repa", "kl_coeff": 1}, "--kl_coeff 1.0 has no effect without --objective vrpo"),
+        (
+            {"objective": "repa", "reward_weighting": "equal"},
+            "--reward_weighting equal has no effect without --objective vrpo",
+        ),
+        (
+            {"objective": "none", "conflict": "project"},
+            "--conflict project has no effect without --objective repa or vrpo",
+        ),
+        (
+            {"estimator": "sampled", "clip_range": 0.1},
+            "--clip_range 0.1 has no effect without --policy_epochs above 1",
+        ),
         (
             {"estimator": "sampled", "policy_epochs": 3, "checkpointing_steps": 3, "max_train_steps": None},
             "400000 must be",
         ),
-        ({"policy_epochs": 2}, "--policy_epochs 2 goes with --estimator sampled only"),
+        ({"policy_epochs": 2}, "--policy_epochs 2 has no effect without --estimator sampled"),
         ({"estimator": "sampled", "group_size": 1}, "--group_size 1 must be at least 2"),
         ({"estimator": "sampled", "policy_epochs": 3}, "must be a multiple of --policy_epochs 3"),
         ({"policy_noise": 0}, "--policy_noise 0.0 must be above 0"),
-        ({"policy_noise": 0.2}, "--policy_noise 0.2 goes with --estimator sampled or --kl_coeff"),
+        ({"policy_noise": 0.2}, "--policy_noise 0.2 has no effect without --estimator sampled or --kl_coeff"),
         ({"conflict": "close"}, "invalid choice: 'close'"),
     ],
 )

@@ -12,6 +12,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 from diffusers_vrpo import VRPOPipeline
+from diffusers_vrpo import trainer as trainer_module
 from diffusers_vrpo.commands import prepare as prepare_latents
 from diffusers_vrpo.errors import InputError, TrainingStopped
 from diffusers_vrpo.evaluation.feature_statistics import read_statistics
@@ -55,7 +56,7 @@ TWO_EPOCHS = ONE_EPOCH | {"rollout_epochs": 2, "fidelity_reward": "mmd", "rollou
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
     """Curves take most of a short run's time."""
-    monkeypatch.setattr(train_vrpo, "plot_metrics", lambda *arguments: None)
+    monkeypatch.setattr(trainer_module, "plot_metrics", lambda *arguments: None)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     options = options_in(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_vrpo, "plot_metrics", lambda *arguments: None)
+        patch.setattr(trainer_module, "plot_metrics", lambda *arguments: None)
         patch.setattr(sample_rewards, "REFRESH_UPDATES", 3)
         run(options(output_dir=folder / "plain", max_train_steps=4, checkpointing_steps=1))
         run(options(**ONE_EPOCH, output_dir=folder / "one", checkpointing_steps=1))
@@ -164,12 +165,9 @@ def test_the_steps_before_it_are_those_without_it(finished):
     )
 
 
-def test_disabled_it_is_nothing():
-    args = SimpleNamespace(generative_policy_start_step=None)
-    policy = GenerativePolicy(args, *[None] * 7)
-    assert set(vars(policy)) == {"args", "start", "enabled"}
-    assert not policy.active(5) and not policy.unfinished(5) and policy.flops(5) == 0
-    assert policy.look(5, None, None) is None
+def test_without_a_start_step_there_is_no_policy():
+    with pytest.raises(InputError, match="`generative_policy_start_step` is not given"):
+        GenerativePolicy(SimpleNamespace(generative_policy_start_step=None))
 
 
 def test_statistics_of_the_training_images_are_read_again(finished, tmp_path, monkeypatch):
@@ -316,7 +314,7 @@ def test_it_may_join_a_run_that_was_begun_without_it(finished, tmp_path):
     assert_same_state(folder / "one" / "checkpoint-8", joined / "checkpoint-8")
 
     late = stopped_at(folder / "plain", 4, tmp_path / "late")
-    message = "--generative_policy_start_step 2 is behind step 4, from which the run continues; give 4 or more"
+    message = "`generative_policy_start_step` 2 is behind step 4, from which the run continues; give 4 or more"
     with pytest.raises(InputError, match=message):
         run(options(**ONE_EPOCH, output_dir=late))
     # Other parts of a checkpoint must be there.
@@ -332,19 +330,20 @@ def test_what_it_began_with_stays(finished, tmp_path):
     (tmp_path / "mine.py").write_text("def mine(images, features, labels):\n    return labels.float()\n")
     given = {"output_dir": target, "reward_reference": folder / "one" / "reward_reference.safetensors"}
     for name, value, message in (
-        ("rollout_steps", 3, "--rollout_steps is 3, but the generative policy of this run began with 2; keep to that"),
-        ("generative_policy_start_step", 4, "--generative_policy_start_step is 4, but .* began with 2"),
+        ("rollout_steps", 3, "`rollout_steps` is 3, but the generative policy of this run began with 2; keep to that"),
+        ("generative_policy_start_step", 4, "`generative_policy_start_step` is 4, but .* began with 2"),
         (
             "reward_function",
             f"{tmp_path / 'mine.py'}:mine",
-            r"--reward_function is \['mine'\], but .* began with \[\]",
+            r"`reward_function` is \['mine'\], but .* began with \[\]",
         ),
-        ("fd_encoder", "digits", "--fd_encoder is digits, but .* began with none"),
+        ("fd_encoder", "digits", "`fd_encoder` is digits, but .* began with none"),
     ):
         with pytest.raises(InputError, match=f"^{message}"):
             run(options(**{**ONE_EPOCH, name: value, **given}))
     with pytest.raises(
-        InputError, match="without `generative_policy_start_step` .*checkpoint-5, which follows rewards"
+        InputError,
+        match="checkpoint-5 was trained with the callback generative_policy and cannot be continued without it",
     ):
         run(options(output_dir=target, max_train_steps=8))
     # A run that has not begun to may leave it.
@@ -400,7 +399,6 @@ def encoded(tmp_path_factory):
     tiny_vae("kl").save_pretrained(root / "vae")
     for images in ("webp", "none"):
         argv = [
-            "prepare",
             "--dataset_name",
             "digits",
             "--vae",
@@ -549,7 +547,7 @@ def test_a_sample_that_is_not_finite_stops_the_run(command, monkeypatch):
 
     monkeypatch.setattr(GenerativePolicy, "_draw", broken)
     with pytest.raises(
-        TrainingStopped, match="step 4: a sample of the rollout is not finite; a lower `generative_learning`"
+        TrainingStopped, match="step 4: a sample of the rollout is not finite; a lower `generative_learning_rate`"
     ):
         run(command(**ALONE, checkpointing_steps=100))
     calls[:] = [0, 0]  # the next is the first look's
@@ -565,12 +563,15 @@ def test_a_sample_that_is_not_finite_stops_the_run(command, monkeypatch):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"generative_policy_start_step": None}, "--rollout_classes 2 goes with --generative_policy_start_step only"),
+        (
+            {"generative_policy_start_step": None},
+            "--rollout_classes 2 has no effect without --generative_policy_start_step",
+        ),
         ({"generative_policy_start_step": 6}, "6 is never reached: --max_train_steps 6 must be above it"),
-        ({"guard_distance_rise": 0.1}, "--guard_distance_rise 0.1 is of the distance in --fd_encoder; give that"),
+        ({"guard_distance_rise": 0.1}, "--guard_distance_rise 0.1 has no effect without --fd_encoder"),
         ({"rollout_group_size": 1}, "--rollout_group_size 1 must be at least 2: advantages are relative to the group"),
         ({"rollout_epochs": 2}, "--rollout_epochs 2 must be at most --rollout_every 1"),
-        ({"rollout_clip_range": 0.1}, "--rollout_clip_range 0.1 acts with --rollout_epochs above 1 only"),
+        ({"rollout_clip_range": 0.1}, "--rollout_clip_range 0.1 has no effect without --rollout_epochs above 1"),
         (
             {"rollout_every": 4, "rollout_epochs": 2},
             "--generative_policy_start_step 2 must be a multiple of --rollout_every 4",
@@ -615,18 +616,28 @@ def test_options_that_cannot_work(command, capsys, changes, message):
             "does not go with FSDP and DeepSpeed; take configs/accelerate/ddp.yaml",
         ),
         ({"distributed_type": DistributedType.DEEPSPEED}, "does not go with FSDP and DeepSpeed"),
-        ({"mixed_precision": "fp16"}, "does not go with --mixed_precision fp16; take bf16 or no"),
-        ({"num_processes": 3}, "--rollout_classes 2 must be a multiple of the 3 processes, which have whole groups"),
-        ({}, "judges images, which these latents are not; give --vae"),
-        ({"steps": 0}, "--generative_policy_start_step 0 is never reached: the run has 0 steps"),
+        ({"mixed_precision": "fp16"}, "does not go with `mixed_precision` fp16; take bf16 or no"),
+        ({"num_processes": 3}, "`rollout_classes` 2 must be a multiple of the 3 processes, which have whole groups"),
+        ({}, "judges images, which these latents are not; give `vae`"),
+        ({"steps": 0}, "`generative_policy_start_step` 0 is never reached: the run has 0 steps"),
     ],
 )
 def test_machines_that_cannot_work(accelerator, message):
     defaults = {"distributed_type": DistributedType.NO, "mixed_precision": "no", "num_processes": 1}
-    args = SimpleNamespace(generative_policy_start_step=0, rollout_classes=2, use_ema=False)
+    args = SimpleNamespace(generative_policy_start_step=0, rollout_classes=2, use_ema=False, reward_function=None)
     transformer = SimpleNamespace(config=SimpleNamespace(in_channels=4))
     pipeline = SimpleNamespace(transformer=transformer, vae=None)
     steps = accelerator.pop("steps", 10)
     machine = SimpleNamespace(**{**defaults, **accelerator}, device=torch.device("cpu"))
+    data = SimpleNamespace(has_images=True)
+    trainer = SimpleNamespace(
+        accelerator=machine,
+        pipeline=pipeline,
+        data=data,
+        output_dir=None,
+        validation=None,
+        max_train_steps=steps,
+        args=args,
+    )
     with pytest.raises(InputError, match=message):
-        GenerativePolicy(args, machine, pipeline, None, None, SimpleNamespace(output_dir=None), 16, steps)
+        GenerativePolicy(args).on_init_end(trainer)

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from diffusers_vrpo import trainer as trainer_module
 from diffusers_vrpo.data.samples import TrainingSamples
 from diffusers_vrpo.errors import InputError, TrainingStopped
 from diffusers_vrpo.training import checkpoints as training
@@ -28,7 +29,7 @@ from diffusers_vrpo.training.interruption import OVERFLOWS_IN_A_ROW, SKIPPED_IN_
 from diffusers_vrpo.training.metrics import RunningMeans, read_metrics
 from support.processes import no_network_environment
 from support.trainers import assert_same_end, needs_fork
-from support.training import assert_same_files, losses, run, train_vrpo
+from support.training import assert_same_files, losses, run
 
 
 pytestmark = pytest.mark.usefixtures("one_core")
@@ -99,9 +100,9 @@ def test_a_signal_saves_and_the_end_is_bit_equal(command, trainers, tmp_path, si
 
 def test_signals_before_and_after_the_loop_act_as_always():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with Interruption() as interruption:
-        assert signal.getsignal(signal.SIGINT) == before[1]
-        interruption.listen()
+    interruption = Interruption()
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    with interruption:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # the same Ctrl-C, passed on by the launcher
         os.kill(os.getpid(), signal.SIGTERM)
@@ -113,8 +114,8 @@ def test_signals_before_and_after_the_loop_act_as_always():
 @pytest.mark.slow
 def test_a_second_ctrl_c_leaves_at_once():
     code = (
-        "import os, signal, time\nfrom diffusers_vrpo.interruption import Interruption\n"
-        "with Interruption() as i:\n    i.listen()\n    os.kill(os.getpid(), 2)\n    time.sleep(1.1)\n"
+        "import os, signal, time\nfrom diffusers_vrpo.training.interruption import Interruption\n"
+        "with Interruption():\n    os.kill(os.getpid(), 2)\n    time.sleep(1.1)\n"
         "    os.kill(os.getpid(), 2)\n    time.sleep(5)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], env=no_network_environment(), capture_output=True, text=True)
@@ -193,7 +194,7 @@ def nan_sample(monkeypatch):
 
 @pytest.mark.slow
 def test_a_loss_that_is_nan_stops_with_the_state_before_it(command, tmp_path, nan_sample, caplog):
-    message = r"step 4 \(samples 48 to 63\): the loss is NaN or infinite; .*checkpoint-3 is .*--skip_nonfinite leaves"
+    message = r"step 4 \(samples 48 to 63\): the loss is NaN or infinite; .*checkpoint-3 is .*`skip_nonfinite` leaves"
     options = {"max_train_steps": 6, "gradient_accumulation_steps": 2, "train_batch_size": 8}
     for _ in range(2):  # the same command tries the step again
         with pytest.raises(TrainingStopped, match=message):
@@ -304,7 +305,9 @@ def test_a_full_disk_at_the_start_and_at_the_end(command, trainers, tmp_path, mo
     options = command(max_train_steps=2)
     again = "cannot be written .*; make room and run the same command again"
     with monkeypatch.context() as patch:
-        patch.setattr(train_vrpo.yaml, "safe_dump", lambda *a: (tmp_path / "run" / "logs" / "a" / "b").write_text(""))
+        patch.setattr(
+            trainer_module.yaml, "safe_dump", lambda *a: (tmp_path / "run" / "logs" / "a" / "b").write_text("")
+        )
         with pytest.raises(TrainingStopped, match="train_config.yaml or metrics.jsonl in .*/run " + again):
             run(options)
     trainer = trainers(options, hook="no room for the result")

@@ -18,6 +18,7 @@ import torch
 from datasets import Dataset, Features, Image, Value
 
 from diffusers_vrpo import VRPOPipeline
+from diffusers_vrpo import trainer as trainer_module
 from diffusers_vrpo.data import parquet, parquet_io, streamed_samples
 from diffusers_vrpo.data.image_datasets import load_image_dataset
 from diffusers_vrpo.data.parquet import stream_image_dataset
@@ -433,10 +434,10 @@ def test_labels_that_are_no_classes(tmp_path, labels, message):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"dataset_name": None, "latents_dir": "somewhere"}, "does not go with --latents_dir somewhere"),
-        ({"dataset_name": None, "train_data_dir": "somewhere"}, "does not go with --train_data_dir somewhere"),
-        ({"dataset_name": "some/data", "max_train_samples": 5}, "does not go with --max_train_samples 5"),
-        ({}, "does not go with --dataset_name digits, which is embedded"),
+        ({"dataset_name": None, "latents_dir": "somewhere"}, "cannot be combined with --latents_dir somewhere"),
+        ({"dataset_name": None, "train_data_dir": "somewhere"}, "cannot be combined with --train_data_dir somewhere"),
+        ({"dataset_name": "some/data", "max_train_samples": 5}, "cannot be combined with --max_train_samples 5"),
+        ({}, "cannot be combined with --dataset_name digits, which is in the package"),
     ],
 )
 def test_options_that_do_not_go_together(command, capsys, changes, message):
@@ -453,7 +454,7 @@ def test_a_signal_and_the_same_command_again_are_bit_equal(command, folder, tmp_
     options |= {"dataloader_num_workers": 2, "learning_rate": 1e-3}
     run(command(**options) + ["--streaming", "--random_flip"])
     again = command(**options, output_dir=tmp_path / "left") + ["--streaming", "--random_flip"]
-    original, calls = train_vrpo.forward_process, []
+    original, calls = trainer_module.forward_process, []
 
     def interrupted(*arguments):
         calls.append(0)
@@ -461,7 +462,7 @@ def test_a_signal_and_the_same_command_again_are_bit_equal(command, folder, tmp_
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*arguments)
 
-    monkeypatch.setattr(train_vrpo, "forward_process", interrupted)
+    monkeypatch.setattr(trainer_module, "forward_process", interrupted)
     with pytest.raises(SystemExit) as ended:
         run(again)
     assert ended.value.code == 143 and (tmp_path / "left" / "checkpoint-3").is_dir()

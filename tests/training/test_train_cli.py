@@ -234,7 +234,7 @@ def test_accumulation_gives_the_same_losses(command, tmp_path):
         (["--label_dropout", "1.5"], "--label_dropout 1.5 must lie in"),
         (["--learning_rate", "-1"], "--learning_rate -1.0 must be above 0"),
         (["--train_data_dir", "x"], "either --dataset_name or --train_data_dir"),
-        (["--num_train_epochs", "3"], "--max_train_steps and --num_train_epochs"),
+        (["--num_train_epochs", "3"], "either --max_train_steps or --num_train_epochs"),
         (["--lr_scheduler", "constant", "--lr_warmup_steps", "5"], "--lr_scheduler constant has no warm-up"),
         (["--dataloader_num_workers", "-1"], "--dataloader_num_workers -1 must be at least 0"),
         (["--alignment_coeff", "nan"], "--alignment_coeff nan must be at least 0"),
@@ -355,7 +355,7 @@ def test_another_seed_or_model_does_not_continue_the_run(command):
     with pytest.raises(InputError, match="`seed` is 1, but .*checkpoint-4 was trained with 0"):
         run(command(seed=1, max_train_steps=8))
     for option, value in (("learning_rate", 0.1), ("label_dropout", 0.5), ("reward_weighting", "equal")):
-        with pytest.raises(InputError, match=f"--{option} is {value}, but .*checkpoint-4 was trained with"):
+        with pytest.raises(InputError, match=f"`{option}` is {value}, but .*checkpoint-4 was trained with"):
             run(command(max_train_steps=8, **{option: value}))
     with pytest.raises(InputError, match="the model's num_layers is 6, but .*checkpoint-4 was trained with 2"):
         run(command(model_config=None, preset="SiT-XS/2", max_train_steps=8))

@@ -19,7 +19,7 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("cache")
     tiny_vae("kl").save_pretrained(root / "vae")
     for name, more in (("features", ["--encoder", "digits", "--patch_size", "1"]), ("images", [])):
-        argv = ["prepare", "--dataset_name", "digits", "--vae", str(root / "vae"), "--resolution", "8", "--flip"]
+        argv = ["--dataset_name", "digits", "--vae", str(root / "vae"), "--resolution", "8", "--flip"]
         prepare_latents.main([*argv, "--output_dir", str(root / name), "--dataloader_num_workers", "0", *more])
     return root
 
@@ -46,7 +46,7 @@ def test_the_losses_are_those_of_training_from_images(command, folders, tmp_path
 
 
 def test_pixels_with_features_in_a_cache(command, tmp_path):
-    argv = ["prepare", "--dataset_name", "digits", "--vae", "none", "--encoder", "digits", "--resolution", "8"]
+    argv = ["--dataset_name", "digits", "--vae", "none", "--encoder", "digits", "--resolution", "8"]
     prepare_latents.main([*argv, "--output_dir", str(tmp_path / "cache"), "--dataloader_num_workers", "0"])
     run(command())
     expected = read_metrics(tmp_path / "run" / "metrics.jsonl")

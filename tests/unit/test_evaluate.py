@@ -376,9 +376,9 @@ def test_bad_input_ends_in_a_sentence(run, tmp_path, capsys):
         (["x", "--reference", "y", "--kid_subset_size", "1"], "--kid_subset_size 1 must be at least 2"),
         (["x", "--reference", "y", "--batch_size", "0"], "--batch_size 0 must be at least 1"),
         (["x", "--reference", "y", "--save_reference", "z"], "must end in .safetensors"),
-        (["x", "--reference", "y", "--pooling", "mean"], "--pooling mean does not go with --encoder inception"),
+        (["x", "--reference", "y", "--pooling", "mean"], "--pooling mean cannot be combined with --encoder inception"),
         (["x", "--reference", "y", "--metrics", "fd"], "invalid choice: 'fd'"),
-        (["x", "--metrics", "is", "--image_column", "y"], "--image_column y goes with a --reference only"),
+        (["x", "--metrics", "is", "--image_column", "y"], "--image_column y has no effect without --reference"),
         (["x", "--reference", "y.safetensors", "--encoder", "a", "b"], "holds the statistics of one encoder"),
     ):
         with pytest.raises(SystemExit):

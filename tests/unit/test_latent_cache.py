@@ -18,6 +18,7 @@ import torch
 from datasets import load_dataset
 
 from diffusers_vrpo.alignment.encoders import load_encoder
+from diffusers_vrpo.commands import latents as latents_command
 from diffusers_vrpo.commands import prepare as prepare_latents
 from diffusers_vrpo.data import latent_cache_export, latent_cache_writer
 from diffusers_vrpo.data.image_datasets import decode_image, load_image_dataset, resize_and_crop
@@ -54,7 +55,7 @@ def vae_folder(tmp_path_factory):
 def options(vae, output_dir, **changes) -> list[str]:
     merged = {"dataset_name": "digits", "vae": vae, "resolution": 8, "output_dir": output_dir, "flip": True}
     merged |= {"encoder": "digits", "patch_size": 1, "chunk_rows": 16, "dataloader_num_workers": 0, **changes}
-    argv = ["prepare"]
+    argv = []
     for name, value in merged.items():
         argv += (
             [f"--{name}"] if value is True else [] if value is None or value is False else [f"--{name}", str(value)]
@@ -82,7 +83,7 @@ def command(argv, launcher=(), wait=True):
 
 def prepare(vae, output_dir, **changes):
     args = prepare_latents.parse_args(options(vae, output_dir, **changes))
-    args.run(args)
+    prepare_latents.prepare(args)
     return output_dir
 
 
@@ -259,10 +260,10 @@ def test_a_complete_cache_is_left_alone(copy, vae_folder, monkeypatch):
 def test_damage_is_found_and_mended(copy, reference, vae_folder, file):
     damage(copy / file)
     with pytest.raises(InputError, match=r"1 of 90 chunks differ from their checksum \(first: rows \d+ to \d+\)"):
-        prepare_latents.verify(SimpleNamespace(latents_dir=copy))
+        latents_command.verify(SimpleNamespace(latents_dir=copy))
     prepare(vae_folder, copy, verify=True)
     assert_same(copy, reference)
-    prepare_latents.verify(SimpleNamespace(latents_dir=copy))
+    latents_command.verify(SimpleNamespace(latents_dir=copy))
 
 
 # Refusals
@@ -319,8 +320,8 @@ def test_folders_with_something_else(tmp_path, vae_folder, monkeypatch):
         ({"vae": "none", "vae_dtype": "float16"}, "--vae_dtype float16 is of an autoencoder"),
         ({"dataset_name": None}, "give either --dataset_name or --train_data_dir"),
         ({"chunk_rows": 0}, "--chunk_rows 0 must be at least 1"),
-        ({"encoder": None, "encoder_layer": 3}, "--encoder_layer goes with --encoder only"),
-        ({"seed": 3}, "--seed goes with --sampled only"),
+        ({"encoder": None, "encoder_layer": 3}, "--encoder_layer has no effect without --encoder"),
+        ({"seed": 3}, "--seed has no effect without --sampled"),
     ],
 )
 def test_command_lines_that_cannot_work(capsys, change, message):
@@ -333,7 +334,7 @@ def test_command_line_errors_are_one_sentence(tmp_path):
     with pytest.raises(
         SystemExit, match="^vrpo verify: error: --latents_dir .* has no meta.json, so it is not a latent cache"
     ):
-        prepare_latents.main(["verify", "--latents_dir", str(tmp_path)])
+        latents_command.main(["verify", "--latents_dir", str(tmp_path)])
 
 
 def test_too_large_values_are_refused(tmp_path):
@@ -447,12 +448,12 @@ def test_a_cache_that_lacks_what_training_needs(tmp_path, vae_folder):
 
 @pytest.fixture
 def exported(reference, tmp_path):
-    prepare_latents.main(["export", "--latents_dir", str(reference), "--output_dir", str(tmp_path / "export")])
+    latents_command.main(["export", "--latents_dir", str(reference), "--output_dir", str(tmp_path / "export")])
     return tmp_path / "export"
 
 
 def test_export_and_import_give_the_same_bytes(reference, exported, tmp_path):
-    prepare_latents.main(["import", "--dataset", str(exported), "--output_dir", str(tmp_path / "cache")])
+    latents_command.main(["import", "--dataset", str(exported), "--output_dir", str(tmp_path / "cache")])
     assert_same(tmp_path / "cache", reference)
     cache = LatentCache(reference)
     data = load_dataset(str(exported), split="train", cache_dir=str(tmp_path / "hf"))
@@ -465,34 +466,34 @@ def test_export_and_import_give_the_same_bytes(reference, exported, tmp_path):
     assert np.array_equal(np.asarray(decode_image(row["image"])), cache.pixels(77))
     # Given again, both have nothing to do.
     before = (exported / "data" / "train-00000-of-00001.parquet").stat().st_mtime_ns
-    prepare_latents.main(["export", "--latents_dir", str(reference), "--output_dir", str(exported)])
-    prepare_latents.main(["import", "--dataset", str(exported), "--output_dir", str(tmp_path / "cache")])
+    latents_command.main(["export", "--latents_dir", str(reference), "--output_dir", str(exported)])
+    latents_command.main(["import", "--dataset", str(exported), "--output_dir", str(tmp_path / "cache")])
     assert (exported / "data" / "train-00000-of-00001.parquet").stat().st_mtime_ns == before
 
 
 def test_damaged_exports_are_refused(reference, exported, copy, tmp_path):
     damage(copy / "latents.npy")
     with pytest.raises(InputError, match="1 of 90 chunks differ"):
-        prepare_latents.export(SimpleNamespace(latents_dir=copy, output_dir=tmp_path / "no", push_to_hub=None))
+        latents_command.export(SimpleNamespace(latents_dir=copy, output_dir=tmp_path / "no", push_to_hub=None))
     other = SimpleNamespace(latents_dir=reference, output_dir=copy / "images", push_to_hub=None)
     with pytest.raises(InputError, match="holds something else"):
-        prepare_latents.export(other)
+        latents_command.export(other)
     parquet = exported / "data" / "train-00000-of-00001.parquet"
     args = SimpleNamespace(dataset=str(exported), output_dir=tmp_path / "cache", cache_dir=None)
     whole = parquet.read_bytes()
     damage(parquet)
     with pytest.raises(InputError, match="differ from their checksum|is damaged"):
-        prepare_latents.import_(args)
+        latents_command.import_(args)
     with pytest.raises(InputError, match="is not finished"):
         LatentCache(args.output_dir)
     # What was sound is not done again.
     parquet.write_bytes(whole)
-    prepare_latents.import_(args)
+    latents_command.import_(args)
     assert_same(args.output_dir, reference)
     parquet.unlink()
     args.output_dir = tmp_path / "empty"
     with pytest.raises(InputError, match="ends after 0 images of 1437"):
-        prepare_latents.import_(args)
+        latents_command.import_(args)
 
 
 def test_push_uploads_the_folder(reference, exported, monkeypatch):
@@ -508,7 +509,7 @@ def test_push_uploads_the_folder(reference, exported, monkeypatch):
 
     monkeypatch.setattr(latent_cache_export, "HfApi", Api)
     args = ["export", "--latents_dir", str(reference), "--output_dir", str(exported), "--push_to_hub", "me/digits"]
-    prepare_latents.main([*args, "--private"])
+    latents_command.main([*args, "--private"])
     assert calls[0] == ("me/digits", {"repo_type": "dataset", "private": True, "exist_ok": True})
     assert calls[1]["folder_path"] == exported and calls[1]["repo_type"] == "dataset"
 
@@ -517,4 +518,4 @@ def test_push_uploads_the_folder(reference, exported, monkeypatch):
 
     monkeypatch.setattr(Api, "create_repo", offline)
     with pytest.raises(SystemExit, match="--push_to_hub me/digits: .*the Hub cannot be reached"):
-        prepare_latents.main(args)
+        latents_command.main(args)

@@ -129,9 +129,12 @@ def test_bad_input_ends_in_a_sentence(digits_pipeline, tmp_path, capsys):
     for options, message in (
         (["--timesteps", "1"], "--timesteps 1.0 must lie in"),
         (["--cknna_k", "1"], "--cknna_k 1 must be at least 2"),
-        (["--cknna_k", "5"], "--cknna_k 5 goes with --encoder only; leave it out"),
-        (["--pooling", "auto"], "--pooling auto goes with --encoder only; leave it out"),
-        (["--pooling", "auto", "--encoder", "inception"], "--pooling auto does not go with --encoder inception"),
+        (["--cknna_k", "5"], "--cknna_k 5 has no effect without --encoder; remove it"),
+        (["--pooling", "auto"], "--pooling auto has no effect without --encoder; remove it"),
+        (
+            ["--pooling", "auto", "--encoder", "inception"],
+            "--pooling auto cannot be combined with --encoder inception",
+        ),
         (["--encoder", "x", "--num_test", "10"], "--num_test 10 must be at least 11 for CKNNA with --cknna_k 10"),
     ):
         with pytest.raises(SystemExit):

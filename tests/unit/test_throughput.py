@@ -1,7 +1,6 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """FLOPs, peaks, the step's profile; no wait for the device in a step; the benchmark of the step."""
 
-import argparse
 import importlib
 import json
 import sys
@@ -15,13 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_vrpo.alignment.attach import AlignedTransformer
+from diffusers_vrpo.config import SpeedConfig
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.models.transformer_sit import SiTTransformer2DModel, sit_preset
 from diffusers_vrpo.training.metrics import shown_values
 from diffusers_vrpo.training.throughput import (
     ForeachEMA,
     StepProfile,
-    add_speed_options,
     encoder_flops,
     forward_flops,
     num_tokens,
@@ -392,12 +391,10 @@ def test_speed_up():
 
 def test_the_trainers_options(train_step):
     setup = train_step.Setup(tiny_settings(train_step), "SiT-XS/8")
-    parser = argparse.ArgumentParser()
-    add_speed_options(parser)
     tables = []
-    for options, compiled in (([], False), (["--compile", "--profile", "2", "--peak_tflops", "3"], True)):
+    for options, compiled in (({}, False), ({"compile": True, "profile": 2, "peak_tflops": 3.0}, True)):
         model = SiTTransformer2DModel(num_layers=1, num_attention_heads=2, attention_head_dim=16)
-        args = parser.parse_args(options)
+        args = SpeedConfig(**options)
         speed_up(model, [], args.compile, args.attention_backend)
         meter = throughput_meter(step_flops(AlignedTransformer(model)), setup.accelerator, args.peak_tflops)
         profile = StepProfile(args.profile, setup.accelerator.device, tables.append)

@@ -68,13 +68,13 @@ def test_what_resume_refuses(tmp_path):
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
-    path = fake_checkpoint(tmp_path, 5, {"--seed": 1})
-    assert read_training_state(path, {"--seed": 1})["step"] == 5
+    path = fake_checkpoint(tmp_path, 5, {"seed": 1})
+    assert read_training_state(path, {"seed": 1})["step"] == 5
     with pytest.raises(InputError, match="`seed` is 2, but .*checkpoint-5 was trained with 1"):
-        read_training_state(path, {"--seed": 2})
+        read_training_state(path, {"seed": 2})
     (path / "training_state.json").write_text("{")
     with pytest.raises(InputError, match="damaged"):
-        read_training_state(path, {"--seed": 1})
+        read_training_state(path, {"seed": 1})
 
 
 def test_save_keeps_the_newest_and_leaves_nothing_half_made(tmp_path, accelerator):

@@ -12,12 +12,11 @@ The result opens with `VRPOPipeline.from_pretrained` and starts a training with 
 import argparse
 import json
 import logging
-import sys
 from pathlib import Path
 
 import diffusers
 
-from ..command_line import HelpFormatter, OneLineErrorParser, with_flags
+from ..command_line import OneLineErrorParser, one_line_errors
 from ..errors import InputError, first_line
 from ..models.autoencoder import load_vae
 from ..models.official_checkpoints import (
@@ -37,31 +36,40 @@ logger = logging.getLogger("convert")
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
-    parser = OneLineErrorParser(
-        prog=prog,
-        description=__doc__,
-        formatter_class=lambda prog: HelpFormatter(prog, max_help_position=36, width=118),
-    )
+    parser = OneLineErrorParser(prog=prog, description=__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="official file, or folder or Hub name of a model")
     parser.add_argument(
         "output",
         metavar="OUTPUT_DIR",
         help="folder of the pipeline; with --to a .pt or .safetensors file, or a folder",
     )
-    parser.add_argument("--format", choices=FORMATS, default="auto", help="what CHECKPOINT is; auto looks at its keys")
-    parser.add_argument("--preset", help="what a file holds, such as SiT-XL/2 or DiT-XL/2; checked against it")
     parser.add_argument(
-        "--num_attention_heads", type=int, help="of a file whose depth and width are not of the papers"
+        "--format",
+        choices=FORMATS,
+        default="auto",
+        help="format of CHECKPOINT; auto looks at the names of its weights",
     )
-    parser.add_argument("--num_classes", type=int, help="for a file trained without label dropout: rows of its labels")
-    parser.add_argument("--alignment_layer", type=int, help="block that feeds REPA's projectors, if the file hides it")
     parser.add_argument(
-        "--vae", help="autoencoder to put in the pipeline, Hub name or folder; `none` for a model of pixels"
+        "--preset", help="size of the model in a file, such as SiT-XL/2 or DiT-XL/2; an error if it has another"
     )
-    parser.add_argument("--id2label", metavar="FILE.json", help="class names, a map from id to name")
+    parser.add_argument(
+        "--num_attention_heads",
+        type=int,
+        help="attention heads of a model whose depth and width are not of the papers",
+    )
+    parser.add_argument("--num_classes", type=int, help="classes of a model trained without label dropout, for a file")
+    parser.add_argument(
+        "--alignment_layer", type=int, help="block that feeds REPA's projectors, if the file does not say so"
+    )
+    parser.add_argument("--vae", help="autoencoder of the pipeline, Hub name or folder; `none` for a model of pixels")
+    parser.add_argument("--id2label", metavar="FILE.json", help="class names, as a map from id to name")
     parser.add_argument("--to", choices=LAYOUTS, help="write an official state dict instead of a pipeline")
-    parser.add_argument("--ema_key", action="store_true", help="with --to: put it under 'ema', as training files have")
-    parser.add_argument("--cache_dir", help="where downloads go")
+    parser.add_argument(
+        "--ema_key",
+        action="store_true",
+        help="put the state dict of --to under the key 'ema', as training files have it",
+    )
+    parser.add_argument("--cache_dir", help="folder for downloads")
     return parser
 
 
@@ -158,13 +166,12 @@ def convert(args: argparse.Namespace):
 
 def main(argv: list[str] | None = None, prog: str = "vrpo convert"):
     """The command; `prog` is what its errors call it."""
-    args = build_parser(prog).parse_args(argv)
+    parser = build_parser(prog)
+    args = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    try:
+    with one_line_errors(parser):
         convert(args)
-    except InputError as error:
-        sys.exit(f"{prog}: error: {with_flags(error, vars(args))}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import argparse
 import json
 import logging
 import os
-import sys
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -24,7 +23,8 @@ from pathlib import Path
 import torch
 
 from .. import __version__
-from ..command_line import HelpFormatter, OneLineErrorParser, check_ranges, with_flags
+from ..command_line import OneLineErrorParser, add_options, number_in, one_line_errors
+from ..config import In, RunConfig
 from ..errors import InputError
 from ..evaluation.compare import DATASET_OPTIONS, METRICS, MetricSettings, compare_images, open_reference
 from ..evaluation.image_encoders import POOLINGS
@@ -162,83 +162,102 @@ def check_output_files(args: argparse.Namespace, *names: str):
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
-    parser = OneLineErrorParser(
-        prog=prog,
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=lambda prog: HelpFormatter(prog, max_help_position=36, width=118),
-    )
+    parser = OneLineErrorParser(prog=prog, description=__doc__)
+    at_least_one = number_in(In(1))
     parser.add_argument("samples", metavar="SAMPLES", help="folder of images, or .npz of ADM")
     g = parser.add_argument_group("reference")
     g.add_argument("--reference", help="folder, .npz, data set or statistics file; not needed for the Inception Score")
     g.add_argument(
         "--resolution",
-        type=int,
-        help="centre-crop the reference's images (ADM's crop) to this side; those of a data set are cropped to the samples' side without it",
+        type=at_least_one,
+        help="side in pixels to which the reference's images are cropped in the centre; that of the samples, for a data "
+        "set, if not given",
     )
-    g.add_argument("--dataset_config_name", help="configuration, where the reference is a data set")
-    g.add_argument("--reference_split", default="train", help="split, where the reference is a data set")
-    g.add_argument("--image_column", default="image", help="column of images, where the reference is a data set")
+    g.add_argument("--dataset_config_name", help="configuration of a data set given as --reference")
+    g.add_argument("--reference_split", default="train", help="split of a data set given as --reference")
+    g.add_argument("--image_column", default="image", help="column with the images of a data set given as --reference")
     g.add_argument(
         "--reference_cache",
         metavar="FOLDER",
-        help="where statistics of references are kept, each under a name made of its images, encoder and options (default: ~/.cache/diffusers-vrpo/statistics)",
+        help="folder for the statistics of references, to be used again (default: ~/.cache/diffusers-vrpo/statistics)",
     )
     g.add_argument(
         "--save_reference",
         metavar="FILE.safetensors",
-        help="also write the reference's statistics to a file that --reference takes; with one --encoder",
+        help="additional file for the reference's statistics, which --reference takes; with one --encoder",
     )
-    g.add_argument("--cache_dir", help="where downloads go")
+    add_options(g, RunConfig, ["cache_dir"])
     g = parser.add_argument_group("metrics")
     g.add_argument(
-        "--metrics", nargs="+", choices=METRICS, help="by default all that the encoder and the reference allow"
+        "--metrics",
+        nargs="+",
+        choices=METRICS,
+        help="metrics to compute; all that encoder and reference allow if not given",
     )
     g.add_argument(
         "--encoder",
         nargs="+",
         default=["inception"],
-        help="`inception`, or Hub names or folders of transformers vision models; facebook/dinov2-large gives FD-DINOv2",
+        help="feature extractors: `inception`, or Hub names or folders of transformers vision models; facebook/dinov2-large "
+        "gives FD-DINOv2",
     )
     g.add_argument(
         "--pooling",
         choices=POOLINGS,
         default="auto",
-        help="the vector of a transformers model: by its family, or the mean of its patch tokens",
+        help="feature vector of a transformers model: as usual for its family, or the mean of its patch tokens",
     )
     g.add_argument(
         "--inception_weights",
         metavar="FILE",
-        help="weights of the Inception network of FID; by default torch hub's cache, or a download into it",
+        help="weights of the Inception network of FID; torch hub's cache, or a download into it, if not given",
     )
     g.add_argument(
         "--max_features",
-        type=int,
+        type=at_least_one,
         default=50_000,
-        help="images of each set, drawn at random, for all but FID and sFID, which take all",
+        help="largest number of images of each set, drawn at random, for metrics other than FID and sFID, which use all",
     )
-    g.add_argument("--kid_subsets", type=int, default=100, help="subsets that KID is averaged over")
-    g.add_argument("--kid_subset_size", type=int, help="images of each (default: 1000, but not over half of a set)")
-    g.add_argument("--inception_score_splits", type=int, default=10, help="parts of the Inception Score")
+    g.add_argument("--kid_subsets", type=at_least_one, default=100, help="number of subsets that KID is averaged over")
+    g.add_argument(
+        "--kid_subset_size",
+        type=number_in(In(2)),
+        help="images of each subset (default: 1000, or half of a smaller set)",
+    )
+    g.add_argument(
+        "--inception_score_splits", type=at_least_one, default=10, help="number of parts of the Inception Score"
+    )
     g.add_argument(
         "--shuffle",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="draw these parts at random; ADM takes the images in their order, which is wrong for samples sorted by class",
+        help="draw these parts at random instead of in the images' order, as ADM does, which is wrong for images sorted by class",
     )
-    g.add_argument("--precision_recall_k", type=int, default=3, help="neighbours that set the radii")
-    g.add_argument("--density_coverage_k", type=int, default=5, help="neighbours that set the radii")
-    g.add_argument("--seed", type=int, default=0, help="of KID's subsets and the Inception Score's parts")
+    g.add_argument(
+        "--precision_recall_k",
+        type=at_least_one,
+        default=3,
+        help="neighbour that sets the radius of precision and recall",
+    )
+    g.add_argument(
+        "--density_coverage_k",
+        type=at_least_one,
+        default=5,
+        help="neighbour that sets the radius of density and coverage",
+    )
+    g.add_argument(
+        "--seed", type=number_in(In(0)), default=0, help="seed of KID's subsets and the Inception Score's parts"
+    )
     g = parser.add_argument_group("work and output")
     g.add_argument(
-        "--batch_size", type=int, help="images an encoder sees at a time, on each process (default: 64, on a CPU 4)"
+        "--batch_size", type=at_least_one, help="images in a batch, on each process (default: 64, on a CPU 4)"
     )
+    add_options(g, RunConfig, ["dataloader_num_workers"], help="processes that decode images, for each that encodes")
+    g.add_argument("--output_file", metavar="FILE.json", help="file for all numbers and settings")
     g.add_argument(
-        "--dataloader_num_workers", type=int, default=4, help="processes that decode, for each that encodes"
-    )
-    g.add_argument("--output_file", metavar="FILE.json", help="all numbers and settings")
-    g.add_argument(
-        "--plot_file", metavar="FILE.png", help="both sets in two dimensions, and nearest-neighbour distances"
+        "--plot_file",
+        metavar="FILE.png",
+        help="file for a plot of both sets in two dimensions, and of nearest-neighbour distances",
     )
     return parser
 
@@ -246,12 +265,6 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None = None, prog: str = "vrpo evaluate") -> argparse.Namespace:
     parser = build_parser(prog)
     args = parser.parse_args(argv)
-    at_least_one = (
-        "resolution max_features kid_subsets inception_score_splits precision_recall_k density_coverage_k batch_size"
-    )
-    check_ranges(parser, args, at_least_one, "dataloader_num_workers seed", "", "")
-    if args.kid_subset_size is not None and args.kid_subset_size < 2:
-        parser.error(f"--kid_subset_size {args.kid_subset_size} must be at least 2")
     if args.reference is None and args.metrics != ["is"]:
         parser.error("--reference is missing: a folder, an .npz or a data set (only `--metrics is` needs none)")
     if args.save_reference and (len(args.encoder) > 1 or args.reference is None):
@@ -261,13 +274,15 @@ def parse_args(argv: list[str] | None = None, prog: str = "vrpo evaluate") -> ar
     if len(set(args.encoder)) < len(args.encoder):
         parser.error("--encoder names one twice")
     if args.inception_weights and "inception" not in args.encoder:
-        parser.error("--inception_weights goes with --encoder inception only; leave it out")
+        parser.error("--inception_weights has no effect without --encoder inception; remove it")
     if args.pooling != "auto" and args.encoder == ["inception"]:
-        parser.error(f"--pooling {args.pooling} does not go with --encoder inception, which has its own; leave it out")
+        parser.error(
+            f"--pooling {args.pooling} cannot be combined with --encoder inception, which has its own; remove it"
+        )
     for name in ("resolution", *DATASET_OPTIONS):
         value = getattr(args, name)
         if args.reference is None and value != parser.get_default(name):
-            parser.error(f"--{name} {value} goes with a --reference only; leave it out")
+            parser.error(f"--{name} {value} has no effect without --reference; remove it")
     if (args.reference or "").endswith(".safetensors") and len(args.encoder) > 1:
         parser.error(f"--reference {args.reference} holds the statistics of one encoder; name that --encoder alone")
     if (args.reference or "").startswith("~"):
@@ -278,10 +293,8 @@ def parse_args(argv: list[str] | None = None, prog: str = "vrpo evaluate") -> ar
 def main(argv: list[str] | None = None, prog: str = "vrpo evaluate") -> dict | None:
     """The command; `prog` is what its errors call it."""
     args = parse_args(argv, prog)
-    try:
+    with one_line_errors(build_parser(prog)):
         return evaluate(args)
-    except InputError as error:
-        sys.exit(f"{prog}: error: {with_flags(error, vars(args))}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ the transformer sees them without a class, and the hidden states of every block,
 import argparse
 import json
 import logging
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,7 +22,8 @@ from accelerate import PartialState
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..command_line import HelpFormatter, OneLineErrorParser, check_ranges, with_flags
+from ..command_line import OneLineErrorParser, add_options, number_in, one_line_errors
+from ..config import DataConfig, In, RunConfig
 from ..data.image_datasets import load_image_dataset
 from ..errors import InputError, first_line, hub_problem
 from ..evaluation.feature_statistics import Batches, gather_rows
@@ -329,83 +329,75 @@ def plot_probe(report: dict, file: Path):
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
-    parser = OneLineErrorParser(
-        prog=prog,
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=lambda prog: HelpFormatter(prog, max_help_position=36, width=118),
-    )
+    parser = OneLineErrorParser(prog=prog, description=__doc__)
+    at_least_one = number_in(In(1))
     parser.add_argument("pipeline", metavar="PIPELINE", help="folder or Hub name of a VRPOPipeline")
     g = parser.add_argument_group("data")
+    add_options(g, DataConfig, ["dataset_name"], required=True)
+    add_options(g, DataConfig, ["dataset_config_name", "dataset_split"])
+    g.add_argument("--test_split", help="split of the test images; other images of --dataset_split if not given")
+    add_options(g, DataConfig, ["image_column", "label_column"])
+    g.add_argument("--num_train", type=at_least_one, default=10_000, help="number of training images, drawn at random")
     g.add_argument(
-        "--dataset_name", required=True, help="Hub name or folder of a labelled image data set, or `digits`"
+        "--num_test",
+        type=at_least_one,
+        default=2000,
+        help="number of test images, drawn at random; CKNNA depends on it",
     )
-    g.add_argument("--dataset_config_name", help="configuration of that data set")
-    g.add_argument("--dataset_split", default="train", help="split that probes are trained on")
-    g.add_argument("--test_split", help="split of the test images; without it they are others of --dataset_split")
-    g.add_argument("--image_column", default="image", help="column with the images")
-    g.add_argument("--label_column", default="label", help="column with the integer class labels")
-    g.add_argument("--num_train", type=int, default=10_000, help="training images, drawn at random")
-    g.add_argument(
-        "--num_test", type=int, default=2000, help="test images, drawn at random; CKNNA depends on their number"
-    )
-    g.add_argument("--cache_dir", help="where downloads go")
+    add_options(g, RunConfig, ["cache_dir"])
     g = parser.add_argument_group("what is measured")
     g.add_argument(
-        "--timesteps", type=float, nargs="+", default=[0.1, 0.3, 0.5, 0.7, 0.9], help="noise levels t; 1 is noise"
+        "--timesteps",
+        type=number_in(In(0, 1), float),
+        nargs="+",
+        default=[0.1, 0.3, 0.5, 0.7, 0.9],
+        help="noise levels t; 1 is noise",
     )
     g.add_argument("--encoder", nargs="+", help="encoders to compare with: `inception`, Hub names or folders")
     g.add_argument(
         "--pooling",
         choices=POOLINGS,
         default="mean",
-        help="the encoders' vector: mean of the patch tokens, as the hidden states are averaged, or by the family",
+        help="feature vector of the encoders: mean of the patch tokens, as of the hidden states, or as usual for the family",
     )
     g.add_argument("--inception_weights", metavar="FILE", help="weights of the Inception network of FID")
-    g.add_argument("--cknna_k", type=int, default=10, help="neighbours of CKNNA")
+    g.add_argument("--cknna_k", type=number_in(In(2)), default=10, help="number of neighbours of CKNNA")
     g.add_argument(
-        "--l2", type=float, default=1e-3, help="weight decay of the probe's loss, for standardised features"
+        "--l2", type=number_in(In(0), float), default=1e-3, help="weight decay of the probes, on standardised features"
     )
-    g.add_argument("--seed", type=int, default=0, help="of the images and the noise")
+    g.add_argument("--seed", type=number_in(In(0)), default=0, help="seed of the drawn images and the noise")
     g = parser.add_argument_group("work and output")
-    g.add_argument("--batch_size", type=int, default=32, help="images at a time, on each process")
-    g.add_argument(
-        "--dataloader_num_workers", type=int, default=4, help="processes that decode, for each that encodes"
-    )
-    g.add_argument("--output_file", metavar="FILE.json", help="all numbers")
-    g.add_argument("--plot_file", metavar="FILE.png", help="the plots by block")
+    g.add_argument("--batch_size", type=at_least_one, default=32, help="images in a batch, on each process")
+    add_options(g, RunConfig, ["dataloader_num_workers"], help="processes that decode images, for each that encodes")
+    g.add_argument("--output_file", metavar="FILE.json", help="file for all numbers")
+    g.add_argument("--plot_file", metavar="FILE.png", help="file for the plots by block")
     return parser
 
 
 def parse_args(argv: list[str] | None = None, prog: str = "vrpo probe") -> argparse.Namespace:
     parser = build_parser(prog)
     args = parser.parse_args(argv)
-    check_ranges(parser, args, "num_train num_test batch_size", "dataloader_num_workers seed l2", "", "")
-    if outside := [t for t in args.timesteps if not 0 <= t < 1]:
-        parser.error(f"--timesteps {outside[0]} must lie in [0, 1)")
-    if args.cknna_k < 2:
-        parser.error(f"--cknna_k {args.cknna_k} must be at least 2")
     least = max(4, args.cknna_k + 1)
     if args.encoder and args.num_test < least:
         parser.error(f"--num_test {args.num_test} must be at least {least} for CKNNA with --cknna_k {args.cknna_k}")
     for name in ("pooling", "cknna_k"):
         value = getattr(args, name)
         if not args.encoder and value != parser.get_default(name):
-            parser.error(f"--{name} {value} goes with --encoder only; leave it out")
+            parser.error(f"--{name} {value} has no effect without --encoder; remove it")
     if args.pooling != parser.get_default("pooling") and args.encoder == ["inception"]:
-        parser.error(f"--pooling {args.pooling} does not go with --encoder inception, which has its own; leave it out")
+        parser.error(
+            f"--pooling {args.pooling} cannot be combined with --encoder inception, which has its own; remove it"
+        )
     if args.inception_weights and "inception" not in (args.encoder or []):
-        parser.error("--inception_weights goes with --encoder inception only; leave it out")
+        parser.error("--inception_weights has no effect without --encoder inception; remove it")
     return args
 
 
 def main(argv: list[str] | None = None, prog: str = "vrpo probe") -> dict | None:
     """The command; `prog` is what its errors call it."""
     args = parse_args(argv, prog)
-    try:
+    with one_line_errors(build_parser(prog)):
         return probe(args)
-    except InputError as error:
-        sys.exit(f"{prog}: error: {with_flags(error, vars(args))}")
 
 
 if __name__ == "__main__":

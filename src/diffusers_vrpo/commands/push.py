@@ -2,43 +2,39 @@
 """Publish a run or a pipeline on the Hub."""
 
 import logging
-import sys
 from pathlib import Path
 
-from ..command_line import HelpFormatter, OneLineErrorParser, with_flags
+from ..command_line import OneLineErrorParser, add_options, one_line_errors
+from ..config import HubConfig
 from ..errors import InputError
-from ..hub.publish import DEFECTS, add_push_options, hub_sentence, push_folder
+from ..hub.publish import DEFECTS, hub_sentence, push_folder
 
 
 def main(argv: list[str] | None = None, prog: str = "vrpo push"):
     """The command line; what cannot work ends it in one sentence."""
-    parser = OneLineErrorParser(
-        prog=prog,
-        description=__doc__,
-        formatter_class=lambda prog: HelpFormatter(prog, max_help_position=36, width=118),
-    )
+    parser = OneLineErrorParser(prog=prog, description=__doc__)
     parser.add_argument("folder", metavar="OUTPUT_DIR", help="output folder of a run, or any saved VRPOPipeline")
-    add_push_options(parser)
-    parser.add_argument("--commit_message", default="Upload pipeline", help="of the commit")
+    add_options(parser, HubConfig, ["hub_model_id", "hub_private_repo", "hub_license"])
+    parser.add_argument("--commit_message", default="Upload pipeline", help="message of the commit")
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     if not Path(args.folder).is_dir():
-        parser.error(f"OUTPUT_DIR {args.folder} is no folder")
+        parser.error(f"OUTPUT_DIR {args.folder} is not a folder")
     repo_id = args.hub_model_id or Path(args.folder).resolve().name
-    try:
-        done = push_folder(
-            args.folder,
-            repo_id,
-            private=args.hub_private_repo or None,
-            license=args.hub_license,
-            commit_message=args.commit_message,
-        )
-    except InputError as error:
-        sys.exit(f"{prog}: error: {with_flags(error, vars(args))}")
-    except DEFECTS:
-        raise
-    except Exception as error:
-        sys.exit(f"{prog}: error: --hub_model_id {repo_id}: {hub_sentence(error, repo_id)}")
+    with one_line_errors(parser):
+        try:
+            done = push_folder(
+                args.folder,
+                repo_id,
+                private=args.hub_private_repo or None,
+                license=args.hub_license,
+                commit_message=args.commit_message,
+            )
+        except (InputError, *DEFECTS):
+            raise
+        except Exception as error:
+            problem = f"`hub_model_id` {repo_id}: {hub_sentence(error, repo_id)}"
+            raise InputError("hub_model_id", problem) from error
     print(f"published: {done.commit_url}")
 
 

@@ -1,8 +1,8 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 r"""Compare training runs: quality against steps, wall time and FLOPs, with the spread over seeds.
 
-    python -m diffusers_vrpo.report outputs/repa-0 outputs/repa-1 outputs/vrpo-0 outputs/vrpo-1 --baseline repa
-    python -m diffusers_vrpo.report --arms ours=outputs/vrpo-0,outputs/vrpo-1 repa=outputs/repa-0 --metric loss_fm
+    vrpo report outputs/repa-0 outputs/repa-1 outputs/vrpo-0 outputs/vrpo-1 --baseline repa
+    vrpo report --arms ours=outputs/vrpo-0,outputs/vrpo-1 repa=outputs/repa-0 --metric loss_fm
 
 Runs that differ in nothing but the seed are one arm: its mean and standard deviation are shown. The folder of
 `--output_dir` gets `report.html` (one file that needs no other), `report.json` with every number, the plots as PNG and
@@ -23,7 +23,8 @@ from string import Template
 import numpy as np
 from PIL import Image
 
-from ..command_line import HelpFormatter, OneLineErrorParser, with_flags
+from ..command_line import OneLineErrorParser, number_in, one_line_errors
+from ..config import FINITE
 from ..errors import InputError
 from ..reporting.figures import curves, draw, final_values, flop_unit
 from ..reporting.runs import COSTS, Run, choose_metric, compare, group_runs
@@ -314,27 +315,30 @@ def page(report: dict, plots: list[str], grids: str) -> str:
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
-    parser = OneLineErrorParser(
-        prog=prog,
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=lambda prog: HelpFormatter(prog, max_help_position=30, width=118),
-    )
+    parser = OneLineErrorParser(prog=prog, description=__doc__)
     parser.add_argument("runs", nargs="*", metavar="RUN_DIR", help="output folders of train_vrpo.py")
     parser.add_argument(
         "--arms",
         nargs="+",
         action="extend",
         metavar="NAME=DIR,DIR",
-        help="runs to take together under this name; without it those that differ only in the seed",
+        help="runs that form the arm NAME; runs that differ only in the seed form one if not given",
     )
     parser.add_argument(
-        "--metric", default="fd", help="column of metrics.jsonl: its name, or the start of the name's last part"
+        "--metric", default="fd", help="column of metrics.jsonl, by its name or the start of the last part of its name"
     )
-    parser.add_argument("--higher_is_better", action="store_true", help="of the metric; lower is without it")
-    parser.add_argument("--baseline", metavar="ARM", help="the arm that the others are compared with")
-    parser.add_argument("--target", type=float, help="quality to reach; the baseline's last one without it")
-    parser.add_argument("--output_dir", default="report", help="where the report goes")
+    parser.add_argument(
+        "--higher_is_better",
+        action="store_true",
+        help="take higher values of the metric as better, instead of lower ones",
+    )
+    parser.add_argument("--baseline", metavar="ARM", help="arm that the others are compared with")
+    parser.add_argument(
+        "--target",
+        type=number_in(FINITE, float),
+        help="value of the metric to reach; the last one of the baseline if not given",
+    )
+    parser.add_argument("--output_dir", default="report", help="folder of the report")
     return parser
 
 
@@ -382,13 +386,9 @@ def main(argv: list[str] | None = None, prog: str = "vrpo report"):
     """The command; `prog` is what its errors call it."""
     parser = build_parser(prog)
     args = parser.parse_args(argv)
-    if args.target is not None and not math.isfinite(args.target):
-        parser.error(f"--target {args.target} must be a finite number")
-    try:
+    with one_line_errors(parser):
         report, grids = collect(args)
         write_report(report, grids, prepare_output_dir(args.output_dir))
-    except InputError as error:
-        sys.exit(f"{prog}: error: {with_flags(error, vars(args))}")
     for text in report["warnings"]:
         print(f"warning: {text}", file=sys.stderr)
     for arm in report["arms"]:

@@ -13,9 +13,7 @@ stopped and given again. What is there is kept.
 import argparse
 import json
 import logging
-import math
 import os
-import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,7 +27,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
-from ..command_line import HelpFormatter, OneLineErrorParser, as_id, check_ranges, with_flags
+from ..command_line import OneLineErrorParser, as_id, number_in, one_line_errors
+from ..config import In
 from ..errors import InputError, first_line, hub_problem
 from ..models.official_checkpoints import pipeline_index
 from ..models.start import public_config, weights_checksum
@@ -210,92 +209,95 @@ def build_manifest(pipeline, args, arguments: dict, classes: list[int], state: P
 def channels(text: str) -> int | str:
     if text != "all" and not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number of channels nor `all`")
+    if text == "0":
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1, or `all`")
     return text if text == "all" else int(text)
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
-    parser = OneLineErrorParser(
-        prog=prog,
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=lambda prog: HelpFormatter(prog, max_help_position=36, width=118),
-    )
+    parser = OneLineErrorParser(prog=prog, description=__doc__)
     parser.add_argument("pipeline", metavar="PIPELINE", help="folder or Hub name of a saved VRPOPipeline")
     g = parser.add_argument_group("what is sampled")
-    g.add_argument("--num_images", type=int, required=True, help="images in all")
-    g.add_argument("--labels", nargs="+", metavar="LABEL", help="class names or ids; all classes when not given")
+    g.add_argument("--num_images", type=number_in(In(1)), required=True, help="number of images")
+    g.add_argument("--labels", nargs="+", metavar="LABEL", help="class names or ids; all classes if not given")
     g.add_argument(
         "--class_balance",
         choices=["balanced", "random"],
         default="balanced",
-        help="image i has the label i mod their number, or one drawn from them",
+        help="labels in turn, image by image, or drawn at random",
     )
-    g.add_argument("--seed", type=int, default=0, help="of noise and drawn labels")
+    g.add_argument("--seed", type=number_in(In(0, 2**63)), default=0, help="seed of the noise and of drawn labels")
     g = parser.add_argument_group("how")
     names = list(dict.fromkeys(("default", *SAMPLERS["velocity"], *SAMPLERS["epsilon"])))
     g.add_argument(
         "--sampler",
         choices=names,
         default="default",
-        help="the pipeline's own scheduler; ode (Euler), heun, sde for velocities; ddim, ddpm for noise; "
-        "dpmsolver++, unipc for both",
+        help="scheduler: the pipeline's own; ode (Euler), heun or sde for models that predict velocity; ddim or ddpm for "
+        "those that predict noise; dpmsolver++ or unipc for both",
     )
-    g.add_argument("--num_inference_steps", type=int, default=50, help="of the sampler")
-    g.add_argument("--guidance_scale", type=float, help="1 is off (default: 1.5; 1 for a model without a null class)")
+    g.add_argument("--num_inference_steps", type=number_in(In(1)), default=50, help="steps of the sampler")
+    g.add_argument(
+        "--guidance_scale",
+        type=number_in(In(0), float),
+        help="classifier-free guidance; 1 turns it off (default: 1.5; 1 for a model without a null class)",
+    )
     g.add_argument(
         "--guidance_interval",
         type=float,
         nargs=2,
         metavar=("LOW", "HIGH"),
         default=[0.0, 1.0],
-        help="guide where LOW <= t <= HIGH; t = 1 is noise",
+        help="noise levels t at which guidance acts; t = 1 is noise",
     )
     g.add_argument(
         "--guidance_channels",
         type=channels,
         metavar="N",
-        help="guide the first N channels (SiT, DiT: 3) or `all` (REPA); as the model's config says when not given",
+        help="latent channels that guidance changes: the first N (SiT, DiT: 3) or `all` (REPA); as the model has it if not "
+        "given",
     )
     g = parser.add_argument_group("computation")
-    g.add_argument("--batch_size", type=int, default=32, help="images computed together by a process")
-    g.add_argument("--dtype", choices=DTYPES, default="float32", help="of the transformer; latents are float32")
-    g.add_argument("--vae_dtype", choices=DTYPES, default="float32", help="of the autoencoder")
-    g.add_argument("--compile", action="store_true", help="compile the transformer's blocks")
-    g = parser.add_argument_group("files")
-    g.add_argument("--output_dir", required=True, metavar="DIR", help="new, empty, or of a run that was stopped")
+    g.add_argument("--batch_size", type=number_in(In(1)), default=32, help="images that a process computes together")
     g.add_argument(
-        "--output_format", choices=["png", "npz", "both"], default="png", help="000000.png ..., samples.npz (ADM's)"
+        "--dtype", choices=DTYPES, default="float32", help="precision of the transformer; latents are float32"
+    )
+    g.add_argument("--vae_dtype", choices=DTYPES, default="float32", help="precision of the autoencoder")
+    g.add_argument("--compile", action="store_true", help="compile the transformer blocks")
+    g = parser.add_argument_group("files")
+    g.add_argument(
+        "--output_dir",
+        required=True,
+        metavar="DIR",
+        help="folder of the images: a new or empty one, or that of an interrupted call",
+    )
+    g.add_argument(
+        "--output_format",
+        choices=["png", "npz", "both"],
+        default="png",
+        help="files: 000000.png and so on, samples.npz as ADM writes it, or both",
     )
     g.add_argument("--overwrite", action="store_true", help="remove the samples in DIR first")
     g.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub repository")
-    g.add_argument("--variant", metavar="NAME", help="of the weights' files, such as fp16")
-    g.add_argument("--cache_dir", metavar="DIR", help="where downloads go")
+    g.add_argument("--variant", metavar="NAME", help="variant of the weights' files, such as fp16")
+    g.add_argument("--cache_dir", metavar="DIR", help="folder for downloads")
     return parser
 
 
 def parse_args(argv: list[str] | None = None, prog: str = "vrpo sample") -> argparse.Namespace:
     parser = build_parser(prog)
     args = parser.parse_args(argv)
-    check_ranges(parser, args, "num_images num_inference_steps batch_size", "seed guidance_scale", "", "")
-    if args.seed >= 2**63:
-        parser.error(f"--seed {args.seed} must be below 2^63")
     low, high = args.guidance_interval
     if not 0 <= low <= high <= 1:
         parser.error(f"--guidance_interval {low} {high} must be LOW HIGH with 0 <= LOW <= HIGH <= 1 (t = 1 is noise)")
-    if args.guidance_scale is not None and not math.isfinite(args.guidance_scale):
-        parser.error(f"--guidance_scale {args.guidance_scale} must be finite")
-    if args.guidance_channels not in (None, "all") and args.guidance_channels < 1:
-        parser.error(f"--guidance_channels {args.guidance_channels} must be at least 1, or `all`")
     return args
 
 
 def main(argv: list[str] | None = None, prog: str = "vrpo sample"):
     """The command; `prog` is what its errors call it."""
     args = parse_args(argv, prog)
-    try:
+    with one_line_errors(build_parser(prog)):
         sample(args)
-    except InputError as error:
-        sys.exit(f"{prog}: error: {with_flags(error, vars(args))}")
 
 
 if __name__ == "__main__":

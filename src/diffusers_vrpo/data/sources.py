@@ -11,6 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 
+from ..config import DataConfig, options_of
 from ..errors import InputError
 from .image_datasets import image_and_label, load_image_dataset
 from .image_source import CLASS_CHECKSUMS, CLASS_NAMES, ImageDataset
@@ -314,7 +315,7 @@ def data_difference(saved: dict, settings: dict, checkpoint: Path) -> str | None
                 f"the images of {'class' if len(changed) == 1 else 'the classes'} {classes}{more} are not those that "
                 f"{checkpoint} was trained with, or in another order"
             )
-        name = name.replace("--latents_dir", "`latents_dir`")
+        name = f"`{name}`" if name in options_of(DataConfig) else name.replace("--latents_dir", "`latents_dir`")
         return f"{name} is {value}, but {checkpoint} was trained with {before}"
     return None
 

@@ -27,7 +27,6 @@ from .card import STAGED
 from .publish import (
     ADAPTERS,
     DEFECTS,
-    add_push_options,
     check_base,
     commit,
     hub_sentence,
@@ -42,43 +41,6 @@ from .publish import (
 logger = logging.getLogger(__name__)
 KEPT_STATES = 2  # training states that the Hub's newest commit has
 HISTORY = ("metrics.jsonl", "starts.jsonl")  # of the output folder; go along with a training state
-
-
-def add_hub_options(parser):
-    """The options of publishing, of the training script."""
-    g = parser.add_argument_group("Hub")
-    g.add_argument(
-        "--push_to_hub", action="store_true", help="publish the result, with a model card (docs/publishing.md)"
-    )
-    add_push_options(g)
-    g.add_argument(
-        "--hub_push_checkpoints",
-        action="store_true",
-        help="also publish the averaged pipeline of each checkpoint, as commit and tag step-N, while training goes on",
-    )
-    g.add_argument(
-        "--push_training_state",
-        action="store_true",
-        help="also keep whole checkpoints in the private repository NAME-state, for --resume_from_checkpoint hub",
-    )
-
-
-def check_hub_options(args):
-    """Whether the options of publishing go together.
-
-    Raises:
-        InputError: when they do not.
-    """
-    given = [name for name in ("hub_model_id", "hub_license") if getattr(args, name) is not None]
-    given += [n for n in ("hub_private_repo", "hub_push_checkpoints", "push_training_state") if getattr(args, n)]
-    if given and not args.push_to_hub:
-        raise InputError(given[0], f"`{given[0]}` goes with `push_to_hub` only; add that, or leave it out")
-    if args.resume_from_checkpoint == "hub" and not args.push_training_state:
-        raise InputError(
-            "resume_from_checkpoint",
-            "`resume_from_checkpoint` hub continues from a training state on the Hub; add `push_to_hub` "
-            "`push_training_state`, which also keep it there (with the `hub_model_id` that the run had)",
-        )
 
 
 def link_tree(source: Path, target: Path):
@@ -340,7 +302,7 @@ class HubPublisher(TrainerCallback):
 
     def _command(self) -> str:
         """What publishes the result later, as this run would."""
-        words = ["python", "-m", "diffusers_vrpo.hub", str(self.output_dir), "--hub_model_id", self.repo_id]
+        words = ["vrpo", "push", str(self.output_dir), "--hub_model_id", self.repo_id]
         words += ["--hub_private_repo"] if self.args.hub_private_repo else []
         words += ["--hub_license", self.args.hub_license] if self.args.hub_license else []
         return shlex.join(words)

@@ -10,20 +10,9 @@ import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..config import Resume, names_marked
 
-# Options that are about a machine or an account, not about the model.
-PRIVATE_OPTIONS = {
-    *(
-        "output_dir",
-        "cache_dir",
-        "logging_dir",
-        "report_to",
-        "resume_from_checkpoint",
-        "dataloader_num_workers",
-        "profile",
-    ),
-    *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_license", "hub_push_checkpoints", "push_training_state"),
-}
+
 STAGED = "staged.json"  # in the folder of a checkpoint on its way to the Hub: its step
 DISTANCE = "validation/fd_"  # in `metrics.jsonl`, before the encoder's name
 # In an evaluation file and in `metrics.jsonl`: names of people's, and the Hub's for the index of results.
@@ -138,9 +127,8 @@ def read_run(folder: str | Path) -> dict:
     rows, starts = read_lines(folder / "metrics.jsonl", one_a_step=True), read_lines(folder / "starts.jsonl")
     start = starts[-1] if starts else {}
     local = start.get("local")
-    options = {
-        name: public_name(v, local) for name, v in given.items() if name not in PRIVATE_OPTIONS and v is not None
-    }
+    private = names_marked(Resume.MACHINE)
+    options = {name: public_name(v, local) for name, v in given.items() if name not in private and v is not None}
     # The last finite number of each column, and its step: validation, for one, has rows of its own.
     columns = {name: (row.get("step"), value) for row in rows for name, value in row.items() if is_finite(value)}
 

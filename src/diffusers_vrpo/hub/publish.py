@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 r"""Publish the folder of a pipeline or a run on the Hub, with a model card made from its files.
 
-    python -m diffusers_vrpo.hub outputs/sit-xl --hub_model_id org/sit-xl-vrpo
+    vrpo push outputs/sit-xl --hub_model_id org/sit-xl-vrpo
 
 Only the pipeline, its code, adapters, sample grid, curves and metrics go there. The token is that of `hf auth login` or
 HF_TOKEN.
@@ -376,19 +376,3 @@ def move_tag(repo_id: str, tag: str, revision: str, token: str | None = None):
             raise
         api.delete_tag(repo_id, tag=tag)
         api.create_tag(repo_id, tag=tag, revision=revision)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
-
-
-def add_push_options(group):
-    """`hub_model_id`, `hub_private_repo`, `hub_license`."""
-    group.add_argument("--hub_model_id", metavar="OWNER/NAME", help="repository; by default the output folder's name")
-    group.add_argument(
-        "--hub_private_repo", action="store_true", help="make the repository private if it is made here"
-    )
-    group.add_argument(
-        "--hub_license",
-        help="of the weights; by default apache-2.0, `other` for what continues other weights, none without a record",
-    )

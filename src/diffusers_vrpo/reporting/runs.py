@@ -10,15 +10,12 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from ..config import Resume, names_marked
 from ..errors import InputError, first_line
 
 
 # What says where a run lies, how it is watched and when it is saved: not what is trained, nor how it is judged.
-HOUSEKEEPING = (
-    "seed output_dir cache_dir logging_dir logging_steps report_to resume_from_checkpoint checkpointing_steps "
-    "checkpoints_total_limit dataloader_num_workers profile peak_tflops validation_steps validation_labels "
-    "num_validation_images push_to_hub hub_model_id hub_private_repo hub_license hub_push_checkpoints push_training_state"
-)
+HOUSEKEEPING = {"seed"} | names_marked(Resume.MACHINE, Resume.WATCHED)
 # What quality is judged on: values of runs that differ in one of these cannot be compared.
 JUDGED_ON = (
     "dataset_name dataset_config_name dataset_split train_data_dir latents_dir max_train_samples resolution vae "
@@ -215,7 +212,7 @@ def method(run: Run) -> dict[str, str]:
 
     # A switch that is off is as one that an older version did not have.
     chosen = {name: value for name, value in run.options.items() if value is not False}
-    options = {name: text(value) for name, value in chosen.items() if name not in HOUSEKEEPING.split()}
+    options = {name: text(value) for name, value in chosen.items() if name not in HOUSEKEEPING}
     batch = run.global_batch_size()
     return options | ({"global batch size": str(batch)} if batch else {})
 

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from ..alignment.attach import AlignedTransformer
 from ..alignment.objective import conflict_mode
+from ..config import GenerativeConfig, VRPOConfig, options_of, settings_to_keep
 from ..errors import InputError, first_line
 from ..files import sync_to_disk
 from ..models.start import weights_checksum
@@ -222,54 +223,60 @@ def read_training_state(checkpoint: Path, expected: dict) -> dict:
     """The JSON state of a checkpoint, after a check that it belongs to the same stream of samples.
 
     Args:
-        expected: settings that must not have changed, by what the error calls them; options by their flags.
+        expected: settings that must not have changed, by name (`run_settings`). Those that the checkpoint does not have,
+            because an older version made it, are not compared.
 
     Raises:
-        InputError: when one of them has.
+        InputError: if one of them has changed.
     """
     try:
         state = json.loads((checkpoint / "training_state.json").read_text())
-        settings = state["settings"]
-    except (OSError, ValueError, KeyError) as error:
+        # Version 0.1 kept options under the names of their flags.
+        settings = {name.removeprefix("--"): value for name, value in state["settings"].items()}
+    except (OSError, ValueError, KeyError, AttributeError) as error:
         raise InputError(
             "resume_from_checkpoint",
             f"`resume_from_checkpoint` {checkpoint} is damaged (training_state.json: {first_line(error)}); remove it to "
             "continue from the one before",
         ) from error
     for name, value in expected.items():
-        if settings.get(name) != value:
-            field = name.removeprefix("--") if name.startswith("--") else None
-            shown = f"`{field}`" if field else name
+        if name in settings and settings[name] != value:
+            is_option = name in options_of(VRPOConfig)
             raise InputError(
-                field,
-                f"{shown} is {value}, but {checkpoint} was trained with {settings.get(name)}; keep to that, or start a new "
-                "run in another `output_dir`",
+                name if is_option else None,
+                f"{f'`{name}`' if is_option else name} is {value}, but {checkpoint} was trained with {settings[name]}; keep "
+                "to that, or start a new run in another `output_dir`",
             )
     return state
 
 
-def run_settings(args, data, aligned: AlignedTransformer, global_batch_size: int) -> dict:
-    """What must be the same for a run to be continued, by the name that an error shows; paths may have moved.
+def run_settings(
+    config: VRPOConfig, data, aligned: AlignedTransformer, global_batch_size: int, mixed_precision: str
+) -> dict:
+    """What a resumed run must keep, by name: all options but those marked free, and what they have led to.
 
-    What of the data must be the same is in `data_settings`.
+    Not in it are the data (`data_settings`) and the generative policy, which keeps its options from its start step on.
+
+    Args:
+        data (`TrainingData`): the data of the run.
+        global_batch_size: samples of an optimizer step on all processes.
+        mixed_precision: as the accelerator has it.
     """
-    options = (
-        "seed objective resolution center_crop random_flip lora_rank encoder_layer layer_scope alignment_coeff "
-        "alignment_stop_step timestep_weighting projector spatial_norm reward_weighting estimator policy_noise "
-        "group_size policy_epochs clip_range kl_coeff learning_rate lr_scheduler lr_warmup_steps adam_beta1 adam_beta2 "
-        "adam_weight_decay adam_epsilon max_grad_norm use_ema ema_decay"
-    )
-    settings = {f"--{name}": getattr(args, name) for name in options.split()}
-    settings["--vae"] = Path(args.vae or data.vae or "none").name
-    settings["--pretrained_model_name_or_path"] = Path(args.pretrained_model_name_or_path or "none").name
-    settings["--encoder"] = [Path(name).name for name in args.encoder or []]
-    settings["--conflict"] = conflict_mode(args)
+    settings = {}
+    for group in VRPOConfig.__bases__:
+        if group is not GenerativeConfig:
+            settings |= settings_to_keep(config, group)
+
+    # Options that may be left open are compared by what they have become.
     transformer = aligned.transformer
-    settings["--label_dropout"] = transformer.config.class_dropout_prob
-    settings["--streaming"] = args.streaming or None  # None: older checkpoints do not know it
-    if args.streaming:
+    settings["mixed_precision"] = mixed_precision
+    settings["vae"] = Path(config.vae or data.vae or "none").name
+    settings["conflict"] = conflict_mode(config)
+    settings["label_dropout"] = transformer.config.class_dropout_prob
+    settings["streaming"] = config.streaming or None  # as version 0.1 wrote it
+    if config.streaming:
         settings["the number of samples a step"] = global_batch_size  # the order of the images depends on it
-    if args.lora_rank:
+    if config.lora_rank:
         # Adapters continue on the same weights only.
         frozen = (parameter for parameter in transformer.parameters() if not parameter.requires_grad)
         settings["the checksum of the frozen weights"] = weights_checksum(frozen)

@@ -5,7 +5,6 @@ FLOPs are counted as everywhere: a multiply-add is two, and only matrix products
 step is what the mathematics asks for: recomputation with gradient checkpointing takes time, but is no work.
 """
 
-import argparse
 import contextlib
 import inspect
 import platform
@@ -306,15 +305,6 @@ class StepProfile:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Switches
-
-
-def add_speed_options(parser: argparse.ArgumentParser):
-    """The options of `train_vrpo.py` about speed."""
-    g = parser.add_argument_group("speed")
-    g.add_argument("--compile", action="store_true", help="compile the blocks and the encoders")
-    g.add_argument("--attention_backend", help="of diffusers: native, flash, _flash_3, _native_cudnn, sage, ...")
-    g.add_argument("--profile", type=int, metavar="STEPS", help="print where the time of this many steps goes")
-    g.add_argument("--peak_tflops", type=float, help="of one device, for MFU; known ones are looked up")
 
 
 def speed_up(transformer: SiTTransformer2DModel, encoders: list, compile: bool = False, backend: str | None = None):

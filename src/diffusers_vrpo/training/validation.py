@@ -58,11 +58,6 @@ class Validation(TrainerCallback):
         check_steps(pipeline, args.num_inference_steps)
         self.fd_encoder = None
         self.grid: Image.Image | None = None  # the newest, on the main process
-        if args.num_fd_samples and not args.fd_encoder:
-            raise InputError(
-                "num_fd_samples",
-                f"`num_fd_samples` {args.num_fd_samples} goes with `fd_encoder` only; add that, or leave it out",
-            )
         if args.fd_encoder:
             self.num_samples = args.num_fd_samples or SAMPLES
             if self.num_samples < 2:

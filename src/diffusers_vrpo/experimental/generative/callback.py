@@ -22,6 +22,7 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ...config import GenerativeConfig, settings_to_keep
 from ...errors import InputError, TrainingStopped
 from ...evaluation.feature_statistics import (
     FeatureSet,
@@ -43,7 +44,6 @@ from ...training.interruption import settle
 from ...training.output_dir import written
 from ...training.setup import trainable_parameters
 from ...training.throughput import forward_flops
-from .config import FREE, OPTIONS, GenerativeConfig
 from .guards import Limits, Look, tripped
 from .objective import (
     add_balanced,
@@ -99,7 +99,8 @@ class GenerativePolicy(TrainerCallback):
         self.functions = load_reward_functions([*(args.reward_function or []), *rewards])
 
     def on_init_end(self, trainer):
-        args, accelerator, data = self.args, trainer.accelerator, trainer.data
+        args = self.args = trainer.args  # in which the trainer's own arguments have their names, too
+        accelerator, data = trainer.accelerator, trainer.data
         self.accelerator, self.pipeline, self.output_dir = accelerator, trainer.pipeline, trainer.output_dir
         self.transformer, self.device = self.pipeline.transformer, accelerator.device
         self.validation = trainer.validation
@@ -654,13 +655,12 @@ class GenerativePolicy(TrainerCallback):
 
     def settings(self) -> dict:
         """What must be the same for a run that has begun to follow rewards to be continued."""
-        names = [name for name in OPTIONS if name not in FREE]
-        values = {name: getattr(self.args, name) for name in names}
+        values = settings_to_keep(self.args, GenerativeConfig)
         # Files may have moved: their names count.
         values["reward_encoder"] = Path(self.args.reward_encoder or self.args.encoder[0]).name
         values["fd_encoder"] = Path(self.args.fd_encoder or "none").name
         values["reward_function"] = self.rewards.names[len(REWARDS) :]
-        return {"generative_policy_start_step": self.start, **values}
+        return values
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What the policy has begun with and how far it is; nothing before it begins."""

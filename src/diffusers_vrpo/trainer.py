@@ -6,11 +6,9 @@ run is done. What happens around the steps (validation, publishing, the generati
 """
 
 import contextlib
-import dataclasses
 import math
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 
 import torch
 import yaml
@@ -22,11 +20,11 @@ from .alignment.encoders import load_encoder
 from .alignment.objective import objective_from_config
 from .alignment.rewards import DEFAULT_REWARDS
 from .alignment.start import build_aligned_transformer
-from .config import VRPOConfig, data_settings_to_keep, train_steps
+from .config import VRPOConfig, data_settings_to_keep
 from .data.image_datasets import check_corrupt_rows, too_many_corrupt
 from .data.samples import StreamBatchSampler
 from .data.sources import TrainingData, as_training_data, check_data_settings, data_settings, load_training_data
-from .errors import InputError, TrainingInterrupted, TrainingStopped
+from .errors import TrainingInterrupted, TrainingStopped
 from .hub.background import HubPublisher
 from .hub.publish import push_folder
 from .models.autoencoder import latent_shape, load_vae
@@ -34,7 +32,6 @@ from .models.ddpm import variational_bound
 from .models.flow import flow_matching_loss, forward_process
 from .models.official_checkpoints import default_scheduler
 from .models.start import read_start
-from .models.transformer_sit import SIT_PRESETS
 from .models.vision import layers_of_encoders
 from .pipelines import VRPOPipeline
 from .reporting.curves import plot_metrics
@@ -48,8 +45,8 @@ from .training.checkpoints import (
     save_checkpoint,
     save_lora,
 )
-from .training.distributed import clip_grad_norm, prepare, whole_pipeline
-from .training.interruption import Interruption, StepGuard, settle
+from .training.distributed import clip_grad_norm, full_pipeline, prepare
+from .training.interruption import Interruption, StepGuard, wait_before_exit
 from .training.metrics import (
     MetricsFile,
     RunningMeans,
@@ -59,8 +56,16 @@ from .training.metrics import (
     start_trackers,
     write_start,
 )
-from .training.output_dir import locked, prepare_output_dir, written
-from .training.setup import build_optimizer, start_accelerator, trainable_parameters
+from .training.output_dir import locked, prepare_output_dir, writing
+from .training.setup import (
+    as_list,
+    build_optimizer,
+    check_given,
+    length_of_run,
+    start_accelerator,
+    trainable_parameters,
+    with_given,
+)
 from .training.throughput import ForeachEMA, StepProfile, speed_up, step_flops, throughput_meter
 from .training.validation import Validation
 
@@ -357,8 +362,8 @@ class VRPOTrainer:
         args, output_dir = self.args, self.output_dir
         with (
             self.interruption,
-            whole_pipeline(self.accelerator, self.pipeline, self.ema) as averaged,
-            written(f"the pipeline in {output_dir}"),
+            full_pipeline(self.accelerator, self.pipeline, self.ema) as averaged,
+            writing(f"the pipeline in {output_dir}"),
         ):
             if self.accelerator.is_main_process:
                 if args.lora_rank:
@@ -383,7 +388,7 @@ class VRPOTrainer:
 
     def end(self):
         """Ends trackers; after that the processes may end, too."""
-        settle(self.accelerator)
+        wait_before_exit(self.accelerator)
         self.accelerator.end_training()
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -520,7 +525,7 @@ class VRPOTrainer:
         args, accelerator = self.args, self.accelerator
         if accelerator.is_main_process:
             given = args.to_dict() | {"vae": args.vae or self.data.vae or "none"}
-            with written(f"train_config.yaml or metrics.jsonl in {self.output_dir}"):
+            with writing(f"train_config.yaml or metrics.jsonl in {self.output_dir}"):
                 (self.output_dir / "train_config.yaml").write_text(yaml.safe_dump(given))
                 self.metrics_file = MetricsFile(self.output_dir / "metrics.jsonl", self.step)
                 write_start(
@@ -613,82 +618,3 @@ class VRPOTrainer:
     def _call(self, hook: str, *arguments):
         for callback in self.callbacks:
             getattr(callback, hook)(self, *arguments)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Arguments
-
-
-def as_list(value) -> list | None:
-    """What may be one thing, several or None, as a list or None."""
-    return value if value is None else list(value) if isinstance(value, list | tuple) else [value]
-
-
-def length_of_run(args: VRPOConfig, num_images: int, global_batch_size: int) -> int:
-    """The optimizer steps of a run; with `num_train_epochs` they are whole draws of actions and rollouts."""
-    if not args.num_train_epochs:
-        return train_steps(args)
-    draws = math.ceil(args.num_train_epochs * num_images / global_batch_size)
-    shared = math.lcm(args.policy_epochs, args.rollout_every if args.rollout_epochs > 1 else 1)
-    return math.ceil(draws * args.policy_epochs / shared) * shared
-
-
-def name_of(component) -> str:
-    """What a component is called in the record of a run: its path or Hub name, or the name of its class or function."""
-    if isinstance(component, str | Path):
-        return str(component)
-    return getattr(component, "__name__", type(component).__name__)
-
-
-def with_given(args: VRPOConfig, model, encoders, vae) -> VRPOConfig:
-    """The options with the trainer's own arguments in them, by name: what is recorded, and what a resumed run must keep.
-
-    Raises:
-        InputError: when something is neither given nor named by an option.
-    """
-    given = {}
-    if model is not None:
-        if not isinstance(model, str | Path):
-            raise InputError("model", f"`model` is a {type(model).__name__}; give a preset, a folder or a Hub name")
-        is_preset = str(model).lower() in {preset.lower() for preset in SIT_PRESETS}
-        given["preset" if is_preset else "pretrained_model_name_or_path"] = str(model)
-    if encoders is not None:
-        given["encoder"] = [name_of(encoder) for encoder in as_list(encoders)]
-    if vae is not None:
-        given["vae"] = name_of(vae)
-    return dataclasses.replace(args, **given)
-
-
-def check_given(args: VRPOConfig, train_dataset, rewards: list | None, callbacks: list[TrainerCallback]):
-    """Refuses what is missing or would be ignored.
-
-    Raises:
-        InputError: for the first such argument.
-    """
-    named = (args.dataset_name, args.train_data_dir, args.latents_dir)
-    if train_dataset is None and not any(named):
-        raise InputError(
-            "train_dataset",
-            "`train_dataset` is missing; give a `datasets.Dataset` with images and labels, or name data in `args` "
-            "(`dataset_name`, `train_data_dir` or `latents_dir`)",
-        )
-    if train_dataset is not None and any(named):
-        name = next(name for name in named if name)
-        raise InputError(
-            "train_dataset", f"`train_dataset` is given, and `args` names the data {name}; remove one of the two"
-        )
-    if args.objective != "none" and not args.encoder:
-        raise InputError(
-            "encoders",
-            f"`encoders` are missing, which `objective` {args.objective} aligns with; give one such as "
-            "facebook/dinov2-base, or `objective` none",
-        )
-    if rewards is not None and args.objective != "vrpo":
-        raise InputError("rewards", f"`rewards` cannot be combined with `objective` {args.objective}, only with vrpo")
-    start = args.generative_policy_start_step
-    if start is not None and not any(callback.state_name == "generative_policy" for callback in callbacks):
-        raise InputError(
-            "generative_policy_start_step",
-            f"`generative_policy_start_step` {start} needs the callback "
-            "`diffusers_vrpo.experimental.generative.callback.GenerativePolicy(args)`",
-        )

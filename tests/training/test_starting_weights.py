@@ -320,12 +320,12 @@ def test_no_label_dropout_means_no_null_class(command, tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"lora_rank": 2, "pretrained_model_name_or_path": None}, "--lora_rank adapts trained weights; it needs"),
+        ({"lora_rank": 2, "pretrained_model_name_or_path": None}, "`lora_rank` adapts trained weights; it needs"),
         (
             {"prediction_type": "epsilon"},
-            "--prediction_type epsilon: .*start was trained with prediction_type velocity",
+            "`prediction_type` epsilon: .*start was trained with prediction_type velocity",
         ),
-        ({"preset": "SiT-XS/2"}, "--preset SiT-XS/2: .* has a config.json that says it all"),
+        ({"preset": "SiT-XS/2"}, "`preset` SiT-XS/2: .* has a config.json that says it all"),
         ({"pretrained_model_name_or_path": "./nowhere"}, "./nowhere is neither a folder nor a file"),
         ({"vae": "VAE"}, "gives 4 channels, but .*start takes 3"),
     ],

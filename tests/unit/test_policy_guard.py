@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from diffusers_vrpo.evaluation.metrics import precision_recall
-from diffusers_vrpo.experimental.generative.guards import Limits, Look, tripped
+from diffusers_vrpo.experimental.generative.guards import GuardValues, Limits, tripped_guard
 from diffusers_vrpo.experimental.generative.objective import (
     add_balanced,
     denoising_loss,
@@ -25,7 +25,7 @@ from diffusers_vrpo.experimental.generative.objective import (
 from diffusers_vrpo.models.flow import flow_matching_loss, forward_process, x0_estimate
 
 
-FIRST = Look(loss_fm=0.8, recall=0.6, reward=-0.5, start_reward=-0.5, distance=100.0, held_out=40.0, drift=0.0)
+FIRST = GuardValues(loss_fm=0.8, recall=0.6, reward=-0.5, start_reward=-0.5, distance=100.0, held_out=40.0, drift=0.0)
 LIMITS = Limits()
 # Beyond the default limits, each alone; and the limit that it is beyond.
 LOSS = {"loss_fm": 0.8161}
@@ -33,16 +33,16 @@ RECALL = {"recall": 0.569}
 HELD_OUT = {"held_out": 40.9, "reward": -0.4}
 
 
-def later(**changes) -> Look:
+def later(**changes) -> GuardValues:
     return dataclasses.replace(FIRST, **{"drift": 0.3, **changes})
 
 
 def test_nothing_trips_at_the_start_or_when_all_is_better():
-    assert tripped(FIRST, FIRST, LIMITS) is None
+    assert tripped_guard(FIRST, FIRST, LIMITS) is None
     better = later(loss_fm=0.7, recall=0.9, reward=0.2, distance=50.0, held_out=20.0)
-    assert tripped(FIRST, better, LIMITS) is None
+    assert tripped_guard(FIRST, better, LIMITS) is None
     # The distance in the rewards' own features is no guard, nor is the drift.
-    assert tripped(FIRST, later(distance=500.0, drift=9.0, reward=1.0), LIMITS) is None
+    assert tripped_guard(FIRST, later(distance=500.0, drift=9.0, reward=1.0), LIMITS) is None
 
 
 @pytest.mark.parametrize(
@@ -58,8 +58,8 @@ def test_nothing_trips_at_the_start_or_when_all_is_better():
     ],
 )
 def test_each_guard_trips_alone_beyond_its_limit(within, beyond, message):
-    assert tripped(FIRST, later(**within), LIMITS) is None
-    assert re.search(message, tripped(FIRST, later(**beyond), LIMITS))
+    assert tripped_guard(FIRST, later(**within), LIMITS) is None
+    assert re.search(message, tripped_guard(FIRST, later(**beyond), LIMITS))
 
 
 @pytest.mark.parametrize(
@@ -71,27 +71,27 @@ def test_each_guard_trips_alone_beyond_its_limit(within, beyond, message):
     ],
 )
 def test_each_limit_is_that_of_its_guard(field, beyond, option):
-    assert option in tripped(FIRST, later(**beyond), dataclasses.replace(LIMITS, **{field: 0.01}))
-    assert tripped(FIRST, later(**beyond), dataclasses.replace(LIMITS, **{field: 0.2})) is None
+    assert option in tripped_guard(FIRST, later(**beyond), dataclasses.replace(LIMITS, **{field: 0.01}))
+    assert tripped_guard(FIRST, later(**beyond), dataclasses.replace(LIMITS, **{field: 0.2})) is None
     others = dataclasses.replace(LIMITS, **{name: 0.5 for name in dataclasses.asdict(LIMITS) if name != field})
-    assert tripped(FIRST, later(**beyond), others) is not None
+    assert tripped_guard(FIRST, later(**beyond), others) is not None
 
 
 def test_the_held_out_distance_counts_only_while_the_reward_rises():
-    assert tripped(FIRST, later(held_out=80.0, reward=-0.5), LIMITS) is None
-    assert tripped(FIRST, later(held_out=80.0, reward=-0.6), LIMITS) is None
+    assert tripped_guard(FIRST, later(held_out=80.0, reward=-0.5), LIMITS) is None
+    assert tripped_guard(FIRST, later(held_out=80.0, reward=-0.6), LIMITS) is None
     # Against what the first look's samples are worth in today's rewards, not in those of then.
-    assert tripped(FIRST, later(held_out=80.0, reward=0.1, start_reward=0.2), LIMITS) is None
-    assert tripped(FIRST, later(held_out=80.0, reward=-0.6, start_reward=-0.7), LIMITS) is not None
+    assert tripped_guard(FIRST, later(held_out=80.0, reward=0.1, start_reward=0.2), LIMITS) is None
+    assert tripped_guard(FIRST, later(held_out=80.0, reward=-0.6, start_reward=-0.7), LIMITS) is not None
     # Without an encoder that no reward sees.
     without = dataclasses.replace(FIRST, held_out=math.nan)
-    assert tripped(without, later(held_out=math.nan, reward=1.0), LIMITS) is None
+    assert tripped_guard(without, later(held_out=math.nan, reward=1.0), LIMITS) is None
 
 
 @pytest.mark.parametrize("name", ["loss_fm", "recall", "reward", "start_reward", "distance", "held_out"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_measurement_that_is_not_finite_trips(name, value):
-    assert "no longer finite" in tripped(FIRST, later(**{name: value}), LIMITS)
+    assert "no longer finite" in tripped_guard(FIRST, later(**{name: value}), LIMITS)
 
 
 def test_score_and_logged_values():
@@ -157,7 +157,7 @@ def squared_mmd(x):
 
 
 @torch.no_grad()
-def look(net) -> tuple[Look, float]:
+def look(net) -> tuple[GuardValues, float]:
     """What the guards see, and the share of modes with at least a quarter of their due."""
     generator = torch.Generator().manual_seed(11)
     x0, labels = draw_real(4096, generator)
@@ -167,7 +167,7 @@ def look(net) -> tuple[Look, float]:
     found = torch.bincount(mode[distances < 4 * STD], minlength=8) >= 0.25 * len(x) / 8
     recall = precision_recall(REAL[:1024], x[:1024])[1]
     reward = mmd_witness(x, x, REAL, BANDWIDTH).mean().item()
-    return Look(loss.item(), recall, reward, reward, squared_mmd(x), math.nan, 0.0), found.float().mean().item()
+    return GuardValues(loss.item(), recall, reward, reward, squared_mmd(x), math.nan, 0.0), found.float().mean().item()
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +228,7 @@ def test_with_real_data_the_distance_falls_and_no_mode_is_lost(pretrained):
     first, modes = look(pretrained)
     looks = list(follow_rewards(pretrained, real_data=True))
     for now, now_modes in looks:
-        assert tripped(first, now, LIMITS) is None
+        assert tripped_guard(first, now, LIMITS) is None
         assert now_modes >= 0.95 * modes and now.recall >= 0.95 * first.recall
     # 0.82 of it is left; flow matching alone leaves 0.95, rewards with the wrong sign 1.3.
     assert sum(now.distance for now, _ in looks[3:]) / len(looks[3:]) < 0.89 * first.distance
@@ -237,5 +237,5 @@ def test_with_real_data_the_distance_falls_and_no_mode_is_lost(pretrained):
 @pytest.mark.slow
 def test_without_real_data_a_guard_trips(pretrained):
     first, _ = look(pretrained)
-    reasons = (tripped(first, now, LIMITS) for now, _ in follow_rewards(pretrained, real_data=False))
+    reasons = (tripped_guard(first, now, LIMITS) for now, _ in follow_rewards(pretrained, real_data=False))
     assert next(filter(None, reasons), None) is not None

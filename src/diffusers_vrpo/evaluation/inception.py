@@ -312,7 +312,7 @@ def _download() -> Path:
         raise InputError(
             "inception_weights",
             f"the Inception network of FID cannot be downloaded ({first_line(error)}); fetch {WEIGHTS_URL} elsewhere and "
-            f"put it into {path.parent} (or give it to evaluate.py or probe.py as `inception_weights`), or measure with "
+            f"put it into {path.parent} (or give it to `vrpo evaluate` or `vrpo probe` as `inception_weights`), or measure with "
             "another encoder",
         ) from error
     return path

@@ -20,7 +20,7 @@ from ..errors import InputError, first_line
 from ..pipelines.pipeline_vrpo import VRPOPipeline
 from ..training.callbacks import TrainerCallback
 from ..training.checkpoints import find_damage, list_checkpoints
-from ..training.distributed import together
+from ..training.distributed import run_and_share_errors
 from ..training.interruption import Interruption
 from ..training.output_dir import unwritable
 from .card import STAGED
@@ -210,7 +210,7 @@ class HubPublisher(TrainerCallback):
         self._last_step = 0
         self._waiting, self._working = None, None  # jobs: a name, and what to call
         self._changed = threading.Condition()
-        together(accelerator, self._open, where=self.sends)
+        run_and_share_errors(accelerator, self._open, where=self.sends)
 
     def on_save(self, trainer, checkpoint: Path):
         if self.sends:

@@ -98,7 +98,7 @@ def is_finite(value) -> bool:
 
 
 def evaluations(folder: Path) -> list[dict]:
-    """Rows (metric, value, encoder, samples, reference, file) of the `evaluation*.json` that `evaluate.py` wrote there."""
+    """Rows (metric, value, encoder, samples, reference, file) of the `evaluation*.json` that `vrpo evaluate` wrote there."""
     rows = []
     for file in sorted(folder.glob("evaluation*.json")):
         report = read_mapping(file)

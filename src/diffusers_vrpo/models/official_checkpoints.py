@@ -696,7 +696,7 @@ def export_checkpoint(
         logger.warning(f"`to` {layout}: without the {len(projectors.state)} tensors of the projectors")
     elif layout == "repa":
         logger.warning(
-            "`to` repa: no projectors; REPA's model takes it with z_dims=[], and convert.py with `format` repa"
+            "`to` repa: no projectors; REPA's model takes it with z_dims=[], and `vrpo convert` with `format` repa"
         )
 
     official = {"pos_embed": model.pos_embed.detach().float().cpu()}

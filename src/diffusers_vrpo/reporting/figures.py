@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""The plots of `report.py`: quality against cost with the spread over seeds, and the last values."""
+"""The plots of `vrpo report`: quality against cost with the spread over seeds, and the last values."""
 
 import io
 import math

@@ -28,7 +28,7 @@ from ..errors import InputError, first_line
 from ..files import sync_to_disk
 from ..models.start import weights_checksum
 from ..pipelines.pipeline_vrpo import VRPOPipeline
-from .distributed import fill, original_class, together, whole, whole_model
+from .distributed import copy_tensors, full_model, full_tensor, original_class, run_and_share_errors
 from .metrics import RunningMeans
 from .setup import trainable_parameters
 
@@ -107,9 +107,10 @@ def remove_checkpoint(checkpoint: Path):
 
 
 def find_checkpoint(resume_from_checkpoint: str, output_dir: str | Path) -> Path | None:
-    """The folder that `--resume_from_checkpoint` means: `latest` (None where there is none), `none`, or a path.
+    """The folder that `resume_from_checkpoint` means: `latest` (None where there is none), `none`, or a path.
 
-    `hub` is `latest` of what `hub_run.py` has fetched before. `latest` is the newest that is whole: damaged ones are reported and renamed to `checkpoint-N.damaged`. For one process.
+    `hub` is `latest` of what the Hub has given before. `latest` is the newest that is whole: damaged ones are reported and
+    renamed to `checkpoint-N.damaged`. For one process.
 
     Raises:
         InputError: for a path that is not a checkpoint or a damaged one; for `none` where the output folder holds a run
@@ -210,7 +211,9 @@ def choose_checkpoint(accelerator: Accelerator, resume_from_checkpoint: str, out
         )
 
     try:
-        failure = together(accelerator, look, where=accelerator.is_main_process) or together(accelerator, see)
+        failure = run_and_share_errors(accelerator, look, where=accelerator.is_main_process) or run_and_share_errors(
+            accelerator, see
+        )
     finally:
         if accelerator.is_main_process:
             mark.unlink(missing_ok=True)
@@ -305,7 +308,7 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path):
                 "the one before",
             ) from error
 
-    together(accelerator, load)
+    run_and_share_errors(accelerator, load)
     # Steps are saved whole. Micro-steps count from here, or another accumulation would cut across them.
     accelerator.step = 0
 
@@ -346,11 +349,11 @@ def save_checkpoint(
 
     is_main, is_local_main = accelerator.is_main_process, accelerator.is_local_main_process
     failure = (
-        together(accelerator, make, where=is_main)
-        or together(accelerator, write)
+        run_and_share_errors(accelerator, make, where=is_main)
+        or run_and_share_errors(accelerator, write)
         # What a machine has written is in its own memory first.
-        or together(accelerator, flush, where=is_local_main)
-        or together(accelerator, publish, where=is_main)
+        or run_and_share_errors(accelerator, flush, where=is_local_main)
+        or run_and_share_errors(accelerator, publish, where=is_main)
     )
     if failure is None:
         if is_main:
@@ -421,9 +424,9 @@ def register_model_hooks(
     def load_hook(models, input_dir):
         # Sharded ones are not among them: accelerate has loaded what it saved itself, the same.
         aligned = accelerator.unwrap_model(models.pop() if models else accelerator._models[0])
-        fill(trainable_parameters(aligned), load_aligned(aligned, Path(input_dir), ""))
+        copy_tensors(trainable_parameters(aligned), load_aligned(aligned, Path(input_dir), ""))
         if ema is not None:
-            fill(ema.shadow_params, load_aligned(aligned, Path(input_dir), "_ema"))
+            copy_tensors(ema.shadow_params, load_aligned(aligned, Path(input_dir), "_ema"))
         for name, holder in tensors.items():
             file = os.path.join(input_dir, f"{name}.safetensors")
             if name not in optional or os.path.exists(file):
@@ -450,7 +453,7 @@ def save_aligned(
     accelerator: Accelerator, aligned: AlignedTransformer, average: EMAModel | None, folder: Path, suffix: str
 ):
     """Writes the weights of transformer and projectors, or their averages; for all processes."""
-    with whole_model(accelerator, aligned.transformer, average) as transformer:
+    with full_model(accelerator, aligned.transformer, average) as transformer:
         if accelerator.is_main_process and is_whole(aligned.transformer):
             transformer.save_pretrained(folder / f"transformer{suffix}")
         elif accelerator.is_main_process:
@@ -461,7 +464,7 @@ def save_aligned(
         return
     # The averages are in the order of the trained parameters, the projectors' last.
     weights = list(aligned.projectors.parameters()) if average is None else average.shadow_params[-len(names) :]
-    weights = [whole(tensor.detach()).contiguous() for tensor in weights]
+    weights = [full_tensor(tensor.detach()).contiguous() for tensor in weights]
     if accelerator.is_main_process:
         metadata = {"description": json.dumps(aligned.description())}
         save_file(dict(zip(names, weights)), folder / f"projectors{suffix}.safetensors", metadata)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ..errors import InputError
-from .interruption import settle
+from .interruption import wait_before_exit
 from .output_dir import unwritable
 
 
@@ -154,7 +154,7 @@ def prepare_deepspeed(accelerator: Accelerator, model: torch.nn.Module, optimize
 def clip_grad_norm(accelerator: Accelerator, model: torch.nn.Module, max_norm: float) -> torch.Tensor:
     """`accelerator.clip_grad_norm_`, also where each process has a part of the gradients only."""
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
-        return whole(accelerator.clip_grad_norm_(model.parameters(), max_norm))
+        return full_tensor(accelerator.clip_grad_norm_(model.parameters(), max_norm))
     gradients = [part for group in model.optimizer.averaged_gradients.values() for part in group]
     square = torch.nn.utils.get_total_norm(gradients).square()
     torch.distributed.all_reduce(square)
@@ -203,8 +203,8 @@ def load_partition(accelerator: Accelerator, engine, folder: str):
         group["lr"] = rate
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor as if it were not sharded. For all processes."""
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that may be sharded, as a whole. All processes must call it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -213,8 +213,8 @@ def is_sharded(model: torch.nn.Module) -> bool:
 
 
 @torch.no_grad()
-def fill(targets: list[torch.Tensor], sources: list[torch.Tensor]):
-    """Copies whole tensors, the same on every process, into perhaps sharded ones."""
+def copy_tensors(targets: list[torch.Tensor], sources: list[torch.Tensor]):
+    """Copies `sources`, which are whole and the same on every process, into `targets`, which may be sharded."""
     if any(hasattr(target, "full_tensor") for target in targets):
         from torch.distributed.tensor import distribute_tensor
 
@@ -234,13 +234,20 @@ _copies: WeakKeyDictionary = WeakKeyDictionary()
 
 
 @torch.no_grad()
-def whole_copy(model: torch.nn.Module, weights: list[torch.Tensor], here: bool) -> torch.nn.Module | None:
-    """A model on the CPU with the gathered `weights`, those of `model.parameters()`; None unless `here`."""
+def full_copy(model: torch.nn.Module, weights: list[torch.Tensor], here: bool) -> torch.nn.Module | None:
+    """A copy of a sharded model on the CPU, with all its weights.
+
+    All processes must call it, since the weights are gathered.
+
+    Args:
+        weights: in the order of `model.parameters()`; may be sharded.
+        here: whether this process gets the copy; the others get None.
+    """
     if here and model not in _copies:
         _copies[model] = original_class(model).from_config(model.config).eval()
     names = [name for name, _ in model.named_parameters()]
     for name, tensor in zip(names, weights):
-        tensor = whole(tensor.detach())
+        tensor = full_tensor(tensor.detach())
         if here:
             _copies[model].get_parameter(name).copy_(tensor)
     return _copies[model] if here else None
@@ -248,7 +255,7 @@ def whole_copy(model: torch.nn.Module, weights: list[torch.Tensor], here: bool) 
 
 @contextlib.contextmanager
 def ema_weights(ema: EMAModel | None, model: torch.nn.Module):
-    """Inside, the model has its averaged weights (its own where there is no average)."""
+    """Gives the model its averaged weights inside the `with` block; without an average it keeps its own."""
     if ema is None:
         yield
         return
@@ -265,14 +272,18 @@ def ema_weights(ema: EMAModel | None, model: torch.nn.Module):
 
 
 @contextlib.contextmanager
-def whole_model(accelerator: Accelerator, model: torch.nn.Module, ema: EMAModel | None, everywhere: bool = False):
-    """Inside, on the main process or everywhere, the model with averaged weights (its own for None); elsewhere None.
+def full_model(accelerator: Accelerator, model: torch.nn.Module, ema: EMAModel | None, everywhere: bool = False):
+    """Yields the model with its averaged weights, not sharded, on the main process; None on the others.
 
-    All processes take part. Sharded weights are gathered, tensor by tensor, into a copy on the CPU.
+    All processes must enter it. Sharded weights are gathered, tensor by tensor, into a copy on the CPU.
+
+    Args:
+        ema: the average; the model's own weights are used without it.
+        everywhere: yield the model on every process.
     """
     here = everywhere or accelerator.is_main_process
     if is_sharded(model):
-        yield whole_copy(model, list(model.parameters()) if ema is None else ema.shadow_params, here)
+        yield full_copy(model, list(model.parameters()) if ema is None else ema.shadow_params, here)
     elif here:
         with ema_weights(ema, model):
             yield model
@@ -281,32 +292,39 @@ def whole_model(accelerator: Accelerator, model: torch.nn.Module, ema: EMAModel 
 
 
 @contextlib.contextmanager
-def whole_pipeline(accelerator: Accelerator, pipeline, ema: EMAModel | None, everywhere: bool = False):
-    """As `whole_model`, a pipeline to sample from: its transformer is in evaluation mode, on the device."""
+def full_pipeline(accelerator: Accelerator, pipeline, ema: EMAModel | None, everywhere: bool = False):
+    """Yields a pipeline to sample from where `full_model` yields a model, which is in evaluation mode; else None."""
     transformer = pipeline.transformer
     training = transformer.training
     transformer.eval()
-    with whole_model(accelerator, transformer, ema, everywhere) as model:
-        if model is None or model is transformer:
-            yield pipeline if model is transformer else None
-        else:
-            other = copy.copy(pipeline)
-            other.transformer = model.to(accelerator.device)
-            yield other
-            model.to("cpu")
-    transformer.train(training)
+    try:
+        with full_model(accelerator, transformer, ema, everywhere) as model:
+            if model is None:
+                yield None
+            elif model is transformer:
+                yield pipeline
+            else:
+                other = copy.copy(pipeline)
+                other.transformer = model.to(accelerator.device)
+                try:
+                    yield other
+                finally:
+                    model.to("cpu")
+    finally:
+        transformer.train(training)
 
 
-def together(accelerator: Accelerator, action: Callable, *arguments, where: bool = True) -> str | None:
-    """Does `action` on the processes with `where`, waits for all, and tells every one of them what failed on any.
+def run_and_share_errors(accelerator: Accelerator, action: Callable, *arguments, where: bool = True) -> str | None:
+    """Calls `action` on the processes where `where` is true, and tells all processes if it failed on any of them.
 
-    A failing process so never leaves the others waiting for it.
+    Thus a process that fails never leaves the others waiting for it. All processes must call it.
 
     Returns:
-        why a file could not be read or written, or None.
+        why a file could not be read or written, the same on all processes; None if nothing failed.
 
     Raises:
-        InputError, RuntimeError: another failure's, of this process or (as its text) of another.
+        InputError: for any other failure, if that was an `InputError`.
+        RuntimeError: for any other failure of another process; the failing one raises its own exception.
     """
     own, outcome = None, []
     try:
@@ -314,10 +332,11 @@ def together(accelerator: Accelerator, action: Callable, *arguments, where: bool
             action(*arguments)
     except (Exception, CheckpointException) as error:  # whatever it is, the others must hear of it
         own, reason = error, unwritable(error)
-        outcome = [(reason is not None, isinstance(error, InputError), reason or str(error))]
+        field = (error.field,) if isinstance(error, InputError) else ()
+        outcome = [(reason is not None, field, reason or str(error))]
     outcomes = gather_object(outcome)
-    for is_file, is_input, text in outcomes:
+    for is_file, field, text in outcomes:
         if not is_file:
-            settle(accelerator)
-            raise own or (InputError(None, text) if is_input else RuntimeError(f"another process failed: {text}"))
+            wait_before_exit(accelerator)
+            raise own or (InputError(*field, text) if field else RuntimeError(f"another process failed: {text}"))
     return outcomes[0][2] if outcomes else None

@@ -52,7 +52,7 @@ class Interruption:
             os.write(2, f"\n{signal.Signals(signum).name}: saving a checkpoint after this step\n".encode())
 
 
-def settle(accelerator: Accelerator):
+def wait_before_exit(accelerator: Accelerator):
     """Before several processes end, well or not.
 
     When its model goes, torch (2.13) joins gloo's threads and holds the interpreter's lock meanwhile, which such a thread
@@ -138,5 +138,5 @@ class StepGuard:
             if saved_step
             else "no step before it has one"
         )
-        settle(self.accelerator)
+        wait_before_exit(self.accelerator)
         return TrainingStopped(f"{where} is NaN or infinite; {saved}, and {remedy}")

@@ -15,7 +15,7 @@ from accelerate.tracking import GeneralTracker
 
 from ..alignment.attach import AlignedTransformer
 from ..files import sync_to_disk
-from .output_dir import written
+from .output_dir import writing
 from .throughput import hardware_name
 
 
@@ -173,7 +173,7 @@ class MetricsFile(GeneralTracker):
         Raises:
             TrainingStopped: when it cannot be written.
         """
-        with written(f"step {step} of {self.path}"), self.path.open("a") as file:
+        with writing(f"step {step} of {self.path}"), self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
     def sync(self):

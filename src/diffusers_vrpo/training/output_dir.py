@@ -21,10 +21,10 @@ except ImportError:  # Windows
 
 
 def prepare_output_dir(output_dir: str) -> Path:
-    """Makes the folder and proves that files can be written there.
+    """Creates the folder of a run and checks that files can be written in it.
 
     Raises:
-        InputError: when they cannot.
+        InputError: if they cannot.
     """
     path = Path(output_dir)
     try:
@@ -42,12 +42,15 @@ def prepare_output_dir(output_dir: str) -> Path:
 
 @contextlib.contextmanager
 def locked(folder: Path):
-    """Inside, no other run can be started in the folder; the lock ends with the process, however that ends.
+    """Keeps other runs out of a folder inside the `with` block, or until the process ends, however it ends.
 
-    Only the main process takes it. File systems without locks are used without.
+    Only the main process takes the lock. On a file system without locks there is none.
+
+    It is written by hand since `filelock` uses flock, which the data loader's processes inherit: after a kill of the
+    trainer, one of them could hold the lock on. A POSIX lock belongs to the process alone.
 
     Raises:
-        InputError: when a run is going on there.
+        InputError: if another run is using the folder.
     """
     rank = get_int_from_env(["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"], 0)
     try:
@@ -59,7 +62,6 @@ def locked(folder: Path):
         return
     with file:
         try:
-            # A POSIX lock: unlike flock's, the data loader's processes do not inherit it.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             file.seek(0)
@@ -78,11 +80,11 @@ def locked(folder: Path):
 
 
 @contextlib.contextmanager
-def written(what: str):
-    """Inside, a file that cannot be written (a full disk) ends the run with a sentence.
+def writing(what: str):
+    """Turns a failure to write `what` inside the `with` block, such as a full disk, into an error that says what to do.
 
     Raises:
-        TrainingStopped: then.
+        TrainingStopped: if a file cannot be written.
     """
     try:
         yield
@@ -96,7 +98,11 @@ def written(what: str):
 
 
 def unwritable(error: BaseException) -> str | None:
-    """The cause in words of an exception that is a failing disk's, as Python, safetensors and torch raise it."""
+    """Why a file could not be read or written, in words; None for an exception of another kind.
+
+    Args:
+        error: as Python, safetensors or torch raise it for a disk that fails or is full.
+    """
     if isinstance(error, CheckpointException):  # of sharded weights: what failed on which process
         return next(iter({unwritable(failure[0]) for failure in error.failures.values()}), None)
     if isinstance(error, OSError):

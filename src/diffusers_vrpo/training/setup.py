@@ -1,7 +1,9 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """Accelerate, the optimizer and the trainable parameters, as the options ask for."""
 
+import dataclasses
 import logging
+import math
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -10,11 +12,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
+from ..config import OptimizationConfig, VRPOConfig, train_steps
 from ..errors import InputError
+from ..models.transformer_sit import SIT_PRESETS
+from .callbacks import TrainerCallback
 from .distributed import check_distributed
 
 
-def start_accelerator(args, output_dir: Path) -> Accelerator:
+def start_accelerator(args: VRPOConfig, output_dir: Path) -> Accelerator:
     """Accelerate, logging, threads and TF32 as the options want them.
 
     Raises:
@@ -64,7 +69,7 @@ def start_accelerator(args, output_dir: Path) -> Accelerator:
     return accelerator
 
 
-def build_optimizer(args, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+def build_optimizer(args: OptimizationConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW as the options want it; fused, which also lets it leave a step out without asking the host."""
     return torch.optim.AdamW(
         parameters,
@@ -79,3 +84,82 @@ def build_optimizer(args, parameters: list[torch.nn.Parameter]) -> torch.optim.O
 def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     """What is trained, averaged and clipped: all parameters, or with adapters the few that are not frozen."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the trainer is given
+
+
+def as_list(value) -> list | None:
+    """What may be one thing, several or None, as a list or None."""
+    return value if value is None else list(value) if isinstance(value, list | tuple) else [value]
+
+
+def length_of_run(args: VRPOConfig, num_images: int, global_batch_size: int) -> int:
+    """The optimizer steps of a run; with `num_train_epochs` they are whole draws of actions and rollouts."""
+    if not args.num_train_epochs:
+        return train_steps(args)
+    draws = math.ceil(args.num_train_epochs * num_images / global_batch_size)
+    shared = math.lcm(args.policy_epochs, args.rollout_every if args.rollout_epochs > 1 else 1)
+    return math.ceil(draws * args.policy_epochs / shared) * shared
+
+
+def name_of(component) -> str:
+    """What a component is called in the record of a run: its path or Hub name, or the name of its class or function."""
+    if isinstance(component, str | Path):
+        return str(component)
+    return getattr(component, "__name__", type(component).__name__)
+
+
+def with_given(args: VRPOConfig, model, encoders, vae) -> VRPOConfig:
+    """The options with the trainer's own arguments in them, by name: what is recorded, and what a resumed run must keep.
+
+    Raises:
+        InputError: when something is neither given nor named by an option.
+    """
+    given = {}
+    if model is not None:
+        if not isinstance(model, str | Path):
+            raise InputError("model", f"`model` is a {type(model).__name__}; give a preset, a folder or a Hub name")
+        is_preset = str(model).lower() in {preset.lower() for preset in SIT_PRESETS}
+        given["preset" if is_preset else "pretrained_model_name_or_path"] = str(model)
+    if encoders is not None:
+        given["encoder"] = [name_of(encoder) for encoder in as_list(encoders)]
+    if vae is not None:
+        given["vae"] = name_of(vae)
+    return dataclasses.replace(args, **given)
+
+
+def check_given(args: VRPOConfig, train_dataset, rewards: list | None, callbacks: list[TrainerCallback]):
+    """Refuses what is missing or would be ignored.
+
+    Raises:
+        InputError: for the first such argument.
+    """
+    named = (args.dataset_name, args.train_data_dir, args.latents_dir)
+    if train_dataset is None and not any(named):
+        raise InputError(
+            "train_dataset",
+            "`train_dataset` is missing; give a `datasets.Dataset` with images and labels, or name data in `args` "
+            "(`dataset_name`, `train_data_dir` or `latents_dir`)",
+        )
+    if train_dataset is not None and any(named):
+        name = next(name for name in named if name)
+        raise InputError(
+            "train_dataset", f"`train_dataset` is given, and `args` names the data {name}; remove one of the two"
+        )
+    if args.objective != "none" and not args.encoder:
+        raise InputError(
+            "encoders",
+            f"`encoders` are missing, which `objective` {args.objective} aligns with; give one such as "
+            "facebook/dinov2-base, or `objective` none",
+        )
+    if rewards is not None and args.objective != "vrpo":
+        raise InputError("rewards", f"`rewards` cannot be combined with `objective` {args.objective}, only with vrpo")
+    start = args.generative_policy_start_step
+    if start is not None and not any(callback.state_name == "generative_policy" for callback in callbacks):
+        raise InputError(
+            "generative_policy_start_step",
+            f"`generative_policy_start_step` {start} needs the callback "
+            "`diffusers_vrpo.experimental.generative.callback.GenerativePolicy(args)`",
+        )

@@ -22,7 +22,7 @@ from ..evaluation.metrics import frechet_distance
 from ..pipelines.pipeline_vrpo import VRPOPipeline
 from ..pipelines.sampling import check_steps, image_grid, sample_batch
 from .callbacks import TrainerCallback
-from .distributed import whole_pipeline
+from .distributed import full_pipeline
 from .interruption import Interruption
 from .metrics import read_metrics, use_trackers
 
@@ -98,7 +98,7 @@ class Validation(TrainerCallback):
     def validate(self, trainer):
         """Draws the grid of the trainer's step, and measures the distance; for all processes."""
         accelerator, step = self.accelerator, trainer.step
-        with whole_pipeline(
+        with full_pipeline(
             accelerator, self.pipeline, trainer.ema, everywhere=self.fd_encoder is not None
         ) as averaged:
             if accelerator.is_main_process:

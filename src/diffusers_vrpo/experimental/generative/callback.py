@@ -2,7 +2,7 @@
 """The generative policy in a training run: rollouts, rewards, the gradient that joins flow matching's, and its guards.
 
 An optimizer step goes: backward of the real batch, `add_gradient`, clipping, optimizer, average, `look`. Formulas:
-generative_policy.py and docs/method.md.
+objective.py and docs/generative.md.
 """
 
 import contextlib
@@ -39,12 +39,12 @@ from ...models.flow import flow_matching_loss, forward_process, x0_estimate
 from ...pipelines.sampling import check_steps, decoded_images
 from ...random_streams import CLASSES, DRAWS, LOOK_NOISE, LOOK_REAL, ROLLOUT_NOISE, random_stream
 from ...training.callbacks import TrainerCallback
-from ...training.distributed import ema_weights, together, whole_pipeline
-from ...training.interruption import settle
-from ...training.output_dir import written
+from ...training.distributed import ema_weights, full_pipeline, run_and_share_errors
+from ...training.interruption import wait_before_exit
+from ...training.output_dir import writing
 from ...training.setup import trainable_parameters
 from ...training.throughput import forward_flops
-from .guards import Limits, Look, tripped
+from .guards import GuardValues, Limits, tripped_guard
 from .objective import (
     add_balanced,
     denoising_loss,
@@ -73,7 +73,7 @@ REAL_IMAGES = 256  # training images behind the guards' flow-matching loss
 
 
 class GenerativePolicy(TrainerCallback):
-    """What `train_vrpo.py` does between the backward of a real batch and its optimizer step, from a step on.
+    """Follows rewards of generated images beside the loss on real ones, from a step on: a callback of the trainer.
 
     Rollout r draws the classes, noise and timesteps of (seed, r): it is the same for any number of processes, each of which
     has whole groups. Statistics, the queue of features and what the guards compare with are saved with a checkpoint.
@@ -169,8 +169,8 @@ class GenerativePolicy(TrainerCallback):
 
         # 3. State. Ratios near 1 want all digits of the likelihood; with one epoch there are none.
         self.likelihood_precision = accelerator.autocast if args.rollout_epochs == 1 else contextlib.nullcontext
-        self.first: Look | None = None
-        self.best_score, self.best_step, self.looked_step = math.inf, -1, -1
+        self.first: GuardValues | None = None
+        self.best_score, self.best_step, self.checked_step = math.inf, -1, -1
         self.start_values: dict[str, torch.Tensor] = {}
         self.rollout: dict[str, torch.Tensor] = {}
 
@@ -275,7 +275,7 @@ class GenerativePolicy(TrainerCallback):
                 tensors = reference_statistics(features, classes, num_classes)
                 found.append(FeatureSet.from_tensors(len(rows), tensors))
 
-            together(accelerator, make, where=accelerator.is_main_process)
+            run_and_share_errors(accelerator, make, where=accelerator.is_main_process)
             return found[0] if found else None
 
         device = torch.device("cpu") if self.device.type == "mps" else self.device
@@ -290,12 +290,14 @@ class GenerativePolicy(TrainerCallback):
 
     @contextlib.contextmanager
     def _averaged(self, ema, precision=None):
-        """Inside, the transformer is the one that is sampled from: averaged weights, evaluation, no gradients."""
+        """Makes the transformer the one to sample from inside the `with` block: averaged, in evaluation mode, no gradients."""
         training = self.transformer.training
         self.transformer.eval()
-        with torch.no_grad(), ema_weights(ema, self.transformer), (precision or self.accelerator.autocast)():
-            yield
-        self.transformer.train(training)
+        try:
+            with torch.no_grad(), ema_weights(ema, self.transformer), (precision or self.accelerator.autocast)():
+                yield
+        finally:
+            self.transformer.train(training)
 
     def _encode(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """`pool` and `shallow` of images, `[B,D]`."""
@@ -376,7 +378,7 @@ class GenerativePolicy(TrainerCallback):
         Raises:
             TrainingStopped: when a guard trips; a checkpoint was saved before, if that can be.
         """
-        if reason := self.look(trainer):
+        if reason := self.check_guards(trainer):
             if trainer.step != trainer.saved_step and trainer.can_save():
                 trainer.save_checkpoint()
             raise self.stop(reason, trainer.step, trainer.saved_step)
@@ -437,14 +439,14 @@ class GenerativePolicy(TrainerCallback):
                     anchors.append(self._predict_x0(x[part], labels[part], times[part], self._noise(shared, part))[0])
         everyone = {name: self._gather(values) for name, values in features.items()}
         if not all(values.isfinite().all() for values in everyone.values()):
-            settle(self.accelerator)
+            wait_before_exit(self.accelerator)
             raise TrainingStopped(
                 f"step {step + 1}: a sample of the rollout is not finite; a lower `generative_learning_rate`, or fewer steps "
                 "before `generative_policy_start_step`, may do"
             )
         self.rewards.push(everyone, self.real_images)
         found = []
-        together(self.accelerator, lambda: found.append(self.rewards(images, features, labels)))
+        run_and_share_errors(self.accelerator, lambda: found.append(self.rewards(images, features, labels)))
         rewards = self._gather(found[0])
         advantages, shares, zero_spread = sample_advantages(
             rewards.unflatten(0, (classes, size)), self.rewards.real_std, self.weights
@@ -518,14 +520,14 @@ class GenerativePolicy(TrainerCallback):
     # ------------------------------------------------------------------------------------------------------------------
     # Guards
 
-    def look(self, trainer) -> str | None:
+    def check_guards(self, trainer) -> str | None:
         """Before the first update, and every `guard_every` rollouts: whether the model has become worse; for all processes.
 
         Returns:
             why the policy must stop, or None.
         """
         step, ema = trainer.step, trainer.ema
-        if step < self.start or step == self.looked_step:
+        if step < self.start or step == self.checked_step:
             return None
         rollouts, between = divmod(step - self.start, self.args.rollout_every)
         if between or rollouts % self.args.guard_every:
@@ -533,19 +535,19 @@ class GenerativePolicy(TrainerCallback):
         if step == self.start:
             self._set_learning_rate(trainer.lr_scheduler)
         now = self._measure(ema)
-        reason = tripped(self.first, now, self.limits)
+        reason = tripped_guard(self.first, now, self.limits)
         outcome = broadcast_object_list([reason, now.score])
         if self.accelerator.is_main_process:
             trainer.log(now.values())
         if step == self.start or outcome[0] is not None:  # before and after, from the same noise
-            with whole_pipeline(self.accelerator, self.pipeline, ema) as averaged:
+            with full_pipeline(self.accelerator, self.pipeline, ema) as averaged:
                 if self.accelerator.is_main_process:
                     self.validation.draw(step, averaged)
         if outcome[0] is None and outcome[1] < self.best_score:
             self.best_score, self.best_step = outcome[1], step
             self._save_best(ema)
         if outcome[0] is None:  # or else the same command would go on as if nothing were wrong
-            self.looked_step = step
+            self.checked_step = step
         return outcome[0]
 
     def _set_learning_rate(self, scheduler):
@@ -554,7 +556,7 @@ class GenerativePolicy(TrainerCallback):
         for group, factor in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas):
             group["lr"] = rate * factor(scheduler.last_epoch)
 
-    def _measure(self, ema) -> Look:
+    def _measure(self, ema) -> GuardValues:
         """Looks at the averaged model; the first time it becomes what later looks are compared with."""
         args, rank, processes = self.args, self.accelerator.process_index, self.accelerator.num_processes
         count = -(-args.guard_samples // processes)
@@ -585,7 +587,7 @@ class GenerativePolicy(TrainerCallback):
             )
         recall, reward, start_reward, distance = own
         drift = (x0 - self.start_values["x0"]).square().mean().item()
-        now = Look(loss_fm, recall, reward, start_reward, distance, held_out, drift)
+        now = GuardValues(loss_fm, recall, reward, start_reward, distance, held_out, drift)
         self.first = self.first or now
         return now
 
@@ -626,7 +628,7 @@ class GenerativePolicy(TrainerCallback):
     def _save_best(self, ema):
         """Keeps the averaged model as a pipeline in `best`, whole or not at all."""
         final, partial = self.output_dir / "best", self.output_dir / ".best.tmp"
-        with whole_pipeline(self.accelerator, self.pipeline, ema) as averaged, written(f"the pipeline in {final}"):
+        with full_pipeline(self.accelerator, self.pipeline, ema) as averaged, writing(f"the pipeline in {final}"):
             if self.accelerator.is_main_process:
                 shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
                 if self.args.lora_rank:  # training goes on with the adapters
@@ -641,7 +643,7 @@ class GenerativePolicy(TrainerCallback):
     def stop(self, reason: str, step: int, saved_step: int | None) -> TrainingStopped:
         """The error that ends a run whose guards have tripped."""
         saved = f"checkpoint-{saved_step} has this step, " if saved_step == step else ""
-        settle(self.accelerator)
+        wait_before_exit(self.accelerator)
         stopped = f"step {step}: {reason}; the generative policy has been stopped"
         if self.best_step < 0:
             return TrainingStopped(f"{stopped} before its first update: it needs a model that draws images")
@@ -670,7 +672,7 @@ class GenerativePolicy(TrainerCallback):
             "begun": torch.tensor(True),
             "settings": torch.frombuffer(bytearray(json.dumps(self.settings()).encode()), dtype=torch.uint8),
             "first": torch.tensor(list(vars(self.first).values()), dtype=torch.float64),
-            "best": torch.tensor([self.best_score, self.best_step, self.looked_step], dtype=torch.float64),
+            "best": torch.tensor([self.best_score, self.best_step, self.checked_step], dtype=torch.float64),
         }
         state |= {f"start.{name}": value.contiguous() for name, value in self.start_values.items()}
         return state | {f"rewards.{name}": value for name, value in self.rewards.state_dict().items()}
@@ -687,9 +689,9 @@ class GenerativePolicy(TrainerCallback):
                     f"`{name}` is {value}, but the generative policy of this run began with {settings.get(name)}; keep to that, "
                     "or start a new run in another `output_dir`",
                 )
-        self.first = Look(*state_dict["first"].tolist())
-        self.best_score, best_step, looked_step = state_dict["best"].tolist()
-        self.best_step, self.looked_step = int(best_step), int(looked_step)
+        self.first = GuardValues(*state_dict["first"].tolist())
+        self.best_score, best_step, checked_step = state_dict["best"].tolist()
+        self.best_step, self.checked_step = int(best_step), int(checked_step)
         for name, value in state_dict.items():
             if name.startswith("start."):
                 device = self.rewards.device if name == "start.rewards" else self.device

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True)
-class Look:
+class GuardValues:
     """What is measured of the averaged model at one step, always on the same images, noise and labels.
 
     Attributes:
@@ -52,7 +52,7 @@ class Limits:
     distance_rise: float = 0.02
 
 
-def tripped(first: Look, now: Look, limits: Limits) -> str | None:
+def tripped_guard(first: GuardValues, now: GuardValues, limits: Limits) -> str | None:
     """Why the policy must stop, as the start of a sentence, or None."""
     measured = [now.loss_fm, now.recall, now.reward, now.start_reward, now.distance]
     if not math.isnan(first.held_out):

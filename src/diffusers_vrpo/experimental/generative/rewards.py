@@ -3,7 +3,7 @@
 
 A reward is a plain function `reward(images, features, labels) -> Tensor[B]`: `images` uint8 `[B,3,H,W]`, `features` of the
 frozen reward encoder (`pool` and `shallow`, float32 `[B,D]`), `labels` class ids int64 `[B]`; the more the better, in any unit.
-The built-in ones are of this form, and so are those of `reward_function` FILE.py:NAME. Formulas: generative_policy.py.
+The built-in ones are of this form, and so are those of `reward_function` FILE.py:NAME. Formulas: objective.py.
 """
 
 import importlib

@@ -23,6 +23,12 @@ def python_blocks(page: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
+def anchors(text: str) -> set[str]:
+    """The anchors that the headings of a page have on GitHub."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_readme_has_the_first_snippet_of_the_page():
     (trainer,) = [block for block in python_blocks("README.md") if "VRPOTrainer" in block]
     assert trainer == python_blocks("docs/python.md")[0]
@@ -52,8 +58,12 @@ def test_the_snippets_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_and_names_exist(page):
     text = page.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
-        assert "://" in target or (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?[^)]*\)", text):
+        if "://" in target:
+            continue
+        linked = page.parent / target if target else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked.read_text(encoding="utf-8")), f"{target}#{anchor}"
     for path in re.findall(r"\b(?:src|tests|benchmarks|configs|space|model_cards)/[\w./-]+\.(?:py|yaml|md)\b", text):
         assert any((folder / path).exists() for folder in (ROOT, page.parent)), path
     for name in re.findall(r"\bdiffusers_vrpo(?:\.\w+)+", text):

@@ -60,7 +60,7 @@ def card(name: str, preset: str, steps: int) -> str:
     measured = (
         f"Counted: {parameters / 1e6:.1f} M parameters, {flops / 2e9:.0f} GMAC a training step and image without encoder "
         "and autoencoder: three times the forward pass of transformer and projector (`training_flops` in "
-        f"`throughput.py`). Tested: {TESTED[preset[:3]]}. "
+        f"`training/throughput.py`). Tested: {TESTED[preset[:3]]}. "
         "Speed, loss curve and image quality of this recipe have not been measured."
     )
     with tempfile.TemporaryDirectory() as folder:

@@ -24,6 +24,7 @@ def folders(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_the_losses_are_those_of_training_from_images(command, folders, tmp_path):
     changes = {"model_config": None, "preset": "SiT-XS/1", "max_train_steps": 4}
     fd = {"fd_encoder": "digits", "num_fd_samples": 32}
@@ -57,6 +58,7 @@ def test_pixels_with_features_in_a_cache(command, tmp_path):
     assert VRPOPipeline.from_pretrained(tmp_path / "cached").vae is None
 
 
+@pytest.mark.slow
 def test_another_cache_does_not_continue_the_run(command, folders, tmp_path):
     changes = {"model_config": None, "preset": "SiT-XS/1", "dataset_name": None, "vae": None, "max_train_steps": 2}
     run(command(**changes, latents_dir=folders / "features"))

@@ -71,7 +71,7 @@ def build_app(pipeline: VRPOPipeline, title: str) -> gr.Blocks:
     """The page; start it with `.launch(theme=THEME, css_paths=STYLE)`."""
     config, turn = pipeline.transformer.config, threading.Lock()
     choices = class_choices(pipeline)
-    samplers = [(SAMPLER_NAMES[key], key) for key in ("default", *SAMPLERS[config.prediction_type])]
+    samplers = [(SAMPLER_NAMES.get(key, key), key) for key in ("default", *SAMPLERS[config.prediction_type])]
     is_guidable = pipeline.transformer.null_class_id is not None
     height = config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0]
     few_pixels = pipeline.vae is None and height < 128

@@ -53,7 +53,7 @@ def test_equal_compute_by_hand(yardstick, tiny_yardstick):
     assert plan("repa+w+stop") == plan("repa+stop")
     for name in ("repa", "none", "repa+stop", "conv+stop"):
         assert plan(name)["nominal_seconds"][-1][1] == pytest.approx(102 * 0.2, rel=0.01)
-    with pytest.raises(InputError, match="arm vrpo has no time in timing-tiny.json; run `timing.py tiny `arms` vrpo`"):
+    with pytest.raises(InputError, match="arm vrpo has no time in timing-tiny.json; run `timing.py tiny --arms vrpo`"):
         plan("vrpo")
 
 
@@ -69,7 +69,7 @@ def test_recipe_hash_names_what_results_depend_on(yardstick, tiny_yardstick):
     (tiny_yardstick.folder / "wrong.yaml").write_text(yaml.safe_dump(tiny_yardstick.values | {"clases": 3}))
     with pytest.raises(InputError, match="wrong.yaml: clases is unknown"):
         module.load_recipe(str(tiny_yardstick.folder / "wrong.yaml"))
-    with pytest.raises(InputError, match="`arms` nothing is none of none, repa"):
+    with pytest.raises(InputError, match="--arms nothing is none of none, repa"):
         module.choose_arms(["nothing"], recipe)
 
 
@@ -156,7 +156,7 @@ def test_timing_by_real_steps(tiny_yardstick, yardstick):
     recipe = yardstick.recipe.load_recipe(tiny_yardstick.places[0])
     other = yardstick.recipe.dataclasses.replace(recipe, train=recipe.train | {"train_batch_size": 4})
     with pytest.raises(
-        InputError, match="timing-tiny.json is of other options than tiny; run `timing.py tiny `again``"
+        InputError, match="timing-tiny.json is of other options than tiny; run `timing.py tiny --again`"
     ):
         yardstick.timing.read_timing(other, results)
 

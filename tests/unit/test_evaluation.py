@@ -91,7 +91,7 @@ def test_wrong_statistics_are_refused():
         evaluation.frechet_distance(mu, sigma, mu[:4], sigma[:4, :4])
     with pytest.raises(InputError, match="not finite"):
         evaluation.frechet_distance(mu * math.nan, sigma, mu, sigma)
-    with pytest.raises(InputError, match="no covariance: it has the eigenvalue -"):
+    with pytest.raises(InputError, match="not a covariance: it has the eigenvalue -"):
         evaluation.frechet_distance(mu, sigma - torch.eye(8), mu, sigma)
     with pytest.raises(InputError, match="1 images are too few"):
         evaluation.mean_and_covariance(torch.ones(1, 8))

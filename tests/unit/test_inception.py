@@ -166,7 +166,7 @@ def test_wrong_weights_are_refused(inception_weights, tmp_path, monkeypatch):
 def test_weights_come_from_the_cache_of_torch_hub(inception_weights, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(inception, "WEIGHTS_URL", "http://127.0.0.1:9/weights.pth")
-    with pytest.raises(InputError, match=f"put it into {tmp_path}/checkpoints .or give it to evaluate"):
+    with pytest.raises(InputError, match=f"put it into {tmp_path}/checkpoints .or give it to `vrpo evaluate`"):
         load_inception()
     file = tmp_path / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth"
     torch.save(inception_weights, file)

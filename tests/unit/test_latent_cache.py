@@ -317,7 +317,7 @@ def test_folders_with_something_else(tmp_path, vae_folder, monkeypatch):
     "change, message",
     [
         ({"vae": "none", "encoder": None}, "--vae none: a cache of pixels is for encoder features"),
-        ({"vae": "none", "vae_dtype": "float16"}, "--vae_dtype float16 is of an autoencoder"),
+        ({"vae": "none", "vae_dtype": "float16"}, "--vae_dtype float16 has no effect with --vae none; remove it"),
         ({"dataset_name": None}, "give either --dataset_name or --train_data_dir"),
         ({"chunk_rows": 0}, "--chunk_rows 0 must be at least 1"),
         ({"encoder": None, "encoder_layer": 3}, "--encoder_layer has no effect without --encoder"),
@@ -332,7 +332,7 @@ def test_command_lines_that_cannot_work(capsys, change, message):
 
 def test_command_line_errors_are_one_sentence(tmp_path):
     with pytest.raises(
-        SystemExit, match="^vrpo verify: error: --latents_dir .* has no meta.json, so it is not a latent cache"
+        SystemExit, match="^vrpo latents verify: error: --latents_dir .* has no meta.json, so it is not a latent cache"
     ):
         latents_command.main(["verify", "--latents_dir", str(tmp_path)])
 

@@ -332,7 +332,7 @@ def test_input_that_cannot_work(tmp_path, capsys):
         (["--arms", f"{run_a}"], "--arms .* must be NAME=DIR or NAME=DIR,DIR"),
         (["--arms", f"x={run_a}", f"x={other}"], "--arms names x twice"),
         ([other, "--arms", f"none={run_a}"], "--arms: none is also what another run is called"),
-        ([run_a, "--target", "nan"], "--target nan must be a finite number"),
+        ([run_a, "--target", "nan"], "--target nan must be finite"),
         ([run_a, "--output_dir", tmp_path / "file" / "x"], "--output_dir .* cannot be written"),
     ]:
         with pytest.raises(SystemExit) as exit_info:

@@ -211,13 +211,23 @@ def test_labels(models, tmp_path):
 def test_the_shift_of_the_pipelines_scheduler_is_kept():
     config = tiny_model().config
     for sampler in ("ode", "heun"):
-        assert sampling.make_scheduler(sampler, config, {"shift": 3.0}).config.shift == 3.0
+        assert sampling.SAMPLERS["velocity"][sampler](config, {"shift": 3.0}).config.shift == 3.0
     for sampler in ("dpmsolver++", "unipc"):
-        assert sampling.make_scheduler(sampler, config, {"shift": 3.0}).config.flow_shift == 3.0
+        assert sampling.SAMPLERS["velocity"][sampler](config, {"shift": 3.0}).config.flow_shift == 3.0
     config = tiny_model(prediction_type="epsilon").config
     for sampler in sampling.SAMPLERS["epsilon"]:
-        scheduler = sampling.make_scheduler(sampler, config, {"beta_schedule": "scaled_linear", "beta_end": 0.012})
+        scheduler = sampling.SAMPLERS["epsilon"][sampler](
+            config, {"beta_schedule": "scaled_linear", "beta_end": 0.012}
+        )
         assert scheduler.config.beta_schedule == "scaled_linear" and scheduler.config.beta_end == 0.012
+
+
+def test_a_sampler_is_one_row(models, tmp_path, monkeypatch):
+    row = {"euler_with_shift": lambda config, own: FlowMatchEulerDiscreteScheduler(shift=2.0)}
+    monkeypatch.setitem(sampling.SAMPLERS, "velocity", sampling.SAMPLERS["velocity"] | row)
+    run(models / "velocity", tmp_path / "mine", sampler="euler_with_shift", num_images=2)
+    run(models / "velocity", tmp_path / "ode", sampler="ode", num_images=2)
+    assert not np.array_equal(pngs(tmp_path / "mine"), pngs(tmp_path / "ode"))
 
 
 # The unconditional half
@@ -435,8 +445,8 @@ def test_the_npz_is_written_batch_by_batch(tmp_path):
         ({"num_images": 0}, "--num_images 0 must be at least 1"),
         ({"batch_size": 0}, "--batch_size 0 must be at least 1"),
         ({"num_inference_steps": 0}, "--num_inference_steps 0 must be at least 1"),
-        ({"seed": -1}, "--seed -1 must be at least 0"),
-        ({"seed": 2**63}, "must be below 2^63"),
+        ({"seed": -1}, "--seed -1 must lie in [0, 9223372036854775808)"),
+        ({"seed": 2**63}, "--seed 9223372036854775808 must lie in [0, 9223372036854775808)"),
         ({"guidance_scale": "nan"}, "--guidance_scale nan must be at least 0"),
         ({"guidance_interval": (0.7, 0.2)}, "--guidance_interval 0.7 0.2 must be LOW HIGH with 0 <= LOW <= HIGH <= 1"),
         ({"guidance_interval": (0, 700)}, "--guidance_interval 0.0 700.0 must be LOW HIGH"),

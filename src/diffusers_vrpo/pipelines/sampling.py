@@ -3,6 +3,7 @@
 
 import argparse
 import inspect
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -23,10 +24,6 @@ from .pipeline_vrpo import VRPOPipeline
 from .scheduling_sit_sde import SiTSDEScheduler
 
 
-SAMPLERS = {
-    "velocity": ("ode", "heun", "dpmsolver++", "unipc", "sde"),
-    "epsilon": ("ddim", "ddpm", "dpmsolver++", "unipc"),
-}
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -55,38 +52,55 @@ def image_label(seed: int, index: int, labels: list[int], class_balance: str) ->
     return labels[random_stream(seed, index, LABEL).integers(len(labels))]
 
 
-def make_scheduler(sampler: str, config, own: dict):
-    """The scheduler of a `sampler` for a transformer of this config.
+# ----------------------------------------------------------------------------------------------------------------------
+# Samplers
 
-    Args:
-        sampler: one of `SAMPLERS[config.prediction_type]`.
-        own: the options of the pipeline's own scheduler; its shift or its betas are kept.
-    """
-    if config.prediction_type == "velocity":
-        shift = own.get("shift", own.get("flow_shift", 1.0))
-        flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
-        return {
-            "ode": lambda: FlowMatchEulerDiscreteScheduler(shift=shift),
-            "heun": lambda: FlowMatchHeunDiscreteScheduler(shift=shift),
-            "dpmsolver++": lambda: DPMSolverMultistepScheduler(**flow),
-            "unipc": lambda: UniPCMultistepScheduler(**flow),
-            "sde": SiTSDEScheduler,
-        }[sampler]()
-    betas = {name: ddpm.SCHEDULER_CONFIG[name] for name in ("num_train_timesteps", "beta_start", "beta_end")}
-    betas = {name: own.get(name, value) for name, value in betas.items()}
-    betas |= {"beta_schedule": own.get("beta_schedule", "linear"), "trained_betas": own.get("trained_betas")}
-    return {
-        "ddim": lambda: DDIMScheduler(**betas, clip_sample=False, timestep_spacing="trailing"),
+
+def flow_shift(own: dict) -> float:
+    """The shift of a pipeline's own flow scheduler, which another sampler keeps."""
+    return own.get("shift", own.get("flow_shift", 1.0))
+
+
+def flow_options(own: dict) -> dict:
+    """What makes one of diffusers' multistep solvers integrate a flow."""
+    return {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": flow_shift(own)}
+
+
+def noise_schedule(own: dict) -> dict:
+    """The betas of a pipeline's own diffusion scheduler, which another sampler keeps; DiT's by default."""
+    names = ("num_train_timesteps", "beta_start", "beta_end")
+    betas = {name: own.get(name, ddpm.SCHEDULER_CONFIG[name]) for name in names}
+    return betas | {
+        "beta_schedule": own.get("beta_schedule", "linear"),
+        "trained_betas": own.get("trained_betas"),
+    }
+
+
+# The samplers for each kind of prediction. A row is a function of the transformer's config and the options of the
+# pipeline's own scheduler, which returns a scheduler.
+SAMPLERS: dict[str, dict[str, Callable]] = {
+    "velocity": {
+        "ode": lambda config, own: FlowMatchEulerDiscreteScheduler(shift=flow_shift(own)),
+        "heun": lambda config, own: FlowMatchHeunDiscreteScheduler(shift=flow_shift(own)),
+        "dpmsolver++": lambda config, own: DPMSolverMultistepScheduler(**flow_options(own)),
+        "unipc": lambda config, own: UniPCMultistepScheduler(**flow_options(own)),
+        "sde": lambda config, own: SiTSDEScheduler(),
+    },
+    "epsilon": {
+        "ddim": lambda config, own: DDIMScheduler(
+            **noise_schedule(own), clip_sample=False, timestep_spacing="trailing"
+        ),
         # DiT's spacing, from 999 to 0.
-        "ddpm": lambda: DDPMScheduler(
-            **betas,
+        "ddpm": lambda config, own: DDPMScheduler(
+            **noise_schedule(own),
             clip_sample=False,
             timestep_spacing="linspace",
             variance_type="learned_range" if config.learn_sigma else "fixed_small",
         ),
-        "dpmsolver++": lambda: DPMSolverMultistepScheduler(**betas),
-        "unipc": lambda: UniPCMultistepScheduler(**betas),
-    }[sampler]()
+        "dpmsolver++": lambda config, own: DPMSolverMultistepScheduler(**noise_schedule(own)),
+        "unipc": lambda config, own: UniPCMultistepScheduler(**noise_schedule(own)),
+    },
+}
 
 
 def set_sampler(pipeline: VRPOPipeline, sampler: str, name: str):
@@ -105,7 +119,7 @@ def set_sampler(pipeline: VRPOPipeline, sampler: str, name: str):
             f"`sampler` {sampler} does not go with PIPELINE {name}, which predicts {what}; use "
             f"{', '.join(SAMPLERS[config.prediction_type])} or default",
         )
-    pipeline.scheduler = make_scheduler(sampler, config, pipeline.scheduler_options)
+    pipeline.scheduler = SAMPLERS[config.prediction_type][sampler](config, pipeline.scheduler_options)
 
 
 def check_steps(pipeline: VRPOPipeline, num_inference_steps: int, option: str = "num_inference_steps"):

@@ -6,7 +6,7 @@ r"""What an update of the generative policy costs, in forward passes of the tran
     python benchmarks/generative_cost.py --preset SiT-B/2 --device cuda --mixed_precision bf16 --batch_size 256 --rollout_classes 32
 
 An update is a rollout, its encoding, rewards and gradient, and the forward and backward passes of the real images that belong
-to it, as train_vrpo.py does them. It is compared with
+to it, by the callback `GenerativePolicy` and `VRPOTrainer.compute_loss`. It is compared with
     rollout_steps + encoder + 3 N_MC + 3 (real images per generated image)   (+ N_MC with the anchor)
 by FLOPs (counted: matrix products, convolutions, attention), which shows whether anything is computed twice, and by time: that of
 an update over that of a forward pass without gradients of the same batch, in turn within a round, medians over rounds. Weights
@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -34,13 +33,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Dinov2Config, Dinov2Model
 
-from diffusers_vrpo import SiTTransformer2DModel, VRPOPipeline, sit_preset
 from diffusers_vrpo.command_line import add_options
-from diffusers_vrpo.config import GenerativeConfig, options_of
+from diffusers_vrpo.config import GenerativeConfig, VRPOConfig, options_of
 from diffusers_vrpo.experimental.generative.callback import GenerativePolicy
 from diffusers_vrpo.experimental.generative.objective import update_cost
-from diffusers_vrpo.models.flow import flow_matching_loss, forward_process
-from diffusers_vrpo.models.official_checkpoints import default_scheduler
+from diffusers_vrpo.trainer import VRPOTrainer
 from diffusers_vrpo.training.throughput import forward_flops
 
 
@@ -72,8 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def build_policy(args, folder: Path) -> tuple[GenerativePolicy, Accelerator]:
-    """The policy of a run on noise."""
+def build_trainer(args, folder: Path) -> tuple[VRPOTrainer, GenerativePolicy]:
+    """The trainer of a run on noise, and its callback."""
     options = dict(image_size=args.encoder_pixels, patch_size=14, hidden_size=args.encoder_width)
     options |= dict(num_hidden_layers=12, num_attention_heads=args.encoder_width // 64)
     Dinov2Model(Dinov2Config(**options)).save_pretrained(folder / "encoder")
@@ -95,20 +92,32 @@ def build_policy(args, folder: Path) -> tuple[GenerativePolicy, Accelerator]:
     data = Dataset.from_dict(columns, features=features)
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=args.mixed_precision)
-    torch.manual_seed(0)
-    config = sit_preset(args.preset) | {"sample_size": args.resolution, "in_channels": 3, "num_classes": NUM_CLASSES}
-    model = SiTTransformer2DModel(**config).to(accelerator.device)
-    torch.nn.init.normal_(model.proj_out.weight, std=0.02)  # else every sample would be its noise
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    pipeline = VRPOPipeline(model, default_scheduler("velocity"))
-    args.generative_policy_start_step, args.reward_encoder = 0, str(folder / "encoder")
-    args.seed, args.encoder, args.latents_dir, args.cache_dir = 0, None, None, None
-    validation = SimpleNamespace(judge=None, output_dir=folder)
-    args.use_ema = False
-    policy = GenerativePolicy(args, accelerator, pipeline, data, scheduler, validation, args.train_batch_size, 10**6)
-    return policy, accelerator
+    Accelerator(cpu=args.device == "cpu", mixed_precision=args.mixed_precision)
+    generative = {name: getattr(args, name) for name in options_of(GenerativeConfig)}
+    generative |= {"generative_policy_start_step": 0, "reward_encoder": str(folder / "encoder")}
+    # Checkpoints and the end, which are never reached, must be at whole rollouts.
+    steps = args.rollout_every * 10**6
+    config = VRPOConfig(
+        objective="none",
+        preset=args.preset,
+        vae="none",
+        resolution=args.resolution,
+        train_batch_size=args.train_batch_size,
+        mixed_precision=args.mixed_precision,
+        use_ema=False,
+        max_train_steps=steps,
+        checkpointing_steps=steps,
+        report_to="none",
+        output_dir=str(folder / "run"),
+        **generative,
+    )
+    policy = GenerativePolicy(config)
+    threads = torch.get_num_threads()
+    trainer = VRPOTrainer(args=config, train_dataset=data, callbacks=[policy])
+    torch.set_num_threads(threads)  # on a CPU a trainer takes all cores
+    torch.nn.init.normal_(trainer.transformer.proj_out.weight, std=0.02)  # else every sample would be its noise
+    trainer.objective.resume(0)
+    return trainer, policy
 
 
 def main(argv: list[str] | None = None):
@@ -118,24 +127,22 @@ def main(argv: list[str] | None = None):
         torch.set_num_threads(args.threads)
     clock = time.process_time if args.clock == "cpu" else time.perf_counter
     with tempfile.TemporaryDirectory() as temporary:
-        policy, accelerator = build_policy(args, Path(temporary))
-        model, config = policy.transformer, policy.transformer.config
-        forward = forward_flops(config)
+        trainer, policy = build_trainer(args, Path(temporary))
+        accelerator, model = trainer.accelerator, trainer.transformer
+        forward = forward_flops(model.config)
         device, count = accelerator.device, args.train_batch_size
         x0, noise = torch.randn(2, count, *policy.shape, device=device)
         labels, u = torch.zeros(count, dtype=torch.long, device=device), torch.rand(count, device=device)
-        model.train()
+        batch = {"pixels": x0, "noise": noise, "timestep": u, "class_labels": labels, "index": torch.arange(count)}
+        trainer.model.train()
 
         def look():
             with torch.no_grad(), accelerator.autocast():
                 model(x0, u, labels, return_dict=False)
 
         def real_step():
-            model.zero_grad()
-            x_t, timestep, target, _ = forward_process(x0, noise, u, config)
-            with accelerator.autocast():
-                prediction = model(x_t, timestep, labels, return_dict=False)[0]
-            flow_matching_loss(prediction, target).mean().backward()
+            trainer.model.zero_grad()
+            accelerator.backward(trainer.compute_loss(batch))
 
         def update(number: int):
             for _ in range(args.rollout_every):
@@ -183,6 +190,7 @@ def main(argv: list[str] | None = None):
             "times": [update / look for update, look in zip(updates, looks)],
             "forward_seconds": statistics.median(looks),
         }
+        trainer.close()
     print(
         f"{result['hardware']}, {args.preset}, {policy.num_samples} samples, {args.mixed_precision}: formula {formula:.1f} forward "
         f"passes a sample (encoder {encoder_cost:.2f}, real images {3 * real:.1f}); FLOPs {counted:.1f}, that is {counted / formula:.3f} of "

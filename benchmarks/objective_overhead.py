@@ -10,8 +10,8 @@ Four arms, each with its own model of the same seed, take turns step by step in 
     repa            REPA's cosine loss
     vrpo            `--objective vrpo` with the defaults of train_vrpo.py: expected estimator, fork, gate, statistics
     vrpo-stopped    the same, after `--alignment_stop_step`: neither encoder nor projectors run
-A step is forward, backward, clipping, AdamW, EMA, running means and the update of the statistics, by the package's own
-code. Left out is what all arms share (decoding, the autoencoder) and the encoder: its features are given, random unit
+A step is `VRPOTrainer.train_step`: forward, backward, clipping, AdamW, EMA, running means, the guard against NaN and the
+update of the statistics. Left out is what all arms share (decoding, the autoencoder) and the encoder: its features are given, random unit
 vectors. It costs repa and vrpo the same, so their ratio without it is the larger, the stricter one. On a GPU look at a
 small batch too: there the launches of small kernels are not hidden behind large ones.
 
@@ -21,29 +21,30 @@ rounds. For memory every arm runs alone for a few steps, before the clock is use
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import random
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from diffusers import AutoencoderKL
+from tqdm.auto import tqdm
 
-from diffusers_vrpo.alignment.objective import objective_from_config
 from diffusers_vrpo.alignment.rewards import normalize
-from diffusers_vrpo.alignment.start import build_aligned_transformer
 from diffusers_vrpo.config import VRPOConfig
+from diffusers_vrpo.data.image_source import ImageSource
 from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.models.flow import flow_matching_loss, forward_process
 from diffusers_vrpo.models.start import read_start
-from diffusers_vrpo.training.metrics import RunningMeans
-from diffusers_vrpo.training.setup import build_optimizer, trainable_parameters
-from diffusers_vrpo.training.throughput import ForeachEMA, hardware_name
+from diffusers_vrpo.trainer import VRPOTrainer
+from diffusers_vrpo.training.callbacks import TrainerCallback
+from diffusers_vrpo.training.throughput import hardware_name
 
 
 ARMS = {
@@ -56,6 +57,7 @@ ARMS = {
 # numerator, denominator, at most: of time, and of peak memory.
 TIME_RATIOS = (("vrpo", "repa", 1.03), ("vrpo-stopped", "none", 1.01), ("repa", "none", None))
 MEMORY_RATIOS = (("vrpo", "repa", 1.05), ("vrpo-stopped", "none", None), ("repa", "none", None))
+MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16"}
 NUM_CLASSES = 1000
 MAX_TRAIN_STEPS = 400_000  # the gate's window is 2 % of it
 
@@ -84,36 +86,83 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A step, as in train_vrpo.py
+# A trainer whose latents and targets are given
 
 
-def build_arm(name: str, settings, accelerator: Accelerator, encoder=None) -> SimpleNamespace:
-    """Model, average, optimizer and objective of one arm, as `train` of train_vrpo.py makes them.
+class GivenLatents(ImageSource):
+    """Training data whose batches have latents, `x0`, in the place of images."""
+
+    num_classes = NUM_CLASSES
+
+    def __len__(self) -> int:
+        return 1_000_000
+
+    def check(self):
+        """Does nothing: there are no images."""
+
+    def latents(self, vae, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return batch["x0"]
+
+
+class GivenTargets:
+    """An encoder whose patch embeddings are in the batch."""
+
+    def __init__(self, embed_dim: int):
+        self.embed_dim = embed_dim
+
+    def __call__(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return batch["targets"]
+
+
+class BeforeOptimizer(TrainerCallback):
+    """Calls `action`, if there is one, between the backward pass and the clipping of gradients."""
+
+    action = None
+
+    def before_optimizer_step(self, trainer):
+        if self.action is not None:
+            self.action()
+
+
+def build_trainer(name: str, settings, encoder, compile: bool = False, callbacks=()) -> VRPOTrainer:
+    """The trainer of one arm, ready for `train_step`. Accelerate has been started on the device and in the precision.
 
     Args:
-        encoder: without one, of the encoder only the width is asked for: the targets are given.
+        settings: `preset`, `projector_dim`, `latent_size`, `seed`, `dtype`.
+        encoder: to align with; not used by the arm none.
     """
-    args = VRPOConfig(preset=settings.preset, projector_dim=settings.projector_dim, **ARMS[name])
-    torch.manual_seed(settings.seed)
-    size = settings.latent_size
-    encoders = [encoder or SimpleNamespace(embed_dim=settings.embed_dim)] if args.objective != "none" else []
-    aligned = build_aligned_transformer(args, read_start(args), (4, size, size), NUM_CLASSES, None, encoders)
-    aligned.to(accelerator.device).train()
-    ema = ForeachEMA(trainable_parameters(aligned), decay=args.ema_decay, min_decay=args.ema_decay)
-    optimizer = build_optimizer(args, trainable_parameters(aligned))
-    objective = objective_from_config(args, aligned, MAX_TRAIN_STEPS)
-    objective.resume(0)
-    model, optimizer = accelerator.prepare(aligned, optimizer)
-    return SimpleNamespace(
-        args=args,
-        aligned=aligned,
-        transformer=aligned.transformer,
-        model=model,
-        ema=ema,
-        optimizer=optimizer,
-        objective=objective,
-        means=RunningMeans(),
+    threads = torch.get_num_threads()
+    # It is asked for the shape of its latents only: four channels, an eighth of the image's side.
+    vae = AutoencoderKL(
+        latent_channels=4,
+        block_out_channels=(1, 1, 1, 1),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=1,
     )
+    with tempfile.TemporaryDirectory() as folder:  # nothing is written to it: neither logs nor checkpoints are due
+        args = VRPOConfig(
+            preset=settings.preset,
+            projector_dim=settings.projector_dim,
+            resolution=8 * settings.latent_size,
+            seed=settings.seed,
+            mixed_precision=MIXED_PRECISION[settings.dtype],
+            max_train_steps=MAX_TRAIN_STEPS,
+            compile=compile,
+            report_to="none",
+            output_dir=folder,
+            **ARMS[name],
+        )
+        encoders = None if args.objective == "none" else [encoder]
+        trainer = VRPOTrainer(args=args, encoders=encoders, vae=vae, train_dataset=GivenLatents(), callbacks=callbacks)
+        trainer.close()
+    torch.set_num_threads(threads)  # on a CPU a trainer takes all cores
+
+    # What `train` does before its first step.
+    trainer.objective.resume(0)
+    trainer.model.train()
+    trainer.progress = tqdm(disable=True)
+    return trainer
 
 
 def draw_batch(settings, batch_size: int, num_tokens: int, generator: torch.Generator, device) -> dict:
@@ -129,52 +178,24 @@ def draw_batch(settings, batch_size: int, num_tokens: int, generator: torch.Gene
         ),
         "targets": normalize(torch.randn(batch_size, num_tokens, settings.embed_dim, generator=generator)),
     }
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    return batch | {"index": torch.arange(batch_size), "corrupt_rows": torch.zeros(0, dtype=torch.long)}
 
 
-def compute_gradients(arm: SimpleNamespace, batch: dict, accelerator: Accelerator):
-    """Forward and backward, line by line the loop of train_vrpo.py for a model that predicts no variance."""
-    objective = arm.objective
-    x_t, timestep, target, t = forward_process(batch["x0"], batch["noise"], batch["timestep"], arm.transformer.config)
-    inputs = (x_t, timestep, batch["class_labels"])
-    step = objective.begin(t)
-    prediction, projections = arm.model(*inputs, fork=step.fork, align=step.active)
-    loss_fm = flow_matching_loss(prediction, target)
-    loss = loss_fm.mean()
-    arm.means.add(loss_fm=loss)
-    if arm.args.objective != "none":
-        step.targets = [batch["targets"]]
-        loss_rep = objective(step, projections, None, loss_fm, subset=batch["tokens"], inputs=inputs)
-        loss = loss + arm.args.alignment_coeff * loss_rep
-        arm.means.add(**step.logs)
-    accelerator.backward(loss)
-    objective.observe(step)
-
-
-def apply_gradients(arm: SimpleNamespace, accelerator: Accelerator):
-    """The rest of the step: clipping, optimizer, average, statistics."""
-    arm.means.add(grad_norm=accelerator.clip_grad_norm_(arm.model.parameters(), arm.args.max_grad_norm))
-    arm.optimizer.step()
-    arm.optimizer.zero_grad()
-    arm.ema.step(trainable_parameters(arm.aligned))
-    arm.objective.update()
-
-
-def train_step(arm: SimpleNamespace, batch: dict, accelerator: Accelerator):
-    with accelerator.accumulate(arm.model):
-        compute_gradients(arm, batch, accelerator)
-        apply_gradients(arm, accelerator)
+def train_step(trainer: VRPOTrainer, batch: dict):
+    """An optimizer step on a batch, which stays as it is."""
+    trainer.train_step(iter([dict(batch)]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Time
 
 
-def measure_seconds(arms: dict, next_batch, accelerator: Accelerator, settings) -> dict[str, list[float]]:
+def measure_seconds(arms: dict, next_batch, device: torch.device, settings) -> dict[str, list[float]]:
     """Seconds of each arm's step, a number for every round that counts."""
     clock = {"wall": time.perf_counter, "cpu": time.process_time}[settings.clock]
     warmup = max(1, settings.warmup)
-    wait = torch.cuda.synchronize if accelerator.device.type == "cuda" else lambda: None
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     order = random.Random(settings.seed)
     seconds = {name: [] for name in arms}
     for round_number in range(warmup + settings.repeats):
@@ -182,7 +203,7 @@ def measure_seconds(arms: dict, next_batch, accelerator: Accelerator, settings) 
         for name in order.sample(list(arms), len(arms)):
             wait()
             start = clock()
-            train_step(arms[name], batch, accelerator)
+            train_step(arms[name], batch)
             wait()
             if round_number >= warmup:
                 seconds[name].append(clock() - start)
@@ -201,35 +222,43 @@ def median_ratio(above: list[float], below: list[float]) -> tuple[float, float, 
 # Memory
 
 
-def measure_memory(build, next_batch, accelerator: Accelerator, warmup: int = 2) -> dict[str, int]:
+def measure_memory(build, next_batch, device: torch.device, warmup: int = 2) -> dict[str, int]:
     """Bytes of tensors that one arm, alone, has at most: in forward and backward (`gradients`), and in all of a step.
 
     The objective costs in forward and backward only, and shows where activations decide: at a small batch all gradients
     at the end of backward, or the average's temporary copy of the weights, are the peak whatever the objective is. On a
     GPU the allocator counts the bytes; on the CPU the profiler does, since unlike the peak resident size of a process it
     holds no libraries, no freed pages and no chance (nor scratch space inside MKL).
+
+    Args:
+        build: makes the trainer of the arm, with the callbacks that it is given.
     """
-    cuda = accelerator.device.type == "cuda"
+    cuda = device.type == "cuda"
     before = torch.cuda.memory_allocated() if cuda else 0
 
     def peak():
         return torch.cuda.max_memory_allocated() - before if cuda else 0
 
     def run():
-        arm = build()
+        middle, found = BeforeOptimizer(), {}
+        trainer = build([middle])
         for _ in range(warmup):
-            train_step(arm, next_batch(), accelerator)
+            train_step(trainer, next_batch())
         batch = next_batch()
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        with accelerator.accumulate(arm.model):
-            with torch.profiler.record_function("measured_gradients"):
-                compute_gradients(arm, batch, accelerator)
-            in_gradients = peak()
-            with torch.profiler.record_function("measured_rest"):
-                apply_gradients(arm, accelerator)
-        accelerator.free_memory()
-        return {"gradients": in_gradients, "peak": peak()}
+        with contextlib.ExitStack() as measured:
+
+            def end_of_gradients():
+                found["gradients"] = peak()
+                measured.close()
+                measured.enter_context(torch.profiler.record_function("measured_rest"))
+
+            middle.action = end_of_gradients
+            measured.enter_context(torch.profiler.record_function("measured_gradients"))
+            train_step(trainer, batch)
+        trainer.accelerator.free_memory()
+        return found | {"peak": peak()}
 
     if cuda:
         result = run()
@@ -317,22 +346,20 @@ def main(settings: argparse.Namespace):
         raise InputError(None, "--clock cpu does not see what a GPU does; use wall")
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    mixed_precision = {"float32": "no", "bfloat16": "bf16"}[settings.dtype]
-    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=device_type == "cpu")
-    device = accelerator.device
+    device = Accelerator(mixed_precision=MIXED_PRECISION[settings.dtype], cpu=device_type == "cpu").device
     patch_size = read_start(VRPOConfig(preset=settings.preset)).config["patch_size"]
     num_tokens = (settings.latent_size // patch_size) ** 2
     generator = torch.Generator().manual_seed(settings.seed)
 
-    def build(name):
-        return build_arm(name, settings, accelerator)
+    def build(name, callbacks=()):
+        return build_trainer(name, settings, GivenTargets(settings.embed_dim), callbacks=callbacks)
 
     def next_batch():
         return draw_batch(settings, batch_size, num_tokens, generator, device)
 
-    memory = {name: measure_memory(lambda name=name: build(name), next_batch, accelerator) for name in ARMS}
+    memory = {name: measure_memory(partial(build, name), next_batch, device) for name in ARMS}
     arms = {name: build(name) for name in ARMS}
-    seconds = measure_seconds(arms, next_batch, accelerator, settings)
+    seconds = measure_seconds(arms, next_batch, device, settings)
     report = build_report(settings, batch_size, num_tokens, seconds, memory, device)
     print_report(report)
     if settings.json:

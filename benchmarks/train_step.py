@@ -13,7 +13,7 @@ take turns in one process:
     plain           the above
     + ...           plain with one improvement, for its share; improvements need not add up
     plain, all      plain with all of them
-    repa, vrpo      the step of train_vrpo.py with `--objective repa` and with its default
+    repa, vrpo      `VRPOTrainer.train_step` with `--objective repa` and with its default
 A step takes a batch on the CPU (uint8 images, latents, noise, labels), runs the encoder online, forward, backward,
 clipping, AdamW and the average. Decoding and the autoencoder are left out. The encoder is a DINOv2 with random weights
 unless one is given. Under bfloat16 the plain encoder in float32 is the slow part: the ratio to `+ encoder in half
@@ -41,7 +41,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from objective_overhead import NUM_CLASSES, build_arm, draw_batch, hardware_name, median_ratio
+from objective_overhead import (
+    MIXED_PRECISION,
+    NUM_CLASSES,
+    build_trainer,
+    draw_batch,
+    hardware_name,
+    median_ratio,
+    train_step,
+)
 from transformers import Dinov2Config, Dinov2Model
 from transformers.utils.logging import disable_progress_bar
 
@@ -49,11 +57,8 @@ from diffusers_vrpo.alignment.encoders import IMAGENET_MEAN, IMAGENET_STD, Patch
 from diffusers_vrpo.alignment.start import build_aligned_transformer
 from diffusers_vrpo.config import VRPOConfig
 from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.models.flow import flow_matching_loss, forward_process
 from diffusers_vrpo.models.start import read_start
-from diffusers_vrpo.training.interruption import Interruption, StepGuard
-from diffusers_vrpo.training.setup import trainable_parameters
-from diffusers_vrpo.training.throughput import peak_flops, speed_up, step_flops, throughput_metrics
+from diffusers_vrpo.training.throughput import peak_flops, throughput_metrics
 
 
 ENCODER_SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}
@@ -101,7 +106,7 @@ class Setup:
 
     def __init__(self, settings: argparse.Namespace, preset: str):
         self.settings, self.preset = settings, preset
-        mixed_precision = {"float32": "no", "bfloat16": "bf16"}[settings.dtype]
+        mixed_precision = MIXED_PRECISION[settings.dtype]
         self.accelerator = Accelerator(mixed_precision=mixed_precision, cpu=settings.device == "cpu")
         self.device = self.accelerator.device
         self.dtype = getattr(torch, settings.dtype)
@@ -151,54 +156,25 @@ def random_encoder(size: str, grid_size: tuple[int, int], dtype: torch.dtype, de
 
 
 def build_ours(setup: Setup, objective: str) -> SimpleNamespace:
-    """Model, average, optimizer and alignment as train_vrpo.py makes them, with the encoder online."""
+    """The trainer, with the encoder online; a step of it is `VRPOTrainer.train_step`."""
     settings, compiled = setup.settings, setup.settings.compile
     encoder = setup.encoder(setup.dtype if setup.device.type == "cuda" else torch.float32, compiled)
     shapes = SimpleNamespace(
         preset=setup.preset,
         projector_dim=settings.projector_dim,
         latent_size=settings.latent_size,
-        embed_dim=encoder.embed_dim,
         seed=settings.seed,
+        dtype=settings.dtype,
     )
-    arm = build_arm(objective, shapes, setup.accelerator, encoder)
-
-    speed_up(arm.transformer, [], compile=compiled)  # the encoder is already
-    arm.guard = StepGuard(setup.accelerator, arm.optimizer, Interruption(), skip_nonfinite=False)
-    arm.run = lambda batch: ours_step(arm, batch, setup.accelerator)
-    return arm
-
-
-def ours_step(arm: SimpleNamespace, batch: dict[str, torch.Tensor], accelerator: Accelerator):
-    """Line by line the loop of train_vrpo.py, for a model that predicts no variance and while it aligns."""
-    objective, means, guard = arm.objective, arm.means, arm.guard
-    batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
-    images = batch["pixels"].float() / 127.5 - 1
-    with accelerator.accumulate(arm.model):
-        x_t, timestep, target, t = forward_process(
-            batch["x0"], batch["noise"], batch["timestep"], arm.transformer.config
-        )
-        inputs = (x_t, timestep, batch["class_labels"])
-        step = objective.begin(t)
-        prediction, projections = arm.model(*inputs, fork=step.fork)
-        loss_fm = flow_matching_loss(prediction, target)
-        loss = loss_fm.mean()
-        means.add(loss_fm=loss)
-        loss_rep = objective(step, projections, images, loss_fm, subset=batch["tokens"], inputs=inputs)
-        loss = loss + arm.args.alignment_coeff * loss_rep
-        means.add(**step.logs)
-        guard.watch(loss)
-        accelerator.backward(loss)
-        objective.observe(step)
-        grad_norm = accelerator.clip_grad_norm_(arm.model.parameters(), arm.args.max_grad_norm)
-        means.add(grad_norm=grad_norm)
-        guard.ask(grad_norm)
-        arm.optimizer.step()
-        arm.optimizer.zero_grad()
-    guard.answer()
-    means.commit()
-    arm.ema.step(trainable_parameters(arm.aligned))
-    objective.update()
+    trainer = build_trainer(objective, shapes, encoder, compiled)
+    return SimpleNamespace(
+        trainer=trainer,
+        aligned=trainer.aligned,
+        optimizer=trainer.optimizer,
+        ema=trainer.ema,
+        guard=trainer.guard,
+        run=lambda batch: train_step(trainer, batch),
+    )
 
 
 def build_plain(setup: Setup, improvements: tuple[str, ...] = ()) -> SimpleNamespace:
@@ -322,7 +298,7 @@ def compare(setup: Setup, batch_size: int) -> dict:
     """Times all arms; the report as the JSON file holds it."""
     arms = {name: build() for name, build in arm_builders(setup).items()}
     seconds = measure_seconds(arms, setup, batch_size)
-    plain, aligned = step_flops(arms["vrpo"].aligned)
+    plain, aligned = arms["vrpo"].trainer.flops_per_image
     half, target = "+ encoder in half precision", TARGETS[setup.device.type]
     pairs = [(name, "plain", target if name in ("repa", "vrpo") else None) for name in arms if name != "plain"]
     if half in arms:
@@ -383,8 +359,8 @@ def measure_alone(setup: Setup, batch_size: int) -> dict:
         arm.run(batches[i % 2])
     wait()
     images_per_second = settings.repeats * batch_size / (time.perf_counter() - start)
-    setup.accelerator.free_memory()
-    _, flops = step_flops(arm.aligned)
+    flops = arm.trainer.flops_per_image[True]
+    arm.trainer.accelerator.free_memory()
     peak = 1e12 * settings.peak_tflops if settings.peak_tflops else peak_flops(setup.device, setup.dtype)
     return {
         "preset": setup.preset,

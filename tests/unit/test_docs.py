@@ -13,8 +13,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT
 # What makes the snippets of docs/python.md short enough for a test.
 SHORTER = {
     "max_train_steps=1400": "max_train_steps=2",
-    "max_train_steps=20": "max_train_steps=12",
+    '"max_train_steps": 20': '"max_train_steps": 12',
     "train_batch_size=64": "train_batch_size=8",
+    '"train_batch_size": 64': '"train_batch_size": 8',
     "(100)": "(20)",
 }
 
@@ -32,7 +33,7 @@ def anchors(text: str) -> set[str]:
 def test_readme_has_the_first_snippet_of_the_page():
     (trainer,) = [block for block in python_blocks("README.md") if "VRPOTrainer" in block]
     assert trainer == python_blocks("docs/python.md")[0]
-    assert len(trainer.splitlines()) <= 15
+    assert len([line for line in trainer.splitlines() if line]) <= 15
 
 
 @pytest.mark.slow

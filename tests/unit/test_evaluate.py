@@ -364,7 +364,7 @@ def test_bad_input_ends_in_a_sentence(run, tmp_path, capsys):
             ["--encoder", "inception", "--inception_weights", good],
             "is not the network that FID is defined by",
         ),
-        (good, good, ["--resolution", 16], "--resolution 16: .*good.npz is taken as it is"),
+        (good, good, ["--resolution", 16], "--resolution 16: .*good.npz is used as it is"),
         (good, good, ["--reference_split", "test"], "--reference_split test needs a data set"),
         (good, good, ["--output_file", tmp_path / "no" / "a.json"], "its folder does not exist"),
     ):

@@ -294,9 +294,7 @@ def open_images(
         what = "is neither a folder nor an .npz" if path.exists() else "does not exist"
         raise InputError(None, f"{name} {what}; give a folder of images, an .npz, or a data set")
     if resolution is None and dataset_resolution is None:
-        raise InputError(
-            None, f"{name}: the folder has no images ({', '.join(SUFFIXES)}), or does not exist"
-        )
+        raise InputError(None, f"{name}: the folder has no images ({', '.join(SUFFIXES)}), or does not exist")
     return dataset_images(
         option, name, source, config_name, split, image_column, resolution or dataset_resolution, cache_dir
     )

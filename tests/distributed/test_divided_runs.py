@@ -196,7 +196,11 @@ def test_what_is_not_done_right_is_refused(kind, version, lora, precision, messa
             "bf16",
             "zero_stage: 2 with offloading; only stage 2 without",
         ),
-        ({"zero_optimization": {"stage": 2}}, "fp16", "`mixed_precision` fp16 cannot be combined with DeepSpeed; take bf16"),
+        (
+            {"zero_optimization": {"stage": 2}},
+            "fp16",
+            "`mixed_precision` fp16 cannot be combined with DeepSpeed; take bf16",
+        ),
         ({"zero_optimization": {"stage": 2}, "optimizer": {}}, "bf16", "has its own optimizer; leave that out"),
     ],
 )

@@ -138,7 +138,7 @@ def test_every_sampler_that_is_offered_works(pipeline, tmp_path, kind):
     if kind == "epsilon":
         with pytest.raises(InputError, match="^Steps 7: diffusers' DDIM needs a divisor of 1000"):
             generate(pipeline, sampler="ddim", steps=7)
-        with pytest.raises(InputError, match="^Sampler ode does not go with .* which predicts noise"):
+        with pytest.raises(InputError, match="^Sampler ode cannot be combined with .* which predicts noise"):
             generate(pipeline, sampler="ode")
 
 
@@ -162,7 +162,7 @@ def test_without_a_null_class_there_is_no_guidance(tmp_path):
         ({"guidance_scale": float("nan")}, "Guidance scale must be a number from 1 to 8, not nan"),
         ({"guided_from": 0.9}, "Guided to t must be a number from 0.9 to 1, not 0.8"),
         ({"seed": None}, "Seed must be a whole number from 0 to 4294967295, not None"),
-        ({"sampler": "ddim"}, "Sampler ddim does not go with .* predicts velocities; use ode"),
+        ({"sampler": "ddim"}, "Sampler ddim cannot be combined with .* predicts velocities; use ode"),
     ],
 )
 def test_bad_input_gets_a_sentence(pipeline, changes, sentence):
@@ -195,7 +195,7 @@ def test_a_closed_run_ends_after_a_step(pipeline):
 
 
 def test_what_cannot_be_opened_gets_a_sentence(tmp_path):
-    with pytest.raises(InputError, match="has no model_index.json, so it is no pipeline"):
+    with pytest.raises(InputError, match="has no model_index.json, so it is not a pipeline"):
         generation.open_pipeline(str(tmp_path))
     latents = VRPOPipeline(tiny_model(), FlowMatchEulerDiscreteScheduler())
     latents.save_pretrained(tmp_path)

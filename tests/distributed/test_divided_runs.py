@@ -177,8 +177,8 @@ def test_accelerate_opens_its_configurations(monkeypatch, name):
     [
         (DistributedType.MEGATRON_LM, 0, False, "bf16", "configured for MEGATRON_LM, .*fsdp2.yaml or ddp.yaml"),
         (DistributedType.FSDP, 1, False, "bf16", "configured for FSDP 1; set fsdp_version: 2"),
-        (DistributedType.FSDP, 2, True, "bf16", "`lora_rank` does not go with FSDP; take .*ddp.yaml"),
-        (DistributedType.FSDP, 2, False, "fp16", "`mixed_precision` fp16 does not go with FSDP; .* or bf16"),
+        (DistributedType.FSDP, 2, True, "bf16", "`lora_rank` cannot be combined with FSDP; take .*ddp.yaml"),
+        (DistributedType.FSDP, 2, False, "fp16", "`mixed_precision` fp16 cannot be combined with FSDP; .* or bf16"),
     ],
 )
 def test_what_is_not_done_right_is_refused(kind, version, lora, precision, message):
@@ -196,7 +196,11 @@ def test_what_is_not_done_right_is_refused(kind, version, lora, precision, messa
             "bf16",
             "zero_stage: 2 with offloading; only stage 2 without",
         ),
-        ({"zero_optimization": {"stage": 2}}, "fp16", "`mixed_precision` fp16 does not go with DeepSpeed; take bf16"),
+        (
+            {"zero_optimization": {"stage": 2}},
+            "fp16",
+            "`mixed_precision` fp16 cannot be combined with DeepSpeed; take bf16",
+        ),
         ({"zero_optimization": {"stage": 2}, "optimizer": {}}, "bf16", "has its own optimizer; leave that out"),
     ],
 )

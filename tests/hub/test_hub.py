@@ -317,15 +317,15 @@ def test_a_run_publishes_itself_and_never_fails_for_it(hub, tmp_path_factory):
     output = python(hub, folder, head + TRAIN)
     refusals = [line.split(" ", 2)[1:] for line in output.splitlines() if line.startswith("REFUSED")]
     reasons = [
-        "--hub_license no-such is none that the Hub knows; give one such as apache-2.0",
+        "--hub_license no-such is not known to the Hub; give one such as apache-2.0",
         "--hub_model_id org/digits has the weights that the adapters are for; give the adapters another name",
         "--resume_from_checkpoint hub continues from a training state on the Hub; add --push_to_hub",
         "--hub_model_id other/x: the token may not write to other/x (403); take one with write access to it",
-        "--hub_model_id a/b/c: that is no name of a repository; give owner/name",
-        "--hub_model_id org/open-state: org/open-state is there already and public; make it private",
-        "--hub_model_id org/x: there is no token; run `hf auth login` or set HF_TOKEN",
+        "--hub_model_id a/b/c: that is not the name of a repository; give owner/name",
+        "--hub_model_id org/open-state: org/open-state already exists and is public; make it private",
+        "--hub_model_id org/x: no token was found; run `hf auth login` or set HF_TOKEN",
         "--hub_model_id org/x: the token may only read; take one with write access",
-        "--hub_model_id org/x: the Hub does not know the token (401); run `hf auth login` or set HF_TOKEN anew",
+        "--hub_model_id org/x: the Hub does not know the token (401); run `hf auth login` again or set HF_TOKEN to another token",
         "--push_to_hub: the Hub cannot be reached",
     ]
     assert len(refusals) == len(reasons)
@@ -413,7 +413,7 @@ def test_states_of_later_steps_go_and_the_runs_history_comes_along(here, tmp_pat
     # That the history stays is worth a warning, no more.
     here.faults = [("super-squash", 403)]
     push_state(whole_checkpoint(tmp_path / "run", 8), "org/again-state")
-    assert not here.faults and "the older commits of org/again-state are still there" in caplog.text
+    assert not here.faults and "the older commits of org/again-state could not be removed" in caplog.text
 
 
 def test_what_has_no_record_leaves_the_card_and_claims_no_licence(here, tmp_path):
@@ -434,7 +434,7 @@ def test_what_has_no_record_leaves_the_card_and_claims_no_licence(here, tmp_path
     assert "license: mit" in kept.files()["README.md"].decode()
 
     check_license("mit")
-    with pytest.raises(InputError, match="`hub_license` no-such is none that the Hub knows; give one such as"):
+    with pytest.raises(InputError, match="`hub_license` no-such is not known to the Hub; give one such as"):
         check_license("no-such")
 
     push_folder(tmp_path / "plain", "org/plain")

@@ -266,7 +266,7 @@ def test_adapters_of_a_checkpoint_and_its_card(tmp_path):
     weights = {"transformer_blocks.0.attn.to_q.lora_A.default.weight": pipeline.transformer.proj_out.weight.data}
     save_file(weights, tmp_path / "run" / "checkpoint-30" / "transformer_ema.safetensors")
     pipeline.transformer.adapters_suffice = False
-    with pytest.raises(InputError, match="of no use to others"):
+    with pytest.raises(InputError, match="cannot be used by others"):
         stage_pipeline(pipeline, tmp_path / "run" / "checkpoint-30", tmp_path / "refused")
     pipeline.transformer.adapters_suffice = True
     stage_pipeline(pipeline, tmp_path / "run" / "checkpoint-30", tmp_path / "staged")
@@ -281,7 +281,7 @@ def test_adapters_of_a_checkpoint_and_its_card(tmp_path):
 
 def test_mistakes_in_the_code_and_a_full_disk_are_not_the_hubs(tmp_path):
     full = OSError(28, "No space left on device", str(tmp_path / "x"))
-    assert not is_passing(full) and hub_sentence(full, "org/x") == "the disk here is full; make room"
+    assert not is_passing(full) and hub_sentence(full, "org/x") == "the local disk is full; make room"
     mistake = KeyError("reward")
     assert not is_passing(mistake) and hub_sentence(mistake, "org/x").startswith("an error of this program: KeyError")
     assert is_passing(ConnectionError()) and "cannot be reached" in hub_sentence(ConnectionError(), "org/x")

@@ -325,7 +325,7 @@ def test_no_label_dropout_means_no_null_class(command, tmp_path):
             {"prediction_type": "epsilon"},
             "`prediction_type` epsilon: .*start was trained with prediction_type velocity",
         ),
-        ({"preset": "SiT-XS/2"}, "`preset` SiT-XS/2: .* has a config.json that says it all"),
+        ({"preset": "SiT-XS/2"}, "`preset` SiT-XS/2: .* has a complete config.json"),
         ({"pretrained_model_name_or_path": "./nowhere"}, "./nowhere is neither a folder nor a file"),
         ({"vae": "VAE"}, "gives 4 channels, but .*start takes 3"),
     ],

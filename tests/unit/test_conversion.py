@@ -320,7 +320,7 @@ def test_files_that_are_refused(tmp_path, capsys):
     for name in ("num_attention_heads", "num_classes", "alignment_layer"):
         refused(state, f"`{name}` 0 must be at least 1", **{name: 0})
     refused(official_state(rows=1), "do not fit `num_classes` 0")
-    refused(official_state(qk_norm=8), "`num_attention_heads` 2: .* has 3 heads; leave it out", num_attention_heads=2)
+    refused(official_state(qk_norm=8), "`num_attention_heads` 2: .* has 3 heads; remove it", num_attention_heads=2)
     refused(state | {"blocks.x.foo": torch.zeros(1), "projectors.foo": torch.zeros(1)}, "projectors", format="sit")
     refused(state | {"blocks.x.foo": torch.zeros(1)}, "1 unknown: blocks.x.foo")
     refused(state | {"pos_embed": torch.zeros(1, 15, 24)}, "sine-cosine table")
@@ -331,12 +331,12 @@ def test_files_that_are_refused(tmp_path, capsys):
     refused(str(tmp_path / "text.pt"), "text.pt")
     whole = Path(saved(tmp_path, state)).read_bytes()
     (tmp_path / "short.pt").write_bytes(whole[: len(whole) // 2])
-    refused(str(tmp_path / "short.pt"), "it may be cut short; get it again")
+    refused(str(tmp_path / "short.pt"), "it may be truncated; download it again")
     refused(str(tmp_path / "absent.pt"), "absent.pt is not a file")
     refused("./absent", "neither a folder nor a file", num_attention_heads=None)
     refused(str(tmp_path), "SiTTransformer2DModel or DiTTransformer2DModel", num_attention_heads=None)
     tiny_model().save_pretrained(tmp_path / "ours")
-    refused(str(tmp_path / "ours"), "`num_attention_heads` 3: .* has a config.json that says it all")
+    refused(str(tmp_path / "ours"), "`num_attention_heads` 3: .* has a complete config.json")
     with pytest.raises(InputError, match="it goes to sit or repa"):
         export_checkpoint(tiny_model(), "dit")
     with pytest.raises(InputError, match="frequencies or the norm of diffusers' DiT"):
@@ -411,9 +411,9 @@ def test_the_script_refuses_what_would_not_sample(tmp_path):
     for arguments, message in (
         ((pixels, tmp_path / "out", "--vae", tmp_path / "vae"), "`vae` .* has 4 channels, the transformer 3"),
         ((state, tmp_path / "out", "--id2label", tmp_path / "names.json"), "names class 99, but .* ids 0 ... 6"),
-        ((state, tmp_path / "file" / "out"), "OUTPUT_DIR .* cannot be made a folder"),
+        ((state, tmp_path / "file" / "out"), "OUTPUT_DIR .* cannot be created as a folder"),
         ((state, tmp_path / "file" / "out.pt", "--to", "sit"), "out.pt cannot be written"),
-        ((state, tmp_path / "out", "--ema_key"), "`ema_key` goes with `to`"),
+        ((state, tmp_path / "out", "--ema_key"), "`ema_key` has no effect without `to`"),
     ):
         with pytest.raises(InputError, match=message):
             convert_script(*arguments, "--num_attention_heads", 3)

@@ -215,7 +215,7 @@ def test_a_statistics_file_is_a_reference(run, tmp_path, monkeypatch):
     assert run(tmp_path / "samples.npz", file) == expected
     monkeypatch.setenv("HOME", str(tmp_path))
     assert run(tmp_path / "samples.npz", "~/statistics.safetensors") == expected
-    with pytest.raises(SystemExit, match="--image_column picture goes with a data set, which .* is not; leave it out"):
+    with pytest.raises(SystemExit, match="--image_column picture needs a data set, which .* is not; remove it"):
         run(tmp_path / "samples.npz", file, "--image_column", "picture")
     with pytest.raises(SystemExit, match="is of another encoder or other weights .*; give the images instead"):
         run(tmp_path / "samples.npz", file, encoder="vit")
@@ -279,7 +279,7 @@ def test_reference_batch_of_adm(run, inception_weights, tmp_path):
     for name, (mu, sigma) in batch_moments(str(tmp_path / "moments.npz")).items():
         direct = evaluation.mean_and_covariance(others[name])
         assert torch.equal(mu, direct[0]) and torch.equal(sigma, direct[1])
-    with pytest.raises(SystemExit, match="--reference_split test goes with a data set, which .*moments.npz is not"):
+    with pytest.raises(SystemExit, match="--reference_split test needs a data set, which .*moments.npz is not"):
         run(tmp_path / "samples.npz", tmp_path / "moments.npz", *options[:-1], "--reference_split", "test")
     with pytest.raises(SystemExit, match="--metrics kid: the reference has statistics only; it needs images"):
         run(tmp_path / "samples.npz", tmp_path / "moments.npz", *options, "kid")
@@ -343,9 +343,9 @@ def test_bad_input_ends_in_a_sentence(run, tmp_path, capsys):
     flat = np.full_like(images, 128)
     for samples, reference, options, message in (
         (tmp_path / "nowhere", good, [], "SAMPLES .*nowhere does not exist"),
-        (tmp_path / "empty", good, [], "there is no image"),
+        (tmp_path / "empty", good, [], "the folder has no images"),
         (tmp_path / "broken", good, [], "a.png is not an image that can be read"),
-        (good, tmp_path / "nowhere.npz", [], "--reference .*nowhere.npz: there is no such file"),
+        (good, tmp_path / "nowhere.npz", [], "--reference .*nowhere.npz: the file does not exist"),
         (folder, good, [], r"several sizes \(00000.png is 16x16, z.png 20x16\)"),
         (npz(images.astype(np.float32)), good, [], "arr_0 must be uint8 .* not float32"),
         (npz(images[0]), good, [], r"not uint8 \[16, 16, 3\]"),
@@ -364,8 +364,8 @@ def test_bad_input_ends_in_a_sentence(run, tmp_path, capsys):
             ["--encoder", "inception", "--inception_weights", good],
             "is not the network that FID is defined by",
         ),
-        (good, good, ["--resolution", 16], "--resolution 16: .*good.npz is taken as it is"),
-        (good, good, ["--reference_split", "test"], "--reference_split test goes with a data set"),
+        (good, good, ["--resolution", 16], "--resolution 16: .*good.npz is used as it is"),
+        (good, good, ["--reference_split", "test"], "--reference_split test needs a data set"),
         (good, good, ["--output_file", tmp_path / "no" / "a.json"], "its folder does not exist"),
     ):
         with pytest.raises(SystemExit, match=message):

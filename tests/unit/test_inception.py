@@ -137,7 +137,7 @@ def test_wrong_weights_are_refused(inception_weights, tmp_path, monkeypatch):
     torch.save(inception_weights, file)
     with pytest.raises(InputError, match="does not start with 6726825d"):
         load_inception(file)
-    with pytest.raises(InputError, match="nowhere.pth: there is no such file"):
+    with pytest.raises(InputError, match="nowhere.pth: the file does not exist"):
         load_inception(tmp_path / "nowhere.pth")
     monkeypatch.setattr(inception, "WEIGHTS_SHA256", inception._sha256(file)[:8])
     assert torch.equal(load_inception(file).fc.weight, inception_weights["fc.weight"])

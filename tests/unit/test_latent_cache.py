@@ -422,7 +422,7 @@ def test_what_the_trainer_opens(reference, vae_folder):
         ({"resolution": 256}, "`resolution` 256: .* prepared with `resolution` 8; give that"),
         ({"vae": "stabilityai/sd-vae-ft-ema"}, "`vae` stabilityai/sd-vae-ft-ema: .* prepared with .*vae; give that"),
         ({"center_crop": False}, "`center_crop` is off, but .* has centre crops only"),
-        ({"max_train_samples": 5}, "`max_train_samples` goes with images"),
+        ({"max_train_samples": 5}, "`max_train_samples` needs images"),
     ],
 )
 def test_options_that_contradict_the_cache(reference, change, message):

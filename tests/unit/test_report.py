@@ -298,7 +298,7 @@ def test_names_that_the_last_part_of_a_path_would_not_tell_apart(tmp_path):
     runs = [write_run(tmp_path / name, {100: 1.0}, latents_dir=f"/{name}/latents", objective="repa") for name in "ab"]
     found = numbers(*runs)
     assert [arm["name"] for arm in found["arms"]] == ["latents_dir=/a/latents", "latents_dir=/b/latents"]
-    assert any("differ in latents_dir" in text and "may not compare" in text for text in found["warnings"])
+    assert any("differ in latents_dir" in text and "may not be comparable" in text for text in found["warnings"])
 
 
 # Bad input: one sentence
@@ -328,7 +328,7 @@ def test_input_that_cannot_work(tmp_path, capsys):
         ),
         ([run_a, other, "--metric", "loss"], f"--metric loss: .*a has no loss_fm, .* take one of {FD}, train_seconds"),
         ([run_a, tmp_path / "other" / ".." / "a"], "a is given twice"),
-        ([run_a, other, "--baseline", "sit"], "--baseline sit is none of the arms; they are repa, none"),
+        ([run_a, other, "--baseline", "sit"], "--baseline sit is not one of the arms; they are repa, none"),
         (["--arms", f"{run_a}"], "--arms .* must be NAME=DIR or NAME=DIR,DIR"),
         (["--arms", f"x={run_a}", f"x={other}"], "--arms names x twice"),
         ([other, "--arms", f"none={run_a}"], "--arms: none is also what another run is called"),
@@ -454,7 +454,7 @@ def test_grids_that_do_not_compare(tmp_path, capsys):
     found = report(tmp_path, a, b)
     assert found["grids"]["steps"] == [400, 300, 100] and not found["grids"]["same_noise"]
     assert any("no seed that all arms have" in text for text in found["warnings"])
-    assert any("step-0000100.png is damaged and left out" in text for text in found["warnings"])
+    assert any("step-0000100.png is damaged and is not shown" in text for text in found["warnings"])
     text = (tmp_path / "report" / "report.html").read_text()
     assert text.count("data:image/jpeg") == 1 and text.count("data:image/png") == 4
     assert "not from the same noise" in text

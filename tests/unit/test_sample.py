@@ -471,7 +471,7 @@ def test_wrong_options(models, tmp_path, capsys, options, message):
         ("velocity", {"labels": ["goldfsh"]}, "--labels: `class_labels`: no class is named 'goldfsh'; did you mean"),
         ("velocity", {"labels": [5]}, "5 is not a class; this model has 5, ids 0 ... 4"),
         ("velocity", {"labels": ["crane"]}, "'crane' names the classes [1, 2]"),
-        ("velocity", {"sampler": "ddim"}, "--sampler ddim does not go with PIPELINE"),
+        ("velocity", {"sampler": "ddim"}, "--sampler ddim cannot be combined with PIPELINE"),
         (
             "velocity",
             {"sampler": "ddpm"},
@@ -498,11 +498,11 @@ def test_wrong_options(models, tmp_path, capsys, options, message):
         (
             "velocity",
             {"guidance_scale": 1, "guidance_interval": (0, 0.7)},
-            "--guidance_interval 0.0 0.7 does nothing with guidance scale 1",
+            "--guidance_interval 0.0 0.7 has no effect with guidance scale 1",
         ),
-        ("grey", {"guidance_channels": "all"}, "--guidance_channels all does nothing with guidance scale 1"),
+        ("grey", {"guidance_channels": "all"}, "--guidance_channels all has no effect with guidance scale 1"),
         ("velocity", {"vae_dtype": "bfloat16"}, "--vae_dtype bfloat16: PIPELINE"),
-        ("velocity", {"revision": "main"}, "--revision main goes with a Hub name"),
+        ("velocity", {"revision": "main"}, "--revision main needs a Hub name"),
         ("nowhere", {}, "cannot be opened"),
     ],
 )

@@ -82,7 +82,7 @@ def test_errors():
             SiTSDEScheduler(last_step_size=last_step_size)
     scheduler.set_timesteps(4)
     x = torch.zeros(2, 3, 4, 4)
-    with pytest.raises(ValueError, match="timestep 3 is none of `scheduler.timesteps`"):
+    with pytest.raises(ValueError, match="timestep 3 is not one of `scheduler.timesteps`"):
         scheduler.step(x, 3, x)
     with pytest.raises(ValueError, match=r"`noise` has shape \(3, 4, 4\)"):
         scheduler.step(x, scheduler.timesteps[0], x, noise=x[0])

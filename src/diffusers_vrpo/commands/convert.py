@@ -74,7 +74,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
 
 
 def source_parts(name_or_path: str, cache_dir: str | None) -> tuple[object, dict | None, bool]:
-    """Scheduler, class names and whether there is an autoencoder, of a pipeline; nothing of what is none."""
+    """Scheduler, class names and whether there is an autoencoder, for a pipeline; None or False for other checkpoints."""
     index = pipeline_index(name_or_path, cache_dir)
     if index is None:
         return None, None, False
@@ -89,10 +89,10 @@ def source_parts(name_or_path: str, cache_dir: str | None) -> tuple[object, dict
 
 
 def convert(args: argparse.Namespace):
-    """Writes what the options ask for.
+    """Converts a checkpoint and writes the result.
 
     Raises:
-        InputError: for input that cannot work.
+        InputError: if the input cannot work.
     """
     output = Path(args.output)
     if args.to is None:
@@ -100,17 +100,17 @@ def convert(args: argparse.Namespace):
             output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(
-                None, f"OUTPUT_DIR {output} cannot be made a folder ({error.strerror}); choose another"
+                None, f"OUTPUT_DIR {output} cannot be created as a folder ({error.strerror}); choose another"
             ) from error
     if args.ema_key and args.to is None:
-        raise InputError("ema_key", "`ema_key` goes with `to`")
+        raise InputError("ema_key", "`ema_key` has no effect without `to`; remove it")
     id2label = None
     if args.id2label:
         try:
             id2label = {int(key): str(name) for key, name in json.loads(Path(args.id2label).read_text()).items()}
         except (OSError, ValueError, AttributeError) as error:
             raise InputError(
-                "id2label", f"`id2label` {args.id2label} is no JSON map from ids to names: {first_line(error)}"
+                "id2label", f"`id2label` {args.id2label} is not a JSON map from ids to names: {first_line(error)}"
             ) from error
     transformer, projectors = convert_with_projectors(
         args.checkpoint,
@@ -149,7 +149,7 @@ def convert(args: argparse.Namespace):
     elif args.vae is None and has_vae:
         vae = load_vae(args.checkpoint, args.cache_dir)
     elif args.vae is None and config.in_channels not in (1, 3):
-        logger.warning("without --vae the pipeline gives latents only; stabilityai/sd-vae-ft-ema is SiT's and DiT's")
+        logger.warning("without --vae the pipeline returns latents only; SiT and DiT use stabilityai/sd-vae-ft-ema")
     latent_channels = getattr(vae.config, "latent_channels", config.in_channels) if vae is not None else None
     if latent_channels not in (None, config.in_channels):
         raise InputError(
@@ -165,7 +165,7 @@ def convert(args: argparse.Namespace):
 
 
 def main(argv: list[str] | None = None, prog: str = "vrpo convert"):
-    """The command; `prog` is what its errors call it."""
+    """Runs the command; `prog` is its name in errors."""
     parser = build_parser(prog)
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.INFO)

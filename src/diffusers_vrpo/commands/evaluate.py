@@ -9,7 +9,7 @@ SAMPLES is a folder with PNG or JPEG files at any depth, or an .npz as ADM write
 reference is the same, a data set (Hub name or folder of `datasets`, centre-cropped as for training), one of ADM's reference
 batches (.npz with mu, sigma, mu_s, sigma_s and arr_0), or a statistics file that --save_reference wrote.
 
-Numbers are compared at equal numbers of images only: those of FID and KID's relatives fall, or rise, with it.
+Compare values only at equal numbers of images: FID and most other metrics depend on the number.
 """
 
 import argparse
@@ -50,10 +50,10 @@ SETTINGS = (
 
 
 def evaluate(args: argparse.Namespace) -> dict | None:
-    """Computes what the options ask for; the main process returns the content of the JSON file, the others None.
+    """Computes the requested metrics; the main process returns the content of the JSON file, the others None.
 
     Raises:
-        InputError: for input that cannot work.
+        InputError: if the input cannot work.
     """
     state = start_processes()
     check_output_files(args, "output_file", "plot_file", "save_reference")
@@ -102,7 +102,7 @@ def evaluate(args: argparse.Namespace) -> dict | None:
         "versions": {"diffusers_vrpo": __version__, "torch": torch.__version__},
         "seconds": round(time.perf_counter() - started, 1),
     }
-    print(format_table(comparison.metrics))  # first: a disk may be full
+    print(format_table(comparison.metrics))  # before writing files, in case the disk is full
     if args.output_file:
         Path(args.output_file).write_text(json.dumps(report, indent=2) + "\n")
     if args.plot_file and comparison.features:
@@ -113,14 +113,14 @@ def evaluate(args: argparse.Namespace) -> dict | None:
 
 
 def warn_of_unfinished(name: str, source: str):
-    """Warns of a folder whose samples are not complete."""
+    """Warns if a folder of samples is not complete."""
     wanted = unfinished_samples(Path(source).expanduser())
     if wanted is not None:
         logger.warning(f"{name} {source} is an unfinished set of {wanted} samples; only those that exist count")
 
 
 def format_table(results: dict[str, dict]) -> str:
-    """The results as a table: one line per encoder."""
+    """Formats the results as a table with one line per encoder."""
     columns = [
         ("fid", "FID", 1, "{:.4g}"),
         ("fd", "FD", 1, "{:.4g}"),
@@ -149,7 +149,7 @@ def check_output_files(args: argparse.Namespace, *names: str):
     """Checks that the files which these options name can be written, before any work.
 
     Raises:
-        InputError: when one cannot.
+        InputError: if one cannot be written.
     """
     for name in names:
         if (file := getattr(args, name)) is None:
@@ -286,12 +286,12 @@ def parse_args(argv: list[str] | None = None, prog: str = "vrpo evaluate") -> ar
     if (args.reference or "").endswith(".safetensors") and len(args.encoder) > 1:
         parser.error(f"--reference {args.reference} holds the statistics of one encoder; name that --encoder alone")
     if (args.reference or "").startswith("~"):
-        args.reference = os.path.expanduser(args.reference)  # as after `--reference=`, where no shell does
+        args.reference = os.path.expanduser(args.reference)  # after `--reference=` the shell does not expand it
     return args
 
 
 def main(argv: list[str] | None = None, prog: str = "vrpo evaluate") -> dict | None:
-    """The command; `prog` is what its errors call it."""
+    """Runs the command; `prog` is its name in errors."""
     args = parse_args(argv, prog)
     with one_line_errors(build_parser(prog)):
         return evaluate(args)

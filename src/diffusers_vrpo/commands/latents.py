@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-r"""Verify what `vrpo prepare` has written, and carry it to the Hub and back.
+r"""Verify a latent cache of `vrpo prepare`, export it to the Hub, and import it.
 
 vrpo latents verify --latents_dir imagenet-256
 vrpo latents export --latents_dir imagenet-256 --output_dir to-share --push_to_hub me/imagenet-256
@@ -23,10 +23,10 @@ logger = logging.getLogger("latents")
 
 
 def export(args: argparse.Namespace):
-    """Writes a cache as parquet files, and uploads them with `push_to_hub`.
+    """Writes a cache as parquet files, and uploads them if `push_to_hub` is set.
 
     Raises:
-        InputError: when there is no such cache, it is damaged, or the Hub refuses.
+        InputError: if the cache is missing or damaged, or the Hub refuses.
     """
     export_cache(args.latents_dir, args.output_dir)
     if args.push_to_hub:
@@ -34,10 +34,10 @@ def export(args: argparse.Namespace):
 
 
 def import_(args: argparse.Namespace):
-    """Makes a cache of an export.
+    """Rebuilds a cache from an export.
 
     Raises:
-        InputError: when it is not an export, or not a complete one.
+        InputError: if it is not a complete export.
     """
     state = start_processes()
     if state.num_processes > 1:
@@ -49,7 +49,7 @@ def verify(args: argparse.Namespace):
     """Compares all files of a cache with its checksums.
 
     Raises:
-        InputError: where they differ.
+        InputError: if they differ.
     """
     cache = LatentCache(args.latents_dir)
     if damaged := cache.damaged_chunks(lambda chunks: tqdm(chunks, desc="verifying", unit="chunk")):
@@ -86,7 +86,7 @@ def build_parser(prog: str) -> tuple[argparse.ArgumentParser, dict[str, argparse
 
 
 def main(argv: list[str] | None = None, prog: str = "vrpo latents"):
-    """The command; `prog` is what its errors call it."""
+    """Runs the command; `prog` is its name in errors."""
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     parser, commands = build_parser(prog)
     args = parser.parse_args(argv)

@@ -5,7 +5,7 @@ r"""Encode a data set once, for `vrpo train --latents_dir`.
         --resolution 256 --flip --output_dir imagenet-256
     accelerate launch -m diffusers_vrpo.commands.prepare ...          (several GPUs)
 
-A command that was stopped continues when it is given again.
+A command that was stopped continues when it is run again.
 """
 
 import argparse
@@ -34,11 +34,11 @@ def prepare(args: argparse.Namespace):
     """Writes the cache that the options describe, on all processes.
 
     Raises:
-        InputError: for options that cannot work, a folder with another cache, or damaged data.
+        InputError: if options cannot work, the folder holds another cache, or the data are damaged.
     """
     state = start_processes()
     if args.images == "none" and not args.encoder:
-        logger.info("--images none: the cache will do for --objective none only")
+        logger.info("--images none: the cache can be used only with --objective none")
     with state.main_process_first():
         data = load_images(args)
     if state.is_main_process:
@@ -175,7 +175,7 @@ def parse_args(argv: list[str] | None = None, prog: str = "vrpo prepare") -> arg
 
 
 def main(argv: list[str] | None = None, prog: str = "vrpo prepare"):
-    """The command; `prog` is what its errors call it."""
+    """Runs the command; `prog` is its name in errors."""
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     args = parse_args(argv, prog)
     with one_line_errors(build_parser(prog)):

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-r"""What a transformer's blocks know of the image: linear probes and alignment with vision encoders, by block and noise level.
+r"""Measure a transformer's blocks: linear probes and alignment with vision encoders, by block and noise level.
 
     vrpo probe PIPELINE --dataset_name ILSVRC/imagenet-1k --test_split validation \
       --encoder facebook/dinov2-large --output_file probe.json --plot_file probe.png
@@ -43,7 +43,7 @@ logger = logging.getLogger("probe")
 
 @contextmanager
 def pooled_blocks(transformer: nn.Module):
-    """A list that every forward pass refills with the hidden states of all blocks, averaged over tokens: float32 `[B, D]`."""
+    """Yields a list that each forward pass fills with every block's hidden states, averaged over tokens, float32 `[B, D]`."""
     states: list[torch.Tensor] = []
     blocks = list(transformer.transformer_blocks)
 
@@ -64,13 +64,13 @@ def pooled_blocks(transformer: nn.Module):
 def block_features(
     transformer: nn.Module, latents: torch.Tensor, noise: torch.Tensor, t: float, batch_size: int = 64
 ) -> torch.Tensor:
-    """Features of all blocks for latents noised to t, float32 `[N, blocks, D]` on the CPU.
+    """Computes the features of all blocks for latents noised to t, float32 `[N, blocks, D]` on the CPU.
 
-    The class is the null class, or class 0 of a model without one: a label would tell the probe what it is to find out.
+    The class is the null class, or class 0 of a model without one: the true label would give the answer to the probe.
 
     Args:
         latents, noise: `[N, C, H, W]`.
-        t: in [0, 1), 1 being noise; of a model that predicts noise the share of its 1000 timesteps.
+        t: noise level in [0, 1), 1 being noise; for a model that predicts noise, the share of its 1000 timesteps.
     """
     device = next(transformer.parameters()).device
     label = transformer.null_class_id if transformer.null_class_id is not None else 0
@@ -86,13 +86,13 @@ def block_features(
 
 
 class LabelledImages:
-    """A random part of a labelled data set, cropped for a transformer, with the share of it that this process works on.
+    """A random subset of a labelled data set, cropped for a transformer, and the share of this process.
 
     Attributes:
-        images (`ImageSet`), labels (int64 `[N]`).
-        rows: those of this process.
-        latents, noise: float32 of these rows, on the CPU.
-        vectors: by encoder, `[N, D]`, on the main process.
+        images (`ImageSet`), labels (int64 `[N]`): the subset.
+        rows: the rows of this process.
+        latents, noise: float32 latents and noise of these rows, on the CPU.
+        vectors: the vectors `[N, D]` by encoder, on the main process.
     """
 
     def __init__(self, data, rows: np.ndarray, resolution: int, name: str, first_index: int):
@@ -100,7 +100,7 @@ class LabelledImages:
         reader = DatasetReader(data, "image", resolution)
         self.images = ImageSet(name, "data set", len(rows), (resolution, resolution), reader, None)
         self.labels = torch.tensor(data["label"][:])
-        self.first_index = first_index  # of its noise, so that no two images share it
+        self.first_index = first_index  # offset of the noise indices, so that no two images share noise
 
     @torch.no_grad()
     def encode(self, vae, encoders: dict, state: PartialState, batch_size: int, num_workers: int, seed: int):
@@ -128,32 +128,32 @@ class LabelledImages:
         }
 
     def block_features(self, transformer, t: float, state: PartialState, batch_size: int) -> torch.Tensor | None:
-        """`[N, blocks, D]` on the main process, None elsewhere."""
+        """Computes the features of all blocks; returns `[N, blocks, D]` on the main process, else None."""
         features = block_features(transformer, self.latents, self.noise, t, batch_size)
         gathered = gather_rows(features.flatten(1), self.rows, len(self.images), state)
         return None if gathered is None else gathered.unflatten(1, features.shape[1:])
 
 
 def open_pipeline(name: str, cache_dir: str | None) -> VRPOPipeline:
-    """The pipeline to probe.
+    """Opens the pipeline to probe.
 
     Raises:
-        InputError: when there is none.
+        InputError: if it cannot be opened.
     """
     try:
         pipeline = VRPOPipeline.from_pretrained(name, cache_dir=cache_dir)
-    except Exception as error:  # diffusers raises many types; all mean that this is none
-        problem = hub_problem(error, name) or f"it is no pipeline of this package ({first_line(error)})"
+    except Exception as error:  # diffusers raises many types; all mean that it cannot be opened
+        problem = hub_problem(error, name) or f"it is not a pipeline of this package ({first_line(error)})"
         raise InputError(None, f"PIPELINE {name}: {problem}") from error
     pipeline.transformer.eval().requires_grad_(False)
     return pipeline
 
 
 def image_side(transformer, vae) -> int:
-    """Side of the images, in pixels, that a transformer was trained on.
+    """The side in pixels of the images that a transformer was trained on.
 
     Raises:
-        InputError: when they were not square.
+        InputError: if they were not square.
     """
     size = transformer.config.sample_size
     if not isinstance(size, int):
@@ -166,10 +166,10 @@ def image_side(transformer, vae) -> int:
 
 
 def split_rows(args, data, test_data) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the training and of the test images; without `--test_split` both are of one split, and share none.
+    """Draws the rows of the training and test images; without `--test_split` they are disjoint parts of one split.
 
     Raises:
-        InputError: when there are not enough images.
+        InputError: if there are not enough images.
     """
     rows = random_stream(args.seed, 0, ORDER).permutation(len(data))
     if test_data is None:
@@ -192,10 +192,10 @@ def split_rows(args, data, test_data) -> tuple[np.ndarray, np.ndarray]:
 
 
 def probe(args: argparse.Namespace) -> dict | None:
-    """Measures what the options ask for; the main process returns the content of the JSON file, the others None.
+    """Runs the requested measurements; the main process returns the content of the JSON file, the others None.
 
     Raises:
-        InputError: for input that cannot work.
+        InputError: if the input cannot work.
     """
     state = start_processes()
     check_output_files(args, "output_file", "plot_file")
@@ -231,7 +231,7 @@ def probe(args: argparse.Namespace) -> dict | None:
     test = LabelledImages(data if test_data is None else test_data, test_rows, side, "test images", len(rows))
     smallest = min(len(train.images), len(test.images))
     if smallest < args.batch_size * state.num_processes and state.num_processes > 1:
-        args.batch_size = max(1, smallest // state.num_processes)  # a process without images has nothing to gather
+        args.batch_size = max(1, smallest // state.num_processes)  # every process needs images to gather
     for part in (train, test):
         part.encode(vae, encoders, state, args.batch_size, args.dataloader_num_workers, args.seed)
 
@@ -277,7 +277,7 @@ def probe(args: argparse.Namespace) -> dict | None:
             train.vectors[name], train.labels, test.vectors[name], test.labels, args.l2, state.device
         )
         report["encoder_accuracy"][name] = held_out
-    print(format_probe(report))  # first: a disk may be full
+    print(format_probe(report))  # before writing files, in case the disk is full
     if args.output_file:
         Path(args.output_file).write_text(json.dumps(report, indent=2) + "\n")
     if args.plot_file:
@@ -286,12 +286,12 @@ def probe(args: argparse.Namespace) -> dict | None:
 
 
 def probe_accuracy(x, labels, z, test_labels, l2, device) -> tuple[float, float]:
-    """`linear_probe` on a device."""
+    """Calls `linear_probe` on a device."""
     return linear_probe(x.to(device), labels.to(device), z.to(device), test_labels.to(device), l2)
 
 
 def format_probe(report: dict) -> str:
-    """The best block at each timestep, for people."""
+    """Formats the best block at each timestep as text."""
     lines = [f"chance {1 / report['num_classes']:.3f}"]
     for i, t in enumerate(report["timesteps"]):
         accuracy = report["accuracy"][i]
@@ -307,7 +307,7 @@ def format_probe(report: dict) -> str:
 
 
 def plot_probe(report: dict, file: Path):
-    """Accuracy and alignment over the blocks, one line for each timestep."""
+    """Plots accuracy and alignment over the blocks, with one line for each timestep."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -394,7 +394,7 @@ def parse_args(argv: list[str] | None = None, prog: str = "vrpo probe") -> argpa
 
 
 def main(argv: list[str] | None = None, prog: str = "vrpo probe") -> dict | None:
-    """The command; `prog` is what its errors call it."""
+    """Runs the command; `prog` is its name in errors."""
     args = parse_args(argv, prog)
     with one_line_errors(build_parser(prog)):
         return probe(args)

@@ -11,7 +11,7 @@ from ..hub.publish import DEFECTS, hub_sentence, push_folder
 
 
 def main(argv: list[str] | None = None, prog: str = "vrpo push"):
-    """The command line; what cannot work ends it in one sentence."""
+    """Runs the command; `prog` is its name in errors."""
     parser = OneLineErrorParser(prog=prog, description=__doc__)
     parser.add_argument("folder", metavar="OUTPUT_DIR", help="output folder of a run, or any saved VRPOPipeline")
     add_options(parser, HubConfig, ["hub_model_id", "hub_private_repo", "hub_license"])

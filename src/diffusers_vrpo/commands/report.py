@@ -4,9 +4,9 @@ r"""Compare training runs: quality against steps, wall time and FLOPs, with the 
     vrpo report outputs/repa-0 outputs/repa-1 outputs/vrpo-0 outputs/vrpo-1 --baseline repa
     vrpo report --arms ours=outputs/vrpo-0,outputs/vrpo-1 repa=outputs/repa-0 --metric loss_fm
 
-Runs that differ in nothing but the seed are one arm: its mean and standard deviation are shown. The folder of
-`--output_dir` gets `report.html` (one file that needs no other), `report.json` with every number, the plots as PNG and
-SVG. docs/report.md says how each number is made.
+Runs that differ only in the seed form one arm; the report shows its mean and standard deviation. `--output_dir` gets
+`report.html` (a self-contained file), `report.json` with every number, and the plots as PNG and SVG. docs/report.md
+explains how each number is computed.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from ..reporting.runs import COSTS, Run, choose_metric, compare, group_runs
 from ..training.output_dir import prepare_output_dir
 
 
-# With these (and the seed) equal, `validation.draw_samples` starts from the same noise in each place of the grid.
+# If these options and the seed are equal, `validation.draw_samples` uses the same noise at each position of the grid.
 NOISE = ["num_validation_images", "validation_labels", "resolution", "vae"]
 
 
@@ -40,7 +40,7 @@ NOISE = ["num_validation_images", "validation_labels", "resolution", "vae"]
 
 
 def number(value: float | None, std: float | None = None) -> str:
-    """`12.34 ± 0.21`: as many digits as two of the standard deviation need, or four in all."""
+    """Formats `12.34 ± 0.21`, with two digits of the standard deviation; without one, with four digits in all."""
     if value is None:
         return "–"
     if not std:
@@ -76,7 +76,7 @@ def listing(parts: list[str]) -> str:
 
 
 def spent_text(record: dict, result: dict, costs: list[str]) -> str:
-    """What an arm spends until it is as good as the target: of the seeds if all get there, else of their mean."""
+    """Formats the cost until an arm reaches the target: the mean over seeds if all reach it, else that of the mean curve."""
     whole, base = record["reached"] == record["n"], result["baseline"]
     parts = []
     for cost in costs:
@@ -92,7 +92,7 @@ def spent_text(record: dict, result: dict, costs: list[str]) -> str:
 
 
 def speed_up_sentences(report: dict) -> list[str]:
-    """One sentence an arm, two where its curve is not monotone."""
+    """One sentence per arm, or two if its curve is not monotone."""
     result, metric, costs = report["speed_up"], report["metric"], report["costs"]
     base, goal = result["baseline"], number(result["target"])
     aim = f"{metric} {goal}" if result["given"] else f"the last {metric} of {base} ({goal})"
@@ -118,7 +118,7 @@ def speed_up_sentences(report: dict) -> list[str]:
 
 
 def speed_up_table(report: dict) -> tuple[list[str], list[list[str]]]:
-    """Shares of the reference by arm, and the factors of first crossing to first crossing."""
+    """Heading and rows of the table of speed-ups: shares of the reference, and factors between first crossings."""
     costs, head = report["costs"], ["arm", "seeds that reach it"]
     head += [f"{COSTS[c]}, % of the baseline's" for c in costs] + [f"{COSTS[c]}, first to first" for c in costs]
     rows = []
@@ -160,7 +160,7 @@ def main_table(report: dict) -> tuple[list[str], list[list[str]]]:
 
 
 def hardware_table(report: dict) -> tuple[list[str], list[list[str]]]:
-    """Heading and rows of what was trained on what, as `starts.jsonl` says."""
+    """Heading and rows of the table of models and hardware, from `starts.jsonl`."""
     rows = []
     for arm in report["arms"]:
         sizes = [" / ".join(f"{n / 1e6:.2f} M" for n in arm[k]) for k in ("parameters", "projector_parameters")]
@@ -174,11 +174,11 @@ def hardware_table(report: dict) -> tuple[list[str], list[list[str]]]:
 
 
 def sample_grids(arms: dict[str, list[Run]], warn: Callable[[str], None], most_steps: int = 3) -> dict | None:
-    """Grids of one run an arm, at up to `most_steps` steps that all have, the last one first; None where there are none.
+    """Collects the grids of one run per arm, at up to `most_steps` common steps, the last one first; None without any.
 
     Returns:
-        `seeds` and `files` (`{step: {arm: path}}`), and `same_noise`: whether each place of the grids starts from the
-        same noise. That noise is a function of the seed and of the grid's shape, so runs of equal seed are taken.
+        `seeds` and `files` (`{step: {arm: path}}`), and `same_noise`: whether each position of the grids starts from the
+        same noise. The noise is a function of the seed and of the grid's shape, so runs of the same seed are preferred.
     """
     common = set.intersection(*({run.seed for run in group} for group in arms.values()))
     seed = min(common, default=None)
@@ -206,7 +206,7 @@ def sample_grids(arms: dict[str, list[Run]], warn: Callable[[str], None], most_s
 
 
 def small_image(path: Path, widest: int = 1320) -> str | None:
-    """A picture as a data URI: as it is, or a JPEG of at most this width where it is large; None for a damaged one."""
+    """Encodes a picture as a data URI, as a JPEG of width `widest` if it is larger; returns None if it is damaged."""
     try:
         data = path.read_bytes()
         with Image.open(io.BytesIO(data)) as image:
@@ -216,7 +216,7 @@ def small_image(path: Path, widest: int = 1320) -> str | None:
             image.thumbnail((widest, 4 * widest), Image.Resampling.LANCZOS)
             buffer = io.BytesIO()
             image.convert("RGB").save(buffer, format="jpeg", quality=88)
-    except (OSError, SyntaxError):  # the latter is what Pillow raises for some broken PNGs
+    except (OSError, SyntaxError):  # Pillow raises SyntaxError for some broken PNGs
         return None
     return data_uri(buffer.getvalue(), "jpeg")
 
@@ -251,7 +251,7 @@ def html_grids(grids: dict, warn: Callable[[str], None]) -> str:
         figures = []
         for name, path in files.items():
             if (uri := small_image(path)) is None:
-                warn(f"{path} is damaged and left out")
+                warn(f"{path} is damaged and is not shown")
                 continue
             caption = html.escape(f"{name}, seed {grids['seeds'][name]}")
             figures.append(
@@ -262,7 +262,7 @@ def html_grids(grids: dict, warn: Callable[[str], None]) -> str:
 
 
 def page(report: dict, plots: list[str], grids: str) -> str:
-    """The whole `report.html`."""
+    """Renders `report.html`."""
     direction = "higher is better" if report["higher_is_better"] else "lower is better"
     names = ", ".join(arm["name"] for arm in report["arms"])
     title = f"Training runs: {names}"
@@ -293,14 +293,14 @@ def page(report: dict, plots: list[str], grids: str) -> str:
         parts.append("<h2>What differs</h2>")
         arms = [arm["name"] for arm in report["arms"]]
         rows = [[name, *(value or "not set" for value in values)] for name, values in report["options"].items()]
-        if len(rows) < len(arms):  # upright where that is narrower
+        if len(rows) < len(arms):  # transpose if that is narrower
             names, *rows = [list(column) for column in zip(*rows, strict=True)]
             parts.append(html_table(["arm", *names], [[arm, *row] for arm, row in zip(arms, rows)]))
         else:
             parts.append(html_table(["option", *arms], rows))
     if grids:
         noise = "from the same noise in each place" if report["grids"]["same_noise"] else "not from the same noise"
-        parts.append(f'<h2>Samples</h2>\n<p class="faint">One run an arm, {noise}.</p>\n{grids}')
+        parts.append(f'<h2>Samples</h2>\n<p class="faint">One run per arm, {noise}.</p>\n{grids}')
     parts.append("<h2>Runs</h2>")
     rows = [[a["name"], str(r["seed"]), f"{r['steps'][-1]:,}", r["folder"]] for a in report["arms"] for r in a["runs"]]
     parts.append(html_table(["arm", "seed", "last evaluation", "folder"], rows))
@@ -343,15 +343,15 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
 
 
 def collect(args: argparse.Namespace) -> tuple[dict, dict | None]:
-    """The numbers that the options ask for, as `report.json` has them, and the `sample_grids`.
+    """Computes the numbers of `report.json` and the `sample_grids` for the options.
 
     Raises:
-        InputError: for folders, metrics or arms that are not there.
+        InputError: if a folder, metric or arm does not exist.
     """
     warnings: list[str] = []
     arms = group_runs(args.runs, args.arms or [], warnings.append)
     if args.baseline is not None and args.baseline not in arms:
-        raise InputError("baseline", f"`baseline` {args.baseline} is none of the arms; they are {', '.join(arms)}")
+        raise InputError("baseline", f"`baseline` {args.baseline} is not one of the arms; they are {', '.join(arms)}")
     metric = choose_metric([run for group in arms.values() for run in group], args.metric)
     report = compare(arms, metric, args.higher_is_better, args.baseline, args.target, warnings.append)
     grids = sample_grids(arms, warnings.append)
@@ -363,7 +363,7 @@ def collect(args: argparse.Namespace) -> tuple[dict, dict | None]:
 
 
 def write_report(report: dict, grids: dict | None, output_dir: Path):
-    """Writes what `collect` gives: the plots, `report.json` and `report.html`."""
+    """Writes the results of `collect`: the plots, `report.json` and `report.html`."""
     metric, speed_up, goal = report["metric"], report["speed_up"], None
     if speed_up:
         goal = (speed_up["target"], "target" if speed_up["given"] else f"last value of {report['baseline']}")
@@ -383,7 +383,7 @@ def write_report(report: dict, grids: dict | None, output_dir: Path):
 
 
 def main(argv: list[str] | None = None, prog: str = "vrpo report"):
-    """The command; `prog` is what its errors call it."""
+    """Runs the command; `prog` is its name in errors."""
     parser = build_parser(prog)
     args = parser.parse_args(argv)
     with one_line_errors(parser):

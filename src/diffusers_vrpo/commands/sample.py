@@ -6,8 +6,8 @@ r"""Sample many images from a pipeline into a folder, as PNG files or an .npz fi
         --sampler sde --num_inference_steps 250 --guidance_scale 1.8 --guidance_interval 0 0.7 --batch_size 128 \
         --dtype bfloat16 --compile --output_format npz
 
-Image i is a function of (seed, i) and the options: the same files come from one process, several, or a run that was
-stopped and given again. What is there is kept.
+Image i is a function of (seed, i) and the options: one process, several, or a stopped command that is run again write the
+same files. Existing files are kept.
 """
 
 import argparse
@@ -52,25 +52,25 @@ logger = logging.getLogger("sample")
 
 
 def load_pipeline(name_or_path: str, revision: str | None, variant: str | None, cache_dir: str | None) -> VRPOPipeline:
-    """A saved `VRPOPipeline`.
+    """Loads a saved `VRPOPipeline`.
 
     Raises:
-        InputError: when there is none, or its files cannot be loaded.
+        InputError: if the pipeline does not exist or its files cannot be loaded.
     """
     is_path = name_or_path.startswith((".", "/", "~"))
     if not Path(name_or_path).is_dir() and (is_path or Path(name_or_path).exists()):
-        raise InputError(None, f"PIPELINE {name_or_path} is not a folder; `vrpo convert` makes one of a checkpoint")
+        raise InputError(None, f"PIPELINE {name_or_path} is not a folder; `vrpo convert` makes one from a checkpoint")
     if Path(name_or_path).is_dir():
         if revision is not None:
             raise InputError(
-                "revision", f"`revision` {revision} goes with a Hub name; PIPELINE {name_or_path} is a folder"
+                "revision", f"`revision` {revision} needs a Hub name; PIPELINE {name_or_path} is a folder"
             )
         index = pipeline_index(name_or_path)
         if index is None:
             raise InputError(
                 None,
-                f"PIPELINE {name_or_path} has no model_index.json, so it is no pipeline; give a run's output folder, or "
-                "what `vrpo convert` makes of a checkpoint",
+                f"PIPELINE {name_or_path} has no model_index.json, so it is not a pipeline; give a run's output folder, or "
+                "the result of `vrpo convert`",
             )
         found = index.get("transformer", [None, "no transformer"])[1]
         if found != "SiTTransformer2DModel":
@@ -86,7 +86,7 @@ def load_pipeline(name_or_path: str, revision: str | None, variant: str | None, 
 
 
 def checksum(pipeline: VRPOPipeline) -> int:
-    """CRC-32 of weights and configs of transformer and autoencoder."""
+    """CRC-32 of the weights and configs of transformer and autoencoder."""
     value = 0
     for model in filter(None, (pipeline.transformer, pipeline.vae)):
         config = json.dumps(public_config(model.config), sort_keys=True, default=str)
@@ -98,7 +98,7 @@ def sample(args: argparse.Namespace):
     """Writes the samples that the options describe, on all processes.
 
     Raises:
-        InputError: for options that cannot work, or a folder with something else.
+        InputError: if options cannot work, or the folder holds something else.
     """
     state = start_processes()
     with state.main_process_first():
@@ -112,7 +112,7 @@ def sample(args: argparse.Namespace):
     except ValueError as error:
         raise InputError("labels", f"`labels`: {error}") from error
 
-    # 1. The folder: one process looks, all hear what is missing or wrong.
+    # 1. The folder: one process checks it, and all learn what is missing or wrong.
     manifest = build_manifest(pipeline, args, arguments, classes, state)
     folder = SampleFolder(args.output_dir, manifest)
     outcome = [None, None, None]
@@ -130,7 +130,7 @@ def sample(args: argparse.Namespace):
         if 0 < len(missing) < folder.num_batches:
             logger.info(f"continuing: {len(missing)} of {folder.num_batches} batches are missing")
 
-    # 2. The missing batches, each whole, the last one too: what they hold depends on the batch size alone.
+    # 2. The missing batches. Each has the full size, even the last one, since images depend on the batch size.
     pipeline.to(state.device)
     for model, dtype in ((pipeline.transformer, args.dtype), (pipeline.vae, args.vae_dtype)):
         if model is not None and model.dtype != getattr(torch, dtype):
@@ -159,7 +159,7 @@ def sample(args: argparse.Namespace):
     except OSError as error:
         raise cannot_write(folder.folder, error) from error
 
-    # 3. What all of them make together.
+    # 3. The files that need all batches.
     state.wait_for_everyone()
     if state.is_main_process:
         folder.finish()
@@ -168,9 +168,9 @@ def sample(args: argparse.Namespace):
 
 
 def build_manifest(pipeline, args, arguments: dict, classes: list[int], state: PartialState) -> dict:
-    """What the images depend on, with the label of each, as JSON."""
+    """Describes everything that the images depend on, and the label of each, as JSON."""
     device = torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else state.device.type
-    # Some kernels divide their sums by threads, and round accordingly.
+    # Some kernels split sums by threads, which changes their rounding.
     threads = f", {torch.get_num_threads()} thread(s)" if state.device.type == "cpu" else ""
     manifest = {
         "pipeline": args.pipeline,
@@ -294,7 +294,7 @@ def parse_args(argv: list[str] | None = None, prog: str = "vrpo sample") -> argp
 
 
 def main(argv: list[str] | None = None, prog: str = "vrpo sample"):
-    """The command; `prog` is what its errors call it."""
+    """Runs the command; `prog` is its name in errors."""
     args = parse_args(argv, prog)
     with one_line_errors(build_parser(prog)):
         sample(args)

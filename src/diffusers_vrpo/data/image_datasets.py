@@ -43,7 +43,7 @@ def load_image_dataset(
         labels are plain integers; the number of classes.
 
     Raises:
-        InputError: when there is no such data set, split or column, or the labels are not class ids.
+        InputError: if the data set, split or column does not exist, or the labels are not class ids.
     """
     option, name = ("train_data_dir", train_data_dir) if dataset_name is None else ("dataset_name", dataset_name)
     if dataset_name == "digits" and not os.path.isdir("digits"):
@@ -79,7 +79,7 @@ def image_and_label(
         option, name: what errors call the data set.
 
     Raises:
-        InputError: when the columns hold something else.
+        InputError: if the columns do not hold images and class ids.
     """
     check_columns(data.features, option, name, image_column, label_column)
     labels, label = column_values(data, label_column), data.features[label_column]
@@ -102,7 +102,7 @@ def check_columns(features: Features, option: str, name: str, image_column: str,
     """Checks that a data set has these columns, with images in one and integers in the other.
 
     Raises:
-        InputError: when it has not.
+        InputError: if a column is missing or holds something else.
     """
     for column_option, column in (("image_column", image_column), ("label_column", label_column)):
         if column not in features:
@@ -135,12 +135,12 @@ def check_labels(
     Args:
         label: the feature of the column.
         nulls: the number of rows without a label.
-        smallest, largest: of the labels.
+        smallest, largest: the range of the labels.
         count: the number of rows.
         column: the column and the data set in words, for the error.
 
     Raises:
-        InputError: when the labels are not class ids.
+        InputError: if the labels are not class ids.
     """
     if nulls:
         raise InputError(None, f"{column} is empty in {nulls} rows")
@@ -162,10 +162,10 @@ def check_labels(
 
 
 def open_named(option: str, name: str, config_name: str | None, cache_dir: str | None, opener=load_dataset):
-    """What `load_dataset` or `load_dataset_builder` gives for a folder, or for a Hub name (`name@revision` too).
+    """Calls `load_dataset` or `load_dataset_builder` on a folder or a Hub name (also `name@revision`).
 
     Raises:
-        InputError: when there is no such data set.
+        InputError: if the data set cannot be opened.
     """
     is_local = os.path.isdir(name)
     if not is_local and (option == "train_data_dir" or name.startswith((".", "/", "~"))):
@@ -175,7 +175,7 @@ def open_named(option: str, name: str, config_name: str | None, cache_dir: str |
         if option == "train_data_dir":
             return opener("imagefolder", data_dir=name, cache_dir=cache_dir)
         return opener(repository, config_name, cache_dir=cache_dir, revision=revision or None)
-    except Exception as error:  # each reader of datasets has its own; all mean that this data set cannot be opened
+    except Exception as error:  # every reader raises its own types; all mean that the data set cannot be opened
         problem = hub_problem(error, f"datasets/{repository}")
         problem = problem or f"it cannot be opened as a data set ({first_line(error)})"
         if isinstance(error, DatasetNotFoundError):  # which hides the Hub's own error
@@ -188,9 +188,9 @@ def open_named(option: str, name: str, config_name: str | None, cache_dir: str |
 
 
 def resize_and_crop(image: PILImage.Image, resolution: int, position: tuple[float, float] | None = None) -> np.ndarray:
-    """ADM's crop, used by DiT, SiT and REPA: halve while twice too large, bicubic to the short side, cut a square.
+    """Crops an image as ADM, DiT, SiT and REPA do: halve it while it is twice too large, resize bicubically, cut a square.
 
-    `position` (x, y in [0, 1)) places the square; the centre without it. Returns uint8 `[resolution, resolution, 3]`.
+    `position` (x, y in [0, 1)) places the square, which is centred by default. Returns uint8 `[resolution, resolution, 3]`.
     """
     while min(image.size) >= 2 * resolution:
         image = image.resize((image.width // 2, image.height // 2), PILImage.Resampling.BOX)
@@ -205,7 +205,7 @@ def resize_and_crop(image: PILImage.Image, resolution: int, position: tuple[floa
 
 
 def decode_image(encoded: dict | PILImage.Image) -> PILImage.Image:
-    """The RGB image of `{"bytes": ..., "path": ...}`, as `datasets` stores it, or of a PIL image."""
+    """Returns the RGB image of `{"bytes": ..., "path": ...}`, as `datasets` stores it, or of a PIL image."""
     if isinstance(encoded, PILImage.Image):
         return to_rgb(encoded)
     source = encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])
@@ -214,10 +214,10 @@ def decode_image(encoded: dict | PILImage.Image) -> PILImage.Image:
 
 
 def to_rgb(image: PILImage.Image) -> PILImage.Image:
-    """The image upright, in RGB; 16-bit grey becomes 8-bit.
+    """Converts an image to RGB and rotates it upright; 16-bit grey becomes 8-bit.
 
     Raises:
-        ValueError: for floating-point images.
+        ValueError: if the image has floating-point values.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
@@ -235,7 +235,7 @@ def check_images(data, rows: np.ndarray):
         rows: the rows to decode.
 
     Raises:
-        InputError: when over 1 % of them cannot be decoded (3 % where these are not all rows).
+        InputError: if over 1 % of them cannot be decoded (3 % if these are not all rows).
     """
     corrupt = []
     for row in rows.tolist():
@@ -249,7 +249,7 @@ def check_images(data, rows: np.ndarray):
 
 
 def too_many_corrupt(rows, out_of: int) -> InputError:
-    """The error for a data set in which these rows, of so many that were decoded, are damaged."""
+    """The error for a data set with too many damaged images: `rows` failed out of `out_of` decoded ones."""
     return InputError(
         "dataset_name",
         f"the data set given by `dataset_name` or `train_data_dir` is damaged: {len(rows)} of {out_of} images tried cannot "
@@ -258,7 +258,7 @@ def too_many_corrupt(rows, out_of: int) -> InputError:
 
 
 def check_corrupt_rows(rows: set[int], num_rows: int, known: int) -> int:
-    """Counts the images that some process could not decode and warns of new ones; over 1 % is an error."""
+    """Counts the images that any process could not decode, warns of new ones, and raises InputError above 1 %."""
     found = set(gather_object(sorted(rows)))
     if len(found) > 0.01 * num_rows:
         raise too_many_corrupt(found, num_rows)
@@ -270,7 +270,7 @@ def check_corrupt_rows(rows: set[int], num_rows: int, known: int) -> int:
 
 
 def first_readable(data, row: int, record: dict) -> tuple[PILImage.Image | None, int, list[int]]:
-    """The image and label of a row, or of the next row that can be decoded, and the rows before it, which cannot.
+    """Returns the image and label of a row, or of the next row that can be decoded, and the rows that were skipped.
 
     If no row can be decoded, the image is None.
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Training data whose images are read by row: image data sets, and whatever derives from `ImageSource`."""
+"""Training data whose images are read by row: image data sets and subclasses of `ImageSource`."""
 
 import os
 import zlib
@@ -20,7 +20,7 @@ from .samples import SampleStreams, TrainingSamples, ignore_signals
 
 CHECKED_IMAGES = 256  # images that are decoded before training
 FINGERPRINT_IMAGES = 64  # images whose content is part of a fingerprint; at least one for each class ...
-MOST_CLASSES = 1024  # ... of at most so many classes
+MOST_CLASSES = 1024  # ... of at most this many classes
 MOST_FILE_SIZES = 100_000  # files whose size is part of a fingerprint
 # Entries of a fingerprint, as errors show them.
 CLASS_NAMES = "the class names"
@@ -32,7 +32,7 @@ CLASS_CHECKSUMS = "the checksums of the images of each class"
 
 
 class ImageSource:
-    """Training data that gives images and labels by row; see `TrainingData` for what each method is.
+    """Training data that returns images and labels by row; `TrainingData` documents the methods.
 
     A source of your own derives from this class. It sets `num_classes` (and `id2label`, if the classes have names) and
     defines two methods: `__len__`, and `__getitem__`, which gets a list of rows and returns
@@ -60,12 +60,12 @@ class ImageSource:
         """Decodes a fixed random sample of the images.
 
         Raises:
-            InputError: when too many of them are damaged.
+            InputError: if too many of them are damaged.
         """
         check_images(self, random_stream(0, 0, ORDER).permutation(len(self))[:CHECKED_IMAGES])
 
     def fingerprint(self) -> dict:
-        """The class names, and CRC-32 of the labels and pixels of a fixed random sample of the rows."""
+        """Returns the class names, and CRC-32 of the labels and pixels of a fixed random subset of the rows."""
         checksum = 0
         for row in self.fixed_rows(FINGERPRINT_IMAGES).tolist():
             record = self[[row]]
@@ -119,7 +119,7 @@ class ImageSource:
         return np.sort(random_stream(0, 0, ORDER).permutation(len(self))[:count])
 
     def examples(self, rows: np.ndarray, resolution: int) -> tuple[np.ndarray, np.ndarray]:
-        """Images, cropped in the centre, and labels; the next row that can be decoded stands in for one that cannot."""
+        """Centre-cropped images and their labels; a row that cannot be decoded is replaced by the next one that can."""
         records = self[rows.tolist()]
         images, labels = [], []
         for row, image, label in zip(rows.tolist(), records["image"], records["label"]):
@@ -136,7 +136,7 @@ class ImageSource:
 
 
 def worker_loader(samples: SampleStreams, batch_sampler, num_workers: int, pin_memory: bool):
-    """The batches of a process in order, made by worker processes, or with 0 of them when a batch is asked for.
+    """Yields the batches of a process in order, computed ahead by worker processes, or on demand with 0 workers.
 
     Args:
         samples: gives a batch for a list of indices.
@@ -155,12 +155,12 @@ def worker_loader(samples: SampleStreams, batch_sampler, num_workers: int, pin_m
 
 
 def class_names(data) -> list[str] | None:
-    """The names of the classes in order; None where they have none."""
+    """The names of the classes in order, or None if the classes have no names."""
     return [data.id2label[label] for label in range(data.num_classes)] if data.id2label else None
 
 
 def image_content(image) -> bytes:
-    """The bytes of an image file, or the pixels of a PIL image; empty where the file cannot be read."""
+    """The bytes of an image file or the pixels of a PIL image; empty if the file cannot be read."""
     if isinstance(image, PILImage.Image):
         return f"{image.mode} {image.size}".encode() + image.tobytes()
     if image["bytes"] is not None:
@@ -199,11 +199,11 @@ class ImageDataset(ImageSource):
         return column_values(self.data, "label").to_numpy().astype(np.int64)
 
     def fingerprint(self) -> dict:
-        """The class names, CRC-32 of the labels, and for each class CRC-32 of what its images are.
+        """Returns the class names, CRC-32 of the labels, and one CRC-32 per class of its images.
 
         The latter covers the size in bytes of every image and the names of image files, in the order of the rows, and the
-        content of at least one image of each class. It does not depend on where the files lie. Of more than 100,000 image
-        files the sizes are those of an even share of each class, and of more than 1,024 classes an even share is sampled.
+        content of at least one image of each class. It does not depend on the folder of the files. With more than 100,000
+        image files, the sizes of an evenly spaced subset are used; with more than 1,024 classes, a subset of the classes.
         """
         labels = self.labels()
         names, sizes = image_files(self.data)
@@ -235,9 +235,9 @@ class ImageDataset(ImageSource):
 
 
 def image_files(data: Dataset) -> tuple[pa.Array, np.ndarray | None]:
-    """The paths of all images, and their sizes in bytes; None for the sizes where some images are files of their own.
+    """The paths of all images, and their sizes in bytes; the sizes are None if some images are separate files.
 
-    Of embedded images only the lengths are read, not the images.
+    For embedded images, only the lengths are read.
     """
     column = data.data.column("image")
     paths = pa.chunked_array([pc.struct_field(chunk, "path") for chunk in column.chunks], pa.string())
@@ -252,7 +252,7 @@ def image_files(data: Dataset) -> tuple[pa.Array, np.ndarray | None]:
 
 
 def file_size(path: str | None) -> int:
-    """The size of a file in bytes; -1 where it cannot be found."""
+    """The size of a file in bytes, or -1 if the file cannot be found."""
     try:
         return os.stat(path).st_size
     except (OSError, TypeError):

@@ -1,14 +1,14 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""A data set encoded once: autoencoder latents, labels, images and encoder features in memory-mapped files.
+"""The latent cache: autoencoder latents, labels, images and encoder features of a data set in memory-mapped files.
 
 A cache is a folder (n images, f = 2 with flipped copies and 1 without, docs/data.md):
 
     latents.npy        float16 `[f n, 2C, h, w]`: mean, then standard deviation, both as the transformer sees them (shifted
                        and scaled); `[f n, C, h, w]` without a posterior, or for one latent drawn from it
     labels.npy         int64 `[n]`
-    images/00000.bin   compressed images, one file a chunk; image_offsets.npy, int64 `[n]`, has where each ends in it
+    images/00000.bin   compressed images, one file per chunk; image_offsets.npy, int64 `[n]`, holds the end of each image
     features-0.npy     float16 `[f n, N, E]` of the first encoder
-    meta.json          what made it, a checksum for each chunk, `complete`
+    meta.json          the settings, a checksum for each chunk, `complete`
 
 Row n + i is the mirrored row i. Rows are written in chunks. A chunk counts once its data are on the disk and its checksum
 is in a journal, of which every process has its own; `meta.json` says `complete` when all are.
@@ -39,7 +39,7 @@ def read_meta(folder: Path, option: str) -> dict:
     """`meta.json` of a cache, complete or not.
 
     Raises:
-        InputError: when the folder has no cache that this version reads.
+        InputError: if the folder does not hold a cache that this version can read.
     """
     try:
         meta = json.loads((folder / "meta.json").read_text())
@@ -95,7 +95,7 @@ def num_chunks(config: dict) -> int:
 
 
 def checksum_on_disk(folder: Path, config: dict, chunk: int) -> int | None:
-    """CRC-32 of what the files of a cache hold for a chunk; None where they hold less."""
+    """CRC-32 of a chunk as it is in the files of a cache, or None if the files are too short."""
     rows, checksum = chunk_rows(config, chunk), 0
     try:
         for name, (_, _, copies) in array_layout(config).items():
@@ -115,7 +115,7 @@ def checksum_on_disk(folder: Path, config: dict, chunk: int) -> int | None:
 
 
 class LatentCache:
-    """A complete cache, opened for reading: training data without decoding and encoding; see `TrainingData`.
+    """A complete cache, opened for reading as training data that need no decoding or encoding; see `TrainingData`.
 
     Like a `Dataset` of images it has a length and a column `["label"]`. Copies of it in other processes map the files for
     themselves.
@@ -127,14 +127,14 @@ class LatentCache:
     Attributes:
         config, about (`dict`): of `meta.json`.
         checksum (`int`): CRC-32 of `config` and of the checksums of all chunks.
-        corrupt_rows (`set[int]`): the rows whose image could not be decoded; the next image is in the place of each.
+        corrupt_rows (`set[int]`): the rows whose image could not be decoded; each holds the next image instead.
         num_classes (`int`): the number of classes.
         id2label (`dict[int, str]`, *optional*): the names of the classes.
         vae (`str`): the autoencoder that the cache was made with.
-        has_images (`bool`): whether the images are in it, too.
+        has_images (`bool`): whether the cache also holds the images.
 
     Raises:
-        InputError: when the folder has no cache, an unfinished one, or files are missing or cut short.
+        InputError: if the folder holds no cache or an unfinished one, or files are missing or truncated.
     """
 
     random_access = True
@@ -189,11 +189,11 @@ class LatentCache:
         return {"label": self.arrays["labels"]}[column]
 
     def stored_rows(self, rows: np.ndarray, flips: np.ndarray | None = None) -> np.ndarray:
-        """Where the rows, some of them mirrored, stand in the arrays with copies."""
+        """The indices of the rows, some of them mirrored, in the arrays that also store the mirrored copies."""
         return rows if flips is None else rows + len(self) * flips
 
     def read(self, name: str, rows: np.ndarray, flips: np.ndarray | None = None) -> torch.Tensor:
-        """Rows of an array, as a tensor of its own memory: `latents` float16 `[B,2C,h,w]`, `features-0` `[B,N,E]`."""
+        """Copies rows of an array into a tensor: `latents` float16 `[B,2C,h,w]`, `features-0` `[B,N,E]`."""
         return torch.from_numpy(self.arrays[name].take(self.stored_rows(rows, flips), axis=0))
 
     def image_bytes(self, row: int) -> bytes:
@@ -210,7 +210,7 @@ class LatentCache:
         """The image of a row, uint8 `[R,R,3]`.
 
         Raises:
-            InputError: when it cannot be decoded.
+            InputError: if it cannot be decoded.
         """
         try:
             with PILImage.open(io.BytesIO(self.image_bytes(row))) as image:
@@ -233,10 +233,10 @@ class LatentCache:
         }
 
     def features(self, encoders: list[str], layers: list[int | None], grid_size: tuple[int, int]) -> list:
-        """A `CachedEncoder` for each encoder, or an empty list where the cache has the images but not all features.
+        """Returns a `CachedEncoder` per encoder, or an empty list if the cache has the images but not all features.
 
         Raises:
-            InputError: when the cache has neither.
+            InputError: if the cache has neither.
         """
         numbers = self.find_features(encoders, layers, grid_size)
         return [CachedEncoder(i, array, self.config["features"][array]["dim"]) for i, array in enumerate(numbers)]
@@ -256,7 +256,7 @@ class LatentCache:
         """`CachedSamples`, with the images if some of the encoders need them. Resolution and crop are those of the cache.
 
         Raises:
-            InputError: when the latents are of another shape, or have no flipped copies and `random_flip` is set.
+            InputError: if the latents have another shape, or `random_flip` is set and they have no flipped copies.
         """
         if list(latent_shape) != self.config["latent_shape"]:
             raise InputError(
@@ -303,15 +303,15 @@ class LatentCache:
         return [c for c in chunks if checksum_on_disk(self.folder, self.config, c) != self.checksums[c]]
 
     def find_features(self, encoders: list[str], layers: list[int | None], grid_size: tuple[int, int]) -> list[int]:
-        """The numbers of the feature arrays of these encoders; empty where the cache does not have all of them.
+        """Returns the numbers of the feature arrays of these encoders; empty if the cache does not have all of them.
 
         Args:
             encoders: Hub names or folders; the last part of the name counts.
-            layers: one of each, as `load_encoder` takes them.
-            grid_size: of the tokens.
+            layers: one per encoder, as `load_encoder` takes them.
+            grid_size: rows and columns of the tokens.
 
         Raises:
-            InputError: when the cache does not have the images either.
+            InputError: if the cache does not have the images either.
         """
         found = []
         for encoder, layer in zip(encoders, layers):
@@ -335,10 +335,10 @@ class LatentCache:
 
 
 class CachedEncoder:
-    """Stands for a frozen encoder whose features are in the cache: called with a batch, it takes them from it.
+    """Takes the place of a frozen encoder whose features are cached: returns the features that are in a batch.
 
     Args:
-        number: of the encoder, from 0.
+        number: index of the encoder, from 0.
         array: number of the feature array in the cache.
         embed_dim: E, the length of a feature.
     """
@@ -352,24 +352,24 @@ class CachedEncoder:
 
 
 class CachedSamples(SampleStreams):
-    """The samples of a run, from a cache. The draws for sample i are those of `TrainingSamples` (with a centre crop).
+    """The training examples of a run, read from a cache. The draws for example i are those of `TrainingSamples`.
 
-    A batch has what theirs has, except:
+    A batch has the entries of a `TrainingSamples` batch (with a centre crop), except:
 
-        latents     float16 `[B,2C,h,w]` or `[B,C,h,w]`, as the cache has them; `LatentCache.latents` makes the clean latents
+        latents     float16 `[B,2C,h,w]` or `[B,C,h,w]`, as stored; `LatentCache.latents` computes the clean latents
         pixels      only with `images`
         features_0  float16 `[B,N,E]`, and so on, for each number in `features`
 
-    `posterior_noise` is in it if the cache holds moments.
+    `posterior_noise` is included if the cache holds moments.
 
     Args:
-        cache: what to read.
-        images: also give the images.
-        features: numbers of the feature arrays to give, as `find_features` has them.
+        cache: the cache to read.
+        images: whether to return the images, too.
+        features: numbers of the feature arrays to return, from `find_features`.
         Others: those of `SampleStreams`.
 
     Raises:
-        InputError: for `random_flip` where the cache has no flipped copies.
+        InputError: if `random_flip` is set and the cache has no flipped copies.
     """
 
     def __init__(

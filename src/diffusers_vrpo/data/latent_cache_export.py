@@ -57,7 +57,7 @@ def export_cache(latents_dir: str | Path, output_dir: str | Path):
     """Writes a cache as parquet files of `binary` columns, which `datasets.load_dataset` opens, with its `meta.json`.
 
     Raises:
-        InputError: when there is no such cache, it is damaged, or the folder cannot be written.
+        InputError: if the cache is missing or damaged, or the folder cannot be written.
     """
     cache, folder = LatentCache(latents_dir), Path(output_dir)
     if damaged := cache.damaged_chunks():
@@ -67,7 +67,7 @@ def export_cache(latents_dir: str | Path, output_dir: str | Path):
         known = folder / "meta.json"
         if not known.is_file() or known.read_bytes() != meta:
             raise InputError("output_dir", f"`output_dir` {folder} holds something else; choose a new or empty folder")
-    # By the first rows: shards of about 500 MB.
+    # Shards of about 500 MB, estimated from the first rows.
     probe = export_table(cache, 0, min(len(cache), 64))
     rows_per_file = max(1, int(500e6 / (probe.nbytes / len(probe))) // ROWS_PER_GROUP) * ROWS_PER_GROUP
     files = -(-len(cache) // rows_per_file)
@@ -97,7 +97,7 @@ def push_export(folder: str | Path, repository: str, private: bool = False):
     """Uploads an export as a dataset repository.
 
     Raises:
-        InputError: when the Hub refuses or cannot be reached.
+        InputError: if the Hub refuses or cannot be reached.
     """
     folder = Path(folder)
     try:
@@ -135,7 +135,7 @@ def dataset_card(cache: LatentCache) -> str:
 
 
 def import_cache(dataset: str | Path, output_dir: str | Path, state, cache_dir: str | None = None):
-    """Makes a cache of what `export_cache` wrote, from a folder or the Hub; equal to the exported one bit for bit.
+    """Rebuilds a cache, bit for bit, from what `export_cache` wrote into a folder or onto the Hub.
 
     Args:
         dataset: folder or Hub name of the export.
@@ -144,7 +144,7 @@ def import_cache(dataset: str | Path, output_dir: str | Path, state, cache_dir: 
         cache_dir: where downloads go.
 
     Raises:
-        InputError: when it is not an export, or not a complete one.
+        InputError: if it is not a complete export.
     """
     source = Path(dataset)
     if not source.is_dir():
@@ -182,10 +182,10 @@ def import_cache(dataset: str | Path, output_dir: str | Path, state, cache_dir: 
 
 
 def exported_rows(folder: Path):
-    """The rows of all parquet files of an export in order, as dicts.
+    """Yields the rows of all parquet files of an export in order, as dicts.
 
     Raises:
-        InputError: when a file cannot be read.
+        InputError: if a file cannot be read.
     """
     for path in sorted(folder.glob("data/train-*.parquet")):
         try:
@@ -199,7 +199,7 @@ def write_imported(writer: CacheWriter, chunk: int, records: list[dict], corrupt
     """Writes the exported rows of a chunk.
 
     Raises:
-        InputError: when they are not those that the checksum was made of.
+        InputError: if the rows do not match the checksum.
     """
     arrays = {"labels": np.array([record["label"] for record in records], dtype=np.int64)[None]}
     try:

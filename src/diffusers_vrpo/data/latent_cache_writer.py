@@ -35,9 +35,9 @@ SETTING_NAMES = {
 
 
 def create_arrays(folder: Path, config: dict) -> bool:
-    """Makes the arrays at full size, sparse where the file system can; whether any of them was missing or incomplete.
+    """Creates the arrays at full size (sparse if the file system can); returns whether any was missing or incomplete.
 
-    What a file of a wrong size holds stays: the checksums tell which chunks are valid.
+    A file of a wrong size keeps its content: the checksums tell which chunks are valid.
     """
     changed = False
     for name, (dtype, row, copies) in array_layout(config).items():
@@ -65,19 +65,19 @@ class CacheWriter:
     """Writes a cache chunk by chunk, with any number of processes; a run that was killed continues where it stopped.
 
     Args:
-        folder: new, empty, or with a cache of the same `config`, complete or not.
-        config: all that the content depends on, as JSON values; `cache_config` returns it.
-        about: more to know of the cache, as JSON values.
+        folder: a new or empty folder, or one with a cache of the same `config`, complete or not.
+        config: everything that the content depends on, as JSON values; `cache_config` returns it.
+        about: further facts about the cache, as JSON values.
         state: `accelerate.PartialState`.
-        verify: also compare existing chunks with their checksums, and write the damaged ones again.
+        verify: compare existing chunks with their checksums, and write damaged ones again.
 
     Attributes:
         complete (`bool`): whether the cache is complete.
-        num_done (`int`): how many chunks were written before.
-        chunks (`list[int]`): the chunks that this process is to write.
+        num_done (`int`): the number of chunks that were already written.
+        chunks (`list[int]`): the chunks that this process has to write.
 
     Raises:
-        InputError: for a folder with something else in it, or too little space.
+        InputError: if the folder holds other files, or the disk has too little space.
     """
 
     def __init__(self, folder: Path, config: dict, about: dict, state, verify: bool = False):
@@ -93,7 +93,7 @@ class CacheWriter:
         self.num_done = len(done)
         missing = [chunk for chunk in range(num_chunks(config)) if chunk not in done]
         self.chunks = [] if self.complete else missing[state.process_index :: state.num_processes]
-        # Nobody writes into a journal before all have read them.
+        # No process may write into a journal before all have read them.
         state.wait_for_everyone()
 
     def _prepare_folder(self, verify: bool):
@@ -135,7 +135,7 @@ class CacheWriter:
         if (create_arrays(self.folder, self.config) or verify) and done:
             valid = {c: entry for c, entry in done.items() if self._on_disk(c) == entry["crc"]}
             if len(valid) < len(done):
-                # A complete cache becomes an unfinished one, in an order that a kill cannot turn into a wrong one.
+                # Mark a complete cache as unfinished, in an order that stays valid if the process is killed in between.
                 self._write_journal(valid.values())
                 self._write_meta(complete=False)
                 return
@@ -143,7 +143,7 @@ class CacheWriter:
             self._remove_journals()
 
     def _refuse_another(self, existing: dict):
-        """Raises an `InputError` if the cache in the folder was made with another `config`."""
+        """Raises InputError if the cache in the folder was made with another `config`."""
         for name in [*self.config, *existing]:
             before, now = existing.get(name), self.config.get(name)
             if before != now:
@@ -162,7 +162,7 @@ class CacheWriter:
         return sorted(self.folder.glob("journal-*.jsonl"))
 
     def _read_journals(self) -> dict[int, dict]:
-        """The entries of all journals by chunk, without a last line that a kill cut short."""
+        """Reads the entries of all journals by chunk, without an incomplete last line of a killed process."""
         done = {}
         for path in self._journals():
             for line in path.read_text().splitlines():
@@ -200,15 +200,15 @@ class CacheWriter:
 
         Args:
             arrays: `[copies, rows, ...]` by name, all but `image_offsets`.
-            images: compressed, one per row; empty without images.
-            corrupt_rows: those of its rows that could not be decoded.
+            images: compressed images, one per row; empty for a cache without images.
+            corrupt_rows: the rows of the chunk that could not be decoded.
             expected: the checksum that the chunk must have.
 
         Returns:
-            whether it has that checksum; if not, it is not entered.
+            whether the chunk has that checksum; if not, it is not entered into the journal.
 
         Raises:
-            InputError: when the chunk cannot be written, or reads back otherwise.
+            InputError: if the chunk cannot be written, or does not read back as it was written.
         """
         rows, checksum = chunk_rows(self.config, chunk), 0
         if self.config["images"] != "none":
@@ -233,13 +233,13 @@ class CacheWriter:
                 write_atomically(image_file(self.folder, chunk), joined)
                 checksum = zlib.crc32(joined, checksum)
             if self._on_disk(chunk) != checksum:
-                raise OSError("what was written reads back otherwise")
+                raise OSError("the file does not read back as it was written")
             if expected is not None and checksum != expected:
                 return False
             entry = json.dumps({"chunk": chunk, "crc": checksum, "corrupt": corrupt_rows})
             journal = self.folder / f"journal-{self.state.process_index}.jsonl"
             with journal.open("ab") as file:
-                # A line of its own, even after one that a kill cut short.
+                # Start on a new line, even after the incomplete line of a killed process.
                 file.write(f"\n{entry}\n".encode())
                 file.flush()
                 os.fsync(file.fileno())
@@ -251,7 +251,7 @@ class CacheWriter:
         """Writes the final `meta.json` and removes the journals.
 
         Raises:
-            InputError: when chunks are missing.
+            InputError: if chunks are missing.
         """
         self.state.wait_for_everyone()
         if self.state.is_main_process and not self.complete:
@@ -270,9 +270,9 @@ class CacheWriter:
 
 
 def cannot_write(folder: Path, error: OSError) -> InputError:
-    """The error for a folder on which writing fails."""
+    """The error for a folder that cannot be written."""
     return InputError(
         "output_dir",
-        f"`output_dir` {folder} cannot be written ({error.strerror or error}); mend that and run the same command again, "
+        f"`output_dir` {folder} cannot be written ({error.strerror or error}); fix that and run the same command again, "
         "it continues from there",
     )

@@ -22,7 +22,7 @@ from .latent_cache import chunk_rows
 from .latent_cache_writer import CacheWriter
 
 
-# Images a step of the autoencoder and of the encoders. A fixed number: some kernels round differently in other batches.
+# Images per batch of the autoencoder and the encoders. It is fixed, since some kernels round differently in other batches.
 BATCH_SIZE = 32
 # Lossless WebP at its least effort is smaller than PNG and faster to write and to read (docs/data.md).
 IMAGE_FORMATS = {
@@ -47,27 +47,27 @@ def cache_config(
     images: str = "webp",
     chunk_rows: int = 1024,
 ) -> dict:
-    """All that the content of a cache depends on, as JSON values.
+    """Everything that the content of a cache depends on, as JSON values.
 
     Args:
         data: an `ImageDataset`.
         vae: the autoencoder; None keeps the pixels.
         latent_shape: `(C, h, w)`.
         resolution: side of the centre crop in pixels.
-        encoders, encoder_names, layers: of the features; a layer of None is the encoder's default.
-        vae_dtype: of the autoencoder's computation.
+        encoders, encoder_names, layers: the encoders of the features; a layer of None is the encoder's default.
+        vae_dtype: the dtype of the autoencoder's computation.
         sampled: keep one latent, drawn with `seed`, in place of mean and standard deviation.
         flip: also encode every image mirrored.
         images: how the images are kept, one of `IMAGE_FORMATS`.
-        chunk_rows: images of a chunk.
+        chunk_rows: the number of images in a chunk.
 
     Raises:
-        InputError: for `sampled` with an autoencoder that has no posterior.
+        InputError: if `sampled` is set and the autoencoder has no posterior.
     """
     has_posterior = vae is not None and has_moments(vae)
     if sampled and not has_posterior:
         what = "`vae` none keeps pixels" if vae is None else f"`vae` is a {type(vae).__name__}, which has no posterior"
-        raise InputError("sampled", f"`sampled`: {what}; leave it out")
+        raise InputError("sampled", f"`sampled`: {what}; remove it")
     scale, shift = (1.0, 0.0) if vae is None else scale_and_shift(vae)
     return {
         "count": len(data),
@@ -99,12 +99,12 @@ def cache_config(
 
 
 def has_moments(vae) -> bool:
-    """Whether an autoencoder gives a posterior."""
+    """Whether an autoencoder has a posterior."""
     return encode_moments(vae, torch.zeros(1, 3, 128, 128, device=vae.device))[1] is not None
 
 
 def dataset_checksum(data, sample: int = 256) -> int:
-    """CRC-32 of all labels and of a fixed random sample of the encoded images, wherever the files lie."""
+    """CRC-32 of all labels and of a fixed random subset of the encoded images, independent of the folder of the files."""
     checksum = zlib.crc32(data.labels().tobytes())
     for row in random_stream(0, 0, ORDER).permutation(len(data))[:sample].tolist():
         checksum = zlib.crc32(image_content(data[[row]]["image"][0]), checksum)
@@ -138,12 +138,12 @@ class ImageRows(torch.utils.data.Dataset):
 
 
 class BatchEncoder:
-    """Encodes batches of images as the arrays of a cache have them.
+    """Encodes batches of images into rows of the arrays of a cache.
 
     Args:
-        vae: on the device; None keeps the pixels, in [-1, 1].
-        encoders: frozen, for `features-0` and so on.
-        config: of the cache.
+        vae: the autoencoder, on the device; None keeps the pixels, in [-1, 1].
+        encoders: the frozen encoders of `features-0` and so on.
+        config: the config of the cache.
         device: the device of the autoencoder and the encoders.
     """
 
@@ -152,7 +152,7 @@ class BatchEncoder:
 
     @torch.no_grad()
     def __call__(self, pixels: torch.Tensor, rows: list[int]) -> dict[str, torch.Tensor]:
-        """Float16 tensors `[copies, B, ...]` on the device, for uint8 `pixels [B,3,R,R]` of the rows."""
+        """Returns float16 tensors `[copies, B, ...]` on the device, for uint8 `pixels [B,3,R,R]` of the rows."""
         images = pixels.to(self.device, non_blocking=True).float() / 127.5 - 1
         copies = [images, images.flip(-1)] if self.config["flip"] else [images]
         arrays = {"latents": [self._latents(images, rows, copy) for copy, images in enumerate(copies)]}
@@ -178,10 +178,10 @@ def write_chunks(writer: CacheWriter, data, encode: BatchEncoder, num_workers: i
     """Decodes (in worker processes), encodes (here) and writes (in a thread) the chunks of this process.
 
     Raises:
-        InputError: for latents or features that are not finite in float16, too many damaged images, or a full disk.
+        InputError: if latents or features are not finite in float16, too many images are damaged, or the disk is full.
     """
     config = writer.config
-    batches = []  # never across chunks, so that the content does not depend on who encodes what
+    batches = []  # never across chunks, so that the content does not depend on which process encodes it
     for chunk in writer.chunks:
         rows = list(chunk_rows(config, chunk))
         batches += [rows[start : start + BATCH_SIZE] for start in range(0, len(rows), BATCH_SIZE)]
@@ -224,7 +224,7 @@ def write_chunks(writer: CacheWriter, data, encode: BatchEncoder, num_workers: i
                 raise too_many_corrupt(corrupt, config["count"])
             arrays["labels"] = np.array(labels, dtype=np.int64)[None]
             pending.append(thread.submit(writer.write, chunk, arrays, images, corrupt))
-            # Not more in memory than one chunk in the making and two on their way to the disk.
+            # At most three chunks are in memory: one being encoded and two being written.
             while len(pending) > 2 or (pending and pending[0].done()):
                 pending.popleft().result()
         for write in pending:

@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Training directly from the parquet files of a data set, on the Hub or on a disk, one row group at a time.
+"""Streams training data from parquet files on the Hub or on a disk, one row group at a time.
 
-Nothing is downloaded or converted first. `streamed_samples.py` has the order of the rows and the batches.
+Nothing is downloaded or converted first. `streamed_samples.py` defines the order of the rows and the batches.
 """
 
 import json
@@ -45,24 +45,24 @@ from .streamed_samples import StreamedBatches, StreamedSamples
 
 
 class ParquetRows(ImageSource):
-    """Training data in parquet files, read in training; `stream_image_dataset` opens it.
+    """Training data in parquet files that are read during training; `stream_image_dataset` opens them.
 
-    `rows[5]` is `{"image": {"bytes": ..., "path": ...}, "label": ...}`, `rows[[5, 7]]` the same of lists, as for the
-    `Dataset` of `load_image_dataset`. A row group is read completely, once, and stays until `hold` is called with others.
+    `rows[5]` is `{"image": {"bytes": ..., "path": ...}, "label": ...}`, and `rows[[5, 7]]` holds lists of these, as in the
+    `Dataset` of `load_image_dataset`. A row group is read once, completely, and kept until `hold` is called with others.
 
     Args:
-        files: in the order of the rows.
+        files: the files, in the order of the rows.
         image_column, label_column: the columns to read.
         id2label: the names of the classes.
         num_classes: the number of classes.
 
     Attributes:
-        group_rows: int64 `[G]`, the number of rows of each row group; those without any are left out.
-        group_bytes: int64 `[G]`, their images and labels in memory.
+        group_rows: int64 `[G]`, the number of rows of each row group; empty groups are skipped.
+        group_bytes: int64 `[G]`, the size of each group's images and labels in memory.
         checksum (`int`): CRC-32 of the files' names, sizes and footers, and of the columns.
-        closed: once set, no read is tried again.
-        interrupted: says whether a signal has come; from then on a read is given up once it has failed for 10 seconds.
-        retry_seconds: for which a failing read is tried again; `StreamedBatches` makes them `TRAINING_SECONDS`.
+        closed: once set, failing reads are not retried.
+        interrupted: returns whether a signal has arrived; from then on, a read that has failed for 10 seconds is given up.
+        retry_seconds: how long a failing read is retried; `StreamedBatches` sets it to `TRAINING_SECONDS`.
     """
 
     random_access = False
@@ -112,7 +112,7 @@ class ParquetRows(ImageSource):
         if not isinstance(image, dict):
             image = {"path": image} if isinstance(image, str) else {"bytes": image}
         is_local = isinstance(self.groups[group][0].fs, LocalFileSystem)
-        # A path in a file from elsewhere says nothing about this machine.
+        # A path in a file from another machine does not exist here.
         return {
             "image": {"bytes": image.get("bytes"), "path": image.get("path") if is_local else None},
             "label": label,
@@ -121,7 +121,7 @@ class ParquetRows(ImageSource):
     def _table(self, group: int) -> pa.Table:
         with self._lock:
             future = self._held.get(group)
-            # One whose fetch ahead has failed is read again: that may have been long ago.
+            # A prefetch that failed is retried: the failure may have been long ago.
             mine = future is None or has_failed(future)
             if mine:
                 future = self._held[group] = Future()
@@ -139,15 +139,15 @@ class ParquetRows(ImageSource):
         """The two columns of a row group.
 
         Raises:
-            TrainingStopped: when it cannot be read.
+            TrainingStopped: if it cannot be read.
         """
         file, number = self.groups[group]
         try:
             action = partial(read_columns, file, number, self.columns)
             return retried(action, file.path, self.retry_seconds, self._give_up)
-        except Exception as error:  # of the file system, or pyarrow's where the file is not what it was
+        except Exception as error:  # from the file system, or from pyarrow if the file has changed
             raise TrainingStopped(
-                f"{file.path} can no longer be read (row group {number}: {first_line(error)}); see to it and run the same "
+                f"{file.path} can no longer be read (row group {number}: {first_line(error)}); fix that and run the same "
                 "command again: it continues from the newest checkpoint"
             ) from error
 
@@ -155,7 +155,7 @@ class ParquetRows(ImageSource):
         return self.closed.is_set() or (seconds >= SIGNAL_SECONDS and self.interrupted())
 
     def hold(self, groups: Iterable[int], submit: Callable):
-        """Forgets all other row groups and has these fetched, the first one first, by `submit(function, *arguments)`."""
+        """Drops all other row groups and fetches these, in order, through `submit(function, *arguments)`."""
         with self._lock:
             wanted = dict.fromkeys(groups)
             self._held = {group: future for group, future in self._held.items() if group in wanted}
@@ -165,7 +165,7 @@ class ParquetRows(ImageSource):
                     submit(self._read_into, group, future)
 
     def release(self):
-        """Forgets all row groups; who waits for one gets a `CancelledError`."""
+        """Drops all row groups; a thread that waits for one gets a `CancelledError`."""
         with self._lock:
             for future in self._held.values():
                 future.cancel()
@@ -178,7 +178,7 @@ class ParquetRows(ImageSource):
         """Decodes random rows of at most four row groups, the same for every run.
 
         Raises:
-            InputError: when too many of them are damaged.
+            InputError: if too many of them are damaged.
         """
         generator = random_stream(0, 0, ORDER)
         rows = []
@@ -209,7 +209,7 @@ class ParquetRows(ImageSource):
         """`StreamedSamples` of the images; the order of the rows depends on `global_batch_size`.
 
         Raises:
-            InputError: when the processes do not see the same files.
+            InputError: if the processes do not see the same files.
         """
         return StreamedSamples(
             self,
@@ -230,7 +230,7 @@ class ParquetRows(ImageSource):
         return StreamedBatches(samples, batch_sampler, num_workers, pin_memory)
 
     def fixed_rows(self, count: int) -> np.ndarray:
-        """The rows of as many random row groups as are needed, one group after another."""
+        """Returns the rows of random row groups, as many as are needed, one group after another."""
         groups = random_stream(0, 0, ORDER).permutation(len(self.group_rows))
         groups = groups[: np.searchsorted(np.cumsum(self.group_rows[groups]), count) + 1]
         return np.concatenate([self.first_rows[g] + np.arange(self.group_rows[g]) for g in groups])[:count]
@@ -243,7 +243,7 @@ class ParquetRows(ImageSource):
         return images_and_labels
 
     def give_up_when(self, interrupted: Callable[[], bool]):
-        """From when `interrupted()` is true, a read is given up once it has failed for 10 seconds."""
+        """Once `interrupted()` is true, a read that has failed for 10 seconds is given up."""
         self.interrupted = interrupted
 
 
@@ -255,13 +255,13 @@ def stream_image_dataset(
     label_column: str = "label",
     cache_dir: str | None = None,
 ) -> ParquetRows:
-    """Opens the parquet files of a Hub name or a folder: `load_image_dataset` for what is not to be downloaded.
+    """Opens the parquet files of a Hub name or a folder, without downloading them as `load_image_dataset` does.
 
-    Only the files' footers are read (and the label column where they have no statistics of it). On the Hub the files are
-    those of one commit for all of the run.
+    It reads only the files' footers (and the label column if they have no statistics of it). On the Hub, all files are
+    read from one commit for the whole run.
 
     Raises:
-        InputError: when there is no such data set, split or column, it is not parquet, or the labels are not class ids.
+        InputError: if the data set, split or column does not exist, is not parquet, or the labels are not class ids.
     """
     source = f"`dataset_name` {dataset_name}"
     builder = open_named("dataset_name", dataset_name, dataset_config_name, cache_dir, load_dataset_builder)
@@ -271,7 +271,7 @@ def stream_image_dataset(
         raise InputError(
             None,
             f"{source}: `streaming` reads parquet files, and this data set is read by the {kind} reader of datasets; "
-            f"{dataset_name.partition('@')[0]}@refs/convert/parquet is the Hub's parquet copy where there is one, "
+            f"{dataset_name.partition('@')[0]}@refs/convert/parquet is the Hub's parquet copy, if it has one, "
             "Dataset.to_parquet writes one, and `vrpo prepare` reads any format",
         )
     if split not in splits:
@@ -317,22 +317,22 @@ def open_files(urls: list[str], source: str) -> list[ParquetFile]:
     """Reads the footers, several at a time.
 
     Raises:
-        InputError: when a file cannot be read.
+        InputError: if a file cannot be read.
     """
 
     def footer(place):
         fs, path = place
         try:
             return retried(partial(read_footer, fs, path), path)
-        except Exception as error:  # of the file system, or pyarrow's for what is not parquet
+        except Exception as error:  # from the file system, or from pyarrow if it is not parquet
             raise InputError(None, f"{source}: {path} cannot be read ({first_line(error)})") from error
 
-    # By this thread: in others fsspec would make new file systems, which have not listed the folders yet.
+    # In this thread: in others, fsspec would create new file systems, which have not listed the folders yet.
     return in_threads(footer, [fsspec.core.url_to_fs(str(url)) for url in urls])
 
 
 def label_range(rows: ParquetRows, source: str) -> tuple[int, int, int]:
-    """Rows without a label, the smallest and the largest label, from the footers or else from the label column."""
+    """The number of rows without a label, the smallest and the largest label: from the footers, else from the column."""
 
     def of_group(group):
         file, number = group
@@ -352,7 +352,7 @@ def label_range(rows: ParquetRows, source: str) -> tuple[int, int, int]:
 
 
 def in_threads(function: Callable, items: Iterable) -> list:
-    """The function's results for all items, in their order."""
+    """Calls the function on all items in threads, and returns the results in order."""
     threads = Threads(2 * READERS)
     try:
         return [future.result() for future in [threads.submit(function, item) for item in items]]

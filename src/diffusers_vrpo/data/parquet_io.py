@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Reads byte ranges of parquet files, on a disk or on the Hub, and retries what fails for a moment."""
+"""Reads byte ranges of parquet files, on a disk or on the Hub, and retries transient errors."""
 
 import contextlib
 import io
@@ -20,14 +20,14 @@ from ..errors import first_line
 
 
 logger = logging.getLogger(__name__)
-# The row groups of all lanes together, and so the most that one row group may have: S is smaller where they are large.
+# Limit for the row groups of all lanes together, and so for one row group: large row groups make S smaller.
 MOST_BYTES = 4 << 30
 READERS = 8  # threads that fetch row groups
 SIGNAL_SECONDS = 10  # how long a read must have failed for a signal to end it
 FOOTER_BYTES = 1 << 16  # read first from the end of a file; more where the footer is longer
-GAP_BYTES = 1 << 20  # columns in between that are read too rather than asking twice
-# What fails is tried again after one second, two, four ... and then every half minute; below, huggingface_hub has retries
-# of its own. Before training a wrong name should soon be told; in training waiting loses nothing, and ending does.
+GAP_BYTES = 1 << 20  # unneeded bytes between two columns that are read along, instead of a second request
+# A failed read is retried after one second, two, four ... and then every half minute, on top of huggingface_hub's own
+# retries. Before training a wrong name should be reported soon; during training it is better to wait than to stop.
 FIRST_DELAY, LONGEST_DELAY = 1, 30
 OPENING_SECONDS, TRAINING_SECONDS = 60, 20 * 60
 
@@ -38,22 +38,22 @@ OPENING_SECONDS, TRAINING_SECONDS = 60, 20 * 60
 
 @dataclass
 class ParquetFile:
-    """A parquet file of which the footer has been read."""
+    """A parquet file whose footer has been read."""
 
     fs: fsspec.AbstractFileSystem
     path: str
     size: int
     metadata: pq.FileMetaData
-    checksum: int  # CRC-32 of the footer, which has place, size and statistics of everything in the file
+    checksum: int  # CRC-32 of the footer, which holds the place, size and statistics of all columns
 
 
 def retried(action: Callable, what: str, seconds: float | None = None, give_up: Callable[[float], bool] | None = None):
-    """`action()`, tried again where it fails, after 1, 2, 4, ... and at most 30 seconds.
+    """Returns `action()`, retried if it fails after 1, 2, 4, ... and at most 30 seconds.
 
     Args:
-        what: for the log.
-        seconds: for which it is tried, the last time when they are over; `OPENING_SECONDS` when not given.
-        give_up: gets the seconds since the start, and says whether to try no more; asked twice a second.
+        what: description of the action, for the log.
+        seconds: how long it is retried, with a last try at the end; `OPENING_SECONDS` by default.
+        give_up: takes the seconds since the start and returns whether to stop retrying; called twice per second.
     """
     seconds = OPENING_SECONDS if seconds is None else seconds
     give_up = give_up or (lambda _: False)
@@ -61,9 +61,9 @@ def retried(action: Callable, what: str, seconds: float | None = None, give_up: 
     while True:
         try:
             return action()
-        except Exception as error:  # every file system has its own
+        except Exception as error:  # every file system raises its own types
             passed = time.monotonic() - start
-            # A file that is gone does not come back; a network file system may show it late.
+            # A deleted file does not come back, but a network file system may show a new one late.
             seconds = min(seconds, OPENING_SECONDS) if isinstance(error, FileNotFoundError) else seconds
             if passed >= seconds or give_up(passed):
                 raise
@@ -76,21 +76,21 @@ def retried(action: Callable, what: str, seconds: float | None = None, give_up: 
 
 
 def read_range(fs: fsspec.AbstractFileSystem, path: str, start: int, end: int) -> bytes:
-    """The bytes `start` to `end` of a file, in one request.
+    """Reads the bytes `start` to `end` of a file in one request.
 
     Raises:
-        OSError: when there are not as many, or whatever the file system raises.
+        OSError: if the file is shorter; and whatever the file system raises.
     """
     with fs.open(path, "rb", cache_type="none") as file:
         file.seek(start)
         data = file.read(end - start)
     if len(data) != end - start:
-        raise OSError(f"{len(data)} bytes came in place of {end - start}, from byte {start} on")
+        raise OSError(f"got {len(data)} bytes instead of {end - start}, from byte {start} on")
     return data
 
 
 def read_footer(fs: fsspec.AbstractFileSystem, path: str) -> ParquetFile:
-    """Opens a parquet file by the end of it."""
+    """Opens a parquet file by reading its footer."""
     size = fs.size(path)
     tail = read_range(fs, path, max(0, size - FOOTER_BYTES), size)
     length = int.from_bytes(tail[-8:-4], "little") + 8
@@ -100,7 +100,7 @@ def read_footer(fs: fsspec.AbstractFileSystem, path: str) -> ParquetFile:
 
 
 class Ranges(io.RawIOBase):
-    """A file of which some ranges are in memory, for pyarrow to read from; `parts` has their bytes by their start."""
+    """A file for pyarrow with some byte ranges in memory; `parts` maps the start of each range to its bytes."""
 
     def __init__(self, size: int, parts: dict[int, bytes]):
         self.size, self.parts, self.place = size, parts, 0
@@ -128,7 +128,7 @@ class Ranges(io.RawIOBase):
 
 
 def leaves(group: pq.RowGroupMetaData, columns: list[str]) -> list[pq.ColumnChunkMetaData]:
-    """The column chunks of these columns, which may be structs of several."""
+    """The column chunks of these columns; a struct column has several."""
     chunks = [group.column(i) for i in range(group.num_columns)]
     return [
         chunk
@@ -138,7 +138,7 @@ def leaves(group: pq.RowGroupMetaData, columns: list[str]) -> list[pq.ColumnChun
 
 
 def read_columns(file: ParquetFile, group: int, columns: list[str]) -> pa.Table:
-    """Some columns of a row group."""
+    """Reads some columns of a row group."""
     ranges: list[list[int]] = []
     for chunk in leaves(file.metadata.row_group(group), columns):
         start = chunk.dictionary_page_offset if chunk.has_dictionary_page else chunk.data_page_offset
@@ -148,13 +148,13 @@ def read_columns(file: ParquetFile, group: int, columns: list[str]) -> pa.Table:
         else:
             ranges.append([start, end])
     parts = {start: read_range(file.fs, file.path, start, end) for start, end in ranges}
-    # Decoded by this thread alone and from memory: no thread of pyarrow's waits for Python.
+    # Decode from memory in this thread alone, so that pyarrow's threads do not wait for Python.
     reader = pq.ParquetFile(Ranges(file.size, parts), metadata=file.metadata, pre_buffer=False)
     return reader.read_row_group(group, columns=columns, use_threads=False)
 
 
 class Threads:
-    """`concurrent.futures.ThreadPoolExecutor`, except that a process does not wait for a thread whose server is silent."""
+    """A `ThreadPoolExecutor` that does not keep the process waiting for a thread whose server does not answer."""
 
     def __init__(self, number: int):
         self.tasks = queue.SimpleQueue()
@@ -178,9 +178,9 @@ class Threads:
             del task, future, function, arguments  # or the last result would stay in memory
 
     def close(self):
-        """The threads end after what they do now, nothing else is begun; those that take over 2 seconds are left alone.
+        """Lets the threads finish their current task and start no other; waits 2 seconds for them at most.
 
-        A thread within C++ code when the interpreter ends could abort the process.
+        A thread that is inside C++ code when the interpreter exits could abort the process.
         """
         with contextlib.suppress(queue.Empty):
             while True:

@@ -1,9 +1,9 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Images and what is drawn for them: data sets, random streams, autoencoders.
+"""Training examples and the random numbers drawn for them.
 
-Everything random about training sample i (which image, crop, flip, timestep, noise, label drop) is a function of
-(seed, i), where i counts the samples of the run. Neither the process that draws it nor the moment matters: a
-resumed run, two processes or gradient accumulation see the same stream.
+Everything random about training example i (image, crop, flip, timestep, noise, label dropout) is a function of (seed, i),
+where i counts the examples of the run. It does not depend on the process or the time of the draw: a resumed run, two
+processes or gradient accumulation see the same stream.
 """
 
 import signal
@@ -18,7 +18,7 @@ from .image_datasets import first_readable, resize_and_crop
 
 
 def ignore_signals(worker_id: int):
-    """For the data loader's processes: a signal to the process group must not end them before the last step is done."""
+    """Makes a data-loader process ignore signals, which would otherwise end it before the last step is done."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -28,18 +28,18 @@ def ignore_signals(worker_id: int):
 
 
 class SampleStreams(torch.utils.data.Dataset):
-    """What is drawn for the samples of a run: a function of the seed and the global sample index i = 0, 1, 2, ...
+    """The random draws for the examples of a run: a function of the seed and the global index i = 0, 1, 2, ...
 
-    Wherever the images come from, the draws are these. Each epoch goes through the rows in an order of its own.
+    All data sources share these draws. Each epoch visits the rows in a different random order.
 
     Args:
-        num_rows: of the data set.
+        num_rows: the number of rows of the data set.
         latent_shape: `(C, H, W)` of the noise.
-        null_class_id: the label that stands for no class; None without one, with label_dropout 0.
-        label_dropout: probability that a sample is trained without its class.
-        random_flip: mirror half of the samples.
+        null_class_id: the label that stands for no class; None if the model has none and label_dropout is 0.
+        label_dropout: probability that an example is trained without its class.
+        random_flip: mirror half of the examples.
         sample_posterior: also draw the noise of the autoencoder's posterior.
-        num_tokens: N of the transformer; M = min(64, N).
+        num_tokens: N of the transformer; the subset has M = min(64, N) tokens.
     """
 
     def __init__(
@@ -67,11 +67,11 @@ class SampleStreams(torch.utils.data.Dataset):
         return int(epoch_order(self.seed, epoch, self.num_rows)[position])
 
     def uniforms(self, indices: list[int]) -> np.ndarray:
-        """Five uniform numbers for each sample, float64 `[B,5]`: timestep, label drop, flip, and the crop's x and y."""
+        """Draws five uniform numbers per example, float64 `[B,5]`: timestep, label dropout, flip, and the crop's x and y."""
         return np.stack([random_stream(self.seed, index, SAMPLE).random(5) for index in indices])
 
     def flips(self, uniforms: np.ndarray) -> np.ndarray:
-        """Which samples are mirrored, bool `[B]`."""
+        """Which examples are mirrored, bool `[B]`."""
         return np.logical_and(self.random_flip, uniforms[:, 2] < 0.5)
 
     def drawn(self, indices: list[int], uniforms: np.ndarray, labels) -> dict[str, torch.Tensor]:
@@ -93,9 +93,9 @@ class SampleStreams(torch.utils.data.Dataset):
 
 
 class TrainingSamples(SampleStreams):
-    """The samples of a run, from images. Its indices are not rows but global sample indices without end.
+    """The training examples of a run, read from images. Indices are global example indices without end, not rows.
 
-    An item is a batch, for a list of indices: a dict of
+    `samples[indices]` is a batch, a dict of
 
         pixels          uint8 `[B,3,R,R]`
         class_labels    int64 `[B]`, dropped ones already replaced by `null_class_id`
@@ -104,12 +104,12 @@ class TrainingSamples(SampleStreams):
         posterior_noise float32 `[B, *latent_shape]`, only with `sample_posterior`
         tokens          int64 `[B,M]`: the token subset of the structural reward, only with `num_tokens`
         index           int64 `[B]`, the global sample indices
-        corrupt_rows    rows that could not be decoded; the next row that can be stands in for each
+        corrupt_rows    rows that could not be decoded; each is replaced by the next row that can
 
     Args:
         data: gives `{"image": [...], "label": [...]}` for a list of rows, as `ImageSource` and a `Dataset` do.
         resolution: side of the square images, in pixels.
-        center_crop: a random square otherwise.
+        center_crop: crop in the centre; at a random place otherwise.
         Others: those of `SampleStreams`.
     """
 
@@ -140,7 +140,7 @@ class TrainingSamples(SampleStreams):
         for i, flip in enumerate(self.flips(uniforms)):
             record = {"image": records["image"][i], "label": records["label"][i]}
             image, label, tried = first_readable(self.data, rows[i], record)
-            # If no image can be decoded, the trainer, which counts these rows, stops before it takes a step.
+            # If no image can be decoded, the trainer counts these rows and stops before it takes a step.
             image = image or PILImage.new("RGB", (self.resolution, self.resolution))
             square = resize_and_crop(image, self.resolution, None if self.center_crop else tuple(uniforms[i, 3:]))
             pixels.append(square[:, ::-1] if flip else square)
@@ -160,10 +160,10 @@ def epoch_order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
 
 
 class StreamBatchSampler(torch.utils.data.Sampler):
-    """Global sample indices of one process, batch by batch, from `start` on.
+    """Yields the global example indices of one process, batch by batch, from `start` on.
 
     Optimizer step k takes the indices `k * B ... (k + 1) * B - 1` with B = batch_size * processes * accumulation, so
-    that the same B gives the same samples however it is divided. With `repeats` r, so do steps `k r ... k r + r - 1`.
+    that the same B gives the same examples however it is divided. With `repeats` r, steps `k r ... k r + r - 1` share them.
     """
 
     def __init__(

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""What training needs of data, the data that a configuration names, and what a resumed run must keep of them."""
+"""The interface of training data, opening the data that a configuration names, and checks when a run is resumed."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +26,7 @@ from .samples import SampleStreams
 
 @runtime_checkable
 class TrainingData(Protocol):
-    """Labelled examples to train on. Image data sets, the latent cache and streamed parquet files implement it.
+    """Labelled examples to train on, as image data sets, the latent cache and streamed parquet files implement it.
 
     A source of your own derives from `ImageSource`, which implements all of it on top of `__len__` and `__getitem__`:
 
@@ -43,7 +43,7 @@ class TrainingData(Protocol):
     Attributes:
         num_classes (`int`): the number of classes; labels are 0 ... num_classes - 1.
         id2label (`dict[int, str]`, *optional*): the names of the classes.
-        vae (`str`, *optional*): the autoencoder that the data were encoded with; None where they are images.
+        vae (`str`, *optional*): the autoencoder that the data were encoded with; None for images.
         has_images (`bool`): whether `examples` works.
         random_access (`bool`): whether rows can be read in any order at the same cost.
     """
@@ -62,29 +62,29 @@ class TrainingData(Protocol):
         """Reads a few examples before any long work; called by the main process.
 
         Raises:
-            InputError: when too many of them are damaged.
+            InputError: if too many of them are damaged.
         """
         ...
 
     def fingerprint(self) -> dict:
-        """What a resumed run must keep beside the number of examples: JSON values by a name that errors show.
+        """Identifies the data, so that a run is not resumed on other data: JSON values by a name that errors show.
 
-        It covers the class names, the labels and the images, and depends on their content, not on where they lie.
+        It covers the class names, the labels and the images, and depends on their content, not on their folder.
         """
         ...
 
     def features(self, encoders: list[str], layers: list[int | None], grid_size: tuple[int, int]) -> list:
-        """Callables that take an encoder's features `[B,N,E]` from a batch, if the data have those of all encoders.
+        """Returns callables that take the features `[B,N,E]` of each encoder from a batch, if the data hold all of them.
 
-        Each has the attribute `embed_dim`, E. The list is empty where features are to be computed from images.
+        Each has the attribute `embed_dim`, E. The list is empty if features must be computed from images.
 
         Args:
             encoders: Hub names or folders.
-            layers: the index in the hidden states of each; None for its default.
+            layers: the index of the hidden state of each encoder; None for the default.
             grid_size: rows and columns of tokens.
 
         Raises:
-            InputError: when the data have neither the features nor the images.
+            InputError: if the data have neither the features nor the images.
         """
         ...
 
@@ -103,60 +103,60 @@ class TrainingData(Protocol):
         encoders: list,
         global_batch_size: int,
     ) -> SampleStreams:
-        """The samples of a run: a map-style dataset of batches over global sample indices, as `TrainingSamples` has it.
+        """Returns the training examples of a run: a map-style dataset of batches, such as `TrainingSamples`.
 
         Args:
-            seed: of everything that is drawn.
+            seed: seed of the random streams.
             resolution: side of the square images in pixels.
             latent_shape: `(C, H, W)` of the noise.
-            null_class_id: the label that stands for no class; None where the model has none.
-            label_dropout: probability that a sample is trained without its class.
+            null_class_id: the label that stands for no class; None if the model has none.
+            label_dropout: probability that an example is trained without its class.
             center_crop: crop in the centre; at a random place otherwise.
-            random_flip: mirror half of the samples.
+            random_flip: mirror half of the examples.
             sample_posterior: also draw the noise of the autoencoder's posterior.
-            num_tokens: N, for the token subset of the structural reward; None where none is drawn.
-            encoders: of the alignment; those that `features` gave take the place of the images.
-            global_batch_size: samples of an optimizer step on all processes.
+            num_tokens: N, to draw the token subset of the structural reward; None to draw none.
+            encoders: the encoders to align with; those returned by `features` need no images.
+            global_batch_size: examples per optimizer step on all processes.
 
         Raises:
-            InputError: when the options contradict the data, or the processes see different data.
+            InputError: if the options contradict the data, or the processes see different data.
         """
         ...
 
     def loader(self, samples: SampleStreams, batch_sampler, num_workers: int, pin_memory: bool):
-        """The batches of a process in order.
+        """Yields the batches of a process in order.
 
         Args:
             samples: as `samples` returns them.
             batch_sampler: a `StreamBatchSampler`.
-            num_workers: processes or threads that work ahead; with 0 a batch is made when it is asked for.
+            num_workers: processes or threads that prefetch batches; with 0, a batch is computed on demand.
             pin_memory: whether batches are in pinned memory, for copies to a GPU.
         """
         ...
 
     def latents(self, vae, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The clean latents `[B,C,h,w]`, float32, of a batch on its device.
+        """Returns the clean latents `[B,C,h,w]`, float32, of a batch on its device.
 
         Args:
-            vae: encodes images; None where these are trained on, or latents are in the batch.
-            batch: as the loader gives it, with `pixels` in [-1, 1].
+            vae: encodes images; None if the model is trained on pixels, or the batch holds latents.
+            batch: as the loader yields it, with `pixels` in [-1, 1].
         """
         ...
 
     def fixed_rows(self, count: int) -> np.ndarray:
-        """At most `count` random rows, int64, the same for every run on the data, in the order to read them."""
+        """Returns at most `count` random rows, int64, the same for every run on the data, in the order to read them."""
         ...
 
     def examples(self, rows: np.ndarray, resolution: int) -> tuple[np.ndarray, np.ndarray]:
-        """Images uint8 `[B,R,R,3]`, cropped in the centre, and labels int64 `[B]` of some rows."""
+        """Returns the centre-cropped images, uint8 `[B,R,R,3]`, and labels, int64 `[B]`, of some rows."""
         ...
 
     def give_up_when(self, interrupted: Callable[[], bool]) -> None:
-        """From when `interrupted()` is true, the data no longer wait for a server that does not answer."""
+        """Makes reads stop waiting for a server that does not answer once `interrupted()` is true."""
         ...
 
     def release(self) -> None:
-        """Frees what reading has left in memory; the data can be read again."""
+        """Frees the memory that reading has used; the data can be read again."""
         ...
 
 
@@ -165,13 +165,13 @@ class TrainingData(Protocol):
 
 
 def load_training_data(config) -> TrainingData:
-    """The data that a configuration names: an image data set, a latent cache, or with `streaming` parquet files.
+    """Opens the data that a configuration names: an image data set, a latent cache, or parquet files with `streaming`.
 
     Args:
         config: a `DataConfig`, with `vae`.
 
     Raises:
-        InputError: when they cannot be had, or the options contradict the cache.
+        InputError: if the data cannot be opened, or the options contradict the cache.
     """
     if config.streaming:
         return stream_image_dataset(
@@ -191,7 +191,7 @@ def load_images(config) -> ImageDataset:
     """The image data set of the options that training and `prepare` share.
 
     Raises:
-        InputError: when it cannot be had.
+        InputError: if the data set cannot be opened.
     """
     data, id2label, num_classes = load_image_dataset(
         config.dataset_name,
@@ -210,7 +210,7 @@ def open_cache(config) -> LatentCache:
     """The latent cache in `latents_dir`.
 
     Raises:
-        InputError: when there is none, or the options contradict it.
+        InputError: if the folder does not hold a cache, or the options contradict it.
     """
     cache, name = LatentCache(config.latents_dir), f"`latents_dir` {config.latents_dir}"
     if config.resolution != cache.config["resolution"]:
@@ -221,23 +221,23 @@ def open_cache(config) -> LatentCache:
         )
     if config.vae is not None and Path(config.vae).name != Path(cache.vae).name:
         raise InputError(
-            "vae", f"`vae` {config.vae}: {name} was prepared with {cache.vae}; give that, or leave `vae` out"
+            "vae", f"`vae` {config.vae}: {name} was prepared with {cache.vae}; give that, or remove `vae`"
         )
     if not config.center_crop:
         raise InputError("center_crop", f"`center_crop` is off, but {name} has centre crops only; turn it on")
     if config.max_train_samples is not None:
         raise InputError(
             "max_train_samples",
-            f"`max_train_samples` goes with images; {name} has {len(cache)}, prepare one with fewer",
+            f"`max_train_samples` needs images; {name} has {len(cache)} latents, prepare a cache with fewer",
         )
     return cache
 
 
 def as_training_data(dataset, image_column: str = "image", label_column: str = "label") -> TrainingData:
-    """Training data of an object that was made in Python: `TrainingData` itself, or a `Dataset` of `datasets`.
+    """Turns a Python object, a `TrainingData` or a `Dataset` of `datasets`, into training data.
 
     Raises:
-        InputError: when it is something else, or the columns do not hold images and class ids.
+        InputError: if it is something else, or the columns do not hold images and class ids.
     """
     if isinstance(dataset, Dataset):
         return ImageDataset(*image_and_label(dataset, "train_dataset", "(a Dataset)", image_column, label_column))
@@ -245,7 +245,7 @@ def as_training_data(dataset, image_column: str = "image", label_column: str = "
         raise InputError(
             "train_dataset",
             f"`train_dataset` is a {type(dataset).__name__}; give a `datasets.Dataset` with images and labels, or an "
-            "object with the methods of `TrainingData`, such as one of a class that derives from `ImageSource`",
+            "object with the methods of `TrainingData`, such as a subclass of `ImageSource`",
         )
     return dataset
 
@@ -264,28 +264,28 @@ COUNT, LABELS, CACHE, FILES = SETTINGS_OF_0_1 = (
 
 
 def data_settings(data: TrainingData) -> dict:
-    """What a checkpoint keeps of the data, by the name that an error shows: JSON values.
+    """Returns what a checkpoint records about the data: JSON values by the name that an error shows.
 
-    The main process reads the data, and all processes get its answer.
+    The main process reads the data, and all processes get the result.
     """
     found = [None]
     if PartialState().is_main_process:
-        # Without a cache its checksum is None, so that a run on a cache cannot continue on the images.
+        # The checksum is None without a cache, so that a run on a cache cannot continue on images.
         found = [{COUNT: len(data), CACHE: None, **data.fingerprint()}]
     return broadcast_object_list(found)[0]
 
 
 def check_data_settings(saved: dict, settings: dict, checkpoint: Path, allow_changed_data: bool):
-    """Refuses to continue a run on other data.
+    """Checks that a run continues on the data that it was trained on.
 
     Args:
         saved: the settings that are in the checkpoint.
         settings: `data_settings` of the data to continue on.
-        checkpoint: for the error.
+        checkpoint: the checkpoint, for the error message.
         allow_changed_data: whether the data may differ.
 
     Raises:
-        InputError: when they differ and may not.
+        InputError: if the data differ and `allow_changed_data` is off.
     """
     difference = None if allow_changed_data else data_difference(saved, settings, checkpoint)
     if difference is not None:
@@ -297,7 +297,7 @@ def check_data_settings(saved: dict, settings: dict, checkpoint: Path, allow_cha
 
 
 def data_difference(saved: dict, settings: dict, checkpoint: Path) -> str | None:
-    """The first difference of the data from those of a checkpoint, in words; None where there is none.
+    """The first difference between the data and those of a checkpoint, in words; None if they are the same.
 
     Settings that the checkpoint lacks because version 0.1 made it are not compared.
     """
@@ -321,7 +321,7 @@ def data_difference(saved: dict, settings: dict, checkpoint: Path) -> str | None
 
 
 def differing_names(before: list[str] | None, names: list[str] | None, checkpoint: Path) -> str:
-    """What differs between the class names of a checkpoint and those of the data."""
+    """Describes how the class names of the data differ from those of a checkpoint."""
     if before is None or names is None or len(before) != len(names):
         counts = ["none" if found is None else len(found) for found in (names, before)]
         return f"the number of class names is {counts[0]}, but {checkpoint} was trained with {counts[1]}"

@@ -1,13 +1,13 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """The order in which streamed parquet files are trained on, and their batches.
 
-Which row sample i takes is a function of (seed, i, samples of a step), like everything else that is drawn for it: a
-resumed run opens the row groups that its next batches need, and no others.
+The row of example i is a function of (seed, i, examples per step), like everything else that is drawn for it: a resumed
+run opens only the row groups that its next batches need.
 
 An epoch goes through the row groups in random order, and through the rows of each in random order. This sequence is cut
-into S lanes of equal length; every batch takes equally many rows of each lane, always at the same places. The share of a
-process in a batch is at fixed places as well, so it reads the row groups of its own lanes only. The last N mod S rows of
-the sequence, which are others in every epoch, are not used.
+into S lanes of equal length; every batch takes the same number of rows from each lane, always at the same positions. The
+share of a process in a batch is also at fixed positions, so it reads the row groups of its own lanes only. The last
+N mod S rows of the sequence, which differ in every epoch, are not used.
 """
 
 import bisect
@@ -36,15 +36,15 @@ MOST_LANES = 64
 
 
 class StreamOrder:
-    """Which row is sample i, for every i: a function of the seed, the row groups and the samples of a step.
+    """Maps example i to a row, as a function of the seed, the row groups and the examples per step.
 
-    Sample i is at place p = i mod B of step i // B. Its lane is s = floor(p S / B), in which it is number
-    k = (i // B) (B / S) + p mod (B / S); so it is sample k mod L of the lane in epoch k // L, with L = floor(N / S).
+    Example i is at position p = i mod B of step i // B. Its lane is s = floor(p S / B), in which it is number
+    k = (i // B) (B / S) + p mod (B / S); so it is example k mod L of the lane in epoch k // L, with L = floor(N / S).
 
     Args:
-        seed: of the run.
-        group_rows, group_bytes: of each row group, `[G]`.
-        batch_size: B, samples of an optimizer step on all processes.
+        seed: seed of the run.
+        group_rows, group_bytes: rows and bytes of each row group, `[G]`.
+        batch_size: B, examples per optimizer step on all processes.
 
     Attributes:
         num_lanes (`int`): S, the largest divisor of B up to 64 (and N) for which S row groups stay below 4 GiB.
@@ -62,7 +62,7 @@ class StreamOrder:
         self._rows_of_group = lru_cache(maxsize=2 * self.num_lanes)(self._rows_of_group)
 
     def _groups_of_epoch(self, epoch: int) -> tuple[list[int], list[int]]:
-        """The row groups in the order of an epoch, and where each ends in the sequence of its rows."""
+        """The row groups in the order of an epoch, and the end of each in the sequence of rows."""
         order = random_stream(self.seed, epoch, ROW_GROUPS).permutation(len(self.group_rows))
         return order.tolist(), np.cumsum(self.group_rows[order]).tolist()
 
@@ -71,7 +71,7 @@ class StreamOrder:
         return random_stream(self.seed, index, ROWS_OF_GROUP).permutation(self.group_rows[group])
 
     def locate(self, index: int) -> tuple[int, int, int]:
-        """Epoch, row group, and the place of the sample among those of the row group in that epoch."""
+        """The epoch, the row group, and the position of the example within the row group in that epoch."""
         step, place = divmod(index, self.batch_size)
         share = self.batch_size // self.num_lanes
         lane, place = divmod(place, share)
@@ -88,21 +88,21 @@ class StreamOrder:
 
     @property
     def steps_ahead(self) -> int:
-        """How many steps before they are needed row groups are fetched: while a quarter of one is used up, 8 to 64."""
+        """How many steps ahead row groups are fetched: the steps that use up a quarter of one, within 8 to 64."""
         rows_of_lane = self.batch_size / self.num_lanes
         return min(64, max(8, math.ceil(self.group_rows.mean() / 4 / rows_of_lane)))
 
 
 class StreamedSamples(TrainingSamples):
-    """`TrainingSamples` of `ParquetRows`; another order, all else is the same.
+    """The `TrainingSamples` of `ParquetRows`; only the order of the rows differs.
 
     Args:
         data: `ParquetRows`.
-        global_batch_size: samples of an optimizer step on all processes.
+        global_batch_size: examples per optimizer step on all processes.
         Others: those of `TrainingSamples`.
 
     Raises:
-        InputError: when the processes do not see the same files.
+        InputError: if the processes do not see the same files.
     """
 
     def __init__(self, data, global_batch_size: int, seed: int, *arguments, **keywords):
@@ -119,7 +119,7 @@ class StreamedSamples(TrainingSamples):
         return self.order.row_of(index)
 
     def groups_of(self, indices: list[int]) -> list[int]:
-        """The row groups of some samples."""
+        """The row groups of some examples."""
         return list(dict.fromkeys(self.order.locate(index)[1] for index in indices))
 
 
@@ -130,17 +130,17 @@ class StreamedSamples(TrainingSamples):
 class StreamedBatches:
     """The batches of `StreamedSamples` in order, computed ahead by threads of this process.
 
-    Worker processes would each read every row group. Two batches a thread are in work or ready; row groups are fetched
-    for as many steps ahead as `StreamOrder.steps_ahead` says, and no others are in memory.
+    Worker processes would each read every row group. Each thread has up to two batches in progress or ready. Row groups
+    are fetched `StreamOrder.steps_ahead` steps ahead, and only these are in memory.
 
     Args:
-        samples: what to take them from.
+        samples: the samples to batch.
         batch_sampler: the `StreamBatchSampler` of this process.
-        num_threads: that decode; with 0 the thread that iterates does, but row groups are fetched ahead all the same.
-        pin_memory: for copies to a GPU.
+        num_threads: threads that decode; with 0, the iterating thread decodes, and row groups are still fetched ahead.
+        pin_memory: whether batches are in pinned memory, for copies to a GPU.
 
     Raises:
-        TrainingStopped: when a row group can no longer be read; so does whatever a thread raises.
+        TrainingStopped: if a row group can no longer be read. Other exceptions of a thread are raised as they are.
     """
 
     def __init__(self, samples: StreamedSamples, batch_sampler, num_threads: int, pin_memory: bool = False):
@@ -168,13 +168,13 @@ class StreamedBatches:
             for indices, _ in islice(window, len(batches), max(1, 2 * self.num_threads)):
                 batches.append(decoders.submit(self._compute, indices) if self.num_threads else None)
 
-        # Also when the process ends and nobody has closed the generator.
+        # This also runs when the process exits without closing the generator.
         end = weakref.finalize(self, end_threads, data, decoders, readers)
         try:
             work_ahead()
             while batches:
                 ahead, (indices, _) = batches.popleft(), window.popleft()
-                # Without threads it is computed now; and again where it has failed ahead, which may have been long ago.
+                # Compute the batch now if there are no threads, or if computing it ahead failed, maybe long ago.
                 batch = self._compute(indices) if ahead is None or has_failed(ahead) else ahead.result()
                 window.extend(islice(upcoming, 1))
                 work_ahead()
@@ -184,7 +184,7 @@ class StreamedBatches:
 
 
 def end_threads(data, *threads: Threads):
-    """Ends the reading of `ParquetRows`, and the threads."""
+    """Stops the reading of `ParquetRows` and ends the threads."""
     data.closed.set()
     data.release()
     for group in threads:

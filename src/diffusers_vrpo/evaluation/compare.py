@@ -1,10 +1,10 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Compares generated images with a reference: FID and its relatives from folders, arrays, data sets or statistics.
+"""Compares generated images with a reference: FID and other metrics from folders, arrays, data sets or statistics.
 
     from diffusers_vrpo.evaluation.compare import fid
     fid("samples", "imagenet/val", encoder="facebook/dinov2-large")
 
-`compare_images` computes several metrics with several encoders; `fid` is its shortest use.
+`compare_images` computes several metrics with several encoders; `fid` computes one number.
 """
 
 import logging
@@ -31,7 +31,7 @@ from .metrics import (
 logger = logging.getLogger("evaluate")
 METRICS = ("fid", "sfid", "is", "kid", "precision_recall", "density_coverage")
 INCEPTION_METRICS = ("sfid", "is")
-# Options that only a reference which is a data set takes, with their defaults.
+# Options that apply only if the reference is a data set, with their defaults.
 DATASET_OPTIONS = {"dataset_config_name": None, "reference_split": "train", "image_column": "image"}
 
 
@@ -41,16 +41,16 @@ DATASET_OPTIONS = {"dataset_config_name": None, "reference_split": "train", "ima
 
 @dataclass
 class MetricSettings:
-    """What metrics depend on beside features.
+    """The settings of the metrics.
 
     Attributes:
-        kid_subsets: subsets that KID is averaged over.
-        kid_subset_size: images of each; by default 1000, but not over half of a set.
-        inception_score_splits: parts of the Inception Score.
-        shuffle: draw these parts at random; ADM takes the images in their order.
+        kid_subsets: the number of subsets that KID is averaged over.
+        kid_subset_size: images per subset; by default 1000, but at most half of a set.
+        inception_score_splits: the number of splits of the Inception Score.
+        shuffle: draw these splits at random; ADM takes the images in order.
         precision_recall_k: neighbours that set the radii of precision and recall.
         density_coverage_k: neighbours that set the radii of density and coverage.
-        seed: of KID's subsets and the Inception Score's parts.
+        seed: seed of KID's subsets and the Inception Score's splits.
     """
 
     kid_subsets: int = 100
@@ -64,12 +64,12 @@ class MetricSettings:
 
 @dataclass
 class Reference:
-    """What samples are compared with.
+    """The reference that samples are compared with.
 
     Attributes:
-        source: as it was given, for messages.
-        images: the images; None where the reference is statistics only.
-        moments: mean and covariance that an `.npz` carries, of Inception's `pool` and `spatial` features.
+        source: the reference as the user named it, for messages.
+        images: the images; None if the reference holds statistics only.
+        moments: the means and covariances in an `.npz`, of Inception's `pool` and `spatial` features.
     """
 
     source: str
@@ -78,7 +78,7 @@ class Reference:
 
     @property
     def has_features(self) -> bool:
-        """Whether features of images can be had, not only moments."""
+        """Whether features of images are available, not only moments."""
         return self.images is not None or self.source.endswith(".safetensors")
 
 
@@ -87,9 +87,9 @@ class Comparison:
     """The result of `compare_images`.
 
     Attributes:
-        metrics: numbers by encoder and name.
-        encoders: what each encoder's vector is, and how many images are behind the reference.
-        features: of samples and reference by encoder, where the reference has features.
+        metrics: the values by encoder and name.
+        encoders: by encoder, the kind of its vector and the number of images in the reference.
+        features: by encoder, the features of samples and reference, if the reference has features.
     """
 
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -111,17 +111,17 @@ def open_reference(
     cache_dir: str | None = None,
     save_reference: str | None = None,
 ) -> Reference:
-    """The reference that samples are compared with.
+    """Opens the reference that samples are compared with.
 
     Args:
         source: a folder, an `.npz`, a statistics file, or the Hub name or folder of a data set.
-        samples: whose size the reference must have.
-        resolution: crops the reference's images; those of a data set are cropped to the samples' side without it.
-        dataset_config_name, reference_split, image_column: of a data set.
-        save_reference: a file that statistics are to be written to; for the check that there are images.
+        samples: the samples; the reference must have their size.
+        resolution: side to crop the reference's images to; by default a data set is cropped to the side of the samples.
+        dataset_config_name, reference_split, image_column: options of a data set.
+        save_reference: file to write the statistics to, which requires a reference with images.
 
     Raises:
-        InputError: when it cannot be used for these samples.
+        InputError: if the reference cannot be used for these samples.
     """
     options = {
         "dataset_config_name": dataset_config_name,
@@ -131,10 +131,10 @@ def open_reference(
     path, name = Path(source), f"`reference` {source}"
     if path.suffix in (".npz", ".safetensors"):
         if not path.is_file():
-            raise InputError(None, f"{name}: there is no such file")
+            raise InputError(None, f"{name}: the file does not exist")
         if resolution is not None:
             raise InputError(
-                "resolution", f"`resolution` {resolution}: {source} is taken as it is; leave `resolution` out"
+                "resolution", f"`resolution` {resolution}: {source} is used as it is; remove `resolution`"
             )
         refuse_dataset_options(source, options)
         moments = batch_moments(source) if path.suffix == ".npz" else {}
@@ -145,7 +145,7 @@ def open_reference(
                 raise InputError(None, f"{name} has neither arr_0 (images) nor mu and sigma (statistics)")
             if save_reference:
                 raise InputError(
-                    "save_reference", f"`save_reference` {save_reference}: {source} has no images; leave it out"
+                    "save_reference", f"`save_reference` {save_reference}: {source} has no images; remove it"
                 )
             return Reference(source, None, moments)
     side = samples.size[0] if samples.size[0] == samples.size[1] else None
@@ -166,15 +166,15 @@ def open_reference(
 
 
 def refuse_dataset_options(source: str, options: dict):
-    """For a reference that is not a data set.
+    """Checks that no option of a data set is given for a reference that is not one.
 
     Raises:
-        InputError: when an option of `DATASET_OPTIONS` is given.
+        InputError: if an option of `DATASET_OPTIONS` is given.
     """
     for option, default in DATASET_OPTIONS.items():
         if options[option] != default:
             raise InputError(
-                option, f"`{option}` {options[option]} goes with a data set, which {source} is not; leave it out"
+                option, f"`{option}` {options[option]} needs a data set, which {source} is not; remove it"
             )
 
 
@@ -182,7 +182,7 @@ def check_sizes(name: str, images: ImageSet, samples: ImageSet, can_crop: bool):
     """Checks that the reference's images have the size of the samples.
 
     Raises:
-        InputError: when they have another.
+        InputError: if the sizes differ.
     """
     if images.size == samples.size:
         return
@@ -196,14 +196,14 @@ def check_sizes(name: str, images: ImageSet, samples: ImageSet, can_crop: bool):
 
 
 def choose_metrics(asked: list[str] | None, encoder_name: str, has_images: bool, has_spatial: bool) -> list[str]:
-    """The metrics to compute for an encoder: those asked for, or all that can be.
+    """Returns the metrics to compute for an encoder: the requested ones, or all that can be computed.
 
     Args:
         has_images: whether the reference has features of images, not only moments.
         has_spatial: whether the reference has moments of Inception's spatial features.
 
     Raises:
-        InputError: for a metric that was asked for and cannot be computed.
+        InputError: if a requested metric cannot be computed.
     """
     chosen = []
     for metric in asked or METRICS:
@@ -217,7 +217,7 @@ def choose_metrics(asked: list[str] | None, encoder_name: str, has_images: bool,
         if problem is None:
             chosen.append(metric)
         elif asked:
-            raise InputError("metrics", f"`metrics` {metric}: {problem}; leave it out")
+            raise InputError("metrics", f"`metrics` {metric}: {problem}; remove it")
     return chosen
 
 
@@ -225,7 +225,7 @@ def check_counts(metrics: list[str], settings: MetricSettings, num_samples: int,
     """Checks that there are enough images, before any work.
 
     Raises:
-        InputError: names the metric and how many images it needs.
+        InputError: if there are too few; the message names the metric and how many images it needs.
     """
     needs = {
         "fid": (2, 2),
@@ -252,11 +252,11 @@ def compute_metrics(
     device: torch.device,
     key: str = "fid",
 ) -> dict[str, float]:
-    """Numbers by name.
+    """Computes metrics of one encoder; returns values by name.
 
     Args:
         samples, reference: the features of one encoder.
-        device: where distances are computed.
+        device: the device that computes distances.
         key: the name of the Fréchet distance.
     """
     device = torch.device("cpu") if device.type == "mps" else device
@@ -301,32 +301,32 @@ def compare_images(
     save_reference: str | None = None,
     state: PartialState | None = None,
 ) -> Comparison | None:
-    """Metrics of samples against a reference, for each encoder; the main process gets them, the others None.
+    """Computes metrics of samples against a reference, for each encoder; returns them on the main process, else None.
 
     Args:
         samples: as `open_images` or `as_image_set` returns them.
         reference: as `open_reference` returns it; only the Inception Score needs none.
         encoders: `inception`, or Hub names or folders of transformers vision models.
         metrics: names of `METRICS`; by default all that the encoder and the reference allow.
-        settings: of the metrics.
+        settings: the settings of the metrics.
         pooling: the vector of a transformers model, as for `load_image_encoder`.
         inception_weights: file of the Inception network; by default torch hub's cache, or a download.
-        max_features: images of each set, drawn at random, for all but FID and sFID, which take all.
-        batch_size: images that an encoder sees at a time; `default_batch_size` without it.
+        max_features: largest number of images per set, drawn at random; FID and sFID use all images.
+        batch_size: images per batch of an encoder; `default_batch_size` by default.
         num_workers: processes that decode images.
-        cache_dir: where downloads go.
+        cache_dir: folder for downloads.
         reference_cache: folder where statistics of references are kept.
-        save_reference: a file that the reference's statistics are written to, too.
+        save_reference: additional file for the reference's statistics.
         state: the processes that share the work.
 
     Raises:
-        InputError: for metrics that the encoder or the reference does not allow, too few images, or damaged ones.
+        InputError: if the encoder or the reference does not allow a metric, or images are too few or damaged.
     """
     state, settings = state or PartialState(), settings or MetricSettings()
-    # TensorFloat-32, cudnn's default, moves features by a thousandth.
+    # TensorFloat-32, cudnn's default, changes features by a thousandth.
     tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     try:
-        # First whatever cannot work with one of the encoders, before the work with another.
+        # Check all encoders before any of them computes.
         metrics_of, loaded = {}, {}
         for name in encoders:
             metrics_of[name] = allowed_metrics(metrics, name, samples, reference, settings)
@@ -358,7 +358,7 @@ def compare_images(
             if known is not None and "sfid" in chosen and "spatial" not in known.moments:
                 raise InputError(
                     "metrics",
-                    f"`metrics` sfid: {reference.source} has no statistics of spatial features; leave it out",
+                    f"`metrics` sfid: {reference.source} has no statistics of spatial features; remove it",
                 )
             if known is not None and known.pool is not None:
                 check_counts(compared, settings, len(samples), len(known.pool))
@@ -371,7 +371,7 @@ def compare_images(
                 "vector": getattr(encoder, "kind", "pool_3"),
                 "weights_checksum": encoder_checksum(encoder),
                 "reference_count": known.count if known else None,
-                # Of these, means and covariances are the file's own, of however many images.
+                # Here the means and covariances are those of the file, from an unknown number of images.
                 "moments_from_the_reference_file": list(reference.moments)
                 if reference is not None and name == "inception"
                 else [],
@@ -391,10 +391,10 @@ def allowed_metrics(
     reference: Reference | None,
     settings: MetricSettings,
 ) -> list[str]:
-    """`choose_metrics` for a reference, after a check that there are enough images.
+    """Calls `choose_metrics` for a reference, and checks that there are enough images.
 
     Raises:
-        InputError: for a metric that cannot be computed.
+        InputError: if a metric cannot be computed.
     """
     has_features = reference is not None and reference.has_features
     has_spatial = has_features or (reference is not None and "spatial" in reference.moments)
@@ -411,16 +411,16 @@ def allowed_metrics(
 
 
 def fid(samples, reference, encoder: str = "inception", **options) -> float:
-    """The Fréchet distance of samples to a reference: FID with `inception`, FD-DINOv2 with facebook/dinov2-large.
+    """Computes the Fréchet distance of samples to a reference: FID with `inception`, FD-DINOv2 with dinov2-large.
 
     Args:
         samples: a folder of images, an `.npz` of ADM, an array uint8 `[N,H,W,3]`, or features `[N,D]`.
         reference: the same, a data set, or a file of statistics.
-        encoder: of the features; not used where both arguments are features.
+        encoder: the encoder of the features; not used if both arguments are features.
         options: further arguments of `compare_images`.
 
     Raises:
-        InputError: for input that cannot be compared.
+        InputError: if the two cannot be compared.
     """
     if all(isinstance(given, torch.Tensor) and given.is_floating_point() for given in (samples, reference)):
         return frechet_distance(*mean_and_covariance(samples), *mean_and_covariance(reference))

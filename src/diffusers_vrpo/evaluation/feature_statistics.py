@@ -2,8 +2,8 @@
 """Features of image sets, their moments, and the files that keep the statistics of a reference.
 
 One format of file serves `vrpo evaluate`, the validation of a training run and the rewards of generated images: float64
-`{vector}.mean [D]` and `{vector}.covariance [D, D]`, float32 features `pool [n, D]` of images, and whatever else was kept;
-the metadata have `count`, the number of images behind the moments, and `description`, JSON of all that they depend on.
+`{vector}.mean [D]` and `{vector}.covariance [D, D]`, float32 features `pool [n, D]` of images, and further tensors. The
+metadata hold `count`, the number of images behind the moments, and `description`, JSON of everything they depend on.
 """
 
 import hashlib
@@ -33,20 +33,20 @@ from .metrics import RunningMoments
 
 
 logger = logging.getLogger("evaluate")
-GATHERED_ROWS = 4096  # features that travel between processes at a time
-SHARING_SECONDS = 60  # how late a network file system may show a file
+GATHERED_ROWS = 4096  # features gathered from all processes at a time
+SHARING_SECONDS = 60  # how long a network file system may take to show a new file
 
 
 @dataclass
 class FeatureSet:
-    """What is known of a set of images through an encoder; all on the CPU.
+    """Statistics and features of a set of images in an encoder, on the CPU.
 
     Attributes:
-        count: images that the moments are of.
+        count: the number of images behind the moments.
         moments: mean `[D]` and covariance `[D, D]`, float64, under `pool`, `spatial` (of Inception) and `shallow`.
-        pool: float32 features `[n, D]` of the images, or of `max_features` of them; None where only moments are known.
+        pool: float32 features `[n, D]` of the images, or of `max_features` of them; None if only moments are known.
         logits: float32 `[n, 1008]` of Inception; None for a reference.
-        others: further tensors that a file keeps, by name.
+        others: further tensors of a file, by name.
     """
 
     count: int
@@ -56,7 +56,7 @@ class FeatureSet:
     others: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What a file keeps, by name; without `logits`."""
+        """The tensors to write to a file, by name, without `logits`."""
         tensors = dict(self.others)
         if self.pool is not None:
             tensors["pool"] = self.pool
@@ -69,7 +69,7 @@ class FeatureSet:
         """The inverse of `tensors`.
 
         Raises:
-            KeyError: when a covariance is missing.
+            KeyError: if a covariance is missing.
         """
         others, names = dict(tensors), [name.removesuffix(".mean") for name in tensors if name.endswith(".mean")]
         moments = {name: (others.pop(f"{name}.mean"), others.pop(f"{name}.covariance")) for name in names}
@@ -90,21 +90,21 @@ def collect_features(
     batch_size: int | None = None,
     inspect: Callable[[torch.Tensor, dict[str, torch.Tensor]], None] | None = None,
 ) -> tuple[dict[str, RunningMoments], dict[str, torch.Tensor]]:
-    """Moments of the features of all processes' images, and the features of some of them.
+    """Computes the moments of the features of all processes' images, and collects the features of some of them.
 
     Args:
-        encoder: gives vectors `[B, D]` by name for uint8 images.
-        batches: those of this process: for each image its place among `num_rows` (int64 `[B]`, -1 for none; None without
-            `rows_of`), and the images, uint8 `[B, 3, H, W]`. In place of images that are not finite there is None.
+        encoder: returns vectors `[B, D]` by name for uint8 images.
+        batches: the batches of this process: the row of each image among `num_rows` (int64 `[B]`, -1 for none; None without
+            `rows_of`), and the images, uint8 `[B, 3, H, W]`, or None if they are not finite.
         state: `PartialState`, or an `Accelerator`.
         moments_of: the vectors whose moments are computed.
         rows_of: the vectors whose features are kept.
         num_rows: the number of features to keep.
-        batch_size: images that the encoder sees at a time; `default_batch_size` without it.
-        inspect: gets each batch's images and features, for instance to check them.
+        batch_size: images per batch of the encoder; `default_batch_size` by default.
+        inspect: called with each batch's images and features, for instance to check them.
 
     Returns:
-        on each process the moments by name, with NaN in them where images were None; and on the main process the features
+        on each process the moments by name, which are NaN if images were None; and on the main process the features
         by name, float32 `[num_rows, D]` on the CPU.
     """
     device = next(encoder.parameters()).device
@@ -148,7 +148,7 @@ def input_size(encoder: torch.nn.Module) -> tuple[int, int]:
 
 
 class Batches(torch.utils.data.Dataset):
-    """Batches `[B, 3, H, W]`; an error of an image comes as its message, since a worker process would garble it."""
+    """Batches `[B, 3, H, W]`; an image's error is returned as its message, since a worker process would garble it."""
 
     def __init__(self, images: ImageSet):
         self.images = images
@@ -169,12 +169,12 @@ def measure(
     max_features: int = 50_000,
     keep_logits: bool = False,
 ) -> FeatureSet | None:
-    """The features of all images, computed on all processes; the main one gets them, the others None.
+    """Computes the features of all images on all processes; returns them on the main process, else None.
 
     Batches are the same however many processes there are.
 
     Raises:
-        InputError: for an image that cannot be decoded, features that are not finite, images that are all alike.
+        InputError: if an image cannot be decoded, features are not finite, or all images are alike.
     """
     device = next(encoder.parameters()).device
     batch_size = batch_size or default_batch_size(device)
@@ -236,7 +236,7 @@ def check_variety(images: ImageSet, flat: int, moments: RunningMoments):
     """Warns of images of one colour.
 
     Raises:
-        InputError: when all are, or all images are the same one.
+        InputError: if all images are of one colour, or all are equal.
     """
     if flat == len(images):
         raise InputError(None, f"{images.name}: all {flat} images are of one colour; did the decoder give NaN?")
@@ -249,7 +249,7 @@ def check_variety(images: ImageSet, flat: int, moments: RunningMoments):
 
 
 def merge_moments(moments: RunningMoments, state) -> RunningMoments:
-    """The moments of what all processes have seen, on each of them."""
+    """Merges the moments of all processes; every process gets the result."""
     if state.num_processes == 1:
         return moments
     counts = gather_object([moments.count])
@@ -263,7 +263,7 @@ def merge_moments(moments: RunningMoments, state) -> RunningMoments:
 
 
 def gather_rows(rows: torch.Tensor, places: torch.Tensor, total: int, state) -> torch.Tensor | None:
-    """Puts rows `[n, D]` of all processes to their places among `total`, on the main process's CPU; None elsewhere."""
+    """Gathers rows `[n, D]` of all processes into `[total, D]` on the main process's CPU; returns None elsewhere."""
     result = torch.empty(total, rows.shape[1]) if state.is_main_process else None
     longest = max(gather_object([len(rows)]))
     step = max(1, min(longest, GATHERED_ROWS))
@@ -282,11 +282,11 @@ def gather_rows(rows: torch.Tensor, places: torch.Tensor, total: int, state) -> 
 
 
 def describe(images: dict, name: str, encoder, max_features: int) -> dict:
-    """All that the statistics of images depend on, as JSON.
+    """Describes everything that the statistics of images depend on, as JSON.
 
     Args:
-        images: what tells them from others; `size` is their height and width.
-        name: of the encoder.
+        images: what identifies the images; `size` is their height and width.
+        name: name of the encoder.
         max_features: how many features are kept.
     """
     return {
@@ -301,10 +301,10 @@ def describe(images: dict, name: str, encoder, max_features: int) -> dict:
 
 
 def save_statistics(features: FeatureSet, description: dict, file: Path):
-    """Writes statistics as safetensors, completely or not at all.
+    """Writes statistics as safetensors, atomically.
 
     Raises:
-        InputError: when the file cannot be written.
+        InputError: if the file cannot be written.
     """
     tensors = {name: tensor.contiguous() for name, tensor in features.tensors().items()}
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
@@ -317,10 +317,10 @@ def save_statistics(features: FeatureSet, description: dict, file: Path):
 
 
 def read_statistics(file: Path) -> tuple[FeatureSet, dict]:
-    """What `save_statistics` wrote, and the description.
+    """Reads what `save_statistics` wrote: the statistics and their description.
 
     Raises:
-        InputError: when the file was not written by it, or is damaged.
+        InputError: if `save_statistics` did not write the file, or the file is damaged.
     """
     try:
         with safe_open(file, "pt") as saved:
@@ -332,7 +332,7 @@ def read_statistics(file: Path) -> tuple[FeatureSet, dict]:
 
 
 def known_statistics(file: Path, wanted: dict) -> FeatureSet | None:
-    """The statistics in a file; None where there is no file, it is damaged, or of another description."""
+    """Reads the statistics in a file; returns None if the file is missing or damaged, or has another description."""
     if not file.is_file():
         return None
     try:
@@ -341,7 +341,7 @@ def known_statistics(file: Path, wanted: dict) -> FeatureSet | None:
         logger.warning(f"{error}; computing them again")
         return None
     if found != wanted:
-        logger.warning(f"{file} has the statistics of other images or another encoder; computing them again")
+        logger.warning(f"{file} holds the statistics of other images or another encoder; computing them again")
         return None
     logger.info(f"statistics of the reference are those of {file}")
     return features
@@ -350,20 +350,20 @@ def known_statistics(file: Path, wanted: dict) -> FeatureSet | None:
 def shared_statistics(
     file: Path, wanted: dict, compute: Callable[[], FeatureSet | None], state, on_every_process: bool = True
 ) -> FeatureSet | None:
-    """The statistics in a file, or else computed by all processes and kept there.
+    """Reads statistics from a file, or else computes them on all processes and writes the file.
 
     Args:
-        file: where they are kept.
-        wanted: their description.
-        compute: called by all processes; the main one gets the statistics.
-        on_every_process: all processes get them, and the file must be one that all see; or else only the main one does,
-            and a file that cannot be written is no more than a warning.
+        file: the file.
+        wanted: the description that the statistics must have.
+        compute: called by all processes; returns the statistics on the main process.
+        on_every_process: return the statistics on all processes, which must share the file. Otherwise only the main process
+            gets them, and a file that cannot be written is only a warning.
 
     Raises:
-        InputError: when the file cannot be written, or not all processes see it; and whatever `compute` raises.
+        InputError: if the file cannot be written or not all processes see it; and whatever `compute` raises.
     """
     features = known_statistics(file, wanted) if state.is_main_process else None
-    # All do what the main process found: another may see a file late.
+    # The main process decides for all: another may see a new file late.
     if not gather_object([features is not None])[0]:
         features, problem = compute(), None
         if state.is_main_process:
@@ -394,10 +394,10 @@ def shared_statistics(
 
 
 def given_statistics(file: Path, wanted: dict) -> FeatureSet:
-    """The statistics in a file that must be of this encoder and image size.
+    """Reads the statistics in a file, which must be of this encoder and image size.
 
     Raises:
-        InputError: when they are of another.
+        InputError: if they are of another one.
     """
     features, found = read_statistics(file)
     for key, meaning in (
@@ -420,10 +420,10 @@ def given_statistics(file: Path, wanted: dict) -> FeatureSet:
 
 
 def batch_moments(source: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Mean and covariance that one of ADM's reference batches carries (pytorch-fid's `.npz` have the former two).
+    """Reads the means and covariances in one of ADM's reference batches (pytorch-fid's `.npz` have only `mu` and `sigma`).
 
     Raises:
-        InputError: when they are not of the Inception network's features.
+        InputError: if they are not of the Inception network's features.
     """
     moments, keys = {}, npz_keys(f"`reference` {source}", source)
     for name, mean, covariance, dim in (("pool", "mu", "sigma", 2048), ("spatial", "mu_s", "sigma_s", 2023)):
@@ -457,23 +457,23 @@ def reference_features(
     cache_folder: str | Path | None = None,
     save_to: str | Path | None = None,
 ) -> FeatureSet | None:
-    """The features of a reference: from its file, from the cache of earlier runs, or computed and then kept.
+    """Loads the features of a reference from its file or the cache of earlier runs, or computes and caches them.
 
-    The main process gets them, the others None.
+    Returns them on the main process, else None.
 
     Args:
         source: the reference; a `.safetensors` is a file of statistics.
-        images: of the reference; None where it is statistics only.
+        images: the images of the reference; None if it holds statistics only.
         size: height and width of the samples.
-        given: moments that the reference's `.npz` carries, by name; they replace computed ones.
-        metrics: that need the reference.
-        name, encoder: of the features.
+        given: moments in the reference's `.npz`, by name; they replace computed ones.
+        metrics: the metrics that need the reference.
+        name, encoder: the encoder of the features, and its name.
         max_features, batch_size, num_workers: as for `measure`.
-        cache_folder: where statistics are kept, `statistics_folder()` without it.
-        save_to: a file that the statistics are written to, too.
+        cache_folder: folder for statistics; `statistics_folder()` by default.
+        save_to: additional file for the statistics.
 
     Raises:
-        InputError: as `given_statistics` and `measure`.
+        InputError: as `given_statistics` and `measure` do.
     """
     given = given if isinstance(encoder, FIDInception) else {}
     has_file = str(source).endswith(".safetensors")

@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """One feature vector per image, for metrics: the FID Inception network or any vision encoder of transformers.
 
-What an encoder's vector is follows the literature of its family: the class token after the last norm (DINOv2, DINOv3, MAE:
+The vector of an encoder follows the literature of its family: the class token after the last norm (DINOv2, DINOv3, MAE:
 as FD-DINOv2, arXiv 2306.04675), the projected image embedding of CLIP, the attention-pooled one of SigLIP, the globally
 pooled map of a conv net, and the mean of the tokens of models without a class token.
 """
@@ -34,13 +34,13 @@ POOLINGS = ("auto", "mean")
 
 
 class ImageEncoder(nn.Module):
-    """A frozen transformers model that gives one vector per image; `load_image_encoder` makes it.
+    """A frozen transformers model that returns one vector per image; `load_image_encoder` loads it.
 
     Attributes:
         dim (`int`): D, the length of a vector.
         input_size (`tuple[int, int]`): height and width in pixels that images are resized to.
-        kind (`str`): what the vector is, in words.
-        shallow_layer (`int`, *optional*): index in the hidden states whose mean over the image is given as `shallow`, too.
+        kind (`str`): description of the vector.
+        shallow_layer (`int`, *optional*): index of a hidden state whose mean over the image is also returned, as `shallow`.
     """
 
     def __init__(self, model, input_size, pixel_format, pooling):
@@ -59,7 +59,7 @@ class ImageEncoder(nn.Module):
         return super().train(False)
 
     def preprocess(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 images `[B, 3, H, W]` -> the model's normalised pixels `[B, 3, *input_size]`, float32."""
+        """Converts uint8 images `[B, 3, H, W]` to the model's normalised pixels `[B, 3, *input_size]`, float32."""
         pixels = images.float() / 255
         if tuple(pixels.shape[2:]) != self.input_size:
             pixels = F.interpolate(pixels, self.input_size, mode="bicubic", antialias=True).clamp(0, 1)
@@ -68,7 +68,7 @@ class ImageEncoder(nn.Module):
         return (pixels - self.mean) / self.std
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`{"pool": [B, D]}`, float32, of `images` `[B, 3, H, W]`, uint8 RGB of any size; with a `shallow_layer` that, too."""
+        """Returns `{"pool": [B, D]}`, float32, for uint8 RGB images `[B, 3, H, W]`; also `shallow` if enabled."""
         if images.dtype != torch.uint8:
             raise ValueError(f"`images` must be uint8, not {images.dtype}")
         vector, _, shallow = self._encode(images)
@@ -87,14 +87,14 @@ class ImageEncoder(nn.Module):
         return vector.float(), kind, shallow
 
     def take_shallow(self, layer: int | None = None, option: str = "reward_shallow_layer"):
-        """From now on gives `shallow`, too: the mean over the image of a hidden state, without class and register tokens.
+        """Enables the output `shallow`: the mean over the image of a hidden state, without class and register tokens.
 
         Args:
-            layer: its index; a quarter of the way into the model when not given.
-            option: that messages name.
+            layer: index of the hidden state; by default at a quarter of the depth.
+            option: the option that messages name.
 
         Raises:
-            InputError: for a layer that the model does not have, or that has no extent.
+            InputError: if the model does not have the layer, or the layer has no rows and columns.
         """
         blank = torch.zeros(1, 3, *self.input_size, device=self.mean.device)
         with torch.no_grad():
@@ -115,11 +115,11 @@ class ImageEncoder(nn.Module):
 
 
 def image_vector(output, config, size: tuple[int, int], pooling: str) -> tuple[torch.Tensor, str]:
-    """The vector `[B, D]` of a transformers vision model's output, and what it is in words.
+    """Returns the vector `[B, D]` of a transformers vision model's output, and a description of it.
 
     Args:
-        size: height and width of the pixels that the model saw.
-        pooling: `"auto"`, by the family, or `"mean"`, over the patch tokens or positions.
+        size: height and width of the model's input pixels.
+        pooling: `"auto"` for the usual vector of the family, or `"mean"` over the patch tokens or positions.
     """
     features = getattr(output, "last_hidden_state", None)
     pooled = getattr(output, "pooler_output", None)
@@ -134,8 +134,8 @@ def image_vector(output, config, size: tuple[int, int], pooling: str) -> tuple[t
             return pooled, "the globally pooled map"
         return features.mean((2, 3)), "the mean of the map"
     patch = getattr(config, "patch_size", None)
-    # Where the class token is not what the family takes: pooled by attention (SigLIP), normalised only there (CLIP),
-    # the normalised mean (BEiT); models without a patch size (DINOv3's conv nets) have no grid to go by.
+    # Some families do not use the class token: they pool by attention (SigLIP), normalise only the pooled vector (CLIP),
+    # or use the normalised mean (BEiT). Models without a patch size (DINOv3's conv nets) have no token grid.
     own = config.model_type.startswith(("clip", "siglip")) or getattr(config, "use_mean_pooling", False)
     if pooled is not None and (patch is None or (pooling == "auto" and own)):
         return pooled, "the pooled output"
@@ -159,19 +159,19 @@ def load_image_encoder(
     cache_dir: str | None = None,
     option: str = "encoder",
 ) -> "ImageEncoder | FIDInception":
-    """The encoder of a metric: `"inception"`, or a Hub name or folder of a transformers vision model.
+    """Loads the encoder of a metric: `"inception"`, or a Hub name or folder of a transformers vision model.
 
     Images are resized, not cropped, to the side that the model's processor ends with (DINOv2: 224), bicubic with
     antialiasing, on the device.
 
     Args:
-        pooling: `"auto"` for what the family's literature takes, or `"mean"`; Inception has its own.
+        pooling: `"auto"` for the usual vector of the family, or `"mean"`; Inception has its own.
         inception_weights: file of the Inception network; by default torch hub's cache, or a download.
         dtype: of the weights and the computation; metrics are compared in float32.
-        option: that messages name.
+        option: the option that messages name.
 
     Raises:
-        InputError: for a name that gives no encoder, weights that lack what the vector depends on.
+        InputError: if the name is not an encoder, or the checkpoint lacks weights that the vector depends on.
     """
     if name_or_path == "inception":
         return load_inception(inception_weights, device)
@@ -187,14 +187,14 @@ def load_image_encoder(
         input_size = _input_size(source, model.config, cache_dir, local)
     except InputError:
         raise
-    except Exception as error:  # transformers raises many types; all mean that this checkpoint cannot be had
+    except Exception as error:  # transformers raises many types; all mean that this checkpoint cannot be loaded
         raise InputError(option, prefix + _explain(error, source)) from error
     model = model.to(device)
     try:
         encoder = ImageEncoder(model, input_size, pixel_format, pooling)
         vector = encoder(torch.zeros(1, 3, *input_size, dtype=torch.uint8, device=model.device))["pool"]
     except Exception as error:  # whatever a model raises on one blank image, it would raise later
-        reason = f"{type(model).__name__} gives no vector of an image ({_first_sentence(error)})"
+        reason = f"{type(model).__name__} does not return a vector for an image ({_first_sentence(error)})"
         raise InputError(option, f"{prefix}{reason}; {REMEDY}") from error
     if not vector.isfinite().all():
         raise InputError(
@@ -206,7 +206,7 @@ def load_image_encoder(
 
 
 def _with_projection(source, dtype, cache_dir, local):
-    """CLIP's image tower with its projection; None where the checkpoint has none."""
+    """Loads CLIP's image tower with its projection; returns None if the checkpoint has none."""
     with _quiet_transformers():
         model, info = CLIPVisionModelWithProjection.from_pretrained(
             source, dtype=dtype, output_loading_info=True, cache_dir=cache_dir, local_files_only=local
@@ -215,7 +215,7 @@ def _with_projection(source, dtype, cache_dir, local):
 
 
 def _input_size(source, config, cache_dir, local):
-    """Height and width that the processor's crop, or else its resize, ends with; else those of the model."""
+    """Height and width of the processor's output (its crop, or else its resize); else those of the model."""
     from transformers.image_processing_base import ImageProcessingMixin
 
     try:
@@ -236,7 +236,7 @@ def _input_size(source, config, cache_dir, local):
 
 
 def default_batch_size(device: torch.device) -> int:
-    """64 on an accelerator; on a CPU 4, where taking and freeing memory for more costs up to thrice the time."""
+    """64 on an accelerator; 4 on a CPU, where larger batches take up to three times as long to allocate and free."""
     return 4 if device.type == "cpu" else 64
 
 
@@ -244,7 +244,7 @@ def default_batch_size(device: torch.device) -> int:
 def image_features(
     encoder: "ImageEncoder | FIDInception", images: torch.Tensor, batch_size: int | None = None
 ) -> dict[str, torch.Tensor]:
-    """The vectors `[B, D]` of an encoder by name, float32, on its device.
+    """Computes the vectors `[B, D]` of an encoder by name, float32, on its device.
 
     Args:
         images: uint8 RGB `[B, 3, H, W]` on any device.
@@ -261,7 +261,7 @@ def pooled_features(
     images: torch.Tensor | Iterable[torch.Tensor],
     batch_size: int | None = None,
 ) -> torch.Tensor:
-    """Features `[N, D]`, float32, on the encoder's device, for `frechet_distance` and its like.
+    """Computes features `[N, D]`, float32, on the encoder's device, for `frechet_distance` and other metrics.
 
     Args:
         images: uint8 RGB `[N, 3, H, W]` on any device, or batches of such.
@@ -281,10 +281,10 @@ def encoder_checksum(encoder: nn.Module) -> int:
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Images in [-1, 1] (as a decoder gives them) -> uint8, rounded as when they are saved: `round(127.5 (x + 1))`.
+    """Converts images in [-1, 1] (a decoder's output) to uint8, rounded as when they are saved: `round(127.5 (x + 1))`.
 
     Raises:
-        InputError: when some are not finite.
+        InputError: if some are not finite.
     """
     if not images.isfinite().all():
         bad = (~images.isfinite().flatten(1).all(1)).sum().item()

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Sets of images to be measured: folders, ADM's `.npz` batches, arrays, data sets; all give uint8 RGB `[3, H, W]`."""
+"""Sets of images to measure: folders, ADM's `.npz` batches, arrays and data sets, as uint8 RGB `[3, H, W]`."""
 
 import os
 import struct
@@ -28,11 +28,11 @@ class ImageSet(torch.utils.data.Dataset):
     """Images of one size.
 
     Attributes:
-        name (`str`): for messages, the option and its value.
+        name (`str`): the option and its value, for messages.
         size (`tuple[int, int]`): height and width.
         kind (`str`): "folder", ".npz", "array" or "data set".
-        read: gives the pixels of an image, uint8 `[H, W, 3]`; pickles, for worker processes that are not forked.
-        origin: whatever tells this set from another one (names and dates of files, a data set's fingerprint).
+        read: returns the pixels of an image, uint8 `[H, W, 3]`; it can be pickled, for worker processes.
+        origin: what distinguishes this set from others (names and dates of files, a data set's fingerprint).
     """
 
     def __init__(
@@ -44,10 +44,10 @@ class ImageSet(torch.utils.data.Dataset):
         return self.count
 
     def __getitem__(self, row: int) -> torch.Tensor:
-        """uint8 `[3, H, W]`.
+        """Returns an image, uint8 `[3, H, W]`.
 
         Raises:
-            InputError: when the image cannot be decoded: a metric of the others would be another one.
+            InputError: if the image cannot be decoded; skipping it would change the metric.
         """
         try:
             pixels = self.read(row)
@@ -64,7 +64,7 @@ class ImageSet(torch.utils.data.Dataset):
         return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))
 
     def fingerprint(self, sample: int = 256) -> dict:
-        """Count, size, and CRC-32 of the origin and of the pixels of a fixed random sample, as JSON."""
+        """Count, size, and CRC-32 of the origin and of the pixels of a fixed random subset, as JSON."""
         checksum = zlib.crc32(repr(self.origin).encode())
         for row in random_stream(0, 0, ORDER).permutation(len(self))[:sample].tolist():
             checksum = zlib.crc32(self[row].numpy(), checksum)
@@ -73,7 +73,7 @@ class ImageSet(torch.utils.data.Dataset):
 
 @dataclass
 class FileReader:
-    """Image files as they are, or cropped to `resolution` as for training."""
+    """Reads image files as they are, or cropped to `resolution` as for training."""
 
     paths: list[Path]
     resolution: int | None
@@ -84,7 +84,7 @@ class FileReader:
 
 
 class ArrayReader:
-    """The `arr_0` of an `.npz`; pickled is the name of the file, not what is in it."""
+    """Reads the `arr_0` of an `.npz`; pickles the name of the file, not its content."""
 
     def __init__(self, name: str, file: str | Path):
         self.name, self.file, self.array = name, file, read_npz(name, file, "arr_0")
@@ -98,7 +98,7 @@ class ArrayReader:
 
 @dataclass
 class DatasetReader:
-    """Images of a data set of `datasets`, cropped to `resolution` as for training."""
+    """Reads images of a data set of `datasets`, cropped to `resolution` as for training."""
 
     data: Dataset
     image_column: str
@@ -109,7 +109,7 @@ class DatasetReader:
 
 
 def find_images(folder: str | Path) -> list[Path]:
-    """All image files below a folder, in the order of their names; hidden ones are left out."""
+    """All image files below a folder in the order of their names, without hidden ones."""
     found = (path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
     return sorted(found)
 
@@ -118,11 +118,11 @@ def folder_images(name: str, folder: str | Path, resolution: int | None = None) 
     """The images below a folder as they are, or cropped to `resolution` as for training.
 
     Raises:
-        InputError: when there is none, one cannot be read, or they are of several sizes.
+        InputError: if the folder has no images, one cannot be read, or their sizes differ.
     """
     paths = find_images(folder)
     if not paths:
-        raise InputError(None, f"{name}: there is no image ({', '.join(SUFFIXES)}) in that folder")
+        raise InputError(None, f"{name}: the folder has no images ({', '.join(SUFFIXES)})")
     first = None
     for path in paths if resolution is None else paths[:1]:
         try:
@@ -144,10 +144,10 @@ def folder_images(name: str, folder: str | Path, resolution: int | None = None) 
 
 
 def array_images(name: str, file: str | Path) -> ImageSet:
-    """The `arr_0` (uint8 `[N, H, W, 3]`) of an `.npz`, which stays on the disk where it is not compressed.
+    """Opens the `arr_0` (uint8 `[N, H, W, 3]`) of an `.npz`; it is memory-mapped if it is not compressed.
 
     Raises:
-        InputError: when there is none, or it is something else.
+        InputError: if `arr_0` is missing or something else.
     """
     reader = ArrayReader(name, file)
     array = reader.array
@@ -161,10 +161,10 @@ def array_images(name: str, file: str | Path) -> ImageSet:
 
 
 def as_image_set(name: str, images) -> ImageSet:
-    """The images of an array uint8 `[N, H, W, 3]` (numpy or torch), of a folder or of an `.npz`; an `ImageSet` as it is.
+    """Turns an array uint8 `[N, H, W, 3]` (numpy or torch), a folder or an `.npz` into an `ImageSet`.
 
     Raises:
-        InputError: when there are none, or they cannot be measured.
+        InputError: if there are no images, or they cannot be measured.
     """
     if isinstance(images, ImageSet):
         return images
@@ -181,10 +181,10 @@ def as_image_set(name: str, images) -> ImageSet:
 
 
 def read_npz(name: str, file: str | Path, key: str) -> np.ndarray:
-    """One array of an `.npz`: memory-mapped where it is stored plainly (as `np.savez` does), else read.
+    """Opens one array of an `.npz`: memory-mapped if it is not compressed (as `np.savez` writes it), else read.
 
     Raises:
-        InputError: when the file or the array cannot be read.
+        InputError: if the file or the array cannot be read.
     """
     try:
         with zipfile.ZipFile(file) as archive:
@@ -193,7 +193,7 @@ def read_npz(name: str, file: str | Path, key: str) -> np.ndarray:
             with np.load(file, allow_pickle=False) as arrays:
                 return arrays[key]
         with open(file, "rb") as stream:
-            # The local header: 30 bytes, of which the last four are the lengths of the name and of the extra field.
+            # The local header has 30 bytes; the last four are the lengths of the name and of the extra field.
             stream.seek(member.header_offset + 26)
             stream.seek(sum(struct.unpack("<HH", stream.read(4))), os.SEEK_CUR)
             version = np.lib.format.read_magic(stream)
@@ -213,7 +213,7 @@ def npz_keys(name: str, file: str | Path) -> set[str]:
     """The names of the arrays in an `.npz`.
 
     Raises:
-        InputError: when it is none.
+        InputError: if the file is not an `.npz`.
     """
     try:
         with zipfile.ZipFile(file) as archive:
@@ -232,10 +232,10 @@ def dataset_images(
     resolution: int,
     cache_dir: str | None,
 ) -> ImageSet:
-    """A split of a data set of `datasets` (Hub name or folder, or `"digits"`), cropped to `resolution` as for training.
+    """Opens a split of a data set (Hub name or folder, or `"digits"`), cropped to `resolution` as for training.
 
     Raises:
-        InputError: when there is no such data set, split or column of images.
+        InputError: if the data set, split or column of images does not exist.
     """
     data = load_digits_dataset() if source == "digits" else open_named(option, source, config_name, cache_dir)
     if split not in data:
@@ -266,26 +266,26 @@ def open_images(
     cache_dir: str | None = None,
     dataset_resolution: int | None = None,
 ) -> ImageSet:
-    """The images that a command line means: an `.npz`, a folder with image files, or a data set.
+    """Opens the images that a command line names: an `.npz`, a folder with image files, or a data set.
 
     Args:
-        name: what errors call the images, such as SAMPLES, or an option in backticks.
+        name: name of the images in errors, such as SAMPLES, or an option in backticks.
         source: a path, or the Hub name of a data set.
-        resolution: crops images of folders and data sets; without it those of a folder are taken as they are, and those
-            of a data set are cropped to `dataset_resolution`.
+        resolution: side to crop images of folders and data sets to. By default a folder is used as it is, and a data set
+            is cropped to `dataset_resolution`.
 
     Raises:
-        InputError: when there are none, or they cannot be measured.
+        InputError: if there are no images, or they cannot be measured.
     """
     option, name, path = name.strip("`"), f"{name} {source}", Path(source).expanduser()
     if path.suffix == ".npz":
         if not path.is_file():
-            raise InputError(None, f"{name}: there is no such file")
+            raise InputError(None, f"{name}: the file does not exist")
         return array_images(name, path)
     has_images = path.is_dir() and next((p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES), None)
     wanted = unfinished_samples(path)
     if wanted is not None and not has_images:
-        raise InputError(None, f"{name} is an unfinished set of {wanted} samples; give the command that made it again")
+        raise InputError(None, f"{name} is an unfinished set of {wanted} samples; run the command that made it again")
     if not has_images and (path / "samples.npz").is_file():
         raise InputError(None, f"{name} has no image files; give {path / 'samples.npz'}, which is in it")
     if has_images:
@@ -294,9 +294,7 @@ def open_images(
         what = "is neither a folder nor an .npz" if path.exists() else "does not exist"
         raise InputError(None, f"{name} {what}; give a folder of images, an .npz, or a data set")
     if resolution is None and dataset_resolution is None:
-        raise InputError(
-            None, f"{name}: there is no image ({', '.join(SUFFIXES)}) in that folder, nor is there such a folder"
-        )
+        raise InputError(None, f"{name}: the folder has no images ({', '.join(SUFFIXES)}), or does not exist")
     return dataset_images(
         option, name, source, config_name, split, image_column, resolution or dataset_resolution, cache_dir
     )

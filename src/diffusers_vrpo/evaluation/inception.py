@@ -23,7 +23,7 @@ from ..errors import InputError, first_line
 logger = logging.getLogger(__name__)
 WEIGHTS_NAMES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
 WEIGHTS_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS_NAMES[0]}"
-WEIGHTS_SHA256 = "6726825d"  # its start, which the names carry
+WEIGHTS_SHA256 = "6726825d"  # its first digits, which are part of the file names
 SIDE = 299
 SPATIAL_CHANNELS = 7  # of sFID: 7 * 17 * 17 = 2023 numbers, about as many as the 2048 of FID
 
@@ -41,7 +41,7 @@ class ConvBlock(nn.Module):
 
 
 def average_pool(x):
-    """3x3 average at every position; at the borders over what there is, as TensorFlow does."""
+    """3x3 average at every position; at the borders over the existing pixels only, as TensorFlow does."""
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
@@ -160,7 +160,7 @@ def resize_bilinear(images: torch.Tensor, side: int = SIDE) -> torch.Tensor:
     """
 
     def positions(extent):
-        # In float32, as there: where the product falls on the other side of a whole number, so must this.
+        # In float32, as in TensorFlow, so that rounding to a whole number gives the same results.
         scale = torch.tensor(extent / side, dtype=torch.float32, device=images.device)
         at = torch.arange(side, dtype=torch.float32, device=images.device) * scale
         low = at.long().clamp(max=extent - 1)
@@ -238,25 +238,25 @@ class FIDInception(nn.Module):
 
 
 def find_inception_weights() -> Path | None:
-    """Where torch hub's cache has the weights, from torch-fidelity or pytorch-fid; None where it has not."""
+    """Finds the weights of torch-fidelity or pytorch-fid in torch hub's cache; returns None if they are not there."""
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     return next((folder / name for name in WEIGHTS_NAMES if (folder / name).is_file()), None)
 
 
 def load_inception(weights: str | Path | None = None, device: torch.device | str | None = None) -> FIDInception:
-    """The network with the weights of 2015, from a file, else from torch hub's cache, else downloaded into it.
+    """Loads the network with the weights of 2015: from a file, else from torch hub's cache, else downloaded into it.
 
     Args:
         weights: a `.pth` of torch-fidelity or pytorch-fid, whose SHA-256 must start with 6726825d, or the same weights
             as safetensors (without that check, since a conversion has another checksum).
 
     Raises:
-        InputError: for a file that is none of these, or when there is none and it cannot be downloaded.
+        InputError: if the file is not one of these, or no file exists and it cannot be downloaded.
     """
     path = Path(weights).expanduser() if weights is not None else find_inception_weights() or _download()
     option = f"`inception_weights` {path}" if weights is not None else str(path)
     if not path.is_file():
-        raise InputError("inception_weights", f"{option}: there is no such file; {WEIGHTS_URL} has it")
+        raise InputError("inception_weights", f"{option}: the file does not exist; download it from {WEIGHTS_URL}")
     is_safetensors = path.suffix == ".safetensors"
     try:
         if not is_safetensors and not _sha256(path).startswith(WEIGHTS_SHA256):
@@ -274,14 +274,14 @@ def load_inception(weights: str | Path | None = None, device: torch.device | str
 
 
 def inception_from_state(state: dict[str, torch.Tensor], name: str = "the weights") -> FIDInception:
-    """A network with these weights; torchvision's auxiliary head, where it is there, is not used.
+    """Builds a network with these weights; torchvision's auxiliary head is ignored.
 
     Raises:
-        InputError: when tensors are missing, left over, of another shape, or not finite.
+        InputError: if tensors are missing, left over, of another shape, or not finite.
     """
     model = FIDInception()
     wanted = model.state_dict()
-    # Counters of batches: in newer files only, and of no use.
+    # Newer files also have counters of batches, which are not used.
     counters = {key for key in wanted if key.endswith("num_batches_tracked")}
     state = {key: value for key, value in state.items() if not key.startswith("AuxLogits.")}
     wrong = [key for key in wanted if key not in counters and key not in state]
@@ -308,7 +308,7 @@ def _download() -> Path:
     try:
         os.makedirs(path.parent, exist_ok=True)
         torch.hub.download_url_to_file(WEIGHTS_URL, str(path), hash_prefix=WEIGHTS_SHA256, progress=False)
-    except Exception as error:  # the network's, the disk's, a wrong checksum
+    except Exception as error:  # from the network or the disk, or a wrong checksum
         raise InputError(
             "inception_weights",
             f"the Inception network of FID cannot be downloaded ({first_line(error)}); fetch {WEIGHTS_URL} elsewhere and "

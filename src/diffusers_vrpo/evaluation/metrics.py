@@ -1,9 +1,8 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""How far a set of generated images is from a reference set, as pure functions of their features; float64 throughout.
+"""Distances between generated images and a reference set, as pure functions of their features, in float64.
 
 Features are `[N, D]` tensors of any float dtype, on any device; distances are computed there (on the CPU for MPS, which has
-no float64). Sets are compared as they are: which encoder made the features, and how many images there are, decides what
-the numbers mean (docs/evaluation.md).
+no float64). The meaning of the numbers depends on the encoder and the number of images (docs/evaluation.md).
 """
 
 import math
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from ..errors import InputError
 
 
-# Elements of a block of distances: 2**26 in float64 are 512 MB, however large the sets are.
+# Elements of a block of distances: 2**26 in float64 are 512 MB, independent of the size of the sets.
 BLOCK_ELEMENTS = 2**26
 
 
@@ -27,7 +26,7 @@ def check_features(features: torch.Tensor, name: str = "features", at_least: int
     """Checks that `features` is a finite `[N, D]` with N >= `at_least`.
 
     Raises:
-        InputError: names the set by `name`.
+        InputError: if it is not; the message calls the set `name`.
     """
     if features.ndim != 2:
         raise InputError(None, f"{name} must have the shape [images, channels], not {list(features.shape)}")
@@ -43,7 +42,7 @@ def check_features(features: torch.Tensor, name: str = "features", at_least: int
 
 
 class RunningMoments:
-    """Mean and covariance of features that come in batches, from several processes too (Chan et al. 1979).
+    """Mean and covariance of features that arrive in batches, also from several processes (Chan et al. 1979).
 
     Attributes:
         count (`int`): the number of features.
@@ -66,7 +65,7 @@ class RunningMoments:
         self._add(len(features), mean, centred.T @ centred)
 
     def merge(self, other: "RunningMoments"):
-        """Adds all features of another one."""
+        """Adds all features of another `RunningMoments`."""
         if other.count:
             self._add(other.count, other.mean.to(self.mean.device), other.scatter.to(self.mean.device))
 
@@ -81,7 +80,7 @@ class RunningMoments:
         """The unbiased covariance `scatter / (count - 1)`, `[D, D]`, float64.
 
         Raises:
-            InputError: for fewer than two features.
+            InputError: if there are fewer than two features.
         """
         if self.count < 2:
             raise InputError(None, f"a covariance needs at least 2 images, not {self.count}")
@@ -92,7 +91,7 @@ def mean_and_covariance(features: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     """Mean `[D]` and unbiased covariance `[D, D]` of features `[N, D]`, float64.
 
     Raises:
-        InputError: for fewer than two features, or ones that are not finite.
+        InputError: if there are fewer than two features, or some are not finite.
     """
     check_features(features, at_least=2)
     features = as_float64(features)
@@ -105,13 +104,13 @@ def covariance_factor(covariance: torch.Tensor) -> torch.Tensor:
     """F `[D, r]` with `F F^T = covariance [D, D]`, float64; r is the rank, so N < D images make it small.
 
     Raises:
-        InputError: when `covariance` is not a covariance (it has a clearly negative eigenvalue).
+        InputError: if `covariance` is not a covariance (it has a clearly negative eigenvalue).
     """
     eigenvalues, vectors = torch.linalg.eigh(as_float64(covariance))
     largest = eigenvalues.abs().max()
     if eigenvalues[0] < -1e-6 * largest:
         raise InputError(None, f"the matrix is not a covariance: it has the eigenvalue {eigenvalues[0].item():.3g}")
-    # What is rounding is zero: its square root would not be small (1e-16 of the largest becomes 1e-8).
+    # Set rounding errors to zero: their square root would not be small (1e-16 of the largest becomes 1e-8).
     kept = eigenvalues > largest * len(eigenvalues) * torch.finfo(torch.float64).eps
     return vectors[:, kept] * eigenvalues[kept].sqrt()
 
@@ -121,14 +120,14 @@ def frechet_distance(mu1: torch.Tensor, sigma1: torch.Tensor, mu2: torch.Tensor,
 
     With features of the Inception network this is the FID (arXiv 1706.08500). The trace of the root is the sum of the
     singular values of `F1^T F2` with `S = F F^T`: the same as the roots of the eigenvalues of `S1^1/2 S2 S1^1/2`, without
-    squaring what is rounded, so that singular covariances (N < D) need no offset on the diagonal.
+    squaring rounding errors, so that singular covariances (N < D) need no offset on the diagonal.
 
     Args:
         mu1, mu2: means, `[D]`.
         sigma1, sigma2: covariances, `[D, D]`; all tensors on one device.
 
     Raises:
-        InputError: for different or wrong shapes, numbers that are not finite, matrices that are no covariances.
+        InputError: if shapes differ or are wrong, numbers are not finite, or a matrix is not a covariance.
     """
     tensors = [as_float64(torch.as_tensor(x)) for x in (mu1, sigma1, mu2, sigma2)]
     mu1, sigma1, mu2, sigma2 = tensors
@@ -142,7 +141,7 @@ def frechet_distance(mu1: torch.Tensor, sigma1: torch.Tensor, mu2: torch.Tensor,
         raise InputError(None, "the statistics are not finite; are the features of all images?")
     root_trace = torch.linalg.svdvals(covariance_factor(sigma1).T @ covariance_factor(sigma2)).sum()
     distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * root_trace
-    return distance.clamp(min=0).item()  # rounding may leave it below
+    return distance.clamp(min=0).item()  # rounding may make it negative
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -173,7 +172,7 @@ def kernel_distance(
         subset_size: at least 2; drawn without replacement, again for each of the `subsets`.
 
     Raises:
-        InputError: for sets that are too small or not finite.
+        InputError: if a set is too small or not finite.
     """
     if subset_size < 2:
         raise InputError(None, f"KID: a subset of {subset_size} images is too small, at least 2 are needed")
@@ -197,7 +196,7 @@ def inception_score(logits: torch.Tensor, splits: int = 10, seed: int | None = N
         seed: shuffles first; without it the parts are consecutive, which is wrong for images sorted by class.
 
     Raises:
-        InputError: for fewer images than splits, or logits that are not finite.
+        InputError: if there are fewer images than splits, or logits are not finite.
     """
     check_features(logits, "Inception Score", at_least=splits)
     log_p = as_float64(logits).log_softmax(1)
@@ -206,7 +205,7 @@ def inception_score(logits: torch.Tensor, splits: int = 10, seed: int | None = N
     scores = []
     for part in log_p.tensor_split(splits):
         log_marginal = part.logsumexp(0) - math.log(len(part))
-        # Where p is 0 the term is 0, not 0 times infinity.
+        # If p is 0, the term is 0, not 0 times infinity.
         divergence = torch.where(part.exp() > 0, part.exp() * (part - log_marginal), 0).sum(1)
         scores.append(divergence.mean().exp().item())
     return float(np.mean(scores)), float(np.std(scores))
@@ -223,11 +222,11 @@ def distance_blocks(x: torch.Tensor, y: torch.Tensor, block_elements: int = BLOC
         slice of the rows, and float64 `[rows, N]`.
     """
     x, y = as_float64(x), as_float64(y)
-    # Around their common centre the products are small, and so is what cancels.
+    # Centred features have small products, so that little precision is lost to cancellation.
     centre = y.mean(0)
     x, y = x - centre, y - centre
     norms = y.square().sum(1)
-    # Of equal features only rounding is left, which must not decide whether they are neighbours.
+    # The distance of equal features is only rounding error, which must not decide whether they are neighbours.
     rounding = 16 * torch.finfo(torch.float64).eps * norms.max()
     rows = max(1, block_elements // len(y))
     for start in range(0, len(x), rows):
@@ -240,7 +239,7 @@ def neighbour_radii(features: torch.Tensor, k: int, block_elements: int = BLOCK_
     """The squared distance of each feature to its k-th nearest other one, float64 `[N]`.
 
     Raises:
-        InputError: for N <= k features, or ones that are not finite.
+        InputError: if N <= k, or features are not finite.
     """
     check_features(features, f"nearest neighbours with k = {k}", at_least=k + 1)
     radii = [
@@ -260,7 +259,7 @@ def precision_recall(
     neighbour in the reference; recall is the share of reference images within some sample's ball.
 
     Raises:
-        InputError: where a set has at most k features, or some that are not finite.
+        InputError: if a set has at most k features, or some are not finite.
     """
     reference_radii = neighbour_radii(reference, k, block_elements)
     sample_radii = neighbour_radii(samples, k, block_elements)
@@ -281,7 +280,7 @@ def density_coverage(
     1. Coverage is the share of reference balls with a sample in them; 1 - 2**-k is expected of two large equal sets.
 
     Raises:
-        InputError: where the reference has at most k features, a set is empty, or some features are not finite.
+        InputError: if the reference has at most k features, a set is empty, or some features are not finite.
     """
     check_features(samples, "density and coverage, samples")
     radii = neighbour_radii(reference, k, block_elements)
@@ -391,7 +390,7 @@ def linear_probe(
         train_labels, test_labels: class ids, int64 `[N]` and `[M]`.
 
     Raises:
-        InputError: for features that are not finite, labels of another number, a single class.
+        InputError: if features are not finite, the number of labels differs, or there is a single class.
     """
     for name, features, labels in (
         ("training images of the probe", train_features, train_labels),

@@ -11,7 +11,7 @@ from .metrics import nearest_distances
 
 
 def plot_features(features: dict[str, tuple[FeatureSet, FeatureSet]], file: Path, seed: int, limit: int = 5000):
-    """For each encoder: both sets along the reference's two main directions, and distances to the nearest reference image.
+    """Plots, for each encoder, both sets along the reference's two main directions, and nearest-reference distances.
 
     Samples left of the reference's own distances lie closer to a reference image than another reference image does: they
     may be copies.
@@ -19,8 +19,8 @@ def plot_features(features: dict[str, tuple[FeatureSet, FeatureSet]], file: Path
     Args:
         features: samples and reference by encoder.
         file: the image file to write.
-        seed: of the images that are drawn, where there are more than `limit` in a set.
-        limit: how many images of each set are drawn at most.
+        seed: seed of the random subset, if a set has more than `limit` images.
+        limit: the largest number of images per set in the plot.
     """
     from matplotlib.figure import Figure
 
@@ -42,7 +42,7 @@ def plot_features(features: dict[str, tuple[FeatureSet, FeatureSet]], file: Path
         scatter.set(title=f"{Path(name).name}: main directions of the reference", xlabel="first", ylabel="second")
         scatter.legend(frameon=False)
         half = len(x) // 2
-        # The reference against itself, with as many to choose from.
+        # The reference against itself, with the same number of candidates.
         own, generated = nearest_distances(x[:half], x[half:]), nearest_distances(y, x[half:])
         bins = np.linspace(0, torch.cat([own, generated]).max().item(), 50)
         for distances, label in ((own, "other reference images"), (generated, "samples")):

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""What a run in training sends to the Hub, in a thread of its own: never waited for, never the end of the run."""
+"""Publishes a run to the Hub from a background thread: training never waits for it and never stops because of it."""
 
 import atexit
 import json
@@ -39,12 +39,12 @@ from .publish import (
 
 
 logger = logging.getLogger(__name__)
-KEPT_STATES = 2  # training states that the Hub's newest commit has
-HISTORY = ("metrics.jsonl", "starts.jsonl")  # of the output folder; go along with a training state
+KEPT_STATES = 2  # training states in the Hub's newest commit
+HISTORY = ("metrics.jsonl", "starts.jsonl")  # files of the output folder that are uploaded with a training state
 
 
 def link_tree(source: Path, target: Path):
-    """The files of a folder once more: hard links where there are such, so that deleting `source` leaves them."""
+    """Copies a folder with hard links (or copies if links are not supported), so that deleting `source` keeps the files."""
     for path in source.rglob("*"):
         if path.is_file():
             copy = target / path.relative_to(source)
@@ -56,15 +56,15 @@ def link_tree(source: Path, target: Path):
 
 
 def stage_pipeline(pipeline: VRPOPipeline, checkpoint: Path, folder: Path):
-    """Puts together what is published of a checkpoint: the pipeline with its averaged weights, or its adapters.
+    """Writes what is published of a checkpoint: the pipeline with its averaged weights, or its adapters.
 
     Args:
-        pipeline: of the training; its transformer's weights are not touched.
+        pipeline: the pipeline in training; its transformer's weights are not changed.
         checkpoint: `checkpoint-N` of the run.
-        folder: a new one.
+        folder: a new folder.
 
     Raises:
-        InputError: for adapters that are of no use without the rest.
+        InputError: if the adapters cannot be used without the rest.
     """
     output_dir, step = checkpoint.parent, int(checkpoint.name.split("-")[1])
     folder.mkdir(parents=True)
@@ -77,7 +77,9 @@ def stage_pipeline(pipeline: VRPOPipeline, checkpoint: Path, folder: Path):
         link_tree(checkpoint / averaged, folder / "transformer")
     else:
         if not pipeline.transformer.adapters_suffice:
-            raise InputError(None, "its adapters alone are of no use to others; the result will be the whole pipeline")
+            raise InputError(
+                None, "its adapters alone cannot be used by others; the result will be the whole pipeline"
+            )
         weights = load_file(checkpoint / f"{averaged}.safetensors")
         adapters = {
             f"transformer.{name.replace('.default.', '.')}": tensor
@@ -97,7 +99,7 @@ def stage_pipeline(pipeline: VRPOPipeline, checkpoint: Path, folder: Path):
 
 
 def stage_state(checkpoint: Path, folder: Path):
-    """A whole checkpoint, with the run's metrics and starts until then, which a checkpoint itself does not hold."""
+    """Copies a whole checkpoint, with the run's metrics and starts until then, which are not part of a checkpoint."""
     link_tree(checkpoint, folder)
     for name in HISTORY:
         if (checkpoint.parent / name).is_file():
@@ -105,9 +107,9 @@ def stage_state(checkpoint: Path, folder: Path):
 
 
 def push_state(folder: Path, repo_id: str):
-    """Keeps a whole checkpoint, and the one before, in the repository of training states, and nothing of later steps.
+    """Uploads a whole checkpoint to the repository of training states; keeps the one before and removes later steps.
 
-    Later ones are another run's, or what this run has gone back from.
+    Later steps belong to another run, or this run was continued from before them.
     """
     files = {
         f"{folder.name}/{path.relative_to(folder).as_posix()}": path for path in folder.rglob("*") if path.is_file()
@@ -123,19 +125,19 @@ def push_state(folder: Path, repo_id: str):
     repo_id = with_retries(make_repository, repo_id, True)
     with_retries(commit, repo_id, files, f"Training state of step {step}", outdated)
     try:
-        # Or else the repository's commits keep every state that it ever had.
+        # Otherwise the repository's history would keep every state.
         with_retries(HfApi().super_squash_history, repo_id)
     except Exception as error:
-        logger.warning(f"the older commits of {repo_id} are still there ({hub_sentence(error, repo_id)})")
+        logger.warning(f"the older commits of {repo_id} could not be removed ({hub_sentence(error, repo_id)})")
 
 
 def fetch_state(repo_id: str, output_dir: Path):
-    """Puts the newest whole training state on the Hub into the output folder, where that has none as new.
+    """Downloads the newest intact training state from the Hub, unless the output folder already has one as new.
 
-    The metrics and starts of the run come with it.
+    It also downloads the metrics and starts of the run.
 
     Raises:
-        InputError: when the Hub has some and none of them is whole.
+        InputError: if the Hub has training states, but all are damaged.
     """
     there = with_retries(HfApi().list_repo_files, repo_id)
     steps = sorted({int(found[1]) for path in there if (found := re.match(r"checkpoint-(\d+)/", path))}, reverse=True)
@@ -158,28 +160,28 @@ def fetch_state(repo_id: str, output_dir: Path):
             shutil.rmtree(download, ignore_errors=True)
             logger.info(f"{repo_id}: fetched the training state of step {step}")
             return
-        logger.warning(f"{repo_id}: {name} is damaged ({damage}); looking for the one before")
+        logger.warning(f"{repo_id}: {name} is damaged ({damage}); trying the one before")
     if steps and not local:
         raise InputError(
             "resume_from_checkpoint",
-            f"`resume_from_checkpoint` hub: no training state of {repo_id} is whole; train anew without it",
+            f"`resume_from_checkpoint` hub: every training state of {repo_id} is damaged; remove the option to start a new run",
         )
     if not steps:
-        logger.info(f"{repo_id} has no training state yet: starting anew")
+        logger.info(f"{repo_id} has no training state yet: starting a new run")
 
 
 def check_license(license: str):
-    """Asks the Hub whether it knows a licence, as it does at every push.
+    """Asks the Hub whether it accepts a licence, as it does at every push.
 
     Raises:
-        InputError: when it does not.
+        InputError: if it does not.
     """
     card = {"repoType": "model", "content": f"---\n{ModelCardData(license=license).to_yaml()}\n---\n"}
     answer = get_session().post(f"{HfApi().endpoint}/api/validate-yaml", json=card)
     if answer.status_code == 400:
         raise InputError(
             "hub_license",
-            f"`hub_license` {license} is none that the Hub knows; give one such as apache-2.0, mit, cc-by-nc-4.0 or other",
+            f"`hub_license` {license} is not known to the Hub; give one such as apache-2.0, mit, cc-by-nc-4.0 or other",
         )
     hf_raise_for_status(answer)
 
@@ -187,18 +189,18 @@ def check_license(license: str):
 class HubPublisher(TrainerCallback):
     """Publishes a run: its checkpoints while training goes on, its result at the end.
 
-    Only the main process sends. A push that fails is tried again, and then a warning; checkpoints that come faster than they
-    can be sent give way to the newest. What is sent lies in `.hub/` of the output folder (hard links), so that nothing waits
-    for the network.
+    Only the main process uploads. A push that fails is retried, and then logged as a warning. If checkpoints come faster than
+    they can be uploaded, only the newest is. Uploads are staged in `.hub/` of the output folder (as hard links), so that
+    training does not wait for the network.
 
     Args:
         args (`HubConfig`): what to publish, and where.
-        accelerator: of the training.
-        output_dir: of the run.
-        interruption: once it has a signal, nothing is waited for.
+        accelerator: the accelerator of the training.
+        output_dir: the output folder of the run.
+        interruption: once it has received a signal, nothing waits for uploads.
 
     Raises:
-        InputError: before training, when the token may not write, or the Hub cannot be reached and the run is a new one.
+        InputError: before training, if the token may not write, or the Hub cannot be reached and the run is a new one.
     """
 
     def __init__(self, args, accelerator: Accelerator, output_dir: Path, interruption: Interruption):
@@ -206,9 +208,9 @@ class HubPublisher(TrainerCallback):
         self.staging = output_dir / ".hub"
         self.sends = accelerator.is_main_process
         self.repo_id = args.hub_model_id or output_dir.resolve().name
-        self.missing: dict[str, str] = {}  # what is not on the Hub, and why
+        self.missing: dict[str, str] = {}  # what is not on the Hub: the reason by name
         self._last_step = 0
-        self._waiting, self._working = None, None  # jobs: a name, and what to call
+        self._waiting, self._working = None, None  # jobs: a name and a function
         self._changed = threading.Condition()
         run_and_share_errors(accelerator, self._open, where=self.sends)
 
@@ -240,15 +242,15 @@ class HubPublisher(TrainerCallback):
                 raise InputError(
                     None, f"{problem}; or train without it and publish later: {self._command()}"
                 ) from error
-            logger.warning(f"{problem}; the run is continued, and tries again at its next push")
-        # A daemon: a run that ends early does not wait for it.
+            logger.warning(f"{problem}; the run continues and tries again at its next push")
+        # A daemon thread: a run that ends early does not wait for it.
         threading.Thread(target=self._work, daemon=True, name="hub").start()
         atexit.register(self._say_what_is_left)
 
     # Main thread
 
     def push_checkpoint(self, pipeline: VRPOPipeline, checkpoint: Path):
-        """Sends a checkpoint that was just saved, if the options want it; returns at once."""
+        """Uploads a checkpoint that was just saved, if the options request it; returns immediately."""
         wanted = self.args.hub_push_checkpoints or self.args.push_training_state
         step = int(checkpoint.name.split("-")[1])
         if not wanted or step == self._last_step:
@@ -265,7 +267,7 @@ class HubPublisher(TrainerCallback):
         for name, part, stage in parts:
             try:
                 stage()
-            except Exception as error:  # a full disk, as Python and safetensors raise it; none of it is worth the run
+            except Exception as error:  # such as a full disk, as Python or safetensors raise it; training goes on
                 self._failed(name, unwritable(error) or first_line(error))
                 shutil.rmtree(part, ignore_errors=True)
         if not any(part.is_dir() for _, part, _ in parts):
@@ -278,7 +280,7 @@ class HubPublisher(TrainerCallback):
             self._changed.notify_all()
 
     def push_result(self):
-        """Publishes the output folder after all else; waits, says in one line what is not there, and raises nothing."""
+        """Publishes the output folder last and waits for it; failures are logged in one line and not raised."""
         if not self.sends:
             return
         with self._changed:
@@ -301,17 +303,17 @@ class HubPublisher(TrainerCallback):
             shutil.rmtree(self.staging, ignore_errors=True)
 
     def _command(self) -> str:
-        """What publishes the result later, as this run would."""
+        """The command that publishes the result later, as this run would."""
         words = ["vrpo", "push", str(self.output_dir), "--hub_model_id", self.repo_id]
         words += ["--hub_private_repo"] if self.args.hub_private_repo else []
         words += ["--hub_license", self.args.hub_license] if self.args.hub_license else []
         return shlex.join(words)
 
     def _say_what_is_left(self):
-        """When the run ends early."""
+        """Warns about unfinished uploads when the run ends early."""
         for job in (self._working, self._waiting):
             if job is not None:
-                logger.warning(f"{job[0]} was not sent to the Hub in full; the next push makes up for it")
+                logger.warning(f"{job[0]} was not uploaded to the Hub in full; the next push will do so")
 
     # The thread
 
@@ -336,7 +338,7 @@ class HubPublisher(TrainerCallback):
         logger.warning(f"{name} could not be sent to the Hub: {why}; training is not affected")
 
     def _send_checkpoint(self, folder: Path, step: int):
-        # The state first: a run can be continued without its cards, and neither is kept back by the other.
+        # The training state comes first, since a run needs it to continue; a failure of one does not block the other.
         try:
             if (folder / f"checkpoint-{step}").is_dir():
                 push_state(folder / f"checkpoint-{step}", f"{self.repo_id}-state")

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Model cards: what the files of a run or pipeline say about it, rendered anew each time."""
+"""Model cards, rendered from the files of a run or pipeline at every push."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from ..config import Resume, names_marked
 
 STAGED = "staged.json"  # in the folder of a checkpoint on its way to the Hub: its step
 DISTANCE = "validation/fd_"  # in `metrics.jsonl`, before the encoder's name
-# In an evaluation file and in `metrics.jsonl`: names of people's, and the Hub's for the index of results.
+# Metrics in an evaluation file and in `metrics.jsonl`: their names for readers, and the Hub's names for its results index.
 METRIC_NAMES = {
     "fid": ("FID", "fid"),
     "fd": ("FD", "frechet_distance"),
@@ -35,21 +35,21 @@ OBJECTIVES = {
 
 
 def template_file(name: str) -> Path:
-    """A file of `model_cards/`, in the checkout or in the installed package."""
+    """Finds a file of `model_cards/`, in the checkout or in the installed package."""
     installed = Path(__file__).parents[1] / "model_cards" / name
     return installed if installed.is_file() else Path(__file__).parents[3] / "model_cards" / name
 
 
 def is_hub_id(name) -> bool:
-    """Whether a name reads as a model's or data set's on the Hub: `owner/name`."""
+    """Whether a name looks like a model or data set on the Hub: `owner/name`."""
     return isinstance(name, str) and bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name))
 
 
 def public_name(value, local: list[str] | None = None):
-    """An option's value without the folders of the machine that it was given on.
+    """An option's value without the local folders in it.
 
     Args:
-        local: the values that were files or folders there; None looks for them here.
+        local: the values that were files or folders on the machine of the run; None checks this machine.
     """
     if isinstance(value, list):
         return [public_name(item, local) for item in value]
@@ -68,8 +68,8 @@ def public_json(value):
 
 
 def read_mapping(file: Path) -> dict:
-    """The mapping in a JSON or YAML file; empty where there is none that can be read."""
-    # Not YAML for both: there 1e-06 is text.
+    """Reads the mapping in a JSON or YAML file; returns an empty one if the file cannot be read."""
+    # JSON is not read as YAML, which takes 1e-06 for text.
     parse = json.loads if file.suffix == ".json" else yaml.safe_load
     try:
         content = parse(file.read_text(encoding="utf-8"))
@@ -79,7 +79,7 @@ def read_mapping(file: Path) -> dict:
 
 
 def read_lines(file: Path, one_a_step: bool = False) -> list[dict]:
-    """The objects of a JSON-lines file, without one that a crash cut short; if so wished those of a step as one."""
+    """Reads the objects of a JSON-lines file, without an incomplete one; `one_a_step` merges those of the same step."""
     rows: list[dict] = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
         try:
@@ -98,7 +98,7 @@ def is_finite(value) -> bool:
 
 
 def evaluations(folder: Path) -> list[dict]:
-    """Rows (metric, value, encoder, samples, reference, file) of the `evaluation*.json` that `vrpo evaluate` wrote there."""
+    """Reads the `evaluation*.json` of `vrpo evaluate` as rows: metric, value, encoder, samples, reference, file."""
     rows = []
     for file in sorted(folder.glob("evaluation*.json")):
         report = read_mapping(file)
@@ -121,7 +121,7 @@ def evaluations(folder: Path) -> list[dict]:
 
 
 def read_run(folder: str | Path) -> dict:
-    """What is known of a run or pipeline, for the template; whatever no file says is None or empty."""
+    """Reads the facts about a run or pipeline for the template; those that no file holds are None or empty."""
     folder = Path(folder)
     given = read_mapping(folder / "train_config.yaml")
     rows, starts = read_lines(folder / "metrics.jsonl", one_a_step=True), read_lines(folder / "starts.jsonl")
@@ -129,7 +129,7 @@ def read_run(folder: str | Path) -> dict:
     local = start.get("local")
     private = names_marked(Resume.MACHINE)
     options = {name: public_name(v, local) for name, v in given.items() if name not in private and v is not None}
-    # The last finite number of each column, and its step: validation, for one, has rows of its own.
+    # The last finite number of each column, and its step, since columns such as validation have separate rows.
     columns = {name: (row.get("step"), value) for row in rows for name, value in row.items() if is_finite(value)}
 
     def last(name):
@@ -146,7 +146,7 @@ def read_run(folder: str | Path) -> dict:
         "index": read_mapping(folder / "model_index.json"),
         "start": start,
         "hardware": list(dict.fromkeys(hardware)),
-        # Of a checkpoint that is staged: its own step, where the metrics may end before.
+        # A staged checkpoint has its own step; the metrics may end earlier.
         "step": read_mapping(folder / STAGED).get("step", last("step")),
         "max_train_steps": start.get("max_train_steps", options.get("max_train_steps")),
         "samples_seen": last("samples_seen"),
@@ -171,18 +171,18 @@ def read_run(folder: str | Path) -> dict:
 
 
 def pushes_adapters_only(run: dict) -> bool:
-    """Whether the adapters are all that is published of a run: as its start has found (`build_transformer`)."""
+    """Whether only the adapters of a run are published, as its record of starts says (`build_transformer`)."""
     return bool(run["lora_rank"]) and bool(run["start"].get("adapters_suffice"))
 
 
 def kind(run: dict) -> str:
-    """DiT for what predicts noise, else SiT."""
+    """DiT for a model that predicts noise, else SiT."""
     preset = str(run["options"].get("preset") or "")
     return "DiT" if run["transformer"].get("prediction_type") == "epsilon" or preset.startswith("DiT") else "SiT"
 
 
 def card_data(run: dict, repo_id: str, license: str | None) -> ModelCardData:
-    """The card's metadata, of values that the Hub knows."""
+    """The card's metadata, with values that the Hub knows."""
     options, name = run["options"], repo_id.split("/")[-1]
     base, dataset = options.get("pretrained_model_name_or_path"), options.get("dataset_name")
     tags = ["diffusers", "image-generation", "class-conditional", kind(run).lower(), "diffusers-vrpo"]
@@ -192,7 +192,7 @@ def card_data(run: dict, repo_id: str, license: str | None) -> ModelCardData:
         run["objective"], []
     )
     tags += ["lora"] if run["lora_rank"] else []
-    if license is None and options:  # nothing is known of weights without a record
+    if license is None and options:  # weights without a record of a run get no default
         license = "other" if base else "apache-2.0"
     known = options.get("dataset_name") or options.get("train_data_dir") or options.get("latents_dir") or "unknown"
     where = {"dataset_type": dataset if is_hub_id(dataset) else "custom", "dataset_name": str(known)}
@@ -231,7 +231,7 @@ def card_data(run: dict, repo_id: str, license: str | None) -> ModelCardData:
 
 
 def number(value) -> str:
-    """A number for people: four digits, thousands with commas."""
+    """Formats a number for readers: four digits, with commas between thousands."""
     if isinstance(value, int) or (isinstance(value, float) and value.is_integer() and abs(value) < 1e15):
         return f"{int(value):,}"
     return f"{value:.4g}"
@@ -256,7 +256,7 @@ def summary(run: dict) -> str:
 
 
 def optimizer(run: dict) -> str:
-    """What the optimizer did, in a line of the table."""
+    """The optimizer's settings, as a line of the table."""
     options, start = run["options"], run["start"]
     text = f"AdamW, learning rate {options.get('learning_rate')}"
     if start.get("global_batch_size"):
@@ -269,14 +269,14 @@ def optimizer(run: dict) -> str:
 
 
 def render_card(folder: str | Path, repo_id: str, license: str | None = None, **extra) -> str:
-    """The model card of a run's or pipeline's folder, from its files alone.
+    """Renders the model card of a run's or pipeline's folder from its files.
 
     Args:
         folder: with `model_index.json` or `lora/`, and perhaps `train_config.yaml`, `metrics.jsonl`, `starts.jsonl`,
             `samples.png`, `training.png`, `evaluation*.json`.
         repo_id: `owner/name` of the repository.
-        license: of the weights, as the Hub writes it. When not given, `apache-2.0` for what a run has trained, `other` for
-            what continues other weights, and none for a pipeline without the record of a run.
+        license: license of the weights, as the Hub spells it. By default `apache-2.0` for weights trained from scratch,
+            `other` for weights that continue others, and none for a pipeline without the record of a run.
         extra: more variables of the template: `recipe`, the command of a card without weights; `measured`, a paragraph;
             `tagged`, whether the repository has tags `step-N`.
     """
@@ -302,5 +302,5 @@ def render_card(folder: str | Path, repo_id: str, license: str | None = None, **
     }
     template = template_file("template.md").read_text(encoding="utf-8")
     card = jinja2.Template(template, trim_blocks=True, lstrip_blocks=True).render(**run | extra)
-    # Read back, so that a card whose metadata is none is an error here and not on the Hub.
+    # Parse the card, so that invalid metadata raise an error here and not on the Hub.
     return str(ModelCard(re.sub(r"\n{3,}", "\n\n", card).rstrip() + "\n"))

@@ -32,9 +32,9 @@ from .card import public_json, public_name, pushes_adapters_only, read_mapping, 
 
 
 logger = logging.getLogger(__name__)
-WAITS = (2, 8, 30, 60)  # seconds before each further try of what a network may have stopped
+WAITS = (2, 8, 30, 60)  # delays in seconds between retries after a transient error
 RUN_FILES = ("samples.png", "training.png", "metrics.jsonl")
-# Mistakes in the code, which no further try mends and no sentence about the Hub explains.
+# Programming errors, which are neither retried nor explained as a problem of the Hub.
 DEFECTS = (TypeError, LookupError, AttributeError, NameError, AssertionError, jinja2.TemplateError)
 ADAPTERS = "pytorch_lora_weights.safetensors"
 # Weights as diffusers and transformers name them: a variant such as .fp16, shards, and the shards' index.
@@ -49,16 +49,16 @@ WEIGHTS = re.compile(
 
 
 def component_folders(folder: Path) -> list[str]:
-    """The folders of a pipeline's components, by its index."""
+    """The folders of a pipeline's components, according to its index."""
     index = read_mapping(folder / "model_index.json")
     return [name for name, value in index.items() if isinstance(value, list) and name != "_class_name" and value[0]]
 
 
 def published_files(folder: str | Path) -> dict[str, Path]:
-    """What of a folder goes to the Hub: paths there, and the files here. Whatever is not listed here stays here.
+    """The files of a folder that are published: paths on the Hub and local files. All other files are ignored.
 
     Raises:
-        InputError: when it is neither a pipeline nor adapters.
+        InputError: if the folder holds neither a pipeline nor adapters.
     """
     folder = Path(folder)
     files = {}
@@ -84,34 +84,34 @@ def published_files(folder: str | Path) -> dict[str, Path]:
 
 
 def without_paths(path: str, file: Path, local: list[str] | None = None) -> Path | bytes:
-    """A file for the Hub; of reports and configurations the content without this machine's folders.
+    """Prepares a file for the Hub: removes local folders from the content of reports and configurations.
 
     Args:
-        local: the options of the run that were files or folders, as its record has them (`public_name`).
+        local: the options of the run that were files or folders, according to its record (`public_name`).
     """
     content = read_mapping(file) if path.endswith(".json") else {}
     if path.startswith("evaluation"):
         return json.dumps(public_json(content), indent=2).encode() + b"\n"
-    if isinstance(content.get("_name_or_path"), str):  # where diffusers has loaded it from
+    if isinstance(content.get("_name_or_path"), str):  # the path that diffusers loaded it from
         content["_name_or_path"] = public_name(content["_name_or_path"], local)
         return json.dumps(content, indent=2, sort_keys=True).encode() + b"\n"
     return file
 
 
 def variant_of(path: str) -> str | None:
-    """The variant of a weights file or its index, such as `.fp16`; "" for none, None for other files."""
+    """The variant of a weights file or its index, such as `.fp16`; "" without a variant, None for other files."""
     match = WEIGHTS.fullmatch(path.split("/")[-1])
     return None if match is None else match["index_variant"] or match["variant"] or ""
 
 
 def outdated_files(there: list[str], files: dict[str, Path], folders: list[str], replace_variants: bool) -> list[str]:
-    """Weights on the Hub that the new ones replace: other shards, or a variant of what was there before.
+    """Weights on the Hub that the new ones replace: other shards, or variants of earlier weights.
 
     Args:
         there: paths on the Hub.
-        files: `published_files`.
-        folders: of the components.
-        replace_variants: or else only those of the variants in `files` go.
+        files: the result of `published_files`.
+        folders: the folders of the components.
+        replace_variants: replace all variants, instead of only those in `files`.
     """
     new = {variant_of(path) for path in files}
     outdated = []
@@ -124,11 +124,11 @@ def outdated_files(there: list[str], files: dict[str, Path], folders: list[str],
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What can go wrong there
+# Errors of the Hub
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status that an exception came from."""
+    """The HTTP status behind an exception, or None."""
     found = [link.response.status_code for link in causes(error) if getattr(link, "response", None) is not None]
     return found[0] if found else None
 
@@ -138,11 +138,11 @@ def disk_is_full(error: BaseException) -> bool:
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether trying again may help: not for a refusal, bad metadata or a file that is missing here."""
+    """Whether an error is transient: not a refusal, bad metadata or a missing local file."""
     status = status_of(error)
     if status is not None:
         return status >= 500 or status in (408, 409, 412, 425, 429)
-    # A proxy's page instead of the Hub's answer; no answer, and nothing in the cache.
+    # A proxy's page instead of the Hub's answer; or no answer, and no file in the cache.
     if "JSONDecodeError" in type(error).__name__ or isinstance(error, LocalEntryNotFoundError):
         return True
     if isinstance(error, (LocalTokenNotFoundError, *DEFECTS)) or disk_is_full(error):
@@ -151,27 +151,27 @@ def is_passing(error: BaseException) -> bool:
 
 
 def hub_sentence(error: BaseException, repo_id: str) -> str:
-    """Why the Hub did not take something, and what to do. Never the exception's own text: it may have signed addresses."""
+    """Explains why a push failed and what to do, without the exception's own text, which may hold signed addresses."""
     status = status_of(error)
     if isinstance(error, LocalTokenNotFoundError):
-        return "there is no token; run `hf auth login` or set HF_TOKEN"
+        return "no token was found; run `hf auth login` or set HF_TOKEN"
     if isinstance(error, HFValidationError):
-        return "that is no name of a repository; give owner/name"
+        return "that is not the name of a repository; give owner/name"
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set; go online"
     if status == 401 and not isinstance(error, RepositoryNotFoundError):
-        return "the Hub does not know the token (401); run `hf auth login` or set HF_TOKEN anew"
+        return "the Hub does not know the token (401); run `hf auth login` again or set HF_TOKEN to another token"
     if status == 403:
         return f"the token may not write to {repo_id} (403); take one with write access to it"
     if status == 404 or isinstance(error, RepositoryNotFoundError):
-        return f"{repo_id} is not there for this token ({status}); check the name and the token's access"
+        return f"{repo_id} does not exist for this token ({status}); check the name and the token's access"
     if status is not None and status < 500 and status != 429:
         said = next((link.server_message for link in causes(error) if getattr(link, "server_message", None)), "")
         return f"the Hub refuses it ({status}{': ' + said.splitlines()[0][:200] if said else ''})"
     if status is not None:
         return f"the Hub answers {status}"
     if disk_is_full(error):
-        return "the disk here is full; make room"
+        return "the local disk is full; make room"
     if isinstance(error, DEFECTS):
         return f"an error of this program: {type(error).__name__}: {first_line(error)}"
     if isinstance(error, InputError | ValueError) and not isinstance(error, LocalEntryNotFoundError):
@@ -182,7 +182,7 @@ def hub_sentence(error: BaseException, repo_id: str) -> str:
 
 
 def with_retries(action: Callable, *arguments, retries: int | None = None, **options):
-    """`action`'s result; what may pass is tried again after each of the first `retries` of `WAITS`, and then raised."""
+    """Calls `action`, retrying transient errors with the first `retries` delays of `WAITS`; returns its result."""
     for wait in (*WAITS[:retries], None):
         try:
             return action(*arguments, **options)
@@ -194,13 +194,13 @@ def with_retries(action: Callable, *arguments, retries: int | None = None, **opt
 
 
 def without_signature(record: logging.LogRecord) -> bool:
-    """A filter: addresses in the log without what follows their question mark."""
+    """A logging filter that removes the query strings of addresses."""
     record.msg, record.args = re.sub(r"(https?://[^\s?]+)\?\S+", r"\1", record.getMessage()), ()
     return True
 
 
 def keep_addresses_private():
-    """Addresses of uploads are signed, and whoever reads them in a log could use them: requests are not logged."""
+    """Keeps the signed addresses of uploads out of the log, where anyone who reads them could use them."""
     for name in ("httpx", "httpx2", "httpcore", "urllib3"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub.utils._http").addFilter(without_signature)
@@ -211,25 +211,25 @@ def keep_addresses_private():
 
 
 def make_repository(repo_id: str, private: bool | None = None, token: str | None = None) -> str:
-    """Makes the repository if need be; returns its full name.
+    """Creates the repository if needed; returns its full name.
 
     Raises:
-        InputError: when it is to be private and there is a public one.
+        InputError: if `private` is set and the repository exists and is public.
     """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if private and not api.repo_info(repo_id).private:
         raise InputError(
-            None, f"{repo_id} is there already and public; make it private on its page, or choose another name"
+            None, f"{repo_id} already exists and is public; make it private on its page, or choose another name"
         )
     return repo_id
 
 
 def open_repository(repo_id: str, private: bool | None = None, token: str | None = None) -> str:
-    """Makes the repository if need be, and asks whether the token may write to it; returns its full name.
+    """Creates the repository if needed and checks that the token may write to it; returns its full name.
 
     Raises:
-        InputError: when it may not.
+        InputError: if it may not.
     """
     keep_addresses_private()
     api = HfApi(token=token)
@@ -238,7 +238,7 @@ def open_repository(repo_id: str, private: bool | None = None, token: str | None
         if role == "read":
             raise InputError(None, "the token may only read; take one with write access")
         repo_id = make_repository(repo_id, private, token)
-        # Asks how a file would be uploaded, which takes the right to do so.
+        # Ask how a file would be uploaded, which requires write access.
         api.preupload_lfs_files(repo_id, [CommitOperationAdd("README.md", b"-")])
         return repo_id
     except DEFECTS:
@@ -257,9 +257,9 @@ def commit(
     token: str | None = None,
     create_pr: bool = False,
 ) -> CommitInfo:
-    """One commit with `files`, and without what `outdated` picks from the paths there.
+    """Makes one commit that adds `files` and removes the paths that `outdated` selects.
 
-    Large files go first and one by one: a further try goes on after those that are there, and no threads are left behind.
+    Large files are uploaded first, one by one, so that a retry skips finished ones and no threads are left behind.
     """
     keep_addresses_private()
     api = HfApi(token=token)
@@ -284,32 +284,32 @@ def push_folder(
     tag: str | None = None,
     replace_variants: bool = True,
 ) -> CommitInfo:
-    """Publishes the folder of a pipeline or a run, with a model card made anew, in one commit.
+    """Publishes the folder of a pipeline or a run, with a new model card, in one commit.
 
-    Weights that were there and are none of the new ones go in the same commit. A folder without the record of a run leaves
-    the card that is there as it is.
+    The commit also removes weights on the Hub that the new ones replace. An existing card is kept if the folder has no
+    record of a run.
 
     Args:
-        folder: as `save_pretrained` or a run wrote it; of other files in it nothing is read.
-        repo_id: `owner/name`; it is made if need be.
-        private: of a repository that is made here; None leaves it to the owner's default.
-        token: instead of that of `hf auth login` or HF_TOKEN.
-        license: of the weights, as the Hub writes it; see `render_card`.
+        folder: as `save_pretrained` or a run wrote it; other files in it are ignored.
+        repo_id: `owner/name`; the repository is created if needed.
+        private: whether a new repository is private; None uses the owner's default.
+        token: token to use instead of that of `hf auth login` or HF_TOKEN.
+        license: license of the weights, as the Hub spells it; see `render_card`.
         create_pr: propose the commit instead of making it.
-        subfolder: put everything there, without a model card.
-        tag: a tag for the commit, moved if there is one.
+        subfolder: folder in the repository for all files; no model card is written.
+        tag: a tag for the commit; an existing tag is moved.
         replace_variants: also remove variants (`fp16`) that the folder does not have.
 
     Raises:
-        InputError: when the folder is no pipeline, adapters would go to their base's repository, or the Hub refuses.
-        HfHubHTTPError, OSError, RuntimeError: when the Hub could not be reached, after all retries.
+        InputError: if the folder is not a pipeline, adapters would be pushed to their base's repository, or the Hub refuses.
+        HfHubHTTPError, OSError, RuntimeError: if the Hub could not be reached after all retries.
     """
     keep_addresses_private()
     folder = Path(folder)
     run = read_run(folder)
     local = run["start"].get("local")
     files = {path: without_paths(path, file, local) for path, file in published_files(folder).items()}
-    # Of adapters alone nothing is replaced: the folder's pipeline is not what is pushed.
+    # Pushing only adapters replaces no weights: the folder's pipeline is not pushed.
     folders = component_folders(folder) if "model_index.json" in files and not subfolder else []
     if subfolder:
         files = {f"{subfolder}/{path}": file for path, file in files.items()}
@@ -337,17 +337,17 @@ def push_folder(
 
 
 def check_base(repo_id: str, options: dict):
-    """Whether a run may be published there.
+    """Checks that a run may be published in a repository.
 
     Raises:
-        InputError: for adapters when it is the repository of their base.
+        InputError: if the run has adapters and the repository is that of their base.
     """
     if options.get("lora_rank") and options.get("pretrained_model_name_or_path") == repo_id:
         raise InputError(None, f"{repo_id} has the weights that the adapters are for; give the adapters another name")
 
 
 def card_there(repo_id: str, license: str | None = None, token: str | None = None) -> str | None:
-    """The model card that a repository has, every tag once and with `license` if given; None where it has none."""
+    """Downloads a repository's model card, without repeated tags and with `license` if given; None if it has no card."""
     api = HfApi(token=token)
     if "README.md" not in api.list_repo_files(repo_id):
         return None
@@ -356,18 +356,18 @@ def card_there(repo_id: str, license: str | None = None, token: str | None = Non
     tags = metadata.get("tags") or []
     if len(tags) == len(dict.fromkeys(tags)) and license in (None, metadata.get("license")):
         return text
-    card = ModelCard(text, ignore_metadata_errors=True)  # has taken the doubles out
+    card = ModelCard(text, ignore_metadata_errors=True)  # parsing removes repeated tags
     card.data.license = license or card.data.license
     return str(card)
 
 
 def has_step_tags(repo_id: str, token: str | None = None) -> bool:
-    """Whether the repository has tags `step-N`, as a run sets them that pushes its checkpoints."""
+    """Whether the repository has tags `step-N`, which a run that pushes its checkpoints sets."""
     return any(tag.name.startswith("step-") for tag in HfApi(token=token).list_repo_refs(repo_id).tags)
 
 
 def move_tag(repo_id: str, tag: str, revision: str, token: str | None = None):
-    """Sets a tag, also where it was another commit's."""
+    """Sets a tag; moves it if it exists."""
     api = HfApi(token=token)
     try:
         api.create_tag(repo_id, tag=tag, revision=revision)

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Autoencoders: images to scaled latents, and the shape of what the transformer is trained on."""
+"""Autoencoders: encode images to scaled latents, and determine the shape of the transformer's input."""
 
 import os
 
@@ -14,10 +14,10 @@ from ..errors import InputError, first_line, hub_problem
 
 
 def load_vae(name_or_path: str, cache_dir: str | None = None) -> torch.nn.Module:
-    """A frozen diffusers autoencoder in float32, from a folder or a Hub name, or from the `vae` folder of a pipeline.
+    """Loads a frozen diffusers autoencoder in float32, from a folder, a Hub name, or the `vae` folder of a pipeline.
 
     Raises:
-        InputError: when there is none, or it is not an image autoencoder.
+        InputError: if it does not exist or is not an image autoencoder.
     """
     if not os.path.isdir(name_or_path) and name_or_path.startswith((".", "/", "~")):
         raise InputError("vae", f"`vae` {name_or_path} is not a folder")
@@ -26,28 +26,28 @@ def load_vae(name_or_path: str, cache_dir: str | None = None) -> torch.nn.Module
         try:
             vae = AutoModel.from_pretrained(name_or_path, subfolder=subfolder, cache_dir=cache_dir)
             break
-        except Exception as error:  # diffusers raises many types; all mean that this is none
+        except Exception as error:  # diffusers raises many types; all mean that it cannot be loaded
             problem = problem or hub_problem(error, name_or_path) or f"diffusers cannot load it ({first_line(error)})"
     else:
         raise InputError(
             "vae",
-            f"`vae` {name_or_path}: {problem}; a folder or Hub name such as stabilityai/sd-vae-ft-ema would do, or `none` "
+            f"`vae` {name_or_path}: {problem}; give a folder or Hub name such as stabilityai/sd-vae-ft-ema, or `none` "
             "to train on pixels",
         )
     if not (hasattr(vae, "encode") and hasattr(vae, "decode")):
         raise InputError(
             "vae",
-            f"`vae` {name_or_path} is a {type(vae).__name__}, not an autoencoder; AutoencoderKL, AutoencoderTiny or "
-            "AutoencoderDC would do",
+            f"`vae` {name_or_path} is a {type(vae).__name__}, not an image autoencoder; give an AutoencoderKL, "
+            "AutoencoderTiny or AutoencoderDC",
         )
     return vae.eval().requires_grad_(False)
 
 
 @torch.no_grad()
 def encode_moments(vae, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Mean and standard deviation of the latents of `pixels [B,3,H,W]` in [-1, 1], as the autoencoder gives them.
+    """Encodes `pixels [B,3,H,W]` in [-1, 1] to the mean and standard deviation of their latents.
 
-    Both are `[B,C,h,w]` float32 and not scaled yet; where an autoencoder has no posterior, the second is None.
+    Both are `[B,C,h,w]` float32 and not scaled yet; the second is None if the autoencoder has no posterior.
     """
     means, stds = [], []
     # 32 at a time: a batch of 256 images of 256 pixels would take tens of gigabytes of activations.
@@ -68,9 +68,9 @@ def scale_and_shift(vae) -> tuple[float, float]:
 
 
 def encode_images(vae, pixels: torch.Tensor, posterior_noise: torch.Tensor | None = None) -> torch.Tensor:
-    """Scaled latents `[B,C,h,w]` float32 of `pixels [B,3,H,W]` in [-1, 1]; the posterior's mean without noise.
+    """Encodes `pixels [B,3,H,W]` in [-1, 1] to scaled latents `[B,C,h,w]` float32: the posterior's mean without noise.
 
-    With `vae=None` these are the pixels themselves.
+    With `vae=None` it returns the pixels.
     """
     if vae is None:
         return pixels
@@ -82,20 +82,20 @@ def encode_images(vae, pixels: torch.Tensor, posterior_noise: torch.Tensor | Non
 
 
 def latent_shape(vae, resolution: int, patch_size: int) -> tuple[int, int, int]:
-    """`(C, h, w)` of what the transformer is trained on.
+    """The shape `(C, h, w)` of the transformer's training input.
 
     Raises:
-        InputError: when the resolution is not a multiple of the autoencoder's factor times the patch size.
+        InputError: if the resolution is not a multiple of the autoencoder's factor times the patch size.
     """
     channels, factor = 3, 1
     if vae is not None:
         try:
             probe = encode_images(vae, torch.zeros(1, 3, 128, 128, device=vae.device))
-        except Exception as error:  # whatever it raises on one blank image, it would raise in training
+        except Exception as error:  # an error on one blank image would also occur in training
             raise InputError(
                 "vae",
-                f"`vae`: a {type(vae).__name__} does not encode RGB images ({first_line(error)}); AutoencoderKL, "
-                "AutoencoderTiny or AutoencoderDC would do",
+                f"`vae`: a {type(vae).__name__} does not encode RGB images ({first_line(error)}); give an "
+                "AutoencoderKL, AutoencoderTiny or AutoencoderDC",
             ) from error
         channels, factor = probe.shape[1], 128 // probe.shape[-1]
     unit = factor * patch_size

@@ -24,7 +24,7 @@ SCHEDULER_CONFIG = {
 
 @functools.cache
 def _tables(device: torch.device) -> dict[str, torch.Tensor]:
-    """What the formulas need of each timestep, computed in float64, kept on the device in float32 `[1000]`."""
+    """The tables of the formulas by timestep, computed in float64 and kept on the device in float32 `[1000]`."""
     beta = DDPMScheduler(**SCHEDULER_CONFIG).betas.double()
     alpha_bar = (1 - beta).cumprod(0)
     previous = torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
@@ -34,7 +34,7 @@ def _tables(device: torch.device) -> dict[str, torch.Tensor]:
         "noise": (1 - alpha_bar).sqrt(),
         "flow_time": (1 - alpha_bar).sqrt() / (alpha_bar.sqrt() + (1 - alpha_bar).sqrt()),
         "log_beta": beta.log(),
-        # It is 0 at n = 0: the next one stands in, as in the original.
+        # The posterior variance is 0 at n = 0, where the original uses the next one.
         "log_posterior_variance": torch.cat([posterior_variance[1:2], posterior_variance[1:]]).log(),
         "mean_from_x0": beta * previous.sqrt() / (1 - alpha_bar),
         "mean_from_xn": (1 - previous) * (1 - beta).sqrt() / (1 - alpha_bar),
@@ -43,12 +43,12 @@ def _tables(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def _at(name: str, timestep: torch.Tensor, ndim: int) -> torch.Tensor:
-    """Entries of a table for timesteps `[B]`, shaped to multiply `[B, ...]` of `ndim` dimensions."""
+    """Looks up a table at timesteps `[B]`, and reshapes the result to multiply a tensor of `ndim` dimensions."""
     return _tables(timestep.device)[name][timestep].reshape(-1, *[1] * (ndim - 1))
 
 
 def discrete_timestep(u: torch.Tensor) -> torch.Tensor:
-    """Integer timesteps 0 ... 999, equally likely, from `u` uniform in [0, 1)."""
+    """Maps `u`, uniform in [0, 1), to equally likely integer timesteps 0 ... 999."""
     return (u * NUM_TIMESTEPS).long().clamp(0, NUM_TIMESTEPS - 1)
 
 
@@ -65,8 +65,8 @@ def predicted_x0(epsilon: torch.Tensor, x_n: torch.Tensor, timestep: torch.Tenso
 def flow_time(timestep: torch.Tensor) -> torch.Tensor:
     """The flow time of the same noise level, `t = sqrt(1 - abar) / (sqrt(abar) + sqrt(1 - abar))`, float32 `[B]`.
 
-    `x_n / (sqrt(abar) + sqrt(1 - abar))` is `(1 - t) x0 + t noise`: what the timestep bins and weights of the alignment
-    loss are in terms of.
+    `x_n / (sqrt(abar) + sqrt(1 - abar))` is `(1 - t) x0 + t noise`. The timestep bins and weights of the alignment loss use
+    this t.
     """
     return _at("flow_time", timestep, 1)
 
@@ -74,14 +74,14 @@ def flow_time(timestep: torch.Tensor) -> torch.Tensor:
 def variational_bound(
     epsilon: torch.Tensor, variance: torch.Tensor, x0: torch.Tensor, x_n: torch.Tensor, timestep: torch.Tensor
 ) -> torch.Tensor:
-    """The term of the variational bound of each sample, in bits per dimension, which trains the learned variance.
+    """Computes each example's term of the variational bound, in bits per dimension, which trains the learned variance.
 
     `KL(q(x_{n-1} | x_n, x0) || p(x_{n-1} | x_n))`, and at n = 0 minus the log-likelihood of x0 in bins of width 2/255
     (arXiv 2006.11239, eq. 13). The model's log-variance lies between the posterior's and that of beta:
     `(v+1)/2 log beta + (1-v)/2 log beta_tilde` (arXiv 2102.09672, eq. 15).
 
     Args:
-        epsilon: predicted noise `[B, ...]`; taken as given, no gradient goes there.
+        epsilon: predicted noise `[B, ...]`; it gets no gradient.
         variance: v, the model's variance channels, `[B, ...]`, about [-1, 1].
         x0, x_n: clean and noisy latents `[B, ...]`.
         timestep: int64 `[B]`.
@@ -107,7 +107,7 @@ def variational_bound(
         + (log_min - log_variance).exp()
         + (true_mean - mean).square() * (-log_variance).exp()
     )
-    # x0's likelihood under the Gaussian's mass in its bin, with open bins at both ends.
+    # The likelihood of x0 is the Gaussian's mass in its bin, with open bins at both ends.
     std = (0.5 * log_variance).exp()
     upper = torch.special.ndtr((x0 - mean + 1 / 255) / std)
     lower = torch.special.ndtr((x0 - mean - 1 / 255) / std)

@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """Linear interpolants: t = 0 is data, t = 1 is noise (SiT, arXiv 2401.08740; docs/method.md).
 
-Everything in this package speaks in this t; `forward_process` translates for checkpoints of other conventions.
+All of this package uses this t; `forward_process` converts it for checkpoints of other conventions.
 """
 
 import torch
@@ -10,7 +10,7 @@ from . import ddpm
 
 
 def interpolate(x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """`x_t = (1 - t) x0 + t noise`; `x0`, `noise` `[B, ...]`, `t [B]` in [0, 1]."""
+    """Returns `x_t = (1 - t) x0 + t noise`; `x0`, `noise` `[B, ...]`, `t [B]` in [0, 1]."""
     t = t.reshape(-1, *[1] * (x0.ndim - 1))
     return (1 - t) * x0 + t * noise
 
@@ -23,7 +23,7 @@ def velocity(x0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 def forward_process(
     x0: torch.Tensor, noise: torch.Tensor, u: torch.Tensor, config
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Noisy latents, and what a transformer of this `config` is asked at them.
+    """Computes noisy latents, and the timestep and target of a transformer with this `config`.
 
     Args:
         x0, noise: `[B, ...]`.
@@ -32,7 +32,7 @@ def forward_process(
 
     Returns:
         x_t `[B, ...]`; the timestep `[B]` in the transformer's convention; the target of its prediction `[B, ...]`; the
-        flow time t `[B]`, 1 being noise: of an epsilon model the t of the same noise level (`ddpm.flow_time`).
+        flow time t `[B]`, 1 being noise; for an epsilon model, the t of the same noise level (`ddpm.flow_time`).
     """
     if config.prediction_type == "epsilon":
         timestep = ddpm.discrete_timestep(u)
@@ -46,11 +46,11 @@ def forward_process(
 def x0_estimate(
     prediction: torch.Tensor, x_t: torch.Tensor, timestep: torch.Tensor, t: torch.Tensor, config
 ) -> torch.Tensor:
-    """The clean latents that a prediction stands for, `x0_hat = x_t - t v`, float32 `[B, ...]`.
+    """Computes the clean latents that a prediction implies, `x0_hat = x_t - t v`, float32 `[B, ...]`.
 
     Args:
-        prediction: of a transformer of this `config`, `[B, ...]`.
-        x_t, timestep, t: as `forward_process` gives them.
+        prediction: output of a transformer with this `config`, `[B, ...]`.
+        x_t, timestep, t: as `forward_process` returns them.
     """
     prediction, x_t = prediction.float(), x_t.float()
     if config.prediction_type == "epsilon":
@@ -60,5 +60,5 @@ def x0_estimate(
 
 
 def flow_matching_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """`L_FM,i = mean_d (v_theta - v)^2` of each sample (of epsilon models, of the noise), float32 `[B]`."""
+    """Computes `L_FM,i = mean_d (v_theta - v)^2` of each example (on the noise for epsilon models), float32 `[B]`."""
     return (prediction.float() - target.float()).square().flatten(1).mean(1)

@@ -1,9 +1,8 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Checkpoints of the SiT, REPA, iREPA and DiT repositories and of diffusers' DiT, to and from ours.
+"""Converts checkpoints of the SiT, REPA, iREPA and DiT repositories and of diffusers' DiT to our format and back.
 
 Keys are renamed and qkv is split or joined; within one convention no value changes, so ours -> official -> ours is
-bit-equal. What the repositories do differently (which way time runs, what is predicted, timestep frequencies) goes into
-the config.
+bit-equal. Differences between the repositories (direction of time, prediction, timestep frequencies) go into the config.
 """
 
 import argparse
@@ -75,7 +74,7 @@ class SavedProjectors:
     Attributes:
         description: `alignment_layers` (blocks, from 1), `alignment_dims` (widths of the encoders), `projector_type`
             (`"mlp"` or `"conv"`) and `projector_dim` (hidden width of the former).
-        state: their weights, by names such as `"projectors.0.4.weight"`; block by block, the encoders within each.
+        state: their weights, by names such as `"projectors.0.4.weight"`, ordered by block and then by encoder.
     """
 
     description: dict
@@ -87,7 +86,7 @@ class SavedProjectors:
 
 
 def convert_checkpoint(path: str, **options) -> SiTTransformer2DModel:
-    """A transformer from any checkpoint that this package knows; `convert_with_projectors` without the projectors."""
+    """Calls `convert_with_projectors` and returns only the transformer."""
     return convert_with_projectors(path, **options)[0]
 
 
@@ -101,26 +100,26 @@ def convert_with_projectors(
     alignment_layer: int | None = None,
     cache_dir: str | None = None,
 ) -> tuple[SiTTransformer2DModel, SavedProjectors | None]:
-    """A transformer from any checkpoint that this package knows, in float32 on the CPU, and the projectors saved with it.
+    """Loads a transformer from any supported checkpoint, in float32 on the CPU, and the projectors saved with it.
 
     Args:
-        path: an official `.pt` (or `.safetensors` in the same keys) of SiT, REPA, iREPA or DiT, its averaged weights
-            where it has them; or a folder or Hub name of a pipeline or transformer, ours or diffusers'
+        path: an official `.pt` (or `.safetensors` with the same keys) of SiT, REPA, iREPA or DiT, whose averaged weights are
+            used if it has them; or a folder or Hub name of a pipeline or transformer, ours or diffusers'
             `DiTTransformer2DModel`.
-        preset: such as `"SiT-XL/2"`; tells SiT from DiT, and is checked against the weights.
+        preset: a name such as `"SiT-XL/2"`; distinguishes SiT from DiT, and is checked against the weights.
         num_attention_heads: the only size that the weights cannot show; not needed for the depths and widths of the
             papers, nor with qk-norm.
         format: one of `FORMATS`. SiT's and DiT's files have the same keys: `"auto"` tells them apart by the training
-            arguments in the file, the preset or a word of the file's name, and takes SiT where nothing tells.
+            arguments in the file, the preset or a word of the file's name, and assumes SiT otherwise.
         num_classes: needed for a label table without a row for "no class" (label dropout 0), unless the training
-            arguments in the file tell; else one less than the table's rows.
-        alignment_layer: the block, counted from 1, that feeds REPA's projectors, where the file does not say.
-        cache_dir: where downloads go.
+            arguments in the file tell; by default one less than the table's rows.
+        alignment_layer: the block, counted from 1, that feeds REPA's projectors, if the file does not say so.
+        cache_dir: folder for downloads.
 
     Raises:
-        InputError: a missing or unknown key (all are listed), a size that does not fit, a file that holds more than
-            tensors and plain values, a diffusers-DiT whose blocks have separate embedders, an argument that contradicts
-            the checkpoint or that it leaves no room for.
+        InputError: if a key is missing or unknown (all are listed), a size does not fit, the file holds more than tensors
+            and plain values, the blocks of a diffusers DiT have separate embedders, or an argument contradicts the
+            checkpoint or does not apply to it.
     """
     if format not in FORMATS:
         raise InputError("format", f"`format` {format!r} must be one of {', '.join(FORMATS)}")
@@ -137,15 +136,13 @@ def convert_with_projectors(
         if str(path).endswith((".pt", ".pth", ".ckpt", ".safetensors")):
             raise InputError(None, f"{path} is not a file")
         if given := [name for name, value in hints.items() if value is not None]:
-            raise InputError(
-                given[0], f"`{given[0]}` {hints[given[0]]}: {path} has a config.json that says it all; leave it out"
-            )
+            raise InputError(given[0], f"`{given[0]}` {hints[given[0]]}: {path} has a complete config.json; remove it")
         return _from_folder_or_hub(path, format, cache_dir)
     state, training_args = read_checkpoint(path)
     if format in ("auto", "diffusers-dit"):
         if format == "diffusers-dit" or "pos_embed.proj.weight" in state:
             raise InputError(
-                None, f"{path}: a diffusers DiT is converted from its folder, which has the config.json beside it"
+                None, f"{path}: a diffusers DiT is converted from its folder, which also has the config.json"
             )
         format, why = detect_format(state, preset, training_args, Path(path).name)
         logger.info(f"{path}: taken as {format} by {why}")
@@ -158,15 +155,17 @@ def convert_with_projectors(
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
         if isinstance(error, InputError):
             raise
-        # Whatever else a file with the right names may hold.
-        raise InputError(None, f"{path} is damaged, or no SiT, REPA or DiT checkpoint: {first_line(error)}") from error
+        # A file with the right names may still hold unexpected content.
+        raise InputError(
+            None, f"{path} is damaged, or not a SiT, REPA or DiT checkpoint: {first_line(error)}"
+        ) from error
 
 
 def read_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict]:
-    """The state dict of a checkpoint file (averaged weights where it has them), and the training arguments in it.
+    """Reads the state dict of a checkpoint file (averaged weights if it has them), and the training arguments in it.
 
     Raises:
-        InputError: for a file that cannot be read without running code from it, or that has no weights.
+        InputError: if the file cannot be read without running code from it, or has no weights.
     """
     try:
         if str(path).endswith(".safetensors"):
@@ -186,7 +185,8 @@ def read_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict]:
         ) from error
     except (OSError, EOFError, RuntimeError, ValueError, SafetensorError) as error:
         raise InputError(
-            None, f"{path} cannot be read as a checkpoint, it may be cut short; get it again ({first_line(error)})"
+            None,
+            f"{path} cannot be read as a checkpoint, it may be truncated; download it again ({first_line(error)})",
         ) from error
     training_args = content.get("args") if isinstance(content, dict) else None
     training_args = vars(training_args) if isinstance(training_args, argparse.Namespace) else training_args
@@ -204,7 +204,7 @@ def read_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict]:
 
 
 def detect_format(state: dict, preset: str | None, training_args: dict, file_name: str) -> tuple[str, str]:
-    """`sit`, `repa`, `irepa` or `dit`, and what told: the keys, or since SiT's and DiT's are the same, other signs."""
+    """Returns `sit`, `repa`, `irepa` or `dit` and the evidence: the keys, or other signs, as SiT and DiT share keys."""
     if any(name.startswith("projectors.") and ".projection_layer." in name for name in state):
         return "irepa", "its projectors"
     if any(name.startswith(("projectors.", "decoder_blocks.")) for name in state):
@@ -227,7 +227,7 @@ def detect_format(state: dict, preset: str | None, training_args: dict, file_nam
 
 
 def official_name(name: str) -> tuple[str, int | None]:
-    """The official key of one of our parameters, and its third of `qkv` if it is q, k or v."""
+    """The official key of one of our parameters, and its index within `qkv` if it is q, k or v."""
     module, kind = name.rsplit(".", 1)
     for official, ours in TOP_NAMES.items():
         if module == ours:
@@ -243,7 +243,7 @@ def official_name(name: str) -> tuple[str, int | None]:
 
 def _from_official(path, state, training_args, preset, num_attention_heads, format, num_classes, alignment_layer):
     state = dict(state)
-    # Early REPA files number the blocks after the aligned one anew.
+    # Early REPA files start the numbering again after the aligned block.
     encoder_depth = len(_numbers(state, "blocks"))
     if any(name.startswith("decoder_blocks.") for name in state):
         alignment_layer = alignment_layer or encoder_depth
@@ -251,17 +251,17 @@ def _from_official(path, state, training_args, preset, num_attention_heads, form
             re.sub(r"^decoder_blocks\.(\d+)", lambda m: f"blocks.{int(m[1]) + encoder_depth}", name): value
             for name, value in state.items()
         }
-    # iREPA wraps either of its projectors; the MLP is REPA's.
+    # iREPA wraps both kinds of projectors; its MLP is REPA's.
     state = {re.sub(r"^(projectors\.\d+)\.projection_layer\.(\d)", r"\1.\2", name): x for name, x in state.items()}
 
     # 1. Sizes, from the shapes of the weights.
     needed = ["x_embedder.proj.weight", "y_embedder.embedding_table.weight", "final_layer.linear.weight", "pos_embed"]
     needed += ["blocks.0.mlp.fc1.weight"]
     if missing := [name for name in needed if name not in state]:
-        raise InputError(None, f"{path} is no SiT, REPA or DiT checkpoint: {', '.join(missing)} not in it")
+        raise InputError(None, f"{path} is not a SiT, REPA or DiT checkpoint: {', '.join(missing)} not in it")
     if state["x_embedder.proj.weight"].ndim != 4 or state["pos_embed"].ndim != 3:
         raise InputError(
-            None, f"{path} is no SiT, REPA or DiT checkpoint: its patch or position embedding has another shape"
+            None, f"{path} is not a SiT, REPA or DiT checkpoint: its patch or position embedding has another shape"
         )
     dim, channels, patch = state["x_embedder.proj.weight"].shape[:3]
     depth = 1 + max(_numbers(state, "blocks"))
@@ -312,7 +312,7 @@ def _from_official(path, state, training_args, preset, num_attention_heads, form
             raise InputError("alignment_layer", f"`alignment_layer` {layer}: {path} has the blocks 1 to {depth}")
     elif alignment_layer is not None:
         raise InputError(
-            "alignment_layer", f"`alignment_layer` {alignment_layer}: {path} has no projectors; leave it out"
+            "alignment_layer", f"`alignment_layer` {alignment_layer}: {path} has no projectors; remove it"
         )
 
     # 4. Every key of the file is used once.
@@ -349,7 +349,7 @@ def _from_official(path, state, training_args, preset, num_attention_heads, form
 
 
 def _mlp_ratio(inner_dim: int, dim: int) -> float:
-    """A ratio that the model's `int(dim * mlp_ratio)` turns into `inner_dim`, whatever the rounding."""
+    """A ratio for which the model's `int(dim * mlp_ratio)` is exactly `inner_dim`, despite rounding."""
     return inner_dim / dim if int(dim * (inner_dim / dim)) == inner_dim else (inner_dim + 0.5) / dim
 
 
@@ -382,7 +382,7 @@ def _attention_heads(path, dim, depth, patch, preset, num_attention_heads, qk_no
     if heads is None:
         raise InputError(
             None,
-            f"{path} has depth {depth} and width {dim}, no known size: give `num_attention_heads` to `vrpo convert`",
+            f"{path} has depth {depth} and width {dim}, which is not a known size: give `num_attention_heads` to `vrpo convert`",
         )
     if dim % heads:
         raise InputError(
@@ -391,15 +391,15 @@ def _attention_heads(path, dim, depth, patch, preset, num_attention_heads, qk_no
     if found not in (None, heads):
         problem = f"`num_attention_heads` {heads}: a model of this depth and width has {found} heads"
         if preset is not None or qk_norm is not None:
-            raise InputError(None, f"{problem}; leave it out")
-        logger.warning(f"{problem}; taken as you say")
+            raise InputError(None, f"{problem}; remove it")
+        logger.warning(f"{problem}; using the given number")
     return heads
 
 
 def _projector_config(path, state: dict, depth: int, training_args: dict, alignment_layer: int | None) -> dict:
     numbers = sorted(_numbers(state, "projectors"))
     if alignment_layer is None:
-        # The REPA paper's choice: 8 for L and XL, 4 for B, which is the early layer of ours but for L.
+        # The REPA paper uses block 8 for L and XL and 4 for B; except for L, this is our `early` layer.
         alignment_layer = training_args.get("encoder_depth") or (8 if depth >= 24 else math.ceil(depth * 2 / 7))
         if "encoder_depth" not in training_args:
             logger.info(f"{path}: projectors taken as fed by block {alignment_layer} (the file does not say)")
@@ -448,33 +448,33 @@ def _check_keys(path, missing, unknown, wrong):
 
 
 def find_transformer(name_or_path: str, cache_dir: str | None = None) -> tuple[dict, str | None]:
-    """The config of the transformer of a pipeline, transformer or training-checkpoint folder, and its subfolder.
+    """Finds the transformer's config, and its subfolder, in a folder of a pipeline, transformer or training checkpoint.
 
-    Of a training checkpoint the averaged weights are taken. A Hub name works as a folder does.
+    For a training checkpoint, these are the averaged weights. A Hub name works as a folder does.
 
     Raises:
-        InputError: when there is none.
+        InputError: if there is no transformer.
     """
     problem = None
     if not Path(name_or_path).is_dir() and name_or_path.startswith((".", "/", "~")):
         raise InputError(None, f"{name_or_path} is neither a folder nor a file")
     if (Path(name_or_path) / "transformer.safetensors").is_file():
         raise InputError(
-            None, f"{name_or_path} holds adapters only; give the run's output folder, whose pipeline is whole"
+            None, f"{name_or_path} holds adapters only; give the run's output folder, which holds the whole pipeline"
         )
     for subfolder in ("transformer_ema", "transformer", None):
         if subfolder == "transformer_ema" and not (Path(name_or_path) / subfolder).is_dir():
             continue
         try:
             config = SiTTransformer2DModel.load_config(name_or_path, subfolder=subfolder, cache_dir=cache_dir)
-        except Exception as error:  # diffusers raises many types; all mean that this is none
+        except Exception as error:  # diffusers raises many types; all mean that it is not a transformer
             if found := hub_problem(error, name_or_path):
                 problem = found
-                break  # asking again for another file takes long and ends the same
+                break  # another request would take long and fail, too
             problem = problem or first_line(error)
             continue
         class_name = config.get("_class_name")
-        # What diffusers called its DiT when the published weights were saved.
+        # The name of diffusers' DiT when the published weights were saved.
         if class_name == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero":
             class_name = "DiTTransformer2DModel"
         if class_name in ("SiTTransformer2DModel", "DiTTransformer2DModel"):
@@ -482,13 +482,13 @@ def find_transformer(name_or_path: str, cache_dir: str | None = None) -> tuple[d
         problem = f"it holds a {class_name}" if class_name else problem
     raise InputError(
         None,
-        f"{name_or_path}: {problem}; a folder or Hub name with a SiTTransformer2DModel or DiTTransformer2DModel, or an "
-        "official .pt file, would do",
+        f"{name_or_path}: {problem}; give a folder or Hub name with a SiTTransformer2DModel or DiTTransformer2DModel, or an "
+        "official .pt file",
     )
 
 
 def pipeline_index(name_or_path: str, cache_dir: str | None = None) -> dict | None:
-    """The `model_index.json` of a pipeline (its components' classes, its class names); None of anything else."""
+    """Reads the `model_index.json` of a pipeline (its components' classes, its class names); None for anything else."""
     if Path(name_or_path).is_file():
         return None
     try:
@@ -498,10 +498,10 @@ def pipeline_index(name_or_path: str, cache_dir: str | None = None) -> dict | No
 
 
 def read_projectors(path: str, config: dict, subfolder: str | None, cache_dir: str | None) -> SavedProjectors | None:
-    """The projectors of a training checkpoint, or of a pipeline or transformer of version 0.1, which had them inside.
+    """Reads the projectors of a training checkpoint, or of a pipeline or transformer of version 0.1.
 
     Args:
-        config, subfolder: as `find_transformer` gives them.
+        config, subfolder: as `find_transformer` returns them.
     """
     averaged = subfolder == "transformer_ema"
     file = Path(path) / ("projectors_ema.safetensors" if averaged else "projectors.safetensors")
@@ -530,7 +530,7 @@ def read_projectors(path: str, config: dict, subfolder: str | None, cache_dir: s
 
 
 def read_projector_file(file: Path) -> SavedProjectors:
-    """The projectors that a training checkpoint keeps in a file, whose metadata describe them."""
+    """Reads the projectors of a training checkpoint from a file whose metadata describe them."""
     with safe_open(file, "pt") as weights:
         description = json.loads((weights.metadata() or {}).get("description", "{}"))
     return SavedProjectors(description, load_file(file))
@@ -571,7 +571,7 @@ def _from_diffusers_dit(path: str, dit: DiTTransformer2DModel) -> SiTTransformer
         if old[name] != supported:
             raise InputError(None, f"{path}: {name} is {old[name]!r}; only DiT's own {supported!r} can be converted")
     state = dit.state_dict()
-    # Each block carries a copy of the embedders; one stands for all only while they are equal.
+    # Each block has a copy of the embedders; one can replace all only while they are equal.
     for name, value in state.items():
         first = re.sub(r"^transformer_blocks\.\d+", "transformer_blocks.0", name)
         if ".norm1.emb." in name and not torch.equal(value, state[first]):
@@ -608,7 +608,7 @@ def _from_diffusers_dit(path: str, dit: DiTTransformer2DModel) -> SiTTransformer
 
 
 def default_scheduler(prediction_type: str):
-    """What a pipeline samples with where nobody chose: Euler on SiT's grid, or DDIM on the DDPM schedule."""
+    """The default scheduler of a pipeline: Euler on SiT's grid, or DDIM on the DDPM schedule."""
     if prediction_type == "velocity":
         return FlowMatchEulerDiscreteScheduler()
     return DDIMScheduler(**ddpm.SCHEDULER_CONFIG, timestep_spacing="trailing")
@@ -619,7 +619,7 @@ def default_scheduler(prediction_type: str):
 
 
 def flip_time(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights of the same flow with time running the other way: `v'(x, t) = -v(x, 1 - t)`; names as in our models.
+    """Converts weights to the opposite direction of time: `v'(x, t) = -v(x, 1 - t)`; names as in our models.
 
     The sign goes into the last layer. With frequencies f, `cos f(1-t) = cos f cos ft + sin f sin ft` and `sin f(1-t) =
     sin f cos ft - cos f sin ft`: the flip is a linear map of the timestep's features, and goes into the first layer that
@@ -643,15 +643,15 @@ def flip_time(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def export_checkpoint(
     model: SiTTransformer2DModel, layout: str, projectors: SavedProjectors | None = None
 ) -> dict[str, torch.Tensor]:
-    """The state dict that the SiT, REPA or DiT repository's model loads with `strict=True`.
+    """Builds the state dict that the SiT, REPA or DiT repository's model loads with `strict=True`.
 
-    The official model must be constructed alike: same sizes, for `sit` and `dit` its `learn_sigma` as in our config, for
+    The official model must be constructed with the same arguments: same sizes, for `sit` and `dit` its `learn_sigma` as in our config, for
     `repa` its `z_dims` and `projector_dim` (`z_dims=[]` without projectors, iREPA's code for conv ones).
     A model whose time runs the other way is converted (`flip_time`), so that it samples the same images there.
     `repa` keeps the projectors of one aligned block and drops variance channels, `sit` and `dit` drop projectors.
 
     Args:
-        model: of any convention.
+        model: a transformer of any convention.
         layout: one of `LAYOUTS`.
         projectors: those saved with the model, if any.
 
@@ -659,7 +659,7 @@ def export_checkpoint(
         float32 tensors on the CPU, by official key.
 
     Raises:
-        InputError: when the official model cannot compute what this one does.
+        InputError: if the official model cannot compute what this one does.
     """
     config = model.config
     if layout not in LAYOUTS:
@@ -715,7 +715,7 @@ def save_official(state: dict[str, torch.Tensor], file: Path):
     """Writes a flat state dict, as `.safetensors` or for `torch.load`.
 
     Raises:
-        InputError: when the file cannot be written.
+        InputError: if the file cannot be written.
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

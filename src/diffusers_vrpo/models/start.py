@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""The transformer that a training starts with: fresh from a preset, or from a checkpoint, fitted to the data."""
+"""The transformer that a run starts with: new from a preset, or from a checkpoint, adapted to the data."""
 
 import contextlib
 import inspect
@@ -24,10 +24,10 @@ LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 
 
 def transformer_config(preset: str | None, model_config: str | None) -> dict:
-    """Constructor arguments of a fresh transformer, from `preset` or the file of `model_config`.
+    """Constructor arguments of a new transformer, from `preset` or the file of `model_config`.
 
     Raises:
-        InputError: for an unknown preset, a file that cannot be read, an argument that the model does not have.
+        InputError: if the preset or an argument is unknown, or the file cannot be read.
     """
     if model_config is None:
         try:
@@ -51,7 +51,7 @@ def transformer_config(preset: str | None, model_config: str | None) -> dict:
 
 @dataclass
 class Start:
-    """What a training starts from: constructor arguments, and with `pretrained_model_name_or_path` weights."""
+    """The start of a run: constructor arguments, and the weights of `pretrained_model_name_or_path`."""
 
     config: dict
     source: SiTTransformer2DModel | None = None
@@ -63,10 +63,10 @@ class Start:
 
 
 def read_start(args) -> Start:
-    """The start that `preset`, `model_config`, `pretrained_model_name_or_path` and `prediction_type` mean.
+    """Reads the start that `preset`, `model_config`, `pretrained_model_name_or_path` and `prediction_type` name.
 
     Raises:
-        InputError: when there is none, or options contradict it.
+        InputError: if it does not exist, or options contradict it.
     """
     name = args.pretrained_model_name_or_path
     if args.lora_rank is not None and not name:
@@ -97,17 +97,17 @@ def read_start(args) -> Start:
 def build_transformer(
     args, start: Start, latent_shape: tuple, num_classes: int, id2label: dict | None, draw: bool = True
 ) -> tuple[SiTTransformer2DModel, str | None]:
-    """The transformer to train, made for the data; `load_start` gives it the weights to start from.
+    """Builds the transformer to train, adapted to the data; `load_start` then loads the starting weights.
 
     Args:
         latent_shape: channels, height and width.
-        draw: draw its weights from torch's generator; else they are not initialised, and somebody must.
+        draw: draw its weights from torch's generator; otherwise the caller must initialise them.
 
     Returns:
-        the transformer; where it starts from weights of other classes than the data's, what the difference is.
+        the transformer; and a description of the difference if the classes of the starting weights are not the data's.
 
     Raises:
-        InputError: when weights and data do not fit, or the configuration makes no model.
+        InputError: if weights and data do not fit, or the configuration is not valid for the model.
     """
     config, source, name = dict(start.config), start.source, args.pretrained_model_name_or_path
     channels, height, width = latent_shape
@@ -148,15 +148,15 @@ def build_transformer(
 
 
 def load_start(transformer: SiTTransformer2DModel, args, start: Start, difference: str | None):
-    """Gives a transformer of `build_transformer` the weights that training starts from, and its adapters.
+    """Loads the starting weights into a transformer of `build_transformer`, and adds its adapters.
 
-    Its `adapters_suffice` says whether the adapters alone, on the base from the Hub, are the whole result.
+    Sets its `adapters_suffice`: whether the adapters, on the base from the Hub, are the whole result.
 
     Args:
-        difference: between the classes, as `build_transformer` gives it.
+        difference: between the classes, as `build_transformer` returns it.
 
     Raises:
-        InputError: when the weights do not fit.
+        InputError: if the weights do not fit.
     """
     source, name = start.source, args.pretrained_model_name_or_path
     if source is not None:
@@ -174,7 +174,7 @@ def load_start(transformer: SiTTransformer2DModel, args, start: Start, differenc
             logger.info(f"{name}: {note}")
     if args.lora_rank:
         add_lora(transformer, args.lora_rank, train_labels=difference is not None)
-    # Where labels, the row of no class and positions are the base's, and others can have that.
+    # Labels, the row of the null class and positions must be those of the base, and the base must be public.
     same_null_class = source is not None and transformer.null_class_id == source.null_class_id
     same_positions = source is not None and transformer.grid_size == source.grid_size
     transformer.adapters_suffice = bool(
@@ -183,15 +183,15 @@ def load_start(transformer: SiTTransformer2DModel, args, start: Start, differenc
 
 
 def public_config(config: dict) -> dict:
-    """Constructor arguments alone, without what diffusers adds (`_class_name`, ...)."""
+    """The constructor arguments in a config, without the entries that diffusers adds (`_class_name`, ...)."""
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 def choose_prediction(config: dict, prediction_type: str | None, learn_sigma: bool | None, pretrained: str | None):
-    """Puts `prediction_type` and `learn_sigma` into a config, where they are given.
+    """Writes `prediction_type` and `learn_sigma` into a config, if they are given.
 
     Raises:
-        InputError: when weights to start from were trained otherwise, or the velocity is to have a learned variance.
+        InputError: if they contradict the starting weights, or `learn_sigma` is combined with velocities.
     """
     for name, value, default in (
         ("prediction_type", prediction_type, "velocity"),
@@ -200,12 +200,12 @@ def choose_prediction(config: dict, prediction_type: str | None, learn_sigma: bo
         if value is not None and pretrained and config.get(name, default) != value:
             asked = f"`{name}`" + ("" if value is True else " off" if value is False else f" {value}")
             raise InputError(
-                name, f"{asked}: {pretrained} was trained with {name} {config.get(name, default)}; leave it out"
+                name, f"{asked}: {pretrained} was trained with {name} {config.get(name, default)}; remove it"
             )
         if value is not None:
             config[name] = value
     if prediction_type == "velocity" and not pretrained:
-        config["learn_sigma"] = False  # a DiT preset's variance has no loss here
+        config["learn_sigma"] = False  # velocities have no loss for the variance of a DiT preset
     if learn_sigma and config.get("prediction_type", "velocity") != "epsilon":
         raise InputError(
             "learn_sigma", "`learn_sigma` trains a diffusion's variance; it needs `prediction_type` epsilon"
@@ -215,13 +215,13 @@ def choose_prediction(config: dict, prediction_type: str | None, learn_sigma: bo
 def fit_transformer(
     transformer: SiTTransformer2DModel, pretrained: SiTTransformer2DModel, same_classes: bool = True
 ) -> list[str]:
-    """Copies the weights of `pretrained` wherever they mean the same.
+    """Copies the weights of `pretrained` that have the same meaning.
 
-    The label table keeps its rows where the classes are the same, and the row for "no class" in any case; everything else
-    is copied.
+    The label table keeps its rows if the classes are the same, and always the row for "no class"; all other weights are
+    copied.
 
     Returns:
-        a sentence for the log about each part that starts again.
+        a sentence for the log about each part that is initialised again.
     """
     notes = []
     old, state = pretrained.state_dict(), transformer.state_dict()
@@ -245,11 +245,11 @@ def fit_transformer(
 
 
 def add_lora(model: SiTTransformer2DModel, rank: int, train_labels: bool):
-    """Freezes the model but for low-rank adapters (arXiv 2106.09685) of its blocks.
+    """Freezes the model and adds low-rank adapters (arXiv 2106.09685) to its blocks.
 
     Args:
-        rank: of the adapters on the attention and feed-forward layers; their scale is 1.
-        train_labels: also train the label table, where it starts again.
+        rank: rank of the adapters on the attention and feed-forward layers; their scale is 1.
+        train_labels: also train the label table, because it is new.
     """
     from peft import LoraConfig
 

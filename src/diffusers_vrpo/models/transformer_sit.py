@@ -1,8 +1,8 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """SiT (arXiv 2401.08740) and DiT (arXiv 2212.09748), one architecture, as a diffusers model.
 
-Patches, adaLN-zero blocks, one timestep and one label embedder shared by all blocks; what distinguishes checkpoints of
-the two (what is predicted, which way time runs) is in the config. This file imports torch and diffusers only, so that it
+Patches, adaLN-zero blocks, one timestep and one label embedder shared by all blocks; the differences between checkpoints
+of the two (the prediction and the direction of time) are in the config. This file imports torch and diffusers only, so that it
 can be published beside the weights.
 """
 
@@ -33,7 +33,7 @@ SIT_SIZES = {
     "XL": {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72},
 }
 SIT_PATCH_SIZES = (1, 2, 4, 8)
-# What version 0.1 had among the arguments, for projectors that were part of the model; its config.json files name them.
+# Arguments of version 0.1 for projectors that were part of the model; its config.json files name them.
 REMOVED_ARGUMENTS = ("alignment_layers", "alignment_dims", "projector_type", "projector_dim")
 SIT_PRESETS = tuple(f"{kind}-{size}/{p}" for kind in ("SiT", "DiT") for size in SIT_SIZES for p in SIT_PATCH_SIZES)
 
@@ -44,7 +44,7 @@ def sit_preset(name: str) -> dict:
     SiT predicts the velocity; DiT predicts the noise at integer timesteps, with a learned variance.
 
     Raises:
-        ValueError: for an unknown name; the message lists the nearest presets.
+        ValueError: if the name is unknown; the message lists the nearest presets.
     """
     by_lower_case = {preset.lower(): preset for preset in SIT_PRESETS}
     preset = by_lower_case.get(name.lower())
@@ -151,10 +151,10 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         num_classes (`int`): K; labels are 0 ... K-1.
         null_class_id (`int`, *optional*): the label that means "no class", at least K; K when not given.
         class_dropout_prob (`float`): share of labels replaced by the null class in training. With 0 and no
-            `null_class_id` there is no null class, and no guidance.
+            `null_class_id` the model has no null class and cannot be guided.
         prediction_type (`str`): `"velocity"` or `"epsilon"`.
         time_direction (`str`): `"data_to_noise"` or `"noise_to_data"`; only the former with `"epsilon"`.
-        learn_sigma (`bool`): the last layer also has variance channels; they are cut from the output unless asked for.
+        learn_sigma (`bool`): the last layer also has variance channels; they are removed from the output unless requested.
         guidance_channels (`int`, *optional*): how many channels the official sampler guides (3 of 4 in SiT and DiT);
             all when not given.
         qk_norm (`bool`): LayerNorm on queries and keys of each head.
@@ -250,12 +250,12 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
-        """diffusers' own, without its warning about the arguments that version 0.1 wrote for its projectors."""
+        """Overrides diffusers' method to avoid its warning about the projector arguments of version 0.1."""
         config_dict = {name: value for name, value in config_dict.items() if name not in REMOVED_ARGUMENTS}
         return super().extract_init_dict(config_dict, **kwargs)
 
     def enable_cache(self, config):
-        """Caching at inference (`FirstBlockCacheConfig`, ...); tells diffusers' hooks what the blocks return."""
+        """Enables caching at inference (`FirstBlockCacheConfig`, ...); registers the blocks' output for diffusers' hooks."""
         from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 
         TransformerBlockRegistry.register(SiTTransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0))
@@ -303,7 +303,7 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         # Under autocast the tokens between the blocks stay in the weights' float32, as in the official code.
         weight_dtype = self.patch_embed.weight.dtype
         hidden_states = self.patch_embed(hidden_states).flatten(2).transpose(1, 2).to(weight_dtype)
-        # Contiguous: of strided tokens Inductor's CPU backward gives wrong gradients (torch 2.13), and one layout lets all
+        # Contiguous: Inductor's CPU backward gives wrong gradients for strided tokens (torch 2.13), and one layout lets all
         # blocks share a compiled graph.
         hidden_states = (hidden_states + pos_embed.to(weight_dtype)).contiguous()
         timestep = timestep.expand(batch_size)

@@ -9,5 +9,5 @@ from .scheduling_sit_sde import SiTSDEScheduler
 
 __all__ = ["SiTSDEScheduler", "VRPOPipeline"]
 
-# diffusers loads components of these libraries only (so named in `model_index.json`); their base classes are its own.
+# diffusers loads components only from the libraries listed here, by their name in `model_index.json`.
 LOADABLE_CLASSES.setdefault("diffusers_vrpo", {})

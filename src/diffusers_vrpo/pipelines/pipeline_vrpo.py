@@ -24,12 +24,12 @@ from diffusers.utils.torch_utils import randn_tensor
 
 
 logger = logging.get_logger(__name__)
-# Of the components that diffusers does not have: the file that a published pipeline carries beside their weights.
+# Files with the code of the components that diffusers does not have; a published pipeline has them beside the weights.
 COMPONENT_FILES = {"SiTTransformer2DModel": "transformer_sit", "SiTSDEScheduler": "scheduling_sit_sde"}
-# The installed package, of which this file may be a part; published, it stands alone.
+# The package that this file is part of; a published copy of the file works without it.
 PACKAGE = "diffusers_vrpo" if __name__.startswith("diffusers_vrpo.") else None
 
-# Which schedulers take which prediction, for the messages.
+# The schedulers for each kind of prediction, for error messages.
 VELOCITY_SCHEDULERS = (
     "FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, SiTSDEScheduler, or DPMSolverMultistepScheduler "
     "or UniPCMultistepScheduler with use_flow_sigmas=True and prediction_type='flow_prediction'"
@@ -40,12 +40,12 @@ NOISE_SCHEDULERS = (
 
 
 def guide(prediction: torch.Tensor, guidance_scale: float, channels: int) -> torch.Tensor:
-    """Classifier-free guidance of the first `channels`: `null + w (class - null)`; the rest is the class's.
+    """Applies classifier-free guidance to the first `channels`: `null + w (class - null)`; the others keep the class's.
 
     Args:
         prediction: `[2B, C, H, W]`, for the classes and then for the null class.
         guidance_scale: w.
-        channels: how many are guided, 1 ... C.
+        channels: the number of guided channels, 1 ... C.
 
     Returns:
         `[B, C, H, W]`.
@@ -55,7 +55,7 @@ def guide(prediction: torch.Tensor, guidance_scale: float, channels: int) -> tor
     return torch.cat([guided[:, :channels], of_class[:, channels:]], dim=1)
 
 
-# The mixin is for any pipeline whose adapters are all on its `transformer`; diffusers has no name for it without a model.
+# The mixin works for any pipeline whose adapters are all on its `transformer`, despite its name.
 class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
     """Samples images of given classes by an ODE or SDE solver, with classifier-free guidance.
 
@@ -82,7 +82,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
     def __init__(self, transformer, scheduler, vae=None, id2label=None):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
-        # JSON has string keys only: store them so, and get the same after a round trip.
+        # JSON has string keys only: store strings, so that a round trip changes nothing.
         id2label = {str(key): name for key, name in (id2label or {}).items()}
         self.register_to_config(id2label=id2label)
         self.image_processor = VaeImageProcessor(do_resize=False)
@@ -107,7 +107,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         """Writes `model_index.json`, and beside it the code that it names: this file and those of the components.
 
         Raises:
-            ValueError: with `push_to_hub`, which publishes a whole pipeline only.
+            ValueError: if `push_to_hub` is set: only a whole pipeline can be published.
         """
         if push_to_hub:
             raise ValueError("`save_config` cannot publish: use `pipeline.push_to_hub`, which takes the weights along")
@@ -132,7 +132,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
 
     @classmethod
     def _dict_from_json_file(cls, json_file, **options):
-        """The index; the classes that it has from files beside the weights are the package's own where that is installed."""
+        """Reads the index; classes from files beside the weights become the package's own if that is installed."""
         index = super()._dict_from_json_file(json_file, **options)
         if PACKAGE is None:
             return index
@@ -144,7 +144,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         return index
 
     def _upload_folder(self, working_dir, repo_id, token=None, commit_message=None, create_pr=False, subfolder=None):
-        """What `push_to_hub` ends with: a model card of our own, or the one that is there, whose tags diffusers would double."""
+        """Adds our model card to an upload of `push_to_hub`; an existing card is kept, since diffusers would repeat its tags."""
         try:
             hub = importlib.import_module("diffusers_vrpo.hub.publish")
         except ImportError:
@@ -160,11 +160,11 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         )
 
     def get_label_ids(self, class_labels: int | str | list[int | str] | torch.Tensor) -> list[int]:
-        """Class ids for ids or names (case does not matter; a string is one name, not its characters).
+        """Returns the class ids for ids or names (case does not matter; a string is one name).
 
         Raises:
-            ValueError: for an id out of range, an unknown name (the message has the nearest ones), or a name that two
-                classes share.
+            ValueError: if an id is out of range, a name is unknown (the message lists the nearest ones), or two classes
+                share a name.
         """
         if isinstance(class_labels, torch.Tensor | np.ndarray):
             class_labels = class_labels.reshape(-1).tolist()
@@ -200,17 +200,17 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
 
     @property
     def scheduler_options(self) -> dict:
-        """The scheduler's own options; its config also keeps those of another that it was made from, unused."""
+        """The scheduler's own options, without unused ones in its config from a scheduler that it was created from."""
         own = inspect.signature(type(self.scheduler)).parameters
         return {key: value for key, value in self.scheduler.config.items() if key in own}
 
     @property
     def learned_variance(self) -> bool:
-        """Whether the scheduler takes the variance from the transformer."""
+        """Whether the scheduler uses the transformer's learned variance."""
         return self.scheduler_options.get("variance_type") in ("learned", "learned_range")
 
     def check_scheduler(self):
-        """A ValueError when the scheduler does not go with what the transformer predicts."""
+        """Raises ValueError if the scheduler cannot be combined with what the transformer predicts."""
         name, options, config = type(self.scheduler).__name__, self.scheduler_options, self.transformer.config
         kind, flow_sigmas = options.get("prediction_type"), options.get("use_flow_sigmas", False)
         is_flow = hasattr(self.scheduler, "scale_noise") or (kind == "flow_prediction" and flow_sigmas)
@@ -224,11 +224,11 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             raise ValueError(
                 f"`scheduler`: the transformer predicts noise, which this {name} does not take; use {NOISE_SCHEDULERS}"
             )
-        # Clipping is for pixels; latents are no numbers in [-1, 1].
+        # Clipping is for pixels; latents are not limited to [-1, 1].
         clips = [key for key in ("clip_sample", "thresholding") if options.get(key)]
         if clips and (self.vae is not None or config.in_channels > 3):
             raise ValueError(f"`scheduler`: {clips[0]}=True cuts latents off; build this {name} with {clips[0]}=False")
-        # Where others than DDPM have the option, they cut the prediction to three channels.
+        # Other schedulers than DDPM that have the option cut the prediction to three channels.
         is_ddpm = isinstance(self.scheduler, DDPMScheduler)
         if self.learned_variance and not (is_ddpm and config.learn_sigma):
             raise ValueError(
@@ -278,7 +278,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             )
 
     def prepare_latents(self, batch_size, generator, device, latents=None) -> torch.Tensor:
-        """Float32 noise of the transformer's sample size, or the given latents after a check of their shape."""
+        """Draws float32 noise of the transformer's sample size, or checks the shape of the given latents."""
         config = self.transformer.config
         size = config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
@@ -304,14 +304,15 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         else:
             scheduler.set_timesteps(num_inference_steps, device=device)
         if isinstance(scheduler, FlowMatchHeunDiscreteScheduler):
-            # It takes no grid, and its own ends at 1/1000. Two evaluations a step, at both ends; the last is Euler's.
+            # Heun does not accept a grid, and its own ends at 1/1000. It has two evaluations per step, at both ends; the
+            # last step is Euler's.
             shift = scheduler.config.shift
             sigmas = torch.from_numpy(shift * sigmas / (1 + (shift - 1) * sigmas)).float().to(device)
             sigmas = torch.cat([sigmas[:1], sigmas[1:].repeat_interleave(2)])
             scheduler.timesteps = sigmas * scheduler.config.num_train_timesteps
             scheduler.sigmas = torch.cat([sigmas, torch.zeros_like(sigmas[:1])])
         if hasattr(scheduler, "set_begin_index"):
-            # Looked up by timestep, the first step is ambiguous where two timesteps are rounded to the same integer.
+            # A lookup by timestep would be ambiguous if two timesteps round to the same integer.
             scheduler.set_begin_index(0)
 
         timesteps = scheduler.timesteps
@@ -325,10 +326,10 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         if self.transformer.config.prediction_type == "epsilon":
             alpha_bar = scheduler.alphas_cumprod.cpu().double().numpy()
             alpha_bar = np.interp(timesteps.cpu().double().numpy(), np.arange(len(alpha_bar)), alpha_bar)
-            # Of the same noise level.
+            # The flow times of the same noise levels.
             flow_times = np.sqrt(1 - alpha_bar) / (np.sqrt(alpha_bar) + np.sqrt(1 - alpha_bar))
             return timesteps, flow_times.tolist()
-        # The timesteps of the multistep solvers are rounded, the sigmas are not.
+        # The multistep solvers round timesteps, but not sigmas.
         sigmas = scheduler.sigmas[: len(timesteps)]
         return sigmas.to(device), sigmas.tolist()
 
@@ -340,11 +341,11 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         guidance_scale: float = 1.0,
         guidance_channels: int | None = None,
     ) -> torch.Tensor:
-        """What the scheduler's `step` takes: the guided velocity `noise - x0`, or noise (and a learned variance).
+        """Computes the input of the scheduler's `step`: the guided velocity `noise - x0`, or noise (and learned variance).
 
         Args:
             latents: scaled for the model, `[B, C, H, W]`.
-            time: the flow time t, 1 being noise; of a model that predicts noise the timestep. `[]`.
+            time: the flow time t, 1 being noise, or the timestep for a model that predicts noise; `[]`.
             labels: class ids, `[B]`.
             guidance_scale, guidance_channels: as in `__call__`.
 
@@ -358,7 +359,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             latents = torch.cat([latents, latents])
             labels = torch.cat([labels, torch.full_like(labels, self.transformer.null_class_id)])
         arguments = {"return_variance": True} if self.learned_variance else {}
-        # Two batch sizes: what a cache keeps of one must not serve the other.
+        # Guided and unguided batches differ in size: a cache must not reuse one for the other.
         with self.transformer.cache_context("guided" if is_guided else "unguided"):
             prediction = self.transformer(
                 latents.to(self.transformer.dtype),
@@ -397,27 +398,27 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
     ) -> ImagePipelineOutput | tuple:
         """
         Args:
-            class_labels: class ids (`0 ... num_classes - 1`) or names, one or a list.
+            class_labels: class ids (`0 ... num_classes - 1`) or names, a single one or a list.
             num_images_per_label (`int`): images of each label, next to each other in the output.
             num_inference_steps (`int`): solver steps.
             guidance_scale (`float`): w of `v_null + w (v_class - v_null)`; 1 turns guidance off.
             guidance_interval (`(float, float)`): guidance acts where `low <= t <= high`, t = 1 being noise; outside it
-                the unconditional half is not computed (arXiv 2404.07724). A step of two evaluations (Heun) goes by the
-                t that it starts from; DDPM timesteps by the t of the same noise level.
-            guidance_channels (`int`, *optional*): only so many first channels are guided, 1 ... channels; when not
-                given, as many as the transformer's config says, or all.
-            generator (`torch.Generator` or a list, one per image): makes the noise reproducible, that of the start and
-                that of the steps.
+                the unconditional half is not computed (arXiv 2404.07724). A step of two evaluations (Heun) uses the t
+                that it starts from; a DDPM timestep uses the t of the same noise level.
+            guidance_channels (`int`, *optional*): the number of first channels that are guided, 1 ... channels; by
+                default that of the transformer's config, or all.
+            generator (`torch.Generator` or a list, one per image): draws the starting noise and the noise of the steps,
+                which makes images reproducible.
             latents (`torch.Tensor` of shape `(images, channels, height, width)`): the noise to start from, of standard
                 deviation 1.
             output_type (`str`): `"pil"`, `"np"` `[B,H,W,3]` in [0, 1], `"pt"` `[B,3,H,W]` in [0, 1], or `"latent"`.
             return_dict (`bool`): an [`ImagePipelineOutput`] instead of a tuple.
             callback_on_step_end: called as `f(pipeline, step, timestep, {"latents": ...})` after every step (of Heun,
-                every half); what it returns under `"latents"` replaces them.
-            callback_on_step_end_tensor_inputs: which tensors the callback gets.
+                every half); if it returns `"latents"`, these replace the current ones.
+            callback_on_step_end_tensor_inputs: the tensors passed to the callback.
 
         Raises:
-            ValueError: for a bad argument, or a scheduler that does not go with the transformer, in one sentence.
+            ValueError: if an argument is wrong, or the scheduler cannot be combined with the transformer.
         """
         config = self.transformer.config
         if guidance_channels is None:
@@ -443,12 +444,12 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         latents = self.prepare_latents(len(labels), generator, device, latents)
         latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
-        # 2. Guided or not is decided on the host once per step, with room for rounding at the borders of the interval.
+        # 2. The host decides once per step whether to guide, with a tolerance for rounding at the ends of the interval.
         low, high = guidance_interval
         step_starts = [flow_times[i - i % self.scheduler.order] for i in range(len(timesteps))]
         scales = [guidance_scale if low - 1e-6 <= t <= high + 1e-6 else 1.0 for t in step_starts]
 
-        # 3. Denoise. Latents stay float32 whatever the transformer's dtype is: rounding them at each step adds up.
+        # 3. Denoise. Latents stay float32 for any dtype of the transformer: rounding errors of the steps would add up.
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         step_arguments = {"generator": generator} if takes_generator else {}
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
@@ -473,7 +474,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Float32 pixels in about [-1, 1]; undoes the autoencoder's scaling and shift."""
+        """Decodes latents to float32 pixels in about [-1, 1]; undoes the autoencoder's scaling and shift."""
         if self.vae is None:
             return latents
         scale = getattr(self.vae.config, "scaling_factor", None) or 1.0

@@ -1,13 +1,13 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""A folder of samples: what made it, PNG files, an .npz file; written so that a stopped run goes on where it was.
+"""A folder of samples: a manifest, PNG files and an .npz file, written so that a stopped run continues where it stopped.
 
     manifest.json      pipeline and its checksum, options, versions, the label of every image, `complete`
     000000.png ...     8-bit RGB (`output_format` png and `both`)
     samples.npz        `arr_0` uint8 `[N,H,W,3]` and `arr_1` int64 `[N]`, the labels, as ADM writes them (`npz`, `both`)
-    parts/000000.npy   the images of a batch, until `samples.npz` is whole (`npz` only)
+    parts/000000.npy   the images of a batch, until `samples.npz` is complete (`npz` only)
 
-A file is there whole or not at all (temporary names, then renamed), so what is missing is what is to be computed. Images
-come in batches of fixed composition: batch b is images `b batch_size ... (b + 1) batch_size - 1`.
+Files are written atomically (under a temporary name, then renamed), so a missing file is one that is still to be computed.
+Batches have a fixed composition: batch b is images `b batch_size ... (b + 1) batch_size - 1`.
 """
 
 import itertools
@@ -27,7 +27,7 @@ from ..files import write_atomically
 
 FORMAT = 1
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
-# What a difference is called in an error.
+# How errors name a setting that differs.
 NAMES = {
     "pipeline_checksum": "the weights or the config of PIPELINE",
     "scheduler": "the scheduler of PIPELINE",
@@ -45,7 +45,7 @@ class SampleFolder:
     Args:
         folder: its path.
         manifest: `{"pipeline", "pipeline_checksum", "options": {"num_images", "batch_size", "output_format", ...},
-            "versions", "labels"}`, JSON types; the images must be a function of checksum, options and versions.
+            "versions", "labels"}`, JSON types; checksum, options and versions must determine the images.
     """
 
     def __init__(self, folder: Path, manifest: dict):
@@ -63,20 +63,20 @@ class SampleFolder:
         return self.folder / "parts" / f"{batch:06d}.npy"
 
     def indices(self, batch: int) -> range:
-        """The images of a batch that are kept; the last batch is computed whole all the same."""
+        """The indices of a batch's images that are kept; the last batch is padded when it is computed."""
         return range(batch * self.batch_size, min((batch + 1) * self.batch_size, self.num_images))
 
     # ------------------------------------------------------------------------------------------------------------------
     # Before
 
     def prepare(self, overwrite: bool = False) -> tuple[list[int], list[str]]:
-        """Makes the folder ready, by one process while no other writes.
+        """Prepares the folder; one process calls it while no other writes.
 
         Returns:
-            the batches that have missing images, and how versions or device differ from those that began the folder.
+            the batches with missing images, and how versions or device differ from those that started the folder.
 
         Raises:
-            InputError: when the folder holds something else, or samples made otherwise, or cannot be written.
+            InputError: if the folder holds something else or other samples, or cannot be written.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -123,7 +123,7 @@ class SampleFolder:
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
                 "output_dir",
-                f"`output_dir` {self.folder}: manifest.json is not one of samples ({first_line(error)}); choose a new or "
+                f"`output_dir` {self.folder}: manifest.json is not a manifest of samples ({first_line(error)}); choose a new or "
                 "empty folder",
             ) from error
         raise InputError(
@@ -132,7 +132,7 @@ class SampleFolder:
         )
 
     def _refuse_another(self, found: dict):
-        """Ends where the samples in the folder were made otherwise; more images of the same kind may be asked for."""
+        """Raises InputError if the samples in the folder were made with other options; `num_images` may grow."""
         was = {"pipeline_checksum": found["pipeline_checksum"], **found["options"]}
         now = {"pipeline_checksum": self.manifest["pipeline_checksum"], **self.manifest["options"]}
         for name in [*now, *was]:
@@ -144,12 +144,12 @@ class SampleFolder:
                 what = f"{NAMES[name]} differed"
             raise InputError(
                 "output_dir",
-                f"`output_dir` {self.folder} holds samples made otherwise: {what}; keep to that, choose another folder, "
+                f"`output_dir` {self.folder} holds samples made with other options: {what}; keep to that, choose another folder, "
                 "or give `overwrite`",
             )
 
     def _remove(self):
-        """What this class wrote, the manifest last: until it goes, the folder is known to be one of samples."""
+        """Removes the files of this class, the manifest last: it marks the folder as one of samples until then."""
         for path in [*self.folder.glob("[0-9]*.png"), *self.folder.glob("parts/[0-9]*.npy"), self.npz]:
             if path == self.npz or path.stem.isdigit():
                 path.unlink(missing_ok=True)
@@ -170,9 +170,9 @@ class SampleFolder:
     # Images
 
     def write(self, batch: int, images: np.ndarray, pool: Executor) -> list[Future]:
-        """Writes what is missing of a batch, in other threads; `images` uint8 `[B,H,W,3]`, with the padding.
+        """Writes the missing files of a batch in other threads; `images` are uint8 `[B,H,W,3]`, with the padding.
 
-        `result()` of what it returns raises the OSError of a file that could not be written.
+        `result()` of a returned future raises OSError if its file could not be written.
         """
         indices = self.indices(batch)
         if self.output_format == "npz":
@@ -181,16 +181,16 @@ class SampleFolder:
         return [pool.submit(write_png, self.png(i), images[i - indices.start]) for i in missing]
 
     def read(self, batch: int) -> np.ndarray:
-        """The kept images of a batch, uint8 `[n,H,W,3]`."""
+        """Reads the kept images of a batch, uint8 `[n,H,W,3]`."""
         if self.output_format == "npz":
             return np.load(self.part(batch))
         return np.stack([np.asarray(Image.open(self.png(i)).convert("RGB")) for i in self.indices(batch)])
 
     def finish(self):
-        """When all images are there, by one process: `samples.npz` if asked for, and the manifest is `complete`.
+        """Writes `samples.npz` if requested and marks the manifest `complete`; one process calls it after all images.
 
         Raises:
-            InputError: when a file cannot be read or written.
+            InputError: if a file cannot be read or written.
         """
         try:
             if self.output_format != "png" and not self.npz.exists():
@@ -205,16 +205,16 @@ class SampleFolder:
 
 
 def unfinished_samples(folder: Path) -> int | None:
-    """How many images a folder of samples is to have that has not got them yet; None for any other folder."""
+    """The number of images that an unfinished folder of samples will have; None for any other folder."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         return None if manifest["complete"] else manifest["options"]["num_images"]
-    except (OSError, ValueError, KeyError, TypeError):  # another program's
+    except (OSError, ValueError, KeyError, TypeError):  # another program's manifest
         return None
 
 
 def is_whole_png(path: Path) -> bool:
-    """Whether the file is there and ends as a PNG does; one that a power failure cut short does not."""
+    """Whether the file exists and has the end of a PNG, which a file truncated by a power failure lacks."""
     try:
         with path.open("rb") as file:
             file.seek(-len(PNG_END), os.SEEK_END)
@@ -239,11 +239,11 @@ def write_array(path: Path, array: np.ndarray):
 
 
 def write_npz(path: Path, batches: Iterator[np.ndarray], num_images: int, labels: list[int]):
-    """ADM's sample file, uncompressed, of batches uint8 `[n,H,W,3]`, of which one at a time is in memory."""
+    """Writes ADM's sample file, uncompressed, from batches uint8 `[n,H,W,3]`, with one batch in memory at a time."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as raw:
         with zipfile.ZipFile(raw, "w", zipfile.ZIP_STORED) as archive:
-            # A ZipInfo of its own has no date: the same samples are the same bytes.
+            # A ZipInfo without a date, so that the same samples give the same bytes.
             with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
                 first = next(batches)
                 header = {"descr": "|u1", "fortran_order": False, "shape": (num_images, *first.shape[1:])}

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Samplers and the noise of sample i: what drawing images from a pipeline needs, without files."""
+"""Samplers, and the random streams of sample i: drawing images from a pipeline in memory."""
 
 import argparse
 import inspect
@@ -28,7 +28,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What is drawn for image i
+# Random numbers of image i
 
 
 def start_noise(seed: int, index: int, shape: tuple[int, int, int]) -> torch.Tensor:
@@ -39,14 +39,15 @@ def start_noise(seed: int, index: int, shape: tuple[int, int, int]) -> torch.Ten
 def step_generator(seed: int, index: int) -> torch.Generator:
     """The generator, on the CPU, of the noise that the steps add to image `index`.
 
-    torch's takes 32 bits of a seed: counting from a place that `seed` chooses, no two images of a run get the same.
+    torch's generator uses 32 bits of a seed: indices count up from an offset given by `seed`, so that no two images of a
+    run share a generator.
     """
     first = int(random_stream(seed, 0, STEPS).integers(2**32))
     return torch.Generator().manual_seed((first + index) % 2**32)
 
 
 def image_label(seed: int, index: int, labels: list[int], class_balance: str) -> int:
-    """The class of image `index`: `labels` in turn (`"balanced"`), or one of them drawn (`"random"`)."""
+    """The class of image `index`: `labels` in turn (`"balanced"`), or a random one of them (`"random"`)."""
     if class_balance == "balanced":
         return labels[index % len(labels)]
     return labels[random_stream(seed, index, LABEL).integers(len(labels))]
@@ -62,7 +63,7 @@ def flow_shift(own: dict) -> float:
 
 
 def flow_options(own: dict) -> dict:
-    """What makes one of diffusers' multistep solvers integrate a flow."""
+    """The options with which a multistep solver of diffusers integrates a flow."""
     return {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": flow_shift(own)}
 
 
@@ -104,10 +105,10 @@ SAMPLERS: dict[str, dict[str, Callable]] = {
 
 
 def set_sampler(pipeline: VRPOPipeline, sampler: str, name: str):
-    """Puts the scheduler of `sampler` into the pipeline; `"default"` leaves its own.
+    """Sets the pipeline's scheduler to that of `sampler`; `"default"` keeps the pipeline's own.
 
     Raises:
-        InputError: for a sampler that does not go with what the model predicts.
+        InputError: if the sampler cannot be combined with what the model predicts.
     """
     config = pipeline.transformer.config
     if sampler == "default":
@@ -116,17 +117,17 @@ def set_sampler(pipeline: VRPOPipeline, sampler: str, name: str):
         what = {"velocity": "velocities", "epsilon": "noise"}[config.prediction_type]
         raise InputError(
             "sampler",
-            f"`sampler` {sampler} does not go with PIPELINE {name}, which predicts {what}; use "
+            f"`sampler` {sampler} cannot be combined with PIPELINE {name}, which predicts {what}; use "
             f"{', '.join(SAMPLERS[config.prediction_type])} or default",
         )
     pipeline.scheduler = SAMPLERS[config.prediction_type][sampler](config, pipeline.scheduler_options)
 
 
 def check_steps(pipeline: VRPOPipeline, num_inference_steps: int, option: str = "num_inference_steps"):
-    """Sets the timesteps and takes one step of nothing: its noise must come from the image's generator.
+    """Checks the number of steps, and with a step on zeros that the noise comes from the image's generator.
 
     Raises:
-        InputError: for a number of steps that the scheduler does not take, or noise that it draws without the seed.
+        InputError: if the scheduler does not accept the number of steps, or draws noise without the generator.
     """
     name = type(pipeline.scheduler).__name__
     try:
@@ -135,7 +136,7 @@ def check_steps(pipeline: VRPOPipeline, num_inference_steps: int, option: str = 
         raise InputError(option, f"`{option}` {num_inference_steps}: {first_line(error)}") from error
     scheduler = pipeline.scheduler
     if isinstance(scheduler, DDIMScheduler):
-        # Its step goes down by this (diffusers issue 12633), whatever the next of its timesteps is.
+        # DDIM always goes down by this stride (diffusers issue 12633), even if its next timestep is another.
         stride = scheduler.config.num_train_timesteps // num_inference_steps
         if (scheduler.timesteps[:-1] - scheduler.timesteps[1:] != stride).any():
             raise InputError(
@@ -161,10 +162,10 @@ def check_steps(pipeline: VRPOPipeline, num_inference_steps: int, option: str = 
 
 
 def sampling_arguments(pipeline: VRPOPipeline, args: argparse.Namespace) -> dict:
-    """What the pipeline's call gets for every batch alike.
+    """Returns the arguments of the pipeline's call that are the same for every batch.
 
     Raises:
-        InputError: for options that this pipeline does not take.
+        InputError: if an option does not apply to this pipeline.
     """
     config = pipeline.transformer.config
     channels = config.in_channels if args.guidance_channels == "all" else args.guidance_channels
@@ -180,7 +181,9 @@ def sampling_arguments(pipeline: VRPOPipeline, args: argparse.Namespace) -> dict
         name = next(name for name, given in ignored.items() if given)
         value = getattr(args, name)
         value = " ".join(map(str, value)) if isinstance(value, list) else value
-        raise InputError(name, f"`{name}` {value} does nothing with guidance scale 1, which is off; leave it out")
+        raise InputError(
+            name, f"`{name}` {value} has no effect with guidance scale 1, which turns guidance off; remove it"
+        )
     arguments = {
         "num_inference_steps": args.num_inference_steps,
         "guidance_scale": scale,
@@ -195,7 +198,7 @@ def sampling_arguments(pipeline: VRPOPipeline, args: argparse.Namespace) -> dict
         )
     if pipeline.vae is None and args.vae_dtype != "float32":
         raise InputError(
-            "vae_dtype", f"`vae_dtype` {args.vae_dtype}: PIPELINE {args.pipeline} has no autoencoder; leave it out"
+            "vae_dtype", f"`vae_dtype` {args.vae_dtype}: PIPELINE {args.pipeline} has no autoencoder; remove it"
         )
     try:
         pipeline.check_inputs(num_images_per_label=1, **arguments, output_type="pt", tensor_inputs=())
@@ -206,13 +209,13 @@ def sampling_arguments(pipeline: VRPOPipeline, args: argparse.Namespace) -> dict
 
 @torch.no_grad()
 def sample_batch(pipeline: VRPOPipeline, indices: range, labels: list[int], seed: int, arguments: dict) -> np.ndarray:
-    """Images `indices` of a run, of these classes: uint8 `[B,H,W,3]`, grey ones with three equal channels.
+    """Draws images `indices` of a run, of these classes: uint8 `[B,H,W,3]`, grey ones with three equal channels.
 
     Args:
-        arguments: of the pipeline's call: steps and guidance.
+        arguments: steps and guidance, as arguments of the pipeline's call.
 
     Raises:
-        InputError: when an image is not finite.
+        InputError: if an image is not finite.
     """
     config = pipeline.transformer.config
     size = config.sample_size
@@ -236,8 +239,8 @@ def sample_batch(pipeline: VRPOPipeline, indices: range, labels: list[int], seed
 
 @torch.no_grad()
 def decoded_images(pipeline: VRPOPipeline, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images of latents, uint8 `[B,3,H,W]`, grey ones with three equal channels; which of them are finite, bool `[B]`."""
-    # The autoencoder has a dtype of its own, under training's autocast too.
+    """Decodes latents to images uint8 `[B,3,H,W]` (grey ones get three equal channels), and whether each is finite."""
+    # The autoencoder keeps its own dtype, also under the autocast of training.
     with torch.autocast(latents.device.type, enabled=False):
         pixels = pipeline.decode_latents(latents)
     finite = latents.isfinite().flatten(1).all(1) & pixels.isfinite().flatten(1).all(1)
@@ -246,7 +249,7 @@ def decoded_images(pipeline: VRPOPipeline, latents: torch.Tensor) -> tuple[torch
 
 
 def image_grid(images: list[Image.Image], columns: int, min_size: int = 64, gap: int = 2) -> Image.Image:
-    """Images of one size in rows of `columns`, small ones enlarged to at least `min_size` (smoothly, as the eye reads them)."""
+    """Arranges images of one size in rows of `columns`; small ones are enlarged smoothly to at least `min_size`."""
     width, height = images[0].size
     factor = max(1, -(-min_size // min(width, height)))
     width, height = width * factor, height * factor

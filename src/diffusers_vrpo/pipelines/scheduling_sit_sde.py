@@ -14,18 +14,18 @@ from diffusers.utils.torch_utils import randn_tensor
 class SiTSDEScheduler(SchedulerMixin, ConfigMixin):
     """Euler-Maruyama for the reverse SDE of a flow `x_t = (1 - t) x0 + t noise` with velocity `v = noise - x0`.
 
-    The diffusion is `w = 2 t`, the score `s = -(x + (1 - t) v) / t`, and so the drift `v - w s / 2 = x + (2 - t) v`
+    The diffusion is `w = 2 t`, the score is `s = -(x + (1 - t) v) / t`, and so the drift is `v - w s / 2 = x + (2 - t) v`
     (arXiv 2401.08740). Time runs over `linspace(1, last_step_size, num_inference_steps)` and then to 0; the last step
     has the same drift and no noise (REPA's official sampler). The drift is linear in v, so that guiding v guides it.
 
     Until `set_timesteps` is called the grid has `num_train_timesteps` steps.
 
     Args:
-        num_train_timesteps (`int`): what t = 1 is in `timesteps`, at least 2; `timesteps = num_train_timesteps * t`.
+        num_train_timesteps (`int`): the timestep of t = 1, at least 2; `timesteps = num_train_timesteps * t`.
         last_step_size (`float`): t before the last step, in (0, 1).
 
     Raises:
-        ValueError: for a `last_step_size` outside (0, 1).
+        ValueError: if `last_step_size` is outside (0, 1).
     """
 
     _compatibles = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"]
@@ -43,15 +43,15 @@ class SiTSDEScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             num_inference_steps (`int`): steps, and evaluations of the model; at least 2.
-            device (`str` or `torch.device`, *optional*): where `timesteps` go.
+            device (`str` or `torch.device`, *optional*): the device of `timesteps`.
 
         Raises:
-            ValueError: for fewer than 2 steps.
+            ValueError: if there are fewer than 2 steps.
         """
         if num_inference_steps < 2:
             raise ValueError(
-                f"`num_inference_steps` must be at least 2 for the SDE, not {num_inference_steps}: a lone step would "
-                "be the drift without the noise that belongs to it"
+                f"`num_inference_steps` must be at least 2 for the SDE, not {num_inference_steps}: a single step would "
+                "apply the drift without its noise"
             )
         self.num_inference_steps = num_inference_steps
         t = np.append(np.linspace(1.0, self.config.last_step_size, num_inference_steps), 0.0)
@@ -62,27 +62,27 @@ class SiTSDEScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def step_index(self) -> int | None:
-        """How many steps are done; `None` before the first."""
+        """The number of steps that are done; `None` before the first."""
         return self._step_index
 
     @property
     def begin_index(self) -> int | None:
-        """The step to start at, when `set_begin_index` has set it."""
+        """The step to start at, if `set_begin_index` has set it."""
         return self._begin_index
 
     def set_begin_index(self, begin_index: int = 0):
-        """Starts at this step instead of looking the first `timestep` up."""
+        """Starts at this step instead of looking up the first `timestep`."""
         self._begin_index = begin_index
 
     def index_for_timestep(self, timestep: float | torch.Tensor) -> int:
-        """The place of `timestep` in `timesteps`; a ValueError when it is none of them."""
+        """The index of `timestep` in `timesteps`; raises ValueError if it is not one of them."""
         found = (self.timesteps == timestep).nonzero()
         if len(found) == 0:
-            raise ValueError(f"timestep {timestep} is none of `scheduler.timesteps`; pass these, not their indices")
+            raise ValueError(f"timestep {timestep} is not one of `scheduler.timesteps`; pass these, not their indices")
         return found[0].item()
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
-        """`sample` as it is: this scheduler scales nothing."""
+        """Returns `sample` unchanged: this scheduler does not scale inputs."""
         return sample
 
     def step(
@@ -94,7 +94,7 @@ class SiTSDEScheduler(SchedulerMixin, ConfigMixin):
         noise: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple:
-        """One step towards the data.
+        """Takes one step towards the data.
 
         Args:
             model_output (`torch.Tensor` of shape `(batch, ...)`): the velocity `noise - x0` at `sample` and t.
@@ -106,10 +106,10 @@ class SiTSDEScheduler(SchedulerMixin, ConfigMixin):
             return_dict (`bool`): a [`SchedulerOutput`] instead of a tuple.
 
         Returns:
-            The sample at the next t, in the dtype of `sample` but at least float32: rounding at each step adds up.
+            The sample at the next t, in the dtype of `sample` but at least float32, since rounding errors add up.
 
         Raises:
-            ValueError: for a first `timestep` that is none of `timesteps`, or `noise` of another shape.
+            ValueError: if the first `timestep` is not one of `timesteps`, or `noise` has another shape.
         """
         if noise is not None and noise.shape != sample.shape:
             raise ValueError(f"`noise` has shape {tuple(noise.shape)}; {tuple(sample.shape)} is expected")
@@ -130,13 +130,13 @@ class SiTSDEScheduler(SchedulerMixin, ConfigMixin):
         return SchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """`(1 - t) x0 + t noise`, `t = timesteps / num_train_timesteps`; `timesteps` of shape `(batch,)` or `()`."""
+        """Returns `(1 - t) x0 + t noise`, `t = timesteps / num_train_timesteps`; `timesteps` has shape `(batch,)` or `()`."""
         t = (timesteps / self.config.num_train_timesteps).to(original_samples)
         t = t.reshape(-1, *[1] * (original_samples.ndim - 1))
         return (1 - t) * original_samples + t * noise
 
     def scale_noise(self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """`add_noise` under the name and with the order of arguments of diffusers' flow schedulers."""
+        """Calls `add_noise`, with the name and argument order of diffusers' flow schedulers."""
         return self.add_noise(sample, noise, timestep)
 
     def __len__(self) -> int:

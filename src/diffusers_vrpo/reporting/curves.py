@@ -7,8 +7,8 @@ from ..training.metrics import read_metrics
 
 
 def plot_metrics(metrics_file: str | Path, output_file: str | Path, title: str = ""):
-    """Loss, rewards, their shares, weights and std, gradient norm and speed over steps, from a `metrics.jsonl`."""
-    # The object interface draws without touching the process's backend.
+    """Plots loss, rewards, their shares, weights and std, gradient norm and speed over steps, from a `metrics.jsonl`."""
+    # The object interface draws without changing the global backend of matplotlib.
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -61,7 +61,7 @@ def plot_metrics(metrics_file: str | Path, output_file: str | Path, title: str =
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
         if len(keys) > 1:
-            # The ten bins of t fill the panel: their legend is small, in two columns, before a pale ground.
+            # The lines of the ten bins fill the panel, so their legend is small, in two columns, on a pale background.
             many = len(keys) > 4
             axis.legend(frameon=many, fontsize="x-small" if many else "small", ncols=2 if many else 1, framealpha=0.85)
     for axis in axes[len(panels) :]:

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogFormatter, LogLocator, MaxNLocator
 
 
-# Colours of Okabe and Ito, which readers with any colour vision tell apart; on dark ground lighter ones of the same hues.
-# Line styles and markers differ too, and their cycles are of other lengths, so that no two arms of a dozen look alike.
+# Colours of Okabe and Ito, which are distinct for any colour vision; on a dark background, lighter ones of the same hues.
+# Line styles and markers have cycles of other lengths, so that no two of a dozen arms look alike.
 COLORS = {
     "light": ["#0072B2", "#D55E00", "#009E73", "#AA4499", "#8A6D00", "#000000", "#56B4E9"],
     "dark": ["#56B4E9", "#FF8A3D", "#2FD3A2", "#F0A6D0", "#F0E442", "#FFFFFF", "#8FA8FF"],
@@ -25,7 +25,7 @@ THEMES = {
 
 
 def style(theme: str) -> dict:
-    """matplotlib's settings of a theme; the same data always give the same SVG file."""
+    """matplotlib's settings for a theme; the same data always give the same SVG file."""
     ink, ground = THEMES[theme]["ink"], THEMES[theme]["ground"]
     names = "text.color axes.labelcolor axes.edgecolor axes.titlecolor xtick.color ytick.color legend.labelcolor grid.color"
     return dict.fromkeys(names.split(), ink) | {
@@ -39,18 +39,18 @@ def style(theme: str) -> dict:
         "font.size": 10.5,
         "svg.hashsalt": "diffusers-vrpo",
         "svg.fonttype": "path",
-        "text.parse_math": False,  # a name may have a $
+        "text.parse_math": False,  # a name may contain a $
     }
 
 
 def flop_unit(flops: float) -> tuple[float, str]:
-    """What to divide a number of FLOPs by, and the unit that they then have."""
+    """The divisor for a number of FLOPs, and the unit of the result."""
     power = min(7, max(0, int(math.log10(flops) / 3))) if flops > 0 else 0
     return 1000.0**power, ["", "k", "M", "G", "T", "P", "E", "Z"][power] + "FLOP"
 
 
 def scale_of(axis: str, largest: float) -> tuple[float, str]:
-    """What to divide a cost by, and how the axis is then called; `axis` is `steps`, `seconds` or `flops`."""
+    """The divisor for a cost, and the label of the axis; `axis` is `steps`, `seconds` or `flops`."""
     if axis == "steps":
         return 1.0, "training steps"
     if axis == "seconds":
@@ -63,7 +63,7 @@ def scale_of(axis: str, largest: float) -> tuple[float, str]:
 
 
 def logarithmic_quality(axes):
-    """A logarithmic y axis that names 1, 2 and 5 of each power of ten."""
+    """Makes the y axis logarithmic, with labels at 1, 2 and 5 times each power of ten."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(9, 9)))
@@ -71,11 +71,11 @@ def logarithmic_quality(axes):
 
 
 def curves(arms: list[dict], axis: str, metric: str, target: tuple[float, str] | None, theme: str) -> Figure:
-    """Quality against `axis`: the mean over seeds with a marker at every evaluation, in a band of one standard deviation.
+    """Plots quality against `axis`: the mean over seeds, a marker at every evaluation, and a band of one standard deviation.
 
     Args:
-        arms: of the report: `name`, `n`, `curve` with `mean`, `std` and the costs, and `runs`, which are drawn one by one
-            where they share no evaluated step.
+        arms: the arms of the report: `name`, `n`, `curve` with `mean`, `std` and the costs, and `runs`, which are drawn one
+            by one if they share no evaluated step.
         target: a value to draw a line at, and its name.
     """
     longest = max([len(f"{arm['name']} (n = {arm['n']})") for arm in arms] + [len(target[1]) if target else 0])
@@ -102,7 +102,7 @@ def curves(arms: list[dict], axis: str, metric: str, target: tuple[float, str] |
         axes.plot(x, mean, label=name, **look)
         if curve["std"]:
             std = np.array(curve["std"])
-            # No room below zero on a logarithmic axis: there the band ends at half the mean.
+            # A logarithmic axis has no values below zero: the band ends at half the mean.
             below = np.where(logarithmic & (std >= mean), mean / 2, mean - std)
             axes.fill_between(x, below, mean + std, color=look["color"], alpha=0.2, linewidth=0)
             if len(x) == 1:
@@ -122,7 +122,7 @@ def curves(arms: list[dict], axis: str, metric: str, target: tuple[float, str] |
 
 
 def final_values(arms: list[dict], metric: str, theme: str) -> Figure:
-    """The last value of each arm: mean and standard deviation over seeds, and each seed as a small ring."""
+    """Plots the last value of each arm: mean and standard deviation over seeds, and each seed as a small ring."""
     figure = Figure(figsize=(5.2, 1.2 + 0.42 * len(arms)), layout="constrained")
     axes = figure.subplots()
     for i, arm in enumerate(arms):
@@ -155,7 +155,7 @@ def as_bytes(figure: Figure, kind: str) -> bytes:
 
 
 def draw(plot, *arguments, theme: str, kinds: tuple[str, ...]) -> dict[str, bytes]:
-    """`plot(*arguments, theme)` as files of these kinds, in the theme."""
+    """Calls `plot(*arguments, theme)` and returns the figure as files of these kinds."""
     with matplotlib.rc_context(style(theme)):
         figure = plot(*arguments, theme)
         return {kind: as_bytes(figure, kind) for kind in kinds}

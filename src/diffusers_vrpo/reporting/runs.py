@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Training runs side by side: what they logged, which of them are one arm, and the numbers that compare arms."""
+"""Compares training runs: reads their logs, groups them into arms, and computes the numbers that compare arms."""
 
 import json
 import math
@@ -14,9 +14,9 @@ from ..config import Resume, names_marked
 from ..errors import InputError, first_line
 
 
-# What says where a run lies, how it is watched and when it is saved: not what is trained, nor how it is judged.
+# Options about folders, logging and saving, which affect neither the training nor its evaluation.
 HOUSEKEEPING = {"seed"} | names_marked(Resume.MACHINE, Resume.WATCHED)
-# What quality is judged on: values of runs that differ in one of these cannot be compared.
+# Options of the evaluation: values of runs that differ in one of these cannot be compared.
 JUDGED_ON = (
     "dataset_name dataset_config_name dataset_split train_data_dir latents_dir max_train_samples resolution vae "
     "num_inference_steps guidance_scale fd_encoder num_fd_samples"
@@ -29,7 +29,7 @@ COSTS = {"steps": "steps", "seconds": "training time", "flops": "FLOPs"}
 
 
 def read_lines(path: Path) -> tuple[list[dict], int]:
-    """The objects of a file of JSON lines that have a whole `step`, and how many lines were damaged."""
+    """Reads the objects with an integer `step` from a JSON-lines file, and counts the damaged lines."""
     rows, damaged = [], 0
     for line in path.read_text(errors="replace").splitlines():
         if not line.strip():
@@ -46,7 +46,7 @@ def read_lines(path: Path) -> tuple[list[dict], int]:
 
 
 def merge_rows(rows: list[dict]) -> list[dict]:
-    """One row a step. Where steps go back the run was continued from there: what had followed is dropped."""
+    """Merges the rows of each step. If steps go back, the run was continued there, and the later rows are dropped."""
     merged: dict[int, dict] = {}
     for row in rows:
         if merged and row["step"] < max(merged):
@@ -60,16 +60,16 @@ def is_number(value) -> bool:
 
 
 class Run:
-    """What the folder of a run says.
+    """A training run, read from its output folder.
 
     Attributes:
-        options: of `train_config.yaml`; what is not set is not in it.
-        rows: of `metrics.jsonl`, one a step.
-        starts: of `starts.jsonl`, those after which steps were made.
-        costs: cumulative `steps`, `seconds` and `flops`, each `(at steps, values)`; None where unknown.
+        options: the options in `train_config.yaml`, without unset ones.
+        rows: the rows of `metrics.jsonl`, one per step.
+        starts: the starts in `starts.jsonl` that were followed by steps.
+        costs: cumulative `steps`, `seconds` and `flops`, each `(at steps, values)`; None if unknown.
 
     Raises:
-        InputError: where the folder is not one of a run, or the run has logged nothing yet.
+        InputError: if the folder is not that of a run, or the run has not logged anything yet.
     """
 
     def __init__(self, folder: str | Path, warn: Callable[[str], None]):
@@ -109,7 +109,7 @@ class Run:
         costs = {"steps": [(self.last_step, self.last_step)]}
         costs |= {"seconds": column("train_seconds"), "flops": column("train_flops")}
         if not costs["seconds"] and (batch := self.global_batch_size()):
-            # A log from before these were in it: seconds from the images per second of each interval.
+            # Older logs do not have these: compute the seconds from the images per second of each interval.
             seconds = flops = before = 0.0
             processes = batch / (self.options.get("train_batch_size", batch) * self.accumulation())
             for row in self.rows:
@@ -126,7 +126,7 @@ class Run:
                 )
         for name in ("seconds", "flops"):
             if not costs[name]:
-                warn(f"{self.folder}: its metrics do not tell the {COSTS[name]}; the report leaves it out")
+                warn(f"{self.folder}: its metrics do not tell the {COSTS[name]}, which is missing in the report")
         return {
             name: tuple(np.array([(0, 0), *points], float).T) if points else None for name, points in costs.items()
         }
@@ -135,7 +135,7 @@ class Run:
         return self.options.get("gradient_accumulation_steps", 1)
 
     def global_batch_size(self) -> int | None:
-        """Samples a step, or None where that was not logged."""
+        """Training examples per step, or None if they were not logged."""
         if self.starts and is_number(self.starts[-1].get("global_batch_size")):
             return self.starts[-1]["global_batch_size"]
         seen = [
@@ -153,11 +153,11 @@ class Run:
         return np.interp(steps, at, values) + slope * np.maximum(0, steps - at[-1])
 
     def scalars(self) -> list[str]:
-        """Names of what was logged as a number, in the order of the log."""
+        """The names of the logged numbers, in the order of the log."""
         return list(dict.fromkeys(k for row in self.rows for k, v in row.items() if k != "step" and is_number(v)))
 
     def evaluate(self, key: str, warn: Callable[[str], None]):
-        """Sets `steps` and `values`, arrays `[E]`: where `key` is a finite number, and what it is."""
+        """Sets `steps` and `values`, arrays `[E]`: the steps at which `key` is finite, and its values."""
         if broken := [row["step"] for row in self.rows if key in row and not is_number(row[key])]:
             warn(
                 f"{self.folder}: {key} is not a finite number at step {', '.join(map(str, broken[:5]))}; left out there"
@@ -166,7 +166,7 @@ class Run:
         self.steps, self.values = np.array(found, float).T
 
     def model_facts(self) -> dict:
-        """Parameters, precision and hardware, as far as they were recorded."""
+        """Parameters, precision and hardware, if they were recorded."""
         facts = {
             name: self.starts[-1].get(name) if self.starts else None for name in ("parameters", "projector_parameters")
         }
@@ -177,10 +177,10 @@ class Run:
 
 
 def choose_metric(runs: list[Run], metric: str) -> str:
-    """The column that `metric` means: one of that name, or the first whose last part begins so, or that contains it.
+    """Finds the column for `metric`: by its name, else the first whose last part begins with it, or that contains it.
 
     Raises:
-        InputError: where some run has none; the message lists what there is.
+        InputError: if a run does not have it; the message lists the columns.
     """
     known = [run.scalars() for run in runs]
     every = list(dict.fromkeys(key for keys in known for key in keys))
@@ -195,7 +195,7 @@ def choose_metric(runs: list[Run], metric: str) -> str:
     run = next(run for run, keys in zip(runs, known) if matches[0] not in keys)
     raise InputError(
         "metric",
-        f"`metric` {metric}: {run.folder} has no {matches[0]}, as others have; leave it out, or take one of "
+        f"`metric` {metric}: {run.folder} has no {matches[0]}, which others have; remove that run, or use one of "
         f"{', '.join(key for key in every if all(key in keys for keys in known))}",
     )
 
@@ -205,12 +205,12 @@ def choose_metric(runs: list[Run], metric: str) -> str:
 
 
 def method(run: Run) -> dict[str, str]:
-    """The options that say what is trained and how it is judged, as text; the global batch is one of them."""
+    """The options of training and evaluation as text, including the global batch size."""
 
     def text(value) -> str:
         return "+".join(map(text, value)) if isinstance(value, list) else str(value)
 
-    # A switch that is off is as one that an older version did not have.
+    # A switch that is off equals one that an older version did not have.
     chosen = {name: value for name, value in run.options.items() if value is not False}
     options = {name: text(value) for name, value in chosen.items() if name not in HOUSEKEEPING}
     batch = run.global_batch_size()
@@ -218,13 +218,13 @@ def method(run: Run) -> dict[str, str]:
 
 
 def differences(methods: list[dict[str, str]]) -> list[str]:
-    """Options that are not the same in all of `methods`, `objective` first."""
+    """The options that differ within `methods`, `objective` first."""
     names = sorted({name for each in methods for name in each}, key=lambda name: (name != "objective", name))
     return [name for name in names if len({each.get(name) for each in methods}) > 1]
 
 
 def derive_arms(runs: list[Run]) -> dict[str, list[Run]]:
-    """Runs with the same `method`, by a name such as `repa` or `repa alignment_coeff=0.5`: what tells it from the others."""
+    """Groups runs by `method`, under names of the options that differ, such as `repa` or `repa alignment_coeff=0.5`."""
     groups: dict[tuple, list[Run]] = {}
     for run in runs:
         groups.setdefault(tuple(sorted(method(run).items())), []).append(run)
@@ -249,7 +249,7 @@ def derive_arms(runs: list[Run]) -> dict[str, list[Run]]:
     def same(one: dict, other: dict, k: int) -> bool:
         return all(one.get(name) == other.get(name) for name in telling[:k])
 
-    # Without the folders of names such as facebook/dinov2-base, as long as that tells the arms apart.
+    # Shorten names such as facebook/dinov2-base to their last part if the arms stay distinct.
     labels = [label(each, lambda value: re.sub(r"[^+]*/(?=.)", "", value)) for each in methods]
     if len(set(labels)) < len(labels):
         labels = [label(each, str) for each in methods]
@@ -257,14 +257,14 @@ def derive_arms(runs: list[Run]) -> dict[str, list[Run]]:
 
 
 def group_runs(folders: list[str], arms: list[str], warn: Callable[[str], None]) -> dict[str, list[Run]]:
-    """The arms that are named, then those that follow from the options of the other runs.
+    """Returns the named arms, then the arms derived from the options of the other runs.
 
     Args:
-        folders: of runs to group by their options.
+        folders: folders of runs to group by their options.
         arms: `NAME=DIR,DIR,...` each.
 
     Raises:
-        InputError: for a folder that is given twice, names that clash, or no run at all.
+        InputError: if a folder is given twice, names clash, or no run is given.
     """
     named: dict[str, list[str]] = {}
     for text in arms:
@@ -290,13 +290,13 @@ def group_runs(folders: list[str], arms: list[str], warn: Callable[[str], None])
 
 
 def check_comparable(arms: dict[str, list[Run]], warn: Callable[[str], None]):
-    """Says what stands in the way of a fair comparison."""
+    """Warns about differences that make a comparison unfair."""
     runs = [run for group in arms.values() for run in group]
     methods = [method(run) for run in runs]
-    # An option of the evaluation that is not listed begins so.
+    # Options of the evaluation that are not listed have this prefix.
     for name in (n for n in differences(methods) if n in JUDGED_ON.split() or n.startswith("validation_")):
         values = list(dict.fromkeys(each.get(name, "not set") for each in methods))
-        warn(f"the runs differ in {name} ({', '.join(values)}), on which quality depends: it may not compare")
+        warn(f"the runs differ in {name} ({', '.join(values)}), on which quality depends: it may not be comparable")
     for name, group in arms.items():
         if within := differences([method(run) for run in group]):
             warn(
@@ -317,12 +317,12 @@ def check_comparable(arms: dict[str, list[Run]], warn: Callable[[str], None]):
 
 
 def spread(values) -> float | None:
-    """Standard deviation over seeds (n - 1), or None for one."""
+    """Standard deviation over seeds (n - 1), or None for one seed."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def mean_curve(group: list[Run], costs: list[str]) -> dict:
-    """Mean and standard deviation over the runs at the steps that all have evaluated, with the mean costs there."""
+    """Mean, standard deviation and mean costs over the runs, at the steps that all have evaluated."""
     shared = sorted(set.intersection(*(set(run.steps) for run in group)))
     values = np.array([[run.values[np.searchsorted(run.steps, step)] for step in shared] for run in group])
     curve = {"steps": [int(step) for step in shared], "mean": values.mean(0).tolist(), "std": None}
@@ -330,14 +330,14 @@ def mean_curve(group: list[Run], costs: list[str]) -> dict:
         curve["std"] = values.std(0, ddof=1).tolist()
     for name in costs:
         curve[name] = np.mean([run.cost(name, shared) for run in group], 0).tolist()
-    return curve | {"steps": [int(step) for step in shared]}  # whole numbers, also where they are a cost
+    return curve | {"steps": [int(step) for step in shared]}  # integers, also if they are a cost
 
 
 def first_crossing(steps, values, target: float, higher_is_better: bool) -> tuple[float, bool, bool] | None:
-    """Where a curve first is as good as `target`, linear between evaluations; None where it never is.
+    """Finds where a curve first reaches `target`, linear between evaluations; returns None if it never does.
 
     Returns:
-        the step; whether that is the first evaluation, so that the true one lies at or before it; whether a later
+        the step; whether that is the first evaluation, so that the true crossing is at or before it; whether a later
         evaluation is worse than `target` again.
     """
     sign = 1.0 if higher_is_better else -1.0
@@ -354,7 +354,7 @@ def first_crossing(steps, values, target: float, higher_is_better: bool) -> tupl
 
 
 def describe_arm(name: str, group: list[Run], costs: list[str], higher_is_better: bool, warn) -> dict:
-    """Everything about an arm that needs no other arm."""
+    """Computes the numbers of one arm that do not depend on other arms."""
     curve = mean_curve(group, costs)
     if curve["steps"]:
         last = curve["steps"][-1]
@@ -389,7 +389,7 @@ def describe_arm(name: str, group: list[Run], costs: list[str], higher_is_better
 
 
 def difference(arm: dict, base: dict) -> dict | None:
-    """Of an arm's mean to the baseline's at the last step that both have, also in pooled standard deviations over seeds."""
+    """The difference to the baseline's mean at the last common step, also in pooled standard deviations over seeds."""
     shared = sorted(set(arm["curve"]["steps"]) & set(base["curve"]["steps"]))
     if not shared:
         return None
@@ -411,12 +411,12 @@ def speed_ups(
     costs: list[str],
     higher_is_better: bool,
 ) -> dict | None:
-    """What each arm spends until it first is as good as `target`, which is the baseline's last mean where not given.
+    """Computes the cost of each arm until it first reaches `target`, by default the baseline's last mean.
 
-    Costs are also shares of the reference: what the baseline spent on its whole run or, for a given target, until its own
-    mean first is that good. A `share` is the mean over seeds where all of them reach the target; `share_of_mean_curve` is
-    that of the mean over seeds. `factor_first_to_first` is what the baseline's mean needs until it first is that good,
-    over what this arm's mean needs. The baseline is in the list too, as a control.
+    Costs are also given as shares of a reference: the cost of the baseline's whole run or, for a given target, its cost
+    until its own mean first reaches it. `share` is the mean over seeds if all of them reach the target;
+    `share_of_mean_curve` is the share of the mean curve. `factor_first_to_first` is the cost until the baseline's mean
+    first reaches the target, divided by that of this arm's mean. The baseline is also in the list, as a control.
     """
     if baseline is None and target is None:
         return None
@@ -434,7 +434,7 @@ def speed_ups(
         elif own:
             reference = {cost: mean_cost(baseline, cost, own[0]) for cost in costs}
         if reference and not all(reference.values()):
-            reference = None  # an evaluation before training: no shares of nothing
+            reference = None  # an evaluation before training costs nothing, so shares are undefined
     result = {"target": target, "baseline": baseline, "given": given, "reference": reference, "arms": []}
     for name, group in arms.items():
         curve = described[name]["curve"]
@@ -470,7 +470,7 @@ def compare(
     target: float | None,
     warn: Callable[[str], None],
 ) -> dict:
-    """All numbers about arms: each by itself, against the baseline, and what differs between them; JSON types only."""
+    """Computes all numbers of the report: per arm, against the baseline, and the differing options; JSON types only."""
     runs = [run for group in arms.values() for run in group]
     for run in runs:
         run.evaluate(metric, warn)
@@ -488,7 +488,7 @@ def compare(
         if share is not None and share < 0.999:
             warn(
                 f"{baseline} itself first has its last value after {100 * share:.0f} % of its steps: the shares of its whole "
-                "run flatter the others; the columns 'first to first' do not"
+                "run favour the others; the columns 'first to first' do not"
             )
     methods = [method(group[0]) for group in arms.values()]
     return {

@@ -210,13 +210,15 @@ def test_published_pipelines_open_with_and_without_the_package(hub, tmp_path_fac
 
 
 TRAIN = """
-import importlib.util, json, logging, os, shutil, sys, time
+import contextlib, importlib.util, io, json, logging, os, shutil, sys, time
 from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState
 from huggingface_hub import HfApi, constants
 from diffusers_vrpo import VRPOPipeline
 from diffusers_vrpo.hub import publish as hub
+from diffusers_vrpo.command_line import flags_of, with_flags
+from diffusers_vrpo.commands import push
 from diffusers_vrpo.hub import background as hub_run
 from diffusers_vrpo.errors import InputError
 hub.WAITS = (0.1, 0.1)
@@ -237,11 +239,15 @@ def train(output_dir, repo_id, steps, *more, start=("--model_config", "model.jso
     train_vrpo.main(train_vrpo.parse_args(options))
 
 def refused(*arguments, **options):
-    began = time.monotonic()
+    began, errors = time.monotonic(), io.StringIO()
     try:
-        train(*arguments, **options)
+        with contextlib.redirect_stderr(errors):
+            train(*arguments, **options)
+    except SystemExit:  # by the command line
+        print("REFUSED", round(time.monotonic() - began, 1), errors.getvalue().splitlines()[-1])
     except InputError as error:
-        print("REFUSED", round(time.monotonic() - began, 1), error)
+        message = with_flags(error, flags_of(train_vrpo.build_parser()))
+        print("REFUSED", round(time.monotonic() - began, 1), message)
     assert not Path(arguments[0], "metrics.jsonl").exists()
 
 checkpoints = ("--hub_push_checkpoints",)
@@ -305,7 +311,7 @@ refused("no7", "org/x", 2)
 # What has a checkpoint goes on without the Hub, and can be published later.
 train("unsent", "org/broken", 3)
 constants.ENDPOINT = endpoint
-hub.main(["unsent", "--hub_model_id", "org/late"])
+push.main(["unsent", "--hub_model_id", "org/late"])
 """
 
 

@@ -28,10 +28,11 @@ ALL_CASES = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 import train_vrpo
+from diffusers_vrpo.errors import InputError
 for name, options in json.loads(sys.argv[2]).items():
     try:
         train_vrpo.main(train_vrpo.parse_args(options))
-    except train_vrpo.InputError as error:
+    except InputError as error:
         print(json.dumps([name, str(error)]))
 """
 

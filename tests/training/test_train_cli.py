@@ -169,8 +169,8 @@ def test_resume_is_bit_equal(command, tmp_path, objective, precision):
     shutil.copy(straight / "metrics.jsonl", resumed)
     run(command(**options, output_dir=resumed))
     weights = "diffusion_pytorch_model.safetensors"
-    names = [f"transformer/{weights}", f"transformer_ema/{weights}", "reward_statistics.safetensors"]
-    names.append("conflict_gate.safetensors")
+    names = [f"transformer/{weights}", f"transformer_ema/{weights}", "projectors.safetensors"]
+    names += ["conflict_gate.safetensors", *(["reward_statistics.safetensors"] if objective == "vrpo" else [])]
     assert_same_files(straight / "checkpoint-10", resumed / "checkpoint-10", names)
     a, b = (torch.load(f / "checkpoint-10" / "optimizer.bin", weights_only=True) for f in (straight, resumed))
     for key, state in a["state"].items():

@@ -86,7 +86,7 @@ def test_what_cannot_be_compared(command, capsys):
     with pytest.raises(SystemExit):
         run(command(num_fd_samples=9))
     assert "--num_fd_samples 9 has no effect without --fd_encoder; remove it" in capsys.readouterr().err
-    with pytest.raises(InputError, match="`fd_encoder` ./nowhere: there is no such folder"):
+    with pytest.raises(InputError, match="`fd_encoder` ./nowhere: the folder does not exist"):
         run(command(fd_encoder="./nowhere"))
 
 

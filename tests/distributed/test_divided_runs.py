@@ -177,7 +177,7 @@ def test_accelerate_opens_its_configurations(monkeypatch, name):
     [
         (DistributedType.MEGATRON_LM, 0, False, "bf16", "configured for MEGATRON_LM, .*fsdp2.yaml or ddp.yaml"),
         (DistributedType.FSDP, 1, False, "bf16", "configured for FSDP 1; set fsdp_version: 2"),
-        (DistributedType.FSDP, 2, True, "bf16", "`lora_rank` cannot be combined with FSDP; take .*ddp.yaml"),
+        (DistributedType.FSDP, 2, True, "bf16", "`lora_rank` cannot be combined with FSDP; use .*ddp.yaml"),
         (DistributedType.FSDP, 2, False, "fp16", "`mixed_precision` fp16 cannot be combined with FSDP; .* or bf16"),
     ],
 )
@@ -190,7 +190,7 @@ def test_what_is_not_done_right_is_refused(kind, version, lora, precision, messa
 @pytest.mark.parametrize(
     "config, precision, message",
     [
-        ({"zero_optimization": {"stage": 3}}, "bf16", "zero_stage: 3; only stage 2 without offloading goes"),
+        ({"zero_optimization": {"stage": 3}}, "bf16", "zero_stage: 3; only stage 2 without offloading is supported"),
         (
             {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
             "bf16",
@@ -199,9 +199,9 @@ def test_what_is_not_done_right_is_refused(kind, version, lora, precision, messa
         (
             {"zero_optimization": {"stage": 2}},
             "fp16",
-            "`mixed_precision` fp16 cannot be combined with DeepSpeed; take bf16",
+            "`mixed_precision` fp16 cannot be combined with DeepSpeed; use bf16",
         ),
-        ({"zero_optimization": {"stage": 2}, "optimizer": {}}, "bf16", "has its own optimizer; leave that out"),
+        ({"zero_optimization": {"stage": 2}, "optimizer": {}}, "bf16", "has its own optimizer; remove it"),
     ],
 )
 def test_what_deepspeed_is_not_taken_for(config, precision, message):

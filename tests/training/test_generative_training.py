@@ -613,10 +613,10 @@ def test_options_that_cannot_work(command, capsys, changes, message):
     [
         (
             {"distributed_type": DistributedType.FSDP},
-            "cannot be combined with FSDP and DeepSpeed; take configs/accelerate/ddp.yaml",
+            "cannot be combined with FSDP and DeepSpeed; use configs/accelerate/ddp.yaml",
         ),
         ({"distributed_type": DistributedType.DEEPSPEED}, "cannot be combined with FSDP and DeepSpeed"),
-        ({"mixed_precision": "fp16"}, "cannot be combined with `mixed_precision` fp16; take bf16 or no"),
+        ({"mixed_precision": "fp16"}, "cannot be combined with `mixed_precision` fp16; use bf16 or no"),
         ({"num_processes": 3}, "`rollout_classes` 2 must be a multiple of the 3 processes, which have whole groups"),
         ({}, "judges images, which these latents are not; give `vae`"),
         ({"steps": 0}, "`generative_policy_start_step` 0 is never reached: the run has 0 steps"),

@@ -281,7 +281,7 @@ def test_a_data_source_is_one_class(config, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"encoders": "/no/such/encoder"}, "^`encoder` /no/such/encoder: there is no such folder"),
+        ({"encoders": "/no/such/encoder"}, "^`encoder` /no/such/encoder: the folder does not exist"),
         ({"model": "SiT-B/3"}, "^`pretrained_model_name_or_path` SiT-B/3"),
         ({"vae": "/no/such/vae"}, "^`vae` /no/such/vae is not a folder"),
         ({"train_dataset": [1, 2], "args": {"dataset_name": None}}, "^`train_dataset` is a list"),

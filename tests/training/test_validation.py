@@ -82,12 +82,12 @@ def test_a_look_that_a_kill_prevented_is_made_good(command, tmp_path, what):
 
 
 def test_what_cannot_be_compared(command, capsys):
-    with pytest.raises(InputError, match="`num_fd_samples` 1 has no covariance; take 2048 or more"):
+    with pytest.raises(InputError, match="`num_fd_samples` 1 has no covariance; use 2048 or more"):
         run(command(fd_encoder="digits", num_fd_samples=1))
     with pytest.raises(SystemExit):
         run(command(num_fd_samples=9))
     assert "--num_fd_samples 9 has no effect without --fd_encoder; remove it" in capsys.readouterr().err
-    with pytest.raises(InputError, match="`fd_encoder` ./nowhere: there is no such folder"):
+    with pytest.raises(InputError, match="`fd_encoder` ./nowhere: the folder does not exist"):
         run(command(fd_encoder="./nowhere"))
 
 

@@ -307,7 +307,7 @@ def test_files_that_are_refused(tmp_path, capsys):
     refused(state | {"blocks.0.lora": torch.zeros(1)}, "1 unknown: blocks.0.lora")
     refused(state | {"blocks.0.mlp.fc2.bias": torch.zeros(3)}, r"of another shape: blocks.0.mlp.fc2.bias \(3,\)")
     refused(state | {"pos_embed": torch.zeros(1, 16, 24)}, "sine-cosine table")
-    refused({"a": torch.zeros(1)}, "no SiT, REPA or DiT checkpoint: x_embedder.proj.weight")
+    refused({"a": torch.zeros(1)}, "not a SiT, REPA or DiT checkpoint: x_embedder.proj.weight")
     refused({"ema": [1]}, "no state dict")
     refused(state, "give `num_attention_heads`", num_attention_heads=None)
     refused(state, "does not divide the width 24", num_attention_heads=5)

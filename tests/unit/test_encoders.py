@@ -311,7 +311,7 @@ def test_stage_without_extent_is_refused(encoder_checkpoint):
 
 def test_unknown_extra_tokens_are_refused(encoder_checkpoint):
     message = refusal(encoder_checkpoint("yolos"))  # detection tokens after the patches
-    assert "YolosModel gives no patch embeddings" in message and "117 tokens for 4x4 patches" in message
+    assert "YolosModel does not return patch embeddings" in message and "117 tokens for 4x4 patches" in message
 
 
 class PooledConfig(PretrainedConfig):
@@ -335,13 +335,13 @@ def test_model_with_pooled_vectors_only_is_refused(tmp_path):
     AutoConfig.register("vrpo-test-pooled", PooledConfig, exist_ok=True)
     AutoModel.register(PooledConfig, PooledModel, exist_ok=True)
     PooledModel(PooledConfig()).save_pretrained(tmp_path)
-    assert "PooledModel gives pooled vectors only" in refusal(tmp_path)
+    assert "PooledModel returns pooled vectors only" in refusal(tmp_path)
 
 
 def test_missing_folders_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in (tmp_path / "none", str(tmp_path / "none"), "./none", "~/none-such", "a/b/c"):
-        assert refusal(name).startswith(f"`encoder` {name}: there is no such folder; give ")
+        assert refusal(name).startswith(f"`encoder` {name}: the folder does not exist; give ")
 
 
 def test_folders_without_a_checkpoint_are_refused(tmp_path, encoder_checkpoint):

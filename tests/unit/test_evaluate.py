@@ -123,7 +123,7 @@ def test_folders_of_samples(run, tmp_path, caplog):
 
 def test_a_wrong_second_encoder_costs_no_work_of_the_first(run, encoder_checkpoint, tmp_path):
     np.savez(tmp_path / "images.npz", pictures(30))
-    with pytest.raises(SystemExit, match="--encoder .*nowhere: there is no such folder"):
+    with pytest.raises(SystemExit, match="--encoder .*nowhere: the folder does not exist"):
         run(*[tmp_path / "images.npz"] * 2, "--encoder", encoder_checkpoint("dinov2"), tmp_path / "nowhere")
     assert not (tmp_path / "cache").exists()  # where the statistics of the reference go
 

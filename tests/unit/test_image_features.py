@@ -106,7 +106,7 @@ def test_checksum_and_wrong_encoders(encoder_checkpoint):
     assert encoder_checksum(first) == encoder_checksum(second)
     next(buffer for name, buffer in second.named_buffers() if name.endswith("running_mean")).add_(1e-3)
     assert encoder_checksum(first) != encoder_checksum(second)
-    with pytest.raises(InputError, match="there is no such folder"):
+    with pytest.raises(InputError, match="the folder does not exist"):
         load_image_encoder("./nowhere")
     with pytest.raises(InputError, match="does not encode images"):
         load_image_encoder(str(encoder_checkpoint("bert")))

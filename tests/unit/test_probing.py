@@ -113,7 +113,7 @@ def test_bad_input_ends_in_a_sentence(digits_pipeline, tmp_path, capsys):
         (["--test_split", "validation", "--num_test", 10**6], "--num_test 1000000: the split has"),
         (["--dataset_split", "nothing"], "--dataset_split 'nothing' is not in"),
         (["--output_file", tmp_path / "no" / "x.json"], "its folder does not exist"),
-        (["--encoder", tmp_path / "nowhere"], "there is no such folder"),
+        (["--encoder", tmp_path / "nowhere"], "the folder does not exist"),
     ):
         with pytest.raises(SystemExit, match=message):
             run(digits_pipeline, *options)

@@ -1,8 +1,8 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Attaching alignment to a diffusers transformer: projectors on the image tokens of some of its blocks.
+"""Attaches alignment to a diffusers transformer: projectors on the image tokens of some of its blocks.
 
 Forward hooks on the blocks read the tokens and pass them through the fork (gradient_fork.py). The transformer itself
-stays what it was: a pipeline saves it and samples from it, and knows nothing of the projectors.
+is not changed: a pipeline saves it and samples from it without the projectors.
 
 A limit: in transformers with a text stream (SD3, Flux), flow matching also reaches the lower blocks through the text
 tokens. The fork sees, weighs and compares the gradient of the image tokens alone.
@@ -25,7 +25,7 @@ def alignment_layers(layer_scope: str, num_layers: int) -> list[int]:
     """The blocks, counted from 1, that `layer_scope` means: `early` (8 of 28), `mid`, `all`, or a list such as `4,8`.
 
     Raises:
-        InputError: for another word or a block that the model does not have.
+        InputError: if `layer_scope` is another word, or the model does not have a block.
     """
     named = {
         "early": [math.ceil(num_layers * 2 / 7)],
@@ -51,7 +51,7 @@ def transformer_blocks(transformer: nn.Module) -> list[nn.Module]:
     """The blocks of a diffusers transformer in the order of the forward pass; Flux has single after double blocks.
 
     Raises:
-        ValueError: for a module that has neither `transformer_blocks` nor `single_transformer_blocks`.
+        ValueError: if the module has neither `transformer_blocks` nor `single_transformer_blocks`.
     """
     names = ("transformer_blocks", "single_transformer_blocks")
     blocks = [block for name in names for block in getattr(transformer, name, [])]
@@ -61,10 +61,10 @@ def transformer_blocks(transformer: nn.Module) -> list[nn.Module]:
 
 
 def image_tokens_index(block: nn.Module, output: torch.Tensor | tuple) -> int | None:
-    """Where the image tokens `[B,N,D]` stand in a block's output; None where they are the output.
+    """The index of the image tokens `[B,N,D]` in a block's output; None if they are the output.
 
-    diffusers keeps a register of this (a private one, which a test pins); for a block that is not in it, the image tokens
-    are taken to be last.
+    diffusers has a registry of this index (a private one, which a test pins). For a block that is not in the registry, the
+    image tokens are assumed to be last.
     """
     if isinstance(output, torch.Tensor):
         return None
@@ -76,7 +76,7 @@ def image_tokens_index(block: nn.Module, output: torch.Tensor | tuple) -> int | 
 
 @dataclass
 class _Call:
-    """One call of the aligned transformer: its fork, and the tokens that the hooks take out for the projectors."""
+    """One call of the aligned transformer: its fork, and the tokens that the hooks collect for the projectors."""
 
     fork: Callable | None
     tokens: dict[int, list[torch.Tensor]] | None = field(default_factory=dict)
@@ -84,11 +84,11 @@ class _Call:
 
 @dataclass
 class _Attachment:
-    """What the hooks on the transformer know. It is not the module, so that a copied transformer has hooks of its own.
+    """The state that the hooks on the transformer share. It is not a module, so that a copied transformer has its own.
 
-    `next` is what the coming call of the transformer belongs to, `current` what the last one belonged to: None where
-    somebody has called the transformer itself, such as a pipeline. `current` outlives the call, because with gradient
-    checkpointing the blocks and their hooks run a second time during backward.
+    `next` describes the next call of the transformer and `current` the last one. It is None if the transformer is called
+    directly, for example by a pipeline. `current` outlives the call, because with gradient checkpointing the blocks and
+    their hooks run a second time during backward.
     """
 
     deepest: int
@@ -98,7 +98,7 @@ class _Attachment:
 
 
 class _StartCall:
-    """Forward pre-hook of the transformer: makes the coming call the current one."""
+    """Forward pre-hook of the transformer: makes the next call the current one."""
 
     def __init__(self, attachment: _Attachment):
         self.attachment = attachment
@@ -108,12 +108,12 @@ class _StartCall:
 
 
 class _TakeTokens:
-    """Forward hook of an aligned block: splits the image tokens in those that go on and those for the projectors."""
+    """Forward hook of an aligned block: forks the image tokens into those for the next block and for the projectors."""
 
     def __init__(self, attachment: _Attachment, layer: int):
         self.attachment, self.layer = attachment, layer
 
-    # The graph of a compiled block ends before the hook: what it remembers and how it forks is not traced.
+    # The graph of a compiled block ends before the hook, which is not traced.
     @torch.compiler.disable
     def __call__(self, block, inputs, output):
         call = self.attachment.current
@@ -133,7 +133,7 @@ class _TakeTokens:
 
 
 class _WithZeroGradient(torch.autograd.Function):
-    """The first tensor as it is; the others take part in the backward pass, with a gradient of zero."""
+    """Returns the first tensor unchanged; the others get a gradient of zero in the backward pass."""
 
     @staticmethod
     def forward(ctx, x, *resting):
@@ -156,20 +156,20 @@ class AlignedTransformer(nn.Module):
     backward pass with gradient checkpointing must follow its forward pass before the transformer is called again.
 
     Args:
-        transformer: SiT, DiT, PixArt, SD3, Flux, Sana or another one whose blocks put out tokens `[B,N,D]`.
+        transformer: SiT, DiT, PixArt, SD3, Flux, Sana or another one whose blocks return tokens `[B,N,D]`.
         layers (`list[int]`): the aligned blocks, counted from 1; those of `transformer_blocks`, and from there on those of
-            `single_transformer_blocks`. None of them trains without projectors.
-        encoders (`list`): frozen encoders, one projector each and block: `PatchEncoder`s, or callables that give patch
-            embeddings `[B,M,E]` of images and have an attribute `embed_dim`, E. They are not submodules.
+            `single_transformer_blocks`. An empty list trains without projectors.
+        encoders (`list`): frozen encoders, with one projector per encoder and block: `PatchEncoder`s, or callables that map
+            images to patch embeddings `[B,M,E]` and have an attribute `embed_dim`, E. They are not submodules.
         projector (`"mlp"` or `"conv"`): REPA's three linear layers, or iREPA's 3x3 convolution.
         projector_dim (`int`): hidden width of the `"mlp"`.
         hidden_dim (`int`, *optional*): D; by default `num_attention_heads * attention_head_dim` of the transformer's config.
         grid_size (`(int, int)`, *optional*): rows and columns of the image tokens; by default the transformer's `grid_size`,
-            or what the shape of its input tells. Packed latents, as Flux takes them, do not tell.
-        blocks (`list[nn.Module]`, *optional*): the blocks that `layers` counts, of a transformer that names them otherwise.
+            or derived from the shape of its input, which is not possible for packed latents as in Flux.
+        blocks (`list[nn.Module]`, *optional*): the blocks that `layers` counts, if the transformer has other names for them.
 
     Raises:
-        ValueError: for a layer or projector that cannot be, or a transformer whose blocks or width are not known.
+        ValueError: if a layer or projector does not exist, or the transformer's blocks or width are not known.
     """
 
     def __init__(
@@ -202,7 +202,7 @@ class AlignedTransformer(nn.Module):
             hidden_dim = config["num_attention_heads"] * config["attention_head_dim"]
         self.hidden_dim = hidden_dim
 
-        # Block by block, and the encoders within each: the order of the projections.
+        # Ordered by block and then by encoder, like the projections.
         self.projectors = nn.ModuleList(
             make_projector(projector, hidden_dim, embed_dim, projector_dim)
             for _ in self.layers
@@ -221,20 +221,20 @@ class AlignedTransformer(nn.Module):
 
     @property
     def _no_split_modules(self) -> list[str] | None:
-        """The transformer's, where accelerate looks for what FSDP is to shard as one."""
+        """The transformer's attribute, in which accelerate finds the modules that FSDP shards as one unit."""
         return getattr(self.transformer, "_no_split_modules", None)
 
     def forward(self, *args, fork: Callable | None = None, align: bool = True, **kwargs):
         """
         Args:
-            args, kwargs: of the transformer.
-            fork: called as `f(tokens, deepest)` after every aligned block, `deepest` telling the last of them; returns the
-                tokens for the blocks above and those for the projectors. An objective's `begin` makes it.
-            align (`bool`): run the projectors; without it, and after `end`, there are no projections.
+            args, kwargs: arguments of the transformer.
+            fork: called as `f(tokens, deepest)` after every aligned block, `deepest` being true for the last of them; returns
+                the tokens for the blocks above and those for the projectors. An objective's `begin` creates it.
+            align (`bool`): whether to run the projectors; otherwise, and after `end`, there are no projections.
 
         Returns:
-            the transformer's prediction; a tuple of projected tokens `[B,N,E]`, not normalised: for every aligned block,
-            one for each encoder.
+            the transformer's prediction; a tuple of projected tokens `[B,N,E]`, not normalised, one for each aligned block
+            and encoder.
         """
         align = align and not self.ended and bool(self.layers)
         call = _Call(fork) if align else None
@@ -261,16 +261,16 @@ class AlignedTransformer(nn.Module):
         return prediction, tuple(projections)
 
     def end(self):
-        """Ends alignment: frees the encoders. From now on `forward` runs no projector.
+        """Ends alignment: frees the encoders and stops running the projectors in `forward`.
 
-        What DDP needs of a parameter that rests, a gradient of zero, comes with the prediction; `clear_resting_gradients`
-        keeps that from the optimizer.
+        The prediction then carries zero gradients for the projectors, which DDP needs; `clear_resting_gradients` removes
+        them before the optimizer's step.
         """
         self.encoders, self.ended = [], True
         self._attachment.current = None
 
     def clear_resting_gradients(self):
-        """After backward: projectors rest once alignment has ended, with one process and with many."""
+        """Removes the projectors' gradients if alignment has ended; called after backward."""
         if self.ended:
             for parameter in self.projectors.parameters():
                 parameter.grad = None
@@ -283,7 +283,7 @@ class AlignedTransformer(nn.Module):
         return self.transformer
 
     def frozen_copy(self) -> "AlignedTransformer":
-        """A copy in evaluation mode that is not trained; it has no encoders."""
+        """Returns a frozen copy in evaluation mode, without encoders."""
         encoders, self.encoders = self.encoders, []
         self._attachment.current = None
         try:
@@ -295,7 +295,7 @@ class AlignedTransformer(nn.Module):
     # Weights of the projectors
 
     def description(self) -> dict:
-        """What projectors of other weights must have in common with these: blocks, widths and kind."""
+        """Describes the projectors: blocks, widths and kind, which other weights must match to be loaded."""
         return {
             "alignment_layers": list(self.layers),
             "alignment_dims": list(self.embed_dims),
@@ -305,14 +305,14 @@ class AlignedTransformer(nn.Module):
 
     @torch.no_grad()
     def load_projectors(self, description: dict, state: dict[str, torch.Tensor]) -> bool:
-        """Takes over the weights of projectors, if they are of the same blocks, widths and kind.
+        """Loads the weights of projectors, if these have the same blocks, widths and kind.
 
         Args:
-            description: as `description()` gives it.
-            state: by names as `"0.4.weight"`, or `"projectors.0.4.weight"`.
+            description: as `description()` returns it.
+            state: weights by names such as `"0.4.weight"` or `"projectors.0.4.weight"`.
 
         Returns:
-            whether they are.
+            whether the weights were loaded.
         """
         own = self.description()
         if own["projector_type"] == "conv":  # which has no hidden width

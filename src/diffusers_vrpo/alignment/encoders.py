@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """Frozen vision encoders of transformers as teachers: images -> patch embeddings `[B, N, E]` on the token grid.
 
-ViTs give their patch tokens (class and register tokens dropped), conv nets and pyramids the map of one stage.
+ViTs return their patch tokens (without class and register tokens), conv nets and pyramids the feature map of one stage.
 """
 
 import inspect
@@ -24,17 +24,17 @@ logger = logging.getLogger(__name__)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 RESIZE_MODES = ("antialias", "repa")
-# A conv net gives by default its deepest stage with at most the stride of the usual ViT patch.
+# The default for a conv net is its deepest stage with at most the stride of the usual ViT patch.
 DEFAULT_STRIDE = 16
-# Every stage of a conv net still has an extent at this side, so that its stride can be measured.
+# At this input side, every stage of a conv net still has several rows and columns, so that its stride can be measured.
 PROBE_SIDE = 256
 REMEDY = "give the folder or the Hub name of a ViT or conv net, such as facebook/dinov2-base"
 
 
 class PatchEncoder(nn.Module):
-    """A frozen vision model that gives patch embeddings; `load_encoder` makes it.
+    """A frozen vision model that returns patch embeddings; `load_encoder` loads it.
 
-    It stays in evaluation mode even under `train()`, gives no gradients, and computes in its own dtype under any autocast.
+    It stays in evaluation mode even under `train()`, has no gradients, and computes in its own dtype under any autocast.
 
     Attributes:
         embed_dim (`int`): E, the channels of an embedding.
@@ -63,7 +63,7 @@ class PatchEncoder(nn.Module):
         return super().train(False)
 
     def preprocess(self, images):
-        """Images `[B, 3, H, W]` in [-1, 1] -> the model's normalised pixels `[B, 3, *input_size]`, float32."""
+        """Converts images `[B, 3, H, W]` in [-1, 1] to the model's normalised pixels `[B, 3, *input_size]`, float32."""
         pixels = (images.float() + 1) / 2
         if tuple(pixels.shape[2:]) != self.input_size:
             pixels = F.interpolate(pixels, self.input_size, mode="bicubic", antialias=self.antialias)
@@ -74,7 +74,7 @@ class PatchEncoder(nn.Module):
         return (pixels - self.mean) / self.std
 
     def forward(self, images):
-        """Patch embeddings `[B, N, E]`, float32, not normalised, row by row of the grid.
+        """Computes patch embeddings `[B, N, E]`, float32, not normalised, in row-major order of the grid.
 
         Args:
             images (`torch.Tensor` of shape `(batch, 3, height, width)`): RGB in [-1, 1], any size and float dtype.
@@ -87,7 +87,7 @@ class PatchEncoder(nn.Module):
                 parts = pixels.contiguous(memory_format=torch.channels_last).split(self.images_at_a_time)
             features = torch.cat([_feature_map(self.model, part, self.layer).float() for part in parts])
             if tuple(features.shape[2:]) != self.grid_size:
-                # For a map that grows, antialias changes nothing.
+                # Antialiasing has no effect when the map is enlarged.
                 features = F.interpolate(features, self.grid_size, mode="bilinear", antialias=True)
             return features.flatten(2).transpose(1, 2).contiguous()
 
@@ -95,7 +95,7 @@ class PatchEncoder(nn.Module):
 def load_encoder(
     name_or_path, grid_size, layer=None, dtype=torch.float32, device=None, cache_dir=None, resize="antialias"
 ) -> PatchEncoder:
-    """A transformers vision model as a frozen `PatchEncoder`, tried out on an image before it is returned.
+    """Loads a transformers vision model as a frozen `PatchEncoder`, and tests it on a blank image.
 
     The input side is the grid side times the patch size (DINOv2/14 sees 224 pixels for 16 tokens, as in REPA), or
     times the stride of a conv net's stage. A ViT that cannot interpolate its position table gets its native size, and
@@ -111,8 +111,8 @@ def load_encoder(
         resize (`"antialias"` or `"repa"`): bicubic with antialiasing, as image processors do, or without, as REPA.
 
     Raises:
-        InputError: for a name, checkpoint or layer that cannot give patch embeddings.
-        ValueError: for an unknown `resize`.
+        InputError: if the name, checkpoint or layer does not provide patch embeddings.
+        ValueError: if `resize` is unknown.
     """
     if resize not in RESIZE_MODES:
         raise ValueError(f"resize must be one of {', '.join(RESIZE_MODES)}, not {resize!r}")
@@ -123,7 +123,7 @@ def load_encoder(
         pixel_format = _pixel_format(source, cache_dir, local)
     except InputError:
         raise
-    except Exception as error:  # transformers raises many types; all mean that this checkpoint cannot be had
+    except Exception as error:  # transformers raises many types; all mean that this checkpoint cannot be loaded
         raise InputError("encoder", prefix + _explain(error, source)) from error
 
     model = model.to(device).requires_grad_(False).eval()
@@ -131,8 +131,8 @@ def load_encoder(
         layer, input_size, features = _plan(model, name_or_path, grid_size, layer)
     except InputError:
         raise
-    except Exception as error:  # whatever a model raises on one blank image, it would raise in training
-        reason = f"{type(model).__name__} gives no patch embeddings of an image ({_first_sentence(error)})"
+    except Exception as error:  # an error on one blank image would also occur in training
+        reason = f"{type(model).__name__} does not return patch embeddings of an image ({_first_sentence(error)})"
         raise InputError("encoder", f"{prefix}{reason}; {REMEDY}") from error
     if missing and not features.isfinite().all():
         raise InputError(
@@ -166,7 +166,7 @@ def resample_tokens(features, num_tokens, grid_size=None):
         grid_size (`tuple[int, int]`, *optional*): rows and columns wanted; a square when not given.
 
     Raises:
-        ValueError: where one of the grids is not known to be square.
+        ValueError: if one of the grids is not known to be square.
     """
     side = math.isqrt(features.shape[1])
     wanted = math.isqrt(num_tokens)
@@ -184,7 +184,7 @@ def resample_tokens(features, num_tokens, grid_size=None):
 
 
 def _locate(name_or_path, option="encoder"):
-    """The folder or Hub name that is meant, and whether it is a folder."""
+    """Resolves a name to a folder or Hub name, and returns whether it is a folder."""
     path = Path(name_or_path).expanduser()
     if name_or_path == "digits" and not path.is_dir():
         from ..assets.digits import DIGITS_ENCODER  # here, because it imports datasets
@@ -198,13 +198,13 @@ def _locate(name_or_path, option="encoder"):
         return str(path), True
     is_name = isinstance(name_or_path, str) and not name_or_path.startswith((".", "~")) and name_or_path.count("/") < 2
     if not is_name or path.is_absolute() or path.exists():
-        raise InputError(option, f"`{option}` {name_or_path}: there is no such folder; {REMEDY}")
+        raise InputError(option, f"`{option}` {name_or_path}: the folder does not exist; {REMEDY}")
     return name_or_path, False
 
 
 @contextmanager
 def _quiet_transformers():
-    """Without the report of the checkpoint's other weights (classifier, text tower); missing ones are checked here."""
+    """Silences the report of a checkpoint's unused weights (classifier, text tower); missing ones are checked here."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
@@ -214,11 +214,11 @@ def _quiet_transformers():
 
 
 def _load_model(source, dtype, cache_dir, local):
-    """The image model of a checkpoint, and how many of its weights the checkpoint lacks (those are NaN)."""
-    # Code from a repository is never run; asked for here, because transformers would ask on the terminal.
+    """Loads the image model of a checkpoint; returns it and the number of missing weights, which are NaN."""
+    # Code from a repository is never run. This is explicit, because transformers would ask on the terminal.
     where = {"cache_dir": cache_dir, "local_files_only": local, "trust_remote_code": False}
     config = AutoConfig.from_pretrained(source, **where)
-    # Of CLIP, SigLIP and their like, the image tower alone.
+    # For CLIP, SigLIP and similar models, load only the image tower.
     tower = getattr(config, "vision_config", None)
     config = tower if type(tower) in MODEL_MAPPING else config
     model_class = MODEL_MAPPING.get(type(config), None)
@@ -230,8 +230,8 @@ def _load_model(source, dtype, cache_dir, local):
         model, info = AutoModel.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True, **where)
     if config.model_type == "vit_mae":
         model.config.mask_ratio = 0.0
-    # transformers draws missing weights at random. A pooler may well be missing, and what the embeddings depend on
-    # shows as NaN in them.
+    # transformers draws missing weights at random. Here they become NaN, which shows in the embeddings unless they do not
+    # depend on them, as on a pooler.
     state = model.state_dict()
     missing = [key for key in info["missing_keys"] if key in state and state[key].is_floating_point()]
     for key in missing:
@@ -240,7 +240,7 @@ def _load_model(source, dtype, cache_dir, local):
 
 
 def _pixel_format(source, cache_dir, local):
-    """Mean and std (three floats each, for pixels in [0, 1]) and whether the channels are BGR.
+    """Reads mean and std (three floats each, for pixels in [0, 1]) and whether the channels are BGR.
 
     Read from the processor's configuration, since building the processor may need torchvision.
     """
@@ -266,7 +266,7 @@ def _pixel_format(source, cache_dir, local):
 
 
 def _explain(error, source):
-    """Why a checkpoint could not be loaded, and what to do."""
+    """Explains why a checkpoint could not be loaded, and what to do."""
     if problem := hub_problem(error, source):
         return problem
     if "trust_remote_code" in str(error):
@@ -280,15 +280,15 @@ def _first_sentence(error):
     return lines[0].split(". ")[0][:200].rstrip(" .:") if lines else type(error).__name__
 
 
-# What a model gives, and for which input
+# The output of a model and its input size
 
 
 def _plan(model, name, grid_size, layer):
-    """The layer to take (`None`: a ViT's output), the input size, and the map that they give for a blank image."""
+    """Chooses the layer (`None`: a ViT's output) and the input size; also returns the map of a blank image."""
     native = _native_size(model.config)
     states = _blank_states(model, native)
     if not states:
-        raise InputError("encoder", f"`encoder` {name}: {type(model).__name__} gives pooled vectors only; {REMEDY}")
+        raise InputError("encoder", f"`encoder` {name}: {type(model).__name__} returns pooled vectors only; {REMEDY}")
     if layer is not None and not -len(states) <= layer < len(states):
         raise InputError(
             "encoder_layer",
@@ -309,12 +309,12 @@ def _plan(model, name, grid_size, layer):
         )
         size, features = native, _blank_map(model, native, layer)
     if tuple(features.shape[2:]) == (1, 1) != grid_size:
-        raise ValueError("one vector an image, none for each token")
+        raise ValueError("one vector per image instead of one per token")
     return layer, size, features
 
 
 def _choose_stage(model, name, grid_size, layer):
-    """The index of the conv stage to take, and its stride, measured with an image."""
+    """Chooses the conv stage; returns its index and its stride, measured on an image."""
     states = _blank_states(model, (PROBE_SIDE, PROBE_SIDE))
     strides = {
         # A power of two: padding, or none, makes the ratio of sides miss it slightly.
@@ -338,7 +338,7 @@ def _choose_stage(model, name, grid_size, layer):
 
 
 def _feature_map(model, pixels, layer):
-    """The map `[B, E, rows, columns]` of a hidden state, or of the output, for pixels `[B, 3, H, W]`."""
+    """Computes the map `[B, E, rows, columns]` of a hidden state, or of the output, for pixels `[B, 3, H, W]`."""
     output = _apply(model, pixels, hidden_states=layer is not None)
     features = output.last_hidden_state if layer is None else _states(output)[layer]
     return _token_map(features, model.config, pixels.shape[2:]) if features.ndim == 3 else features
@@ -363,7 +363,7 @@ def _apply(model, pixels, hidden_states):
     if size != _native_size(config) and "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
         arguments["interpolate_pos_encoding"] = True
     if config.model_type == "vit_mae":
-        # It sorts its tokens by this noise, which is random by default.
+        # ViTMAE sorts its tokens by this noise, which is random by default.
         patch = _pair(config.patch_size)
         order = torch.arange((size[0] // patch[0]) * (size[1] // patch[1]), device=pixels.device)
         arguments["noise"] = order.expand(len(pixels), -1)
@@ -380,17 +380,17 @@ def _flat_patches(pixels, patch):
 
 
 def _states(output):
-    """The hidden states (those of a pyramid of tokens, such as Swin, as maps), or else the output alone, or nothing."""
+    """The hidden states (as maps for a pyramid of tokens such as Swin), else only the output, else an empty list."""
     states = getattr(output, "reshaped_hidden_states", None) or getattr(output, "hidden_states", None)
     last = getattr(output, "last_hidden_state", None)
     return states or (() if last is None else (last,))
 
 
 def _token_map(tokens, config, size):
-    """The patch tokens among `[B, prefix + N, E]` as a map `[B, E, rows, columns]`.
+    """Reshapes the patch tokens of `[B, prefix + N, E]` to a map `[B, E, rows, columns]`.
 
     Raises:
-        ValueError: where the tokens are not a known prefix and one token for each patch.
+        ValueError: if the tokens are not a known prefix followed by one token per patch.
     """
     patch = _pair(config.patch_size)
     rows, columns = size[0] // patch[0], size[1] // patch[1]
@@ -404,7 +404,7 @@ def _token_map(tokens, config, size):
 
 
 def _native_size(config):
-    """Height and width that a model was made for; where its config does not say, 16 patches or 224 pixels."""
+    """The native height and width of a model; 16 patches or 224 pixels if its config does not say."""
     return _pair(getattr(config, "image_size", None) or 16 * _pair(getattr(config, "patch_size", 14))[0])
 
 

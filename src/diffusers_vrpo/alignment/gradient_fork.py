@@ -1,9 +1,9 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Where flow matching and alignment meet: a fork that weighs their gradients per sample, in one backward pass.
+"""A fork that weighs the gradients of flow matching and alignment per example, in one backward pass.
 
-The fidelity reward is the sample's own flow-matching loss, whose gradient reaches the aligned block anyway. The fork sits
+The fidelity reward is the example's own flow-matching loss, whose gradient reaches the aligned block anyway. The fork sits
 after that block, sees both gradients, and gives fidelity its share of the reward gradient. It also measures how much
-the two conflict. That there is such a reward comes from arXiv 2606.00583; the formulas are ours (docs/method.md).
+the two conflict. The fidelity reward comes from arXiv 2606.00583; the formulas are ours (docs/method.md).
 """
 
 from collections.abc import Callable
@@ -21,9 +21,9 @@ def _per_sample(x: torch.Tensor, ndim: int) -> torch.Tensor:
 def mix_gradients(
     g_main: torch.Tensor, g_align: torch.Tensor, fidelity_share: torch.Tensor, conflict: str = "none"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the fork sends back: `g_main + (1 - s_f) g_align + s_f (||g_align|| / max(||g_main||, 1e-12)) g_main`.
+    """Computes the gradient that the fork passes on: `g_main + (1 - s_f) g_align + s_f (||g_align|| / max(||g_main||, 1e-12)) g_main`.
 
-    Norms are over all of `[N,D]` of a sample, in float32. Both gradients may carry any common factor (loss scaling,
+    Norms are over `[N,D]` of each example, in float32. Both gradients may carry any common factor (loss scaling,
     accumulation): the result carries the same one.
 
     Args:
@@ -70,7 +70,7 @@ class _Fork(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_main, g_align):
-        # A branch that is not used arrives as zeros.
+        # An unused branch has a gradient of zeros.
         (fidelity_share,) = ctx.saved_tensors
         mixed, cosine = mix_gradients(g_main, g_align, fidelity_share, ctx.conflict)
         return mixed, None, cosine.to(ctx.probe_dtype), None
@@ -79,10 +79,10 @@ class _Fork(torch.autograd.Function):
 def fork(
     hidden_states: torch.Tensor, fidelity_share: torch.Tensor, probe: torch.Tensor, conflict: str = "none"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two copies of `hidden_states`, for the rest of the transformer and for the projector; `mix_gradients` on the way back.
+    """Copies `hidden_states` for the rest of the transformer and for the projector; backward calls `mix_gradients`.
 
-    The cosine of the two gradients comes out as the gradient of `probe`, a zero input made for it: backward has no side
-    effects, so that checkpointing and compilation keep it. Only the blocks below the fork see the mixed gradient;
+    The cosine of the two gradients is returned as the gradient of `probe`, a zero input: backward has no side effects, so
+    that it works with checkpointing and compilation. Only the blocks below the fork see the mixed gradient;
     the blocks above and the projector get theirs as they are. The alignment must have no other way to the blocks below.
 
     Args:
@@ -101,15 +101,15 @@ def fork(
 
 
 def scale_gradient(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """`x [B, ...]` as it is; its gradient is multiplied by `scale [B]`."""
+    """Returns `x [B, ...]` unchanged; its gradient is multiplied by `scale [B]`."""
     return x.detach() + _per_sample(scale, x.ndim).to(x.dtype) * (x - x.detach())
 
 
 def alignment_fork(fidelity_share: torch.Tensor, probe: torch.Tensor, conflict: str = "none") -> Callable:
-    """The `alignment_fork` of the transformer's forward: `fork` at the deepest aligned block, which governs all.
+    """Creates the `fork` argument of `AlignedTransformer.forward`: it calls `fork` at the deepest aligned block.
 
     At shallower blocks the flow-matching gradient already contains alignment gradients: there the projector branch is
-    only scaled by `1 - s_f`. Arguments as of `fork`.
+    only scaled by `1 - s_f`. The arguments are those of `fork`.
     """
 
     def split(hidden_states: torch.Tensor, deepest: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -50,14 +50,14 @@ SUBSET_SIZE = 64  # tokens of the structural reward's subset, or all where there
 
 @dataclass
 class AlignmentStep:
-    """What an objective knows of a micro-batch.
+    """The state of an objective within a micro-batch.
 
     Attributes:
         t: flow time, `[B]`, 1 being noise.
         active: whether this micro-batch is aligned.
-        fork: for the call of the aligned transformer; None where no gradients are weighed.
-        targets: of the encoders, where they have been computed before the objective is called.
-        logs: after the call, what to log: device scalars by name.
+        fork: argument for the call of the aligned transformer; None if no gradients are weighed.
+        targets: the encoders' targets, if they are computed before the objective is called.
+        logs: device scalars to log, by name; set by the call.
     """
 
     t: torch.Tensor
@@ -72,7 +72,7 @@ class AlignmentStep:
 
 
 class NoAlignment:
-    """Flow matching alone: the interface of the objectives, without a term.
+    """Flow matching without an alignment term; it defines the interface of the objectives.
 
     Args:
         aligned: the transformer, usually without projectors.
@@ -94,7 +94,7 @@ class NoAlignment:
         return AlignmentStep(t, active=False)
 
     def targets(self, images) -> list[torch.Tensor]:
-        """The encoders' patch embeddings of `images`; none."""
+        """The encoders' patch embeddings of `images`: an empty list."""
         return []
 
     def __call__(self, step: AlignmentStep, projections, images, loss_fm: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -102,10 +102,10 @@ class NoAlignment:
         return torch.zeros((), device=loss_fm.device)
 
     def observe(self, step: AlignmentStep):
-        """After the backward pass of a micro-batch."""
+        """Updates statistics after the backward pass of a micro-batch."""
 
     def update(self, all_reduce: Callable | None = None):
-        """After an optimizer step."""
+        """Updates statistics after an optimizer step."""
         self.step_number += 1
 
     def summary(self) -> dict[str, float]:
@@ -113,18 +113,18 @@ class NoAlignment:
         return {}
 
     def stateful(self) -> dict:
-        """What a checkpoint keeps, by file name: objects with `state_dict` and `load_state_dict` of tensors."""
+        """The objects to save in a checkpoint, by file name; they have `state_dict` and `load_state_dict` of tensors."""
         return {}
 
     def release_state(self) -> dict:
-        """What a checkpoint keeps about the end of alignment; JSON types."""
+        """The state of the end of alignment for a checkpoint, in JSON types."""
         return {"stop_step": None, "gate_window": None}
 
     def resume(self, step_number: int, release_state: dict | None = None):
         """Continues at an optimizer step, after `stateful()` was loaded.
 
         Args:
-            release_state: as `release_state()` gave it, where a checkpoint is continued.
+            release_state: what `release_state()` returned, if a checkpoint is continued.
         """
         self.step_number = step_number
 
@@ -136,14 +136,14 @@ class REPA(NoAlignment):
         aligned (`AlignedTransformer`): has projectors and encoders.
         max_train_steps (`int`): optimizer steps of the training; the gate's window is 2 % of it.
         alignment_coeff (`float`): lambda, by which the loss is to be multiplied; with 0 nothing is aligned.
-        alignment_stop_step (`int`, *optional*): align no longer from this step on.
+        alignment_stop_step (`int`, *optional*): the first step without alignment.
         timestep_weighting (`str`): `"uniform"`, or `"low_noise"`: w(t) = sigmoid(20 (0.7 - t)).
         spatial_norm (`float`): a in iREPA's `(f - a mean) / std` of the targets; 0 for none.
         conflict (`str`): what to do where alignment turns against flow matching: `"none"`, `"gate"` (close the timestep bin
-            for good) or `"project"` (take the opposing part out).
+            permanently) or `"project"` (remove the opposing part).
         prediction_type (`str`, *optional*): `"velocity"`, whose flow times are uniform, or `"epsilon"`, whose flow times
             are those of DDPM's noise levels; by default that of the transformer's config, or `"velocity"`.
-        device (*optional*): where the statistics live; by default the transformer's.
+        device (*optional*): device of the statistics; by default the transformer's.
     """
 
     def __init__(
@@ -178,14 +178,14 @@ class REPA(NoAlignment):
         self._micro_steps = 0
 
     def _mean_timestep_weight(self, prediction_type: str) -> float:
-        """`E[w]` in units of the analytic one, which is over uniform t; those of a diffusion are not uniform."""
+        """`E[w]` relative to the analytic one for uniform t; the flow times of a diffusion are not uniform."""
         if prediction_type == "velocity":
             return 1.0
         t = ddpm.flow_time(torch.arange(ddpm.NUM_TIMESTEPS))
         return timestep_weight(t, self.timestep_weighting).mean().item()
 
     def active(self, step_number: int) -> bool:
-        """Whether this optimizer step, from 0, aligns. Once one does not, none after it does, on any process."""
+        """Whether this optimizer step, from 0, aligns. After the first that does not, none does, on any process."""
         return bool(self.aligned.layers) and self.alignment_coeff > 0 and self.release.active(step_number)
 
     def begin(self, t: torch.Tensor) -> AlignmentStep:
@@ -201,7 +201,7 @@ class REPA(NoAlignment):
         return step
 
     def _end(self):
-        """Frees what is no longer needed."""
+        """Frees the encoders and other unneeded objects."""
         if not self.aligned.ended:
             self.aligned.end()
             if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
@@ -217,8 +217,8 @@ class REPA(NoAlignment):
         """`y [B,N,E]` of each encoder: unit patch embeddings, float32.
 
         Args:
-            images: what the encoders take: pixels `[B,3,H,W]` in [-1, 1], or a batch with cached features.
-            num_tokens: N; by default the product of the aligned transformer's `grid_size`, where that is known. Embeddings
+            images: the encoders' input: pixels `[B,3,H,W]` in [-1, 1], or a batch with cached features.
+            num_tokens: N; by default the product of the aligned transformer's `grid_size`, if it is known. Embeddings
                 on another grid are resampled.
         """
         grid_size = self.aligned.grid_size
@@ -241,11 +241,11 @@ class REPA(NoAlignment):
         index: torch.Tensor | None = None,
         inputs: tuple | dict = (),
     ) -> torch.Tensor:
-        """The alignment loss `L_rep` without its coefficient, a scalar; `step.logs` then has what to log.
+        """Computes the alignment loss `L_rep` without its coefficient, a scalar, and sets `step.logs`.
 
         Args:
-            projections: of the aligned transformer, `[B,N,E]` each.
-            images: as of `targets`; not looked at where `step.targets` are set.
+            projections: the projections of the aligned transformer, `[B,N,E]` each.
+            images: as for `targets`; not used if `step.targets` are set.
             loss_fm: `L_FM,i` of each sample, `[B]`; minus it is the fidelity reward.
             subset: tokens `[B,M]` of the structural reward; drawn here when not given.
             index: global sample indices `[B]` on the CPU, which the noise of sampled actions is a function of; drawn from
@@ -273,7 +273,7 @@ class REPA(NoAlignment):
         return None
 
     def _loss(self, step, i, mu, y, loss_fm, subset, index, references, logs) -> torch.Tensor:
-        """The loss of one projector, `[B]`."""
+        """Computes the loss of one projector, `[B]`."""
         loss = repa_loss(mu, y)
         self._log(logs, **{"reward/semantic": -loss})
         return loss
@@ -285,13 +285,13 @@ class REPA(NoAlignment):
             logs.setdefault(name, []).append(value.detach().mean())
 
     def observe(self, step: AlignmentStep):
-        """After backward: the cosine between the two gradients, which the probe's gradient is."""
+        """Records the cosine between the two gradients, which is the gradient of the probe after backward."""
         if step.probe is not None:
             self.gate.observe(step.t, step.probe.grad)
         self.aligned.clear_resting_gradients()
 
     def update(self, all_reduce: Callable | None = None):
-        """After an optimizer step; `all_reduce(tensor)` sums over processes."""
+        """Updates statistics after an optimizer step; `all_reduce(tensor)` sums over processes."""
         aligned = self.active(self.step_number)
         self.step_number += 1
         self._micro_steps = 0
@@ -321,7 +321,7 @@ class REPA(NoAlignment):
 
 
 class VRPO(REPA):
-    """Group-relative rewards in place of REPA's loss: a policy on the projected tokens (docs/method.md).
+    """Group-relative rewards instead of REPA's loss: a policy on the projected tokens (docs/method.md).
 
     Args:
         aligned, max_train_steps, alignment_coeff, alignment_stop_step, timestep_weighting, spatial_norm, prediction_type,
@@ -338,10 +338,10 @@ class VRPO(REPA):
         clip_range (`float`): c of PPO's clipping.
         kl_coeff (`float`): weight of the divergence from the model at the start.
         seed (`int`): of the actions' noise.
-        autocast: makes the context that the reference of `kl_coeff` computes in.
+        autocast: returns the autocast context for the reference model of `kl_coeff`.
 
     Raises:
-        InputError: for rewards or a weighting that cannot be.
+        InputError: if rewards or their weighting are not valid.
     """
 
     def __init__(
@@ -386,7 +386,7 @@ class VRPO(REPA):
         self.seed, self.autocast = seed, autocast
         self.forks = True  # fidelity has its share there, and the conflict is measured
         weighting = parse_reward_weighting(reward_weighting, len(self.reward_names))
-        # A row for every projector: aligned blocks, and the encoders within each.
+        # One row per projector, ordered by block and then by encoder.
         self.statistics = RewardStatistics(len(aligned.projectors), len(self.reward_names), weighting, self.device)
         self.reference = aligned.frozen_copy() if kl_coeff else None
         self.draws: dict[tuple[int, int], torch.Tensor] = {}
@@ -398,7 +398,7 @@ class VRPO(REPA):
 
     def _fidelity_share(self, step: AlignmentStep) -> torch.Tensor:
         shares, step.tau = self.statistics.lookup(step.t)
-        # The encoders of a block share its weights, as they share the fork.
+        # The encoders of a block share its reward weights, as they share the fork.
         num_encoders = len(self.aligned.embed_dims)
         by_block = shares.unflatten(0, (-1, num_encoders)).mean(1)
         step.shares = by_block.repeat_interleave(num_encoders, dim=0)
@@ -425,7 +425,7 @@ class VRPO(REPA):
             loss, rewards, squares = self._sampled_loss(step, i, mu, y, subset, shares, index, logs)
         if self.fidelity:
             rewards = torch.cat([-loss_fm.detach().unsqueeze(1), rewards], dim=1)
-            # It has no gradient at the tokens, and no tau.
+            # Fidelity has neither a gradient at the tokens nor a tau.
             squares = F.pad(squares, (1, 0))
         self.statistics.observe(i, step.t, rewards, squares)
         self._log(logs, **{f"reward/{name}": rewards[:, k] for k, name in enumerate(self.reward_names)})
@@ -475,7 +475,7 @@ class VRPO(REPA):
 
 
 def conflict_mode(config) -> str:
-    """`conflict`, or its default: the gate belongs to VRPO; REPA is REPA unless it is asked for."""
+    """Returns `conflict`, or its default: `"gate"` for VRPO and `"none"` for REPA."""
     return config.conflict or ("gate" if config.objective == "vrpo" else "none")
 
 
@@ -486,15 +486,15 @@ def objective_from_config(
     rewards: Sequence = DEFAULT_REWARDS,
     autocast: Callable = contextlib.nullcontext,
 ) -> NoAlignment:
-    """The objective that the alignment and policy options ask for.
+    """Builds the objective for the alignment and policy options.
 
     Args:
         config: `objective` (`"none"`, `"repa"` or `"vrpo"`) and the options of the same names as the arguments of the
             classes.
-        rewards: of VRPO, for those that no option names.
+        rewards: rewards of VRPO, including those that are Python objects.
 
     Raises:
-        InputError: for a `reward_weighting` or rewards that cannot be.
+        InputError: if `reward_weighting` or rewards are not valid.
     """
     if config.objective == "none":
         return NoAlignment(aligned)

@@ -48,7 +48,7 @@ def token_grid(num_tokens: int, grid_size: tuple[int, int] | None, latents: torc
             another resolution.
 
     Raises:
-        ValueError: when neither tells.
+        ValueError: if the grid cannot be derived from either.
     """
     if grid_size is not None and grid_size[0] * grid_size[1] == num_tokens:
         return grid_size

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""When alignment ends: at a step, or with the gate that closes timestep bins in which it opposes flow matching."""
+"""The end of alignment: at a given step, or when the gate has closed all timestep bins that oppose flow matching."""
 
 import math
 
@@ -46,7 +46,7 @@ class ConflictGate:
         self.pending = torch.zeros(3, NUM_BINS, device=device, dtype=dtype)  # samples, cosines, squares
 
     def observe(self, t: torch.Tensor, cosine: torch.Tensor):
-        """Adds one micro-batch: `t [B]` in [0, 1], `cosine [B]`. Exact zeros (no gradient) and NaN or inf are left out."""
+        """Adds one micro-batch: `t [B]` in [0, 1], `cosine [B]`. Exact zeros (no gradient), NaN and inf are skipped."""
         known = cosine.isfinite() & (cosine != 0)
         cosine = torch.where(known, cosine.detach(), 0).to(self.pending.dtype)
         sums = torch.stack([known.to(cosine.dtype), cosine, cosine.square()])
@@ -90,10 +90,10 @@ class ConflictGate:
         return self.gates().float()[RewardStatistics.bins(t)]
 
     def steps_until_closed(self) -> float:
-        """Updates until the gate of every bin with samples is 0; infinite while one has not begun. Waits for the device.
+        """Steps until the gate of every bin with samples is 0; infinite while one has not begun. Waits for the device.
 
-        A caller that asks every so often, at least once in `window` steps, and counts down from the first finite answer
-        knows the step without asking again; it is the same on every process.
+        It is the same on every process. Call it at least once every `window` steps, and count down from the first finite
+        result.
         """
         used, closing = self.state["count"] > 0, self.state["closing"]
         begun = (closing[used] > 0).all() & used.any()
@@ -126,14 +126,14 @@ class ConflictGate:
         self.step = int(state_dict["step"])
         for name, tensor in self.state.items():
             tensor.copy_(state_dict[name])
-        # A run that goes on for longer has a longer window; the gates must not rise.
+        # A run that is extended has a longer window; the gates must not rise.
         self.state["closing"].mul_(self.window / int(state_dict["window"])).ceil_().clamp_(max=self.window)
 
 
 class Release:
-    """The step from which on alignment no longer acts: a given one, or the one at which every gate will have closed.
+    """The first step without alignment: a given one, or the one at which every gate will have closed.
 
-    It is known ahead, and the same on every process, so that nobody has to ask the device at each step.
+    It is known ahead and the same on every process, so that no step has to wait for the device.
 
     Args:
         gate: the conflict gate; its window is how long it takes to close.
@@ -145,20 +145,20 @@ class Release:
         self.stop_step = math.inf if stop_step is None else stop_step
 
     def active(self, step: int) -> bool:
-        """Whether a step aligns. Once one does not, none after it does, on any process."""
+        """Whether a step aligns. After the first step that does not, none does, on any process."""
         return step < self.stop_step
 
     def look_ahead(self, step: int):
-        """Learns from the gate when it will have closed everywhere. Once in a window of the gate is often enough."""
+        """Asks the gate when it will have closed everywhere; call it at least once per window of the gate."""
         if self.gate.acts:
             self.stop_step = min(self.stop_step, step + self.gate.steps_until_closed())
 
     def state(self) -> dict:
-        """What is known so far, for a checkpoint; JSON types."""
+        """The state for a checkpoint, in JSON types."""
         return {"stop_step": None if math.isinf(self.stop_step) else self.stop_step, "gate_window": self.gate.window}
 
     def restore(self, state: dict) -> bool:
-        """Takes over what a checkpoint knows; False where it is of a run of another length, and so does not hold."""
+        """Restores the state of a checkpoint; returns False if it is from a run of another length and does not apply."""
         if state["gate_window"] != self.gate.window:
             return False
         self.stop_step = math.inf if state["stop_step"] is None else state["stop_step"]

@@ -23,7 +23,7 @@ def parse_reward_weighting(text: str, num_rewards: int) -> str | tuple[float, ..
     """One of `WEIGHTINGS`, or `"a,b"`: fixed shares, one per reward, made to sum to 1.
 
     Raises:
-        InputError: for anything else.
+        InputError: if the text is neither.
     """
     if text in WEIGHTINGS:
         return text
@@ -137,7 +137,7 @@ class RewardStatistics:
 
     def observe(self, layer: int, t: torch.Tensor, rewards: torch.Tensor, gradient_squares: torch.Tensor):
         """Adds one micro-batch of a block: `t [B]`, token means of rewards and squared gradient norms, `[B,K]`."""
-        # A sample that is not finite is left out: one would spoil its bin for good.
+        # Skip examples that are not finite: a single one would permanently spoil its bin.
         finite = (rewards.isfinite() & gradient_squares.isfinite()).all(-1, keepdim=True)
         dtype = self.state["count"].dtype
         rewards, squares = (torch.where(finite, x.detach(), 0).to(dtype) for x in (rewards, gradient_squares))
@@ -148,7 +148,7 @@ class RewardStatistics:
         self.pending["gradient_square"][layer].index_add_(1, bins, squares.mT)
 
     def update(self, all_reduce=None):
-        """Moves the averages by what was observed since the last call; `all_reduce(tensor)` sums over processes."""
+        """Updates the averages with the observations since the last call; `all_reduce(tensor)` sums over processes."""
         if all_reduce is not None:
             flat = all_reduce(torch.cat([tensor.flatten() for tensor in self.pending.values()]))
             for tensor, part in zip(self.pending.values(), flat.split([p.numel() for p in self.pending.values()])):

@@ -23,7 +23,7 @@ DEFAULT_REWARDS = (FIDELITY, "semantic", "structural")
 def normalize(x: torch.Tensor) -> torch.Tensor:
     """Unit vectors in float32; half precision here is REPA's known source of NaN.
 
-    Vectors shorter than 1e-6 become zero and get no gradient: it would be as large as they are short.
+    Vectors shorter than 1e-6 become zero and get no gradient, since it would be very large.
     """
     x = x.float()
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
@@ -31,7 +31,7 @@ def normalize(x: torch.Tensor) -> torch.Tensor:
 
 
 def tangent(mu: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """`P_mu g = g - <g, mu> mu`: what of a gradient moves a unit vector along the sphere."""
+    """Projects a gradient on the tangent space of the sphere, `P_mu g = g - <g, mu> mu`."""
     return torch.addcmul(gradient, (gradient * mu).sum(-1, keepdim=True), mu, value=-1)
 
 
@@ -126,14 +126,14 @@ def reward_gradients(
 
 
 def load_rewards(entries: Sequence[str | Callable | TokenReward]) -> tuple[bool, list[TokenReward]]:
-    """Whether fidelity is among the rewards, and the token rewards, from what a user names.
+    """Loads rewards; returns whether fidelity is among them, and the token rewards.
 
     Args:
-        entries: `"fidelity"`, which must come first; `"semantic"`, `"structural"`; a `TokenReward`; a function as of
-            `TokenReward`, whose name is the reward's; or `"package.module:name"` of either.
+        entries: `"fidelity"`, which must come first; `"semantic"`, `"structural"`; a `TokenReward`; a function as for
+            `TokenReward`, whose name becomes the reward's; or `"package.module:name"` of either.
 
     Raises:
-        InputError: for an entry that is none of these, a name that stands twice, or no token reward at all.
+        InputError: if an entry is something else, a name appears twice, or there are no token rewards.
     """
     rewards, fidelity = [], False
     for number, entry in enumerate(entries):

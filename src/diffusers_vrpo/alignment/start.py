@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""The aligned transformer that a training starts with: transformer and projectors, fresh or from a checkpoint."""
+"""The aligned transformer that a run starts with: transformer and projectors, new or from a checkpoint."""
 
 import logging
 
@@ -15,18 +15,18 @@ logger = logging.getLogger(__name__)
 def build_aligned_transformer(
     args, start: Start, latent_shape: tuple, num_classes: int, id2label: dict | None, encoders: list
 ) -> AlignedTransformer:
-    """The transformer to train, fitted to data and encoders, with its projectors; adapters if `lora_rank` asks for them.
+    """Builds the transformer to train, adapted to data and encoders, with its projectors, and adapters for `lora_rank`.
 
     All weights that are not loaded are drawn from torch's generator.
 
     Args:
         latent_shape: channels, height and width.
-        encoders: as of `AlignedTransformer`; none trains without projectors.
+        encoders: as for `AlignedTransformer`; an empty list trains without projectors.
 
     Raises:
-        InputError: when weights and data do not fit, or the configuration makes no model.
+        InputError: if weights and data do not fit, or the configuration is not valid for the model.
     """
-    with torch.random.fork_rng(devices=[]):  # what making them draws does not count
+    with torch.random.fork_rng(devices=[]):  # building the modules must not advance the generator
         transformer, difference = build_transformer(args, start, latent_shape, num_classes, id2label, draw=False)
         layers = alignment_layers(args.layer_scope, len(transformer.transformer_blocks)) if encoders else []
         aligned = AlignedTransformer(transformer, layers, encoders, args.projector, args.projector_dim)

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""What can happen around the steps of a training: the hooks that `VRPOTrainer` calls."""
+"""Callbacks: the hooks that `VRPOTrainer` calls around its steps."""
 
 from __future__ import annotations
 
@@ -31,37 +31,37 @@ class TrainerCallback:
     state_name = ""
 
     def on_init_end(self, trainer: VRPOTrainer):
-        """When model and data are there, before a checkpoint is loaded: what cannot work raises an `InputError` here."""
+        """Called when model and data are loaded, before a checkpoint is; raises InputError for what cannot work."""
 
     def on_train_begin(self, trainer: VRPOTrainer):
-        """After a checkpoint was loaded, before the first step."""
+        """Called after a checkpoint was loaded, before the first step."""
 
     def before_optimizer_step(self, trainer: VRPOTrainer):
-        """With the gradients of all micro-batches in place, before they are clipped; `trainer.step` is not done yet."""
+        """Called with the gradients of all micro-batches, before they are clipped and `trainer.step` is counted."""
 
     def on_step_end(self, trainer: VRPOTrainer):
-        """After a step, before its checkpoint: what a checkpoint must hold is updated here."""
+        """Called after a step and before its checkpoint: update here what a checkpoint must hold."""
 
     def on_save(self, trainer: VRPOTrainer, checkpoint: Path):
-        """After a checkpoint is on the disk."""
+        """Called after a checkpoint is on the disk."""
 
     def on_evaluate(self, trainer: VRPOTrainer):
-        """At the end of a step, after its checkpoint if one was due: long work, such as validation, goes here.
+        """Called at the end of a step, after its checkpoint if one was due, for long work such as validation.
 
         Its time does not count as training time.
         """
 
     def on_log(self, trainer: VRPOTrainer, values: dict[str, float]):
-        """After metrics of a step were written."""
+        """Called after metrics of a step were written."""
 
     def on_train_end(self, trainer: VRPOTrainer):
-        """After the last step and its checkpoint."""
+        """Called after the last step and its checkpoint."""
 
     def can_save(self, step: int, begun: bool = False) -> bool:
         """Whether a checkpoint after `step` steps would hold all that the callback needs to continue.
 
         Args:
-            begun: the step after has begun and failed; what the callback has already changed for it cannot be undone.
+            begun: whether the next step has begun and failed, so that changes of the callback for it cannot be undone.
         """
         return True
 
@@ -76,14 +76,14 @@ def stateful(callbacks: list[TrainerCallback]) -> dict[str, TrainerCallback]:
 
 
 def check_states(checkpoint: Path, names: list[str] | None, callbacks: list[TrainerCallback]):
-    """Refuses to continue without a callback that the run had begun to follow.
+    """Checks that a run is continued with all callbacks whose state is in its checkpoint.
 
     Args:
-        checkpoint: to continue from.
-        names: the callbacks whose state it holds; None for a checkpoint of version 0.1, which does not say.
+        checkpoint: the checkpoint to continue from.
+        names: the callbacks whose state it holds; None for a checkpoint of version 0.1, which does not list them.
 
     Raises:
-        InputError: when one of them is not given.
+        InputError: if one of them is not given.
     """
     if names is None:
         file = checkpoint / "generative_policy.safetensors"

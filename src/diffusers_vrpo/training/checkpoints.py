@@ -42,13 +42,13 @@ MANIFEST = "manifest.json"  # in a checkpoint: size and CRC-32 of every other fi
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Checkpoints of a run, the oldest first."""
+    """Lists the checkpoints of a run, the oldest first."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
 def checksum(path: Path) -> int:
-    """CRC-32 of a file: 4 GB/s, enough against torn writes and rotten bits."""
+    """CRC-32 of a file: 4 GB/s, enough to detect torn writes and bit rot."""
     value = 0
     with path.open("rb") as file:
         while block := file.read(1 << 24):
@@ -57,7 +57,7 @@ def checksum(path: Path) -> int:
 
 
 def write_manifest(folder: Path):
-    """Writes size and checksum of every file; the last thing that a checkpoint gets."""
+    """Writes the size and checksum of every file, as the last file of a checkpoint."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
     table = {str(path.relative_to(folder).as_posix()): [path.stat().st_size, checksum(path)] for path in files}
     (folder / MANIFEST).write_text(json.dumps({"size and CRC-32": table}, indent=1))
@@ -65,7 +65,7 @@ def write_manifest(folder: Path):
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, read in full; None where every file is as it was saved."""
+    """Reads all of a checkpoint and describes the first damage; None if every file is as it was saved."""
     name = MANIFEST
     try:
         table = json.loads((checkpoint / MANIFEST).read_text())["size and CRC-32"]
@@ -85,7 +85,7 @@ def find_damage(checkpoint: Path) -> str | None:
 
 
 def tidy_checkpoints(output_dir: str | Path):
-    """Removes what a killed process left half made or half deleted; one that lacks only its name gets it."""
+    """Removes checkpoints that a killed process left half written or half deleted; renames one that is complete."""
     for path in Path(output_dir).glob(".checkpoint-*.tmp"):
         final = path.with_name(path.name[1 : -len(".tmp")])
         if not final.exists() and find_damage(path) is None:
@@ -99,7 +99,7 @@ def tidy_checkpoints(output_dir: str | Path):
 
 
 def remove_checkpoint(checkpoint: Path):
-    """Deletes a checkpoint; killed on the way, nothing is left that looks like one."""
+    """Deletes a checkpoint; if the process is killed meanwhile, nothing remains that looks like one."""
     doomed = checkpoint.with_name(f".{checkpoint.name}.old")
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(checkpoint, doomed)
@@ -107,14 +107,14 @@ def remove_checkpoint(checkpoint: Path):
 
 
 def find_checkpoint(resume_from_checkpoint: str, output_dir: str | Path) -> Path | None:
-    """The folder that `resume_from_checkpoint` means: `latest` (None where there is none), `none`, or a path.
+    """Finds the folder for `resume_from_checkpoint`: `latest` (None if there are no checkpoints), `none`, or a path.
 
-    `hub` is `latest` of what the Hub has given before. `latest` is the newest that is whole: damaged ones are reported and
-    renamed to `checkpoint-N.damaged`. For one process.
+    `latest` is the newest intact checkpoint: damaged ones are reported and renamed to `checkpoint-N.damaged`. `hub` is
+    `latest` after the download from the Hub. Only one process calls it.
 
     Raises:
-        InputError: for a path that is not a checkpoint or a damaged one; for `none` where the output folder holds a run
-            already; where no checkpoint is whole.
+        InputError: if the path is not a checkpoint or is damaged, all checkpoints are damaged, or `none` is given and the
+            output folder already holds a run.
     """
     tidy_checkpoints(output_dir)
     existing = list_checkpoints(output_dir)
@@ -154,10 +154,10 @@ def find_checkpoint(resume_from_checkpoint: str, output_dir: str | Path) -> Path
 
 
 def newest_whole_checkpoint(existing: list[Path]) -> Path | None:
-    """The last of `existing` whose files are as they were saved; damaged ones after it are renamed.
+    """Returns the last of `existing` whose files are as they were saved; renames damaged ones after it.
 
     Raises:
-        InputError: where there are some and none is whole.
+        InputError: if all checkpoints are damaged.
     """
     damaged: list[tuple[Path, str]] = []
     for path in reversed(existing):
@@ -170,14 +170,14 @@ def newest_whole_checkpoint(existing: list[Path]) -> Path | None:
             raise InputError(
                 "output_dir",
                 f"no checkpoint in {existing[0].parent} is whole ({'; '.join(f'{p.name}: {d}' for p, d in damaged)}); "
-                "mend one, remove them to start anew, or choose another `output_dir`",
+                "repair one, remove them to start again, or choose another `output_dir`",
             )
         return None
     for bad, damage in damaged:
         aside = bad.with_name(f"{bad.name}.damaged")
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(bad, aside)
-        # Not accelerate's logger: this is for one process.
+        # accelerate's logger cannot be used, since only one process gets here.
         logging.getLogger(__name__).warning(
             f"{bad} is damaged ({damage}): continuing from {path.name}; the damaged one is {aside.name} now"
         )
@@ -185,10 +185,10 @@ def newest_whole_checkpoint(existing: list[Path]) -> Path | None:
 
 
 def choose_checkpoint(accelerator: Accelerator, resume_from_checkpoint: str, output_dir: Path) -> Path | None:
-    """`find_checkpoint` for all processes: the main one looks, all get its answer.
+    """Calls `find_checkpoint` on the main process and returns the result on all processes.
 
     Raises:
-        InputError: as there; or when the processes do not share the output folder.
+        InputError: as `find_checkpoint` does; or if the processes do not share the output folder.
     """
     found: list[str | None] = [None]
     mark = output_dir / broadcast_object_list([f".shared-{time.time_ns()}"])[0]
@@ -223,14 +223,14 @@ def choose_checkpoint(accelerator: Accelerator, resume_from_checkpoint: str, out
 
 
 def read_training_state(checkpoint: Path, expected: dict) -> dict:
-    """The JSON state of a checkpoint, after a check that it belongs to the same stream of samples.
+    """Reads the JSON state of a checkpoint, and checks that it belongs to the same run.
 
     Args:
         expected: settings that must not have changed, by name (`run_settings`). Those that the checkpoint does not have,
             because an older version made it, are not compared.
 
     Raises:
-        InputError: if one of them has changed.
+        InputError: if a setting has changed.
     """
     try:
         state = json.loads((checkpoint / "training_state.json").read_text())
@@ -256,21 +256,21 @@ def read_training_state(checkpoint: Path, expected: dict) -> dict:
 def run_settings(
     config: VRPOConfig, data, aligned: AlignedTransformer, global_batch_size: int, mixed_precision: str
 ) -> dict:
-    """What a resumed run must keep, by name: all options but those marked free, and what they have led to.
+    """The settings that a resumed run must keep, by name: all options that are not marked free, and derived values.
 
-    Not in it are the data (`data_settings`) and the generative policy, which keeps its options from its start step on.
+    They do not include the data (`data_settings`) and the generative policy, which keeps its options from its start step on.
 
     Args:
         data (`TrainingData`): the data of the run.
-        global_batch_size: samples of an optimizer step on all processes.
-        mixed_precision: as the accelerator has it.
+        global_batch_size: examples per optimizer step on all processes.
+        mixed_precision: the accelerator's value.
     """
     settings = {}
     for group in VRPOConfig.__bases__:
         if group is not GenerativeConfig:
             settings |= settings_to_keep(config, group)
 
-    # Options that may be left open are compared by what they have become.
+    # Options without a fixed value are compared by the value that they have led to.
     transformer = aligned.transformer
     settings["mixed_precision"] = mixed_precision
     settings["vae"] = Path(config.vae or data.vae or "none").name
@@ -280,7 +280,7 @@ def run_settings(
     if config.streaming:
         settings["the number of samples a step"] = global_batch_size  # the order of the images depends on it
     if config.lora_rank:
-        # Adapters continue on the same weights only.
+        # Adapters can continue only on the same weights.
         frozen = (parameter for parameter in transformer.parameters() if not parameter.requires_grad)
         settings["the checksum of the frozen weights"] = weights_checksum(frozen)
     for name, value in (transformer.config | aligned.description()).items():
@@ -293,7 +293,7 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path):
     """Loads what `save_checkpoint` saved: weights, averages, optimizer, statistics.
 
     Raises:
-        InputError: when a part of it is missing or does not fit, or is of other options.
+        InputError: if a part is missing, does not fit, or was saved with other options.
     """
 
     def load():
@@ -309,7 +309,7 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path):
             ) from error
 
     run_and_share_errors(accelerator, load)
-    # Steps are saved whole. Micro-steps count from here, or another accumulation would cut across them.
+    # Only whole steps are saved, so micro-steps count from 0 again, also if accumulation has changed.
     accelerator.step = 0
 
 
@@ -318,12 +318,12 @@ def save_checkpoint(
 ) -> bool:
     """Saves `checkpoint-{step}` on all processes.
 
-    It is written to a temporary folder, which gets its name when every file is on the disk: whatever happens meanwhile,
-    the checkpoint before is as it was. Where it cannot be written, a log line says so, and all processes get False.
+    It is written to a temporary folder, which is renamed when every file is on the disk, so that a failure does not affect
+    earlier checkpoints. If it cannot be written, an error is logged and all processes get False.
 
     Args:
-        state: what `read_training_state` gives back; JSON types only.
-        limit: how many checkpoints to keep; the oldest go, after the new one is complete.
+        state: what `read_training_state` returns; JSON types only.
+        limit: the number of checkpoints to keep; the oldest are removed after the new one is complete.
     """
     final, temporary = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.tmp"
 
@@ -351,7 +351,7 @@ def save_checkpoint(
     failure = (
         run_and_share_errors(accelerator, make, where=is_main)
         or run_and_share_errors(accelerator, write)
-        # What a machine has written is in its own memory first.
+        # Each machine flushes the files that it has written.
         or run_and_share_errors(accelerator, flush, where=is_local_main)
         or run_and_share_errors(accelerator, publish, where=is_main)
     )
@@ -375,7 +375,7 @@ def save_checkpoint(
 def save_lora(model: torch.nn.Module, folder: Path):
     """Writes the adapters, and then merges them into the model's weights.
 
-    `VRPOPipeline.load_lora_weights(folder)` opens what it writes, and `transformer.load_lora_adapter`.
+    `VRPOPipeline.load_lora_weights(folder)` and `transformer.load_lora_adapter` load what it writes.
     """
     from peft import get_peft_model_state_dict
 
@@ -392,18 +392,18 @@ def register_model_hooks(
     means: "RunningMeans",
     optional: Collection[str] = (),
 ):
-    """Makes checkpoints hold the weights and their averages, and more tensors.
+    """Registers hooks with accelerate that save and load the weights, their averages, and further tensors.
 
     The transformer's weights are in `transformer/` and `transformer_ema/`, which `from_pretrained` opens, the projectors'
-    beside them in `projectors.safetensors` and `projectors_ema.safetensors`. Where most of the transformer is frozen, its
-    trained weights alone are in `transformer.safetensors` and `transformer_ema.safetensors`. Version 0.1 had the projectors
-    among the transformer's weights; its checkpoints are loaded, too.
+    beside them in `projectors.safetensors` and `projectors_ema.safetensors`. If most of the transformer is frozen, only its
+    trained weights are saved, in `transformer.safetensors` and `transformer_ema.safetensors`. Checkpoints of version 0.1,
+    which has the projectors among the transformer's weights, can also be loaded.
 
     Args:
         tensors: objects with `state_dict` and `load_state_dict` of tensors, by name, the same on all processes; each is
             saved as `{name}.safetensors`.
-        means: of each process, `running_means_{process}.safetensors`.
-        optional: names of `tensors` that a checkpoint may lack; these objects stay as they are then.
+        means: the running means of each process, saved as `running_means_{process}.safetensors`.
+        optional: names of `tensors` that a checkpoint may lack; these objects then keep their state.
     """
 
     def save_hook(models, weights, output_dir):
@@ -417,12 +417,12 @@ def register_model_hooks(
                     save_file(state, os.path.join(output_dir, f"{name}.safetensors"))
         name = f"running_means_{accelerator.process_index}.safetensors"
         save_file(means.state_dict(), os.path.join(output_dir, name))
-        # What is taken out here, accelerate does not save a second time.
+        # accelerate does not save the models that are removed from its list here.
         weights.clear()
 
     @torch.no_grad()
     def load_hook(models, input_dir):
-        # Sharded ones are not among them: accelerate has loaded what it saved itself, the same.
+        # Sharded models are not in the list: accelerate has already loaded its own files for them.
         aligned = accelerator.unwrap_model(models.pop() if models else accelerator._models[0])
         copy_tensors(trainable_parameters(aligned), load_aligned(aligned, Path(input_dir), ""))
         if ema is not None:
@@ -440,7 +440,7 @@ def register_model_hooks(
 
 
 def is_whole(transformer: torch.nn.Module) -> bool:
-    """Whether all of a transformer is trained, and not only adapters."""
+    """Whether all weights of a transformer are trained, and not only adapters."""
     return all(parameter.requires_grad for parameter in transformer.parameters())
 
 
@@ -452,7 +452,7 @@ def trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def save_aligned(
     accelerator: Accelerator, aligned: AlignedTransformer, average: EMAModel | None, folder: Path, suffix: str
 ):
-    """Writes the weights of transformer and projectors, or their averages; for all processes."""
+    """Writes the weights of transformer and projectors, or their averages; all processes must call it."""
     with full_model(accelerator, aligned.transformer, average) as transformer:
         if accelerator.is_main_process and is_whole(aligned.transformer):
             transformer.save_pretrained(folder / f"transformer{suffix}")
@@ -471,7 +471,7 @@ def save_aligned(
 
 
 def load_aligned(aligned: AlignedTransformer, folder: Path, suffix: str) -> list[torch.Tensor]:
-    """What `save_aligned` wrote, or version 0.1: the saved weights in the order of the trained parameters."""
+    """Reads what `save_aligned` or version 0.1 wrote: the weights in the order of the trained parameters."""
     transformer = aligned.transformer
     if is_whole(transformer):
         path = folder / f"transformer{suffix}"

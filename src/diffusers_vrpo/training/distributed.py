@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Processes: starting them, acting together, and models that are spread over them."""
+"""Distributed training: starting processes, FSDP and DeepSpeed, sharded models, and errors shared by all processes."""
 
 import contextlib
 import copy
@@ -23,13 +23,13 @@ from .output_dir import unwritable
 
 
 def start_processes() -> PartialState:
-    """The processes that were launched, connected; only the first one logs.
+    """Connects the launched processes; only the first one logs.
 
     Raises:
-        InputError: when they are not connected.
+        InputError: if they cannot be connected.
     """
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
-    # The wait for the slowest process can be long.
+    # Waiting for the slowest process can take long.
     several = {"timeout": timedelta(hours=12)} if int(os.environ.get("WORLD_SIZE", 1)) > 1 else {}
     state = PartialState(cpu=on_cpu, **several)
     if state.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
@@ -46,17 +46,17 @@ def start_processes() -> PartialState:
 
 
 def check_distributed(accelerator: Accelerator, lora: bool):
-    """Prepares accelerate's way to train on many devices.
+    """Checks and prepares accelerate's configuration for several devices.
 
     Raises:
-        InputError: for one that this trainer does not do right.
+        InputError: if this trainer does not support it.
     """
     kind = accelerator.distributed_type
     if kind in (DistributedType.MEGATRON_LM, DistributedType.XLA):
         raise InputError(
             None,
             f"accelerate is configured for {kind.value}, which averages, guards and checkpoints of this script do not "
-            "know; take configs/accelerate/fsdp2.yaml or ddp.yaml",
+            "support; use configs/accelerate/fsdp2.yaml or ddp.yaml",
         )
     if kind == DistributedType.DEEPSPEED:
         check_deepspeed(accelerator)
@@ -70,9 +70,9 @@ def check_distributed(accelerator: Accelerator, lora: bool):
         option, value = ("lora_rank", "") if lora else ("mixed_precision", " fp16")
         raise InputError(
             option,
-            f"`{option}`{value} does not go with FSDP; take configs/accelerate/ddp.yaml{'' if lora else ', or bf16'}",
+            f"`{option}`{value} cannot be combined with FSDP; use configs/accelerate/ddp.yaml{'' if lora else ', or bf16'}",
         )
-    # Autocast, as everywhere else, instead of a cast of the inputs: t has more digits than bfloat16.
+    # Use autocast, as everywhere else, instead of casting the inputs: t needs more digits than bfloat16 has.
     accelerator.state.fsdp_plugin.mixed_precision_policy = None
 
 
@@ -80,7 +80,7 @@ def check_deepspeed(accelerator: Accelerator):
     """Prepares DeepSpeed's ZeRO-2.
 
     Raises:
-        InputError: for what else it is configured for.
+        InputError: if it is configured for something else.
     """
     config = accelerator.deepspeed_plugin.deepspeed_config
     zero = config["zero_optimization"]
@@ -91,29 +91,29 @@ def check_deepspeed(accelerator: Accelerator):
         raise InputError(
             None,
             f"DeepSpeed is configured for zero_stage: {zero.get('stage')}{' with offloading' * offloads}; only stage 2 "
-            "without offloading goes, as in configs/accelerate/deepspeed_zero2.yaml; fsdp2.yaml saves more memory",
+            "without offloading is supported, as in configs/accelerate/deepspeed_zero2.yaml; fsdp2.yaml saves more memory",
         )
     if accelerator.mixed_precision == "fp16":
         raise InputError(
             "mixed_precision",
-            "`mixed_precision` fp16 does not go with DeepSpeed; take bf16, or configs/accelerate/ddp.yaml",
+            "`mixed_precision` fp16 cannot be combined with DeepSpeed; use bf16, or configs/accelerate/ddp.yaml",
         )
     if given := {"optimizer", "scheduler"} & config.keys():
         raise InputError(
             "learning_rate",
-            f"the DeepSpeed configuration has its own {' and '.join(sorted(given))}; leave that out: `learning_rate`, "
-            "`lr_scheduler`, `adam_beta1`, ... say what to take",
+            f"the DeepSpeed configuration has its own {' and '.join(sorted(given))}; remove it: `learning_rate`, "
+            "`lr_scheduler`, `adam_beta1`, ... set them",
         )
     if accelerator.mixed_precision == "bf16":
-        # accelerate's own would do nothing here.
+        # accelerate's own autocast has no effect here.
         accelerator.autocast = partial(torch.autocast, accelerator.device.type, torch.bfloat16)
 
 
 def prepare(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
-    """`accelerator.prepare`; the model's class and weights change in place where they are sharded."""
+    """Calls `accelerator.prepare`; the class and weights of a sharded model change in place."""
     autocasts = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     if autocasts and accelerator.mixed_precision == "bf16":
-        # accelerate does so for all but these.
+        # accelerate does this for all other kinds.
         model.forward = convert_outputs_to_fp32(torch.autocast(accelerator.device.type, torch.bfloat16)(model.forward))
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return prepare_deepspeed(accelerator, model, optimizer)
@@ -121,19 +121,19 @@ def prepare(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.o
 
 
 def prepare_deepspeed(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
-    """DeepSpeed's engine and its optimizer, in the order of this script's loop.
+    """Returns DeepSpeed's engine and its optimizer, called in the order of this script's loop.
 
-    accelerate would let the engine step within `accelerator.backward`, which leaves nobody the time to look at the
-    gradients. Here `backward` sums them up, `clip_grad_norm` clips them, and `optimizer.step` steps: an AdamW over this
-    process's part of the weights, which StepGuard can tell to leave a step out, and then an all-gather.
+    accelerate would let the engine step within `accelerator.backward`, before the gradients can be checked. Here `backward`
+    accumulates them, `clip_grad_norm` clips them, and `optimizer.step` updates: an AdamW over this process's part of the
+    weights, which StepGuard can tell to skip a step, and then an all-gather.
     """
     config = accelerator.deepspeed_plugin.deepspeed_config
     accumulation = accelerator.gradient_accumulation_steps
-    # The options rule, whatever accelerate's file says; the batch size is for DeepSpeed's own progress lines only.
+    # The options override accelerate's file; DeepSpeed uses the batch size only in its progress lines.
     config |= {"train_micro_batch_size_per_gpu": 1, "train_batch_size": accelerator.num_processes * accumulation}
     config |= {"gradient_accumulation_steps": accumulation, "gradient_clipping": 0.0}
     config["zero_optimization"].setdefault("reduce_bucket_size", 50_000_000)  # 0.2 GB; DeepSpeed's default takes 2 GB
-    # Float32 weights and autocast, as everywhere else: DeepSpeed's bf16 leaves no float32 weights to average.
+    # Float32 weights and autocast, as everywhere else: DeepSpeed's bf16 has no float32 weights to average.
     precision, config["bf16"] = config.get("bf16"), {"enabled": False}
     engine, optimizer = accelerator.prepare(model, optimizer)
     config["bf16"] = precision
@@ -143,16 +143,16 @@ def prepare_deepspeed(accelerator: Accelerator, model: torch.nn.Module, optimize
         engine.backward(loss)
 
     accelerator.deepspeed_engine_wrapped.backward = backward
-    # Between two boundaries it does nothing.
+    # The engine's own step does nothing between two accumulation boundaries.
     optimizer.step = engine.step
-    # Not DeepSpeed's files: reading them runs whatever code is in them.
+    # DeepSpeed's own files are not used, since reading them can run code.
     engine.save_checkpoint = lambda folder, name: save_partition(accelerator, engine, folder)
     engine.load_checkpoint = lambda folder, name: load_partition(accelerator, engine, folder)
     return engine, optimizer
 
 
 def clip_grad_norm(accelerator: Accelerator, model: torch.nn.Module, max_norm: float) -> torch.Tensor:
-    """`accelerator.clip_grad_norm_`, also where each process has a part of the gradients only."""
+    """Calls `accelerator.clip_grad_norm_`, or its equivalent if each process has only a part of the gradients."""
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return full_tensor(accelerator.clip_grad_norm_(model.parameters(), max_norm))
     gradients = [part for group in model.optimizer.averaged_gradients.values() for part in group]
@@ -180,18 +180,18 @@ def save_partition(accelerator: Accelerator, engine, folder: str):
 
 @torch.no_grad()
 def load_partition(accelerator: Accelerator, engine, folder: str):
-    """Reads what `save_partition` wrote; the model's own weights, which are whole, are for others to read.
+    """Reads what `save_partition` wrote; the model's whole weights are loaded elsewhere.
 
     Raises:
-        ValueError: when another number of processes, or another way to train, has saved the checkpoint.
+        ValueError: if the checkpoint was saved by another number of processes or without DeepSpeed.
     """
     path = partition_path(accelerator, folder)
     if not os.path.exists(path):
         raise ValueError(
-            f"{os.path.basename(path)} is not in it: it was not saved by as many processes with DeepSpeed"
+            f"{os.path.basename(path)} is not in it: it was not saved by the same number of processes with DeepSpeed"
         )
     tensors, state = load_file(path), {}
-    # A fresh scheduler has set them to those of step 0, and its next step comes after the optimizer's.
+    # A new scheduler has set the learning rates to those of step 0, and steps next after the optimizer.
     rates = tensors.pop("learning rates").tolist()
     for i, part in enumerate(engine.optimizer.single_partition_of_fp32_groups):
         part.copy_(tensors.pop(f"{i}.weights"))
@@ -204,7 +204,7 @@ def load_partition(accelerator: Accelerator, engine, folder: str):
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that may be sharded, as a whole. All processes must call it."""
+    """Gathers a tensor that may be sharded. All processes must call it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -226,7 +226,7 @@ def copy_tensors(targets: list[torch.Tensor], sources: list[torch.Tensor]):
 
 
 def original_class(model: torch.nn.Module) -> type:
-    """The class of a model before FSDP2 put its own in front."""
+    """The class of a model before FSDP2 replaced it by a subclass."""
     return next(c for c in type(model).__mro__ if not c.__name__.startswith("FSDP"))
 
 
@@ -235,7 +235,7 @@ _copies: WeakKeyDictionary = WeakKeyDictionary()
 
 @torch.no_grad()
 def full_copy(model: torch.nn.Module, weights: list[torch.Tensor], here: bool) -> torch.nn.Module | None:
-    """A copy of a sharded model on the CPU, with all its weights.
+    """Copies a sharded model to the CPU, with all its weights.
 
     All processes must call it, since the weights are gathered.
 
@@ -323,14 +323,14 @@ def run_and_share_errors(accelerator: Accelerator, action: Callable, *arguments,
         why a file could not be read or written, the same on all processes; None if nothing failed.
 
     Raises:
-        InputError: for any other failure, if that was an `InputError`.
+        InputError: for any other failure, if it was an `InputError`.
         RuntimeError: for any other failure of another process; the failing one raises its own exception.
     """
     own, outcome = None, []
     try:
         if where:
             action(*arguments)
-    except (Exception, CheckpointException) as error:  # whatever it is, the others must hear of it
+    except (Exception, CheckpointException) as error:  # the other processes must learn of any error
         own, reason = error, unwritable(error)
         field = (error.field,) if isinstance(error, InputError) else ()
         outcome = [(reason is not None, field, reason or str(error))]

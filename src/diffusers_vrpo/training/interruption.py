@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""What may end a run early: a signal, a loss that is not finite. All processes learn of it at the same step."""
+"""Ending a run early: after a signal or a loss that is not finite, at the same step on all processes."""
 
 import os
 import signal
@@ -13,15 +13,15 @@ from accelerate import Accelerator
 from ..errors import TrainingStopped
 
 
-SKIPPED_IN_A_ROW = 100  # steps that `skip_nonfinite` leaves out, one after another, before the run stops all the same
+SKIPPED_IN_A_ROW = 100  # consecutive steps that `skip_nonfinite` skips before the run stops
 OVERFLOWS_IN_A_ROW = 40  # fp16: the scaler halves its scale at each overflow; from 2^40 it would be at 1
 
 
 class Interruption:
-    """SIGTERM (a cluster's preemption) and SIGINT (Ctrl-C) as a wish, which the loop grants at the end of a step.
+    """Records SIGTERM (a cluster's preemption) and SIGINT (Ctrl-C), so that the loop can stop at the end of a step.
 
-    Only inside a `with` block; outside of it signals act as always. A second SIGINT leaves at once; within a
-    second it does not count, since terminal and launcher may both pass on the same Ctrl-C.
+    It acts only inside a `with` block. A second SIGINT stops the process immediately, unless it follows within a second:
+    terminal and launcher may both pass on the same Ctrl-C.
     """
 
     def __init__(self):
@@ -30,7 +30,9 @@ class Interruption:
         self._first_sigint = None
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():  # no other thread may, nor gets any
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # only the main thread can set handlers and receives signals
             self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -48,39 +50,39 @@ class Interruption:
                 os._exit(128 + signum)
         if not self.signum:
             self.signum = signum
-            # Not print(), which a handler must not enter twice.
+            # print() is not safe in a signal handler.
             os.write(2, f"\n{signal.Signals(signum).name}: saving a checkpoint after this step\n".encode())
 
 
 def wait_before_exit(accelerator: Accelerator):
-    """Before several processes end, well or not.
+    """Sleeps before several processes exit, so that gloo's threads can finish.
 
-    When its model goes, torch (2.13) joins gloo's threads and holds the interpreter's lock meanwhile, which such a thread
-    wants in order to free the tensors of the last reduction: the process would never end. Asleep we do not hold it.
+    When the model is freed, torch (2.13) joins gloo's threads while it holds the interpreter's lock, which such a thread
+    needs to free the tensors of the last reduction: the process would never exit. A sleeping thread does not hold the lock.
     """
     if accelerator.num_processes > 1:
         time.sleep(0.5)
 
 
 class StepGuard:
-    """Asks once per optimizer step, on all processes: did anyone get a signal, is a loss or the gradient not finite?
+    """Checks once per optimizer step, on all processes, for signals and for a loss or gradient that is not finite.
 
-    The question is one all-reduce of three numbers behind the gradients', and the optimizer gets the answer on the
-    device (`found_inf` of the fused AdamW): a step whose loss or gradient is not finite leaves weights, moments and
-    step counts as they were. The host reads the answer after it has launched the optimizer, so that the device has
-    work left while the host wakes up; it is never more than one step ahead. fp16 has its own `found_inf`, the scaler's:
-    there an infinite gradient is normal, unless there are `OVERFLOWS_IN_A_ROW`.
+    The check is one all-reduce of three numbers after that of the gradients. The optimizer gets the result on the device
+    (`found_inf` of the fused AdamW): a step whose loss or gradient is not finite leaves weights, moments and step counts
+    unchanged. The host reads the result after it has launched the optimizer, so that the device has work meanwhile; the
+    host is never more than one step ahead. With fp16, `found_inf` is the scaler's: an infinite gradient is normal there,
+    unless there are `OVERFLOWS_IN_A_ROW`.
 
-    A micro-step goes `watch(loss)`, backward; an optimizer step `ask(grad_norm)`, `optimizer.step()`, `answer()`.
+    A micro-step calls `watch(loss)`, then backward; an optimizer step `ask(grad_norm)`, `optimizer.step()`, `answer()`.
 
     Attributes:
-        signum (`int`): a signal that some process got, or 0.
-        skipped (`int`): steps left out so far.
+        signum (`int`): a signal that any process has received, or 0.
+        skipped (`int`): the number of skipped steps.
     """
 
     def __init__(self, accelerator: Accelerator, optimizer, interruption: Interruption, skip_nonfinite: bool):
         self.accelerator, self.interruption, self.skip_nonfinite = accelerator, interruption, skip_nonfinite
-        while hasattr(optimizer, "optimizer"):  # within accelerate's wrapper and DeepSpeed's
+        while hasattr(optimizer, "optimizer"):  # unwrap accelerate's and DeepSpeed's optimizers
             optimizer = optimizer.optimizer
         self.optimizer = optimizer
         self.signum, self.skipped, self.skipped_in_a_row, self._overflows = 0, 0, 0, 0
@@ -90,11 +92,11 @@ class StepGuard:
         self._event = torch.cuda.Event() if on_gpu else None
 
     def watch(self, loss: torch.Tensor):
-        """Remembers whether the loss of a micro-step is not finite; does not wait for the device."""
+        """Records whether the loss of a micro-step is finite; does not wait for the device."""
         self._bad_loss = self._bad_loss | ~loss.detach().isfinite()
 
     def ask(self, grad_norm: torch.Tensor):
-        """Before the optimizer's step: puts the question to all processes."""
+        """Starts the check on all processes; called before the optimizer's step."""
         signum = torch.full_like(grad_norm, float(self.interruption.signum), dtype=torch.float32)
         self._flags = torch.stack([signum, self._bad_loss.float(), (~grad_norm.isfinite()).float()])
         self._bad_loss = torch.zeros_like(self._bad_loss)
@@ -107,7 +109,7 @@ class StepGuard:
             self._event.record()
 
     def answer(self) -> str | None:
-        """After the optimizer's step: what was not finite, the same on every process, or None."""
+        """Returns what was not finite, the same on every process, or None; called after the optimizer's step."""
         if self._host is not None:
             self._event.synchronize()
         signum, bad_loss, bad_gradient = (self._flags if self._host is None else self._host).tolist()
@@ -128,11 +130,11 @@ class StepGuard:
         return not self.skip_nonfinite or self.skipped_in_a_row >= SKIPPED_IN_A_ROW
 
     def stop(self, where: str, output_dir: Path, saved_step: int) -> TrainingStopped:
-        """The error that ends the run; `saved_step` is the last step that has a checkpoint, 0 for none."""
+        """The error that ends the run; `saved_step` is the last step with a checkpoint, or 0 without one."""
         if self.skip_nonfinite:
-            remedy = f"it is the {SKIPPED_IN_A_ROW}th in a row, which skipping does not mend"
+            remedy = f"it is the {SKIPPED_IN_A_ROW}th in a row, which skipping does not fix"
         else:
-            remedy = "the same command tries it again, `skip_nonfinite` leaves such steps out"
+            remedy = "the same command tries it again, `skip_nonfinite` skips such steps"
         saved = (
             f"{output_dir / f'checkpoint-{saved_step}'} is the newest checkpoint"
             if saved_step

@@ -23,17 +23,19 @@ logger = get_logger(__name__)
 
 
 def use_trackers(accelerator: Accelerator, action: Callable):
-    """`action(tracker)` for each; one that cannot write (a full disk) is an error line, and left out from then on."""
+    """Calls `action` with each tracker; one that cannot write (such as on a full disk) is logged and not used again."""
     for tracker in list(accelerator.trackers):
         try:
             action(tracker)
         except OSError as error:
             accelerator.trackers.remove(tracker)
-            logger.error(f"{tracker.name} cannot be written ({error.strerror or error}) and gets no more of this run")
+            logger.error(
+                f"{tracker.name} cannot be written ({error.strerror or error}); it is not used again in this run"
+            )
 
 
 def log_values(accelerator: Accelerator, values: dict[str, float], step: int):
-    """Gives numbers to the trackers."""
+    """Logs numbers to the trackers."""
     use_trackers(accelerator, lambda tracker: tracker.log(values, step=step))
 
 
@@ -42,7 +44,7 @@ def start_trackers(accelerator: Accelerator, metrics_file: "MetricsFile", args, 
 
     Args:
         args (`VRPOConfig`): the options, which the trackers record.
-        step: of the checkpoint that is continued. What a continued run logs a second time replaces what TensorBoard has.
+        step: the step of the checkpoint that is continued. Later values in TensorBoard are replaced by the continued run.
     """
     purge = {"tensorboard": {"purge_step": step + 1}} if step else {}
     accelerator.init_trackers("vrpo", {name: str(value) for name, value in vars(args).items()}, purge)
@@ -50,7 +52,7 @@ def start_trackers(accelerator: Accelerator, metrics_file: "MetricsFile", args, 
 
 
 def shown_values(values: dict[str, float]) -> dict[str, str]:
-    """Loss, rewards and speed out of logged values, in few characters for the progress bar."""
+    """Formats loss, rewards and speed for the progress bar."""
     shown = {"loss": f"{values['loss_fm']:.4f}"}
     rewards = {name.removeprefix("reward/"): values[name] for name in values if name.startswith("reward/")}
     shown |= {name: f"{value:.4f}" for name, value in rewards.items()}
@@ -65,10 +67,10 @@ def shown_values(values: dict[str, float]) -> dict[str, str]:
 
 
 class Stopwatch:
-    """Counts the seconds between `start` and `stop`, on top of those of earlier starts.
+    """Measures the seconds between `start` and `stop`, added to those of earlier starts.
 
     Args:
-        seconds (`float`): where the count begins.
+        seconds (`float`): the initial value.
     """
 
     def __init__(self, seconds: float = 0.0):
@@ -90,11 +92,11 @@ class Stopwatch:
 class RunningMeans:
     """Means of device scalars between two reads: adding never waits for the device, reading waits once.
 
-    Numbers that are not finite are left out. `commit` ends a step: only what came before it is saved with a checkpoint.
+    Numbers that are not finite are skipped. `commit` ends a step: a checkpoint saves only what was added before it.
     """
 
     def __init__(self):
-        # By the names that were added together: their sums, and below how many numbers those are, `[2, names]`.
+        # For each tuple of names that were added together: their sums and counts, `[2, names]`.
         self.groups: dict[tuple[str, ...], torch.Tensor] = {}
         self.committed: dict[tuple[str, ...], torch.Tensor] = {}
 
@@ -102,14 +104,14 @@ class RunningMeans:
         new = torch.stack([value.detach().float() for value in values.values()])
         finite = new.isfinite()
         new = torch.stack([torch.where(finite, new, 0.0), finite.float()])
-        # Not in place: `commit` keeps the tensors.
+        # Not in place, since `commit` keeps the tensors.
         self.groups[tuple(values)] = self.groups.get(tuple(values), 0.0) + new
 
     def commit(self):
         self.committed = dict(self.groups)
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means over what was added and over processes; NaN where no number was finite. Starts anew."""
+        """Returns the means over all processes since the last read, NaN without a finite number, and resets them."""
         keys = sorted(self.groups)
         if not keys:
             return {}
@@ -125,7 +127,7 @@ class RunningMeans:
         return {"|".join(key): tensor.contiguous() for key, tensor in self.committed.items()}
 
     def load_state_dicts(self, saved: list[dict[str, torch.Tensor]], accelerator: Accelerator):
-        """Continues from the sums of every process; with another number of processes the first takes all."""
+        """Continues from the sums of every process; if their number has changed, the first process takes all sums."""
         for state in saved:
             state.update({name: tensor.to(accelerator.device) for name, tensor in state.items()})
         if len(saved) == accelerator.num_processes:
@@ -143,8 +145,8 @@ class MetricsFile(GeneralTracker):
     """`metrics.jsonl`, a tracker of accelerate: one line per logged step.
 
     Args:
-        path: of the file.
-        resume_step: a resumed run drops the lines after its checkpoint.
+        path: path of the file.
+        resume_step: step of the checkpoint that is resumed; later lines are removed.
     """
 
     name = "metrics.jsonl"
@@ -165,19 +167,19 @@ class MetricsFile(GeneralTracker):
         return self.path
 
     def store_init_configuration(self, values: dict):
-        """Nothing: `train_config.yaml` has the options."""
+        """Does nothing: `train_config.yaml` has the options."""
 
     def log(self, values: dict[str, float], step: int | None = None, **kwargs):
         """Adds a line.
 
         Raises:
-            TrainingStopped: when it cannot be written.
+            TrainingStopped: if the file cannot be written.
         """
         with writing(f"step {step} of {self.path}"), self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
     def sync(self):
-        """Waits until the lines are on the disk, where a checkpoint counts on them."""
+        """Waits until the lines are on the disk, as a checkpoint requires."""
         with contextlib.suppress(OSError):
             sync_to_disk(self.path)
 
@@ -191,10 +193,10 @@ def write_start(
     max_train_steps: int,
     options: dict,
 ):
-    """Adds a line to `starts.jsonl`: from which step on the run goes on what hardware, and how large its model is.
+    """Adds a line to `starts.jsonl`: the first step, the hardware, and the size of the model.
 
     Args:
-        options: as given; their values that are files or folders here are listed, which nobody could tell elsewhere.
+        options: the given options; the line lists those whose values are local files or folders.
     """
     names = [name for value in options.values() for name in (value if isinstance(value, list) else [value])]
     start = {
@@ -215,9 +217,9 @@ def write_start(
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """A row for each step of a `metrics.jsonl`, without a last line that a crash cut short.
+    """Reads a `metrics.jsonl` into one row per step, without an incomplete last line of a crash.
 
-    Validation, which comes after the checkpoint, adds a line of its own for its step.
+    Validation, which runs after the checkpoint, adds another line for its step.
     """
     rows = []
     for line in Path(path).read_text().splitlines():

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""The output folder of a run: it can be written, and one run at a time writes into it."""
+"""The output folder of a run: checks that it can be written, and locks it for one run at a time."""
 
 import contextlib
 import os
@@ -44,10 +44,10 @@ def prepare_output_dir(output_dir: str) -> Path:
 def locked(folder: Path):
     """Keeps other runs out of a folder inside the `with` block, or until the process ends, however it ends.
 
-    Only the main process takes the lock. On a file system without locks there is none.
+    Only the main process takes the lock. On a file system without locks, the folder is not locked.
 
-    It is written by hand since `filelock` uses flock, which the data loader's processes inherit: after a kill of the
-    trainer, one of them could hold the lock on. A POSIX lock belongs to the process alone.
+    `filelock` is not used because data-loader processes inherit its flock: if the trainer is killed, one of them could keep
+    the lock. A POSIX lock belongs to a single process.
 
     Raises:
         InputError: if another run is using the folder.
@@ -98,12 +98,12 @@ def writing(what: str):
 
 
 def unwritable(error: BaseException) -> str | None:
-    """Why a file could not be read or written, in words; None for an exception of another kind.
+    """Describes why a file could not be read or written; None for an exception of another kind.
 
     Args:
         error: as Python, safetensors or torch raise it for a disk that fails or is full.
     """
-    if isinstance(error, CheckpointException):  # of sharded weights: what failed on which process
+    if isinstance(error, CheckpointException):  # from sharded weights: the errors by process
         return next(iter({unwritable(failure[0]) for failure in error.failures.values()}), None)
     if isinstance(error, OSError):
         return error.strerror or first_line(error)

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Accelerate, the optimizer and the trainable parameters, as the options ask for."""
+"""Sets up accelerate, the optimizer and the trainable parameters, and checks the trainer's arguments."""
 
 import dataclasses
 import logging
@@ -20,10 +20,10 @@ from .distributed import check_distributed
 
 
 def start_accelerator(args: VRPOConfig, output_dir: Path) -> Accelerator:
-    """Accelerate, logging, threads and TF32 as the options want them.
+    """Sets up accelerate, logging, threads and TF32 according to the options.
 
     Raises:
-        InputError: when a tracker is not installed, or the processes that were started are not connected.
+        InputError: if a tracker is not installed, or the started processes are not connected.
     """
     trackers = [] if args.report_to == "none" else args.report_to.split(",")
     try:
@@ -49,7 +49,7 @@ def start_accelerator(args: VRPOConfig, output_dir: Path) -> Accelerator:
             f"{os.environ['WORLD_SIZE']} processes were started, but accelerate does not connect them; to train on several "
             "CPU processes set ACCELERATE_USE_CPU=true",
         )
-    # A launcher's environment would count more than the option.
+    # The launcher's environment would override the option.
     accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
     check_distributed(accelerator, bool(args.lora_rank))
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
@@ -70,7 +70,7 @@ def start_accelerator(args: VRPOConfig, output_dir: Path) -> Accelerator:
 
 
 def build_optimizer(args: OptimizationConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW as the options want it; fused, which also lets it leave a step out without asking the host."""
+    """Builds AdamW according to the options; the fused version can skip a step without waiting for the host."""
     return torch.optim.AdamW(
         parameters,
         lr=args.learning_rate,
@@ -82,21 +82,21 @@ def build_optimizer(args: OptimizationConfig, parameters: list[torch.nn.Paramete
 
 
 def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """What is trained, averaged and clipped: all parameters, or with adapters the few that are not frozen."""
+    """The parameters that are trained, averaged and clipped: all, or with adapters those that are not frozen."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What the trainer is given
+# The trainer's arguments
 
 
 def as_list(value) -> list | None:
-    """What may be one thing, several or None, as a list or None."""
+    """Converts a single value, several or None to a list or None."""
     return value if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
 
 def length_of_run(args: VRPOConfig, num_images: int, global_batch_size: int) -> int:
-    """The optimizer steps of a run; with `num_train_epochs` they are whole draws of actions and rollouts."""
+    """The optimizer steps of a run; with `num_train_epochs`, rounded to whole draws of actions and rollouts."""
     if not args.num_train_epochs:
         return train_steps(args)
     draws = math.ceil(args.num_train_epochs * num_images / global_batch_size)
@@ -105,17 +105,17 @@ def length_of_run(args: VRPOConfig, num_images: int, global_batch_size: int) -> 
 
 
 def name_of(component) -> str:
-    """What a component is called in the record of a run: its path or Hub name, or the name of its class or function."""
+    """The name of a component in the record of a run: its path or Hub name, or the name of its class or function."""
     if isinstance(component, str | Path):
         return str(component)
     return getattr(component, "__name__", type(component).__name__)
 
 
 def with_given(args: VRPOConfig, model, encoders, vae) -> VRPOConfig:
-    """The options with the trainer's own arguments in them, by name: what is recorded, and what a resumed run must keep.
+    """Writes the names of the trainer's own arguments into the options, which are recorded and checked on resume.
 
     Raises:
-        InputError: when something is neither given nor named by an option.
+        InputError: if a component is neither given nor named by an option.
     """
     given = {}
     if model is not None:
@@ -131,7 +131,7 @@ def with_given(args: VRPOConfig, model, encoders, vae) -> VRPOConfig:
 
 
 def check_given(args: VRPOConfig, train_dataset, rewards: list | None, callbacks: list[TrainerCallback]):
-    """Refuses what is missing or would be ignored.
+    """Checks for arguments that are missing or would be ignored.
 
     Raises:
         InputError: for the first such argument.

@@ -1,8 +1,8 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""How fast training runs, measured against what the hardware could do; and the switches that make it faster.
+"""Measures the speed of training relative to the hardware's peak, and sets the options that make it faster.
 
-FLOPs are counted as everywhere: a multiply-add is two, and only matrix products and convolutions count. The work of a
-step is what the mathematics asks for: recomputation with gradient checkpointing takes time, but is no work.
+FLOPs follow the usual convention: a multiply-add is two, and only matrix products and convolutions count. The work of a
+step is that of the mathematics: recomputation with gradient checkpointing takes time, but does not count as work.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ MODEL_DEFAULTS = {
 
 
 def num_tokens(config: dict) -> int:
-    """N of a transformer's config (or of a preset, then with the defaults of the rest)."""
+    """N for a transformer's config, or for a preset with the defaults of all other arguments."""
     config = MODEL_DEFAULTS | dict(config)
     size, patch = config["sample_size"], config["patch_size"]
     height, width = (size, size) if isinstance(size, int) else size
@@ -48,8 +48,8 @@ def forward_flops(config: dict, tokens: int | None = None) -> int:
     """FLOPs of one image through the transformer, without projectors.
 
     Args:
-        config: of a `SiTTransformer2DModel`, or `sit_preset(...)`.
-        tokens: N; that of the config's `sample_size` when not given.
+        config: the config of a `SiTTransformer2DModel`, or `sit_preset(...)`.
+        tokens: N; by default that of the config's `sample_size`.
     """
     config = MODEL_DEFAULTS | dict(config)
     tokens = tokens or num_tokens(config)
@@ -77,9 +77,9 @@ def projector_flops(
     Args:
         hidden_dim: D, the width of the tokens.
         tokens: N.
-        num_layers: aligned blocks.
+        num_layers: the number of aligned blocks.
         embed_dims: widths of the encoders.
-        projector, projector_dim: as of `AlignedTransformer`.
+        projector, projector_dim: arguments of `AlignedTransformer`.
     """
     if projector == "conv":
         one = sum(9 * hidden_dim * out for out in embed_dims)
@@ -89,25 +89,24 @@ def projector_flops(
 
 
 def encoder_flops(encoder) -> int:
-    """FLOPs of one image through a frozen `PatchEncoder`, counted while it encodes one; 0 where features are cached."""
+    """FLOPs of one image through a frozen `PatchEncoder`, counted while it encodes one; 0 for cached features."""
     if not isinstance(encoder, PatchEncoder):
         return 0
     image = torch.zeros(1, 3, *encoder.input_size, device=encoder.mean.device)
-    # The fused attention of the CPU is unknown to the counter.
+    # The counter does not know the CPU's fused attention.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         encoder(image)
     return counter.get_total_flops()
 
 
 def training_flops(forward: float, encoders: float = 0.0, recompute: bool = False, adapters: bool = False) -> float:
-    """FLOPs of one image in a training step: three times its forward, as a backward has two products for each one.
+    """FLOPs of one image in a training step: three times the forward, as the backward has two products for each one.
 
     Args:
-        forward: FLOPs of what is trained, forward.
-        encoders: FLOPs of what only runs forward.
-        recompute: also count the second forward of gradient checkpointing. That is what the hardware does; MFU leaves
-            it out.
-        adapters: only small adapters are trained: the backward goes through the weights, but has no product for theirs.
+        forward: forward FLOPs of the trained modules.
+        encoders: FLOPs of the modules that only run forward.
+        recompute: also count the second forward pass of gradient checkpointing, which MFU does not include.
+        adapters: only small adapters are trained: the backward has no products for the gradients of frozen weights.
     """
     return (3 + recompute - adapters) * forward + encoders
 
@@ -115,7 +114,7 @@ def training_flops(forward: float, encoders: float = 0.0, recompute: bool = Fals
 def step_flops(aligned: AlignedTransformer) -> tuple[float, float]:
     """FLOPs of one image in a training step: without alignment, and with projectors and encoders.
 
-    The autoencoder, the losses and the optimizer are not in it. Ask before anything is compiled.
+    The autoencoder, the losses and the optimizer are not included. Call it before anything is compiled.
     """
     config = aligned.transformer.config
     adapters = not all(parameter.requires_grad for parameter in aligned.transformer.parameters())
@@ -136,7 +135,7 @@ def step_flops(aligned: AlignedTransformer) -> tuple[float, float]:
 def throughput_metrics(
     images_per_second: float, flops_per_image: float, peak: float | None = None, num_processes: int = 1
 ) -> dict[str, float]:
-    """For the log: TFLOP/s of one device, and their share of its peak (MFU) where that is known."""
+    """Metrics for the log: TFLOP/s of one device, and their share of its peak (MFU) if that is known."""
     flops = images_per_second * flops_per_image / num_processes
     return {"tflops_per_device": flops / 1e12} | ({"mfu": flops / peak} if peak else {})
 
@@ -144,11 +143,11 @@ def throughput_metrics(
 def throughput_meter(
     flops: tuple[float, float], accelerator: Accelerator, peak_tflops: float | None = None
 ) -> Callable[[float, bool], dict[str, float]]:
-    """`meter(images_per_second, aligning)` gives `throughput_metrics` of a run.
+    """Returns `meter(images_per_second, aligning)`, which computes the `throughput_metrics` of a run.
 
     Args:
-        flops: of `step_flops`.
-        peak_tflops: of one device, instead of the looked-up peak.
+        flops: the result of `step_flops`.
+        peak_tflops: peak of one device, instead of the looked-up one.
     """
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}.get(accelerator.mixed_precision)
     tf32 = torch.backends.cuda.matmul.allow_tf32
@@ -193,11 +192,11 @@ PEAK_TFLOPS = (
 
 
 def peak_flops(device: torch.device | str, dtype: torch.dtype, tf32: bool = False) -> float | None:
-    """Dense FLOP/s that a device promises for matrix products, or None where that is not known.
+    """Peak dense FLOP/s of a device for matrix products, or None if it is not known.
 
     Args:
-        device: a `torch.device`, or a name as `torch.cuda.get_device_name` gives it. A CPU's peak is not known.
-        dtype: of the products: `torch.bfloat16`, `torch.float16` or `torch.float32`.
+        device: a `torch.device`, or a name as `torch.cuda.get_device_name` returns it. A CPU's peak is not known.
+        dtype: the dtype of the products: `torch.bfloat16`, `torch.float16` or `torch.float32`.
         tf32: whether float32 products may run as TF32.
     """
     if isinstance(device, torch.device):
@@ -209,14 +208,14 @@ def peak_flops(device: torch.device | str, dtype: torch.dtype, tf32: bool = Fals
         return None
     half, tensor_float, single = found[0]
     if dtype == torch.bfloat16 and tensor_float is None:
-        return None  # tensor cores from before Ampere know neither bf16 nor TF32
+        return None  # tensor cores older than Ampere support neither bf16 nor TF32
     if dtype == torch.float32:
         return 1e12 * (tensor_float if tf32 and tensor_float else single)
     return 1e12 * half if dtype in (torch.bfloat16, torch.float16) else None
 
 
 def hardware_name(device: torch.device) -> str:
-    """A GPU by its name, a CPU with the threads that torch uses."""
+    """The name of a GPU, or of a CPU with the number of threads that torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
@@ -230,16 +229,16 @@ def hardware_name(device: torch.device) -> str:
 
 
 class StepProfile:
-    """Times the parts of some training steps, and reports a table once; off, a part costs one comparison.
+    """Times the parts of some training steps, and reports a table once; if it is off, a part costs one comparison.
 
-    `with profile(name):` is a part, to which the time since the part before belongs, too. `step()` ends a step. On a GPU the marks are
-    events in its stream: what hides behind its work, such as a loader that keeps up, counts as nothing, and no mark waits.
+    `with profile(name):` times a part, including the time since the previous part. `step()` ends a step. On a GPU the marks
+    are events in its stream: work that overlaps with the GPU's, such as a fast loader, takes no time, and no mark waits.
 
     Args:
-        steps (`int`, *optional*): steps to time; 0 or None is off.
-        device: where the work runs.
-        report: gets the table, a string.
-        warmup (`int`): steps before, at least 1, which are not timed.
+        steps (`int`, *optional*): steps to time; 0 or None turns it off.
+        device: the device that runs the work.
+        report: called with the table, a string.
+        warmup (`int`): untimed steps at the start, at least 1.
     """
 
     def __init__(
@@ -257,12 +256,12 @@ class StepProfile:
 
     @contextlib.contextmanager
     def __call__(self, name: str):
-        """Inside is the part `name` of a step."""
+        """Times the `with` block as the part `name` of a step."""
         yield
         self.mark(name)
 
     def mark(self, name: str):
-        """The time since the mark before was spent on `name`."""
+        """Attributes the time since the previous mark to `name`."""
         if self.active:
             if self.cuda:
                 stamp = torch.cuda.Event(enable_timing=True)
@@ -272,7 +271,7 @@ class StepProfile:
             self.marks.append((name, stamp))
 
     def step(self):
-        """Ends a step; what came after its last mark is logging and checkpoints."""
+        """Ends a step; the time after its last mark is that of logging and checkpoints."""
         if not self.active:
             return
         self.mark("logging, checkpoints")
@@ -285,7 +284,7 @@ class StepProfile:
             self.report(self.table())
 
     def _read(self) -> dict[str, float]:
-        """Seconds per step of each part, in the order in which they first came."""
+        """Seconds per step of each part, in order of first appearance."""
         if self.cuda:
             torch.cuda.synchronize()
         seconds = {}
@@ -295,7 +294,7 @@ class StepProfile:
         return seconds
 
     def table(self) -> str:
-        """The parts of a step, their milliseconds and their share."""
+        """Formats the parts of a step with their milliseconds and shares."""
         total = sum(self.seconds.values())
         lines = [f"mean of {self.steps} steps, {total * 1000:.1f} ms each"]
         for name, seconds in self.seconds.items():
@@ -308,12 +307,12 @@ class StepProfile:
 
 
 def speed_up(transformer: SiTTransformer2DModel, encoders: list, compile: bool = False, backend: str | None = None):
-    """Chooses the attention backend, and compiles in place what repeats: one graph serves all blocks.
+    """Sets the attention backend, and compiles the repeated blocks in place, so that all share one graph.
 
-    Names of weights stay as they are. Call it before the first forward.
+    The names of weights do not change. Call it before the first forward pass.
 
     Raises:
-        InputError: for a backend that diffusers does not have here.
+        InputError: if diffusers does not support the backend on this machine.
     """
     if backend is not None:
         try:
@@ -323,7 +322,7 @@ def speed_up(transformer: SiTTransformer2DModel, encoders: list, compile: bool =
     if compile:
         transformer.compile_repeated_blocks()
         for encoder in encoders:
-            if isinstance(encoder, PatchEncoder):  # not features out of a cache
+            if isinstance(encoder, PatchEncoder):  # cached features need no compilation
                 encoder.model.compile()
 
 

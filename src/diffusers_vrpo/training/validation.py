@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Validation of a run: a grid of samples, and the Fréchet distance of samples to training images."""
+"""Validation of a run: sample grids, and the Fréchet distance of samples to training images."""
 
 import math
 import zlib
@@ -29,7 +29,7 @@ from .metrics import read_metrics, use_trackers
 
 logger = get_logger(__name__)
 SAMPLES = 2048
-REFERENCE_IMAGES = 10_000  # training images behind the Fréchet distance; all of them where there are fewer
+REFERENCE_IMAGES = 10_000  # training images behind the Fréchet distance; all of them if there are fewer
 
 
 class Validation(TrainerCallback):
@@ -40,7 +40,7 @@ class Validation(TrainerCallback):
     features; `metrics.jsonl` gets it as `validation/fd_{encoder}`. All processes share that work.
 
     Raises:
-        InputError: for labels that the model does not have, an encoder that cannot be loaded, or data without images.
+        InputError: if the model does not have a label, an encoder cannot be loaded, or the data have no images.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Validation(TrainerCallback):
             if self.num_samples < 2:
                 raise InputError(
                     "num_fd_samples",
-                    f"`num_fd_samples` {args.num_fd_samples} has no covariance; take {SAMPLES} or more",
+                    f"`num_fd_samples` {args.num_fd_samples} has no covariance; use {SAMPLES} or more",
                 )
             if not data.has_images:
                 raise InputError(
@@ -79,7 +79,7 @@ class Validation(TrainerCallback):
             self.reference = self.reference_moments(data)
 
     def on_train_begin(self, trainer):
-        """Looks at the step that a run continues from, if it ended after the checkpoint and before this was done."""
+        """Validates the step of the checkpoint if the run was interrupted before its validation."""
         step, missing = trainer.step, False
         if step > 0 and step % self.args.validation_steps == 0 and self.accelerator.is_main_process:
             rows = read_metrics(trainer.metrics_file.path)
@@ -105,13 +105,13 @@ class Validation(TrainerCallback):
                 self.grid = self.draw(step, averaged)
             if self.fd_encoder is not None:
                 values = {self.name: self.distance(averaged)}
-                # Interrupted, it is no number; the continued run makes up for it.
+                # An interrupted validation has no result; the continued run repeats it.
                 if accelerator.is_main_process and not self.interruption.signum:
                     logger.info(f"step {step}: {self.name} {values[self.name]:.2f}")
                     trainer.log(values)
 
     def draw(self, step: int, averaged: VRPOPipeline) -> Image.Image:
-        """The grid of a step, and keeps it; on the main process."""
+        """Draws and saves the grid of a step, on the main process."""
         args, device = self.args, self.accelerator.device
         drawing = (args.num_validation_images, args.num_inference_steps, args.guidance_scale, args.seed)
         grid = draw_samples(averaged, self.columns, *drawing, device)
@@ -119,7 +119,7 @@ class Validation(TrainerCallback):
         return grid
 
     def distance(self, pipeline: VRPOPipeline) -> float:
-        """The Fréchet distance of samples of `pipeline` to the reference."""
+        """Computes the Fréchet distance of samples of `pipeline` to the reference."""
         args, count = self.args, self.num_samples
         num_classes = pipeline.transformer.config.num_classes
         options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": 1.0}
@@ -130,13 +130,13 @@ class Validation(TrainerCallback):
                 if self.interruption.signum:
                     yield None
                     return
-                # Every class as often, but for one.
+                # Every class appears equally often, up to a difference of one.
                 labels = [i * num_classes // count for i in indices]
                 try:
                     with self.accelerator.autocast():
                         images = sample_batch(pipeline, indices, labels, args.seed, options)
                 except InputError as error:
-                    # Not finite. Training goes on, and no process waits for another.
+                    # The images are not finite. Training continues, and no process waits for another.
                     logger.warning(f"{self.name}: {error}", main_process_only=False)
                     images = None
                 yield images
@@ -145,9 +145,9 @@ class Validation(TrainerCallback):
         return frechet_distance(*self.reference, mean, covariance) if mean.isfinite().all() else math.nan
 
     def reference_moments(self, data) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and covariance of the features of training images, the same ones for every run on the data.
+        """Mean and covariance of the features of training images, which are the same for every run on the data.
 
-        They are kept in the output folder, for a continued run.
+        They are cached in the output folder for a continued run.
         """
         resolution, file = self.args.resolution, self.output_dir / "fd_reference.safetensors"
         rows = data.fixed_rows(REFERENCE_IMAGES)
@@ -168,11 +168,11 @@ class Validation(TrainerCallback):
 
     @property
     def device(self) -> torch.device:
-        """Where the moments are; Apple's GPUs have no float64."""
+        """The device of the moments; Apple's GPUs do not support float64."""
         return torch.device("cpu") if self.accelerator.device.type == "mps" else self.accelerator.device
 
     def own_batches(self, count: int) -> list[range]:
-        """The batches of `range(count)` that are this process's to do, one after another."""
+        """The batches of `range(count)` that this process computes, in order."""
         size, rank, processes = (
             self.args.train_batch_size,
             self.accelerator.process_index,
@@ -182,17 +182,17 @@ class Validation(TrainerCallback):
         return batches[rank * len(batches) // processes : (rank + 1) * len(batches) // processes]
 
     def moments(self, batches: Iterable[np.ndarray | None]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean `[D]` and covariance `[D,D]` of the features of all processes' images, uint8 `[B,H,W,3]`; None counts as NaN."""
+        """Computes mean `[D]` and covariance `[D,D]` of the features of all processes' images, uint8 `[B,H,W,3]` or None (NaN)."""
         tensors = (None if images is None else torch.from_numpy(images).permute(0, 3, 1, 2) for images in batches)
         moments, _ = collect_features(self.fd_encoder, ((None, images) for images in tensors), self.accelerator)
         return moments["pool"].mean, moments["pool"].covariance
 
 
 def grid_columns(pipeline: VRPOPipeline, labels: list[str] | None) -> list[int]:
-    """The classes of `validation_labels`, names or ids; without them ten, spread over all.
+    """The classes of `validation_labels`, names or ids; by default ten, evenly spread over all.
 
     Raises:
-        InputError: for a label that the model does not have.
+        InputError: if the model does not have a label.
     """
     num_classes = pipeline.transformer.config.num_classes
     columns = min(10, num_classes)
@@ -212,7 +212,7 @@ def draw_samples(
     seed: int,
     device: torch.device,
 ) -> Image.Image:
-    """A grid, one column per class, always from the same noise; unguided where the model has no null class."""
+    """Draws a grid with one column per class, always from the same noise; unguided if the model has no null class."""
     transformer = pipeline.transformer
     size = transformer.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
@@ -233,12 +233,12 @@ def grid_file(output_dir: Path, step: int) -> Path:
 
 
 def save_samples(accelerator: Accelerator, output_dir: Path, step: int, grid: Image.Image):
-    """Keeps a grid of samples as a file, and shows it in the trackers that take images."""
+    """Saves a grid of samples as a file, and logs it to the trackers that accept images."""
     path = grid_file(output_dir, step)
     try:
         path.parent.mkdir(exist_ok=True)
         grid.save(path)
-    except OSError as error:  # a full disk: a grid is not worth a run
+    except OSError as error:  # a full disk must not end a run because of a grid
         logger.error(f"{path} could not be written ({error.strerror or error})")
 
     def show(tracker):

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""`vrpo`: all programs as one command."""
+"""The command `vrpo`, with all programs as subcommands."""
 
 import difflib
 import os
@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 
-# What each command does. It is `main(argv, prog)` of the module of its name; `train` goes through `accelerate launch`.
+# Commands and their descriptions. Each calls `main(argv, prog)` of its module; `train` runs `accelerate launch`.
 COMMANDS = {
     "train": "train a transformer, with or without alignment (train_vrpo.py)",
     "prepare": "encode a data set once, for train --latents_dir",
@@ -37,18 +37,18 @@ commands:
 
 
 def train_script() -> Path:
-    """`train_vrpo.py`: in the package where it is installed from a wheel, at the top of a checkout."""
+    """The path of `train_vrpo.py`: in the package if installed from a wheel, else at the top of the checkout."""
     beside = Path(__file__).with_name("train_vrpo.py")
     return beside if beside.is_file() else Path(__file__).parents[2] / "train_vrpo.py"
 
 
 def train(argv: list[str]):
-    """Becomes the process of `accelerate launch`, so that signals and exit codes are those of the trainer's launcher."""
+    """Replaces this process by `accelerate launch`, so that signals and exit codes are those of the launcher."""
     split = argv.index("--") if "--" in argv else 0
     launcher, options = argv[:split], argv[split + ("--" in argv) :]
     command = [sys.executable, str(train_script()), *options]
     if not {"-h", "--help"} & set(options):
-        # `-q`: no traceback of the launcher's after the trainer's own sentence.
+        # `-q` suppresses the launcher's traceback after the trainer's error message.
         command[1:1] = ["-m", "accelerate.commands.launch", "-q", *launcher]
     sys.stdout.flush()
     os.execv(command[0], command)

@@ -1,9 +1,8 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Command lines: parsers whose errors are one line, flags made from the fields of `config.py`, options from YAML files.
+"""Command lines: parsers with one-line errors, flags from the fields of `config.py`, and options from YAML files.
 
-The parser of training is made here and not by transformers' `HfArgumentParser`. That one spells the negation of a switch
-`--no_x` (ours is `--no-x`), lets every switch swallow the word after it, replaces a list where a flag is given twice,
-and takes eight seconds to import.
+transformers' `HfArgumentParser` is not used: it spells the negation of a switch `--no_x` instead of `--no-x`, takes the
+word after a switch as its value, replaces a list if a flag is given twice, and takes eight seconds to import.
 """
 
 import argparse
@@ -25,7 +24,7 @@ from .errors import InputError, TrainingStopped
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Help with the defaults, but for those that say nothing (None, False)."""
+    """Help with default values, except None and False."""
 
     def __init__(self, prog: str, max_help_position: int = 36, width: int = 118):
         super().__init__(prog, max_help_position=max_help_position, width=width)
@@ -39,7 +38,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
 
 class OneLineErrorParser(argparse.ArgumentParser):
-    """A parser of exact flags, whose errors are one line that names the flag."""
+    """A parser without abbreviated flags, whose errors are one line that names the flag."""
 
     def __init__(self, *args, formatter_class=HelpFormatter, allow_abbrev: bool = False, **kwargs):
         super().__init__(*args, formatter_class=formatter_class, allow_abbrev=allow_abbrev, **kwargs)
@@ -51,7 +50,7 @@ class OneLineErrorParser(argparse.ArgumentParser):
 
 
 def number_in(limits: In, kind: type = int) -> Callable[[str], float]:
-    """A `type=` for argparse: an `int` or `float` within limits."""
+    """Returns a `type=` for argparse: an `int` or `float` within limits."""
 
     def parse(text: str):
         value = kind(text)
@@ -64,7 +63,7 @@ def number_in(limits: In, kind: type = int) -> Callable[[str], float]:
 
 
 def as_id(label: int | str) -> int | str:
-    """A class id from the command line as a number; anything else as it is."""
+    """Converts a class id from the command line to a number; returns anything else unchanged."""
     return int(label) if str(label).lstrip("-").isdigit() else label
 
 
@@ -73,7 +72,7 @@ def as_id(label: int | str) -> int | str:
 
 
 def flags_of(parser: argparse.ArgumentParser) -> dict[str, str]:
-    """How the fields of a parser are spelled on its command line."""
+    """Maps the fields of a parser to their flags."""
     return {
         action.dest: action.option_strings[0] if action.option_strings else str(action.metavar or action.dest)
         for action in parser._actions
@@ -81,17 +80,17 @@ def flags_of(parser: argparse.ArgumentParser) -> dict[str, str]:
 
 
 def with_flags(error: BaseException | str, flags: dict[str, str]) -> str:
-    """A message of the library for the command line: each field in backticks becomes its flag.
+    """Converts a message of the library for the command line: each field in backticks becomes its flag.
 
     Args:
-        flags: of `flags_of`.
+        flags: the result of `flags_of`.
     """
     return re.sub(r"`(\w+)`", lambda match: flags.get(match[1], match[0]), str(error))
 
 
 @contextlib.contextmanager
 def one_line_errors(parser: argparse.ArgumentParser):
-    """Ends the process with one line where the library raises an error about its input."""
+    """Ends the process with a one-line message if the library raises an InputError or TrainingStopped."""
     try:
         yield
     except (InputError, TrainingStopped) as error:
@@ -106,9 +105,9 @@ def add_option(group, option: Option, *spellings: str, suppress: bool = False, *
     """Adds the flag of an option to a parser or a group of one.
 
     Args:
-        spellings: more of them, such as `"--dataset"`.
-        suppress: whether the flag gives no value where it is not given; its default is in the help all the same.
-        changes: other arguments of `add_argument` than those that follow from the option, such as `help`.
+        spellings: further spellings, such as `"--dataset"`.
+        suppress: whether an absent flag sets no value; the help shows the default anyway.
+        changes: arguments of `add_argument` that override those of the option, such as `help`.
     """
     limits = option.marked(In)
     value: dict = {"metavar": option.metavar, "choices": option.choices}
@@ -133,10 +132,10 @@ def add_options(group, config: type, names: Iterable[str], spellings: Sequence[s
 
 
 def training_parser(**arguments) -> argparse.ArgumentParser:
-    """The parser of all options of `VRPOConfig`, for `parse_config`; it gives those alone that are on the command line.
+    """Creates the parser of all options of `VRPOConfig`, for `parse_config`; it returns only the given options.
 
     Args:
-        arguments: of `argparse.ArgumentParser`, such as `prog`.
+        arguments: arguments of `argparse.ArgumentParser`, such as `prog`.
     """
     parser = OneLineErrorParser(**arguments)
     for config in VRPOConfig.__bases__:
@@ -146,18 +145,18 @@ def training_parser(**arguments) -> argparse.ArgumentParser:
 
 
 def parse_config(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> VRPOConfig:
-    """The options on a command line, and below them those of the YAML file that its `--config` names.
+    """Parses a command line; it overrides the options of the YAML file that its `--config` names.
 
-    Ends the process with one line if an option is wrong, or one that a run needs is missing.
+    Ends the process with a one-line message if an option is wrong or a required one is missing.
 
     Args:
-        parser: of `training_parser`.
-        argv: the command line; that of the process if not given.
+        parser: the result of `training_parser`.
+        argv: the command line; by default that of the process.
     """
     given = vars(parser.parse_args(argv))
     if "config" in given:
         of_file = vars(parser.parse_args(file_to_argv(parser, given["config"])))
-        # On the command line, one of several alternatives takes the place of another one in the file.
+        # An alternative on the command line replaces another one in the file.
         for names in alternatives(VRPOConfig):
             if not given.keys().isdisjoint(names):
                 of_file = {name: value for name, value in of_file.items() if name not in names}
@@ -171,7 +170,7 @@ def parse_config(parser: argparse.ArgumentParser, argv: list[str] | None = None)
 
 
 def file_to_argv(parser: argparse.ArgumentParser, file: str) -> list[str]:
-    """The command line that a YAML file of training options stands for; `parser` reports errors."""
+    """Converts a YAML file of training options to a command line; `parser` reports errors."""
     try:
         values = yaml.safe_load(Path(file).read_text()) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -185,7 +184,7 @@ def file_to_argv(parser: argparse.ArgumentParser, file: str) -> list[str]:
             parser.error(f"--config {file}: unknown option {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
         option = options[name]
         if value is False and "no" in (option.choices or ()):
-            value = "no"  # which YAML reads as false
+            value = "no"  # YAML reads it as false
         if value is None:
             continue
         if isinstance(value, bool) != (option.kind is bool):

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""The options of training: dataclasses in which one field holds all there is to know about an option.
+"""The options of training: dataclasses in which one field defines everything about an option.
 
 A field has a type, a default and a help text. Its annotation may also say which values are allowed (`Literal`, [`In`]),
 on which other option it depends ([`Needs`], [`OneOf`]), and what happens to it when a run is resumed ([`Resume`]; an
@@ -28,7 +28,7 @@ DIGITS = "digits"  # the data set that is embedded in the package
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What an annotation can say
+# Annotations
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def read_annotation(hint) -> tuple[type, bool, bool, tuple | None, tuple]:
 
 @functools.cache
 def options_of(config: type) -> dict[str, Option]:
-    """The options of a configuration class by name, in the order in which they are declared; of a joined one by group."""
+    """The options of a configuration class by name, in order of declaration; those of `VRPOConfig` are ordered by group."""
     if config.__bases__ != (Options,):
         return {name: option for group in config.__bases__ for name, option in options_of(group).items()}
     hints = get_type_hints(config, include_extras=True)
@@ -194,7 +194,7 @@ def options_of(config: type) -> dict[str, Option]:
 
 @dataclass(kw_only=True)
 class Options:
-    """What all configurations have in common: their values are checked when they are made.
+    """Base class of all configurations, which checks values on construction.
 
     Raises:
         InputError: if a value has the wrong type or is out of range.
@@ -498,7 +498,7 @@ class GenerativeConfig(Options):
         None, "frozen vision encoder of transformers that judges samples; the first --encoder if not given"
     )
     reward_shallow_layer: Annotated[int | None, GENERATIVE] = option(
-        None, "hidden state of that encoder for the perceptual reward; the one at a quarter of its depth if not given"
+        None, "hidden state of that encoder for the perceptual reward; at a quarter of its depth if not given"
     )
     fidelity_reward: Annotated[Literal["auto", "frechet", "mmd"], GENERATIVE] = option(
         "auto",
@@ -646,7 +646,7 @@ def alternatives(config: type) -> list[list[str]]:
 
 
 def kept_value(option: Option, value):
-    """What a checkpoint keeps of an option's value: of names and paths the last part, `none` where there is no name."""
+    """The value of an option in a checkpoint: the last part of names and paths, or `none` without a name."""
     if option.resume not in (Resume.NAME, Resume.DATA_NAME):
         return value
     return [Path(item).name for item in value or []] if option.many else Path(value or "none").name
@@ -655,7 +655,7 @@ def kept_value(option: Option, value):
 def settings_to_keep(config: Options, group: type) -> dict[str, Any]:
     """The options of a group that a resumed run must keep, as JSON values by name.
 
-    Not among them are those of the data (`data_settings_to_keep`) and those from which `run_settings` derives others.
+    They do not include the data's (`data_settings_to_keep`) and those from which `run_settings` derives other values.
     """
     options = options_of(group).values()
     return {o.name: kept_value(o, getattr(config, o.name)) for o in options if o.resume in (None, Resume.NAME)}
@@ -861,10 +861,10 @@ CHECKS = (
 
 
 def check_complete(config: VRPOConfig):
-    """What a run from the command line must name, since it cannot be given objects.
+    """Checks the options that the command line requires, since it cannot pass objects.
 
     Raises:
-        InputError: if data set, autoencoder or encoder are missing.
+        InputError: if the data set, autoencoder or encoder is missing.
     """
     if [config.dataset_name, config.train_data_dir, config.latents_dir].count(None) == 3:
         raise InputError(

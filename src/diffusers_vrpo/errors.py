@@ -36,7 +36,7 @@ def gated(page: str) -> str:
 
 
 def causes(error: BaseException) -> list[BaseException]:
-    """An exception, and those that it came from."""
+    """An exception and its causes."""
     chain = [error]
     while (parent := chain[-1].__cause__ or chain[-1].__context__) is not None and parent not in chain:
         chain.append(parent)
@@ -44,10 +44,10 @@ def causes(error: BaseException) -> list[BaseException]:
 
 
 def hub_problem(error: BaseException, page: str) -> str | None:
-    """Why the Hub did not give something, and what to do, from an exception or one that it came from; else None.
+    """Explains a failed download from the Hub and what to do, from an exception or its causes; else None.
 
     Args:
-        page: the address of what was asked for, below https://huggingface.co/.
+        page: the address of the repository, relative to https://huggingface.co/.
     """
 
     def is_any(*types):
@@ -65,13 +65,13 @@ def hub_problem(error: BaseException, page: str) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """The start of an exception's message, to stand in a sentence."""
+    """The first line of an exception's message, to quote in a sentence."""
     lines = str(error).strip().splitlines()
     return lines[0][:200].rstrip(" .:") if lines else type(error).__name__
 
 
 class TrainingStopped(RuntimeError):
-    """The run cannot go on; the message is one sentence that says where it stands and what to do."""
+    """The run cannot continue; the message is one sentence about its state and the remedy."""
 
 
 class TrainingInterrupted(TrainingStopped):
@@ -79,7 +79,7 @@ class TrainingInterrupted(TrainingStopped):
 
     Attributes:
         signum (`int`): the signal.
-        step (`int`): of the checkpoint.
+        step (`int`): the step of the checkpoint.
     """
 
     def __init__(self, signum: int, step: int):

@@ -5,14 +5,14 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, data: bytes):
-    """The file is the old one or the new one, whole, whenever the process or the machine stops."""
+    """Writes a file atomically: after a crash it holds either the old or the new content."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    if os.name == "posix":  # the new name itself
+    if os.name == "posix":  # the folder holds the new name
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)

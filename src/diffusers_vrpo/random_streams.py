@@ -1,15 +1,15 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Random draws as a function of (seed, index, stream), whichever process makes them and whenever it does."""
+"""Random draws as a function of (seed, index, stream), independent of the process and the time."""
 
 import numpy as np
 
 
 # The one table of stream numbers. A new purpose gets a new number, so that old runs stay reproducible.
-# A training example, by its global index (an epoch, for the order of its rows).
+# Streams of training examples, by global index (for the order of the rows: by epoch).
 ORDER, SAMPLE, NOISE, POSTERIOR, TOKENS, ACTIONS, ROW_GROUPS, ROWS_OF_GROUP = range(8)
-# A generated sample, by its index.
+# Streams of generated samples, by index.
 START, STEPS, LABEL = range(100, 103)
-# A rollout of the generative policy, and what its guards look at.
+# Streams of the rollouts and the guards of the generative policy.
 CLASSES, ROLLOUT_NOISE, DRAWS, LOOK_NOISE, LOOK_REAL = range(200, 205)
 
 

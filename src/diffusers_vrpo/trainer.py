@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""The trainer: flow matching with representation alignment (none, REPA, VRPO), on one process or many.
+"""The trainer: flow matching with representation alignment (none, REPA, VRPO), on one or more processes.
 
 `compute_loss` is the method on one screen. `train_step` makes an optimizer step of it, and `train` repeats that until the
 run is done. What happens around the steps (validation, publishing, the generative policy) is a callback.
@@ -86,8 +86,8 @@ class VRPOTrainer:
         trainer.train()
         trainer.save_model()
 
-    `train` continues from the newest checkpoint in `args.output_dir`. What is not given here is what `args` names, so that
-    `VRPOTrainer(args=args)` is the whole of `train_vrpo.py`.
+    `train` continues from the newest checkpoint in `args.output_dir`. Arguments that are not given are taken from `args`, so
+    that `VRPOTrainer(args=args)` suffices in `train_vrpo.py`.
 
     Args:
         model (`str`, *optional*): a preset such as `"SiT-B/2"`, or weights to start from: a pipeline or transformer (Hub
@@ -103,13 +103,13 @@ class VRPOTrainer:
         callbacks (`list[TrainerCallback]`): called around the steps, after the trainer's own.
 
     Attributes:
-        step (`int`): optimizer steps that are done.
-        pipeline ([`VRPOPipeline`]): of the weights in training; `save_model` saves the averaged ones.
+        step (`int`): the number of completed optimizer steps.
+        pipeline ([`VRPOPipeline`]): the pipeline of the weights in training; `save_model` saves the averaged ones.
         transformer: the model in training, without projectors.
-        model: what is called in training: the transformer with its projectors, wrapped by accelerate.
+        model: the transformer with its projectors, wrapped by accelerate; training calls it.
 
     Raises:
-        InputError: for options, data or checkpoints that cannot work, before any long work.
+        InputError: if options, data or checkpoints cannot work, before any long work.
     """
 
     def __init__(
@@ -158,20 +158,20 @@ class VRPOTrainer:
         self.close()
 
     def close(self):
-        """Lets other runs use the output folder; the end of the process does so, too."""
+        """Unlocks the output folder for other runs; the end of the process also does so."""
         self._resources.close()
 
     # ------------------------------------------------------------------------------------------------------------------
     # The method
 
     def compute_loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The loss of a micro-batch, `L = L_FM + lambda L_rep` (docs/method.md), a scalar.
+        """Computes the loss of a micro-batch, `L = L_FM + lambda L_rep` (docs/method.md), a scalar.
 
         Models that learn the variance of their diffusion also get its variational bound.
 
         Args:
-            batch: on the device: `pixels [B,3,R,R]` in [-1, 1] or what a latent cache holds; `class_labels [B]`; `noise`;
-                `timestep [B]`, uniform in [0, 1); and what the objective needs.
+            batch: tensors on the device: `pixels [B,3,R,R]` in [-1, 1] or the entries of a latent cache; `class_labels [B]`;
+                `noise`; `timestep [B]`, uniform in [0, 1); and further inputs of the objective.
         """
         config, channels = self.transformer.config, self.latent_shape[0]
 
@@ -213,11 +213,11 @@ class VRPOTrainer:
     # The loop
 
     def train(self):
-        """Trains until `max_train_steps`, from the checkpoint that `args.resume_from_checkpoint` means, if there is one.
+        """Trains until `max_train_steps`, from the checkpoint of `args.resume_from_checkpoint` if it exists.
 
         Raises:
-            TrainingStopped: when the run cannot go on.
-            TrainingInterrupted: after SIGTERM or SIGINT, when a checkpoint has been saved.
+            TrainingStopped: if the run cannot continue.
+            TrainingInterrupted: after SIGTERM or SIGINT, once a checkpoint has been saved.
         """
         self._resume()
         self._record_start()
@@ -240,10 +240,10 @@ class VRPOTrainer:
             self._call("on_train_end")
 
     def train_step(self, batches: Iterator[dict[str, torch.Tensor]]):
-        """One optimizer step, on `gradient_accumulation_steps` of the `batches`.
+        """Takes one optimizer step on `gradient_accumulation_steps` of the `batches`.
 
         Raises:
-            TrainingStopped: when the loss or the gradient is not finite, unless such steps are skipped.
+            TrainingStopped: if the loss or the gradient is not finite, unless such steps are skipped.
         """
         accelerator, args = self.accelerator, self.args
         for _ in range(args.gradient_accumulation_steps):
@@ -280,7 +280,7 @@ class VRPOTrainer:
             self.progress.update()
 
     def log_if_due(self):
-        """Every `logging_steps`, and at the end: reads the metrics and gives them to the trackers."""
+        """Reads the metrics and logs them to the trackers, every `logging_steps` and at the end."""
         args = self.args
         if self.step % args.logging_steps and self.step < self.max_train_steps:
             return
@@ -302,14 +302,14 @@ class VRPOTrainer:
         self._call("on_log", values)
 
     def log(self, values: dict[str, float]):
-        """Gives metrics of the current step to `metrics.jsonl` and the trackers."""
+        """Logs metrics of the current step to `metrics.jsonl` and the trackers."""
         log_values(self.accelerator, values, self.step)
 
     def save_if_due(self):
-        """Every `checkpointing_steps`, at the end, and after a signal: a checkpoint.
+        """Saves a checkpoint every `checkpointing_steps`, at the end, and after a signal.
 
         Raises:
-            TrainingStopped: when the last one cannot be saved.
+            TrainingStopped: if the last one cannot be saved.
             TrainingInterrupted: after a signal.
         """
         last = self.step == self.max_train_steps
@@ -325,7 +325,7 @@ class VRPOTrainer:
             raise TrainingInterrupted(self.guard.signum, self.step)
 
     def can_save(self, begun: bool = False) -> bool:
-        """Whether a checkpoint of this step would hold all that a resumed run needs: no draw is in use."""
+        """Whether a checkpoint of this step would hold everything to resume, that is, no drawn actions are in use."""
         whole = self.step % self.args.policy_epochs == 0
         return whole and all(callback.can_save(self.step, begun) for callback in self.callbacks)
 
@@ -387,7 +387,7 @@ class VRPOTrainer:
             push_folder(self.output_dir, repo_id, private=args.hub_private_repo or None, license=args.hub_license)
 
     def end(self):
-        """Ends trackers; after that the processes may end, too."""
+        """Ends the trackers and waits until the processes may exit."""
         wait_before_exit(self.accelerator)
         self.accelerator.end_training()
 
@@ -413,7 +413,7 @@ class VRPOTrainer:
         return None if name == "none" else load_vae(name, self.args.cache_dir).to(self.accelerator.device)
 
     def _load_encoders(self, encoders: list | None, grid_size: tuple[int, int]) -> list:
-        """The encoders to align with: those given, those whose features the data have, or loaded ones."""
+        """Returns the encoders to align with: the given ones, those with cached features, or loaded ones."""
         args, accelerator = self.args, self.accelerator
         if args.objective == "none":
             if args.encoder:
@@ -436,7 +436,7 @@ class VRPOTrainer:
         ]
 
     def _build_model(self, encoders, rewards):
-        """The transformer with its projectors, pipeline, optimizer, averages and objective, spread over the processes."""
+        """Builds transformer, projectors, pipeline, optimizer, averages and objective, prepared for all processes."""
         args, accelerator, data = self.args, self.accelerator, self.data
         start = read_start(args)
         patch_size = start.config["patch_size"]
@@ -483,7 +483,7 @@ class VRPOTrainer:
             self.ema = ForeachEMA(trainable_parameters(self.aligned), decay=args.ema_decay, min_decay=args.ema_decay)
 
     def _register_state(self):
-        """What a checkpoint holds, and what a resumed run must keep."""
+        """Registers the contents of checkpoints, and the settings that a resumed run must keep."""
         self.guard = StepGuard(self.accelerator, self.optimizer, self.interruption, self.args.skip_nonfinite)
         precision = self.accelerator.mixed_precision
         self.settings = run_settings(self.args, self.data, self.aligned, self.global_batch_size, precision)
@@ -511,7 +511,7 @@ class VRPOTrainer:
             self.guard.skipped = state["skipped"]
             self.stopwatch = Stopwatch(state["train_seconds"])
             self.logged_step, self.logged_seconds = self.step, state["train_seconds"]
-            # A checkpoint of another folder stays there: this one has none of its own yet.
+            # A checkpoint in another folder is not copied: this folder has no checkpoint yet.
             own = self.checkpoint.parent.resolve() == self.output_dir.resolve()
             self.saved_step = self.step if own else 0
             if self.ema is not None:
@@ -521,7 +521,7 @@ class VRPOTrainer:
         self.settings |= of_data
 
     def _record_start(self):
-        """Writes what runs: the options, the start, and a line for the log; opens metrics and trackers."""
+        """Records the options and the start of the run, and opens metrics and trackers."""
         args, accelerator = self.args, self.accelerator
         if accelerator.is_main_process:
             given = args.to_dict() | {"vae": args.vae or self.data.vae or "none"}
@@ -546,7 +546,7 @@ class VRPOTrainer:
         )
 
     def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        """The micro-batches of this process, from where the checkpoint's stream of samples ended."""
+        """Yields the micro-batches of this process, starting after the last example of the checkpoint."""
         args, accelerator, config = self.args, self.accelerator, self.transformer.config
         samples = self.data.samples(
             seed=args.seed,
@@ -574,7 +574,7 @@ class VRPOTrainer:
         return iter(self.data.loader(samples, sampler, args.dataloader_num_workers, pin_memory))
 
     def _next_batch(self, batches: Iterator) -> dict[str, torch.Tensor]:
-        """A micro-batch on the device, pixels in [-1, 1]; sample indices stay on the CPU."""
+        """Moves the next micro-batch to the device, with pixels in [-1, 1]; example indices stay on the CPU."""
         with self.profile("data"):
             batch = next(batches)
         self.corrupt_rows.update(batch.pop("corrupt_rows").tolist())
@@ -588,7 +588,7 @@ class VRPOTrainer:
         return batch | {"index": index}
 
     def _skip_or_stop(self, problem: str):
-        """After a step whose loss or gradient was not finite.
+        """Handles a step whose loss or gradient was not finite: skips it or stops the run.
 
         Raises:
             TrainingStopped: unless such steps are skipped.

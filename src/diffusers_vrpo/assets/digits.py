@@ -2,7 +2,7 @@
 """The embedded default: scikit-learn's handwritten digits, and a small DINOv2 encoder trained on them.
 
 With `--dataset_name digits --encoder digits` the whole trainer runs on real images without any download.
-`python -m diffusers_vrpo.assets.digits` makes the encoder anew.
+`python -m diffusers_vrpo.assets.digits` trains the encoder again.
 """
 
 import argparse

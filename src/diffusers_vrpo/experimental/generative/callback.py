@@ -79,12 +79,12 @@ class GenerativePolicy(TrainerCallback):
     has whole groups. Statistics, the queue of features and what the guards compare with are saved with a checkpoint.
 
     Args:
-        args (`GenerativeConfig`): its options.
-        rewards (`list`): rewards of generated images beside the built-in ones: functions `reward(images, features, labels)
+        args (`GenerativeConfig`): the options of the policy.
+        rewards (`list`): rewards of generated images in addition to the built-in ones: functions `reward(images, features, labels)
             -> [B]` (rewards.py), or their names as `"package.module:name"` or `"FILE.py:NAME"`.
 
     Raises:
-        InputError: for options that cannot work here.
+        InputError: if the options cannot work with this trainer.
     """
 
     state_name = "generative_policy"
@@ -112,7 +112,7 @@ class GenerativePolicy(TrainerCallback):
         size = self.transformer.config.sample_size
         self.shape = (self.transformer.config.in_channels, *((size, size) if isinstance(size, int) else size))
 
-        # 1. The encoder that judges, and what it sees in training images.
+        # 1. The reward encoder, and its features of training images.
         name = args.reward_encoder or args.encoder[0]
         with accelerator.main_process_first():
             self.encoder = load_image_encoder(
@@ -130,7 +130,7 @@ class GenerativePolicy(TrainerCallback):
         self.rewards = SampleRewards(reference, args.reward_queue_size, kind, functions, self.device)
         weights = parse_reward_weights(args.reward_weights, self.rewards.names)
         self.weights = torch.tensor(weights, dtype=torch.float64, device=self.rewards.device)
-        # Rewards of the user's look at images, also at real ones.
+        # User-defined rewards need images, including real ones.
         self.real_images = None
         some, labels = self._real(data, rows[: REAL_VALUES if functions else REAL_IMAGES])
         if functions:
@@ -139,7 +139,7 @@ class GenerativePolicy(TrainerCallback):
         self.real_labels = labels[:REAL_IMAGES].to(self.device)
         data.release()
 
-        # 2. What an update costs, in forward passes of the transformer for each sample.
+        # 2. The cost of an update, in forward passes of the transformer per sample.
         evaluations = len(self._schedule())
         forward = forward_flops(self.transformer.config)
         blank = torch.zeros(1, 3, *self.encoder.input_size, dtype=torch.uint8, device=self.device)
@@ -167,7 +167,7 @@ class GenerativePolicy(TrainerCallback):
                 f"no guard looks at features that the rewards do not see; give `fd_encoder` of another family than {name}"
             )
 
-        # 3. State. Ratios near 1 want all digits of the likelihood; with one epoch there are none.
+        # 3. State. Likelihood ratios near 1 need full precision; with one epoch no ratios are computed.
         self.likelihood_precision = accelerator.autocast if args.rollout_epochs == 1 else contextlib.nullcontext
         self.first: GuardValues | None = None
         self.best_score, self.best_step, self.checked_step = math.inf, -1, -1
@@ -190,12 +190,12 @@ class GenerativePolicy(TrainerCallback):
         if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise InputError(
                 "generative_policy_start_step",
-                "`generative_policy_start_step` does not go with FSDP and DeepSpeed; take configs/accelerate/ddp.yaml",
+                "`generative_policy_start_step` cannot be combined with FSDP and DeepSpeed; use configs/accelerate/ddp.yaml",
             )
         if accelerator.mixed_precision == "fp16":
             raise InputError(
                 "generative_policy_start_step",
-                "`generative_policy_start_step` does not go with `mixed_precision` fp16; take bf16 or no",
+                "`generative_policy_start_step` cannot be combined with `mixed_precision` fp16; use bf16 or no",
             )
         if args.rollout_classes % accelerator.num_processes:
             raise InputError(
@@ -220,7 +220,7 @@ class GenerativePolicy(TrainerCallback):
     # Training images
 
     def _real(self, data, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images uint8 `[B,3,R,R]` and labels `[B]` of some rows; in their order, read in the data's."""
+        """Images uint8 `[B,3,R,R]` and labels `[B]` in the order of the rows; they are read in the order of the data."""
         order = np.argsort(rows, kind="stable")
         images, labels = data.examples(rows[order], self.args.resolution)
         back = np.argsort(order, kind="stable")
@@ -230,7 +230,7 @@ class GenerativePolicy(TrainerCallback):
         return encode_images(self.pipeline.vae, images.to(self.device).float() / 127.5 - 1)
 
     def _reference(self, data, rows: np.ndarray, name: str) -> dict[str, torch.Tensor]:
-        """Statistics of the training images: from their file, or computed by all processes and kept there."""
+        """Reads the statistics of the training images from their file, or computes them on all processes and writes it."""
         args, accelerator = self.args, self.accelerator
         file = Path(args.reward_reference or self.output_dir / "reward_reference.safetensors")
         first, labels = self._real(data, rows[:16])
@@ -243,7 +243,7 @@ class GenerativePolicy(TrainerCallback):
             raise InputError(
                 "reward_reference",
                 f"`reward_reference` {file} holds something else: statistics of other images, another encoder or another "
-                "`reward_reference_images`; give another file, which will be made",
+                "`reward_reference_images`; give another file, which will be written",
             )
 
         def compute() -> FeatureSet | None:
@@ -290,7 +290,7 @@ class GenerativePolicy(TrainerCallback):
 
     @contextlib.contextmanager
     def _averaged(self, ema, precision=None):
-        """Makes the transformer the one to sample from inside the `with` block: averaged, in evaluation mode, no gradients."""
+        """Prepares the transformer for sampling inside the `with` block: averaged weights, evaluation mode, no gradients."""
         training = self.transformer.training
         self.transformer.eval()
         try:
@@ -304,7 +304,7 @@ class GenerativePolicy(TrainerCallback):
         return image_features(self.encoder, images)
 
     def _draw(self, labels: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
-        """Latents, images and features of samples; features of what is not finite are NaN. Within `_averaged`."""
+        """Draws samples; returns latents, images and features, NaN for samples that are not finite. Used in `_averaged`."""
         self.pipeline.set_progress_bar_config(disable=True)
         latents, images = [], []
         options = {"num_inference_steps": self.args.rollout_steps, "guidance_scale": 1.0, "output_type": "latent"}
@@ -319,11 +319,11 @@ class GenerativePolicy(TrainerCallback):
         return torch.cat(latents), images, features
 
     def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Rows of all processes, in their order."""
+        """Gathers the rows of all processes in order."""
         return self.accelerator.gather(tensor.contiguous()) if self.accelerator.num_processes > 1 else tensor
 
     def _predict_x0(self, x, labels, times, noise) -> tuple[torch.Tensor, torch.Tensor]:
-        """Estimates of `x [B,...]` from noisy versions, `[B,M,...]` float32; loss of the prediction `[B]`.
+        """Estimates `x [B,...]` from noisy versions, `[B,M,...]` float32; also returns the loss of the prediction `[B]`.
 
         Args:
             times, noise: `[B,M]` in [0, 1), and `[B,M,...]`.
@@ -344,19 +344,19 @@ class GenerativePolicy(TrainerCallback):
         return step >= self.start and (step - self.start) % self.args.rollout_every < self.args.rollout_epochs
 
     def can_save(self, step: int, begun: bool = False) -> bool:
-        """Whether no rollout is in use, which no checkpoint holds."""
+        """Whether no rollout is in use, since checkpoints do not hold rollouts."""
         return not self.active(step) or (not begun and (step - self.start) % self.args.rollout_every == 0)
 
     def flops(self, step: int) -> float:
-        """What a step costs beside the real batch."""
+        """The FLOPs of a step in addition to the real batch."""
         return self.update_flops / self.args.rollout_epochs if self.active(step) else 0.0
 
     def on_train_begin(self, trainer):
-        """Checks that a checkpoint fits, and looks at the model that the policy starts from.
+        """Checks that a checkpoint fits, and measures the model that the policy starts from.
 
         Raises:
-            InputError: when the checkpoint was saved past the start, by a run without the policy.
-            TrainingStopped: when a guard trips.
+            InputError: if the checkpoint was saved past the start by a run without the policy.
+            TrainingStopped: if a guard trips.
         """
         if trainer.step > self.start and self.first is None:
             raise InputError(
@@ -367,16 +367,16 @@ class GenerativePolicy(TrainerCallback):
         self.on_step_end(trainer)
 
     def before_optimizer_step(self, trainer):
-        """In a step that follows rewards, adds their gradient."""
+        """Adds the gradient of the rewards, in a step that follows them."""
         if self.active(trainer.step):
             with trainer.profile("generative policy"):
                 trainer.metrics.add(**self.add_gradient(trainer.step, trainer.ema))
 
     def on_step_end(self, trainer):
-        """Looks at the model where it is time to.
+        """Checks the guards if they are due.
 
         Raises:
-            TrainingStopped: when a guard trips; a checkpoint was saved before, if that can be.
+            TrainingStopped: if a guard trips; a checkpoint is saved first, if possible.
         """
         if reason := self.check_guards(trainer):
             if trainer.step != trainer.saved_step and trainer.can_save():
@@ -384,13 +384,13 @@ class GenerativePolicy(TrainerCallback):
             raise self.stop(reason, trainer.step, trainer.saved_step)
 
     def add_gradient(self, step: int, ema) -> dict[str, torch.Tensor]:
-        """Adds the rewards' gradient to the one that the parameters have, at most `max_gradient_ratio` as long.
+        """Adds the rewards' gradient to that of the parameters, with a norm of at most `max_gradient_ratio` times theirs.
 
         Returns:
             values for the log.
 
         Raises:
-            TrainingStopped: when a sample is not finite.
+            TrainingStopped: if a sample is not finite.
         """
         args, logs = self.args, {}
         epoch = (step - self.start) % args.rollout_every
@@ -403,7 +403,7 @@ class GenerativePolicy(TrainerCallback):
         return logs | values | {"policy/gradient_ratio": ratio}
 
     def _roll_out(self, step: int, ema) -> dict[str, torch.Tensor]:
-        """Draws samples and finds their advantages; each process keeps those of its groups."""
+        """Draws samples and computes their advantages; each process keeps those of its groups."""
         args, rank, processes = self.args, self.accelerator.process_index, self.accelerator.num_processes
         classes, size, number = (
             args.rollout_classes,
@@ -414,7 +414,7 @@ class GenerativePolicy(TrainerCallback):
         known = self.rewards.reference["class_ids"].cpu().numpy()
         stream = random_stream(args.seed, number, CLASSES)
         drawn = np.concatenate([stream.permutation(known) for _ in range(-(-classes // len(known)))])[:classes]
-        first = number * classes  # of this rollout's groups, counted over the run
+        first = number * classes  # index of this rollout's first group, counted over the run
         noise = [
             random_stream(args.seed, (first + group) * size + i, ROLLOUT_NOISE).standard_normal(self.shape, np.float32)
             for group in own
@@ -427,7 +427,7 @@ class GenerativePolicy(TrainerCallback):
             draws.append(stream.standard_normal((args.mc_samples, *self.shape), np.float32))
         labels = torch.from_numpy(drawn[own.start : own.stop]).repeat_interleave(size).to(self.device)
         times = stratified_times(torch.from_numpy(np.stack(offsets))).repeat_interleave(size, 0).to(self.device)
-        # Shared inside a group: its samples differ by what they are, not by the noise that they are judged with.
+        # The noise is shared inside a group, so that its samples are compared under the same noise.
         shared = torch.from_numpy(np.stack(draws)).to(self.device)
 
         with self._averaged(ema):
@@ -442,7 +442,7 @@ class GenerativePolicy(TrainerCallback):
             wait_before_exit(self.accelerator)
             raise TrainingStopped(
                 f"step {step + 1}: a sample of the rollout is not finite; a lower `generative_learning_rate`, or fewer steps "
-                "before `generative_policy_start_step`, may do"
+                "before `generative_policy_start_step`, may help"
             )
         self.rewards.push(everyone, self.real_images)
         found = []
@@ -469,16 +469,16 @@ class GenerativePolicy(TrainerCallback):
         return {name: value.float().to(self.device) for name, value in logs.items()}
 
     def _parts(self, count: int) -> list[slice]:
-        """Samples that go through the transformer together: as many noisy versions as a training batch has."""
+        """Splits samples into parts for the transformer, with as many noisy versions as a training batch has examples."""
         size = max(1, self.args.train_batch_size // self.args.mc_samples)
         return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
     def _noise(self, shared: torch.Tensor, part: slice) -> torch.Tensor:
-        """The noise of some samples out of that of their groups, `[B,M,...]`."""
+        """Selects the noise of some samples from that of their groups, `[B,M,...]`."""
         return shared[torch.arange(part.start, part.stop, device=shared.device) // self.args.rollout_group_size]
 
     def _gradient(self, epoch: int) -> tuple[list[torch.Tensor | None], dict[str, torch.Tensor]]:
-        """The gradient of the rewards' loss over all processes' samples, and values for the log."""
+        """Computes the gradient of the rewards' loss over all processes' samples, and values for the log."""
         args, rollout = self.args, self.rollout
         parameters = trainable_parameters(self.transformer)
         gradients: list[torch.Tensor | None] = [None] * len(parameters)
@@ -521,7 +521,7 @@ class GenerativePolicy(TrainerCallback):
     # Guards
 
     def check_guards(self, trainer) -> str | None:
-        """Before the first update, and every `guard_every` rollouts: whether the model has become worse; for all processes.
+        """Checks, before the first update and every `guard_every` rollouts, whether the model has become worse.
 
         Returns:
             why the policy must stop, or None.
@@ -539,14 +539,14 @@ class GenerativePolicy(TrainerCallback):
         outcome = broadcast_object_list([reason, now.score])
         if self.accelerator.is_main_process:
             trainer.log(now.values())
-        if step == self.start or outcome[0] is not None:  # before and after, from the same noise
+        if step == self.start or outcome[0] is not None:  # grids before and after, from the same noise
             with full_pipeline(self.accelerator, self.pipeline, ema) as averaged:
                 if self.accelerator.is_main_process:
                     self.validation.draw(step, averaged)
         if outcome[0] is None and outcome[1] < self.best_score:
             self.best_score, self.best_step = outcome[1], step
             self._save_best(ema)
-        if outcome[0] is None:  # or else the same command would go on as if nothing were wrong
+        if outcome[0] is None:  # otherwise the same command would continue from here
             self.checked_step = step
         return outcome[0]
 
@@ -557,7 +557,7 @@ class GenerativePolicy(TrainerCallback):
             group["lr"] = rate * factor(scheduler.last_epoch)
 
     def _measure(self, ema) -> GuardValues:
-        """Looks at the averaged model; the first time it becomes what later looks are compared with."""
+        """Measures the averaged model; later measurements are compared with the first one."""
         args, rank, processes = self.args, self.accelerator.process_index, self.accelerator.num_processes
         count = -(-args.guard_samples // processes)
         known = self.rewards.reference["class_ids"]
@@ -571,7 +571,7 @@ class GenerativePolicy(TrainerCallback):
         finite = all(values.isfinite().all() for values in features.values())
         if self.first is None:
             self.start_values = {**features, "x0": x0}
-            # The samples are also the first of the queue, so that the first rollout has a distribution to compare with.
+            # The samples also start the queue, so that the first rollout has a distribution to compare with.
             if finite:
                 self.rewards.push(features, self.real_images)
         held_out, own = math.nan, [math.nan] * 4
@@ -592,14 +592,14 @@ class GenerativePolicy(TrainerCallback):
         return now
 
     def _own_values(self, features, images, labels) -> list[float]:
-        """Recall, reward now, reward of the first look's samples, distance; in the reward encoder's features."""
+        """Recall, current reward, reward of the first samples, and distance, in the reward encoder's features."""
         reference = self.rewards.reference
         real = reference["pool"][: self.args.guard_samples]
         recall = precision_recall(real, features["pool"].to(real))[1]
         moments = mean_and_covariance(features["pool"].to(real))
         distance = frechet_distance(reference["pool.mean"], reference["pool.covariance"], *moments)
         now = self.rewards(images, features, labels)
-        # Functions of the user's do not change with the queue; the others need no images.
+        # User-defined rewards do not change with the queue; the others need no images.
         if "rewards" not in self.start_values:
             self.start_values["rewards"] = now
         then = self.start_values["rewards"].clone()
@@ -613,7 +613,7 @@ class GenerativePolicy(TrainerCallback):
         return [recall, *means.tolist(), distance]
 
     def _real_loss(self) -> tuple[float, torch.Tensor]:
-        """Flow-matching loss on the same real images, noise and timesteps as ever, and the estimates of the images."""
+        """Flow-matching loss on fixed real images, noise and timesteps, and the estimates of the images."""
         x0, count = self.real_x0, len(self.real_x0)
         streams = (random_stream(0, i, LOOK_REAL) for i in range(count))
         noise = torch.from_numpy(np.stack([s.standard_normal(self.shape, np.float32) for s in streams])).to(x0)
@@ -626,11 +626,11 @@ class GenerativePolicy(TrainerCallback):
         return torch.cat(losses).mean().item(), torch.cat(estimates)
 
     def _save_best(self, ema):
-        """Keeps the averaged model as a pipeline in `best`, whole or not at all."""
+        """Saves the averaged model as a pipeline in `best`, atomically."""
         final, partial = self.output_dir / "best", self.output_dir / ".best.tmp"
         with full_pipeline(self.accelerator, self.pipeline, ema) as averaged, writing(f"the pipeline in {final}"):
             if self.accelerator.is_main_process:
-                shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+                shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
                 if self.args.lora_rank:  # training goes on with the adapters
                     averaged = copy.copy(averaged)
                     averaged.transformer = copy.deepcopy(averaged.transformer)
@@ -656,16 +656,16 @@ class GenerativePolicy(TrainerCallback):
     # Checkpoints
 
     def settings(self) -> dict:
-        """What must be the same for a run that has begun to follow rewards to be continued."""
+        """The settings that must not change once a run follows rewards."""
         values = settings_to_keep(self.args, GenerativeConfig)
-        # Files may have moved: their names count.
+        # Files may have moved, so only their names are compared.
         values["reward_encoder"] = Path(self.args.reward_encoder or self.args.encoder[0]).name
         values["fd_encoder"] = Path(self.args.fd_encoder or "none").name
         values["reward_function"] = self.rewards.names[len(REWARDS) :]
         return values
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What the policy has begun with and how far it is; nothing before it begins."""
+        """The settings and the progress of the policy; empty before it begins."""
         if self.first is None:
             return {}
         state = {
@@ -678,7 +678,7 @@ class GenerativePolicy(TrainerCallback):
         return state | {f"rewards.{name}": value for name, value in self.rewards.state_dict().items()}
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]):
-        """Raises an InputError when the run was begun with other options."""
+        """Loads the state; raises InputError if the run was started with other options."""
         if not bool(state_dict["begun"]):
             return
         settings = json.loads(bytes(state_dict["settings"].tolist()).decode())

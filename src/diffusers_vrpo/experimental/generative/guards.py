@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""When to stop optimizing rewards: the model has become worse at what no reward measures (docs/method.md)."""
+"""Guards that stop the optimization of rewards when the model becomes worse by other measures (docs/method.md)."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -7,16 +7,16 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class GuardValues:
-    """What is measured of the averaged model at one step, always on the same images, noise and labels.
+    """Measurements of the averaged model at one step, always on the same images, noise and labels.
 
     Attributes:
         loss_fm: flow-matching loss on training images.
         recall: share of training images within the samples' manifold, in the reward encoder's features; [0, 1].
-        reward: weighted mean of the rewards of the samples, in the reward functions of this moment.
-        start_reward: the same of the samples of the first look.
+        reward: weighted mean of the rewards of the samples, with the current reward functions.
+        start_reward: the same for the samples of the first measurement.
         distance: Fréchet distance of the samples in the reward encoder's features.
-        held_out: Fréchet distance in the features of an encoder that no reward uses; NaN where there is none.
-        drift: `mean (x0_hat - x0_hat of the first look)^2` on the training images.
+        held_out: Fréchet distance in the features of an encoder that no reward uses; NaN without such an encoder.
+        drift: `mean (x0_hat - x0_hat of the first measurement)^2` on the training images.
     """
 
     loss_fm: float
@@ -29,22 +29,22 @@ class GuardValues:
 
     @property
     def score(self) -> float:
-        """What the best look is the lowest in."""
+        """The score of a measurement; lower is better."""
         return self.distance if math.isnan(self.held_out) else self.held_out
 
     def values(self) -> dict[str, float]:
-        """For the log, without what is not measured."""
+        """The measured values, for the log."""
         return {f"guard/{name}": value for name, value in asdict(self).items() if not math.isnan(value)}
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much worse than at the first look is too much.
+    """The limits of the guards, relative to the first measurement.
 
     Attributes:
-        loss_rise: of the flow-matching loss, as a share of its first value.
-        recall_fall: of recall, absolute.
-        distance_rise: of the held-out distance while the reward has risen, as a share of its first value.
+        loss_rise: largest rise of the flow-matching loss, as a share of its first value.
+        recall_fall: largest fall of recall, absolute.
+        distance_rise: largest rise of the held-out distance while the reward has risen, as a share of its first value.
     """
 
     loss_rise: float = 0.02
@@ -58,7 +58,7 @@ def tripped_guard(first: GuardValues, now: GuardValues, limits: Limits) -> str |
     if not math.isnan(first.held_out):
         measured.append(now.held_out)
     if not all(map(math.isfinite, measured)):
-        return "what the guards measure is no longer finite"
+        return "a measurement of the guards is not finite"
     if now.loss_fm > first.loss_fm * (1 + limits.loss_rise):
         return (
             f"the flow-matching loss on training images has risen by {100 * (now.loss_fm / first.loss_fm - 1):.1f} % "

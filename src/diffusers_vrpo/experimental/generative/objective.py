@@ -3,7 +3,7 @@
 
 Pure functions on tensors; notation of docs/method.md. A rollout draws G samples of each of P classes from the current
 model, rewards say how good they are, and the likelihood of the good ones is raised. The likelihood of a sample is the one
-of the forward process (its denoising error), so that any sampler may draw it. The objective is ours; of one family with
+of the forward process (its denoising error), so that any sampler may draw it. The objective is ours; it is related to
 V-GRPO, DiffusionNFT and AWM.
 """
 
@@ -19,7 +19,7 @@ from ...alignment.policy import clipped_objective
 
 
 def oas_shrinkage(covariance: torch.Tensor, count: int) -> float:
-    """How far the covariance `[D,D]` of `count` features is drawn towards a multiple of the identity, in [0, 1].
+    """How far the covariance `[D,D]` of `count` features is shrunk towards a multiple of the identity, in [0, 1].
 
     Oracle approximating shrinkage (Chen et al. 2010, arXiv 0907.4698, eq. 23).
     """
@@ -56,7 +56,7 @@ def transport_map(sigma_g: torch.Tensor, sigma_r: torch.Tensor) -> torch.Tensor:
 def frechet_influence(
     features: torch.Tensor, mu_g: torch.Tensor, mu_r: torch.Tensor, transport: torch.Tensor
 ) -> torch.Tensor:
-    """`r_i = -[2 (mu_g - mu_r)^T d_i + d_i^T (I - T) d_i]`, `d_i = f_i - mu_g`: what a sample does for the Fréchet distance.
+    """`r_i = -[2 (mu_g - mu_r)^T d_i + d_i^T (I - T) d_i]`, `d_i = f_i - mu_g`: a sample's influence on the Fréchet distance.
 
     The squared distance changes by `-r_i eps + const` when a mass eps of the generated distribution moves to `f_i`.
 
@@ -75,7 +75,7 @@ def frechet_influence(
 
 def gaussian_kernel(x: torch.Tensor, y: torch.Tensor, bandwidth: torch.Tensor | float) -> torch.Tensor:
     """`exp(-|x - y|^2 / (2 h^2))` of all pairs, `[M,N]`."""
-    # Not by a matrix product, in which what features have in common cancels, with TF32 badly.
+    # Not by a matrix product, which loses precision when features have a large common part, above all with TF32.
     distances = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
     return torch.exp(-distances.square() / (2 * bandwidth**2))
 
@@ -83,7 +83,7 @@ def gaussian_kernel(x: torch.Tensor, y: torch.Tensor, bandwidth: torch.Tensor | 
 def mmd_witness(
     features: torch.Tensor, generated: torch.Tensor, real: torch.Tensor, bandwidth: torch.Tensor | float
 ) -> torch.Tensor:
-    """`r_i = 2 (mean_real k(f_i, x) - mean_generated k(f_i, y))`: what a sample does for the squared MMD; `[B]`.
+    """`r_i = 2 (mean_real k(f_i, x) - mean_generated k(f_i, y))`: a sample's influence on the squared MMD; `[B]`.
 
     It needs no covariance, so that a few hundred features are enough.
 
@@ -116,8 +116,8 @@ def sample_advantages(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`A_k = (r_k - mean over the class) / (std over the batch + 0.1 real std)`, `A = 3 tanh(batchnorm(sum_k s_k A_k) / 3)`.
 
-    Each reward is made relative to its group before they meet: neither scale nor offset of a reward changes the result.
-    The real images' spread keeps a reward in which the samples hardly differ from weighing as much as the others.
+    Each reward is normalised within its group before they are combined, so that its scale and offset have no effect. The
+    spread over real images reduces the weight of a reward in which the samples hardly differ.
 
     Args:
         rewards: of P groups of G samples, `[P,G,K]`.
@@ -131,7 +131,7 @@ def sample_advantages(
     rewards = rewards.double()
     centred = rewards - rewards.mean(1, keepdim=True)
     scale = rewards.flatten(0, 1).std(0, correction=0) + 0.1 * real_std.double()
-    # Equal rewards leave rounding behind, which must not become an advantage.
+    # Equal rewards differ by rounding errors, which must not become an advantage.
     negligible = 1e-9 * rewards.abs().flatten(0, 1).amax(0)
     relative = torch.where(scale > negligible, centred / scale.clamp_min(1e-300), 0.0)
     total = relative @ weights.double()
@@ -196,10 +196,10 @@ def stratified_times(offsets: torch.Tensor) -> torch.Tensor:
 def add_balanced(
     parameters: Iterable[torch.nn.Parameter], gradients: Iterable[torch.Tensor | None], max_ratio: float
 ) -> torch.Tensor:
-    """Adds gradients to those that the parameters have, shortened where their norm is over `max_ratio` of the others'.
+    """Adds gradients to those of the parameters, after clipping their norm to `max_ratio` times the parameters' norm.
 
     Returns:
-        the ratio of the norms before that, `[]`.
+        the ratio of the norms before clipping, `[]`.
     """
     pairs = [(p, g) for p, g in zip(parameters, gradients) if g is not None]
     own = torch.nn.utils.get_total_norm([p.grad for p, _ in pairs if p.grad is not None])

@@ -1,8 +1,8 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Rewards of generated images: statistics of the training images, and three functions that compare with them.
+"""Rewards of generated images: statistics of training images, and three rewards that compare samples with them.
 
 A reward is a plain function `reward(images, features, labels) -> Tensor[B]`: `images` uint8 `[B,3,H,W]`, `features` of the
-frozen reward encoder (`pool` and `shallow`, float32 `[B,D]`), `labels` class ids int64 `[B]`; the more the better, in any unit.
+frozen reward encoder (`pool` and `shallow`, float32 `[B,D]`), `labels` class ids int64 `[B]`; higher is better, in any unit.
 The built-in ones are of this form, and so are those of `reward_function` FILE.py:NAME. Formulas: objective.py.
 """
 
@@ -29,11 +29,11 @@ from .objective import (
 
 REWARDS = ("fidelity", "perceptual", "semantic")
 FIDELITY_REWARDS = ("auto", "frechet", "mmd")
-VECTORS = {"fidelity": "pool", "perceptual": "shallow"}  # what each distributional reward looks at
+VECTORS = {"fidelity": "pool", "perceptual": "shallow"}  # the features of each distributional reward
 ENOUGH_FOR_FRECHET = 10_000  # training images; `auto` takes the MMD with fewer
 KEPT_FEATURES = 10_000  # rows of the statistics file: real features of the MMD, of recall, of the rewards' real values
-REAL_VALUES = 1024  # of them: those that the rewards' mean and spread over real images are of
-REFRESH_UPDATES = 10  # after which the generated covariance behind the Fréchet influence is looked at again
+REAL_VALUES = 1024  # the rows that give the rewards' mean and spread over real images
+REFRESH_UPDATES = 10  # updates between two refreshes of the generated covariance behind the Fréchet influence
 Reward = Callable[[torch.Tensor, dict[str, torch.Tensor], torch.Tensor], torch.Tensor]
 
 
@@ -42,10 +42,10 @@ Reward = Callable[[torch.Tensor, dict[str, torch.Tensor], torch.Tensor], torch.T
 
 
 def class_statistics(features: torch.Tensor, labels: torch.Tensor, num_classes: int) -> dict[str, torch.Tensor]:
-    """What the semantic reward needs of training images.
+    """Computes the statistics of training images for the semantic reward.
 
-    A prototype is the mean direction of a class. The temperature is the one at which the images are likeliest, each
-    measured against prototypes that it is no part of.
+    A prototype is the mean direction of a class. The temperature maximises the likelihood of the images, each compared with
+    prototypes that exclude it.
 
     Args:
         features: `[N,D]`.
@@ -56,7 +56,7 @@ def class_statistics(features: torch.Tensor, labels: torch.Tensor, num_classes: 
         `log p(c|f)` over the images of c, `temperature []`.
 
     Raises:
-        InputError: when fewer than two classes have two images.
+        InputError: if fewer than two classes have two images.
     """
     features = features.float()
     centre = features.mean(0)
@@ -67,7 +67,7 @@ def class_statistics(features: torch.Tensor, labels: torch.Tensor, num_classes: 
         raise InputError(
             "reward_reference_images",
             f"the semantic reward needs at least 2 classes with 2 training images each; `reward_reference_images` "
-            f"{len(labels)} has {len(class_ids)}: take more",
+            f"{len(labels)} has {len(class_ids)}: use more",
         )
     place = torch.full((num_classes,), -1, dtype=torch.long)
     place[class_ids] = torch.arange(len(class_ids))
@@ -105,7 +105,7 @@ def reference_statistics(
             moments.update(part)
         tensors |= {f"{name}.mean": moments.mean, f"{name}.covariance": moments.covariance}
         kept = tensors[name] = values[:KEPT_FEATURES].float().contiguous()
-        # The usual distance between two real images, of 2,000 at most.
+        # The median distance between two real images, among 2,000 at most.
         distances = torch.nn.functional.pdist(kept[:2000])
         tensors[f"{name}.bandwidth"] = distances.median()
     return tensors | class_statistics(features["pool"], labels, num_classes)
@@ -116,13 +116,13 @@ def reference_statistics(
 
 
 def load_reward_functions(entries: Sequence[Callable | str]) -> dict[str, Reward]:
-    """User-defined rewards by name.
+    """Loads user-defined rewards by name.
 
     Args:
         entries: functions, or their names as `"FILE.py:NAME"` or `"package.module:name"`.
 
     Raises:
-        InputError: when there is no such function, or its name is taken.
+        InputError: if a function does not exist, or its name is taken.
     """
     functions = {}
     for entry in entries:
@@ -138,21 +138,21 @@ def load_reward_functions(entries: Sequence[Callable | str]) -> dict[str, Reward
 
 
 def import_reward(entry: str) -> Reward:
-    """The function of `"FILE.py:NAME"` or `"package.module:name"`.
+    """Imports the function of `"FILE.py:NAME"` or `"package.module:name"`.
 
     Raises:
-        InputError: when there is no such function.
+        InputError: if the function does not exist.
     """
     source, _, name = entry.rpartition(":")
     if source.endswith(".py") and not Path(source).is_file():
-        raise InputError("reward_function", f"`reward_function` {entry}: there is no file {source}")
+        raise InputError("reward_function", f"`reward_function` {entry}: the file {source} does not exist")
     if not source or not name.isidentifier():
         raise InputError(
             "reward_function", f"`reward_function` {entry}: give FILE.py:NAME or package.module:name of a function"
         )
     try:
         module = import_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
-    except Exception as error:  # the imported code raises what it likes
+    except Exception as error:  # the imported code can raise anything
         raise InputError(
             "reward_function", f"`reward_function` {entry}: {source} cannot be imported ({first_line(error)})"
         ) from error
@@ -163,7 +163,7 @@ def import_reward(entry: str) -> Reward:
 
 
 def import_file(file: Path):
-    """The module of a Python file that is in no package."""
+    """Imports a Python file that is not part of a package."""
     spec = importlib.util.spec_from_file_location(f"reward_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickle look there
@@ -172,10 +172,10 @@ def import_file(file: Path):
 
 
 def parse_reward_weights(text: str | None, names: list[str]) -> list[float]:
-    """`s_k` of `reward_weights`, one number a reward, made to sum to 1; equal ones for None.
+    """Parses `reward_weights`, one number per reward, into `s_k`, which sum to 1; None gives equal ones.
 
     Raises:
-        InputError: for anything else.
+        InputError: if the text is something else.
     """
     try:
         numbers = [1.0] * len(names) if text is None else [float(part) for part in text.split(",")]
@@ -195,13 +195,13 @@ class SampleRewards:
 
     Args:
         reference: the tensors of `reference_statistics`, on the device.
-        queue_size: how many of the latest samples stand for what the model generates.
+        queue_size: the number of latest samples that represent the model's distribution.
         fidelity_reward: `"frechet"` or `"mmd"`.
         functions: further rewards by name.
-        device: where the statistics live, float64 for Fréchet (on the CPU for MPS).
+        device: the device of the statistics, float64 for Fréchet (on the CPU for MPS).
 
     Attributes:
-        names (`list[str]`): of the K rewards.
+        names (`list[str]`): the names of the K rewards.
         real_mean, real_std (`torch.Tensor` of shape `(K,)`): of the rewards over real images, as of the last refresh.
     """
 
@@ -227,7 +227,7 @@ class SampleRewards:
             f"queue.{name}": torch.zeros(queue_size, reference[name].shape[1], device=self.device)
             for name in VECTORS.values()
         }
-        # Features that the queue has ever got, and updates since its covariance was looked at.
+        # The number of features added to the queue, and of updates since the last refresh of its covariance.
         self.count, self.updates = 0, 0
         if fidelity_reward == "frechet":
             for name in VECTORS.values():
@@ -251,11 +251,11 @@ class SampleRewards:
         return self.state[f"queue.{name}"][: self.count]
 
     def push(self, features: dict[str, torch.Tensor], real_images: torch.Tensor | None = None):
-        """Adds the features of an update's samples; now and then looks at the covariances again.
+        """Adds the features of an update's samples; refreshes the covariances every `REFRESH_UPDATES` updates.
 
         Args:
             features: `pool` and `shallow`, `[n,D]`, of all processes, the same on each.
-            real_images: uint8 images behind the first rows of the reference; rewards that look at images need them.
+            real_images: uint8 images of the first rows of the reference, for rewards that need images.
         """
         for name in VECTORS.values():
             queue = self.state[f"queue.{name}"]
@@ -268,13 +268,13 @@ class SampleRewards:
         self.updates += 1
 
     def refresh(self, real_images: torch.Tensor | None = None):
-        """Takes over the queue's covariances, and the rewards' values on real images."""
+        """Updates the covariances from the queue, and the rewards' values on real images."""
         if self.fidelity_reward == "frechet":
             for name in VECTORS.values():
                 rows = self.queue(name)
                 moments = RunningMoments(rows.shape[1], self.device)
                 moments.update(rows)
-                # Both are drawn towards the identity alike: where they are equal, T stays the identity.
+                # Both are shrunk by the same amount, so that T is the identity if they are equal.
                 amount = oas_shrinkage(moments.covariance, len(rows))
                 pair = (shrink(s, amount) for s in (moments.covariance, self.reference[f"{name}.covariance"]))
                 self.state[f"transport.{name}"].copy_(transport_map(*pair))
@@ -287,7 +287,7 @@ class SampleRewards:
         self.state["real_std"].copy_(values.std(0, correction=0))
 
     def has_prototype(self, labels: torch.Tensor) -> torch.Tensor:
-        """Which labels are of classes that the semantic reward knows, bool `[B]`."""
+        """Whether each label is of a class with a prototype, bool `[B]`."""
         labels = labels.to(self.device)
         return (labels < len(self.place)) & (self.place[labels.clamp(max=len(self.place) - 1)] >= 0)
 
@@ -298,18 +298,20 @@ class SampleRewards:
         """All rewards, float64 `[B,K]`.
 
         Args:
-            images: uint8 `[B,3,H,W]`; None where no reward of the user's is among them.
+            images: uint8 `[B,3,H,W]`; None without user-defined rewards.
             labels: of classes with a prototype.
 
         Raises:
-            InputError: when a function gives something else than one finite number an image.
+            InputError: if a function does not return one finite number per image.
         """
         columns = []
         for name, reward in self.rewards.items():
             values = reward(images, features, labels)
             if not isinstance(values, torch.Tensor) or tuple(values.shape) != (len(labels),):
                 found = list(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
-                raise InputError(None, f"the reward {name!r} must give a tensor of shape [{len(labels)}], not {found}")
+                raise InputError(
+                    None, f"the reward {name!r} must return a tensor of shape [{len(labels)}], not {found}"
+                )
             columns.append(values.detach().to(self.device, torch.float64))
         rewards = torch.stack(columns, dim=1)
         if not rewards.isfinite().all():
@@ -318,7 +320,7 @@ class SampleRewards:
         return rewards
 
     def fidelity(self, images, features, labels) -> torch.Tensor:
-        """What a sample does for the distance of the distributions, in the encoder's vectors."""
+        """A sample's influence on the distance of the distributions, in the encoder's vectors."""
         return self._distributional(features, "pool")
 
     def perceptual(self, images, features, labels) -> torch.Tensor:
@@ -333,7 +335,7 @@ class SampleRewards:
         return frechet_influence(rows, mu_g, reference[f"{name}.mean"], self.state[f"transport.{name}"])
 
     def semantic(self, images, features, labels) -> torch.Tensor:
-        """`min(log p(c|f), its median over training images of c)`: typical samples gain nothing by being more so."""
+        """`min(log p(c|f), its median over training images of c)`, so that typical samples gain nothing by being more so."""
         reference = self.reference
         log_p = class_log_probability(
             features["pool"].to(self.device), reference["centre"], reference["prototypes"], reference["temperature"]

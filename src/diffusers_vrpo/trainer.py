@@ -126,10 +126,20 @@ class VRPOTrainer:
         check_given(args, train_dataset, rewards, callbacks := list(callbacks))
         self.output_dir = prepare_output_dir(args.output_dir)
         self.interruption = Interruption()
-        self.step, self.samples_seen, self.saved_step, self.flops = 0, 0, 0, 0.0
-        self.logged_step, self.logged_seconds = 0, 0.0
-        self.corrupt_rows, self.num_corrupt = set(), 0
-        self.stopwatch, self.metrics, self.metrics_file = Stopwatch(), RunningMeans(), None
+
+        # What a run counts. A checkpoint replaces most of it.
+        self.step = 0
+        self.samples_seen = 0
+        self.flops = 0.0
+        self.stopwatch = Stopwatch()
+        self.metrics = RunningMeans()
+        self.metrics_file: MetricsFile | None = None  # of the main process
+        self.saved_step = 0
+        self.logged_step = 0
+        self.logged_seconds = 0.0
+        self.corrupt_rows: set[int] = set()
+        self.num_corrupt = 0
+
         with contextlib.ExitStack() as resources:
             resources.enter_context(locked(self.output_dir))
             self.accelerator = start_accelerator(args, self.output_dir)

@@ -517,7 +517,9 @@ class VRPOTrainer:
             check_states(self.checkpoint, state.get("callbacks"), self.callbacks)
             load_checkpoint(self.accelerator, self.checkpoint)
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-            self.step, self.samples_seen, self.flops = state["step"], state["samples_seen"], state["train_flops"]
+            self.step = state["step"]
+            self.samples_seen = state["samples_seen"]
+            self.flops = state["train_flops"]
             self.guard.skipped = state["skipped"]
             self.stopwatch = Stopwatch(state["train_seconds"])
             self.logged_step, self.logged_seconds = self.step, state["train_seconds"]

@@ -52,7 +52,10 @@ class PatchEncoder(nn.Module):
             isinstance(module, nn.Conv2d) and module.groups > 1 for module in model.modules()
         ):
             self.model, self.images_at_a_time = model.to(memory_format=torch.channels_last), 8
-        self.embed_dim, self.grid_size, self.input_size, self.layer = embed_dim, grid_size, input_size, layer
+        self.embed_dim = embed_dim
+        self.grid_size = grid_size
+        self.input_size = input_size
+        self.layer = layer
         self.antialias = resize == "antialias"
         mean, std, self.flip_channels = pixel_format
         self.register_buffer("mean", torch.tensor(mean, device=model.device).view(1, 3, 1, 1), persistent=False)

@@ -381,8 +381,12 @@ class VRPO(REPA):
             raise ValueError(f"estimator {estimator!r} must be one of expected, sampled")
         self.fidelity, self.rewards = load_rewards(rewards)
         self.reward_names = (FIDELITY,) * self.fidelity + tuple(reward.name for reward in self.rewards)
-        self.estimator, self.policy_noise, self.group_size = estimator, policy_noise, group_size
-        self.policy_epochs, self.clip_range, self.kl_coeff = policy_epochs, clip_range, kl_coeff
+        self.estimator = estimator
+        self.policy_noise = policy_noise
+        self.group_size = group_size
+        self.policy_epochs = policy_epochs
+        self.clip_range = clip_range
+        self.kl_coeff = kl_coeff
         self.seed, self.autocast = seed, autocast
         self.forks = True  # fidelity has its share there, and the conflict is measured
         weighting = parse_reward_weighting(reward_weighting, len(self.reward_names))

@@ -186,7 +186,9 @@ class ImageDataset(ImageSource):
     """
 
     def __init__(self, data: Dataset, id2label: dict[int, str] | None, num_classes: int):
-        self.data, self.id2label, self.num_classes = data, id2label, num_classes
+        self.data = data
+        self.id2label = id2label
+        self.num_classes = num_classes
 
     def __len__(self) -> int:
         return len(self.data)

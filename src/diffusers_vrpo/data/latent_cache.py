@@ -146,7 +146,9 @@ class LatentCache:
             raise InputError(
                 option, f"`{option}` {folder} is not finished; run the same `prepare` or `import` command again"
             )
-        self.config, self.about, self.checksums = meta["config"], meta["about"], meta["checksums"]
+        self.config = meta["config"]
+        self.about = meta["about"]
+        self.checksums = meta["checksums"]
         self.corrupt_rows = set(meta["corrupt_rows"])
         self.num_classes, names = self.about["num_classes"], self.about["class_names"]
         self.id2label = dict(enumerate(names)) if names else None
@@ -344,7 +346,9 @@ class CachedEncoder:
     """
 
     def __init__(self, number: int, array: int, embed_dim: int):
-        self.number, self.array, self.embed_dim = number, array, embed_dim
+        self.number = number
+        self.array = array
+        self.embed_dim = embed_dim
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Patch embeddings `[B,N,E]`, float32."""

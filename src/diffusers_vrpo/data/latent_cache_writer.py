@@ -81,7 +81,10 @@ class CacheWriter:
     """
 
     def __init__(self, folder: Path, config: dict, about: dict, state, verify: bool = False):
-        self.folder, self.config, self.about, self.state = Path(folder), config, about, state
+        self.folder = Path(folder)
+        self.config = config
+        self.about = about
+        self.state = state
         if state.is_main_process:
             try:
                 self._prepare_folder(verify)

@@ -115,7 +115,9 @@ class ImageRows(torch.utils.data.Dataset):
     """The images of a data set by row, cropped to squares, `[B,3,R,R]` uint8, and compressed again."""
 
     def __init__(self, data, resolution: int, images: str):
-        self.data, self.resolution, self.images = data, resolution, images
+        self.data = data
+        self.resolution = resolution
+        self.images = images
 
     def __getitem__(self, rows: list[int]) -> dict:
         records = self.data[rows]
@@ -148,7 +150,10 @@ class BatchEncoder:
     """
 
     def __init__(self, vae, encoders: list, config: dict, device: torch.device):
-        self.vae, self.encoders, self.config, self.device = vae, encoders, config, device
+        self.vae = vae
+        self.encoders = encoders
+        self.config = config
+        self.device = device
 
     @torch.no_grad()
     def __call__(self, pixels: torch.Tensor, rows: list[int]) -> dict[str, torch.Tensor]:

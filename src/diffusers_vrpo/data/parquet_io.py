@@ -103,7 +103,9 @@ class Ranges(io.RawIOBase):
     """A file for pyarrow with some byte ranges in memory; `parts` maps the start of each range to its bytes."""
 
     def __init__(self, size: int, parts: dict[int, bytes]):
-        self.size, self.parts, self.place = size, parts, 0
+        self.size = size
+        self.parts = parts
+        self.place = 0
 
     def readable(self):
         return True

@@ -52,7 +52,9 @@ class StreamOrder:
     """
 
     def __init__(self, seed: int, group_rows: np.ndarray, group_bytes: np.ndarray, batch_size: int):
-        self.seed, self.group_rows, self.batch_size = seed, group_rows, batch_size
+        self.seed = seed
+        self.group_rows = group_rows
+        self.batch_size = batch_size
         self.first_rows = np.concatenate([[0], np.cumsum(group_rows)])
         num_rows = int(self.first_rows[-1])
         most = min(MOST_LANES, num_rows, MOST_BYTES // max(1, int(group_bytes.max())))

@@ -257,7 +257,9 @@ def merge_moments(moments: RunningMoments, state) -> RunningMoments:
     merged = RunningMoments(len(moments.mean), moments.mean.device)
     for count, mean, scatter in zip(counts, means, scatters):
         part = RunningMoments(len(mean), mean.device)
-        part.count, part.mean, part.scatter = count, mean, scatter
+        part.count = count
+        part.mean = mean
+        part.scatter = scatter
         merged.merge(part)
     return merged
 

@@ -46,7 +46,9 @@ class ImageEncoder(nn.Module):
     def __init__(self, model, input_size, pixel_format, pooling):
         super().__init__()
         self.model = model.requires_grad_(False).eval()
-        self.input_size, self.pooling, self.shallow_layer = input_size, pooling, None
+        self.input_size = input_size
+        self.pooling = pooling
+        self.shallow_layer = None
         mean, std, self.flip_channels = pixel_format
         self.register_buffer("mean", torch.tensor(mean, device=model.device).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, device=model.device).view(1, 3, 1, 1), persistent=False)

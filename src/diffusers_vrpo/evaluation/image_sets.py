@@ -38,7 +38,12 @@ class ImageSet(torch.utils.data.Dataset):
     def __init__(
         self, name: str, kind: str, count: int, size: tuple[int, int], read: Callable[[int], np.ndarray], origin
     ):
-        self.name, self.kind, self.count, self.size, self.read, self.origin = name, kind, count, size, read, origin
+        self.name = name
+        self.kind = kind
+        self.count = count
+        self.size = size
+        self.read = read
+        self.origin = origin
 
     def __len__(self):
         return self.count
@@ -87,7 +92,9 @@ class ArrayReader:
     """Reads the `arr_0` of an `.npz`; pickles the name of the file, not its content."""
 
     def __init__(self, name: str, file: str | Path):
-        self.name, self.file, self.array = name, file, read_npz(name, file, "arr_0")
+        self.name = name
+        self.file = file
+        self.array = read_npz(name, file, "arr_0")
 
     def __reduce__(self):
         return ArrayReader, (self.name, self.file)

@@ -204,7 +204,9 @@ class HubPublisher(TrainerCallback):
     """
 
     def __init__(self, args, accelerator: Accelerator, output_dir: Path, interruption: Interruption):
-        self.args, self.output_dir, self.interruption = args, output_dir, interruption
+        self.args = args
+        self.output_dir = output_dir
+        self.interruption = interruption
         self.staging = output_dir / ".hub"
         self.sends = accelerator.is_main_process
         self.repo_id = args.hub_model_id or output_dir.resolve().name

@@ -81,11 +81,16 @@ class StepGuard:
     """
 
     def __init__(self, accelerator: Accelerator, optimizer, interruption: Interruption, skip_nonfinite: bool):
-        self.accelerator, self.interruption, self.skip_nonfinite = accelerator, interruption, skip_nonfinite
+        self.accelerator = accelerator
+        self.interruption = interruption
+        self.skip_nonfinite = skip_nonfinite
         while hasattr(optimizer, "optimizer"):  # unwrap accelerate's and DeepSpeed's optimizers
             optimizer = optimizer.optimizer
         self.optimizer = optimizer
-        self.signum, self.skipped, self.skipped_in_a_row, self._overflows = 0, 0, 0, 0
+        self.signum = 0
+        self.skipped = 0
+        self.skipped_in_a_row = 0
+        self._overflows = 0
         self._bad_loss = torch.zeros((), dtype=torch.bool, device=accelerator.device)
         on_gpu = accelerator.device.type == "cuda"
         self._host = torch.empty(3, pin_memory=True) if on_gpu else None

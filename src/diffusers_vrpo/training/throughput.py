@@ -248,7 +248,9 @@ class StepProfile:
         report: Callable[[str], None] = print,
         warmup: int = 5,
     ):
-        self.steps, self.warmup, self.report = steps or 0, max(1, warmup), report
+        self.steps = steps or 0
+        self.warmup = max(1, warmup)
+        self.report = report
         self.cuda = torch.device(device).type == "cuda"
         self.active = self.steps > 0
         self.count, self.marks = 0, []

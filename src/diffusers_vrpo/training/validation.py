@@ -52,7 +52,10 @@ class Validation(TrainerCallback):
         output_dir: Path,
         interruption: Interruption,
     ):
-        self.args, self.accelerator, self.pipeline, self.output_dir = args, accelerator, pipeline, output_dir
+        self.args = args
+        self.accelerator = accelerator
+        self.pipeline = pipeline
+        self.output_dir = output_dir
         self.interruption = interruption
         self.columns = grid_columns(pipeline, args.validation_labels)
         check_steps(pipeline, args.num_inference_steps)

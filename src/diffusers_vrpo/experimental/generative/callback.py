@@ -101,7 +101,9 @@ class GenerativePolicy(TrainerCallback):
     def on_init_end(self, trainer):
         args = self.args = trainer.args  # in which the trainer's own arguments have their names, too
         accelerator, data = trainer.accelerator, trainer.data
-        self.accelerator, self.pipeline, self.output_dir = accelerator, trainer.pipeline, trainer.output_dir
+        self.accelerator = accelerator
+        self.pipeline = trainer.pipeline
+        self.output_dir = trainer.output_dir
         self.transformer, self.device = self.pipeline.transformer, accelerator.device
         self.validation = trainer.validation
         self._check(data, trainer.max_train_steps)
@@ -170,7 +172,9 @@ class GenerativePolicy(TrainerCallback):
         # 3. State. Likelihood ratios near 1 need full precision; with one epoch no ratios are computed.
         self.likelihood_precision = accelerator.autocast if args.rollout_epochs == 1 else contextlib.nullcontext
         self.first: GuardValues | None = None
-        self.best_score, self.best_step, self.checked_step = math.inf, -1, -1
+        self.best_score = math.inf
+        self.best_step = -1
+        self.checked_step = -1
         self.start_values: dict[str, torch.Tensor] = {}
         self.rollout: dict[str, torch.Tensor] = {}
 

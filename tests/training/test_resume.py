@@ -194,7 +194,7 @@ def nan_sample(monkeypatch):
 
 @pytest.mark.slow
 def test_a_loss_that_is_nan_stops_with_the_state_before_it(command, tmp_path, nan_sample, caplog):
-    message = r"step 4 \(samples 48 to 63\): the loss is NaN or infinite; .*checkpoint-3 is .*`skip_nonfinite` leaves"
+    message = r"step 4 \(samples 48 to 63\): the loss is NaN or infinite; .*checkpoint-3 is .*`skip_nonfinite` skips"
     options = {"max_train_steps": 6, "gradient_accumulation_steps": 2, "train_batch_size": 8}
     for _ in range(2):  # the same command tries the step again
         with pytest.raises(TrainingStopped, match=message):

@@ -325,7 +325,7 @@ def test_a_file_that_is_damaged_on_the_way(tmp_path, no_delay, damage):
         path.write_bytes(bytes(path.stat().st_size))
     before = threading.active_count()
     with pytest.raises(
-        TrainingStopped, match=r"train-00001-of-00002.parquet can no longer be read \(row group .*\); see to"
+        TrainingStopped, match=r"train-00001-of-00002.parquet can no longer be read \(row group .*\); fix that"
     ):
         for _ in batches:
             pass

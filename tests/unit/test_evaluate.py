@@ -117,7 +117,7 @@ def test_folders_of_samples(run, tmp_path, caplog):
         run(tmp_path / "npz", folder)
     (tmp_path / "npz" / "samples.npz").unlink()
     (tmp_path / "npz" / "manifest.json").write_text((folder / "manifest.json").read_text())
-    with pytest.raises(SystemExit, match="SAMPLES .*npz is an unfinished set of 40 samples; give the command"):
+    with pytest.raises(SystemExit, match="SAMPLES .*npz is an unfinished set of 40 samples; run the command"):
         run(tmp_path / "npz", folder)
 
 

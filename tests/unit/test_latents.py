@@ -292,7 +292,7 @@ def test_resolution_must_fit(tmp_path):
 def test_wrong_autoencoders(tmp_path):
     with pytest.raises(InputError, match="`vae` ./nowhere is not a folder"):
         load_vae("./nowhere")
-    with pytest.raises(InputError, match="diffusers cannot load it .*; a folder or Hub name"):
+    with pytest.raises(InputError, match="diffusers cannot load it .*; give a folder or Hub name"):
         load_vae(str(tmp_path))
     from diffusers_vrpo import SiTTransformer2DModel
 

@@ -326,7 +326,7 @@ def test_input_that_cannot_work(tmp_path, capsys):
             [run_a, "--metric", "kid"],
             f"--metric kid is in none of these runs; they have {FD}, train_seconds, train_flops",
         ),
-        ([run_a, other, "--metric", "loss"], f"--metric loss: .*a has no loss_fm, .* take one of {FD}, train_seconds"),
+        ([run_a, other, "--metric", "loss"], f"--metric loss: .*a has no loss_fm, .* use one of {FD}, train_seconds"),
         ([run_a, tmp_path / "other" / ".." / "a"], "a is given twice"),
         ([run_a, other, "--baseline", "sit"], "--baseline sit is not one of the arms; they are repa, none"),
         (["--arms", f"{run_a}"], "--arms .* must be NAME=DIR or NAME=DIR,DIR"),

@@ -268,6 +268,7 @@ def call(client, submit=False, **changes):
     return function(*arguments, *([] if "is_random" in changes else [False]), api_name="/generate")
 
 
+@pytest.mark.slow
 def test_the_server_gives_the_same_images_with_captions_and_an_archive(client, folder):
     status, images, archive, seed = call(client)
     assert "4 images" in status and seed == 7

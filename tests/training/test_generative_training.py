@@ -552,7 +552,7 @@ def test_a_sample_that_is_not_finite_stops_the_run(command, monkeypatch):
         run(command(**ALONE, checkpointing_steps=100))
     calls[:] = [0, 0]  # the next is the first look's
     with pytest.raises(
-        TrainingStopped, match="step 2: what the guards measure is no longer finite; .* before its first"
+        TrainingStopped, match="step 2: a measurement of the guards is not finite; .* before its first"
     ):
         run(command(**ALONE, checkpointing_steps=100))
 

@@ -368,6 +368,7 @@ def test_the_streams_are_those_of_the_images(reference, vae_folder):
     assert features.dtype == torch.float32 and (features - expected).abs().max() < 1e-3 * expected.abs().max()
 
 
+@pytest.mark.slow
 def test_worker_processes_read_the_same(reference):
     samples = CachedSamples(LatentCache(reference), 0, 10, random_flip=True, images=True, features=[0])
     here = samples.__getitem__([3, 99])

@@ -5,11 +5,12 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 import yaml
 
-from diffusers_vrpo.command_line import file_to_argv, parse_config, training_parser
+from diffusers_vrpo.command_line import OneLineErrorParser, add_options, file_to_argv, parse_config, training_parser
 from diffusers_vrpo.config import (
     DataConfig,
     GenerativeConfig,
@@ -17,6 +18,7 @@ from diffusers_vrpo.config import (
     In,
     Needs,
     OneOf,
+    Options,
     Resume,
     VRPOConfig,
     check_complete,
@@ -24,6 +26,9 @@ from diffusers_vrpo.config import (
     names_marked,
     options_of,
     settings_to_keep,
+)
+from diffusers_vrpo.config import (
+    option as config_option,
 )
 from diffusers_vrpo.errors import InputError
 from support.paths import ROOT
@@ -398,6 +403,23 @@ def test_groups_stand_alone():
     assert data.to_dict()["resolution"] == 8 and not hasattr(data, "seed")
     with pytest.raises(InputError, match="`resolution` 0 must be at least 1"):
         DataConfig(resolution=0)
+
+
+def test_an_option_is_one_field(capsys):
+    @dataclasses.dataclass(kw_only=True)
+    class MineConfig(Options):
+        shift: Annotated[float, In(0, exclusive=True)] = config_option(1.0, "shift of the noise levels")
+
+    parser = OneLineErrorParser(prog="mine")
+    add_options(parser, MineConfig, options_of(MineConfig))
+    assert vars(parser.parse_args(["--shift", "2.5"])) == {"shift": 2.5}
+    assert "shift of the noise levels (default: 1.0)" in parser.format_help()
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--shift", "0"])
+    assert "mine: error: --shift 0.0 must be above 0" in capsys.readouterr().err
+    with pytest.raises(InputError, match="`shift` 0.0 must be above 0"):
+        MineConfig(shift=0.0)
+    assert settings_to_keep(MineConfig(shift=3.0), MineConfig) == {"shift": 3.0}
 
 
 def test_options_are_light():

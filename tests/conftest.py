@@ -47,11 +47,13 @@ def command(tmp_path):
     return options_in(tmp_path)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def trainers(tmp_path_factory):
-    """`trainers(options, hook=None, processes=1)` starts a training run in the background."""
+    """`trainers(options, hook=None, processes=1, program=None)` starts training, or the program, in the background."""
     from support.trainers import fork_server
 
+    if not hasattr(os, "fork"):
+        pytest.skip("this system cannot fork processes")
     with fork_server(tmp_path_factory.mktemp("fork_server")) as start:
         yield start
 

@@ -2,13 +2,9 @@
 """An aligned transformer in a plain accelerate loop of two processes, with DDP and with FSDP2."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
-
-from support.processes import no_network_environment
 
 
 # Writes the losses, the logged rewards, and in the end the norm of each weight; alignment ends after three steps.
@@ -86,20 +82,13 @@ if accelerator.is_main_process:
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_does(tmp_path):
+def test_two_processes_train_as_one_does(tmp_path, trainers):
     (tmp_path / "loop.py").write_text(LOOP)
     results = {}
     kinds = ["one", "ddp"] + ["fsdp"] * hasattr(torch.cpu.Stream, "record_event")
     for kind in kinds:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if kind != "one" else []
-        done = subprocess.run(
-            [sys.executable, *launcher, str(tmp_path / "loop.py"), kind, str(tmp_path / kind)],
-            capture_output=True,
-            text=True,
-            timeout=280,
-            env={**no_network_environment(), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        loop = trainers([kind, tmp_path / kind], program=str(tmp_path / "loop.py"), processes=1 + (kind != "one"))
+        loop.finish()
         results[kind] = json.loads((tmp_path / kind).read_text())
     one = results.pop("one")
     assert [reward != 0 for _, reward in one["rows"]] == [True] * 3 + [False] * 3

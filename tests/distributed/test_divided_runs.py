@@ -21,7 +21,6 @@ from diffusers_vrpo.training.checkpoints import find_checkpoint, list_checkpoint
 from diffusers_vrpo.training.distributed import check_distributed
 from diffusers_vrpo.training.metrics import read_metrics
 from support.paths import TRAINING_SCRIPT
-from support.trainers import needs_fork
 from support.training import TINY_DIGITS, assert_same_files, losses, projectors_of, run
 
 
@@ -40,7 +39,6 @@ hooks_that_shard = [
 
 
 @pytest.mark.slow
-@needs_fork
 def test_three_divisions_give_the_same_trajectory(command, trainers, tmp_path):
     """1 process of 16, 2 of 8 (one of which gets a signal on the way), and 8 twice, over 50 steps."""
     options = {"max_train_steps": 50, "learning_rate": 1e-4, "checkpointing_steps": 10}
@@ -70,7 +68,6 @@ def test_three_divisions_give_the_same_trajectory(command, trainers, tmp_path):
 
 
 @pytest.mark.slow
-@needs_fork
 @pytest.mark.parametrize("hook", hooks_that_shard)
 def test_sharded_runs_train_save_and_resume_alike(command, trainers, tmp_path, hook):
     """Two processes with parts: the losses of one process, a bit-equal resume, and the same folder in the end."""
@@ -103,7 +100,6 @@ def test_sharded_runs_train_save_and_resume_alike(command, trainers, tmp_path, h
 
 
 @pytest.mark.slow
-@needs_fork
 @needs_deepspeed
 def test_deepspeed_accumulates_clips_and_trains_adapters_in_bf16(command, trainers, tmp_path):
     """What DDP does with the same samples, whose numbers are those of one process."""
@@ -214,7 +210,6 @@ def test_what_deepspeed_is_not_taken_for(config, precision, message):
 
 
 @pytest.mark.slow
-@needs_fork
 @pytest.mark.parametrize(
     "hook",
     ["nan", pytest.param("fsdp nan", marks=needs_sharding), pytest.param("deepspeed nan", marks=needs_deepspeed)],

@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Training runs in the background, to be killed, interrupted or divided.
+"""Programs in the background, most of them trainers, to be killed, interrupted or divided among processes.
 
-A process that has imported everything forks the trainers, so that a start costs no seconds.
+A process that has imported everything forks them, so that a start costs no seconds.
 """
 
 import json
@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
 import torch
 
 from diffusers_vrpo.training.metrics import read_metrics
@@ -26,7 +25,7 @@ from support.training import assert_same_files
 
 # Reads JSON lines: what to start (then it prints the process id) or which process to wait for (its exit code).
 FORK_SERVER = """
-import faulthandler, importlib.util, json, os, resource, shutil, signal, sys, traceback
+import faulthandler, importlib.util, json, os, resource, runpy, shutil, signal, sys, traceback
 import sklearn.datasets, tensorboard  # noqa: what a run would import later
 spec = importlib.util.spec_from_file_location("train_vrpo", sys.argv[1])
 train_vrpo = importlib.util.module_from_spec(spec)
@@ -151,7 +150,12 @@ for line in sys.stdin:
             if hasattr(os, "sched_setaffinity"):
                 os.sched_setaffinity(0, {cores[int(os.environ.get("RANK", 0)) % len(cores)]})
             HOOKS[order["hook"]]()
-            train_vrpo.main(train_vrpo.parse_args(order["options"]))
+            if order["program"] is None:
+                train_vrpo.main(train_vrpo.parse_args(order["options"]))
+            else:
+                start = runpy.run_path if order["program"].endswith(".py") else runpy.run_module
+                sys.argv = [order["program"], *order["options"]]
+                start(order["program"], run_name="__main__")
             code = 0
         except SystemExit as error:
             code = error.code
@@ -164,13 +168,10 @@ for line in sys.stdin:
 """
 
 
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-
-
 class Trainer:
-    """A trainer of one or more processes, in the background."""
+    """A trainer, or another program, of one or more processes in the background."""
 
-    def __init__(self, ask, log: Path, options: list[str], hook: str | None, processes: int):
+    def __init__(self, ask, log: Path, options: list[str], hook: str | None, processes: int, program: str | None):
         self.ask, self.log = ask, log
         environment = {"OMP_NUM_THREADS": "1"}
         if processes > 1:
@@ -184,10 +185,16 @@ class Trainer:
         for rank in range(processes):
             ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
             order = {"options": options, "environment": environment | ranks, "hook": hook, "log": str(log)}
-            self.pids.append(ask(order))
+            self.pids.append(ask(order | {"program": program}))
 
     def wait(self) -> list[int]:
         return [self.ask({"wait": pid}) for pid in self.pids]
+
+    def finish(self) -> str:
+        """What the processes wrote, once all have ended well."""
+        codes, text = self.wait(), self.log.read_text()
+        assert not any(codes), text[-3000:]
+        return text
 
     def kill(self, signum=signal.SIGKILL, rank=0):
         os.kill(self.pids[rank], signum)
@@ -204,7 +211,11 @@ class Trainer:
 
 @contextmanager
 def fork_server(folder: Path) -> Iterator[Callable[..., Trainer]]:
-    """Gives `start(options, hook=None, processes=1)`, which forks trainers from a process that has imported everything."""
+    """Gives `start(options, hook=None, processes=1, program=None)`, which forks a process that has imported everything.
+
+    The forked processes train, or run `program`: the path of a script, or a module's name. Several find each other as a
+    launcher's would.
+    """
     (folder / "server.py").write_text(FORK_SERVER)
     server = subprocess.Popen(
         [sys.executable, str(folder / "server.py"), str(TRAINING_SCRIPT)],
@@ -219,8 +230,9 @@ def fork_server(folder: Path) -> Iterator[Callable[..., Trainer]]:
         server.stdin.flush()
         return int(server.stdout.readline())
 
-    def start(options: list[str], hook: str | None = None, processes: int = 1) -> Trainer:
-        return Trainer(ask, folder / f"{len(list(folder.iterdir()))}.txt", options, hook, processes)
+    def start(options: list[str], hook: str | None = None, processes: int = 1, program: str | None = None) -> Trainer:
+        options = [str(option) for option in options]
+        return Trainer(ask, folder / f"{len(list(folder.iterdir()))}.txt", options, hook, processes, program)
 
     yield start
     server.stdin.close()

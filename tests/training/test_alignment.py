@@ -4,8 +4,6 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -27,7 +25,6 @@ from diffusers_vrpo.models.flow import forward_process
 from diffusers_vrpo.training.metrics import read_metrics
 from support.models import aligned_with, digits_model, inputs, needs_compiler, tiny_model
 from support.paths import TRAINING_SCRIPT
-from support.processes import no_network_environment
 from support.training import aligned_weights, assert_same_files, losses, projectors_of, run, train_vrpo
 
 
@@ -357,7 +354,7 @@ train_vrpo.main(train_vrpo.parse_args())
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ends_by", ["gate", "stop"])
-def test_two_processes_cross_the_end_of_alignment(command, tmp_path, ends_by):
+def test_two_processes_cross_the_end_of_alignment(command, tmp_path, trainers, ends_by):
     """The gate closes (or the stop comes) at the same step on both; nothing hangs; the losses stay those of one."""
     options = {"max_train_steps": 45, "train_batch_size": 128, "logging_steps": 1, "learning_rate": 1e-3}
     options |= {"conflict": "none", "alignment_stop_step": 36} if ends_by == "stop" else {}
@@ -368,15 +365,7 @@ def test_two_processes_cross_the_end_of_alignment(command, tmp_path, ends_by):
         script = tmp_path / f"wrapper-{processes}.py"
         script.write_text(textwrap.dedent(WRAPPER.format(script=str(TRAINING_SCRIPT), log=str(log))))
         options |= {"output_dir": tmp_path / str(processes), "train_batch_size": 128 // processes}
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
-        done = subprocess.run(
-            [sys.executable, *launcher, str(script), *command(**options)],
-            capture_output=True,
-            text=True,
-            timeout=280,
-            env={**no_network_environment(), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        trainers(command(**options), program=str(script), processes=processes).finish()
         steps = [Path(f"{log}{rank}").read_text().split() for rank in range(processes)]
         assert all(rank == steps[0] for rank in steps)
         runs[processes] = (losses(tmp_path / str(processes)), steps[0])

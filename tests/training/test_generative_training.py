@@ -23,7 +23,7 @@ from diffusers_vrpo.experimental.generative.rewards import REWARDS
 from diffusers_vrpo.training.checkpoints import list_checkpoints, write_manifest
 from diffusers_vrpo.training.metrics import read_metrics
 from support.models import tiny_vae
-from support.trainers import assert_same_end, needs_fork
+from support.trainers import assert_same_end
 from support.training import assert_same_files, options_in, run, train_vrpo
 
 
@@ -357,7 +357,6 @@ def test_what_it_began_with_stays(finished, tmp_path):
 
 
 @pytest.mark.slow
-@needs_fork
 @pytest.mark.parametrize("kind", ["mmd", "frechet"])
 def test_divisions_give_the_same_trajectory(command, trainers, tmp_path, kind):
     """1 process of 16, 2 of 8, and (with the MMD) 8 twice."""

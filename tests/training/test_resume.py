@@ -28,7 +28,7 @@ from diffusers_vrpo.training.checkpoints import find_checkpoint, find_damage, li
 from diffusers_vrpo.training.interruption import OVERFLOWS_IN_A_ROW, SKIPPED_IN_A_ROW, Interruption, StepGuard
 from diffusers_vrpo.training.metrics import RunningMeans, read_metrics
 from support.processes import no_network_environment
-from support.trainers import assert_same_end, needs_fork
+from support.trainers import assert_same_end
 from support.training import assert_same_files, losses, run
 
 
@@ -39,7 +39,6 @@ pytestmark = pytest.mark.usefixtures("one_core")
 
 
 @pytest.mark.slow
-@needs_fork
 def test_killed_at_any_moment_the_end_is_bit_equal(command, trainers, tmp_path):
     # Logged every third step, saved every second: sums of half a log interval are part of a checkpoint.
     options = {"max_train_steps": 44, "checkpointing_steps": 2, "checkpoints_total_limit": 2, "logging_steps": 3}
@@ -79,7 +78,6 @@ def test_killed_at_any_moment_the_end_is_bit_equal(command, trainers, tmp_path):
 
 
 @pytest.mark.slow
-@needs_fork
 @pytest.mark.parametrize("signum, policy_epochs", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
 def test_a_signal_saves_and_the_end_is_bit_equal(command, trainers, tmp_path, signum, policy_epochs):
     options = {"max_train_steps": 14, "dataloader_num_workers": 1, "logging_steps": 2, "learning_rate": 1e-3}
@@ -283,7 +281,6 @@ def test_means_leave_out_what_is_not_finite(tmp_path):
 
 
 @pytest.mark.slow
-@needs_fork
 def test_a_full_disk_leaves_the_checkpoint_before(command, trainers, tmp_path):
     options = {"max_train_steps": 6, "checkpointing_steps": 2, "logging_steps": 6, "checkpoints_total_limit": 1}
     assert trainers(command(**options)).wait() == [0]
@@ -300,7 +297,6 @@ def test_a_full_disk_leaves_the_checkpoint_before(command, trainers, tmp_path):
     assert_same_end(tmp_path / "run", tmp_path / "full", 6)
 
 
-@needs_fork
 def test_a_full_disk_at_the_start_and_at_the_end(command, trainers, tmp_path, monkeypatch):
     options = command(max_train_steps=2)
     again = "cannot be written .*; make room and run the same command again"
@@ -317,7 +313,6 @@ def test_a_full_disk_at_the_start_and_at_the_end(command, trainers, tmp_path, mo
     assert len(losses(tmp_path / "run")) == 2 and (tmp_path / "run" / "model_index.json").exists()
 
 
-@needs_fork
 def test_two_runs_do_not_share_a_folder(command, trainers, tmp_path):
     options = command(max_train_steps=10000, dataloader_num_workers=1)
     first = trainers(options)

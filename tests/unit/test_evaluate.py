@@ -3,10 +3,7 @@
 
 import importlib.util
 import json
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -288,7 +285,7 @@ def test_reference_batch_of_adm(run, inception_weights, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_numbers_of_one(run, encoder_checkpoint, digits_pipeline, tmp_path):
+def test_two_processes_give_the_numbers_of_one(run, encoder_checkpoint, digits_pipeline, tmp_path, trainers):
     """Evaluation and probing, one after the other, as a launcher starts them."""
     np.savez(tmp_path / "samples.npz", pictures(45))
     np.savez(tmp_path / "reference.npz", pictures(38, seed=1))
@@ -303,16 +300,8 @@ def test_two_processes_give_the_numbers_of_one(run, encoder_checkpoint, digits_p
         script += f"sys.argv = {[name, *map(str, arguments), '--dataloader_num_workers', '0']}\n"
         script += f"runpy.run_module('diffusers_vrpo.commands.{name}', run_name='__main__')\n"
     (tmp_path / "both.py").write_text(script)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launcher, str(tmp_path / "both.py")],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("precision") == 1  # the main process alone prints
+    output = trainers([], program=str(tmp_path / "both.py"), processes=2).finish()
+    assert output.count("precision") == 1  # the main process alone prints
     two = next(iter(json.loads((tmp_path / "evaluate.json").read_text())["metrics"].values()))
     assert two == pytest.approx(
         run(tmp_path / "samples.npz", tmp_path / "reference.npz", "--batch_size", 16), rel=1e-9

@@ -6,8 +6,6 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +28,6 @@ from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.models.autoencoder import encode_images, encode_moments, load_vae
 from support.data import png, write_parquet
 from support.models import tiny_vae
-from support.paths import SRC
 
 
 ROWS = 1437  # of the digits
@@ -63,22 +60,7 @@ def options(vae, output_dir, **changes) -> list[str]:
     return argv
 
 
-def command(argv, launcher=(), wait=True):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "ACCELERATE"))}
-    environment |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = str(SRC)
-    process = subprocess.Popen(
-        [sys.executable, *launcher, "-m", "diffusers_vrpo.commands.prepare", *argv],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    if not wait:
-        return process
-    output = process.communicate(timeout=240)[0]
-    assert process.returncode == 0, output[-3000:]
-    return output
+PREPARE = "diffusers_vrpo.commands.prepare"
 
 
 def prepare(vae, output_dir, **changes):
@@ -88,10 +70,10 @@ def prepare(vae, output_dir, **changes):
 
 
 @pytest.fixture(scope="module")
-def reference(vae_folder, tmp_path_factory):
+def reference(vae_folder, tmp_path_factory, trainers):
     """Made by one process from beginning to end; with flipped copies, features and images."""
     folder = tmp_path_factory.mktemp("reference") / "cache"
-    output = command(options(vae_folder, folder))
+    output = trainers(options(vae_folder, folder), program=PREPARE).finish()
     assert f"wrote {ROWS} images" in output and "image/s" in output
     return folder
 
@@ -188,16 +170,16 @@ def test_unreadable_images_are_replaced_as_without_a_cache(tmp_path, vae_folder)
 
 
 @pytest.mark.slow
-def test_killed_and_continued(reference, vae_folder, tmp_path):
+def test_killed_and_continued(reference, vae_folder, tmp_path, trainers):
     folder = tmp_path / "cache"
     journal = folder / "journal-0.jsonl"
-    process = command(options(vae_folder, folder), wait=False)
+    process = trainers(options(vae_folder, folder), program=PREPARE)
     deadline = time.monotonic() + 120
     while not journal.exists() or len(journal.read_text().split()) < 20:
-        assert process.poll() is None and time.monotonic() < deadline
+        assert time.monotonic() < deadline, process.log.read_text()[-3000:]
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    assert process.wait() == [-signal.SIGKILL]
     done = len(journal.read_text().splitlines()) // 2
     assert 3 <= done < 90
     with pytest.raises(InputError, match="is not finished"):
@@ -209,9 +191,8 @@ def test_killed_and_continued(reference, vae_folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_same(reference, vae_folder, tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command(options(vae_folder, tmp_path / "cache"), launcher)
+def test_two_processes_write_the_same(reference, vae_folder, tmp_path, trainers):
+    trainers(options(vae_folder, tmp_path / "cache"), program=PREPARE, processes=2).finish()
     assert_same(tmp_path / "cache", reference)
 
 

@@ -4,10 +4,8 @@
 import functools
 import importlib
 import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import tracemalloc
@@ -35,7 +33,7 @@ from diffusers_vrpo.models.official_checkpoints import default_scheduler
 from diffusers_vrpo.pipelines import sampling
 from diffusers_vrpo.pipelines.sample_folder import write_npz
 from support.models import needs_compiler, tiny_model, tiny_vae
-from support.paths import ROOT, SRC
+from support.paths import ROOT
 from support.pipelines import FLOW_SIGMAS, NAMES, quiet_pipeline
 
 
@@ -98,15 +96,7 @@ def pngs(folder: Path) -> np.ndarray:
     return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))])
 
 
-def environment() -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "ACCELERATE"))}
-    kept |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
-    return {**kept, "PYTHONPATH": str(SRC)}
-
-
-def script(words: list[str], launcher=()) -> subprocess.Popen:
-    command = [sys.executable, *launcher, "-m", "diffusers_vrpo.commands.sample", *words]
-    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+SAMPLE = "diffusers_vrpo.commands.sample"
 
 
 @pytest.fixture
@@ -278,26 +268,23 @@ REFERENCE = {"sampler": "sde", "output_format": "both", "num_images": 21, "num_i
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_same(models, reference, tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    process = script(argv(models / "latents", tmp_path / "out", **REFERENCE), launcher)
-    _, errors = process.communicate(timeout=280)
-    assert process.returncode == 0, errors[-3000:]
+def test_two_processes_write_the_same(models, reference, tmp_path, trainers):
+    trainers(argv(models / "latents", tmp_path / "out", **REFERENCE), program=SAMPLE, processes=2).finish()
     assert contents(tmp_path / "out") == contents(reference)
 
 
 @pytest.mark.slow
-def test_killed_and_continued(models, reference, tmp_path):
+def test_killed_and_continued(models, reference, tmp_path, trainers):
     # So many steps that the kill comes in time: the images are others, which an uninterrupted run is compared with.
     options = {**REFERENCE, "num_inference_steps": 120}
     folder = tmp_path / "out"
-    process = script(argv(models / "latents", folder, **options))
+    process = trainers(argv(models / "latents", folder, **options), program=SAMPLE)
     deadline = time.monotonic() + 120
     while len(list(folder.glob("0*.png"))) < 5:
-        assert process.poll() is None and time.monotonic() < deadline
+        assert time.monotonic() < deadline, process.log.read_text()[-3000:]
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    assert process.wait() == [-signal.SIGKILL]
     before = contents(folder)
     assert 5 <= len(list(folder.glob("0*.png"))) < 21 and not json.loads(before["manifest.json"])["complete"]
     kept = {path: path.stat().st_mtime_ns for path in folder.glob("0*.png")}

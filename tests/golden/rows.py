@@ -375,8 +375,8 @@ def launch(argv: list[str], folder: Path, processes: int):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def run_row(name: str, folder: Path) -> dict:
-    """Runs a row in an empty folder and reads what it leaves."""
+def run_row(name: str, folder: Path, launch: Callable = launch) -> dict:
+    """Runs a row in an empty folder and reads what it leaves; `launch` starts the rows of several processes."""
     wanted = ROWS[name]
     (folder / "model.json").write_text(json.dumps(wanted["model"]))
     options = wanted["options"] | {"cache_dir": folder / "downloads"}

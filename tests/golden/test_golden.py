@@ -112,8 +112,12 @@ def test_every_row_has_a_record():
     "name",
     [pytest.param(name, marks=pytest.mark.slow) if row["processes"] > 1 else name for name, row in rows.ROWS.items()],
 )
-def test_runs(name, tmp_path):
-    assert_same_run(rows.run_row(name, tmp_path), RECORDS["runs"]["runs"][name], RECORDS["runs"]["conditions"])
+def test_runs(name, tmp_path, request):
+    def forked(argv, folder, processes):
+        request.getfixturevalue("trainers")(argv, processes=processes, folder=folder).finish()
+
+    found = rows.run_row(name, tmp_path, launch=forked)
+    assert_same_run(found, RECORDS["runs"]["runs"][name], RECORDS["runs"]["conditions"])
 
 
 # Folders of version 0.1

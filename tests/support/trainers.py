@@ -149,6 +149,7 @@ for line in sys.stdin:
             os.environ.update(order["environment"])
             if hasattr(os, "sched_setaffinity"):
                 os.sched_setaffinity(0, {cores[int(os.environ.get("RANK", 0)) % len(cores)]})
+            os.chdir(order["folder"] or ".")
             HOOKS[order["hook"]]()
             if order["program"] is None:
                 train_vrpo.main(train_vrpo.parse_args(order["options"]))
@@ -171,7 +172,7 @@ for line in sys.stdin:
 class Trainer:
     """A trainer, or another program, of one or more processes in the background."""
 
-    def __init__(self, ask, log: Path, options: list[str], hook: str | None, processes: int, program: str | None):
+    def __init__(self, ask, log: Path, options: list[str], hook: str | None, processes: int, **places: str | None):
         self.ask, self.log = ask, log
         environment = {"OMP_NUM_THREADS": "1"}
         if processes > 1:
@@ -185,7 +186,7 @@ class Trainer:
         for rank in range(processes):
             ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
             order = {"options": options, "environment": environment | ranks, "hook": hook, "log": str(log)}
-            self.pids.append(ask(order | {"program": program}))
+            self.pids.append(ask(order | places))
 
     def wait(self) -> list[int]:
         return [self.ask({"wait": pid}) for pid in self.pids]
@@ -210,15 +211,15 @@ class Trainer:
 
 
 @contextmanager
-def fork_server(folder: Path) -> Iterator[Callable[..., Trainer]]:
-    """Gives `start(options, hook=None, processes=1, program=None)`, which forks a process that has imported everything.
+def fork_server(logs: Path) -> Iterator[Callable[..., Trainer]]:
+    """Gives `start(options, hook=None, processes=1, program=None, folder=None)`, which forks a process with all imports done.
 
     The forked processes train, or run `program`: the path of a script, or a module's name. Several find each other as a
-    launcher's would.
+    launcher's would. `folder` becomes their working directory.
     """
-    (folder / "server.py").write_text(FORK_SERVER)
+    (logs / "server.py").write_text(FORK_SERVER)
     server = subprocess.Popen(
-        [sys.executable, str(folder / "server.py"), str(TRAINING_SCRIPT)],
+        [sys.executable, str(logs / "server.py"), str(TRAINING_SCRIPT)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -230,9 +231,16 @@ def fork_server(folder: Path) -> Iterator[Callable[..., Trainer]]:
         server.stdin.flush()
         return int(server.stdout.readline())
 
-    def start(options: list[str], hook: str | None = None, processes: int = 1, program: str | None = None) -> Trainer:
-        options = [str(option) for option in options]
-        return Trainer(ask, folder / f"{len(list(folder.iterdir()))}.txt", options, hook, processes, program)
+    def start(
+        options: list[str],
+        hook: str | None = None,
+        processes: int = 1,
+        program: str | None = None,
+        folder: Path | None = None,
+    ) -> Trainer:
+        log = logs / f"{len(list(logs.iterdir()))}.txt"
+        places = {"program": program, "folder": str(folder) if folder else None}
+        return Trainer(ask, log, [str(option) for option in options], hook, processes, **places)
 
     yield start
     server.stdin.close()

@@ -284,6 +284,7 @@ def test_the_server_gives_the_same_images_with_captions_and_an_archive(client, f
     assert len(seeds) > 1
 
 
+@pytest.mark.slow
 def test_the_server_answers_bad_input_with_the_sentence(client):
     with pytest.raises(Exception, match="Choose at least one class"):
         call(client, classes=[])
@@ -291,6 +292,7 @@ def test_the_server_answers_bad_input_with_the_sentence(client):
         call(client, guided_from=0.9)
 
 
+@pytest.mark.slow
 def test_the_server_runs_one_at_a_time_and_a_cancelled_run_ends(client):
     function = next(f for f in client.config["dependencies"] if f["api_name"] == "generate")
     assert client.config["analytics_enabled"] is False and function["queue"] is not False

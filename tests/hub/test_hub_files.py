@@ -302,6 +302,7 @@ assert not set(hidden) & set(sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_publishing_and_sampling_import_without_what_only_training_needs():
     script = f"import sys\nsys.path.insert(0, {str(ROOT / 'src')!r})\n{IMPORT_WITHOUT}"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -422,6 +422,7 @@ def test_the_gate_closes_where_targets_conflict_and_nowhere_else():
 # Estimators
 
 
+@pytest.mark.slow
 def test_the_sampled_estimator_trains_and_resumes_exactly(command, tmp_path):
     options = {"estimator": "sampled", "group_size": 4, "policy_epochs": 2, "max_train_steps": 8}
     options |= {"checkpointing_steps": 4, "learning_rate": 3e-3}
@@ -440,6 +441,7 @@ def test_the_sampled_estimator_trains_and_resumes_exactly(command, tmp_path):
     assert_same_files(tmp_path / "run" / "checkpoint-8", resumed / "checkpoint-8", names)
 
 
+@pytest.mark.slow
 def test_sampled_actions_do_not_depend_on_how_the_batch_is_divided(command, tmp_path):
     options = {"estimator": "sampled", "policy_epochs": 2, "max_train_steps": 4}
     run(command(**options))

@@ -297,6 +297,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(command, trainers, tmp_path):
     assert_same_end(tmp_path / "run", tmp_path / "full", 6)
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_the_start_and_at_the_end(command, trainers, tmp_path, monkeypatch):
     options = command(max_train_steps=2)
     again = "cannot be written .*; make room and run the same command again"
@@ -333,6 +334,7 @@ def test_two_runs_do_not_share_a_folder(command, trainers, tmp_path):
     assert third.wait() == [143]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["save_file", "write_manifest", "sync_to_disk"])
 def test_no_space_at_any_stage_of_saving(command, tmp_path, monkeypatch, caplog, where):
     def full(*args):

@@ -145,6 +145,7 @@ def test_other_classes_start_the_label_table_anew(command, tmp_path, caplog):
         torch.testing.assert_close(tensor, model.state_dict()[name], atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_same_number_of_other_classes_is_noticed(command, tmp_path, caplog):
     caplog.set_level("INFO")
     model = digits_model()

@@ -449,6 +449,7 @@ def test_options_that_do_not_go_together(command, capsys, changes, message):
 # The whole script
 
 
+@pytest.mark.slow
 def test_a_signal_and_the_same_command_again_are_bit_equal(command, folder, tmp_path, monkeypatch):
     options = {"dataset_name": folder, "train_batch_size": 8, "gradient_accumulation_steps": 2, "max_train_steps": 5}
     options |= {"dataloader_num_workers": 2, "learning_rate": 1e-3}

@@ -181,6 +181,7 @@ def test_resume_is_bit_equal(command, tmp_path, objective, precision):
         assert read_metrics(resumed / "metrics.jsonl")[-1]["share/semantic"] != pytest.approx(1 / 3)
 
 
+@pytest.mark.slow
 def test_resume_with_another_division_of_the_batch(command, tmp_path):
     """From an odd step on, 8 samples twice give the losses that 16 at once give."""
     run(command(max_train_steps=7, checkpointing_steps=3))

@@ -46,6 +46,7 @@ def test_the_losses_are_those_of_training_from_images(command, folders, tmp_path
     assert pipeline("seven", num_inference_steps=1).images[0].size[0] >= 8
 
 
+@pytest.mark.slow
 def test_pixels_with_features_in_a_cache(command, tmp_path):
     argv = ["--dataset_name", "digits", "--vae", "none", "--encoder", "digits", "--resolution", "8"]
     prepare_latents.main([*argv, "--output_dir", str(tmp_path / "cache"), "--dataloader_num_workers", "0"])

@@ -163,6 +163,8 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         norm2_eps (`float`): of the norm before the feed-forward; 1e-6 officially, 1e-5 in diffusers' DiT.
     """
 
+    # Written into config.json, so that `AutoModel.from_pretrained` finds the code beside the weights.
+    _auto_class = "AutoModel"
     _supports_gradient_checkpointing = True
     _no_split_modules = ["SiTTransformerBlock"]
     _repeated_blocks = ["SiTTransformerBlock"]

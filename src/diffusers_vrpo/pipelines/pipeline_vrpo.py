@@ -57,6 +57,11 @@ def guide(prediction: torch.Tensor, guidance_scale: float, channels: int) -> tor
     return torch.cat([guided[:, :channels], of_class[:, channels:]], dim=1)
 
 
+# Words in the names of diffusers' schedulers that take a prediction of the right kind and yet sample wrongly from it: they
+# go from data to noise, or are made for distilled models or for models of video.
+OTHER_SCHEDULERS = ("Inverse", "LCM", "TCD", "CogVideoX", "Helios", "MiniMax", "UnCLIP")
+
+
 def is_integer(value) -> bool:
     """Whether a value is an integer of Python or numpy, and no bool."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
@@ -297,23 +302,25 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
 
     def check_scheduler(self):
         """Raises ValueError if the scheduler cannot be combined with what the transformer predicts."""
+        config, name = self.transformer.config, type(self.scheduler).__name__
+        takers = VELOCITY_SCHEDULERS if config.prediction_type == "velocity" else NOISE_SCHEDULERS
         if not isinstance(self.scheduler, SchedulerMixin):
-            raise ValueError(
-                f"`scheduler` must be a scheduler of diffusers, not a {type(self.scheduler).__name__}; use "
-                f"{VELOCITY_SCHEDULERS if self.transformer.config.prediction_type == 'velocity' else NOISE_SCHEDULERS}"
-            )
-        name, options, config = type(self.scheduler).__name__, self.scheduler_options, self.transformer.config
+            raise ValueError(f"`scheduler` must be a scheduler of diffusers, not a {name}; use {takers}")
+        options = self.scheduler_options
         kind, flow_sigmas = options.get("prediction_type"), options.get("use_flow_sigmas", False)
         is_flow = hasattr(self.scheduler, "scale_noise") or (kind == "flow_prediction" and flow_sigmas)
         is_epsilon = hasattr(self.scheduler, "alphas_cumprod") and kind == "epsilon" and not flow_sigmas
         if config.prediction_type == "velocity" and not is_flow:
             raise ValueError(
-                f"`scheduler`: the transformer predicts velocities, which this {name} does not take; use "
-                f"{VELOCITY_SCHEDULERS}"
+                f"`scheduler`: the transformer predicts velocities, which this {name} does not take; use {takers}"
             )
         if config.prediction_type == "epsilon" and not is_epsilon:
             raise ValueError(
-                f"`scheduler`: the transformer predicts noise, which this {name} does not take; use {NOISE_SCHEDULERS}"
+                f"`scheduler`: the transformer predicts noise, which this {name} does not take; use {takers}"
+            )
+        if any(word in name for word in OTHER_SCHEDULERS):
+            raise ValueError(
+                f"`scheduler`: a {name} is for inversion, for distilled models or for models of video; use {takers}"
             )
         # Both change what time means, and diffusers' pipelines for them pass further arguments.
         changed = [key for key in ("use_dynamic_shifting", "invert_sigmas") if options.get(key)]

@@ -252,8 +252,9 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
-        """Overrides diffusers' method to avoid its warning about the projector arguments of version 0.1."""
-        config_dict = {name: value for name, value in config_dict.items() if name not in REMOVED_ARGUMENTS}
+        """Overrides diffusers' method to avoid its warnings about `auto_map` and the projector arguments of version 0.1."""
+        unused = (*REMOVED_ARGUMENTS, "auto_map")
+        config_dict = {name: value for name, value in config_dict.items() if name not in unused}
         return super().extract_init_dict(config_dict, **kwargs)
 
     def enable_cache(self, config):

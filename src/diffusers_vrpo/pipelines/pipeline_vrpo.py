@@ -215,6 +215,9 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             if component is not None:
                 index[name] = [COMPONENT_FILES[class_name], class_name]
                 sources[f"{name}/{COMPONENT_FILES[class_name]}.py"] = inspect.getsourcefile(component)
+        # AutoModel reads this for any folder of a pipeline, and so must not find it where there is another model.
+        if self.vae is None and "SiTTransformer2DModel" in index["transformer"]:
+            index["auto_map"] = {"AutoModel": ".".join(index["transformer"])}
         for path, source in sources.items():
             code = Path(source).read_bytes()
             (folder / path).parent.mkdir(exist_ok=True)
@@ -233,6 +236,12 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             if isinstance(value, list) and len(value) == 2 and value[1] in COMPONENT_FILES:
                 index[name] = [PACKAGE, value[1]]
         return index
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        """Overrides diffusers' method to avoid its warning about `auto_map`, which is for AutoModel."""
+        config_dict = {name: value for name, value in config_dict.items() if name != "auto_map"}
+        return super().extract_init_dict(config_dict, **kwargs)
 
     def _upload_folder(self, working_dir, repo_id, token=None, commit_message=None, create_pr=False, subfolder=None):
         """Adds our model card to an upload of `push_to_hub`; an existing card is kept, since diffusers would repeat its tags."""

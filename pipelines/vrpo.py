@@ -134,6 +134,11 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         id2label: dict | None = None,
     ):
         super().__init__()
+        if transformer is not None and "num_classes" not in getattr(transformer, "config", {}):
+            raise ValueError(
+                f"`transformer` must be a SiTTransformer2DModel, not a {type(transformer).__name__}; `vrpo convert` makes one "
+                "from the weights of SiT, REPA and DiT"
+            )
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self._guidance_scale = 1.0
         self._num_timesteps = 0
@@ -754,6 +759,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             callback_on_step_end,
         )
         ids = self.get_label_ids(class_labels)
+        num_images_per_label = int(num_images_per_label)
         self._guidance_scale = guidance_scale
         self._interrupt = False
         device = self._execution_device

@@ -23,6 +23,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.models.attention_processor import AttnProcessor2_0
 from safetensors.torch import save_file
 
 from diffusers_vrpo import SiTTransformer2DModel, VRPOPipeline
@@ -397,7 +398,8 @@ def test_arguments_of_other_number_types():
     assert torch.equal(
         sample(pipeline, generator=generators[0]), sample(pipeline, np.int64([0, 3]), generator=tuple(generators[1]))
     )
-    assert len(pipeline(range(3), num_inference_steps=np.int64(1)).images) == 3
+    images = pipeline(range(3), num_inference_steps=np.int64(1), num_images_per_label=np.int64(2)).images
+    assert len(images) == 6
     # Guidance with 0 leaves the null class.
     assert torch.equal(
         sample(pipeline, (0,), guidance_scale=0, num_inference_steps=1),
@@ -453,6 +455,8 @@ def test_from_a_pipeline_of_diffusers():
     assert len(pipeline(0, num_inference_steps=1).images) == 1
     # And back, where the transformer is given.
     assert DiTPipeline.from_pipe(pipeline, transformer=dit).vae is other.vae
+    with pytest.raises(ValueError, match="`transformer` must be a SiTTransformer2DModel, not a DiTTransformer2DModel"):
+        VRPOPipeline(dit, other.scheduler)
     with pytest.raises(ValueError, match="`pipeline` must be a pipeline of diffusers, not a str"):
         VRPOPipeline.from_pipe("outputs/digits")
 
@@ -538,6 +542,8 @@ def test_attention_processors_and_compiled_transformers():
 
     pipeline.transformer.set_attn_processor(Counting())
     assert torch.equal(sample(pipeline), expected) and len(calls) == 3 * len(pipeline.transformer.transformer_blocks)
+    with pytest.raises(ValueError, match="`processor` AttnProcessor2_0 is not for this attention; use a SiTAttnProc"):
+        pipeline.transformer.set_attn_processor(AttnProcessor2_0())
     pipeline.transformer.set_attn_processor(SiTAttnProcessor())
     pipeline.transformer = torch.compile(pipeline.transformer, backend="eager")
     torch.testing.assert_close(sample(pipeline), expected)

@@ -105,6 +105,19 @@ class SiTAttention(nn.Module, AttentionModuleMixin):
         self.norm_k = nn.LayerNorm(dim_head) if qk_norm else None
         self.set_processor(self._default_processor_cls())
 
+    def set_processor(self, processor):
+        """Sets the function `processor(attention, hidden_states)`.
+
+        Raises:
+            ValueError: if it is not callable, or one of diffusers' for its own attention layers.
+        """
+        if not callable(processor) or type(processor).__module__ == "diffusers.models.attention_processor":
+            raise ValueError(
+                f"`processor` {type(processor).__name__} is not for this attention; use a SiTAttnProcessor or a subclass of it "
+                "(`set_attention_backend` chooses the kernel)"
+            )
+        super().set_processor(processor)
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.processor(self, hidden_states)
 

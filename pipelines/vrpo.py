@@ -75,7 +75,11 @@ def as_number(name: str, value) -> float:
     """
     if isinstance(value, torch.Tensor | np.ndarray) and math.prod(value.shape) == 1:
         value = value.item()
-    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
+    try:
+        is_finite = math.isfinite(value)
+    except (TypeError, OverflowError):
+        is_finite = False
+    if not is_finite or isinstance(value, bool):
         raise ValueError(f"`{name}` must be a finite number, not {value!r}")
     return value
 
@@ -389,7 +393,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             if not is_integer(value) or value < 1:
                 raise ValueError(f"`{name}` must be an integer and at least 1, not {value!r}")
         if (
-            not isinstance(guidance_interval, tuple | list)
+            not isinstance(guidance_interval, tuple | list | np.ndarray)
             or len(guidance_interval) != 2
             or not all(isinstance(bound, numbers.Real) for bound in guidance_interval)
             or not 0.0 <= guidance_interval[0] <= guidance_interval[1] <= 1.0
@@ -444,7 +448,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             if value is None:
                 value = latent_side * factor
             if not is_integer(value) or value < 1 or value % unit:
-                below = max(int(value) // unit * unit, 0) if isinstance(value, numbers.Real) else 0
+                below = int(value) // unit * unit if is_integer(value) and value > 0 else 0
                 near = " or ".join(str(side) for side in (below, below + unit) if side > 0)
                 raise ValueError(
                     f"`{name}` must be a multiple of {unit} pixels (what a patch covers), not {value!r}; {near} would do, and "
@@ -734,6 +738,8 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         Raises:
             ValueError: if an argument is wrong, or the scheduler cannot be combined with the transformer.
         """
+        if self.transformer is None:
+            raise ValueError("`transformer` is missing: this pipeline was opened or made with transformer=None")
         config = self.transformer.config
         if num_images_per_prompt is not None:
             if num_images_per_label not in (1, num_images_per_prompt):

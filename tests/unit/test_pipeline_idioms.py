@@ -311,7 +311,7 @@ def test_height_and_width(kind):
         sample(pipeline, height=unit + 1)
 
 
-@pytest.mark.parametrize("value", [0, -8, 8.0, "8", True])
+@pytest.mark.parametrize("value", [0, -8, 8.0, "8", True, math.nan, math.inf])
 def test_wrong_sizes(value):
     with pytest.raises(ValueError, match="`width` must be a multiple of"):
         sample(make_pipeline(), width=value)
@@ -334,7 +334,7 @@ def test_height_and_latents_must_agree():
         *(({"num_images_per_prompt": value}, "must be an integer") for value in (1.5, 0)),
         *(
             ({"guidance_scale": value}, "`guidance_scale` must be a finite number")
-            for value in ("a", math.nan, math.inf, -math.inf, None, [1.5, 2.0], True, 1j, torch.ones(2))
+            for value in ("a", 10**400, math.nan, math.inf, -math.inf, None, [1.5, 2.0], True, 1j, torch.ones(2))
         ),
         ({"guidance_scale": -0.5}, "`guidance_scale` must be at least 0, not -0.5"),
         *(
@@ -400,6 +400,10 @@ def test_arguments_of_other_number_types():
     )
     images = pipeline(range(3), num_inference_steps=np.int64(1), num_images_per_label=np.int64(2)).images
     assert len(images) == 6
+    interval = (0.3, 0.7)
+    assert torch.equal(
+        sample(pipeline, guidance_interval=np.array(interval)), sample(pipeline, guidance_interval=interval)
+    )
     # Guidance with 0 leaves the null class.
     assert torch.equal(
         sample(pipeline, (0,), guidance_scale=0, num_inference_steps=1),
@@ -500,6 +504,14 @@ def test_save_options(tmp_path, options):
     opened = VRPOPipeline.from_pretrained(tmp_path, variant=options.get("variant"))
     opened.set_progress_bar_config(disable=True)
     assert torch.equal(sample(opened, output_type="pt"), sample(pipeline, output_type="pt"))
+
+
+def test_a_pipeline_opened_without_its_transformer(tmp_path):
+    latent_pipeline().save_pretrained(tmp_path)
+    pipeline = VRPOPipeline.from_pretrained(tmp_path, transformer=None)
+    assert isinstance(pipeline.vae, AutoencoderKL)
+    with pytest.raises(ValueError, match="`transformer` is missing"):
+        pipeline(0)
 
 
 def test_slicing_and_tiling():

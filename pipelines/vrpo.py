@@ -77,7 +77,7 @@ def as_number(name: str, value) -> float:
         value = value.item()
     try:
         is_finite = math.isfinite(value)
-    except (TypeError, OverflowError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         is_finite = False
     if not is_finite or isinstance(value, bool):
         raise ValueError(f"`{name}` must be a finite number, not {value!r}")

@@ -543,6 +543,15 @@ def test_components_and_dtypes():
     assert pipeline.model_cpu_offload_seq == "transformer->vae"
 
 
+def test_offloaded_components():
+    pytest.importorskip("accelerate")
+    pipeline = latent_pipeline()
+    images = [sample(pipeline, output_type="pt", height=height) for height in (None, 32)]
+    pipeline.enable_model_cpu_offload(device="cpu")
+    for expected, height in zip(images, (None, 32)):
+        assert torch.equal(sample(pipeline, output_type="pt", height=height), expected)
+
+
 def test_attention_processors_and_compiled_transformers():
     pipeline, calls = make_pipeline(), []
     expected = sample(pipeline)

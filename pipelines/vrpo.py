@@ -487,8 +487,6 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 f"`latents` have shape {tuple(latents.shape)}; the last two must be multiples of the patch size "
                 f"{config.patch_size}"
             )
-        if not latents.isfinite().all():
-            raise ValueError("`latents` have values that are not finite; give noise of standard deviation 1")
         return latents.to(device=device, dtype=torch.float32)
 
     def get_grid(self, timesteps=None, sigmas=None) -> dict:

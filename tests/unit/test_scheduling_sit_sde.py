@@ -75,9 +75,13 @@ def test_starting_later():
 
 def test_errors():
     scheduler = SiTSDEScheduler()
-    with pytest.raises(ValueError, match="`num_inference_steps` must be at least 2"):
-        scheduler.set_timesteps(1)
-    for last_step_size in (0, 1, -0.1):
+    for num_inference_steps in (1, 2.5, "4", None):
+        with pytest.raises(ValueError, match="`num_inference_steps` must be an integer and at least 2"):
+            scheduler.set_timesteps(num_inference_steps)
+    for num_train_timesteps in (1, 10.5, "1000"):
+        with pytest.raises(ValueError, match="`num_train_timesteps` must be an integer and at least 2"):
+            SiTSDEScheduler(num_train_timesteps)
+    for last_step_size in (0, 1, -0.1, float("nan"), "0.04"):
         with pytest.raises(ValueError, match="`last_step_size` must lie between 0 and 1"):
             SiTSDEScheduler(last_step_size=last_step_size)
     scheduler.set_timesteps(4)

@@ -183,8 +183,8 @@ def load_start(transformer: SiTTransformer2DModel, args, start: Start, differenc
 
 
 def public_config(config: dict) -> dict:
-    """The constructor arguments in a config, without the entries that diffusers adds (`_class_name`, ...)."""
-    return {key: value for key, value in config.items() if not key.startswith("_")}
+    """The constructor arguments in a config, without the entries that diffusers adds (`_class_name`, `auto_map`, ...)."""
+    return {key: value for key, value in config.items() if not key.startswith("_") and key != "auto_map"}
 
 
 def choose_prediction(config: dict, prediction_type: str | None, learn_sigma: bool | None, pretrained: str | None):

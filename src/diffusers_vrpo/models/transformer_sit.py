@@ -105,6 +105,19 @@ class SiTAttention(nn.Module, AttentionModuleMixin):
         self.norm_k = nn.LayerNorm(dim_head) if qk_norm else None
         self.set_processor(self._default_processor_cls())
 
+    def set_processor(self, processor):
+        """Sets the function `processor(attention, hidden_states)`.
+
+        Raises:
+            ValueError: if it is not callable, or one of diffusers' for its own attention layers.
+        """
+        if not callable(processor) or type(processor).__module__ == "diffusers.models.attention_processor":
+            raise ValueError(
+                f"`processor` {type(processor).__name__} is not for this attention; use a SiTAttnProcessor or a subclass of it "
+                "(`set_attention_backend` chooses the kernel)"
+            )
+        super().set_processor(processor)
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.processor(self, hidden_states)
 
@@ -163,6 +176,8 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         norm2_eps (`float`): of the norm before the feed-forward; 1e-6 officially, 1e-5 in diffusers' DiT.
     """
 
+    # Written into config.json, so that `AutoModel.from_pretrained` finds the code beside the weights.
+    _auto_class = "AutoModel"
     _supports_gradient_checkpointing = True
     _no_split_modules = ["SiTTransformerBlock"]
     _repeated_blocks = ["SiTTransformerBlock"]
@@ -250,8 +265,9 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
-        """Overrides diffusers' method to avoid its warning about the projector arguments of version 0.1."""
-        config_dict = {name: value for name, value in config_dict.items() if name not in REMOVED_ARGUMENTS}
+        """Overrides diffusers' method to avoid its warnings about `auto_map` and the projector arguments of version 0.1."""
+        unused = (*REMOVED_ARGUMENTS, "auto_map")
+        config_dict = {name: value for name, value in config_dict.items() if name not in unused}
         return super().extract_init_dict(config_dict, **kwargs)
 
     def enable_cache(self, config):

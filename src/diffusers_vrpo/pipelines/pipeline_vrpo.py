@@ -9,13 +9,15 @@ import importlib
 import inspect
 import json
 import math
+import numbers
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchHeunDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchHeunDiscreteScheduler, ModelMixin, SchedulerMixin
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders.lora_pipeline import CogVideoXLoraLoaderMixin  # `loaders` has it with transformers only
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
@@ -55,6 +57,55 @@ def guide(prediction: torch.Tensor, guidance_scale: float, channels: int) -> tor
     return torch.cat([guided[:, :channels], of_class[:, channels:]], dim=1)
 
 
+# Words in the names of diffusers' schedulers that take a prediction of the right kind and yet sample wrongly from it: they
+# go from data to noise, or are made for distilled models or for models of video.
+OTHER_SCHEDULERS = ("Inverse", "LCM", "TCD", "CogVideoX", "Helios", "MiniMax", "UnCLIP")
+
+
+def is_integer(value) -> bool:
+    """Whether a value is an integer of Python or numpy, and no bool."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def as_number(name: str, value) -> float:
+    """Returns a finite real number, which may also be a tensor or an array with one element.
+
+    Raises:
+        ValueError: if it is something else; the message has the argument's `name`.
+    """
+    if isinstance(value, torch.Tensor | np.ndarray) and math.prod(value.shape) == 1:
+        value = value.item()
+    try:
+        is_finite = math.isfinite(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        is_finite = False
+    if not is_finite or isinstance(value, bool):
+        raise ValueError(f"`{name}` must be a finite number, not {value!r}")
+    return value
+
+
+def replaced_latents(returned, latents: torch.Tensor) -> torch.Tensor:
+    """The latents that a callback returned, in place of `latents`, or `latents` if it returned none.
+
+    Raises:
+        ValueError: if it returned something else than a dict, or latents of another shape.
+    """
+    if returned is None:
+        return latents
+    if not isinstance(returned, dict):
+        raise ValueError(
+            f"`callback_on_step_end` returned a {type(returned).__name__}; it must return a dict such as "
+            '{"latents": latents}, or None'
+        )
+    replaced = returned.get("latents", latents)
+    if not isinstance(replaced, torch.Tensor) or replaced.shape != latents.shape:
+        what = tuple(replaced.shape) if isinstance(replaced, torch.Tensor) else type(replaced).__name__
+        raise ValueError(
+            f"`callback_on_step_end` returned latents that are {what}; a tensor of shape {tuple(latents.shape)} is expected"
+        )
+    return replaced.to(latents)
+
+
 # The mixin works for any pipeline whose adapters are all on its `transformer`, despite its name.
 class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
     """Samples images of given classes by an ODE or SDE solver, with classifier-free guidance.
@@ -79,11 +130,33 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
     _optional_components = ["vae"]
     _callback_tensor_inputs = ["latents"]
 
-    def __init__(self, transformer, scheduler, vae=None, id2label=None):
+    def __init__(
+        self,
+        transformer: ModelMixin,
+        scheduler: SchedulerMixin,
+        vae: ModelMixin | None = None,
+        id2label: dict | None = None,
+    ):
         super().__init__()
+        if transformer is not None and "num_classes" not in getattr(transformer, "config", {}):
+            raise ValueError(
+                f"`transformer` must be a SiTTransformer2DModel, not a {type(transformer).__name__}; `vrpo convert` makes one "
+                "from the weights of SiT, REPA and DiT"
+            )
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        self._guidance_scale = 1.0
+        self._num_timesteps = 0
+        self._interrupt = False
+        self._current_timestep = None
+        self._current_flow_time = None
+
         # JSON has string keys only: store strings, so that a round trip changes nothing.
+        if not isinstance(id2label, dict | None):
+            raise ValueError(f"`id2label` must be a dict from class ids to names, not a {type(id2label).__name__}")
         id2label = {str(key): name for key, name in (id2label or {}).items()}
+        for key, name in id2label.items():
+            if not key.lstrip("-").isdecimal() or not isinstance(name, str):
+                raise ValueError(f"`id2label` must have ids as keys and names as values, unlike {key!r}: {name!r}")
         self.register_to_config(id2label=id2label)
         self.image_processor = VaeImageProcessor(do_resize=False)
         num_classes = transformer.config.num_classes if transformer is not None else math.inf
@@ -102,6 +175,33 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 for spelling in dict.fromkeys(spellings(name)):
                     found.setdefault(spelling, []).append(int(key))
             self.labels = {**found, **self.labels}
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
+        """Makes a pipeline of this class from the components of another one, which keeps them too.
+
+        Args:
+            pipeline: a pipeline whose transformer is a `SiTTransformer2DModel`. Of any other, such as diffusers'
+                [`DiTPipeline`], the scheduler and the autoencoder are taken, and `transformer` must be given.
+            kwargs: components to use instead, `id2label`, and the options of [`DiffusionPipeline.from_pipe`] (`dtype`,
+                float32 by default, `custom_pipeline`).
+
+        Raises:
+            ValueError: if there is no transformer that this pipeline can sample from.
+        """
+        if not isinstance(pipeline, DiffusionPipeline):
+            raise ValueError(f"`pipeline` must be a pipeline of diffusers, not a {type(pipeline).__name__}")
+        # diffusers compares exact classes with type hints, which would refuse a subclass and all autoencoders but one.
+        components = {name: pipeline.components.get(name) for name in ("transformer", "vae")}
+        kwargs = {**components, **kwargs}
+        transformer = kwargs["transformer"]
+        # `cache_context` and `null_class_id` are what sampling needs; a compiled or wrapped model has them too.
+        if not hasattr(transformer, "null_class_id"):
+            raise ValueError(
+                f"`transformer` of this {type(pipeline).__name__} is a {type(transformer).__name__}, which VRPOPipeline "
+                "cannot sample from; pass transformer=SiTTransformer2DModel(...) (`vrpo convert` makes one from a DiT)"
+            )
+        return super().from_pipe(pipeline, **kwargs)
 
     def save_config(self, save_directory, push_to_hub: bool = False, **kwargs):
         """Writes `model_index.json`, and beside it the code that it names: this file and those of the components.
@@ -124,6 +224,9 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             if component is not None:
                 index[name] = [COMPONENT_FILES[class_name], class_name]
                 sources[f"{name}/{COMPONENT_FILES[class_name]}.py"] = inspect.getsourcefile(component)
+        # AutoModel reads this for any folder of a pipeline, and so must not find it where there is another model.
+        if self.vae is None and "SiTTransformer2DModel" in index["transformer"]:
+            index["auto_map"] = {"AutoModel": ".".join(index["transformer"])}
         for path, source in sources.items():
             code = Path(source).read_bytes()
             (folder / path).parent.mkdir(exist_ok=True)
@@ -142,6 +245,12 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             if isinstance(value, list) and len(value) == 2 and value[1] in COMPONENT_FILES:
                 index[name] = [PACKAGE, value[1]]
         return index
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        """Overrides diffusers' method to avoid its warning about `auto_map`, which is for AutoModel."""
+        config_dict = {name: value for name, value in config_dict.items() if name != "auto_map"}
+        return super().extract_init_dict(config_dict, **kwargs)
 
     def _upload_folder(self, working_dir, repo_id, token=None, commit_message=None, create_pr=False, subfolder=None):
         """Adds our model card to an upload of `push_to_hub`; an existing card is kept, since diffusers would repeat its tags."""
@@ -168,7 +277,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         """
         if isinstance(class_labels, torch.Tensor | np.ndarray):
             class_labels = class_labels.reshape(-1).tolist()
-        if not isinstance(class_labels, list | tuple):
+        if not isinstance(class_labels, list | tuple | range):
             class_labels = [class_labels]
         if len(class_labels) == 0:
             raise ValueError("`class_labels` is empty: give at least one class id or name")
@@ -190,7 +299,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 if len(found) > 1:
                     raise ValueError(f"`class_labels`: {label!r} names the classes {found}; give one of these ids")
                 ids.append(found[0])
-            elif isinstance(label, int | np.integer) and not isinstance(label, bool) and 0 <= label < num_classes:
+            elif is_integer(label) and 0 <= label < num_classes:
                 ids.append(int(label))
             else:
                 raise ValueError(
@@ -211,18 +320,32 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
 
     def check_scheduler(self):
         """Raises ValueError if the scheduler cannot be combined with what the transformer predicts."""
-        name, options, config = type(self.scheduler).__name__, self.scheduler_options, self.transformer.config
+        config, name = self.transformer.config, type(self.scheduler).__name__
+        takers = VELOCITY_SCHEDULERS if config.prediction_type == "velocity" else NOISE_SCHEDULERS
+        if not isinstance(self.scheduler, SchedulerMixin):
+            raise ValueError(f"`scheduler` must be a scheduler of diffusers, not a {name}; use {takers}")
+        options = self.scheduler_options
         kind, flow_sigmas = options.get("prediction_type"), options.get("use_flow_sigmas", False)
         is_flow = hasattr(self.scheduler, "scale_noise") or (kind == "flow_prediction" and flow_sigmas)
         is_epsilon = hasattr(self.scheduler, "alphas_cumprod") and kind == "epsilon" and not flow_sigmas
         if config.prediction_type == "velocity" and not is_flow:
             raise ValueError(
-                f"`scheduler`: the transformer predicts velocities, which this {name} does not take; use "
-                f"{VELOCITY_SCHEDULERS}"
+                f"`scheduler`: the transformer predicts velocities, which this {name} does not take; use {takers}"
             )
         if config.prediction_type == "epsilon" and not is_epsilon:
             raise ValueError(
-                f"`scheduler`: the transformer predicts noise, which this {name} does not take; use {NOISE_SCHEDULERS}"
+                f"`scheduler`: the transformer predicts noise, which this {name} does not take; use {takers}"
+            )
+        if any(word in name for word in OTHER_SCHEDULERS):
+            raise ValueError(
+                f"`scheduler`: a {name} is for inversion, for distilled models or for models of video; use {takers}"
+            )
+        # Both change what time means, and diffusers' pipelines for them pass further arguments.
+        changed = [key for key in ("use_dynamic_shifting", "invert_sigmas") if options.get(key)]
+        if changed:
+            hint = " and shift=..." if changed[0] == "use_dynamic_shifting" else ""
+            raise ValueError(
+                f"`scheduler`: {changed[0]}=True is for other models; build this {name} with {changed[0]}=False{hint}"
             )
         # Clipping is for pixels; latents are not limited to [-1, 1].
         clips = [key for key in ("clip_sample", "thresholding") if options.get(key)]
@@ -236,6 +359,23 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 f"with learn_sigma; build this {name} with variance_type={'fixed_small' if is_ddpm else None!r}"
             )
 
+    def check_guidance(self, guidance_scale) -> float:
+        """Returns a scale of guidance as a number of Python.
+
+        Raises:
+            ValueError: if it is not a number of at least 0, or the transformer cannot be guided.
+        """
+        scale = as_number("guidance_scale", guidance_scale)
+        if scale < 0:
+            raise ValueError(
+                f"`guidance_scale` must be at least 0, not {scale}: 1 turns guidance off, more follows the class more closely"
+            )
+        if scale != 1.0 and self.transformer.null_class_id is None:
+            raise ValueError(
+                f"`guidance_scale` {scale} needs a null class, which this transformer does not have; pass guidance_scale=1"
+            )
+        return scale
+
     def check_inputs(
         self,
         num_images_per_label,
@@ -245,24 +385,25 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         guidance_channels,
         output_type,
         tensor_inputs,
+        callback=None,
     ):
         self.check_scheduler()
-        if num_images_per_label < 1:
-            raise ValueError(f"`num_images_per_label` must be at least 1, not {num_images_per_label}")
-        if num_inference_steps < 1:
-            raise ValueError(f"`num_inference_steps` must be at least 1, not {num_inference_steps}")
-        low, high = guidance_interval
-        if not 0.0 <= low <= high <= 1.0:
+        counts = {"num_images_per_label": num_images_per_label, "num_inference_steps": num_inference_steps}
+        for name, value in counts.items():
+            if not is_integer(value) or value < 1:
+                raise ValueError(f"`{name}` must be an integer and at least 1, not {value!r}")
+        if (
+            not isinstance(guidance_interval, tuple | list | np.ndarray)
+            or len(guidance_interval) != 2
+            or not all(isinstance(bound, numbers.Real) for bound in guidance_interval)
+            or not 0.0 <= guidance_interval[0] <= guidance_interval[1] <= 1.0
+        ):
             raise ValueError(
-                f"`guidance_interval` must be (low, high) with 0 <= low <= high <= 1, not {guidance_interval}"
+                f"`guidance_interval` must be (low, high) with 0 <= low <= high <= 1, not {guidance_interval!r}"
             )
-        if guidance_scale != 1.0 and self.transformer.null_class_id is None:
-            raise ValueError(
-                f"`guidance_scale` {guidance_scale} needs a null class, which this transformer does not have; pass "
-                "guidance_scale=1"
-            )
+        self.check_guidance(guidance_scale)
         in_channels = self.transformer.config.in_channels
-        if not (isinstance(guidance_channels, int) and 1 <= guidance_channels <= in_channels):
+        if not (is_integer(guidance_channels) and 1 <= guidance_channels <= in_channels):
             raise ValueError(f"`guidance_channels` must be in 1 ... {in_channels}, not {guidance_channels!r}")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', not {output_type!r}")
@@ -271,36 +412,155 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 f"`output_type` {output_type!r} needs the autoencoder of these {in_channels}-channel latents; set "
                 "`pipeline.vae`, or pass output_type='latent'"
             )
+        if callback is not None and not callable(callback):
+            raise ValueError(
+                f"`callback_on_step_end` must be a function of (pipeline, step, timestep, tensors), not {callback!r}; "
+                "several go into diffusers' MultiPipelineCallbacks"
+            )
+        if not isinstance(tensor_inputs, list | tuple):
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` must be a list of names, not {tensor_inputs!r}; it can name "
+                f"{self._callback_tensor_inputs}"
+            )
         unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` can name {self._callback_tensor_inputs}, not {unknown}"
             )
 
-    def prepare_latents(self, batch_size, generator, device, latents=None) -> torch.Tensor:
-        """Draws float32 noise of the transformer's sample size, or checks the shape of the given latents."""
+    def get_latent_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """Returns height and width of the latents for images of these pixels; what is not given is as in training.
+
+        Raises:
+            ValueError: if a side is not a multiple of what a patch covers.
+        """
+        size, patch = self.transformer.config.sample_size, self.transformer.config.patch_size
+        trained = (size, size) if isinstance(size, int) else tuple(size)
+        if height is None and width is None:
+            return trained
+        # Autoencoders say in different ways how much they enlarge, if at all; their output shows it.
+        blank = torch.zeros(1, self.transformer.config.in_channels, *trained, device=self._execution_device)
+        with torch.no_grad():
+            factor = self.decode_latents(blank).shape[-1] // trained[-1]
+        unit = factor * patch
+        sides = []
+        for name, value, latent_side in (("height", height, trained[0]), ("width", width, trained[1])):
+            if value is None:
+                value = latent_side * factor
+            if not is_integer(value) or value < 1 or value % unit:
+                below = int(value) // unit * unit if is_integer(value) and value > 0 else 0
+                near = " or ".join(str(side) for side in (below, below + unit) if side > 0)
+                raise ValueError(
+                    f"`{name}` must be a multiple of {unit} pixels (what a patch covers), not {value!r}; {near} would do, and "
+                    f"{latent_side * factor} is what the model was trained on"
+                )
+            sides.append(int(value) // factor)
+        return tuple(sides)
+
+    def prepare_latents(self, batch_size, generator, device, latents=None, height=None, width=None) -> torch.Tensor:
+        """Draws float32 noise for images of `height` x `width` pixels, by default those of training, or checks `latents`.
+
+        Raises:
+            ValueError: if generators or latents are of a wrong type, number or shape.
+        """
         config = self.transformer.config
-        size = config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = (batch_size, config.in_channels, height, width)
+        shape = (batch_size, config.in_channels, *self.get_latent_size(height, width))
+        generators = generator if isinstance(generator, list) else [generator]
+        if generator is not None and not all(isinstance(one, torch.Generator) for one in generators):
+            raise ValueError(
+                f"`generator` must be a torch.Generator or a list of them, not {generator!r}; a seed goes in as "
+                "torch.Generator().manual_seed(seed)"
+            )
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"`generator` is a list of {len(generator)}, but {batch_size} images are asked for")
         if latents is None:
             return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        if latents.ndim != 4 or tuple(latents.shape[:2]) != shape[:2]:
-            raise ValueError(f"`latents` have shape {tuple(latents.shape)}; {shape} is expected (other sides may do)")
+        if not isinstance(latents, torch.Tensor) or not latents.is_floating_point():
+            what = latents.dtype if isinstance(latents, torch.Tensor) else type(latents).__name__
+            raise ValueError(f"`latents` must be a tensor of floating-point numbers, not {what}")
+        asked = height is not None or width is not None
+        if latents.ndim != 4 or tuple(latents.shape[:2]) != shape[:2] or (asked and tuple(latents.shape) != shape):
+            others = "" if asked else " (other sides may do)"
+            raise ValueError(f"`latents` have shape {tuple(latents.shape)}; {shape} is expected{others}")
+        if latents.shape[2] % config.patch_size or latents.shape[3] % config.patch_size:
+            raise ValueError(
+                f"`latents` have shape {tuple(latents.shape)}; the last two must be multiples of the patch size "
+                f"{config.patch_size}"
+            )
         return latents.to(device=device, dtype=torch.float32)
 
-    def prepare_times(self, num_inference_steps, device) -> tuple[torch.Tensor, list[float]]:
+    def get_grid(self, timesteps=None, sigmas=None) -> dict:
+        """Checks a schedule of the caller's, and returns it as the argument of the scheduler's `set_timesteps`.
+
+        Args:
+            timesteps, sigmas: as in `__call__`.
+
+        Returns:
+            `{"sigmas": array}` or `{"timesteps": list}`; empty if neither is given.
+
+        Raises:
+            ValueError: if it is not a falling sequence in the range of the scheduler, or the scheduler does not take one.
+        """
+        if timesteps is None and sigmas is None:
+            return {}
+        if timesteps is not None and sigmas is not None:
+            raise ValueError("`timesteps` and `sigmas` cannot be combined; give one of them")
+        name, given = ("timesteps", timesteps) if sigmas is None else ("sigmas", sigmas)
+        scheduler, is_velocity = self.scheduler, self.transformer.config.prediction_type == "velocity"
+        kind, last = type(scheduler).__name__, scheduler.config.num_train_timesteps
+        accepted = inspect.signature(scheduler.set_timesteps).parameters
+        # A flow's timesteps are its sigmas in other units.
+        is_heun = isinstance(scheduler, FlowMatchHeunDiscreteScheduler)
+        if not (is_heun or ("sigmas" in accepted if is_velocity else name in accepted)):
+            takers = (
+                "FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler and UniPCMultistepScheduler take one"
+                if is_velocity
+                else "DDPMScheduler and DPMSolverMultistepScheduler take `timesteps`, EulerDiscreteScheduler both"
+            )
+            raise ValueError(f"`{name}`: this {kind} has a schedule of its own; pass `num_inference_steps` ({takers})")
+
+        given = given.tolist() if isinstance(given, torch.Tensor | np.ndarray) else given
+        if not isinstance(given, list | tuple | range) or len(given) == 0:
+            raise ValueError(f"`{name}` must be a list of falling numbers, not {given!r}")
+        values = [as_number(name, value) for value in given]
+        if any(after >= before for before, after in zip(values, values[1:])):
+            raise ValueError(f"`{name}` must fall from noise to data without repetition, unlike {given!r}")
+        if is_velocity:
+            top = 1 if name == "sigmas" else last
+            if not 0 < values[-1] <= values[0] <= top:
+                raise ValueError(
+                    f"`{name}` must lie above 0 and up to {top} for a flow, unlike {given!r}; the last step goes on to 0 by itself"
+                )
+            return {"sigmas": np.array(values) / top}
+        if name == "sigmas":
+            if values[-1] <= 0:
+                raise ValueError(f"`sigmas` must lie above 0, unlike {given!r}; the last step goes on to 0 by itself")
+            return {"sigmas": np.array(values)}
+        if not all(float(value).is_integer() and 0 <= value < last for value in values):
+            raise ValueError(f"`timesteps` must be integers of 0 ... {last - 1} for this {kind}, unlike {given!r}")
+        return {"timesteps": [int(value) for value in values]}
+
+    def prepare_times(
+        self, num_inference_steps, device, timesteps=None, sigmas=None
+    ) -> tuple[torch.Tensor, list[float]]:
         """Sets the scheduler's timesteps; returns the times for `predict`, and the flow time of each on the host.
 
-        `FlowMatch...` schedulers get SiT's grid t = 1, 1 - 1/n, ..., 1/n, and then 0; the others have their own.
+        `FlowMatch...` schedulers get SiT's grid t = 1, 1 - 1/n, ..., 1/n, and then 0; the others have their own, unless
+        `timesteps` or `sigmas` give one.
+
+        Raises:
+            ValueError: if the scheduler does not take these steps.
         """
         scheduler = self.scheduler
-        sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-        takes_sigmas = "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
-        if takes_sigmas and hasattr(scheduler, "scale_noise"):
-            scheduler.set_timesteps(sigmas=sigmas, device=device)
+        grid = self.get_grid(timesteps, sigmas)
+        sigmas = grid.get("sigmas", np.linspace(1.0, 1 / num_inference_steps, num_inference_steps))
+        is_flow_match = hasattr(scheduler, "scale_noise")
+        if not grid and is_flow_match and "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
+            grid = {"sigmas": sigmas}
+        if isinstance(scheduler, FlowMatchHeunDiscreteScheduler):
+            scheduler.set_timesteps(len(sigmas), device=device)
+        elif grid:
+            scheduler.set_timesteps(**grid, device=device)
         else:
             scheduler.set_timesteps(num_inference_steps, device=device)
         if isinstance(scheduler, FlowMatchHeunDiscreteScheduler):
@@ -374,11 +634,51 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
 
     @property
     def guidance_scale(self) -> float:
+        """The scale of guidance; a callback changes it for the following steps with `pipeline._guidance_scale = ...`."""
         return self._guidance_scale
 
     @property
     def num_timesteps(self) -> int:
+        """The number of evaluations: steps, but two for each but the last of Heun's."""
         return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has stopped the sampling with `pipeline._interrupt = True`."""
+        return self._interrupt
+
+    @property
+    def current_timestep(self) -> torch.Tensor | None:
+        """The scheduler's timestep of the step at hand, which callbacks get too; None outside a call."""
+        return self._current_timestep
+
+    @property
+    def current_flow_time(self) -> float | None:
+        """The t of the step at hand in the units of `guidance_interval`, 1 being noise; None outside a call."""
+        return self._current_flow_time
+
+    def enable_vae_slicing(self):
+        """Decodes images one by one, which takes less memory. Raises ValueError if the autoencoder cannot do it."""
+        self._switch_vae("slicing", "enable")
+
+    def disable_vae_slicing(self):
+        """Undoes `enable_vae_slicing`."""
+        self._switch_vae("slicing", "disable")
+
+    def enable_vae_tiling(self):
+        """Decodes large images in overlapping tiles. Raises ValueError if the autoencoder cannot do it."""
+        self._switch_vae("tiling", "enable")
+
+    def disable_vae_tiling(self):
+        """Undoes `enable_vae_tiling`."""
+        self._switch_vae("tiling", "disable")
+
+    def _switch_vae(self, what: str, switch: str):
+        if self.vae is None:
+            raise ValueError(f"`{switch}_vae_{what}`: this pipeline works on pixels and has no autoencoder")
+        if not hasattr(self.vae, f"use_{what}"):
+            raise ValueError(f"`{switch}_vae_{what}`: a {type(self.vae).__name__} has no {what}")
+        getattr(self.vae, f"{switch}_{what}")()
 
     @torch.no_grad()
     def __call__(
@@ -395,13 +695,19 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         return_dict: bool = True,
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ("latents",),
+        num_images_per_prompt: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        timesteps: list[float] | None = None,
+        sigmas: list[float] | None = None,
     ) -> ImagePipelineOutput | tuple:
         """
         Args:
             class_labels: class ids (`0 ... num_classes - 1`) or names, a single one or a list.
             num_images_per_label (`int`): images of each label, next to each other in the output.
-            num_inference_steps (`int`): solver steps.
-            guidance_scale (`float`): w of `v_null + w (v_class - v_null)`; 1 turns guidance off.
+            num_inference_steps (`int`): solver steps; without effect if `timesteps` or `sigmas` are given.
+            guidance_scale (`float`): w of `v_null + w (v_class - v_null)`, at least 0; 1 turns guidance off, and 0 leaves the
+                null class only.
             guidance_interval (`(float, float)`): guidance acts where `low <= t <= high`, t = 1 being noise; outside it
                 the unconditional half is not computed (arXiv 2404.07724). A step of two evaluations (Heun) uses the t
                 that it starts from; a DDPM timestep uses the t of the same noise level.
@@ -410,17 +716,40 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             generator (`torch.Generator` or a list, one per image): draws the starting noise and the noise of the steps,
                 which makes images reproducible.
             latents (`torch.Tensor` of shape `(images, channels, height, width)`): the noise to start from, of standard
-                deviation 1.
+                deviation 1. Any sides will do that are multiples of the patch size.
             output_type (`str`): `"pil"`, `"np"` `[B,H,W,3]` in [0, 1], `"pt"` `[B,3,H,W]` in [0, 1], or `"latent"`.
             return_dict (`bool`): an [`ImagePipelineOutput`] instead of a tuple.
             callback_on_step_end: called as `f(pipeline, step, timestep, {"latents": ...})` after every step (of Heun,
-                every half); if it returns `"latents"`, these replace the current ones.
+                every half); if it returns `"latents"`, these replace the current ones. `timestep` is the scheduler's (1000 t
+                for a flow); `pipeline.current_flow_time` is the t of `guidance_interval`. `pipeline._interrupt = True`
+                stops, and the images are what the latents are by then; `pipeline._guidance_scale = w` guides the
+                following steps by w.
             callback_on_step_end_tensor_inputs: the tensors passed to the callback.
+            num_images_per_prompt (`int`, *optional*): another name of `num_images_per_label`.
+            height, width (`int`, *optional*): pixels of the images, multiples of what a patch covers; those of training
+                by default. The position embeddings are stretched over other sizes, which the model has not seen.
+            timesteps (`list`, *optional*): the scheduler's timesteps to step through, falling. For a flow these are
+                1000 t, and the same as `sigmas` t.
+            sigmas (`list`, *optional*): the t to step through, falling in (0, 1] (a final 0 follows by itself); the
+                scheduler's shift applies to them. For EulerDiscreteScheduler the ratios of noise to signal.
 
         Raises:
             ValueError: if an argument is wrong, or the scheduler cannot be combined with the transformer.
         """
+        if self.transformer is None:
+            raise ValueError("`transformer` is missing: this pipeline was opened or made with transformer=None")
         config = self.transformer.config
+        if num_images_per_prompt is not None:
+            if num_images_per_label not in (1, num_images_per_prompt):
+                raise ValueError(
+                    f"`num_images_per_prompt` {num_images_per_prompt} is another name of `num_images_per_label`, which is "
+                    f"{num_images_per_label}; give one of them"
+                )
+            num_images_per_label = num_images_per_prompt
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        if isinstance(generator, tuple):
+            generator = list(generator)
         if guidance_channels is None:
             guidance_channels = config.in_channels if config.guidance_channels is None else config.guidance_channels
         self.check_inputs(
@@ -431,23 +760,26 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             guidance_channels,
             output_type,
             callback_on_step_end_tensor_inputs,
+            callback_on_step_end,
         )
         ids = self.get_label_ids(class_labels)
+        num_images_per_label = int(num_images_per_label)
         self._guidance_scale = guidance_scale
+        self._interrupt = False
         device = self._execution_device
 
         # 1. Labels, times and noise.
         labels = torch.tensor(ids, device=device).repeat_interleave(num_images_per_label)
-        times, flow_times = self.prepare_times(num_inference_steps, device)
+        times, flow_times = self.prepare_times(num_inference_steps, device, timesteps, sigmas)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
-        latents = self.prepare_latents(len(labels), generator, device, latents)
+        latents = self.prepare_latents(len(labels), generator, device, latents, height, width)
         latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
         # 2. The host decides once per step whether to guide, with a tolerance for rounding at the ends of the interval.
         low, high = guidance_interval
         step_starts = [flow_times[i - i % self.scheduler.order] for i in range(len(timesteps))]
-        scales = [guidance_scale if low - 1e-6 <= t <= high + 1e-6 else 1.0 for t in step_starts]
+        is_inside = [low - 1e-6 <= t <= high + 1e-6 for t in step_starts]
 
         # 3. Denoise. Latents stay float32 for any dtype of the transformer: rounding errors of the steps would add up.
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
@@ -457,13 +789,19 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 model_input = latents
                 if hasattr(self.scheduler, "scale_model_input"):
                     model_input = self.scheduler.scale_model_input(latents, timestep)
-                prediction = self.predict(model_input, times[i], labels, scales[i], guidance_channels)
+                self._current_timestep, self._current_flow_time = timestep, flow_times[i]
+                # A callback may have changed it.
+                scale = self.check_guidance(self._guidance_scale) if is_inside[i] else 1.0
+                prediction = self.predict(model_input, times[i], labels, scale, guidance_channels)
                 latents = self.scheduler.step(prediction, timestep, latents, **step_arguments, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
-                    latents = callback_on_step_end(self, i, timestep, tensors).pop("latents", latents)
+                    latents = replaced_latents(callback_on_step_end(self, i, timestep, tensors), latents)
                 progress_bar.update()
+                if self._interrupt:
+                    break
+        self._current_timestep = self._current_flow_time = None
 
         # 4. Latents to images.
         if output_type == "latent":

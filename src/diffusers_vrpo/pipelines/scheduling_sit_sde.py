@@ -25,7 +25,7 @@ class SiTSDEScheduler(SchedulerMixin, ConfigMixin):
         last_step_size (`float`): t before the last step, in (0, 1).
 
     Raises:
-        ValueError: if `last_step_size` is outside (0, 1).
+        ValueError: if `last_step_size` is outside (0, 1), or `num_train_timesteps` is below 2 or not an integer.
     """
 
     _compatibles = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"]
@@ -34,8 +34,10 @@ class SiTSDEScheduler(SchedulerMixin, ConfigMixin):
 
     @register_to_config
     def __init__(self, num_train_timesteps: int = 1000, last_step_size: float = 0.04):
-        if not 0 < last_step_size < 1:
-            raise ValueError(f"`last_step_size` must lie between 0 and 1, not {last_step_size}")
+        if not isinstance(last_step_size, float | int) or not 0 < last_step_size < 1:
+            raise ValueError(f"`last_step_size` must lie between 0 and 1, not {last_step_size!r}")
+        if not isinstance(num_train_timesteps, int) or num_train_timesteps < 2:
+            raise ValueError(f"`num_train_timesteps` must be an integer and at least 2, not {num_train_timesteps!r}")
         self.set_timesteps(num_train_timesteps)
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None):
@@ -46,12 +48,12 @@ class SiTSDEScheduler(SchedulerMixin, ConfigMixin):
             device (`str` or `torch.device`, *optional*): the device of `timesteps`.
 
         Raises:
-            ValueError: if there are fewer than 2 steps.
+            ValueError: if it is not an integer of at least 2.
         """
-        if num_inference_steps < 2:
+        if not isinstance(num_inference_steps, int | np.integer) or num_inference_steps < 2:
             raise ValueError(
-                f"`num_inference_steps` must be at least 2 for the SDE, not {num_inference_steps}: a single step would "
-                "apply the drift without its noise"
+                f"`num_inference_steps` must be an integer and at least 2 for the SDE, not {num_inference_steps!r}: a single "
+                "step would apply the drift without its noise"
             )
         self.num_inference_steps = num_inference_steps
         t = np.append(np.linspace(1.0, self.config.last_step_size, num_inference_steps), 0.0)

@@ -442,6 +442,18 @@ def test_one_run_with_one_evaluation_and_names_that_are_markup(tmp_path, capsys)
     assert found["sentences"] == [] and found["speed_up"] is None and found["options"] == {} and found["grids"] is None
 
 
+def test_only_options_are_shown_and_nothing_moves_the_cursor(tmp_path, capsys):
+    runs = [
+        write_run(tmp_path / f"run-{i}", {100: 5}, layer_scope=f"\x1b[2J{i}<b>", hub_token=f"hf_secret{i}")
+        for i in range(2)
+    ]
+    found = report(tmp_path, *runs)
+    page, printed = (tmp_path / "report" / "report.html").read_text(), capsys.readouterr().out
+    assert list(found["options"]) == ["layer_scope"] and len(found["arms"]) == 2
+    assert "hf_secret" not in page + json.dumps(found) + printed
+    assert "\x1b" not in page + printed and "&lt;b&gt;" in page and "<b>" not in page
+
+
 def test_grids_that_do_not_compare(tmp_path, capsys):
     a = write_run(tmp_path / "a", {100: 1.0}, seed=0, objective="repa")
     b = write_run(tmp_path / "b", {100: 1.0}, seed=1, objective="none")

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from ..errors import InputError, first_line, hub_problem
 from ..files import write_atomically
+from ..markup import code, shown
 from .latent_cache import LatentCache, array_layout, chunk_rows, num_chunks, read_meta
 from .latent_cache_writer import CacheWriter
 
@@ -112,16 +113,17 @@ def push_export(folder: str | Path, repository: str, private: bool = False):
 def dataset_card(cache: LatentCache) -> str:
     """The README of an export."""
     config, about = cache.config, cache.about
-    vae = Path(about["vae"]).name if os.path.isabs(about["vae"]) else about["vae"]
+    # Of local folders the last part alone.
+    vae, dataset = (Path(name).name if os.path.isabs(name) else name for name in (about["vae"], about["dataset"]))
     kind = {"moments": "mean and standard deviation of the latents", "sampled": "one drawn latent"}
     shape = list(array_layout(config)["latents"][1])
     features = "".join(
-        f"- `features_{i}`: {f['encoder']}, {f['grid']}, {f['dim']}\n" for i, f in enumerate(config["features"])
+        f"- `features_{i}`: {shown(f['encoder'])}, {f['grid']}, {f['dim']}\n" for i, f in enumerate(config["features"])
     )
     return (
         "---\ntags:\n- latents\n- diffusers-vrpo\n---\n\n"
-        f"# Latents of {about['dataset']} ({about['split']})\n\n"
-        f"{config['count']} images, centre crop to {config['resolution']}x{config['resolution']}, encoded by `{vae}`.\n\n"
+        f"# Latents of {shown(dataset)} ({shown(about['split'])})\n\n"
+        f"{config['count']} images, centre crop to {config['resolution']}x{config['resolution']}, encoded by {code(vae)}.\n\n"
         f"- `latents`: {kind.get(config['kind'], 'latents')}, raw little-endian float16 {shape}, already "
         f"`(latents - {config['shift_factor']}) * {config['scaling_factor']}`; `_flipped` is of the mirrored image\n"
         f"{features}\n"

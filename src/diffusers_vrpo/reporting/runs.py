@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from ..config import Resume, names_marked
+from ..config import Resume, VRPOConfig, names_marked, options_of
 from ..errors import InputError, first_line
+from ..markup import printable
 
 
 # Options about folders, logging and saving, which affect neither the training nor its evaluation.
@@ -208,10 +209,12 @@ def method(run: Run) -> dict[str, str]:
     """The options of training and evaluation as text, including the global batch size."""
 
     def text(value) -> str:
-        return "+".join(map(text, value)) if isinstance(value, list) else str(value)
+        return "+".join(map(text, value)) if isinstance(value, list) else printable(value)
 
-    # A switch that is off equals one that an older version did not have.
-    chosen = {name: value for name, value in run.options.items() if value is not False}
+    # A switch that is off equals one that an older version did not have. Names that are not options, such as a token
+    # that somebody has written into the file, are not shown.
+    known = options_of(VRPOConfig)
+    chosen = {name: value for name, value in run.options.items() if name in known and value is not False}
     options = {name: text(value) for name, value in chosen.items() if name not in HOUSEKEEPING}
     batch = run.global_batch_size()
     return options | ({"global batch size": str(batch)} if batch else {})

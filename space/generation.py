@@ -128,7 +128,8 @@ class Turns:
                 raise InputError(None, "There are too many runs before this one; try again later")
             yield before
             with self.changed:
-                self.changed.wait_for(lambda: self.places.index(place) < before, timeout=1)
+                if self.places.index(place) == before:
+                    self.changed.wait(timeout=1)
 
 
 def run(pipeline: VRPOPipeline, turn: threading.Lock, **arguments) -> Iterator[tuple[int, int] | list]:

@@ -200,7 +200,7 @@ def test_a_closed_run_ends_after_a_step(pipeline):
 
 def test_runs_take_turns_and_a_client_has_few():
     turns = generation.Turns(most=3, most_per_client=2, longest_wait=0.01)
-    with turns.place("a") as first, turns.place("a") as second:
+    with turns.place("a") as first, turns.place("a"):
         assert list(turns.wait(first)) == []
         with pytest.raises(InputError, match="^You have 2 runs here already"), turns.place("a"):
             pass
@@ -379,7 +379,7 @@ def test_the_server_logs_a_rejected_call_in_one_line_without_its_text(server, cl
         {"seed": SENDERS_TEXT},
         {"guidance_scale": 99},
     ):
-        with pytest.raises(Exception):
+        with pytest.raises(Exception, match=r"\w"):
             call(client, **changes)
     lines = server.log.read_text().splitlines()[before:]
     assert len(lines) == 7 and all("rejected a call: " in line for line in lines), lines

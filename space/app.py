@@ -94,8 +94,9 @@ class Guard:
 
         async def noted_send(message):
             nonlocal answered
-            answered = True
-            await send(message)
+            if received <= MAX_BODY:  # else FastAPI's own answer to BodyTooLong
+                answered = True
+                await send(message)
 
         async def refuse(status: int, reason: str):
             logger.warning(f"rejected a request: {reason}")
@@ -107,12 +108,15 @@ class Guard:
             return await refuse(403, "this page takes no files")
         if not length.isdigit() or len(length) > 12 or int(length) > MAX_BODY:
             return await refuse(413, f"a request may have {MAX_BODY} bytes")
+        failure = None
         try:
             await self.app(scope, counted_receive, noted_send)
-        except BodyTooLong:
-            await refuse(413, f"a request may have {MAX_BODY} bytes")
         except Exception as error:
-            await refuse(500, f"it cannot be answered ({origin(error)})")
+            failure = error
+        if received > MAX_BODY:
+            await refuse(413, f"a request may have {MAX_BODY} bytes")
+        elif failure is not None:
+            await refuse(500, f"it cannot be answered ({origin(failure)})")
 
 
 class Page(gr.Blocks):

@@ -240,7 +240,7 @@ def test_what_others_chose_is_never_markup_in_a_card(tmp_path, adapters):
     if not adapters:
         (tmp_path / "starts.jsonl").unlink()
     card = render_card(tmp_path, f"org/{HOSTILE}", license=HOSTILE)
-    assert not metadata_errors(card)
+    assert len(metadata_errors(card)) == 1  # the licence
     _, front, _ = card.split("---\n", 2)
     assert yaml.safe_load(front)["license"].startswith("x|y](https://evil.test) --- license: mit # Heading")
     page = rendered(card)

@@ -39,7 +39,7 @@ BASES = {
     "train": "--output_dir out --dataset_name digits --resolution 8 --vae none --model_config model.json --encoder digits "
     "--projector_dim 32 --train_batch_size 16 --max_train_steps 1 --logging_steps 1 --num_inference_steps 1 "
     "--num_validation_images 1 --dataloader_num_workers 0 --report_to none",
-    "prepare": "--train_data_dir images --vae none --resolution 8 --output_dir out --dataloader_num_workers 0",
+    "prepare": "--train_data_dir images --vae vae --resolution 8 --output_dir out --dataloader_num_workers 0",
     "sample": "pipe --num_images 2 --num_inference_steps 2 --batch_size 2 --output_dir out",
     "evaluate": "flat --reference flat2 --encoder encoder --dataloader_num_workers 0 --reference_cache statistics",
     "probe": "pipe --dataset_name digits --num_train 40 --num_test 20 --timesteps 0.5 --cknna_k 3 --dataloader_num_workers 0",
@@ -226,7 +226,17 @@ TRAIN = [
     ("--model_config ''", "--model_config"),
     *[
         ("--model_config x.json", "--model_config|x.json", f"x.json = bad/{name}")
-        for name in "empty garbage json_list json_number json_cut json_deep json_nan json_huge pickle".split()
+        for name in [
+            "empty",
+            "garbage",
+            "json_list",
+            "json_number",
+            "json_cut",
+            "json_deep",
+            "json_nan",
+            "json_huge",
+            "pickle",
+        ]
     ],
     ("--model_config x.json", "--model_config|x.json", 'x.json : {"num_layers": "two"}'),
     ("--model_config x.json", "--model_config|x.json", 'x.json : {"num_layers": 1000000}'),
@@ -239,7 +249,18 @@ TRAIN = [
     ("--config pipe", "--config"),
     *[
         ("--config x.yaml", "--config", f"x.yaml = bad/{name}")
-        for name in "garbage text page json_number json_deep yaml_list yaml_python yaml_bomb yaml_tab yaml_latin".split()
+        for name in [
+            "garbage",
+            "text",
+            "page",
+            "json_number",
+            "json_deep",
+            "yaml_list",
+            "yaml_python",
+            "yaml_bomb",
+            "yaml_tab",
+            "yaml_latin",
+        ]
     ],
     ("--config x.yaml", "--config|resolutoin", "x.yaml : resolutoin: 8\\n"),
     ("--config x.yaml", "seed", "x.yaml : seed: many\\n"),
@@ -263,7 +284,18 @@ TRAIN = [
             "--pretrained_model_name_or_path|x.pt",
             f"x.pt = bad/{name}",
         )
-        for name in "empty garbage zeros text page pointer json_list pickle zip_garbage safetensors_huge".split()
+        for name in [
+            "empty",
+            "garbage",
+            "zeros",
+            "text",
+            "page",
+            "pointer",
+            "json_list",
+            "pickle",
+            "zip_garbage",
+            "safetensors_huge",
+        ]
     ],
     ("--pretrained_model_name_or_path nan.pt ~--model_config", "nan.pt|NaN|finite"),
     ("--pretrained_model_name_or_path integers.pt ~--model_config", "integers.pt"),
@@ -331,7 +363,8 @@ PREPARE = [
     ("--encoder_layer 1 2 --encoder digits", "--encoder_layer"),
     ("--encoder digits --patch_size 3", "--patch_size|--resolution"),
     ("--resolution 0", "--resolution"),
-    ("--sampled", "--sampled|--vae"),
+    ("--sampled --vae none --encoder digits", "--sampled|--vae"),
+    ("--vae none", "--vae"),
     ("--dataloader_num_workers 100000", "--dataloader_num_workers"),
 ]
 
@@ -372,15 +405,15 @@ SAMPLE = [
     ("--variant fp16", "variant|fp16"),
     *[
         ("", "pipe|model_index", f"pipe/model_index.json = bad/{name}")
-        for name in "empty garbage json_list json_number json_cut json_deep page".split()
+        for name in ["empty", "garbage", "json_list", "json_number", "json_cut", "json_deep", "page"]
     ],
     *[
         ("", "pipe|config.json", f"pipe/transformer/config.json = bad/{name}")
-        for name in "empty garbage json_list json_cut json_nan json_huge".split()
+        for name in ["empty", "garbage", "json_list", "json_cut", "json_nan", "json_huge"]
     ],
     *[
         ("", "pipe|safetensors", f"pipe/transformer/diffusion_pytorch_model.safetensors = bad/{name}")
-        for name in "empty garbage pointer page safetensors_huge safetensors_lies safetensors_list".split()
+        for name in ["empty", "garbage", "pointer", "page", "safetensors_huge", "safetensors_lies", "safetensors_list"]
     ],
     ("", "pipe|safetensors", "pipe/transformer/diffusion_pytorch_model.safetensors -"),
     ("", "pipe|safetensors", "pipe/transformer/diffusion_pytorch_model.safetensors |"),
@@ -404,7 +437,7 @@ EVALUATE = [
     ("other_key.npz", "other_key.npz"),
     *[
         ("x.npz", "x.npz", f"x.npz = bad/{name}")
-        for name in "empty garbage zip_garbage text pickle npz_huge npz_zeros".split()
+        for name in ["empty", "garbage", "zip_garbage", "text", "pickle", "npz_huge", "npz_zeros"]
     ],
     ("x.npz", "x.npz", "x.npz |"),
     ("flat", "flat|0.png", "flat/0.png = bad/garbage"),
@@ -474,11 +507,22 @@ CONVERT = [
     ("'' out", "CHECKPOINT|''"),
     *[
         ("x.pt out", "x.pt", f"x.pt = bad/{name}")
-        for name in "empty garbage zeros text page pointer json_list json_cut pickle zip_garbage".split()
+        for name in [
+            "empty",
+            "garbage",
+            "zeros",
+            "text",
+            "page",
+            "pointer",
+            "json_list",
+            "json_cut",
+            "pickle",
+            "zip_garbage",
+        ]
     ],
     *[
         ("x.safetensors out", "x.safetensors", f"x.safetensors = bad/{name}")
-        for name in "empty garbage pointer page safetensors_huge safetensors_lies safetensors_list".split()
+        for name in ["empty", "garbage", "pointer", "page", "safetensors_huge", "safetensors_lies", "safetensors_list"]
     ],
     ("x.pt out", "x.pt", "x.pt |"),
     ("tensor.pt out", "tensor.pt"),
@@ -506,7 +550,7 @@ CONVERT = [
     ("--ema_key", "--ema_key"),
     *[
         ("--id2label x.json", "--id2label|x.json", f"x.json = bad/{name}")
-        for name in "empty garbage json_list json_deep".split()
+        for name in ["empty", "garbage", "json_list", "json_deep"]
     ],
     ("--id2label x.json", "--id2label|x.json", 'x.json : {"zero": "a"}'),
     ("--id2label x.json", "--id2label|x.json", 'x.json : {"0": 5}'),
@@ -559,7 +603,7 @@ LATENTS_VERIFY = [
     ("~--latents_dir", "--latents_dir"),
     *[
         ("", "cache|meta.json", f"cache/meta.json = bad/{name}")
-        for name in "empty garbage json_list json_number json_deep json_cut".split()
+        for name in ["empty", "garbage", "json_list", "json_number", "json_deep", "json_cut"]
     ],
     ("", "cache|meta.json", "cache/meta.json |"),
     ("", "cache", "cache/labels.npy = bad/garbage"),

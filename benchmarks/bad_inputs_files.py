@@ -171,7 +171,7 @@ def write_good_files():
 
     for argv in (
         "convert pipe official.pt --to sit",
-        "prepare --train_data_dir images --vae none --resolution 8 --output_dir cache --dataloader_num_workers 0",
+        "prepare --train_data_dir images --vae vae --resolution 8 --output_dir cache --dataloader_num_workers 0",
         "latents export --latents_dir cache --output_dir export",
     ):
         try:

@@ -297,8 +297,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="run the cases whose command and options contain this text")
     parser.add_argument("--every", type=int, default=1, help="run every n-th case")
+    parser.add_argument("--first", type=int, default=0, help="number of the first case, from 0")
     args = parser.parse_args()
-    cases = [case for case in all_cases() if args.only in str(case)][:: args.every]
+    cases = [case for case in all_cases() if args.only in str(case)][args.first :: args.every]
     try:
         counts = run_all(cases)
     finally:

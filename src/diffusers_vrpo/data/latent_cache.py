@@ -27,6 +27,7 @@ from PIL import Image as PILImage
 
 from ..errors import InputError, first_line
 from ..random_streams import ORDER, random_stream
+from ..schemas import CACHE, check, read_object
 from .image_source import CLASS_NAMES, class_names, worker_loader
 from .samples import SampleStreams
 
@@ -42,9 +43,9 @@ def read_meta(folder: Path, option: str) -> dict:
         InputError: if the folder does not hold a cache that this version can read.
     """
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = read_object(folder / "meta.json", {"format": int})
         if meta["format"] == FORMAT:
-            return meta
+            return check(meta, CACHE)
     except FileNotFoundError as error:
         raise InputError(
             option, f"`{option}` {folder} has no meta.json, so it is not a latent cache; {REMEDY}"

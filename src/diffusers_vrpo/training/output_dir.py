@@ -1,17 +1,24 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""The output folder of a run: checks that it can be written, and locks it for one run at a time."""
+"""The output folder of a run: checks what it holds and that it can be written, and locks it for one run at a time."""
 
 import contextlib
+import errno
+import fnmatch
 import os
 import re
+import shutil
 import socket
 from pathlib import Path
 
+import yaml
 from accelerate.utils import get_int_from_env
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
+from ..config import VRPOConfig, options_of
 from ..errors import InputError, TrainingStopped, first_line
+from ..files import find_irregular, open_regular
+from ..schemas import METRICS_ROW, START, read_rows
 
 
 try:
@@ -20,17 +27,55 @@ except ImportError:  # Windows
     fcntl = None
 
 
+# What training writes into its folder, beside its checkpoints and the trackers' files in `logging_dir`.
+RECORDS = ("train_config.yaml", "metrics.jsonl", "starts.jsonl")
+RESULTS = (
+    "model_index.json",
+    "*.py",  # the pipeline's code, in a folder with a model_index.json
+    "transformer/*",
+    "scheduler/*",
+    "vae/*",
+    "lora/*",
+    "best/*",
+    "best/*/*",
+    "samples.png",
+    "training.png",
+)
+COMPONENTS = ("transformer", "scheduler", "vae")
+AIDS = ("samples/step-*.png", "fd_reference.safetensors", "reward_reference.safetensors", "samples", "best")
+CHECKPOINT_FOLDERS = ("checkpoint-*", ".checkpoint-*", ".best.tmp", ".hub")
+INPUTS = (
+    "pretrained_model_name_or_path",
+    "vae",
+    "encoder",
+    "reward_encoder",
+    "fd_encoder",
+    "dataset_name",
+    "train_data_dir",
+    "latents_dir",
+    "model_config",
+)
+
+
 def prepare_output_dir(output_dir: str) -> Path:
     """Creates the folder of a run and checks that files can be written in it.
 
     Raises:
-        InputError: if they cannot.
+        InputError: if they cannot, or the folder holds a link or special file under a name that training reads or writes.
     """
     path = Path(output_dir)
     try:
         path.mkdir(parents=True, exist_ok=True)
+        for name in sorted(os.listdir(path)):
+            if is_ours(name) and (irregular := find_irregular(path / name)):
+                raise InputError(
+                    "output_dir",
+                    f"`output_dir` {output_dir}: {irregular[0].relative_to(path)} is {irregular[1]}, through which nothing is "
+                    "written or read; remove it, or choose another folder",
+                )
         probe = path / f".write-test-{os.getpid()}"
-        probe.write_text("")
+        probe.unlink(missing_ok=True)
+        probe.open("x").close()
         probe.unlink()
     except OSError as error:
         raise InputError(
@@ -38,6 +83,111 @@ def prepare_output_dir(output_dir: str) -> Path:
             f"`output_dir` {output_dir} cannot be written ({error.strerror or error}); choose another folder",
         ) from error
     return path
+
+
+def is_ours(name: str) -> bool:
+    """Whether training reads or writes a file or folder of this name at the top of its output folder."""
+    patterns = [pattern.split("/")[0] for pattern in (*RECORDS, *RESULTS, *AIDS, *CHECKPOINT_FOLDERS)]
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in (*patterns, ".lock", ".*.tmp", ".shared-*"))
+
+
+def check_inputs(args: VRPOConfig, folder: Path):
+    """Checks that nothing which a run reads is what it writes.
+
+    Raises:
+        InputError: if weights or data are the output folder itself, or with `overwrite_output_dir` something in it that
+            would be removed.
+    """
+    place = folder.resolve()
+    for name in INPUTS:
+        value = getattr(args, name)
+        for item in value if isinstance(value, list) else [value]:
+            if not item or not Path(item).expanduser().exists():
+                continue
+            source = Path(item).expanduser().resolve()
+            inside = source.is_relative_to(place) and source != place
+            removed = inside and args.overwrite_output_dir and is_ours(source.relative_to(place).parts[0])
+            result = inside and source.relative_to(place).parts[0] in ("transformer", "vae", "model_index.json")
+            if source == place or removed or result:
+                raise InputError(
+                    "output_dir",
+                    f"`output_dir` {args.output_dir} would overwrite `{name}` {item}, which the run starts from; choose another "
+                    "folder",
+                )
+
+
+def claim_output_dir(args: VRPOConfig, folder: Path, checkpoint: Path | None):
+    """Checks that a run may begin in a folder, and removes what an earlier one left there if `overwrite_output_dir` is set.
+
+    A run that continues from a checkpoint of the folder may; so may one that begins again because it ended before its first
+    checkpoint. Otherwise the folder must hold nothing but the trackers' folder, hidden files, log files and the file of an
+    option. One process calls it.
+
+    Args:
+        checkpoint: the checkpoint to continue from.
+
+    Raises:
+        InputError: if something would be lost.
+    """
+    if checkpoint is not None and checkpoint.resolve().parent == folder.resolve():
+        return
+    if args.overwrite_output_dir:
+        remove_run(folder)
+        return
+    allowed = {Path(args.logging_dir).parts[0], "nohup.out"}
+    for name in options_of(VRPOConfig):
+        value = getattr(args, name)
+        if name != "output_dir" and isinstance(value, str) and Path(value).resolve().parent == folder.resolve():
+            allowed.add(Path(value).name)
+    found = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+    found = [name for name in found if name not in allowed and Path(name).suffix not in (".log", ".out", ".err")]
+    results = [name for name in ("model_index.json", "transformer", "lora") if name in found]
+    if not found or (not results and all(map(is_ours, found)) and ended_before_first_checkpoint(folder)):
+        return
+    shown = results or sorted(found)
+    raise InputError(
+        "output_dir",
+        f"`output_dir` {args.output_dir} holds {', '.join(shown[:3])}{' and more' if len(shown) > 3 else ''}, and no checkpoint "
+        "that this run can continue; choose another folder, or give `overwrite_output_dir` to remove what training has "
+        "written there",
+    )
+
+
+def ended_before_first_checkpoint(folder: Path) -> bool:
+    """Whether a run in a folder without checkpoints ended before it could save one, so that it loses nothing by beginning."""
+    try:
+        steps = yaml.safe_load((folder / "train_config.yaml").read_text())["checkpointing_steps"]
+        files = [folder / name for name in ("starts.jsonl", "metrics.jsonl")]
+        starts, rows = (
+            [row["step"] for row in (read_rows(path, wanted)[0] if path.exists() else [])]
+            for path, wanted in zip(files, (START, METRICS_ROW))
+        )
+        first = min(starts, default=0)
+        return max([*starts, first]) == first and max(rows, default=0) <= (first // steps + 1) * steps
+    except FileNotFoundError:
+        return not (folder / "metrics.jsonl").exists()
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError, yaml.YAMLError):
+        return False
+
+
+def remove_run(folder: Path):
+    """Removes the checkpoints, records and results of training from a folder, and keeps all other files.
+
+    Only a `checkpoint-N` that has a manifest or a `training_state.json` is one of ours.
+    """
+    for path in folder.glob("checkpoint-*"):
+        if re.fullmatch(r"checkpoint-\d+(\.damaged)?", path.name) and (
+            (path / "manifest.json").is_file() or (path / "training_state.json").is_file()
+        ):
+            shutil.rmtree(path)
+    is_pipeline = (folder / "model_index.json").is_file()
+    for pattern in (*RECORDS, *RESULTS, *AIDS):
+        for path in folder.glob(pattern):
+            if path.is_file() and (pattern != "*.py" or is_pipeline):
+                path.unlink()
+    for name in ("transformer", "scheduler", "vae", "lora", "samples", *(f"best/{p}" for p in COMPONENTS), "best"):
+        with contextlib.suppress(OSError):  # missing, or it holds other files
+            (folder / name).rmdir()
 
 
 @contextlib.contextmanager
@@ -54,7 +204,9 @@ def locked(folder: Path):
     """
     rank = get_int_from_env(["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"], 0)
     try:
-        file = (folder / ".lock").open("a+") if fcntl is not None and rank == 0 else None
+        can_lock = fcntl is not None and rank == 0
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
+        file = os.fdopen(open_regular(folder / ".lock", flags), "a+") if can_lock else None
     except OSError:
         file = None
     if file is None:
@@ -92,9 +244,29 @@ def writing(what: str):
         if (reason := unwritable(error)) is None:
             raise
         raise TrainingStopped(
-            f"{what} cannot be written ({reason}); make room and run the same command again: it continues from the newest "
+            f"{what} cannot be written ({reason}); {remedy(error)} and run the same command again: it continues from the newest "
             "checkpoint"
         ) from error
+
+
+def remedy(error: BaseException | str | None) -> str:
+    """What to do about a file that could not be written, from the exception or its description."""
+    reason = error if isinstance(error, str) else (unwritable(error) if error is not None else None) or ""
+    if (
+        os.strerror(errno.ENOENT) in reason
+        or os.strerror(errno.ENOTCONN) in reason
+        or os.strerror(errno.ESTALE) in reason
+    ):
+        return "the folder is no longer there: put it back or mount it again"
+    if os.strerror(errno.EROFS) in reason or os.strerror(errno.EACCES) in reason:
+        return "make the folder writable"
+    return "make room"
+
+
+def not_saved(folder: Path, step: int) -> TrainingStopped:
+    """The error that ends a run whose checkpoint could not be saved."""
+    what = remedy(None if folder.is_dir() else os.strerror(errno.ENOENT))
+    return TrainingStopped(f"step {step} could not be saved; {what} and run the same command again")
 
 
 def unwritable(error: BaseException) -> str | None:

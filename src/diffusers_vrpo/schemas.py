@@ -38,6 +38,13 @@ START = {
     "local?": [str],
     "torch?": str,
 }
+RECORDED_OPTIONS = {  # of train_config.yaml, those that a report computes with
+    "seed?": int,
+    "train_batch_size?": int,
+    "gradient_accumulation_steps?": int,
+    "policy_epochs?": int,
+    "checkpointing_steps?": int,
+}
 SAMPLES = {
     "format": int,
     "complete?": bool,

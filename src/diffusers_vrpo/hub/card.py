@@ -11,6 +11,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..config import Resume, names_marked
+from ..schemas import METRICS_ROW, START, read_rows
+from ..training.metrics import merge_steps
 
 
 STAGED = "staged.json"  # in the folder of a checkpoint on its way to the Hub: its step
@@ -78,21 +80,6 @@ def read_mapping(file: Path) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-def read_lines(file: Path, one_a_step: bool = False) -> list[dict]:
-    """Reads the objects of a JSON-lines file, without an incomplete one; `one_a_step` merges those of the same step."""
-    rows: list[dict] = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if one_a_step and rows and rows[-1].get("step") == row.get("step"):
-            rows[-1] |= row
-        else:
-            rows.append(row)
-    return rows
-
-
 def is_finite(value) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
@@ -124,7 +111,11 @@ def read_run(folder: str | Path) -> dict:
     """Reads the facts about a run or pipeline for the template; those that no file holds are None or empty."""
     folder = Path(folder)
     given = read_mapping(folder / "train_config.yaml")
-    rows, starts = read_lines(folder / "metrics.jsonl", one_a_step=True), read_lines(folder / "starts.jsonl")
+    rows, starts = (
+        read_rows(file, wanted)[0] if (file := folder / name).is_file() else []
+        for name, wanted in (("metrics.jsonl", METRICS_ROW), ("starts.jsonl", START))
+    )
+    rows = merge_steps(rows)
     start = starts[-1] if starts else {}
     local = start.get("local")
     private = names_marked(Resume.MACHINE)
@@ -136,7 +127,11 @@ def read_run(folder: str | Path) -> dict:
         return columns[name][1] if name in columns else None
 
     rewards = [name.split("/", 1)[1] for name in columns if name.startswith("reward/")]
-    hardware = [f"{start['num_processes']} × {start['hardware']}" for start in starts]
+    hardware = [
+        f"{start['num_processes']} × {start['hardware']}"
+        for start in starts
+        if {"num_processes", "hardware"} <= set(start)
+    ]
     objective = options.get("objective")
     return {
         "options": options,

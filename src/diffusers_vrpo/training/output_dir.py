@@ -232,6 +232,22 @@ def locked(folder: Path):
 
 
 @contextlib.contextmanager
+def writing_result(option: str, target: str | Path):
+    """Turns a failure to write the result of a command inside the `with` block, such as a full disk, into an InputError.
+
+    Args:
+        option: the option that names the file or folder `target`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            option,
+            f"`{option}` {target} cannot be written ({error.strerror or error}); make room or choose another place",
+        ) from error
+
+
+@contextlib.contextmanager
 def writing(what: str):
     """Turns a failure to write `what` inside the `with` block, such as a full disk, into an error that says what to do.
 

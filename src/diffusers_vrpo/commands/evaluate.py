@@ -26,11 +26,11 @@ from .. import __version__
 from ..command_line import OneLineErrorParser, add_options, number_in, one_line_errors
 from ..config import In, RunConfig
 from ..errors import InputError
-from ..files import write_atomically
 from ..evaluation.compare import DATASET_OPTIONS, METRICS, MetricSettings, compare_images, open_reference
 from ..evaluation.image_encoders import POOLINGS
 from ..evaluation.image_sets import open_images
 from ..evaluation.plots import plot_features
+from ..files import write_atomically
 from ..pipelines.sample_folder import unfinished_samples
 from ..schemas import check
 from ..training.distributed import start_processes

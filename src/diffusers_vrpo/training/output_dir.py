@@ -141,8 +141,14 @@ def claim_output_dir(args: VRPOConfig, folder: Path, checkpoint: Path | None):
             allowed.add(Path(value).name)
     found = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
     found = [name for name in found if name not in allowed and Path(name).suffix not in (".log", ".out", ".err")]
-    results = [name for name in ("model_index.json", "transformer", "lora") if name in found]
-    if not found or (not results and all(map(is_ours, found)) and ended_before_first_checkpoint(folder)):
+    results = [name for name in found if name in ("model_index.json", "lora", *COMPONENTS)]
+    if (folder / "samples").is_dir():
+        found += [f"samples/{path.name}" for path in (folder / "samples").iterdir() if not path.match("step-*.png")]
+    if not found or (
+        not results
+        and all(is_ours(n) and Path(n).suffix != ".py" for n in found)
+        and ended_before_first_checkpoint(folder)
+    ):
         return
     shown = results or sorted(found)
     raise InputError(
@@ -173,13 +179,21 @@ def ended_before_first_checkpoint(folder: Path) -> bool:
 def remove_run(folder: Path):
     """Removes the checkpoints, records and results of training from a folder, and keeps all other files.
 
-    Only a `checkpoint-N` that has a manifest or a `training_state.json` is one of ours.
+    Raises:
+        InputError: before anything is removed, if a `checkpoint-N` has neither a manifest nor a `training_state.json`.
     """
-    for path in folder.glob("checkpoint-*"):
-        if re.fullmatch(r"checkpoint-\d+(\.damaged)?", path.name) and (
-            (path / "manifest.json").is_file() or (path / "training_state.json").is_file()
-        ):
-            shutil.rmtree(path)
+    checkpoints = [
+        path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+(\.damaged)?", path.name)
+    ]
+    for path in checkpoints:
+        if not ((path / "manifest.json").is_file() or (path / "training_state.json").is_file()):
+            raise InputError(
+                "output_dir",
+                f"`output_dir` {folder} holds {path.name}, which training has not written, so that `overwrite_output_dir` does "
+                "not remove it; choose another folder",
+            )
+    for path in checkpoints:
+        shutil.rmtree(path)
     is_pipeline = (folder / "model_index.json").is_file()
     for pattern in (*RECORDS, *RESULTS, *AIDS):
         for path in folder.glob(pattern):
@@ -281,7 +295,12 @@ def remedy(error: BaseException | str | None) -> str:
 
 def not_saved(folder: Path, step: int) -> TrainingStopped:
     """The error that ends a run whose checkpoint could not be saved."""
-    what = remedy(None if folder.is_dir() else os.strerror(errno.ENOENT))
+    problem = errno.ENOSPC
+    if not folder.is_dir():
+        problem = errno.ENOENT
+    elif not os.access(folder, os.W_OK):
+        problem = errno.EROFS
+    what = remedy(os.strerror(problem))
     return TrainingStopped(f"step {step} could not be saved; {what} and run the same command again")
 
 

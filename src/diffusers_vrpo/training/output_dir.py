@@ -141,7 +141,7 @@ def claim_output_dir(args: VRPOConfig, folder: Path, checkpoint: Path | None):
             allowed.add(Path(value).name)
     found = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
     found = [name for name in found if name not in allowed and Path(name).suffix not in (".log", ".out", ".err")]
-    results = [name for name in found if name in ("model_index.json", "lora", *COMPONENTS)]
+    results = [name for name in ("model_index.json", "lora", *COMPONENTS) if name in found]
     if (folder / "samples").is_dir():
         found += [f"samples/{path.name}" for path in (folder / "samples").iterdir() if not path.match("step-*.png")]
     if not found or (

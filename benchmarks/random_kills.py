@@ -107,12 +107,22 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def same(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two tensors have the same bits; NaN equals NaN, which marks what has not been measured yet."""
+    alike = left.dtype == right.dtype and left.shape == right.shape
+    return (
+        alike
+        and left.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        == right.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    )
+
+
 def difference(straight: Path, killed: Path) -> str | None:
     """The first difference between two finished runs; None if they are equal bit by bit."""
     left, right = tensors(straight), tensors(killed)
     if left.keys() != right.keys():
         return f"files or tensors differ: {sorted(left.keys() ^ right.keys())[:3]}"
-    if different := [name for name in left if not torch.equal(left[name], right[name])]:
+    if different := [name for name in left if not same(left[name], right[name])]:
         return f"{different[0]} differs, and {len(different) - 1} more"
     states = [json.loads((list_checkpoints(f)[-1] / "training_state.json").read_text()) for f in (straight, killed)]
     rows = [read_metrics(f / "metrics.jsonl") for f in (straight, killed)]

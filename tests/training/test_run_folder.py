@@ -56,7 +56,7 @@ def test_a_finished_run_without_its_checkpoints_is_not_begun_again(command, fold
     remove_checkpoints(folder)
     before = contents(folder)
     refused = (
-        "`output_dir` .*/run holds model_index.json, transformer, and no checkpoint .* choose another folder, or give "
+        "`output_dir` .*/run holds model_index.json, transformer, scheduler, and no checkpoint .* choose another folder, or give "
         "`overwrite_output_dir`"
     )
     with pytest.raises(InputError, match=refused) as error:
@@ -291,3 +291,179 @@ def test_a_claim_of_an_empty_folder_is_free(tmp_path):
     (tmp_path / ".DS_Store").touch()
     (tmp_path / "config.yaml").touch()
     claim_output_dir(VRPOConfig(output_dir=str(tmp_path), config=str(tmp_path / "config.yaml")), tmp_path, None)
+
+
+# Commands beside training
+
+
+PREPARE = [
+    "--dataset",
+    "digits",
+    "--vae",
+    "none",
+    "--encoder",
+    "digits",
+    "--resolution",
+    "8",
+    "--dataloader_num_workers",
+    "0",
+]
+SAMPLE = ["--num_images", "32", "--num_inference_steps", "1", "--output_format", "npz", "--batch_size", "32"]
+
+
+@pytest.mark.parametrize("name", ["report", "sample", "prepare"])
+def test_a_full_disk_ends_a_command_in_a_sentence(trainers, finished, tmp_path, name):
+    target = tmp_path / "result"
+    arguments = {"report": [finished, "--metric", "loss_fm"], "sample": [finished, *SAMPLE], "prepare": PREPARE}[name]
+    command = [*arguments, "--output_dir", target]
+    process = trainers(command, hook="no room at all", program=f"diffusers_vrpo.commands.{name}")
+    assert process.wait() == [1]
+    log = process.log.read_text()
+    assert "Traceback" not in log, log
+    assert f"error: --output_dir {target} cannot be written (" in log, log
+    assert not [path for path in target.rglob("*.tmp")]
+    trainers(command, program=f"diffusers_vrpo.commands.{name}").finish()
+
+
+def test_a_result_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeypatch):
+    from diffusers_vrpo.commands.evaluate import refuse_other_report, write_report
+    from diffusers_vrpo.training.output_dir import writing_result
+
+    file = tmp_path / "fid.json"
+    write_report(file, '{"samples": {}, "metrics": {}, "settings": {}}')
+    refuse_other_report(str(file))
+    before = file.read_text()
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(
+            InputError, match=r"`output_file` .*fid.json cannot be written \(No space left on device\)"
+        ):
+            with writing_result("output_file", file):
+                write_report(file, "new")
+    assert file.read_text() == before and list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("content", ["mine", "[1]", '{"metrics": 3}', '{"accuracy": 0.9}'])
+def test_evaluate_does_not_replace_another_file(tmp_path, content):
+    from diffusers_vrpo.commands.evaluate import refuse_other_report
+
+    (tmp_path / "mine.json").write_text(content)
+    with pytest.raises(
+        InputError, match="mine.json exists and is not a result of `vrpo evaluate`; choose another file"
+    ):
+        refuse_other_report(str(tmp_path / "mine.json"))
+
+
+def test_a_report_does_not_replace_other_files_nor_follow_links(finished, folder, tmp_path):
+    from diffusers_vrpo.commands.report import main
+
+    arguments = ["--metric", "loss_fm", "--output_dir", str(tmp_path / "report")]
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "final.png").write_text("mine")
+    with pytest.raises(SystemExit, match="--output_dir .*report holds final.png, which no report has written"):
+        main([str(finished), *arguments])
+    assert (tmp_path / "report" / "final.png").read_text() == "mine"
+    (tmp_path / "report" / "final.png").unlink()
+    main([str(finished), *arguments])
+    main([str(finished), *arguments])  # its own files are replaced
+    grid = next((folder / "samples").glob("*.png"))
+    grid.rename(tmp_path / "private.png")
+    grid.symlink_to(tmp_path / "private.png")
+    main([str(folder), *arguments])
+    assert "data:image/png" not in (tmp_path / "report" / "report.html").read_text().split("<h2>Samples</h2>")[-1]
+    for name in ("train_config.yaml", "metrics.jsonl", "starts.jsonl"):
+        (folder / name).rename(tmp_path / name)
+        (folder / name).symlink_to(tmp_path / name)
+        with pytest.raises(SystemExit, match="cannot be read .*it is a link to another file"):
+            main([str(folder), *arguments])
+        (folder / name).unlink()
+        (tmp_path / name).rename(folder / name)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "000003.png", "parts"])
+def test_samples_are_not_written_through_links(finished, tmp_path, name):
+    from diffusers_vrpo.commands.sample import main
+
+    target = tmp_path / "samples"
+    command = [str(finished), "--num_images", "2", "--num_inference_steps", "1", "--output_dir", str(target)]
+    main(command)
+    (tmp_path / "private").write_text("private")
+    (target / name).unlink(missing_ok=True)
+    (target / name).symlink_to(tmp_path / "private")
+    with pytest.raises(SystemExit, match="is a link to"):
+        main(command)
+    assert (tmp_path / "private").read_text() == "private"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"options": 3}, {"options": {"num_images": "2"}}, {"versions": []}, {"format": "1"}, {"pipeline_checksum": None}],
+)
+def test_a_manifest_of_samples_of_other_types_is_named(finished, tmp_path, changes):
+    from diffusers_vrpo.commands.sample import main
+    from diffusers_vrpo.pipelines.sample_folder import FORMAT
+
+    manifest = {"format": FORMAT, "options": {}, "versions": {}, "pipeline_checksum": 1, "labels": []} | changes
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(SystemExit, match=f"manifest.json is not a manifest of samples .*{next(iter(changes))}"):
+        main(
+            [
+                str(finished),
+                "--num_images",
+                "2",
+                "--num_inference_steps",
+                "1",
+                "--output_dir",
+                str(tmp_path / "samples"),
+            ]
+        )
+
+
+@pytest.mark.parametrize(
+    "changes, problem",
+    [
+        ({"transformer": 3}, "transformer must be"),
+        ({"transformer": ["diffusers_vrpo"]}, "transformer must be"),
+        ({"transformer": [1, 2]}, "transformer must be"),
+        ({"id2label": ["a"]}, "id2label must map class ids to names"),
+        ({"id2label": {"cat": "0"}}, 'id2label has the key "cat"'),
+        ({"id2label": {"0": 1}}, "id2label 0 must be text, not 1"),
+    ],
+)
+def test_a_model_index_of_other_types_is_named(folder, tmp_path, changes, problem):
+    from diffusers_vrpo.commands.sample import main
+
+    file = folder / "model_index.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(SystemExit, match=f"model_index.json is not that of a pipeline: {problem}"):
+        main([str(folder), "--num_images", "1", "--output_dir", str(tmp_path / "samples")])
+
+
+@pytest.mark.parametrize("text", ["[1]", "3", "null", '"text"', "{", "\xff"])
+def test_a_model_index_that_is_no_object_is_a_sentence(folder, tmp_path, text):
+    from diffusers_vrpo.commands.sample import main
+
+    (folder / "model_index.json").write_text(text, encoding="latin-1")
+    with pytest.raises(SystemExit, match="error: PIPELINE|error: .*model_index.json"):
+        main([str(folder), "--num_images", "1", "--output_dir", str(tmp_path / "samples")])
+
+
+@pytest.mark.parametrize(
+    "changes, problem",
+    [
+        ({"num_layers": "2"}, 'num_layers must be a whole number, not "2"'),
+        ({"num_layers": 2.5}, "num_layers must be a whole number"),
+        ({"num_layers": True}, "num_layers must be a whole number"),
+        ({"num_attention_heads": [2]}, "num_attention_heads must be a whole number"),
+    ],
+)
+def test_a_model_config_of_other_types_is_named(command, tmp_path, changes, problem):
+    options = command()
+    (tmp_path / "model.json").write_text(json.dumps(json.loads((tmp_path / "model.json").read_text()) | changes))
+    with pytest.raises(InputError, match=f"`model_config` .*model.json: {problem}"):
+        run(options)

@@ -339,11 +339,9 @@ def test_a_result_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(
-            InputError, match=r"`output_file` .*fid.json cannot be written \(No space left on device\)"
-        ):
-            with writing_result("output_file", file):
-                write_report(file, "new")
+        message = r"`output_file` .*fid.json cannot be written \(No space left on device\)"
+        with pytest.raises(InputError, match=message), writing_result("output_file", file):
+            write_report(file, "new")
     assert file.read_text() == before and list(tmp_path.iterdir()) == [file]
 
 
@@ -407,7 +405,8 @@ def test_a_manifest_of_samples_of_other_types_is_named(finished, tmp_path, chang
     from diffusers_vrpo.commands.sample import main
     from diffusers_vrpo.pipelines.sample_folder import FORMAT
 
-    manifest = {"format": FORMAT, "options": {}, "versions": {}, "pipeline_checksum": 1, "labels": []} | changes
+    options = {"num_images": 2, "batch_size": 2, "output_format": "png"}
+    manifest = {"format": FORMAT, "options": options, "versions": {}, "pipeline_checksum": 1, "labels": []} | changes
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(SystemExit, match=f"manifest.json is not a manifest of samples .*{next(iter(changes))}"):

@@ -23,7 +23,7 @@ from PIL import Image
 
 from ..errors import InputError, first_line
 from ..files import find_irregular, replacing, write_atomically
-from ..schemas import SAMPLES, read_object
+from ..schemas import SAMPLES, check, read_object
 
 
 FORMAT = 1
@@ -124,9 +124,9 @@ class SampleFolder:
                 )
             return None
         try:
-            manifest = read_object(path, SAMPLES)
-            if manifest["format"] == FORMAT:
-                return manifest
+            manifest = read_object(path, {"format": int})
+            if manifest["format"] == FORMAT and set(SAMPLES) - {"complete?"} <= set(manifest):
+                return check(manifest, SAMPLES)
         except (OSError, ValueError) as error:
             raise InputError(
                 "output_dir",
@@ -214,8 +214,8 @@ class SampleFolder:
 def unfinished_samples(folder: Path) -> int | None:
     """The number of images that an unfinished folder of samples will have; None for any other folder."""
     try:
-        manifest = read_object(folder / "manifest.json", SAMPLES)
-        return None if manifest.get("complete") else manifest["options"]["num_images"]
+        manifest = read_object(folder / "manifest.json", {"complete": bool, "options": {"num_images": int}})
+        return None if manifest["complete"] else manifest["options"]["num_images"]
     except (OSError, ValueError):  # another program's manifest
         return None
 

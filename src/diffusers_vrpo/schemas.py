@@ -25,8 +25,7 @@ TRAINING_STATE = {
     "train_flops": NUMBER,
 }
 METRICS_ROW = {"step": int}
-START = {
-    "step": int,
+START_FACTS = {
     "hardware?": (str, type(None)),
     "num_processes?": int,
     "global_batch_size?": int,
@@ -38,6 +37,7 @@ START = {
     "local?": [str],
     "torch?": str,
 }
+START = {"step": int} | START_FACTS
 RECORDED_OPTIONS = {  # of train_config.yaml, those that a report computes with
     "seed?": int,
     "train_batch_size?": int,
@@ -134,6 +134,17 @@ def read_rows(path: Path, wanted: dict) -> tuple[list[dict], int]:
         except (ValueError, RecursionError):
             damaged += 1
     return rows, damaged
+
+
+def merge_steps(rows: list[dict]) -> list[dict]:
+    """Merges consecutive rows of a step: validation, which runs after the checkpoint, adds another line for its step."""
+    merged: list[dict] = []
+    for row in rows:
+        if merged and merged[-1]["step"] == row["step"]:
+            merged[-1] |= row
+        else:
+            merged.append(row)
+    return merged
 
 
 def check_model_index(index, error: Callable[[str], Exception]):

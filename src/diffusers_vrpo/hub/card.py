@@ -11,8 +11,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..config import Resume, names_marked
-from ..schemas import METRICS_ROW, START, read_rows
-from ..training.metrics import merge_steps
+from ..schemas import METRICS_ROW, START_FACTS, merge_steps, read_rows
 
 
 STAGED = "staged.json"  # in the folder of a checkpoint on its way to the Hub: its step
@@ -113,7 +112,7 @@ def read_run(folder: str | Path) -> dict:
     given = read_mapping(folder / "train_config.yaml")
     rows, starts = (
         read_rows(file, wanted)[0] if (file := folder / name).is_file() else []
-        for name, wanted in (("metrics.jsonl", METRICS_ROW), ("starts.jsonl", START))
+        for name, wanted in (("metrics.jsonl", METRICS_ROW), ("starts.jsonl", START_FACTS))
     )
     rows = merge_steps(rows)
     start = starts[-1] if starts else {}

@@ -15,7 +15,7 @@ from accelerate.tracking import GeneralTracker
 
 from ..alignment.attach import AlignedTransformer
 from ..files import open_regular, sync_to_disk, write_atomically
-from ..schemas import METRICS_ROW, read_rows
+from ..schemas import METRICS_ROW, merge_steps, read_rows
 from .output_dir import writing
 from .throughput import hardware_name
 
@@ -222,14 +222,3 @@ def write_start(
 def read_metrics(path: str | Path) -> list[dict]:
     """Reads a `metrics.jsonl` into one row per step, without lines that are damaged, as a crash leaves the last one."""
     return merge_steps(read_rows(Path(path), METRICS_ROW)[0])
-
-
-def merge_steps(rows: list[dict]) -> list[dict]:
-    """Merges consecutive rows of a step: validation, which runs after the checkpoint, adds another line for its step."""
-    merged: list[dict] = []
-    for row in rows:
-        if merged and merged[-1]["step"] == row["step"]:
-            merged[-1] |= row
-        else:
-            merged.append(row)
-    return merged

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from diffusers_vrpo import trainer as trainer_module
+from diffusers_vrpo.data.latent_cache import read_meta
 from diffusers_vrpo.errors import InputError, TrainingStopped
 from diffusers_vrpo.training import checkpoints as training
 from diffusers_vrpo.training.checkpoints import find_damage, list_checkpoints
@@ -293,6 +294,23 @@ def test_a_claim_of_an_empty_folder_is_free(tmp_path):
     claim_output_dir(VRPOConfig(output_dir=str(tmp_path), config=str(tmp_path / "config.yaml")), tmp_path, None)
 
 
+@pytest.mark.parametrize("refused", ["a file", "a link", "too few steps"])
+def test_all_processes_agree_on_a_refusal(command, trainers, folder, tmp_path, refused):
+    changes = {"train_batch_size": 8, "dataloader_num_workers": 0}
+    if refused == "a file":
+        remove_checkpoints(folder)
+    elif refused == "a link":
+        (folder / "samples.png").unlink()
+        (folder / "samples.png").symlink_to(tmp_path / "private")
+    else:
+        changes["max_train_steps"] = 1
+    before = contents(folder)
+    trainer = trainers(command(**changes), processes=2)
+    assert trainer.wait() == [1, 1]
+    assert trainer.log.read_text().count("ended by InputError: `") == 2
+    assert contents(folder) == before
+
+
 # Commands beside training
 
 
@@ -466,3 +484,39 @@ def test_a_model_config_of_other_types_is_named(command, tmp_path, changes, prob
     (tmp_path / "model.json").write_text(json.dumps(json.loads((tmp_path / "model.json").read_text()) | changes))
     with pytest.raises(InputError, match=f"`model_config` .*model.json: {problem}"):
         run(options)
+
+
+@pytest.mark.parametrize(
+    "changes, problem",
+    [
+        ({"config": []}, r"config must be an object, not \[\]"),
+        ({"complete": "yes"}, "complete must be true or false"),
+        ({"checksums": ["a"]}, r"checksums\[0\] must be a whole number"),
+        ({"format": "1"}, "format must be a whole number"),
+    ],
+)
+def test_the_meta_of_a_cache_of_other_types_is_named(tmp_path, changes, problem):
+    config = {"count": 1, "chunk_rows": 1, "images": "none"}
+    meta = {
+        "format": 1,
+        "complete": True,
+        "config": config,
+        "about": {},
+        "corrupt_rows": [],
+        "checksums": [1],
+    } | changes
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(InputError, match=f"meta.json is damaged .*{problem}"):
+        read_meta(tmp_path, "latents_dir")
+    (tmp_path / "meta.json").unlink()
+    os.mkfifo(tmp_path / "meta.json")
+    with pytest.raises(InputError, match="meta.json is damaged .*not a regular file"):
+        read_meta(tmp_path, "latents_dir")
+
+
+def test_the_meta_of_a_cache_may_be_a_link_of_the_hubs_folder(tmp_path):
+    config = {"count": 1, "chunk_rows": 1, "images": "none"}
+    meta = {"format": 1, "complete": True, "config": config, "about": {}, "corrupt_rows": [], "checksums": [1]}
+    (tmp_path / "blob").write_text(json.dumps(meta))
+    (tmp_path / "meta.json").symlink_to(tmp_path / "blob")
+    assert read_meta(tmp_path, "dataset") == meta

@@ -37,15 +37,20 @@ def read_regular(path: Path) -> str:
 
 def find_irregular(path: Path) -> tuple[Path, str] | None:
     """The first link or special file at `path` or in the folder `path`, and what it is; None if there is none."""
-    try:
-        mode = path.lstat().st_mode
-    except FileNotFoundError:
-        return None
-    if stat.S_ISDIR(mode):
-        return next(filter(None, map(find_irregular, sorted(path.iterdir()))), None)
-    if stat.S_ISLNK(mode):
-        return path, f"a link to {os.readlink(path)}"
-    return None if stat.S_ISREG(mode) else (path, "a pipe or device")
+    waiting = [path]
+    while waiting:
+        path = waiting.pop()
+        try:
+            mode = path.lstat().st_mode
+        except FileNotFoundError:
+            continue
+        if stat.S_ISLNK(mode):
+            return path, f"a link to {os.readlink(path)}"
+        if stat.S_ISDIR(mode):
+            waiting += sorted(path.iterdir(), reverse=True)
+        elif not stat.S_ISREG(mode):
+            return path, "a pipe or device"
+    return None
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from diffusers_vrpo import VRPOConfig
 from diffusers_vrpo import trainer as trainer_module
 from diffusers_vrpo.data.latent_cache import read_meta
 from diffusers_vrpo.errors import InputError, TrainingStopped
@@ -285,9 +286,7 @@ def test_a_line_of_metrics_is_not_written_into_a_new_folder(tmp_path):
     assert not list((tmp_path / "run").iterdir())
 
 
-def test_a_claim_of_an_empty_folder_is_free(tmp_path):
-    from diffusers_vrpo import VRPOConfig
-
+def test_what_harms_nothing_may_be_in_a_new_folder(tmp_path):
     (tmp_path / "logs").mkdir()
     (tmp_path / ".DS_Store").touch()
     (tmp_path / "config.yaml").touch()

@@ -15,7 +15,7 @@ from accelerate.utils import get_int_from_env
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ..config import VRPOConfig, options_of
+from ..config import DIGITS, VRPOConfig
 from ..errors import InputError, TrainingStopped, first_line
 from ..files import find_irregular, open_regular
 from ..schemas import METRICS_ROW, START, read_rows
@@ -102,7 +102,7 @@ def check_inputs(args: VRPOConfig, folder: Path):
     for name in INPUTS:
         value = getattr(args, name)
         for item in value if isinstance(value, list) else [value]:
-            if not item or not Path(item).expanduser().exists():
+            if not item or item == DIGITS or not Path(item).expanduser().exists():
                 continue
             source = Path(item).expanduser().resolve()
             inside = source.is_relative_to(place) and source != place
@@ -134,11 +134,10 @@ def claim_output_dir(args: VRPOConfig, folder: Path, checkpoint: Path | None):
     if args.overwrite_output_dir:
         remove_run(folder)
         return
-    allowed = {Path(args.logging_dir).parts[0], "nohup.out"}
-    for name in options_of(VRPOConfig):
-        value = getattr(args, name)
-        if name != "output_dir" and isinstance(value, str) and Path(value).resolve().parent == folder.resolve():
-            allowed.add(Path(value).name)
+    allowed = {*Path(args.logging_dir).parts[:1]}
+    for file in (args.config, args.model_config):
+        if file and Path(file).expanduser().resolve().parent == folder.resolve():
+            allowed.add(Path(file).name)
     found = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
     found = [name for name in found if name not in allowed and Path(name).suffix not in (".log", ".out", ".err")]
     results = [name for name in ("model_index.json", "lora", *COMPONENTS) if name in found]
@@ -172,7 +171,7 @@ def ended_before_first_checkpoint(folder: Path) -> bool:
         return max([*starts, first]) == first and max(rows, default=0) <= (first // steps + 1) * steps
     except FileNotFoundError:
         return not (folder / "metrics.jsonl").exists()
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError, yaml.YAMLError):
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError, RecursionError, yaml.YAMLError):
         return False
 
 

@@ -443,6 +443,14 @@ class CheckpointConfig(Options):
         "checkpoint to continue from: the latest if there is one, none, that on the Hub, or a folder",
         "latest|none|hub|DIR",
     )
+    overwrite_output_dir: Machine[bool] = option(
+        False,
+        "begin in an output folder that holds a pipeline, metrics or other files and no checkpoint to continue: what "
+        "training wrote there is removed, other files stay; with --resume_from_checkpoint none also the checkpoints",
+    )
+    stop_on_failed_checkpoint: Machine[bool] = option(
+        False, "stop if a checkpoint cannot be written, instead of trying again at the next one"
+    )
     skip_nonfinite: Free[bool] = option(
         False, "skip steps whose loss or gradient is NaN or infinite, instead of stopping there"
     )

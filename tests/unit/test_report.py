@@ -14,7 +14,8 @@ from PIL import Image
 
 from diffusers_vrpo.commands.report import build_parser, collect, main, number
 from diffusers_vrpo.models.transformer_sit import SiTTransformer2DModel
-from diffusers_vrpo.reporting.runs import Run, first_crossing, read_lines
+from diffusers_vrpo.reporting.runs import Run, first_crossing
+from diffusers_vrpo.schemas import START, read_rows
 from diffusers_vrpo.training.metrics import MetricsFile, read_metrics
 from diffusers_vrpo.training.throughput import projector_flops, step_flops
 from support.models import aligned_with
@@ -378,7 +379,7 @@ def test_real_runs_from_training_to_the_page(command, tmp_path, capsys):
     assert aligned == plain + 3 * projector_flops(32, 16, 1, [64], projector_dim=32)
     per_step = np.diff([0, *(row["train_flops"] for row in rows)]) / 16  # the encoder is counted, too
     assert per_step[0] == per_step[1] > aligned > per_step[2] == per_step[3] == plain
-    starts, _ = read_lines(tmp_path / "repa" / "starts.jsonl")
+    starts, _ = read_rows(tmp_path / "repa" / "starts.jsonl", START)
     assert [start["step"] for start in starts] == [0, 3] and starts[0]["hardware"]
     projectors = sum(p.numel() for p in trained.projectors.parameters())
     assert starts[1]["parameters"] == sum(p.numel() for p in model.parameters())

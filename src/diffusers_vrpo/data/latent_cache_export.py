@@ -13,7 +13,7 @@ from huggingface_hub import HfApi, snapshot_download
 from tqdm.auto import tqdm
 
 from ..errors import InputError, first_line, hub_problem
-from ..files import write_atomically
+from ..files import find_irregular, replacing, write_atomically
 from ..markup import code, shown
 from .latent_cache import LatentCache, array_layout, chunk_rows, num_chunks, read_meta
 from .latent_cache_writer import CacheWriter
@@ -68,6 +68,12 @@ def export_cache(latents_dir: str | Path, output_dir: str | Path):
         known = folder / "meta.json"
         if not known.is_file() or known.read_bytes() != meta:
             raise InputError("output_dir", f"`output_dir` {folder} holds something else; choose a new or empty folder")
+        if irregular := find_irregular(folder):
+            raise InputError(
+                "output_dir",
+                f"`output_dir` {folder}: {irregular[0].relative_to(folder)} is {irregular[1]}, through which nothing is "
+                "written; remove it, or choose a new or empty folder",
+            )
     # Shards of about 500 MB, estimated from the first rows.
     probe = export_table(cache, 0, min(len(cache), 64))
     rows_per_file = max(1, int(500e6 / (probe.nbytes / len(probe))) // ROWS_PER_GROUP) * ROWS_PER_GROUP
@@ -80,13 +86,14 @@ def export_cache(latents_dir: str | Path, output_dir: str | Path):
                 path = folder / "data" / f"train-{i:05d}-of-{files:05d}.parquet"
                 rows = range(i * rows_per_file, min((i + 1) * rows_per_file, len(cache)))
                 if not path.exists():
-                    temporary = path.with_name(f".{path.name}.tmp")
-                    with pq.ParquetWriter(temporary, probe.schema, compression="none") as file:
+                    with (
+                        replacing(path) as temporary,
+                        pq.ParquetWriter(temporary, probe.schema, compression="none") as file,
+                    ):
                         for first in rows[::ROWS_PER_GROUP]:
                             file.write_table(export_table(cache, first, min(first + ROWS_PER_GROUP, rows.stop)))
-                    os.replace(temporary, path)
                 progress.update(len(rows))
-        (folder / "README.md").write_text(dataset_card(cache))
+        write_atomically(folder / "README.md", dataset_card(cache).encode())
     except OSError as error:
         raise InputError(
             "output_dir", f"`output_dir` {folder} cannot be written ({error.strerror or error})"

@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..config import Resume, VRPOConfig, checked_value, names_marked, options_of
 from ..errors import InputError
 from ..markup import code, one_line, quoted, shown
+from ..schemas import METRICS_ROW, START_FACTS, merge_steps, read_rows
 
 
 STAGED = "staged.json"  # in the folder of a checkpoint on its way to the Hub: its step
@@ -80,23 +81,6 @@ def read_mapping(file: Path) -> dict:
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def read_lines(file: Path, one_a_step: bool = False) -> list[dict]:
-    """Reads the objects of a JSON-lines file, without an incomplete one; `one_a_step` merges those of the same step."""
-    rows: list[dict] = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if not isinstance(row, dict):
-            continue
-        if one_a_step and rows and rows[-1].get("step") == row.get("step"):
-            rows[-1] |= row
-        else:
-            rows.append(row)
-    return rows
 
 
 def is_finite(value) -> bool:
@@ -169,8 +153,11 @@ def read_run(folder: str | Path) -> dict:
     """Reads the facts about a run or pipeline for the template; those that no file holds are None or empty."""
     folder = Path(folder)
     given = read_mapping(folder / "train_config.yaml")
-    rows = [row for row in read_lines(folder / "metrics.jsonl", one_a_step=True) if is_finite(row.get("step"))]
-    starts = [known_facts(start) for start in read_lines(folder / "starts.jsonl")]
+    rows, starts = (
+        read_rows(file, wanted)[0] if (file := folder / name).is_file() else []
+        for name, wanted in (("metrics.jsonl", METRICS_ROW), ("starts.jsonl", START_FACTS))
+    )
+    rows, starts = merge_steps(rows), [known_facts(start) for start in starts]
     start = starts[-1] if starts else {}
     options = known_options(given, start.get("local"))
     # The last finite number of each column, and its step, since columns such as validation have separate rows.

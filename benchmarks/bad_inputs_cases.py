@@ -172,7 +172,7 @@ TRAIN = [
     ("~--dataset_name --latents_dir images ~--vae", "--latents_dir"),
     ("~--dataset_name --latents_dir model.json ~--vae", "--latents_dir"),
     ("~--dataset_name --latents_dir cache ~--vae --resolution 16", "--resolution"),
-    ("~--dataset_name --latents_dir cache --vae vae", "--vae"),
+    ("~--dataset_name --latents_dir cache --vae stabilityai/sd-vae", "--vae"),
     ("~--dataset_name --latents_dir cache ~--vae --random_flip", "--random_flip|--latents_dir"),
     ("~--dataset_name --latents_dir cache ~--vae --no-center_crop", "--no-center_crop|--center_crop"),
     ("~--dataset_name --latents_dir cache ~--vae --max_train_samples 2", "--max_train_samples"),

@@ -167,7 +167,15 @@ def write_good_files():
     }
     for name, columns in tables.items():
         Path(name).mkdir()
-        pq.write_table(pa.table(columns), f"{name}/train.parquet")
+        # As `datasets` writes it: the column holds images, and other columns say their own type.
+        table = pa.table(columns)
+        if isinstance(columns.get("image"), pa.Array):
+            kind = {"_type": "Value", "dtype": str(table["label"].type).replace("double", "float64")}
+            metadata = {
+                "huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}, "label": kind}}})
+            }
+            table = table.replace_schema_metadata(metadata)
+        pq.write_table(table, f"{name}/train.parquet")
 
     for argv in (
         "convert pipe official.pt --to sit",

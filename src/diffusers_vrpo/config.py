@@ -636,6 +636,8 @@ def checked_item(option: Option, value):
     }[option.kind]
     if not fits:
         raise InputError(name, f"`{name}` must be {wanted}, not {value!r}")
+    if option.kind is str and not value.strip():
+        raise InputError(name, f"`{name}` is empty; give a value, or remove it")
     if option.choices is not None and value not in option.choices:
         raise InputError(name, f"`{name}` must be one of {', '.join(option.choices)}, not {value!r}")
     for limits in option.marked(In):

@@ -235,7 +235,8 @@ def run_case(case: Case, files: Path, folder: Path) -> tuple[str, str, float]:
     status, seconds = in_child(lambda: function(case), log, folder, SECONDS, MEMORY)
     text = log.read_text(errors="replace")
     after = snapshot(folder)
-    changed = [name for name, about in before.items() if after.get(name) != about]
+    # A run that is refused may have locked its folder.
+    changed = [name for name, about in before.items() if after.get(name) != about and not name.endswith("/.lock")]
     outside = [name for name in after.keys() - before.keys() if "/outside/" in name]
     shutil.rmtree(folder, ignore_errors=True)
     line = last_line(text)

@@ -269,7 +269,6 @@ TRAIN = [
     ("--config x.yaml", "use_ema", "x.yaml : use_ema: maybe\\n"),
     ("--config x.yaml", "resolution", "x.yaml : resolution: true\\n"),
     ("--config x.yaml", "config", "x.yaml : config: x.yaml\\n"),
-    ("--config x.yaml", "--config", "x.yaml |"),
     ("--config x.yaml", "guidance_scale", "x.yaml : guidance_scale: .nan\\n"),
     ("--resolutoin 8", "--resolutoin"),
     ("word", "word|arguments"),

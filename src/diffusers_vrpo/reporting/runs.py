@@ -169,6 +169,8 @@ def choose_metric(runs: list[Run], metric: str) -> str:
     Raises:
         InputError: if a run does not have it; the message lists the columns.
     """
+    if not metric.strip():
+        raise InputError("metric", "`metric` is empty; give the name of a column, such as fd")
     known = [run.scalars() for run in runs]
     every = list(dict.fromkeys(key for keys in known for key in keys))
     matches = [key for key in every if key == metric]

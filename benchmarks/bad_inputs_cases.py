@@ -565,7 +565,7 @@ PUSH = [
     ("nowhere", "nowhere"),
     ("images", "images"),
     ("model.json", "model.json"),
-    ("''", "FOLDER|''"),
+    ("''", "OUTPUT_DIR"),
     ("--hub_model_id a/b/c", "--hub_model_id"),
     ("--hub_model_id ''", "--hub_model_id"),
     ("--hub_model_id 'me/x y'", "--hub_model_id"),

@@ -96,6 +96,11 @@ def published_files(folder: str | Path) -> dict[str, Path]:
             raise InputError(
                 None, f"{folder} holds no pipeline (no model_index.json); give the output folder of a finished run"
             )
+        if not component_folders(folder):
+            raise InputError(
+                None,
+                f"{folder}/model_index.json is damaged: it names no component; give the folder of a saved pipeline",
+            )
     for path in [folder / name for name in RUN_FILES] + sorted(folder.glob("evaluation*.json")):
         if path.is_file():
             files[path.name] = path
@@ -166,7 +171,7 @@ def is_passing(error: BaseException) -> bool:
     # A proxy's page instead of the Hub's answer; or no answer, and no file in the cache.
     if "JSONDecodeError" in type(error).__name__ or isinstance(error, LocalEntryNotFoundError):
         return True
-    if isinstance(error, (LocalTokenNotFoundError, *DEFECTS)) or disk_is_full(error):
+    if isinstance(error, (LocalTokenNotFoundError, OfflineModeIsEnabled, *DEFECTS)) or disk_is_full(error):
         return False
     return not isinstance(error, InputError | ValueError | FileNotFoundError | IsADirectoryError | PermissionError)
 

@@ -7,12 +7,14 @@ In a Space the variable VRPO_PIPELINE names the pipeline: a repository of the Hu
 """
 
 import html
+import logging
 import os
 import re
 import secrets
 import tempfile
 import threading
 import time
+import traceback
 import zipfile
 from pathlib import Path
 
@@ -23,13 +25,19 @@ import gradio as gr
 from generation import (
     MAX_GUIDANCE_SCALE,
     MAX_IMAGES_PER_CLASS,
+    MAX_RUN,
+    MAX_RUNS,
     MAX_SEED,
     MAX_STEPS,
+    Turns,
+    check_choices,
     class_choices,
     class_name,
     generate,
     open_pipeline,
 )
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
 
 from diffusers_vrpo import VRPOPipeline
 from diffusers_vrpo.command_line import OneLineErrorParser
@@ -52,6 +60,90 @@ THEME = gr.themes.Default(
     primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
 )
 STYLE = Path(__file__).parent / "style.css"
+MAX_BODY = 64 * 1024  # bytes of a request; the largest that the page sends has a few hundred
+# A thread for each run that waits, and some for the rest. The page takes no files: the limit is the smallest there is.
+LAUNCH = {"max_file_size": 1, "max_threads": MAX_RUNS + 32, "ssr_mode": False}
+logger = logging.getLogger("app")
+
+
+class BodyTooLong(Exception):
+    """A request has more than `MAX_BODY` bytes."""
+
+
+class Guard:
+    """Middleware that refuses long requests and uploads, of which the page has none, and logs what fails in one line.
+
+    The line has nothing that the sender wrote: neither the address that was asked for nor the content.
+    """
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        answered, received = False, 0
+
+        async def counted_receive():
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > MAX_BODY:
+                raise BodyTooLong
+            return message
+
+        async def noted_send(message):
+            nonlocal answered
+            if received <= MAX_BODY:  # else FastAPI's own answer to BodyTooLong
+                answered = True
+                await send(message)
+
+        async def refuse(status: int, reason: str):
+            logger.warning(f"rejected a request: {reason}")
+            if not answered:
+                await PlainTextResponse(f"{reason}\n", status, {"connection": "close"})(scope, receive, send)
+
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if scope["path"].rstrip("/").endswith("/upload"):
+            return await refuse(403, "this page takes no files")
+        if not length.isdigit() or len(length) > 12 or int(length) > MAX_BODY:
+            return await refuse(413, f"a request may have {MAX_BODY} bytes")
+        failure = None
+        try:
+            await self.app(scope, counted_receive, noted_send)
+        except Exception as error:
+            failure = error
+        if received > MAX_BODY:
+            await refuse(413, f"a request may have {MAX_BODY} bytes")
+        elif failure is not None:
+            await refuse(500, f"it cannot be answered ({origin(failure)})")
+
+
+class Page(gr.Blocks):
+    """`gr.Blocks` that logs a call that fails in one line, without what the sender wrote."""
+
+    async def process_api(self, *arguments, **options):
+        try:
+            return await super().process_api(*arguments, **options)
+        except gr.Error as error:
+            logger.warning(f"rejected a call: {origin(error.__cause__ or error)}")
+            error.print_exception = False
+            raise
+        except Exception as error:
+            logger.warning(f"rejected a call: {origin(error)}")
+            raise gr.Error("The page cannot do that.", print_exception=False) from error
+
+
+def origin(error: BaseException) -> str:
+    """The kind of an error and the line of code that raised it, without its message."""
+    *_, last = traceback.extract_tb(error.__traceback__) or [None]
+    return f"{type(error).__name__} in {Path(last.filename).name}:{last.lineno}" if last else type(error).__name__
+
+
+def client_of(request: gr.Request) -> str:
+    """The address of a client. In a Space it is the one that the Hub's proxy passes on, which all requests come from."""
+    passed_on = request.headers.get("x-forwarded-for", "") if "SPACE_ID" in os.environ else ""
+    return passed_on.split(",")[0].strip() or (request.client.host if request.client else "")
 
 
 def write_files(images: list, pipeline: VRPOPipeline, folder: Path) -> tuple[list[tuple[str, str]], str]:
@@ -68,25 +160,37 @@ def write_files(images: list, pipeline: VRPOPipeline, folder: Path) -> tuple[lis
 
 
 def build_app(pipeline: VRPOPipeline, title: str) -> gr.Blocks:
-    """The page; start it with `.launch(theme=THEME, css_paths=STYLE)`."""
-    config, turn = pipeline.transformer.config, threading.Lock()
+    """The page; `main` starts it."""
+    config, turn, turns = pipeline.transformer.config, threading.Lock(), Turns()
     choices = class_choices(pipeline)
     samplers = [(SAMPLER_NAMES.get(key, key), key) for key in ("default", *SAMPLERS[config.prediction_type])]
     is_guidable = pipeline.transformer.null_class_id is not None
     height = config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0]
     few_pixels = pipeline.vae is None and height < 128
 
-    def on_generate(stopped, classes, count, steps, scale, low, high, sampler, seed, is_random):
+    def on_generate(stopped, classes, count, steps, scale, low, high, sampler, seed, is_random, request: gr.Request):
         seed, begin = secrets.randbelow(1_000_000) if is_random else seed, time.monotonic()
-        yield "<p>Waiting for the first step …</p>", gr.skip(), gr.skip(), seed
         try:
-            for item in generate(pipeline, turn, classes, count, steps, scale, low, high, sampler, seed):
-                if stopped is not None and stopped.is_set():
-                    yield "<p>Stopped.</p>", gr.skip(), gr.skip(), gr.skip()
-                    return
-                if isinstance(item, tuple):
-                    bar = "<progress value={0} max={1} aria-label='steps'></progress><p>Step {0} of {1}</p>"
-                    yield bar.format(*item), gr.skip(), gr.skip(), gr.skip()
+            check_choices(classes, count, steps, scale, low, high, seed)
+            with turns.place(client_of(request)) as place:
+                for before in turns.wait(place):
+                    yield f"<p>Runs before this one: {before}</p>", gr.skip(), gr.skip(), seed
+                    if stopped is not None and stopped.is_set():
+                        yield "<p>Stopped.</p>", gr.skip(), gr.skip(), gr.skip()
+                        return
+                begin = time.monotonic()
+                yield "<p>Waiting for the first step …</p>", gr.skip(), gr.skip(), seed
+                for item in generate(pipeline, turn, classes, count, steps, scale, low, high, sampler, seed):
+                    if stopped is not None and stopped.is_set():
+                        yield "<p>Stopped.</p>", gr.skip(), gr.skip(), gr.skip()
+                        return
+                    if time.monotonic() - begin > MAX_RUN:
+                        raise InputError(
+                            None, f"The run took more than {MAX_RUN // 60} minutes and was ended; take fewer images"
+                        )
+                    if isinstance(item, tuple):
+                        bar = "<progress value={0} max={1} aria-label='steps'></progress><p>Step {0} of {1}</p>"
+                        yield bar.format(*item), gr.skip(), gr.skip(), gr.skip()
         except InputError as error:
             raise gr.Error(html.escape(str(error), quote=False), duration=None, print_exception=False) from error
         with tempfile.TemporaryDirectory() as folder:  # gradio copies the files before it asks for more
@@ -94,7 +198,7 @@ def build_app(pipeline: VRPOPipeline, title: str) -> gr.Blocks:
             status = f"<p>{len(shown)} images in {time.monotonic() - begin:.1f} s, from seed {seed}</p>"
             yield status, shown, archive, seed
 
-    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as app:
+    with Page(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as app:
         info = f"the model predicts {'velocities' if config.prediction_type == 'velocity' else 'noise'}"
         gr.Markdown(f"# {html.escape(title)}\n{len(choices)} classes, {info}")
         with gr.Row(elem_id="page"):
@@ -153,7 +257,7 @@ def build_app(pipeline: VRPOPipeline, title: str) -> gr.Blocks:
             [stopped, classes, count, steps, scale, low, high, sampler, seed, is_random],
             [status, gallery, download, seed],
             api_name="generate",
-            concurrency_limit=1,
+            concurrency_limit=MAX_RUNS,  # `turns` has one computed at a time
             show_progress="minimal",
             show_progress_on=status,
         )
@@ -166,7 +270,7 @@ def build_app(pipeline: VRPOPipeline, title: str) -> gr.Blocks:
         # `then` does not run after a failure (gradio 6.31).
         running.failure(lambda: (*buttons(False), "<p>No images were made.</p>"), None, [start, stop, status], **quick)
         stop.click(lambda event: event.set() or gr.Button(interactive=False), stopped, stop, **quick)
-    return app.queue(max_size=32)
+    return app.queue(max_size=MAX_RUNS)
 
 
 def main(argv: list[str] | None = None):
@@ -188,7 +292,12 @@ def main(argv: list[str] | None = None):
     app = build_app(pipeline, title=Path(args.pipeline).resolve().name)
     try:
         app.launch(
-            server_name=args.server_name, server_port=args.server_port, ssr_mode=False, theme=THEME, css_paths=STYLE
+            server_name=args.server_name,
+            server_port=args.server_port,
+            theme=THEME,
+            css_paths=STYLE,
+            app_kwargs={"middleware": [Middleware(Guard)]},
+            **LAUNCH,
         )
     except OSError as error:
         parser.error(f"{str(error).split('. ')[0]}; choose another --server_port or --server_name")

@@ -6,7 +6,9 @@ import math
 import queue
 import re
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -17,6 +19,8 @@ from diffusers_vrpo.pipelines.sampling import check_steps, set_sampler
 
 
 MAX_STEPS, MAX_IMAGES_PER_CLASS, MAX_IMAGES, MAX_GUIDANCE_SCALE, MAX_SEED = 250, 16, 64, 8, 2**32 - 1
+# Runs that are computed or wait, of all clients and of one; the longest that one may wait, and take, in seconds.
+MAX_RUNS, MAX_RUNS_PER_CLIENT, MAX_WAIT, MAX_RUN = 32, 4, 600, 600
 
 
 class Stopped(Exception):
@@ -59,11 +63,73 @@ def class_name(pipeline: VRPOPipeline, class_id: int) -> str:
 
 def check_number(name: str, value, low: int, high: int, is_whole: bool = True):
     """An InputError when `value` is no number in `low ... high`."""
-    is_number = isinstance(value, int | float) and math.isfinite(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
     if not is_number or not low <= value <= high or (is_whole and value != int(value)):
         raise InputError(
             None, f"{name} must be a {'whole ' if is_whole else ''}number from {low} to {high}, not {value}"
         )
+
+
+class Turns:
+    """The order of the runs: one is computed at a time, in the order of their arrival.
+
+    Args:
+        most: runs that may be computed or wait at once.
+        most_per_client: those of one client.
+        longest_wait: seconds after which a run that still waits is refused.
+    """
+
+    def __init__(
+        self, most: int = MAX_RUNS, most_per_client: int = MAX_RUNS_PER_CLIENT, longest_wait: float = MAX_WAIT
+    ):
+        self.most, self.most_per_client, self.longest_wait = most, most_per_client, longest_wait
+        self.places: list[tuple[str, object]] = []
+        self.changed = threading.Condition()
+
+    @contextmanager
+    def place(self, client: str):
+        """Holds a place in the order, for `wait`, until the context ends.
+
+        Args:
+            client: who asks, such as an address.
+
+        Raises:
+            InputError: if this client, or all together, have too many runs already.
+        """
+        place = (client, object())
+        with self.changed:
+            if sum(each == client for each, _ in self.places) >= self.most_per_client:
+                raise InputError(
+                    None, f"You have {self.most_per_client} runs here already; wait until one of them has ended"
+                )
+            if len(self.places) >= self.most:
+                raise InputError(None, f"{self.most} runs are waiting here already; try again in some minutes")
+            self.places.append(place)
+        try:
+            yield place
+        finally:
+            with self.changed:
+                self.places.remove(place)
+                self.changed.notify_all()
+
+    def wait(self, place: tuple[str, object]) -> Iterator[int]:
+        """Yields the number of runs before a place, every second, until its turn.
+
+        Raises:
+            InputError: after `longest_wait` seconds.
+        """
+        end = time.monotonic() + self.longest_wait
+        while True:
+            with self.changed:
+                before = self.places.index(place)
+            if not before:
+                return
+            if time.monotonic() > end:
+                raise InputError(None, "There are too many runs before this one; try again later")
+            yield before
+            with self.changed:
+                if self.places.index(place) == before:
+                    self.changed.wait(timeout=1)
 
 
 def run(pipeline: VRPOPipeline, turn: threading.Lock, **arguments) -> Iterator[tuple[int, int] | list]:
@@ -110,6 +176,35 @@ def run(pipeline: VRPOPipeline, turn: threading.Lock, **arguments) -> Iterator[t
         unwanted.set()
 
 
+def check_choices(
+    classes: list[int],
+    images_per_class: int,
+    steps: int,
+    guidance_scale: float,
+    guided_from: float,
+    guided_to: float,
+    seed: int,
+):
+    """Checks what somebody has chosen, before it waits for its turn.
+
+    Raises:
+        InputError: for the first choice that cannot work.
+    """
+    if not isinstance(classes, list) or not classes:
+        raise InputError(None, "Choose at least one class.")
+    check_number("Images per class", images_per_class, 1, MAX_IMAGES_PER_CLASS)
+    check_number("Steps", steps, 1, MAX_STEPS)
+    check_number("Guidance scale", guidance_scale, 1, MAX_GUIDANCE_SCALE, is_whole=False)
+    check_number("Guided from t", guided_from, 0, 1, is_whole=False)
+    check_number("Guided to t", guided_to, guided_from, 1, is_whole=False)
+    check_number("Seed", seed, 0, MAX_SEED)
+    if len(classes) * images_per_class > MAX_IMAGES:
+        raise InputError(
+            None,
+            f"{len(classes)} classes with {images_per_class} images each are more than {MAX_IMAGES} images; take fewer",
+        )
+
+
 def generate(
     pipeline: VRPOPipeline,
     turn: threading.Lock,
@@ -130,19 +225,8 @@ def generate(
     Raises:
         InputError: for what the pipeline does not take, in a sentence.
     """
-    if not classes:
-        raise InputError(None, "Choose at least one class.")
-    check_number("Images per class", images_per_class, 1, MAX_IMAGES_PER_CLASS)
-    check_number("Steps", steps, 1, MAX_STEPS)
-    check_number("Guidance scale", guidance_scale, 1, MAX_GUIDANCE_SCALE, is_whole=False)
-    check_number("Guided from t", guided_from, 0, 1, is_whole=False)
-    check_number("Guided to t", guided_to, guided_from, 1, is_whole=False)
-    check_number("Seed", seed, 0, MAX_SEED)
+    check_choices(classes, images_per_class, steps, guidance_scale, guided_from, guided_to, seed)
     count = int(images_per_class)
-    if len(classes) * count > MAX_IMAGES:
-        raise InputError(
-            None, f"{len(classes)} classes with {count} images each are more than {MAX_IMAGES} images; take fewer"
-        )
 
     # Weights are shared by all users, schedulers are not: what one chose must not stay for the next.
     scheduler = copy.deepcopy(pipeline.scheduler)

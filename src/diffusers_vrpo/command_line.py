@@ -173,7 +173,7 @@ def file_to_argv(parser: argparse.ArgumentParser, file: str) -> list[str]:
     """Converts a YAML file of training options to a command line; `parser` reports errors."""
     try:
         values = yaml.safe_load(Path(file).read_text()) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         parser.error(f"--config {file} cannot be read: {str(error).splitlines()[0]}")
     if not isinstance(values, dict):
         parser.error(f"--config {file} must map option names to values, such as `seed: 0`")

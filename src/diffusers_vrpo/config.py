@@ -443,6 +443,14 @@ class CheckpointConfig(Options):
         "checkpoint to continue from: the latest if there is one, none, that on the Hub, or a folder",
         "latest|none|hub|DIR",
     )
+    overwrite_output_dir: Machine[bool] = option(
+        False,
+        "begin in an output folder that holds a pipeline, metrics or other files and no checkpoint to continue: what "
+        "training wrote there is removed, other files stay; with --resume_from_checkpoint none also the checkpoints",
+    )
+    stop_on_failed_checkpoint: Machine[bool] = option(
+        False, "stop if a checkpoint cannot be written, instead of trying again at the next one"
+    )
     skip_nonfinite: Free[bool] = option(
         False, "skip steps whose loss or gradient is NaN or infinite, instead of stopping there"
     )
@@ -628,6 +636,8 @@ def checked_item(option: Option, value):
     }[option.kind]
     if not fits:
         raise InputError(name, f"`{name}` must be {wanted}, not {value!r}")
+    if option.kind is str and not value.strip():
+        raise InputError(name, f"`{name}` is empty; give a value, or remove it")
     if option.choices is not None and value not in option.choices:
         raise InputError(name, f"`{name}` must be one of {', '.join(option.choices)}, not {value!r}")
     for limits in option.marked(In):

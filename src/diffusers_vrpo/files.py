@@ -1,21 +1,86 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""Files that reach the disk whole, and that are what they seem: neither links nor special files."""
 
+import contextlib
+import errno
 import os
+import stat
+from collections.abc import Iterator
 from pathlib import Path
+
+
+def open_regular(path: Path, flags: int) -> int:
+    """Opens a regular file and returns its descriptor, as `os.open` does; it neither follows a link nor waits for a pipe.
+
+    Raises:
+        OSError: if the file cannot be opened, or is a link, a pipe, a device or a folder.
+    """
+    extra = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "it is a link to another file", str(path))
+    descriptor = os.open(path, flags | extra, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return descriptor
+
+
+def read_regular(path: Path) -> str:
+    """Reads the text of a regular file; bytes that are not UTF-8 become U+FFFD.
+
+    Raises:
+        OSError: if it cannot be read, or is a link, a pipe, a device or a folder.
+    """
+    with os.fdopen(open_regular(Path(path), os.O_RDONLY), "rb") as file:
+        return file.read().decode("utf-8", errors="replace")
+
+
+def find_irregular(path: Path) -> tuple[Path, str] | None:
+    """The first link or special file at `path` or in the folder `path`, and what it is; None if there is none."""
+    waiting = [path]
+    while waiting:
+        path = waiting.pop()
+        try:
+            mode = path.lstat().st_mode
+        except FileNotFoundError:
+            continue
+        if stat.S_ISLNK(mode):
+            return path, f"a link to {os.readlink(path)}"
+        if stat.S_ISDIR(mode):
+            waiting += sorted(path.iterdir(), reverse=True)
+        elif not stat.S_ISREG(mode):
+            return path, "a pipe or device"
+    return None
+
+
+@contextlib.contextmanager
+def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
+    """Gives a temporary path beside `path`; what the `with` block wrote there replaces `path` at its end, atomically.
+
+    If the block or the disk fails, `path` is as it was and the temporary file is removed.
+
+    Args:
+        sync: wait until it is on the disk, so that a power failure leaves no empty file.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)  # a link with this name would be followed
+    try:
+        yield temporary
+        if sync:
+            sync_to_disk(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    if sync and os.name == "posix":  # the folder holds the new name
+        sync_to_disk(path.parent)
 
 
 def write_atomically(path: Path, data: bytes):
     """Writes a file atomically: after a crash it holds either the old or the new content."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("xb") as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    if os.name == "posix":  # the folder holds the new name
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
 
 
 def sync_to_disk(*paths: Path):

@@ -24,7 +24,8 @@ from .config import VRPOConfig, data_settings_to_keep
 from .data.image_datasets import check_corrupt_rows, too_many_corrupt
 from .data.samples import StreamBatchSampler
 from .data.sources import TrainingData, as_training_data, check_data_settings, data_settings, load_training_data
-from .errors import TrainingInterrupted, TrainingStopped
+from .errors import TrainingInterrupted
+from .files import write_atomically
 from .hub.background import HubPublisher
 from .hub.publish import push_folder
 from .models.autoencoder import latent_shape, load_vae
@@ -56,11 +57,12 @@ from .training.metrics import (
     start_trackers,
     write_start,
 )
-from .training.output_dir import locked, prepare_output_dir, writing
+from .training.output_dir import locked, not_saved, prepare_output_dir, writing
 from .training.setup import (
     as_list,
     build_optimizer,
     check_given,
+    check_length,
     length_of_run,
     start_accelerator,
     trainable_parameters,
@@ -149,7 +151,7 @@ class VRPOTrainer:
             publisher = []
             if args.push_to_hub:
                 publisher = [HubPublisher(args, self.accelerator, self.output_dir, self.interruption)]
-            self.checkpoint = choose_checkpoint(self.accelerator, args.resume_from_checkpoint, self.output_dir)
+            self.checkpoint = choose_checkpoint(self.accelerator, args, self.output_dir)
             self.data = self._open_data(train_dataset)
             self.vae = self._open_vae(vae)
             self._build_model(encoders, rewards)
@@ -326,8 +328,8 @@ class VRPOTrainer:
         leaving = self.guard.signum and self.can_save()
         if self.step % self.args.checkpointing_steps == 0 or last or leaving:
             self.save_checkpoint()
-            if self.saved_step != self.step and (last or leaving):
-                raise TrainingStopped(f"step {self.step} could not be saved; make room and run the same command again")
+            if self.saved_step != self.step and (last or leaving or self.args.stop_on_failed_checkpoint):
+                raise not_saved(self.output_dir, self.step)
         if leaving:
             name = signal.Signals(self.guard.signum).name
             logger.info(f"{name}: the same command continues from step {self.step}")
@@ -513,6 +515,7 @@ class VRPOTrainer:
         of_data = data_settings_to_keep(self.args) | data_settings(self.data)
         if self.checkpoint is not None:
             state = read_training_state(self.checkpoint, self.settings)
+            check_length(self.checkpoint, state["step"], self.max_train_steps)
             check_data_settings(state["settings"], of_data, self.checkpoint, self.args.allow_changed_data)
             check_states(self.checkpoint, state.get("callbacks"), self.callbacks)
             load_checkpoint(self.accelerator, self.checkpoint)
@@ -538,7 +541,7 @@ class VRPOTrainer:
         if accelerator.is_main_process:
             given = args.to_dict() | {"vae": args.vae or self.data.vae or "none"}
             with writing(f"train_config.yaml or metrics.jsonl in {self.output_dir}"):
-                (self.output_dir / "train_config.yaml").write_text(yaml.safe_dump(given))
+                write_atomically(self.output_dir / "train_config.yaml", yaml.safe_dump(given).encode())
                 self.metrics_file = MetricsFile(self.output_dir / "metrics.jsonl", self.step)
                 write_start(
                     self.output_dir,

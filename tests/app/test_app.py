@@ -10,9 +10,11 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -154,6 +156,8 @@ def test_without_a_null_class_there_is_no_guidance(tmp_path):
     "changes, sentence",
     [
         ({"classes": []}, "Choose at least one class"),
+        ({"classes": "all"}, "Choose at least one class"),
+        ({"steps": True}, "Steps must be a whole number from 1 to 250, not True"),
         ({"classes": [5]}, "5 is not a class; this model has 5"),
         ({"images_per_class": 17}, "Images per class must be a whole number from 1 to 16, not 17"),
         ({"classes": [0, 1, 2, 3, 4], "images_per_class": 16}, "more than 64 images"),
@@ -194,6 +198,33 @@ def test_a_closed_run_ends_after_a_step(pipeline):
         hook.remove()
 
 
+def test_runs_take_turns_and_a_client_has_few():
+    turns = generation.Turns(most=3, most_per_client=2, longest_wait=0.01)
+    with turns.place("a") as first, turns.place("a"):
+        assert list(turns.wait(first)) == []
+        with pytest.raises(InputError, match="^You have 2 runs here already"), turns.place("a"):
+            pass
+        with turns.place("b") as third:
+            with pytest.raises(InputError, match="^3 runs are waiting here already"), turns.place("c"):
+                pass
+            waiting = turns.wait(third)
+            assert next(waiting) == 2
+            with pytest.raises(InputError, match="^There are too many runs before this one"):
+                next(waiting)
+    patient = generation.Turns()
+    with patient.place("a"):
+        before = patient.place("a")
+        before.__enter__()
+        with patient.place("b") as place:
+            waiting = patient.wait(place)
+            assert next(waiting) == 2
+            # A run that ends, or is given up, wakes those behind it.
+            threading.Timer(0.05, before.__exit__, (None, None, None)).start()
+            begin = time.monotonic()
+            assert next(waiting) == 1 and time.monotonic() - begin < 0.9
+    assert turns.places == patient.places == []
+
+
 def test_what_cannot_be_opened_gets_a_sentence(tmp_path):
     with pytest.raises(InputError, match="has no model_index.json, so it is not a pipeline"):
         generation.open_pipeline(str(tmp_path))
@@ -223,7 +254,7 @@ def test_the_space_is_whole():
 
 @pytest.fixture(scope="module")
 def server(folder, tmp_path_factory):
-    """The address of the page, run as a command; the requests that it makes to elsewhere are refused, and counted."""
+    """The address and log of the page, run as a command; the requests that it makes to elsewhere are refused, and counted."""
     pytest.importorskip("gradio", reason="the page needs gradio: pip install -e '.[app]'")
     proxy = socket.create_server(("127.0.0.1", 0))
     proxy.setblocking(False)
@@ -247,7 +278,7 @@ def server(folder, tmp_path_factory):
                 break
             except OSError:
                 time.sleep(0.1)
-        yield address
+        yield SimpleNamespace(address=address, log=log)
         with pytest.raises(BlockingIOError):  # nobody called
             proxy.accept()
     finally:
@@ -258,7 +289,7 @@ def server(folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(server):
-    return pytest.importorskip("gradio_client").Client(server, verbose=False, analytics_enabled=False)
+    return pytest.importorskip("gradio_client").Client(server.address, verbose=False, analytics_enabled=False)
 
 
 def call(client, submit=False, **changes):
@@ -293,18 +324,97 @@ def test_the_server_answers_bad_input_with_the_sentence(client):
 
 
 @pytest.mark.slow
-def test_the_server_runs_one_at_a_time_and_a_cancelled_run_ends(client):
+def test_the_server_runs_one_at_a_time_and_a_cancelled_run_ends(server, client):
     function = next(f for f in client.config["dependencies"] if f["api_name"] == "generate")
     assert client.config["analytics_enabled"] is False and function["queue"] is not False
     long = call(client, submit=True, steps=250, classes=[0, 1, 2, 3], images_per_class=16, sampler="heun")
     while not any("Step" in update[0] for update in long.outputs()):
         time.sleep(0.05)
-    waiting = call(client, submit=True, seed=9)
+    # Of another session: gradio cancels all runs of a session together.
+    other = type(client)(server.address, verbose=False, analytics_enabled=False)
+    waiting = call(other, submit=True, seed=9)
     time.sleep(0.3)
     assert not waiting.done() and not long.done()
     long.cancel()
     assert "4 images" in waiting.result(timeout=20)[0]
     assert "64 images" not in long.outputs()[-1][0]
+
+
+SENDERS_TEXT = "text-of-the-sender"
+
+
+def status_of(server, path: str, body: bytes, **headers) -> int:
+    """The status with which the server answers a POST."""
+    request = urllib.request.Request(server.address + path, data=body, headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_the_server_takes_no_files_and_no_long_requests(server, client):
+    form = f'--x\r\nContent-Disposition: form-data; name="files"; filename="{SENDERS_TEXT}"\r\n\r\nabc\r\n--x--\r\n'
+    kind = {"Content-Type": "multipart/form-data; boundary=x"}
+    for path in ("/gradio_api/upload", "/gradio_api/upload/", f"/gradio_api/upload?upload_id={SENDERS_TEXT}"):
+        assert status_of(server, path, form.encode(), **kind) == 403
+    for path in ("/gradio_api/queue/join", "/gradio_api/call/generate", "/gradio_api/component_server"):
+        assert status_of(server, path, b"x" * 70_000) == 413
+    # A length that is not said beforehand is counted.
+    host, port = server.address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        head = "POST /gradio_api/queue/join HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
+        connection.sendall(b"8000\r\n" + b"x" * 0x8000 + b"\r\n" + b"8001\r\n" + b"x" * 0x8001 + b"\r\n0\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 413")
+    lines = server.log.read_text().splitlines()
+    assert sum("rejected a request: this page takes no files" in line for line in lines) == 3
+    assert sum("rejected a request: a request may have 65536 bytes" in line for line in lines) == 4
+
+
+def test_the_server_logs_a_rejected_call_in_one_line_without_its_text(server, client):
+    before = len(server.log.read_text().splitlines())
+    for changes in (
+        {"sampler": SENDERS_TEXT},
+        {"classes": [SENDERS_TEXT]},
+        {"classes": SENDERS_TEXT},
+        {"steps": SENDERS_TEXT},
+        {"steps": {SENDERS_TEXT: 1}},
+        {"seed": SENDERS_TEXT},
+        {"guidance_scale": 99},
+    ):
+        with pytest.raises(Exception, match=r"\w"):
+            call(client, **changes)
+    lines = server.log.read_text().splitlines()[before:]
+    assert len(lines) == 7 and all("rejected a call: " in line for line in lines), lines
+    for body in (
+        b"{",
+        b"[]",
+        f'{{"data": ["{SENDERS_TEXT}"], "fn_index": 999}}'.encode(),
+        b"\xff",
+        b'{"fn_index": "a"}',
+    ):
+        kind = {"Content-Type": "application/json"}
+        assert status_of(server, "/gradio_api/queue/join", body, **kind) >= 400
+        assert status_of(server, f"/gradio_api/call/{SENDERS_TEXT}", body, **kind) >= 400
+    log = server.log.read_text()
+    assert SENDERS_TEXT not in log and "Traceback" not in log
+
+
+def test_a_client_has_few_runs_at_a_time(client):
+    long = {"steps": 250, "classes": [0, 1, 2, 3], "images_per_class": 16, "sampler": "heun"}
+    runs = [call(client, submit=True, **long) for _ in range(generation.MAX_RUNS_PER_CLIENT + 1)]
+    refused = []
+    for _ in range(200):
+        refused = [run for run in runs if run.done()]
+        if refused:
+            break
+        time.sleep(0.05)
+    assert "You have 4 runs here already" in str(refused[0].exception())
+    for run in runs:
+        run.cancel()
+    # Those that were given up leave their places.
+    assert "4 images" in call(client)[0]
 
 
 def test_the_command_line_answers_in_a_line(capsys, monkeypatch, tmp_path, folder):
@@ -362,7 +472,7 @@ def test_the_page_in_a_browser(server, browser, width, height, scheme):
     requests, problems = [], []
     page.on("request", lambda request: requests.append(request.url))
     page.on("pageerror", lambda error: problems.append(str(error)))
-    page.goto(server)
+    page.goto(server.address)
     press = lambda name: page.get_by_role("button", name=name, exact=True)  # noqa: E731
     press("Generate").wait_for()
 
@@ -411,5 +521,5 @@ def test_the_page_in_a_browser(server, browser, width, height, scheme):
     press("Generate").click()
     page.get_by_text("Choose at least one class").wait_for(timeout=10_000)
     press("Generate").click(timeout=10_000)
-    assert [url for url in requests if not url.startswith((server, "data:", "blob:"))] == problems == []
+    assert [url for url in requests if not url.startswith((server.address, "data:", "blob:"))] == problems == []
     page.close()

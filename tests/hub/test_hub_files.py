@@ -4,6 +4,7 @@
 import importlib.util
 import inspect
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -203,6 +204,102 @@ def test_cards_of_adapters_and_of_pipelines_without_a_record(tmp_path):
     assert "license" not in yaml.safe_load(render_card(tmp_path / "plain", "org/plain").split("---")[1])
     card = render_card(tmp_path / "plain", "org/plain", license="mit")
     assert "No record of a training" in card and "license: mit" in card and not metadata_errors(card)
+
+
+HOSTILE = (
+    "x|y](https://evil.test)\n---\nlicense: mit\n\n# Heading\n```\n<script>alert(1)</script> `code` {{ name }} $x$"
+)
+
+
+def rendered(card: str) -> str:
+    """The HTML of a card's body, by a renderer that lets HTML and tables through, as the Hub's does."""
+    markdown_it = pytest.importorskip("markdown_it", reason="the test of the card's HTML needs markdown-it-py")
+    return markdown_it.MarkdownIt("commonmark", {"html": True}).enable("table").render(card.split("\n---\n", 1)[1])
+
+
+def write_hostile_run(folder: Path):
+    """A run whose options, facts, columns, class names and evaluations are `HOSTILE`."""
+    options = {"layer_scope": HOSTILE, "reward_weighting": HOSTILE, "dataset_name": HOSTILE, "vae": HOSTILE}
+    options |= {"encoder": [HOSTILE], "hub_token": "hf_abcdefghijkl", "unknown_option": HOSTILE, "seed": HOSTILE}
+    options |= {"pretrained_model_name_or_path": HOSTILE, "dataset_config_name": "hf_mnopqrstuvwx", "lora_rank": 4}
+    write_run(folder, {"hardware": HOSTILE, "mixed_precision": HOSTILE, "adapters_suffice": True}, **options)
+    with (folder / "metrics.jsonl").open("w") as file:
+        row = {"step": 20, f"reward/{HOSTILE}": 0.5, f"validation/fd_{HOSTILE}": 3.0, "loss_fm": 0.5}
+        for line in ([1], {"step": HOSTILE, "loss_fm": 1}, {"loss_fm": 10**400}, row):
+            file.write(json.dumps(line) + "\n")
+    save_pipeline(folder)
+    index = json.loads((folder / "model_index.json").read_text()) | {"id2label": {"0": HOSTILE}}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    report = {"samples": {"count": HOSTILE}, "reference": {"source": HOSTILE}, "metrics": {HOSTILE: {"fid": 7.25}}}
+    (folder / "evaluation-`|<b>.json").write_text(json.dumps(report))
+
+
+@pytest.mark.parametrize("adapters", [True, False])
+def test_what_others_chose_is_never_markup_in_a_card(tmp_path, adapters):
+    write_hostile_run(tmp_path)
+    if not adapters:
+        (tmp_path / "starts.jsonl").unlink()
+    card = render_card(tmp_path, f"org/{HOSTILE}", license=HOSTILE)
+    assert len(metadata_errors(card)) == 1  # the licence
+    _, front, _ = card.split("---\n", 2)
+    assert yaml.safe_load(front)["license"].startswith("x|y](https://evil.test) --- license: mit # Heading")
+    page = rendered(card)
+    assert "<script" not in page and "<b>" not in page and 'evil.test"' not in page and "<h1>Heading" not in page
+    assert page.count("<h1>") == 1 and page.count("<details>") == page.count("</details>") == 1
+    # Neither a token nor an option that does not exist, and no option of a wrong type.
+    assert "hf_abc" not in card and "hf_mno" not in card and "unknown_option" not in card and "hub_token" not in card
+    assert "| seed |  |" in card and "/home/someone" not in card
+    # Every row of a table has as many cells.
+    for table in re.findall(r"<table>.*?</table>", page, re.DOTALL):
+        rows = [len(re.findall("<t[dh]", row)) for row in re.findall(r"<tr>.*?</tr>", table, re.DOTALL)]
+        assert len(set(rows)) == 1 and "FD (" not in table
+
+
+def test_a_card_of_files_with_wrong_types_is_rendered(tmp_path):
+    write_run(tmp_path)
+    save_pipeline(tmp_path)
+    (tmp_path / "starts.jsonl").write_text(
+        '{"hardware": 1, "num_processes": "8", "parameters": "x", "local": 3}\n[]\n1'
+    )
+    (tmp_path / "evaluation.json").write_text(
+        '{"metrics": {"a": 3, "b": {"fid": "x"}}, "samples": [], "reference": 1}'
+    )
+    index = json.loads((tmp_path / "model_index.json").read_text()) | {"id2label": [1, 2]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / "transformer" / "config.json").write_text('{"num_classes": "many"}')
+    (tmp_path / "metrics.jsonl").write_bytes(
+        b'{"step": 1, "loss_fm": 1.0}\n"\xff\xfe"\n{"step": 2, "loss_fm": true}\n'
+    )
+    card = render_card(tmp_path, "org/sit")
+    assert not metadata_errors(card) and "Last flow-matching loss in `metrics.jsonl`: 1 (step 1)" in card
+
+
+def test_links_to_files_outside_are_not_published(tmp_path):
+    private = tmp_path / "private.txt"
+    private.write_text("mine")
+    folder = tmp_path / "run"
+    save_pipeline(folder)
+    (folder / "samples.png").symlink_to(private)
+    with pytest.raises(InputError, match="samples.png is a link to .*private.txt, outside the folder"):
+        published_files(folder)
+    (folder / "samples.png").unlink()
+    # A component of this name is outside, too.
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "key").write_text("mine")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"../other": ["diffusers", "X"], "empty": []}))
+    assert not any("key" in name for name in published_files(folder))
+    # Links inside are files like others, and so are those of a snapshot in the Hub's cache.
+    (folder / "samples.png").symlink_to(folder / "model_index.json")
+    assert "samples.png" in published_files(folder)
+    blobs = tmp_path / "models--org--x" / "blobs"
+    blobs.mkdir(parents=True)
+    snapshot = blobs.parent / "snapshots" / "abc"
+    shutil.copytree(folder, snapshot)
+    (snapshot / "samples.png").unlink()
+    (blobs / "1").write_text("picture")
+    (snapshot / "samples.png").symlink_to(blobs / "1")
+    assert "samples.png" in published_files(snapshot)
 
 
 def test_no_path_of_this_machine_gets_out():

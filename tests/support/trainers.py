@@ -115,6 +115,7 @@ def deepspeed_zero2():
 
 HOOKS = {
     None: lambda: None,
+    "no room at all": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, -1)),
     # Each kills itself on the way to a checkpoint.
     "half a file": lambda: nth_call(5, half_a_file, training, "save_file"),
     "no manifest": lambda: nth_call(2, lambda folder: die(), training, "write_manifest"),
@@ -160,6 +161,9 @@ for line in sys.stdin:
             code = 0
         except SystemExit as error:
             code = error.code
+            if isinstance(code, str):
+                os.write(1, code.encode() + b"\\n")
+                code = 1
         except Exception as error:
             os.write(1, f"ended by {type(error).__name__}: {error}\\n".encode())
             traceback.print_exc()

@@ -301,10 +301,12 @@ def test_a_full_disk_leaves_the_checkpoint_before(command, trainers, tmp_path):
 def test_a_full_disk_at_the_start_and_at_the_end(command, trainers, tmp_path, monkeypatch):
     options = command(max_train_steps=2)
     again = "cannot be written .*; make room and run the same command again"
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     with monkeypatch.context() as patch:
-        patch.setattr(
-            trainer_module.yaml, "safe_dump", lambda *a: (tmp_path / "run" / "logs" / "a" / "b").write_text("")
-        )
+        patch.setattr(trainer_module, "write_atomically", full)
         with pytest.raises(TrainingStopped, match="train_config.yaml or metrics.jsonl in .*/run " + again):
             run(options)
     trainer = trainers(options, hook="no room for the result")

@@ -3,8 +3,8 @@
 
 import importlib.util
 import json
+import os
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -128,11 +128,11 @@ def test_a_wrong_second_encoder_costs_no_work_of_the_first(run, encoder_checkpoi
 def test_numbers_are_printed_before_files_are_written(run, tmp_path, capsys, monkeypatch):
     np.savez(tmp_path / "images.npz", pictures(30))
 
-    def full(self, text):
+    def full(descriptor):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SystemExit, match=r"--output_file .*a.json cannot be written \(No space left"):
         run(tmp_path / "images.npz", tmp_path / "images.npz", "--output_file", tmp_path / "a.json")
     assert "coverage" in capsys.readouterr().out
 

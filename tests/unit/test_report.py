@@ -14,7 +14,8 @@ from PIL import Image
 
 from diffusers_vrpo.commands.report import build_parser, collect, main, number
 from diffusers_vrpo.models.transformer_sit import SiTTransformer2DModel
-from diffusers_vrpo.reporting.runs import Run, first_crossing, read_lines
+from diffusers_vrpo.reporting.runs import Run, first_crossing
+from diffusers_vrpo.schemas import START, read_rows
 from diffusers_vrpo.training.metrics import MetricsFile, read_metrics
 from diffusers_vrpo.training.throughput import projector_flops, step_flops
 from support.models import aligned_with
@@ -378,7 +379,7 @@ def test_real_runs_from_training_to_the_page(command, tmp_path, capsys):
     assert aligned == plain + 3 * projector_flops(32, 16, 1, [64], projector_dim=32)
     per_step = np.diff([0, *(row["train_flops"] for row in rows)]) / 16  # the encoder is counted, too
     assert per_step[0] == per_step[1] > aligned > per_step[2] == per_step[3] == plain
-    starts, _ = read_lines(tmp_path / "repa" / "starts.jsonl")
+    starts, _ = read_rows(tmp_path / "repa" / "starts.jsonl", START)
     assert [start["step"] for start in starts] == [0, 3] and starts[0]["hardware"]
     projectors = sum(p.numel() for p in trained.projectors.parameters())
     assert starts[1]["parameters"] == sum(p.numel() for p in model.parameters())
@@ -440,6 +441,18 @@ def test_one_run_with_one_evaluation_and_names_that_are_markup(tmp_path, capsys)
     assert "&lt;b&gt;$5&lt;/b&gt;" in text and "<b>" not in text
     found = report(tmp_path, folder)
     assert found["sentences"] == [] and found["speed_up"] is None and found["options"] == {} and found["grids"] is None
+
+
+def test_only_options_are_shown_and_nothing_moves_the_cursor(tmp_path, capsys):
+    runs = [
+        write_run(tmp_path / f"run-{i}", {100: 5}, layer_scope=f"\x1b[2J{i}<b>", hub_token=f"hf_secret{i}")
+        for i in range(2)
+    ]
+    found = report(tmp_path, *runs)
+    page, printed = (tmp_path / "report" / "report.html").read_text(), capsys.readouterr().out
+    assert list(found["options"]) == ["layer_scope"] and len(found["arms"]) == 2
+    assert "hf_secret" not in page + json.dumps(found) + printed
+    assert "\x1b" not in page + printed and "&lt;b&gt;" in page and "<b>" not in page
 
 
 def test_grids_that_do_not_compare(tmp_path, capsys):

@@ -30,8 +30,11 @@ from ..evaluation.compare import DATASET_OPTIONS, METRICS, MetricSettings, compa
 from ..evaluation.image_encoders import POOLINGS
 from ..evaluation.image_sets import open_images
 from ..evaluation.plots import plot_features
+from ..files import write_atomically
 from ..pipelines.sample_folder import unfinished_samples
+from ..schemas import check
 from ..training.distributed import start_processes
+from ..training.output_dir import writing_result
 
 
 logger = logging.getLogger("evaluate")
@@ -57,6 +60,8 @@ def evaluate(args: argparse.Namespace) -> dict | None:
     """
     state = start_processes()
     check_output_files(args, "output_file", "plot_file", "save_reference")
+    if args.output_file:
+        refuse_other_report(args.output_file)
     started = time.perf_counter()
     with state.main_process_first():
         samples, reference = open_images("SAMPLES", args.samples), None
@@ -104,12 +109,40 @@ def evaluate(args: argparse.Namespace) -> dict | None:
     }
     print(format_table(comparison.metrics))  # before writing files, in case the disk is full
     if args.output_file:
-        Path(args.output_file).write_text(json.dumps(report, indent=2) + "\n")
+        with writing_result("output_file", args.output_file):
+            write_report(Path(args.output_file), json.dumps(report, indent=2) + "\n")
     if args.plot_file and comparison.features:
-        plot_features(comparison.features, Path(args.plot_file), args.seed)
+        with writing_result("plot_file", args.plot_file):
+            plot_features(comparison.features, Path(args.plot_file), args.seed)
     elif args.plot_file:
         logger.warning("--plot_file needs features of a reference; nothing is drawn")
     return report
+
+
+def write_report(path: Path, text: str):
+    """Writes the JSON file atomically; a pipe or device that was named, such as /dev/stdout, gets the text."""
+    if path.exists() and not path.is_file():
+        path.write_text(text)
+    else:
+        write_atomically(path.resolve(), text.encode())
+
+
+def refuse_other_report(output_file: str):
+    """Checks that a file to be replaced is an earlier result of this command.
+
+    Raises:
+        InputError: if it is another file.
+    """
+    path = Path(output_file)
+    if not path.is_file():
+        return
+    try:
+        check(json.loads(path.read_text()), {"samples": dict, "metrics": dict, "settings": dict})
+    except (OSError, ValueError) as error:
+        raise InputError(
+            "output_file",
+            f"`output_file` {output_file} exists and is not a result of `vrpo evaluate`; choose another file",
+        ) from error
 
 
 def warn_of_unfinished(name: str, source: str):

@@ -18,7 +18,9 @@ def main(argv: list[str] | None = None, prog: str = "vrpo push"):
     parser.add_argument("--commit_message", default="Upload pipeline", help="message of the commit")
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.INFO)
-    if not Path(args.folder).is_dir():
+    if args.hub_model_id is not None and not args.hub_model_id.strip():
+        parser.error("--hub_model_id is empty; give OWNER/NAME, or remove it")
+    if not args.folder or not Path(args.folder).is_dir():
         parser.error(f"OUTPUT_DIR {args.folder} is not a folder")
     repo_id = args.hub_model_id or Path(args.folder).resolve().name
     with one_line_errors(parser):

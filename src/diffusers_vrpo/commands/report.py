@@ -11,12 +11,14 @@ explains how each number is computed.
 
 import argparse
 import base64
+import contextlib
 import html
 import io
 import json
 import math
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from string import Template
 
@@ -26,9 +28,11 @@ from PIL import Image
 from ..command_line import OneLineErrorParser, number_in, one_line_errors
 from ..config import FINITE
 from ..errors import InputError
+from ..files import write_atomically
 from ..reporting.figures import curves, draw, final_values, flop_unit
 from ..reporting.runs import COSTS, Run, choose_metric, compare, group_runs
-from ..training.output_dir import prepare_output_dir
+from ..schemas import read_object
+from ..training.output_dir import prepare_output_dir, writing_result
 
 
 # If these options and the seed are equal, `validation.draw_samples` uses the same noise at each position of the grid.
@@ -207,6 +211,8 @@ def sample_grids(arms: dict[str, list[Run]], warn: Callable[[str], None], most_s
 
 def small_image(path: Path, widest: int = 1320) -> str | None:
     """Encodes a picture as a data URI, as a JPEG of width `widest` if it is larger; returns None if it is damaged."""
+    if path.is_symlink() or not path.is_file():  # a run folder of somebody else could show other files, or wait
+        return None
     try:
         data = path.read_bytes()
         with Image.open(io.BytesIO(data)) as image:
@@ -363,23 +369,47 @@ def collect(args: argparse.Namespace) -> tuple[dict, dict | None]:
 
 
 def write_report(report: dict, grids: dict | None, output_dir: Path):
-    """Writes the results of `collect`: the plots, `report.json` and `report.html`."""
+    """Writes the results of `collect`: the plots, `report.json` and `report.html`.
+
+    Raises:
+        InputError: if a file cannot be written, or would replace one that is not of a report.
+    """
     metric, speed_up, goal = report["metric"], report["speed_up"], None
     if speed_up:
         goal = (speed_up["target"], "target" if speed_up["given"] else f"last value of {report['baseline']}")
     names = {"steps": "steps", "seconds": "time", "flops": "flops"}
     plots = {f"quality_vs_{names[cost]}": (curves, report["arms"], cost, metric, goal) for cost in report["costs"]}
     plots["final"] = (final_values, report["arms"], metric)
-    inline = []
+    inline, files = [], {}
     for name, (plot, *arguments) in plots.items():
         light = draw(plot, *arguments, theme="light", kinds=("png", "svg"))
         dark = draw(plot, *arguments, theme="dark", kinds=("svg",))
-        for kind, data in light.items():
-            (output_dir / f"{name}.{kind}").write_bytes(data)
+        files |= {f"{name}.{kind}": data for kind, data in light.items()}
         inline.append(html_plot(light["svg"], dark["svg"], f"{metric}: {name.replace('_', ' ')}"))
     pictures = html_grids(grids, report["warnings"].append) if grids else ""
-    (output_dir / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False))
-    (output_dir / "report.html").write_text(page(report, inline, pictures), encoding="utf-8")
+    files["report.html"] = page(report, inline, pictures).encode()
+    # First, since it tells that the others are those of a report.
+    files = {"report.json": json.dumps(report, indent=1, allow_nan=False).encode()} | files
+    refuse_other_files(output_dir, files)
+    with writing_result("output_dir", output_dir):
+        for name, data in files.items():
+            write_atomically(output_dir / name, data)
+
+
+def refuse_other_files(output_dir: Path, names: Iterable[str]):
+    """Checks that a folder has no files with the names of a report's, unless they are a report's.
+
+    Raises:
+        InputError: if it has.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        read_object(output_dir / "report.json", {"metric": str, "arms": list, "warnings": list})
+        return
+    if found := [name for name in names if os.path.lexists(output_dir / name)]:
+        raise InputError(
+            "output_dir",
+            f"`output_dir` {output_dir} holds {', '.join(found[:3])}, which no report has written; choose another folder",
+        )
 
 
 def main(argv: list[str] | None = None, prog: str = "vrpo report"):

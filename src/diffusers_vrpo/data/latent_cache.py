@@ -27,6 +27,7 @@ from PIL import Image as PILImage
 
 from ..errors import InputError, first_line
 from ..random_streams import ORDER, random_stream
+from ..schemas import CACHE, check
 from .image_source import CLASS_NAMES, class_names, worker_loader
 from .samples import SampleStreams
 
@@ -42,14 +43,18 @@ def read_meta(folder: Path, option: str) -> dict:
         InputError: if the folder does not hold a cache that this version can read.
     """
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        # The Hub's download folder consists of links, which are followed here; a pipe would be waited for.
+        file = folder / "meta.json"
+        if file.exists() and not file.is_file():
+            raise ValueError("it is not a regular file")
+        meta = check(json.loads(file.read_text()), {"format": int})
         if meta["format"] == FORMAT:
-            return meta
+            return check(meta, CACHE)
     except FileNotFoundError as error:
         raise InputError(
             option, f"`{option}` {folder} has no meta.json, so it is not a latent cache; {REMEDY}"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             option, f"`{option}` {folder}: meta.json is damaged ({first_line(error)}); prepare it again"
         ) from error

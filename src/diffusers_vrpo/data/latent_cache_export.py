@@ -13,7 +13,8 @@ from huggingface_hub import HfApi, snapshot_download
 from tqdm.auto import tqdm
 
 from ..errors import InputError, first_line, hub_problem
-from ..files import write_atomically
+from ..files import find_irregular, replacing, write_atomically
+from ..markup import code, shown
 from .latent_cache import LatentCache, array_layout, chunk_rows, num_chunks, read_meta
 from .latent_cache_writer import CacheWriter
 
@@ -67,6 +68,12 @@ def export_cache(latents_dir: str | Path, output_dir: str | Path):
         known = folder / "meta.json"
         if not known.is_file() or known.read_bytes() != meta:
             raise InputError("output_dir", f"`output_dir` {folder} holds something else; choose a new or empty folder")
+        if irregular := find_irregular(folder):
+            raise InputError(
+                "output_dir",
+                f"`output_dir` {folder}: {irregular[0].relative_to(folder)} is {irregular[1]}, through which nothing is "
+                "written; remove it, or choose a new or empty folder",
+            )
     # Shards of about 500 MB, estimated from the first rows.
     probe = export_table(cache, 0, min(len(cache), 64))
     rows_per_file = max(1, int(500e6 / (probe.nbytes / len(probe))) // ROWS_PER_GROUP) * ROWS_PER_GROUP
@@ -79,13 +86,14 @@ def export_cache(latents_dir: str | Path, output_dir: str | Path):
                 path = folder / "data" / f"train-{i:05d}-of-{files:05d}.parquet"
                 rows = range(i * rows_per_file, min((i + 1) * rows_per_file, len(cache)))
                 if not path.exists():
-                    temporary = path.with_name(f".{path.name}.tmp")
-                    with pq.ParquetWriter(temporary, probe.schema, compression="none") as file:
+                    with (
+                        replacing(path) as temporary,
+                        pq.ParquetWriter(temporary, probe.schema, compression="none") as file,
+                    ):
                         for first in rows[::ROWS_PER_GROUP]:
                             file.write_table(export_table(cache, first, min(first + ROWS_PER_GROUP, rows.stop)))
-                    os.replace(temporary, path)
                 progress.update(len(rows))
-        (folder / "README.md").write_text(dataset_card(cache))
+        write_atomically(folder / "README.md", dataset_card(cache).encode())
     except OSError as error:
         raise InputError(
             "output_dir", f"`output_dir` {folder} cannot be written ({error.strerror or error})"
@@ -112,16 +120,17 @@ def push_export(folder: str | Path, repository: str, private: bool = False):
 def dataset_card(cache: LatentCache) -> str:
     """The README of an export."""
     config, about = cache.config, cache.about
-    vae = Path(about["vae"]).name if os.path.isabs(about["vae"]) else about["vae"]
+    # Of local folders the last part alone.
+    vae, dataset = (Path(name).name if os.path.isabs(name) else name for name in (about["vae"], about["dataset"]))
     kind = {"moments": "mean and standard deviation of the latents", "sampled": "one drawn latent"}
     shape = list(array_layout(config)["latents"][1])
     features = "".join(
-        f"- `features_{i}`: {f['encoder']}, {f['grid']}, {f['dim']}\n" for i, f in enumerate(config["features"])
+        f"- `features_{i}`: {shown(f['encoder'])}, {f['grid']}, {f['dim']}\n" for i, f in enumerate(config["features"])
     )
     return (
         "---\ntags:\n- latents\n- diffusers-vrpo\n---\n\n"
-        f"# Latents of {about['dataset']} ({about['split']})\n\n"
-        f"{config['count']} images, centre crop to {config['resolution']}x{config['resolution']}, encoded by `{vae}`.\n\n"
+        f"# Latents of {shown(dataset)} ({shown(about['split'])})\n\n"
+        f"{config['count']} images, centre crop to {config['resolution']}x{config['resolution']}, encoded by {code(vae)}.\n\n"
         f"- `latents`: {kind.get(config['kind'], 'latents')}, raw little-endian float16 {shape}, already "
         f"`(latents - {config['shift_factor']}) * {config['scaling_factor']}`; `_flipped` is of the mirrored image\n"
         f"{features}\n"

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InputError
-from ..files import write_atomically
+from ..files import find_irregular, write_atomically
+from ..schemas import JOURNAL_ENTRY, read_rows
 from .latent_cache import (
     FORMAT,
     array_layout,
@@ -101,6 +102,12 @@ class CacheWriter:
 
     def _prepare_folder(self, verify: bool):
         self.folder.mkdir(parents=True, exist_ok=True)
+        if irregular := find_irregular(self.folder):
+            raise InputError(
+                "output_dir",
+                f"`output_dir` {self.folder}: {irregular[0].relative_to(self.folder)} is {irregular[1]}, through which nothing "
+                "is written or read; remove it, or choose a new or empty folder",
+            )
         done = {}
         if (self.folder / "meta.json").exists():
             meta = read_meta(self.folder, "output_dir")
@@ -168,12 +175,8 @@ class CacheWriter:
         """Reads the entries of all journals by chunk, without an incomplete last line of a killed process."""
         done = {}
         for path in self._journals():
-            for line in path.read_text().splitlines():
-                try:
-                    entry = json.loads(line)
-                    done[entry["chunk"]] = entry
-                except (ValueError, KeyError, TypeError):
-                    continue
+            for entry in read_rows(path, JOURNAL_ENTRY)[0]:
+                done[entry["chunk"]] = entry
         return done
 
     def _write_journal(self, entries):

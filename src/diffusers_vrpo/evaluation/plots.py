@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..files import replacing
 from .feature_statistics import FeatureSet
 from .metrics import nearest_distances
 
@@ -49,4 +50,5 @@ def plot_features(features: dict[str, tuple[FeatureSet, FeatureSet]], file: Path
             histogram.hist(distances.numpy(), bins=bins, density=True, alpha=0.5, label=label)
         histogram.set(title="distance to the nearest reference image", xlabel="distance", ylabel="density")
         histogram.legend(frameon=False)
-    figure.savefig(file, dpi=120)
+    with replacing(file.resolve()) as temporary:
+        figure.savefig(temporary, dpi=120, format=file.suffix[1:] or "png")

@@ -10,7 +10,10 @@ import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..config import Resume, names_marked
+from ..config import Resume, VRPOConfig, checked_value, names_marked, options_of
+from ..errors import InputError
+from ..markup import code, one_line, quoted, shown
+from ..schemas import METRICS_ROW, START_FACTS, merge_steps, read_rows
 
 
 STAGED = "staged.json"  # in the folder of a checkpoint on its way to the Hub: its step
@@ -57,6 +60,8 @@ def public_name(value, local: list[str] | None = None):
         return value
     if is_hub_id(value) and not (Path(value).exists() if local is None else value in local):
         return value
+    if "://" in value:
+        value = re.split("[?#]", value)[0]  # what follows may be a key
     return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
 
 
@@ -78,23 +83,47 @@ def read_mapping(file: Path) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-def read_lines(file: Path, one_a_step: bool = False) -> list[dict]:
-    """Reads the objects of a JSON-lines file, without an incomplete one; `one_a_step` merges those of the same step."""
-    rows: list[dict] = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if one_a_step and rows and rows[-1].get("step") == row.get("step"):
-            rows[-1] |= row
-        else:
-            rows.append(row)
-    return rows
-
-
 def is_finite(value) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def mapping(value) -> dict:
+    """A value from a file if it is a mapping, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def known_options(given: dict, local: list[str] | None) -> dict:
+    """The options of training in a record that a card may show: known ones with a possible value, without local folders.
+
+    Args:
+        given: the content of `train_config.yaml`.
+        local: as in `public_name`.
+    """
+    known, private = {}, names_marked(Resume.MACHINE)
+    for name, option in options_of(VRPOConfig).items():
+        value = given.get(name)
+        if value is None or name in private:
+            continue
+        if option.many and isinstance(value, str):
+            value = [value]  # as older records have it
+        try:
+            value = public_name(checked_value(option, value), local)
+        except InputError:
+            continue
+        if option.kind is str:
+            value = [one_line(item) for item in value] if option.many else one_line(value)
+        known[name] = value
+    return known
+
+
+def known_facts(start: dict) -> dict:
+    """The facts of a line of `starts.jsonl` that a card may show; those of a wrong type are dropped."""
+    numbers = ("parameters", "projector_parameters", "global_batch_size", "num_processes", "max_train_steps")
+    facts = {name: start[name] for name in numbers if is_finite(start.get(name))}
+    facts |= {name: start[name] for name in ("hardware", "mixed_precision") if isinstance(start.get(name), str)}
+    if isinstance(start.get("local"), list):
+        facts["local"] = [item for item in start["local"] if isinstance(item, str)]
+    return facts | {"adapters_suffice": start.get("adapters_suffice") is True}
 
 
 def evaluations(folder: Path) -> list[dict]:
@@ -102,10 +131,10 @@ def evaluations(folder: Path) -> list[dict]:
     rows = []
     for file in sorted(folder.glob("evaluation*.json")):
         report = read_mapping(file)
-        samples, reference = report.get("samples", {}), report.get("reference", {})
-        for encoder, values in (report.get("metrics") or {}).items():
+        samples, reference = mapping(report.get("samples")), mapping(report.get("reference"))
+        for encoder, values in mapping(report.get("metrics")).items():
             for name, (title, metric) in METRIC_NAMES.items():
-                if is_finite(values.get(name)):
+                if is_finite(mapping(values).get(name)):
                     rows.append(
                         {
                             "title": title,
@@ -124,19 +153,24 @@ def read_run(folder: str | Path) -> dict:
     """Reads the facts about a run or pipeline for the template; those that no file holds are None or empty."""
     folder = Path(folder)
     given = read_mapping(folder / "train_config.yaml")
-    rows, starts = read_lines(folder / "metrics.jsonl", one_a_step=True), read_lines(folder / "starts.jsonl")
+    rows, starts = (
+        read_rows(file, wanted)[0] if (file := folder / name).is_file() else []
+        for name, wanted in (("metrics.jsonl", METRICS_ROW), ("starts.jsonl", START_FACTS))
+    )
+    rows, starts = merge_steps(rows), [known_facts(start) for start in starts]
     start = starts[-1] if starts else {}
-    local = start.get("local")
-    private = names_marked(Resume.MACHINE)
-    options = {name: public_name(v, local) for name, v in given.items() if name not in private and v is not None}
+    options = known_options(given, start.get("local"))
     # The last finite number of each column, and its step, since columns such as validation have separate rows.
-    columns = {name: (row.get("step"), value) for row in rows for name, value in row.items() if is_finite(value)}
+    columns = {name: (row["step"], value) for row in rows for name, value in row.items() if is_finite(value)}
 
     def last(name):
         return columns[name][1] if name in columns else None
 
     rewards = [name.split("/", 1)[1] for name in columns if name.startswith("reward/")]
-    hardware = [f"{start['num_processes']} × {start['hardware']}" for start in starts]
+    hardware = [
+        f"{number(start.get('num_processes', 1))} × {start['hardware']}" for start in starts if "hardware" in start
+    ]
+    staged_step = read_mapping(folder / STAGED).get("step")
     objective = options.get("objective")
     return {
         "options": options,
@@ -147,7 +181,7 @@ def read_run(folder: str | Path) -> dict:
         "start": start,
         "hardware": list(dict.fromkeys(hardware)),
         # A staged checkpoint has its own step; the metrics may end earlier.
-        "step": read_mapping(folder / STAGED).get("step", last("step")),
+        "step": staged_step if is_finite(staged_step) else last("step"),
         "max_train_steps": start.get("max_train_steps", options.get("max_train_steps")),
         "samples_seen": last("samples_seen"),
         "train_seconds": last("train_seconds"),
@@ -195,7 +229,7 @@ def card_data(run: dict, repo_id: str, license: str | None) -> ModelCardData:
     if license is None and options:  # weights without a record of a run get no default
         license = "other" if base else "apache-2.0"
     known = options.get("dataset_name") or options.get("train_data_dir") or options.get("latents_dir") or "unknown"
-    where = {"dataset_type": dataset if is_hub_id(dataset) else "custom", "dataset_name": str(known)}
+    where = {"dataset_type": dataset if is_hub_id(dataset) else "custom", "dataset_name": one_line(known)}
     task = {"task_type": "unconditional-image-generation", "task_name": "Class-conditional image generation"}
     results = [
         EvalResult(
@@ -203,7 +237,7 @@ def card_data(run: dict, repo_id: str, license: str | None) -> ModelCardData:
             **where,
             metric_type=row["metric"],
             metric_value=row["value"],
-            metric_name=f"{row['title']} ({row['encoder']}, {row['samples']} samples)",
+            metric_name=one_line(f"{row['title']} ({row['encoder']}, {row['samples']} samples)"),
         )
         for row in run["evaluations"]
     ] + [
@@ -212,14 +246,14 @@ def card_data(run: dict, repo_id: str, license: str | None) -> ModelCardData:
             **where,
             metric_type="frechet_distance",
             metric_value=row["value"],
-            metric_name=f"FD ({row['encoder']}, step {row['step']}, in training)",
+            metric_name=one_line(f"FD ({row['encoder']}, step {row['step']}, in training)"),
         )
         for row in run["distances"]
     ]
     return ModelCardData(
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
-        license=license,
+        license=license and one_line(license),
         base_model=base if is_hub_id(base) else None,
         base_model_relation=("adapter" if run["lora_rank"] else "finetune") if is_hub_id(base) else None,
         datasets=[dataset] if is_hub_id(dataset) else None,
@@ -243,10 +277,11 @@ def summary(run: dict) -> str:
     base = options.get("pretrained_model_name_or_path")
     text = f"Class-conditional {kind(run)} diffusion transformer"
     if pushes_adapters_only(run):
-        text = f"Low-rank adapters for [{base}](https://huggingface.co/{base}), a class-conditional {kind(run)}"
+        link = f"[{shown(base)}](https://huggingface.co/{base})" if is_hub_id(base) else shown(base)
+        text = f"Low-rank adapters for {link}, a class-conditional {kind(run)}"
     if run["start"].get("parameters"):
         text += f" of {number(run['start']['parameters'] / 1e6)} M parameters"
-    if config.get("num_classes"):
+    if is_finite(config.get("num_classes")):
         text += f" with {number(config['num_classes'])} classes"
     if options.get("resolution"):
         text += f", images of {options['resolution']}×{options['resolution']} pixels"
@@ -262,7 +297,7 @@ def optimizer(run: dict) -> str:
     if start.get("global_batch_size"):
         text += f", {number(start['global_batch_size'])} samples a step"
     if start.get("mixed_precision") not in (None, "no"):
-        text += f", {start['mixed_precision']}"
+        text += f", {shown(start['mixed_precision'])}"
     if options.get("use_ema"):
         text += f", weights averaged with decay {options.get('ema_decay')}"
     return text
@@ -282,7 +317,8 @@ def render_card(folder: str | Path, repo_id: str, license: str | None = None, **
     """
     run = read_run(folder)
     options = run["options"]
-    labels = run["index"].get("id2label") or {}
+    labels = mapping(run["index"].get("id2label"))
+    options_as_yaml = yaml.safe_dump(options).strip()
     base, encoders = options.get("pretrained_model_name_or_path"), options.get("encoder") or []
     run |= {
         "name": repo_id.split("/")[-1],
@@ -294,13 +330,17 @@ def render_card(folder: str | Path, repo_id: str, license: str | None = None, **
         "base_model": base,
         "encoders": ", ".join([encoders] if isinstance(encoders, str) else encoders),
         "data": options.get("dataset_name") or options.get("train_data_dir") or options.get("latents_dir"),
-        "example_label": json.dumps(next(iter(labels.values())).split(",")[0]) if labels else "0",
+        "example_label": quoted(str(next(iter(labels.values()))).split(",")[0]) if labels else "0",
         "has_labels": bool(labels),
         "number": number,
-        "options_as_yaml": yaml.safe_dump(options).strip(),
+        "options_as_yaml": options_as_yaml,
+        # A fence that is longer than any run of backticks inside it.
+        "fence": "`" * max([3, *(1 + len(ticks) for ticks in re.findall("`+", options_as_yaml))]),
         "card_data": card_data(run, repo_id, license).to_yaml(),
     }
     template = template_file("template.md").read_text(encoding="utf-8")
-    card = jinja2.Template(template, trim_blocks=True, lstrip_blocks=True).render(**run | extra)
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"shown": shown, "code": code, "quoted": quoted}
+    card = environment.from_string(template).render(**run | extra)
     # Parse the card, so that invalid metadata raise an error here and not on the Hub.
     return str(ModelCard(re.sub(r"\n{3,}", "\n\n", card).rstrip() + "\n"))

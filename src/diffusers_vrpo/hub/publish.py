@@ -49,16 +49,35 @@ WEIGHTS = re.compile(
 
 
 def component_folders(folder: Path) -> list[str]:
-    """The folders of a pipeline's components, according to its index."""
+    """The folders of a pipeline's components, according to its index; only those that lie in the folder itself."""
     index = read_mapping(folder / "model_index.json")
-    return [name for name, value in index.items() if isinstance(value, list) and name != "_class_name" and value[0]]
+    components = {name for name, value in index.items() if isinstance(value, list) and value and value[0]}
+    return [name for name in index if name in components and re.fullmatch(r"(?!_)\w+", name)]
+
+
+def check_inside(folder: Path, file: Path):
+    """Checks that a file of a folder is not a link to elsewhere, such as to a private file of this machine.
+
+    Links of the Hub's cache are allowed: a snapshot there consists of links to `blobs/` of the same repository.
+
+    Raises:
+        InputError: if it is.
+    """
+    target = file.resolve()
+    allowed = [folder.resolve()]
+    if folder.resolve().parent.name == "snapshots":
+        allowed.append(folder.resolve().parents[1] / "blobs")
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise InputError(
+            None, f"{file} is a link to {target}, outside the folder, and is not published; replace it by a copy"
+        )
 
 
 def published_files(folder: str | Path) -> dict[str, Path]:
     """The files of a folder that are published: paths on the Hub and local files. All other files are ignored.
 
     Raises:
-        InputError: if the folder holds neither a pipeline nor adapters.
+        InputError: if the folder holds neither a pipeline nor adapters, or a link to a file outside.
     """
     folder = Path(folder)
     files = {}
@@ -77,9 +96,16 @@ def published_files(folder: str | Path) -> dict[str, Path]:
             raise InputError(
                 None, f"{folder} holds no pipeline (no model_index.json); give the output folder of a finished run"
             )
+        if not component_folders(folder):
+            raise InputError(
+                None,
+                f"{folder}/model_index.json is damaged: it names no component; give the folder of a saved pipeline",
+            )
     for path in [folder / name for name in RUN_FILES] + sorted(folder.glob("evaluation*.json")):
         if path.is_file():
             files[path.name] = path
+    for path in files.values():
+        check_inside(folder, path)
     return files
 
 
@@ -145,7 +171,7 @@ def is_passing(error: BaseException) -> bool:
     # A proxy's page instead of the Hub's answer; or no answer, and no file in the cache.
     if "JSONDecodeError" in type(error).__name__ or isinstance(error, LocalEntryNotFoundError):
         return True
-    if isinstance(error, (LocalTokenNotFoundError, *DEFECTS)) or disk_is_full(error):
+    if isinstance(error, (LocalTokenNotFoundError, OfflineModeIsEnabled, *DEFECTS)) or disk_is_full(error):
         return False
     return not isinstance(error, InputError | ValueError | FileNotFoundError | IsADirectoryError | PermissionError)
 

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..errors import InputError, first_line, hub_problem
+from ..schemas import check_model_index
 from . import ddpm
 from .transformer_sit import SIT_SIZES, SiTTransformer2DModel, sit_preset
 
@@ -488,13 +489,25 @@ def find_transformer(name_or_path: str, cache_dir: str | None = None) -> tuple[d
 
 
 def pipeline_index(name_or_path: str, cache_dir: str | None = None) -> dict | None:
-    """Reads the `model_index.json` of a pipeline (its components' classes, its class names); None for anything else."""
+    """Reads the `model_index.json` of a pipeline (its components' classes, its class names); None for anything else.
+
+    Raises:
+        InputError: if the file holds values of other types.
+    """
     if Path(name_or_path).is_file():
         return None
+
+    def wrong(problem: str) -> InputError:
+        return InputError(None, f"{name_or_path}: model_index.json is not that of a pipeline: {problem}")
+
     try:
-        return DiffusionPipeline.load_config(name_or_path, cache_dir=cache_dir)
+        index = DiffusionPipeline.load_config(name_or_path, cache_dir=cache_dir)
     except OSError:
         return None
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:  # JSON of another kind, such as a list
+        raise wrong(first_line(error)) from error
+    check_model_index(index, wrong)
+    return index
 
 
 def read_projectors(path: str, config: dict, subfolder: str | None, cache_dir: str | None) -> SavedProjectors | None:

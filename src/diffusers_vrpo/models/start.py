@@ -15,6 +15,7 @@ from accelerate import init_empty_weights
 from diffusers.utils import is_peft_available
 
 from ..errors import InputError, first_line
+from ..schemas import argument_problem
 from .official_checkpoints import SavedProjectors, convert_with_projectors, pipeline_index
 from .transformer_sit import REMOVED_ARGUMENTS, SiTTransformer2DModel, sit_preset
 
@@ -38,7 +39,7 @@ def transformer_config(preset: str | None, model_config: str | None) -> dict:
         config = json.loads(Path(model_config).read_text())
         if not isinstance(config, dict):
             raise ValueError("it must map argument names to values")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError("model_config", f"`model_config` {model_config} cannot be read as JSON: {error}") from error
     config = {name: value for name, value in public_config(config).items() if name not in REMOVED_ARGUMENTS}
     known = inspect.signature(SiTTransformer2DModel).parameters
@@ -46,6 +47,8 @@ def transformer_config(preset: str | None, model_config: str | None) -> dict:
         raise InputError(
             "model_config", f"`model_config` {model_config} has {unknown[0]!r}, which is none of {', '.join(known)}"
         )
+    if problem := argument_problem(config, {name: known[name].default for name in config}):
+        raise InputError("model_config", f"`model_config` {model_config}: {problem}")
     return config
 
 

@@ -22,7 +22,8 @@ import numpy as np
 from PIL import Image
 
 from ..errors import InputError, first_line
-from ..files import write_atomically
+from ..files import find_irregular, replacing, write_atomically
+from ..schemas import SAMPLES, check, read_object
 
 
 FORMAT = 1
@@ -81,6 +82,12 @@ class SampleFolder:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             found = self._read_manifest()
+            if irregular := find_irregular(self.folder):
+                raise InputError(
+                    "output_dir",
+                    f"`output_dir` {self.folder}: {irregular[0].relative_to(self.folder)} is {irregular[1]}, through which "
+                    "nothing is written or read; remove it, or choose a new or empty folder",
+                )
             if found is not None and overwrite:
                 self._remove()
                 found = None
@@ -108,7 +115,7 @@ class SampleFolder:
 
     def _read_manifest(self) -> dict | None:
         path = self.folder / "manifest.json"
-        if not path.exists():
+        if not os.path.lexists(path):
             if others := sorted(p.name for p in self.folder.iterdir() if not p.match(".*.tmp")):
                 raise InputError(
                     "output_dir",
@@ -117,10 +124,10 @@ class SampleFolder:
                 )
             return None
         try:
-            manifest = json.loads(path.read_text())
-            if manifest["format"] == FORMAT and {"options", "pipeline_checksum", "versions"} <= set(manifest):
-                return manifest
-        except (ValueError, KeyError, TypeError) as error:
+            manifest = read_object(path, {"format": int})
+            if manifest["format"] == FORMAT and set(SAMPLES) - {"complete?"} <= set(manifest):
+                return check(manifest, SAMPLES)
+        except (OSError, ValueError) as error:
             raise InputError(
                 "output_dir",
                 f"`output_dir` {self.folder}: manifest.json is not a manifest of samples ({first_line(error)}); choose a new or "
@@ -207,9 +214,9 @@ class SampleFolder:
 def unfinished_samples(folder: Path) -> int | None:
     """The number of images that an unfinished folder of samples will have; None for any other folder."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = read_object(folder / "manifest.json", {"complete": bool, "options": {"num_images": int}})
         return None if manifest["complete"] else manifest["options"]["num_images"]
-    except (OSError, ValueError, KeyError, TypeError):  # another program's manifest
+    except (OSError, ValueError):  # another program's manifest
         return None
 
 
@@ -224,34 +231,28 @@ def is_whole_png(path: Path) -> bool:
 
 
 def write_png(path: Path, image: np.ndarray):
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    Image.fromarray(image).save(temporary, format="png")
-    os.replace(temporary, path)
+    with replacing(path, sync=False) as temporary:
+        Image.fromarray(image).save(temporary, format="png")
 
 
 def write_array(path: Path, array: np.ndarray):
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("xb") as file:
         np.save(file, array)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def write_npz(path: Path, batches: Iterator[np.ndarray], num_images: int, labels: list[int]):
     """Writes ADM's sample file, uncompressed, from batches uint8 `[n,H,W,3]`, with one batch in memory at a time."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as raw:
-        with zipfile.ZipFile(raw, "w", zipfile.ZIP_STORED) as archive:
-            # A ZipInfo without a date, so that the same samples give the same bytes.
-            with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
-                first = next(batches)
-                header = {"descr": "|u1", "fortran_order": False, "shape": (num_images, *first.shape[1:])}
-                np.lib.format.write_array_header_1_0(file, header)
-                for batch in itertools.chain([first], batches):
-                    file.write(np.ascontiguousarray(batch))
-            with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as file:
-                np.lib.format.write_array(file, np.array(labels, dtype="<i8"))
-        raw.flush()
-        os.fsync(raw.fileno())
-    os.replace(temporary, path)
+    with (
+        replacing(path) as temporary,
+        temporary.open("xb") as raw,
+        zipfile.ZipFile(raw, "w", zipfile.ZIP_STORED) as archive,
+    ):
+        # A ZipInfo without a date, so that the same samples give the same bytes.
+        with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
+            first = next(batches)
+            header = {"descr": "|u1", "fortran_order": False, "shape": (num_images, *first.shape[1:])}
+            np.lib.format.write_array_header_1_0(file, header)
+            for batch in itertools.chain([first], batches):
+                file.write(np.ascontiguousarray(batch))
+        with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as file:
+            np.lib.format.write_array(file, np.array(labels, dtype="<i8"))

@@ -1,7 +1,6 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """Compares training runs: reads their logs, groups them into arms, and computes the numbers that compare arms."""
 
-import json
 import math
 import re
 from collections.abc import Callable
@@ -10,8 +9,11 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from ..config import Resume, names_marked
+from ..config import Resume, VRPOConfig, names_marked, options_of
 from ..errors import InputError, first_line
+from ..files import read_regular
+from ..markup import printable
+from ..schemas import METRICS_ROW, RECORDED_OPTIONS, START, mismatch, read_rows
 
 
 # Options about folders, logging and saving, which affect neither the training nor its evaluation.
@@ -26,23 +28,6 @@ COSTS = {"steps": "steps", "seconds": "training time", "flops": "FLOPs"}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What runs wrote
-
-
-def read_lines(path: Path) -> tuple[list[dict], int]:
-    """Reads the objects with an integer `step` from a JSON-lines file, and counts the damaged lines."""
-    rows, damaged = [], 0
-    for line in path.read_text(errors="replace").splitlines():
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-        else:
-            damaged += 1
-    return rows, damaged
 
 
 def merge_rows(rows: list[dict]) -> list[dict]:
@@ -82,16 +67,18 @@ class Run:
                 "train_vrpo.py",
             )
         try:
-            self.options = yaml.safe_load(files[0].read_text())
-            rows, damaged = read_lines(files[1])
+            self.options = yaml.safe_load(read_regular(files[0]))
+            rows, damaged = read_rows(files[1], METRICS_ROW)
             starts = self.folder / "starts.jsonl"
-            self.starts = read_lines(starts)[0] if starts.is_file() else []
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            self.starts = read_rows(starts, START)[0] if starts.is_file() else []
+        except (OSError, RecursionError, yaml.YAMLError) as error:
             raise InputError(None, f"{folder} cannot be read ({first_line(error)}); give another run") from error
         if not isinstance(self.options, dict):
             raise InputError(
                 None, f"{files[0]} is not what train_vrpo.py wrote: it holds no options; give another run"
             )
+        if problem := mismatch(self.options, RECORDED_OPTIONS):
+            raise InputError(None, f"{files[0]} is not what train_vrpo.py wrote ({problem}); give another run")
         if damaged:
             warn(f"{files[1]}: {damaged} damaged line(s) skipped")
         self.rows = merge_rows(rows)
@@ -182,6 +169,8 @@ def choose_metric(runs: list[Run], metric: str) -> str:
     Raises:
         InputError: if a run does not have it; the message lists the columns.
     """
+    if not metric.strip():
+        raise InputError("metric", "`metric` is empty; give the name of a column, such as fd")
     known = [run.scalars() for run in runs]
     every = list(dict.fromkeys(key for keys in known for key in keys))
     matches = [key for key in every if key == metric]
@@ -208,10 +197,12 @@ def method(run: Run) -> dict[str, str]:
     """The options of training and evaluation as text, including the global batch size."""
 
     def text(value) -> str:
-        return "+".join(map(text, value)) if isinstance(value, list) else str(value)
+        return "+".join(map(text, value)) if isinstance(value, list) else printable(value)
 
-    # A switch that is off equals one that an older version did not have.
-    chosen = {name: value for name, value in run.options.items() if value is not False}
+    # A switch that is off equals one that an older version did not have. Names that are not options, such as a token
+    # that somebody has written into the file, are not shown.
+    known = options_of(VRPOConfig)
+    chosen = {name: value for name, value in run.options.items() if name in known and value is not False}
     options = {name: text(value) for name, value in chosen.items() if name not in HOUSEKEEPING}
     batch = run.global_batch_size()
     return options | ({"global batch size": str(batch)} if batch else {})

@@ -10,7 +10,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Collection
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from pickle import UnpicklingError
 
 import torch
@@ -25,11 +25,14 @@ from ..alignment.attach import AlignedTransformer
 from ..alignment.objective import conflict_mode
 from ..config import GenerativeConfig, VRPOConfig, options_of, settings_to_keep
 from ..errors import InputError, first_line
-from ..files import sync_to_disk
+from ..files import find_irregular, sync_to_disk
 from ..models.start import weights_checksum
 from ..pipelines.pipeline_vrpo import VRPOPipeline
+from ..schemas import MANIFEST as MANIFEST_SCHEMA
+from ..schemas import TRAINING_STATE, read_object
 from .distributed import copy_tensors, full_model, full_tensor, original_class, run_and_share_errors
 from .metrics import RunningMeans
+from .output_dir import check_inputs, claim_output_dir
 from .setup import trainable_parameters
 
 
@@ -68,8 +71,12 @@ def find_damage(checkpoint: Path) -> str | None:
     """Reads all of a checkpoint and describes the first damage; None if every file is as it was saved."""
     name = MANIFEST
     try:
-        table = json.loads((checkpoint / MANIFEST).read_text())["size and CRC-32"]
+        table = read_object(checkpoint / MANIFEST, MANIFEST_SCHEMA)["size and CRC-32"]
         for name, (size, value) in table.items():
+            if not is_within(name):
+                return f"{MANIFEST} names {name}, which is outside of the checkpoint"
+            if irregular := find_irregular(checkpoint / name):
+                return f"{name} is {irregular[1]}"
             found = (checkpoint / name).stat().st_size
             if found != size:
                 return f"{name} has {found} bytes, not {size}"
@@ -81,7 +88,16 @@ def find_damage(checkpoint: Path) -> str | None:
         return f"{name} cannot be read: {error.strerror or error}"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is not what was saved"
+    # What the manifest does not list has not been checked, and a link or a pipe is not to be read.
+    if irregular := find_irregular(checkpoint):
+        return f"{irregular[0].name} is {irregular[1]}"
     return None
+
+
+def is_within(name: str) -> bool:
+    """Whether a relative name in a manifest stays inside the checkpoint."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and not PureWindowsPath(name).drive
 
 
 def tidy_checkpoints(output_dir: str | Path):
@@ -106,11 +122,14 @@ def remove_checkpoint(checkpoint: Path):
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def find_checkpoint(resume_from_checkpoint: str, output_dir: str | Path) -> Path | None:
+def find_checkpoint(resume_from_checkpoint: str, output_dir: str | Path, overwrite: bool = False) -> Path | None:
     """Finds the folder for `resume_from_checkpoint`: `latest` (None if there are no checkpoints), `none`, or a path.
 
     `latest` is the newest intact checkpoint: damaged ones are reported and renamed to `checkpoint-N.damaged`. `hub` is
     `latest` after the download from the Hub. Only one process calls it.
+
+    Args:
+        overwrite: with `none`, ignore checkpoints of the output folder, which are to be removed.
 
     Raises:
         InputError: if the path is not a checkpoint or is damaged, all checkpoints are damaged, or `none` is given and the
@@ -121,11 +140,11 @@ def find_checkpoint(resume_from_checkpoint: str, output_dir: str | Path) -> Path
     if resume_from_checkpoint in ("latest", "hub"):
         return newest_whole_checkpoint(existing)
     if resume_from_checkpoint == "none":
-        if existing:
+        if existing and not overwrite:
             raise InputError(
                 "resume_from_checkpoint",
-                f"`resume_from_checkpoint` none would mix a new run with {existing[-1]}; choose another `output_dir`, or "
-                "`latest` to continue that run",
+                f"`resume_from_checkpoint` none would mix a new run with {existing[-1]}; choose another `output_dir`, give "
+                "`latest` to continue that run, or add `overwrite_output_dir` to remove it",
             )
         return None
     path = Path(resume_from_checkpoint)
@@ -184,17 +203,19 @@ def newest_whole_checkpoint(existing: list[Path]) -> Path | None:
     return path
 
 
-def choose_checkpoint(accelerator: Accelerator, resume_from_checkpoint: str, output_dir: Path) -> Path | None:
-    """Calls `find_checkpoint` on the main process and returns the result on all processes.
+def choose_checkpoint(accelerator: Accelerator, args: VRPOConfig, output_dir: Path) -> Path | None:
+    """Calls `find_checkpoint` and `claim_output_dir` on the main process; returns the checkpoint on all processes.
 
     Raises:
-        InputError: as `find_checkpoint` does; or if the processes do not share the output folder.
+        InputError: as these do; or if the processes do not share the output folder.
     """
     found: list[str | None] = [None]
     mark = output_dir / broadcast_object_list([f".shared-{time.time_ns()}"])[0]
 
     def look():
-        checkpoint = find_checkpoint(resume_from_checkpoint, output_dir)
+        check_inputs(args, output_dir)
+        checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir, args.overwrite_output_dir)
+        claim_output_dir(args, output_dir, checkpoint)
         found[0] = None if checkpoint is None else str(checkpoint)
         mark.write_text("")
 
@@ -233,7 +254,7 @@ def read_training_state(checkpoint: Path, expected: dict) -> dict:
         InputError: if a setting has changed.
     """
     try:
-        state = json.loads((checkpoint / "training_state.json").read_text())
+        state = read_object(checkpoint / "training_state.json", TRAINING_STATE)
         # Version 0.1 kept options under the names of their flags.
         settings = {name.removeprefix("--"): value for name, value in state["settings"].items()}
     except (OSError, ValueError, KeyError, AttributeError) as error:
@@ -363,11 +384,13 @@ def save_checkpoint(
             shutil.rmtree(output_dir / f"{final.name}.damaged", ignore_errors=True)
         logger.info(f"saved {final}")
     elif is_main:
-        free = shutil.disk_usage(output_dir).free
+        free = ""
+        with contextlib.suppress(OSError):  # the folder may be gone
+            free = f"; {shutil.disk_usage(output_dir).free / 1e9:.1f} GB were free"
         shutil.rmtree(temporary, ignore_errors=True)
         kept = list_checkpoints(output_dir)
         before = f"{kept[-1]} is whole, and the run can be continued from it" if kept else "there is none before it"
-        logger.error(f"{final} could not be saved ({failure}; {free / 1e9:.1f} GB were free): {before}")
+        logger.error(f"{final} could not be saved ({failure}{free}): {before}")
     accelerator.wait_for_everyone()
     return failure is None
 

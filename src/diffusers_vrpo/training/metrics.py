@@ -14,7 +14,8 @@ from accelerate.logging import get_logger
 from accelerate.tracking import GeneralTracker
 
 from ..alignment.attach import AlignedTransformer
-from ..files import sync_to_disk
+from ..files import open_regular, sync_to_disk, write_atomically
+from ..schemas import METRICS_ROW, merge_steps, read_rows
 from .output_dir import writing
 from .throughput import hardware_name
 
@@ -156,11 +157,11 @@ class MetricsFile(GeneralTracker):
     def __init__(self, path: Path, resume_step: int = 0):
         super().__init__()
         self.path = path
-        kept = [row for row in read_metrics(path) if row["step"] <= resume_step] if path.exists() else []
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        sync_to_disk(temporary)
-        os.replace(temporary, path)
+        rows, damaged = read_rows(path, METRICS_ROW) if path.exists() else ([], 0)
+        if damaged:
+            logger.warning(f"{path}: {damaged} damaged line(s), such as a crash leaves, are removed")
+        kept = [row for row in merge_steps(rows) if row["step"] <= resume_step]
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
     @property
     def tracker(self) -> Path:
@@ -175,7 +176,8 @@ class MetricsFile(GeneralTracker):
         Raises:
             TrainingStopped: if the file cannot be written.
         """
-        with writing(f"step {step} of {self.path}"), self.path.open("a") as file:
+        flags = os.O_WRONLY | os.O_APPEND  # not to be created: a folder that was moved away is an error
+        with writing(f"step {step} of {self.path}"), os.fdopen(open_regular(self.path, flags), "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
     def sync(self):
@@ -212,23 +214,11 @@ def write_start(
         "local": sorted({name for name in names if isinstance(name, str) and os.path.exists(name)}),
         "torch": torch.__version__,
     }
-    with contextlib.suppress(OSError), (output_dir / "starts.jsonl").open("a") as file:
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    with contextlib.suppress(OSError), os.fdopen(open_regular(output_dir / "starts.jsonl", flags), "a") as file:
         file.write(json.dumps(start) + "\n")
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """Reads a `metrics.jsonl` into one row per step, without an incomplete last line of a crash.
-
-    Validation, which runs after the checkpoint, adds another line for its step.
-    """
-    rows = []
-    for line in Path(path).read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if rows and rows[-1]["step"] == row["step"]:
-            rows[-1] |= row
-        else:
-            rows.append(row)
-    return rows
+    """Reads a `metrics.jsonl` into one row per step, without lines that are damaged, as a crash leaves the last one."""
+    return merge_steps(read_rows(Path(path), METRICS_ROW)[0])

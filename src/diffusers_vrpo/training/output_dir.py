@@ -1,17 +1,24 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""The output folder of a run: checks that it can be written, and locks it for one run at a time."""
+"""The output folder of a run: checks what it holds and that it can be written, and locks it for one run at a time."""
 
 import contextlib
+import errno
+import fnmatch
 import os
 import re
+import shutil
 import socket
 from pathlib import Path
 
+import yaml
 from accelerate.utils import get_int_from_env
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
+from ..config import DIGITS, VRPOConfig
 from ..errors import InputError, TrainingStopped, first_line
+from ..files import find_irregular, open_regular
+from ..schemas import METRICS_ROW, START, read_rows
 
 
 try:
@@ -20,17 +27,55 @@ except ImportError:  # Windows
     fcntl = None
 
 
+# What training writes into its folder, beside its checkpoints and the trackers' files in `logging_dir`.
+RECORDS = ("train_config.yaml", "metrics.jsonl", "starts.jsonl")
+RESULTS = (
+    "model_index.json",
+    "*.py",  # the pipeline's code, in a folder with a model_index.json
+    "transformer/*",
+    "scheduler/*",
+    "vae/*",
+    "lora/*",
+    "best/*",
+    "best/*/*",
+    "samples.png",
+    "training.png",
+)
+COMPONENTS = ("transformer", "scheduler", "vae")
+AIDS = ("samples/step-*.png", "fd_reference.safetensors", "reward_reference.safetensors", "samples", "best")
+CHECKPOINT_FOLDERS = ("checkpoint-*", ".checkpoint-*", ".best.tmp", ".hub")
+INPUTS = (
+    "pretrained_model_name_or_path",
+    "vae",
+    "encoder",
+    "reward_encoder",
+    "fd_encoder",
+    "dataset_name",
+    "train_data_dir",
+    "latents_dir",
+    "model_config",
+)
+
+
 def prepare_output_dir(output_dir: str) -> Path:
     """Creates the folder of a run and checks that files can be written in it.
 
     Raises:
-        InputError: if they cannot.
+        InputError: if they cannot, or the folder holds a link or special file under a name that training reads or writes.
     """
     path = Path(output_dir)
     try:
         path.mkdir(parents=True, exist_ok=True)
+        for name in sorted(os.listdir(path)):
+            if is_ours(name) and (irregular := find_irregular(path / name)):
+                raise InputError(
+                    "output_dir",
+                    f"`output_dir` {output_dir}: {irregular[0].relative_to(path)} is {irregular[1]}, through which nothing is "
+                    "written or read; remove it, or choose another folder",
+                )
         probe = path / f".write-test-{os.getpid()}"
-        probe.write_text("")
+        probe.unlink(missing_ok=True)
+        probe.open("x").close()
         probe.unlink()
     except OSError as error:
         raise InputError(
@@ -38,6 +83,124 @@ def prepare_output_dir(output_dir: str) -> Path:
             f"`output_dir` {output_dir} cannot be written ({error.strerror or error}); choose another folder",
         ) from error
     return path
+
+
+def is_ours(name: str) -> bool:
+    """Whether training reads or writes a file or folder of this name at the top of its output folder."""
+    patterns = [pattern.split("/")[0] for pattern in (*RECORDS, *RESULTS, *AIDS, *CHECKPOINT_FOLDERS)]
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in (*patterns, ".lock", ".*.tmp", ".shared-*"))
+
+
+def check_inputs(args: VRPOConfig, folder: Path):
+    """Checks that nothing which a run reads is what it writes.
+
+    Raises:
+        InputError: if weights or data are the output folder itself, or with `overwrite_output_dir` something in it that
+            would be removed.
+    """
+    place = folder.resolve()
+    for name in INPUTS:
+        value = getattr(args, name)
+        for item in value if isinstance(value, list) else [value]:
+            if not item or item == DIGITS or not Path(item).expanduser().exists():
+                continue
+            source = Path(item).expanduser().resolve()
+            inside = source.is_relative_to(place) and source != place
+            removed = inside and args.overwrite_output_dir and is_ours(source.relative_to(place).parts[0])
+            result = inside and source.relative_to(place).parts[0] in ("transformer", "vae", "model_index.json")
+            if source == place or removed or result:
+                raise InputError(
+                    "output_dir",
+                    f"`output_dir` {args.output_dir} would overwrite `{name}` {item}, which the run starts from; choose another "
+                    "folder",
+                )
+
+
+def claim_output_dir(args: VRPOConfig, folder: Path, checkpoint: Path | None):
+    """Checks that a run may begin in a folder, and removes what an earlier one left there if `overwrite_output_dir` is set.
+
+    A run that continues from a checkpoint of the folder may; so may one that begins again because it ended before its first
+    checkpoint. Otherwise the folder must hold nothing but the trackers' folder, hidden files, log files and the file of an
+    option. One process calls it.
+
+    Args:
+        checkpoint: the checkpoint to continue from.
+
+    Raises:
+        InputError: if something would be lost.
+    """
+    if checkpoint is not None and checkpoint.resolve().parent == folder.resolve():
+        return
+    if args.overwrite_output_dir:
+        remove_run(folder)
+        return
+    allowed = {*Path(args.logging_dir).parts[:1]}
+    for file in (args.config, args.model_config):
+        if file and Path(file).expanduser().resolve().parent == folder.resolve():
+            allowed.add(Path(file).name)
+    found = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+    found = [name for name in found if name not in allowed and Path(name).suffix not in (".log", ".out", ".err")]
+    results = [name for name in ("model_index.json", "lora", *COMPONENTS) if name in found]
+    if (folder / "samples").is_dir():
+        found += [f"samples/{path.name}" for path in (folder / "samples").iterdir() if not path.match("step-*.png")]
+    if not found or (
+        not results
+        and all(is_ours(n) and Path(n).suffix != ".py" for n in found)
+        and ended_before_first_checkpoint(folder)
+    ):
+        return
+    shown = results or sorted(found)
+    raise InputError(
+        "output_dir",
+        f"`output_dir` {args.output_dir} holds {', '.join(shown[:3])}{' and more' if len(shown) > 3 else ''}, and no checkpoint "
+        "that this run can continue; choose another folder, or give `overwrite_output_dir` to remove what training has "
+        "written there",
+    )
+
+
+def ended_before_first_checkpoint(folder: Path) -> bool:
+    """Whether a run in a folder without checkpoints ended before it could save one, so that it loses nothing by beginning."""
+    try:
+        steps = yaml.safe_load((folder / "train_config.yaml").read_text())["checkpointing_steps"]
+        files = [folder / name for name in ("starts.jsonl", "metrics.jsonl")]
+        starts, rows = (
+            [row["step"] for row in (read_rows(path, wanted)[0] if path.exists() else [])]
+            for path, wanted in zip(files, (START, METRICS_ROW))
+        )
+        first = min(starts, default=0)
+        return max([*starts, first]) == first and max(rows, default=0) <= (first // steps + 1) * steps
+    except FileNotFoundError:
+        return not (folder / "metrics.jsonl").exists()
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError, RecursionError, yaml.YAMLError):
+        return False
+
+
+def remove_run(folder: Path):
+    """Removes the checkpoints, records and results of training from a folder, and keeps all other files.
+
+    Raises:
+        InputError: before anything is removed, if a `checkpoint-N` has neither a manifest nor a `training_state.json`.
+    """
+    checkpoints = [
+        path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+(\.damaged)?", path.name)
+    ]
+    for path in checkpoints:
+        if not ((path / "manifest.json").is_file() or (path / "training_state.json").is_file()):
+            raise InputError(
+                "output_dir",
+                f"`output_dir` {folder} holds {path.name}, which training has not written, so that `overwrite_output_dir` does "
+                "not remove it; choose another folder",
+            )
+    for path in checkpoints:
+        shutil.rmtree(path)
+    is_pipeline = (folder / "model_index.json").is_file()
+    for pattern in (*RECORDS, *RESULTS, *AIDS):
+        for path in folder.glob(pattern):
+            if path.is_file() and (pattern != "*.py" or is_pipeline):
+                path.unlink()
+    for name in ("transformer", "scheduler", "vae", "lora", "samples", *(f"best/{p}" for p in COMPONENTS), "best"):
+        with contextlib.suppress(OSError):  # missing, or it holds other files
+            (folder / name).rmdir()
 
 
 @contextlib.contextmanager
@@ -54,7 +217,9 @@ def locked(folder: Path):
     """
     rank = get_int_from_env(["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"], 0)
     try:
-        file = (folder / ".lock").open("a+") if fcntl is not None and rank == 0 else None
+        can_lock = fcntl is not None and rank == 0
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
+        file = os.fdopen(open_regular(folder / ".lock", flags), "a+") if can_lock else None
     except OSError:
         file = None
     if file is None:
@@ -80,6 +245,22 @@ def locked(folder: Path):
 
 
 @contextlib.contextmanager
+def writing_result(option: str, target: str | Path):
+    """Turns a failure to write the result of a command inside the `with` block, such as a full disk, into an InputError.
+
+    Args:
+        option: the option that names the file or folder `target`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            option,
+            f"`{option}` {target} cannot be written ({error.strerror or error}); make room or choose another place",
+        ) from error
+
+
+@contextlib.contextmanager
 def writing(what: str):
     """Turns a failure to write `what` inside the `with` block, such as a full disk, into an error that says what to do.
 
@@ -92,9 +273,34 @@ def writing(what: str):
         if (reason := unwritable(error)) is None:
             raise
         raise TrainingStopped(
-            f"{what} cannot be written ({reason}); make room and run the same command again: it continues from the newest "
+            f"{what} cannot be written ({reason}); {remedy(error)} and run the same command again: it continues from the newest "
             "checkpoint"
         ) from error
+
+
+def remedy(error: BaseException | str | None) -> str:
+    """What to do about a file that could not be written, from the exception or its description."""
+    reason = error if isinstance(error, str) else (unwritable(error) if error is not None else None) or ""
+    if (
+        os.strerror(errno.ENOENT) in reason
+        or os.strerror(errno.ENOTCONN) in reason
+        or os.strerror(errno.ESTALE) in reason
+    ):
+        return "the folder is no longer there: put it back or mount it again"
+    if os.strerror(errno.EROFS) in reason or os.strerror(errno.EACCES) in reason:
+        return "make the folder writable"
+    return "make room"
+
+
+def not_saved(folder: Path, step: int) -> TrainingStopped:
+    """The error that ends a run whose checkpoint could not be saved."""
+    problem = errno.ENOSPC
+    if not folder.is_dir():
+        problem = errno.ENOENT
+    elif not os.access(folder, os.W_OK):
+        problem = errno.EROFS
+    what = remedy(os.strerror(problem))
+    return TrainingStopped(f"step {step} could not be saved; {what} and run the same command again")
 
 
 def unwritable(error: BaseException) -> str | None:

@@ -104,6 +104,20 @@ def length_of_run(args: VRPOConfig, num_images: int, global_batch_size: int) -> 
     return math.ceil(draws * args.policy_epochs / shared) * shared
 
 
+def check_length(checkpoint: Path, step: int, max_train_steps: int):
+    """Checks that a checkpoint is not beyond the end of the run that continues from it.
+
+    Raises:
+        InputError: if it is.
+    """
+    if step > max_train_steps:
+        raise InputError(
+            "max_train_steps",
+            f"`max_train_steps` {max_train_steps} is below the step {step} of {checkpoint}; give at least {step}, or start a "
+            "new run in another `output_dir`",
+        )
+
+
 def name_of(component) -> str:
     """The name of a component in the record of a run: its path or Hub name, or the name of its class or function."""
     if isinstance(component, str | Path):

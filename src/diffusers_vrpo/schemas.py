@@ -1,0 +1,190 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""What the JSON files of runs, caches, samples and pipelines must hold, and readers that check it."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from .files import read_regular
+
+
+# Types of the entries of an object: a type, a tuple of alternatives, `[type]` for a list, or an object of its own; a name
+# that ends in `?` may be missing. Numbers are not booleans.
+NUMBER = (int, float)
+MANIFEST = {"size and CRC-32": dict}
+TRAINING_STATE = {
+    "step": int,
+    "samples_seen": int,
+    "settings": dict,
+    "lr_scheduler": dict,
+    "alignment": (dict, type(None)),
+    "callbacks?": [str],
+    "skipped": int,
+    "train_seconds": NUMBER,
+    "train_flops": NUMBER,
+}
+METRICS_ROW = {"step": int}
+START_FACTS = {
+    "hardware?": (str, type(None)),
+    "num_processes?": int,
+    "global_batch_size?": int,
+    "mixed_precision?": (str, type(None)),
+    "parameters?": int,
+    "projector_parameters?": int,
+    "max_train_steps?": int,
+    "adapters_suffice?": bool,
+    "local?": [str],
+    "torch?": str,
+}
+START = {"step": int} | START_FACTS
+RECORDED_OPTIONS = {  # of train_config.yaml, those that a report computes with
+    "seed?": int,
+    "train_batch_size?": int,
+    "gradient_accumulation_steps?": int,
+    "policy_epochs?": int,
+    "checkpointing_steps?": int,
+}
+SAMPLES = {
+    "format": int,
+    "complete?": bool,
+    "options": {"num_images": int, "batch_size": int, "output_format": str},
+    "pipeline_checksum": int,
+    "versions": dict,
+}
+CACHE = {
+    "format": int,
+    "complete": bool,
+    "config": {"count": int, "chunk_rows": int, "images": str},
+    "about": dict,
+    "corrupt_rows?": [int],
+    "checksums?": [int],
+}
+JOURNAL_ENTRY = {"chunk": int, "crc": int, "corrupt": [int]}
+
+
+def mismatch(value, wanted, where: str = "") -> str | None:
+    """Describes the first part of a JSON value that is not as wanted (`alignment must be an object, not 3`), else None."""
+    name = where or "it"
+    if isinstance(wanted, dict):
+        if not isinstance(value, dict):
+            return f"{name} must be an object, not {shown(value)}"
+        for key, kind in wanted.items():
+            optional, key = key.endswith("?"), key.removesuffix("?")
+            path = f"{where}.{key}" if where else key
+            if key not in value:
+                if not optional:
+                    return f"{path} is missing"
+            elif problem := mismatch(value[key], kind, path):
+                return problem
+        return None
+    if isinstance(wanted, list):
+        if not isinstance(value, list):
+            return f"{name} must be a list, not {shown(value)}"
+        return next(filter(None, (mismatch(item, wanted[0], f"{name}[{i}]") for i, item in enumerate(value))), None)
+    kinds = wanted if isinstance(wanted, tuple) else (wanted,)
+    if isinstance(value, bool) and bool not in kinds or not isinstance(value, kinds):
+        words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "an object"}
+        listed = list(dict.fromkeys(words.get(kind, "null") for kind in kinds if not (kind is int and float in kinds)))
+        return f"{name} must be {' or '.join(listed)}, not {shown(value)}"
+    return None
+
+
+def shown(value) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def check(value, wanted) -> dict:
+    """Returns a JSON value that is as wanted.
+
+    Raises:
+        ValueError: otherwise; the message names the part that is not.
+    """
+    if problem := mismatch(value, wanted):
+        raise ValueError(problem)
+    return value
+
+
+def read_object(path: Path, wanted: dict) -> dict:
+    """Reads a JSON file of a run, a cache or samples, which must be a regular file.
+
+    Raises:
+        OSError: if it cannot be read, or is a link or a special file.
+        ValueError: if it is not JSON or not as wanted.
+    """
+    try:
+        return check(json.loads(read_regular(path)), wanted)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def read_rows(path: Path, wanted: dict) -> tuple[list[dict], int]:
+    """Reads the objects of a JSON-lines file that are as wanted, and counts the lines that are not, such as a torn last one.
+
+    Raises:
+        OSError: if the file cannot be read, or is a link or a special file.
+    """
+    rows, damaged = [], 0
+    for line in read_regular(path).splitlines():
+        if not line.strip():
+            continue
+        try:
+            rows.append(check(json.loads(line), wanted))
+        except (ValueError, RecursionError):
+            damaged += 1
+    return rows, damaged
+
+
+def merge_steps(rows: list[dict]) -> list[dict]:
+    """Merges consecutive rows of a step: validation, which runs after the checkpoint, adds another line for its step."""
+    merged: list[dict] = []
+    for row in rows:
+        if merged and merged[-1]["step"] == row["step"]:
+            merged[-1] |= row
+        else:
+            merged.append(row)
+    return merged
+
+
+def check_model_index(index, error: Callable[[str], Exception]):
+    """Checks the `model_index.json` of a pipeline: components as `[library, class]`, class names as `{id: name}`.
+
+    Args:
+        error: makes the exception to raise from the description of the problem.
+    """
+    if not isinstance(index, dict):
+        raise error(f"it must be an object, not {shown(index)}")
+    for name in ("transformer", "scheduler", "vae"):
+        value = index.get(name)
+        pair = isinstance(value, list | tuple) and len(value) == 2
+        if name in index and not (pair and all(isinstance(item, str | None) for item in value)):
+            raise error(f"{name} must be [library, class], not {shown(value)}")
+    if index.get("id2label") is not None and (problem := id2label_problem(index["id2label"])):
+        raise error(f"id2label {problem}")
+
+
+def argument_problem(config: dict, defaults: dict) -> str | None:
+    """What is wrong with a constructor argument of a model in a JSON file; None if nothing is.
+
+    Args:
+        defaults: the arguments' default values, whose types count; those whose default is None or a sequence may be anything.
+    """
+    for name, value in config.items():
+        default = defaults.get(name)
+        kind = NUMBER if isinstance(default, float) else type(default)
+        if isinstance(default, bool | int | float | str) and (problem := mismatch(value, kind, name)):
+            return problem
+    return None
+
+
+def id2label_problem(value) -> str | None:
+    """What is wrong with class names that should be `{"0": "tench", ...}`; None if nothing is."""
+    if not isinstance(value, dict):
+        return f"must map class ids to names, not be {shown(value)}"
+    for key, name in value.items():
+        if not re.fullmatch(r"\d{1,9}", str(key)):
+            return f"has the key {shown(key)}, which is not a class id"
+        if not isinstance(name, str):
+            return f"{key} must be text, not {shown(name)}"
+    return None

@@ -25,8 +25,24 @@ logger = get_logger(__name__)
 
 # The endings of image files that Pillow reads by itself; training and evaluation share them.
 IMAGE_SUFFIXES = frozenset(
-    ".png .apng .jpg .jpeg .jpe .jfif .mpo .webp .avif .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .j2k .jpx .jpc "
-    ".jpf .j2c .qoi .tga .ico .icns .pcx .dds .sgi .psd .xbm .xpm".split()
+    (
+        ".png",
+        ".apng",
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".mpo",
+        ".webp",
+        ".avif",
+        ".bmp",
+        ".dib",
+        ".gif",
+        ".tif",
+        ".tiff",
+    )
+    + (".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".jpc", ".jpf", ".j2c", ".qoi", ".tga", ".ico", ".icns")
+    + (".pcx", ".dds", ".sgi", ".psd", ".xbm", ".xpm")
 )
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".rar", ".7z")
 SPLIT_OF_FOLDER = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test"}
@@ -62,11 +78,11 @@ class Listing:
         if self.others:
             endings = ", ".join(f"{count} {ending}" for ending, count in self.others.most_common(5))
             more = f", {len(self.others) - 5} more endings" if len(self.others) > 5 else ""
-            parts.append(f"{self.others.total()} files that are not images that can be read ({endings}{more})")
+            parts.append(f"{counted(self.others.total(), 'file')} of other kinds ({endings}{more})")
         if self.hidden:
-            parts.append(f"{self.hidden} hidden files or folders")
+            parts.append(f"{self.hidden} hidden")
         if self.broken:
-            parts.append(f"{self.broken} links that lead to no file")
+            parts.append(f"{counted(self.broken, 'link')} to no file")
         return parts
 
 
@@ -198,7 +214,12 @@ def load_image_folder(option: str, folder: str, split: str, image_column: str, l
         )
     labels = table_labels(option, top, table, label_column) if table else None
     if labels is None:
-        rows, values, names = folder_classes(option, source, listing)
+        known = (
+            list_images(os.path.join(folder, splits["train"])).images if "train" in splits and split != "train" else []
+        )
+        rows, values, names = folder_classes(option, source, listing, known)
+        if empty := [name for name in visible_folders(top) if name not in names]:
+            logger.warning(f"{source}: {counted(len(empty), 'folder')} without images ({', '.join(empty[:5])})")
     else:
         listed = set(listing.images)
         rows = [name for name in labels if name in listed]
@@ -218,8 +239,13 @@ def load_image_folder(option: str, folder: str, split: str, image_column: str, l
     return Dataset(InMemoryTable(table), info=DatasetInfo(features=features))
 
 
-def folder_classes(option: str, source: str, listing: Listing) -> tuple[list[str], list[int], list[str]]:
+def folder_classes(
+    option: str, source: str, listing: Listing, known: list[str]
+) -> tuple[list[str], list[int], list[str]]:
     """The images in class folders, their labels, and the names of the classes.
+
+    Args:
+        known: the images of the training split, whose classes another split has, too, if it has no others.
 
     Raises:
         InputError: if no image lies in a folder.
@@ -228,16 +254,19 @@ def folder_classes(option: str, source: str, listing: Listing) -> tuple[list[str
     if not rows:
         raise InputError(
             option,
-            f"{source}: the {len(listing.images)} images lie in no class folder; move them into one folder for each class, "
+            f"{source}: no image lies in a class folder ({counted(len(listing.images), 'image')} in all); move them into one folder for each class, "
             "such as cat/ and dog/ (or all into one folder, to train without classes), or add a metadata.csv with the "
             "columns file_name and label",
         )
     classes = [name.partition("/")[0] for name in rows]
-    names = sorted_classes(classes)
+    names, trained = sorted_classes(classes), {name.partition("/")[0] for name in known if "/" in name}
+    names = sorted_classes(trained) if trained.issuperset(names) else names
     label_of = {name: label for label, name in enumerate(names)}
     order = "in the order of the numbers" if names[-1].isdigit() and names != sorted(names) else "in this order"
     shown = ", ".join(map(repr, names[:10])) + (f", ... {names[-1]!r}" if len(names) > 10 else "")
-    logger.info(f"{source}: {len(rows)} images of {len(names)} classes, {order}: {shown}")
+    logger.info(
+        f"{source}: {counted(len(rows), 'image')} of {len(names)} class{'es' * (len(names) > 1)}, {order}: {shown}"
+    )
     inner = {name.split("/")[1] for name in rows if name.count("/") > 1}
     if len(names) == 1 and len(inner) > 1:
         logger.warning(
@@ -320,10 +349,15 @@ def check_text_labels(names: list[str], count: int, column: str):
         )
 
 
+def counted(count: int, noun: str) -> str:
+    """A number and what it counts, such as 1 image or 2 images."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def report(source: str, listing: Listing, outside: int, table: str | None):
     """Counts in one line of the log what is left out."""
     where = f"named in no row of {table}" if table else "outside the class folders"
-    parts = [f"{outside} images {where}"] if outside else []
+    parts = [f"{counted(outside, 'image')} {where}"] if outside else []
     if parts := parts + listing.left_out():
         logger.warning(f"{source}: not used: {'; '.join(parts)}")
 
@@ -335,7 +369,7 @@ def reason_without_images(folder: str, listing: Listing) -> str:
         stem = next(first[: -len(ending)] for ending in ARCHIVE_SUFFIXES if first.lower().endswith(ending))
         command = f"unzip -q {first} -d {stem}" if first.endswith(".zip") else f"tar -xf {first} -C {stem}"
         return (
-            f"it holds {len(listing.archives)} archives ({first}, ...) and no images; unpack each into a folder of the "
+            f"it holds {counted(len(listing.archives), 'archive')} ({first}) and no images; unpack each into a folder of the "
             f"same name (mkdir -p {stem} && {command}), so that there is one folder of images for each class"
         )
     if listing.others[".parquet"]:

@@ -329,6 +329,6 @@ def differing_names(before: list[str] | None, names: list[str] | None, checkpoin
     if sorted(names) == sorted(before):
         return (
             f"the classes are in another order (class {label} is {names[label]!r}, but {checkpoint} was trained with "
-            f"{before[label]!r}; folders called by numbers are ordered as numbers since version 0.3)"
+            f"{before[label]!r}; folders called by numbers are now ordered as numbers)"
         )
     return f"the class {label} is {names[label]!r}, but {checkpoint} was trained with {before[label]!r}"

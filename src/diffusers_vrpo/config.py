@@ -619,7 +619,8 @@ def expanded(value):
     """A text, or each text of a list, with the home folder in place of a `~` at its beginning; others unchanged."""
     if isinstance(value, list):
         return [expanded(item) for item in value]
-    return os.path.expanduser(value) if isinstance(value, (str, Path)) and str(value).startswith("~") else value
+    is_path = isinstance(value, (str, Path)) and str(value).startswith("~")
+    return type(value)(os.path.expanduser(value)) if is_path else value
 
 
 def is_embedded_digits(name: str | None) -> bool:

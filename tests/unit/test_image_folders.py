@@ -15,7 +15,7 @@ from diffusers_vrpo.data.sources import differing_names
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.evaluation.image_sets import open_images
 from diffusers_vrpo.models.start import check_class_order
-from tests.support.data import write_parquet
+from support.data import write_parquet
 
 
 def images(folder: Path, *names: str) -> str:

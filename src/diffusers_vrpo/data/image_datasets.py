@@ -2,6 +2,7 @@
 """Image data sets: opening them, checking their columns, and turning a row into a square image."""
 
 import io
+import logging
 import os
 
 import numpy as np
@@ -21,7 +22,8 @@ from ..random_streams import ORDER, random_stream
 from .image_folders import IMAGE_SUFFIXES, check_text_labels, load_image_folder, sorted_classes
 
 
-logger = get_logger(__name__)
+logger = get_logger(__name__)  # needs accelerate's state, and logs on the main process
+opening_logger = logging.getLogger(__name__)  # before there is such a state
 TABLE_SUFFIXES = (".parquet", ".arrow", ".csv", ".json", ".jsonl", ".zip", ".tar", ".py")  # what `datasets` reads
 
 
@@ -80,7 +82,7 @@ def say_which_digits(option: str, name: str):
     """Says in the log what `digits` means, which depends on whether there is a folder of that name."""
     if name == DIGITS and option != "train_data_dir":
         what = "the folder of that name" if os.path.isdir(DIGITS) else "the package's own digits"
-        logger.info(f"`{option}` {DIGITS} is {what}; {EMBEDDED_DIGITS} always names those of the package")
+        opening_logger.info(f"`{option}` {DIGITS} is {what}; {EMBEDDED_DIGITS} always names those of the package")
 
 
 def is_image_folder(folder: str) -> bool:
@@ -143,7 +145,9 @@ def with_text_classes(data: Dataset, label_column: str, column: str) -> Dataset:
         raise InputError(None, f"{column} is empty in {values.null_count} rows")
     names = sorted_classes(pc.unique(values).to_pylist())
     check_text_labels(names, len(values), column)
-    logger.info(f"{column} holds text; its {len(names)} values in order are the classes: {', '.join(names[:10])}")
+    opening_logger.info(
+        f"{column} holds text; its {len(names)} values in order are the classes: {', '.join(names[:10])}"
+    )
     labels = pc.index_in(values, value_set=pa.array(names, pa.string())).cast(pa.int64())
     columns = [name for name in data.column_names if name != label_column]
     return data.select_columns(columns).add_column(label_column, labels.to_pylist(), feature=ClassLabel(names=names))

@@ -7,6 +7,7 @@ folder level becomes the class, and brackets in a name match other folders. Here
 
 import csv
 import json
+import logging
 import os
 from collections import Counter
 from dataclasses import dataclass, field
@@ -14,14 +15,13 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet
-from accelerate.logging import get_logger
 from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image, Value
 from datasets.table import InMemoryTable
 
 from ..errors import InputError, first_line
 
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 # The endings of image files that Pillow reads by itself; training and evaluation share them.
 IMAGE_SUFFIXES = frozenset(
@@ -166,6 +166,7 @@ def split_folders(folder: str) -> dict[str, str]:
         return name.lower() in SPLIT_OF_FOLDER and bool(metadata_file(inside) or visible_folders(inside))
 
     found = {SPLIT_OF_FOLDER[name.lower()]: name for name in names if is_split(name)}
+    found = {split: found[split] for split in ("train", "validation", "test") if split in found}
     words = [name for name in names if name.lower() in SPLIT_OF_FOLDER]
     complete = len(found) == len(words) and ("train" in found and len(found) > 1 or len(names) == 1)
     return found if complete else {}

@@ -661,14 +661,16 @@ def alternatives(config: type) -> list[list[str]]:
     return list(groups.values())
 
 
+def last_part(name: str) -> str:
+    """The last part of a name or path, by which a run or a cache knows it; both names of the embedded digits are one."""
+    return DIGITS if name == EMBEDDED_DIGITS else Path(name).name
+
+
 def kept_value(option: Option, value):
     """The value of an option in a checkpoint: the last part of names and paths, or `none` without a name."""
     if option.resume not in (Resume.NAME, Resume.DATA_NAME):
         return value
-    # Both names of the embedded digits are the same thing.
-    names = [Path(item).name for item in (value or [] if option.many else [value or "none"])]
-    names = [DIGITS if name == EMBEDDED_DIGITS else name for name in names]
-    return names if option.many else names[0]
+    return [last_part(item) for item in value or []] if option.many else last_part(value or "none")
 
 
 def settings_to_keep(config: Options, group: type) -> dict[str, Any]:

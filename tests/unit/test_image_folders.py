@@ -207,3 +207,10 @@ def test_embedded_digits_have_a_name_of_their_own(tmp_path, monkeypatch, caplog)
         _locate("digits")
     name = options_of(VRPOConfig)["dataset_name"]
     assert kept_value(name, "embedded:digits") == kept_value(name, "digits") == "digits"  # a run may use either
+
+
+def test_evaluation_follows_links(tmp_path):
+    folder = Path(images(tmp_path / "y", "0.png"))
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "a").symlink_to(folder)
+    assert len(open_images("SAMPLES", str(tmp_path / "links"))) == 1

@@ -285,8 +285,6 @@ def parse_args(argv: list[str] | None = None, prog: str = "vrpo evaluate") -> ar
             parser.error(f"--{name} {value} has no effect without --reference; remove it")
     if (args.reference or "").endswith(".safetensors") and len(args.encoder) > 1:
         parser.error(f"--reference {args.reference} holds the statistics of one encoder; name that --encoder alone")
-    if (args.reference or "").startswith("~"):
-        args.reference = os.path.expanduser(args.reference)  # after `--reference=` the shell does not expand it
     return args
 
 

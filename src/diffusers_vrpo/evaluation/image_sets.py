@@ -18,7 +18,7 @@ from PIL import Image as PILImage
 from ..assets.digits import load_digits_dataset
 from ..config import is_embedded_digits
 from ..data.image_datasets import decode_image, open_named, resize_and_crop
-from ..data.image_folders import IMAGE_SUFFIXES, list_images, reason_without_images
+from ..data.image_folders import list_images, reason_without_images
 from ..errors import InputError, first_line
 from ..pipelines.sample_folder import unfinished_samples
 from ..random_streams import ORDER, random_stream
@@ -239,7 +239,7 @@ def dataset_images(
     resolution: int,
     cache_dir: str | None,
 ) -> ImageSet:
-    """Opens a split of a data set (Hub name or folder, or `"digits"`), cropped to `resolution` as for training.
+    """Opens a split of a data set (Hub name or folder, or `"embedded:digits"`), cropped to `resolution` as for training.
 
     Raises:
         InputError: if the data set, split or column of images does not exist.
@@ -289,7 +289,7 @@ def open_images(
         if not path.is_file():
             raise InputError(None, f"{name}: the file does not exist")
         return array_images(name, path)
-    has_images = path.is_dir() and next((p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES), None)
+    has_images = path.is_dir() and bool(list_images(path).images)
     wanted = unfinished_samples(path)
     if wanted is not None and not has_images:
         raise InputError(None, f"{name} is an unfinished set of {wanted} samples; run the command that made it again")

@@ -19,12 +19,12 @@ from PIL import ImageOps
 from ..config import DIGITS, EMBEDDED_DIGITS, expanded, is_embedded_digits
 from ..errors import UNKNOWN_TO_THE_HUB, InputError, first_line, gated, hub_problem
 from ..random_streams import ORDER, random_stream
-from .image_folders import IMAGE_SUFFIXES, check_text_labels, load_image_folder, sorted_classes
+from .image_folders import IMAGE_SUFFIXES, METADATA_FILES, check_text_labels, load_image_folder, sorted_classes
 
 
 logger = get_logger(__name__)  # needs accelerate's state, and logs on the main process
 opening_logger = logging.getLogger(__name__)  # before there is such a state
-TABLE_SUFFIXES = (".parquet", ".arrow", ".csv", ".json", ".jsonl", ".zip", ".tar", ".py")  # what `datasets` reads
+TABLE_SUFFIXES = (".parquet", ".arrow", ".zip", ".tar")  # files with images inside, which `datasets` reads
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -86,11 +86,11 @@ def say_which_digits(option: str, name: str):
 
 
 def is_image_folder(folder: str) -> bool:
-    """Whether a folder given as `dataset_name` has image files and no tables, archives or scripts to read them from."""
+    """Whether a folder given as `dataset_name` has image files itself, and not in tables or archives."""
     has_images = False
     for place, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        endings = {os.path.splitext(name)[1].lower() for name in files if not name.startswith("metadata.")}
+        endings = {os.path.splitext(name)[1].lower() for name in files if name not in METADATA_FILES}
         if not endings.isdisjoint(TABLE_SUFFIXES):
             return False
         has_images = has_images or not endings.isdisjoint(IMAGE_SUFFIXES)

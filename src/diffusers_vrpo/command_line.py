@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from .config import In, Option, Repeated, VRPOConfig, alternatives, check_complete, options_of
+from .config import In, Option, Repeated, VRPOConfig, alternatives, check_complete, expanded, options_of
 from .errors import InputError, TrainingStopped
 
 
@@ -42,6 +42,14 @@ class OneLineErrorParser(argparse.ArgumentParser):
 
     def __init__(self, *args, formatter_class=HelpFormatter, allow_abbrev: bool = False, **kwargs):
         super().__init__(*args, formatter_class=formatter_class, allow_abbrev=allow_abbrev, **kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse; a `~` that the shell has left, as in `--output_dir=~/x`, becomes the home folder."""
+        namespace, rest = super().parse_known_args(args, namespace)
+        for name, value in vars(namespace).items():
+            if isinstance(value, (str, Path, list)):
+                setattr(namespace, name, expanded(value))
+        return namespace, rest
 
     def error(self, message: str | Exception):
         # argparse writes "argument --batch_size: 0 must be at least 1"; in a sentence the value follows the flag.

@@ -24,7 +24,8 @@ from .errors import InputError
 
 
 DEFAULT_TRAIN_STEPS = 400_000  # where neither max_train_steps nor num_train_epochs is given
-DIGITS = "digits"  # the data set that is embedded in the package
+DIGITS = "digits"  # the data set and the encoder that are embedded in the package, where no folder is called so
+EMBEDDED_DIGITS = "embedded:digits"  # their name that no folder can shadow
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -622,11 +623,26 @@ def checked_value(option: Option, value):
     return checked_item(option, value)
 
 
+def expanded(value):
+    """A text, or each text of a list, with the home folder in place of a `~` at its beginning; others unchanged."""
+    if isinstance(value, list):
+        return [expanded(item) for item in value]
+    is_path = isinstance(value, (str, Path)) and str(value).startswith("~")
+    return type(value)(os.path.expanduser(value)) if is_path else value
+
+
+def is_embedded_digits(name: str | None) -> bool:
+    """Whether a name of a data set or an encoder means the embedded one: `embedded:digits`, or `digits` without such a folder."""
+    return name == EMBEDDED_DIGITS or (name == DIGITS and not os.path.isdir(DIGITS))
+
+
 def checked_item(option: Option, value):
     """`checked_value` of an option that is not a list, or of an item of one that is."""
     name = option.name
     if option.kind is str and isinstance(value, os.PathLike):
         value = os.fspath(value)
+    if option.kind is str and isinstance(value, str):
+        value = expanded(value)
     is_bool = isinstance(value, bool)
     fits, wanted = {
         bool: (is_bool, "True or False"),
@@ -655,11 +671,16 @@ def alternatives(config: type) -> list[list[str]]:
     return list(groups.values())
 
 
+def last_part(name: str) -> str:
+    """The last part of a name or path, by which a run or a cache knows it; both names of the embedded digits are one."""
+    return DIGITS if name == EMBEDDED_DIGITS else Path(name).name
+
+
 def kept_value(option: Option, value):
     """The value of an option in a checkpoint: the last part of names and paths, or `none` without a name."""
     if option.resume not in (Resume.NAME, Resume.DATA_NAME):
         return value
-    return [Path(item).name for item in value or []] if option.many else Path(value or "none").name
+    return [last_part(item) for item in value or []] if option.many else last_part(value or "none")
 
 
 def settings_to_keep(config: Options, group: type) -> dict[str, Any]:
@@ -729,10 +750,10 @@ def check_streaming(config: DataConfig):
     ):
         if (value := getattr(config, name)) is not None:
             raise InputError("streaming", f"`streaming` cannot be combined with `{name}` {value}: {why}")
-    if config.dataset_name == DIGITS and not os.path.isdir(DIGITS):
+    if is_embedded_digits(config.dataset_name):
         raise InputError(
             "streaming",
-            "`streaming` cannot be combined with `dataset_name` digits, which is in the package; remove it",
+            f"`streaming` cannot be combined with `dataset_name` {config.dataset_name}, which is in the package; remove it",
         )
 
 

@@ -389,7 +389,10 @@ def test_leaving_a_run_ends_its_threads(folder):
     "arguments, message",
     [
         ({"image_column": "img"}, "`image_column` 'img' is not in `dataset_name` .*'image', 'note', 'label'"),
-        ({"label_column": "note"}, "`label_column` 'note'.*not integer class labels.*class_encode_column"),
+        (
+            {"label_column": "note"},
+            "`label_column` 'note'.*stored as string.*train without `streaming`, which makes classes of text",
+        ),
         ({"image_column": "label"}, "`image_column` 'label'.*not images"),
         ({"split": "test"}, "`dataset_split` 'test' is not in .*; it has 'train'"),
         ({"dataset_name": "./nowhere"}, "`dataset_name` ./nowhere is not a folder"),

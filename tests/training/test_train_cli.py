@@ -405,7 +405,7 @@ def test_config_files(command, tmp_path, capsys):
 
 def test_the_embedded_configuration_opens():
     args = train_vrpo.parse_args(["--config", str(ROOT / "configs" / "digits.yaml")])
-    assert args.dataset_name == "digits" and args.encoder == ["digits"] and args.objective == "vrpo"
+    assert args.dataset_name == "embedded:digits" and args.encoder == ["embedded:digits"] and args.objective == "vrpo"
 
 
 def test_help_explains_every_option(capsys):

@@ -66,8 +66,8 @@ def test_subset_is_random_and_fixed(tmp_path):
     ],
 )
 def test_wrong_columns_and_splits(tmp_path, arguments, message):
-    features = Features({"image": Image(), "label": Value("int64"), "name": Value("string")})
-    rows = {"image": [{"bytes": png(1), "path": None}], "label": [0], "name": ["cat"]}
+    features = Features({"image": Image(), "label": Value("int64"), "name": Value("float64")})
+    rows = {"image": [{"bytes": png(1), "path": None}], "label": [0], "name": [0.5]}
     (tmp_path / "data").mkdir()
     Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data" / "train.parquet")
     with pytest.raises(InputError, match=message):

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel
 from transformers.image_processing_base import ImageProcessingMixin
 
+from ..config import is_embedded_digits
 from ..errors import InputError, hub_problem
 
 
@@ -106,7 +107,7 @@ def load_encoder(
 
     Args:
         name_or_path (`str` or `Path`): a checkpoint folder (the network is then not touched), a name on the Hub, or
-            `"digits"` for the encoder that comes with the package.
+            `"embedded:digits"` for the encoder that comes with the package.
         grid_size (`tuple[int, int]`): rows and columns of tokens.
         layer (`int`, *optional*): index in the model's `hidden_states`. By default a ViT's output (after its final
             layer norm; CLIP has none), and a conv net's deepest hidden state with a stride of at most 16.
@@ -189,7 +190,7 @@ def resample_tokens(features, num_tokens, grid_size=None):
 def _locate(name_or_path, option="encoder"):
     """Resolves a name to a folder or Hub name, and returns whether it is a folder."""
     path = Path(name_or_path).expanduser()
-    if name_or_path == "digits" and not path.is_dir():
+    if is_embedded_digits(name_or_path):
         from ..assets.digits import DIGITS_ENCODER  # here, because it imports datasets
 
         path = DIGITS_ENCODER

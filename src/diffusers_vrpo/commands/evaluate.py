@@ -24,7 +24,7 @@ import torch
 
 from .. import __version__
 from ..command_line import OneLineErrorParser, add_options, number_in, one_line_errors
-from ..config import In, RunConfig
+from ..config import In, RunConfig, last_part
 from ..errors import InputError
 from ..evaluation.compare import DATASET_OPTIONS, METRICS, MetricSettings, compare_images, open_reference
 from ..evaluation.image_encoders import POOLINGS
@@ -173,7 +173,7 @@ def format_table(results: dict[str, dict]) -> str:
             text = pattern.format(factor * values[key]) if key in values else "-"
             spread = values.get(f"{key}_std")
             cells.append(text if spread is None else f"{text} ± {factor * spread:.2g}")
-        lines.append([Path(encoder).name, *cells])
+        lines.append([last_part(encoder), *cells])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 
@@ -318,8 +318,6 @@ def parse_args(argv: list[str] | None = None, prog: str = "vrpo evaluate") -> ar
             parser.error(f"--{name} {value} has no effect without --reference; remove it")
     if (args.reference or "").endswith(".safetensors") and len(args.encoder) > 1:
         parser.error(f"--reference {args.reference} holds the statistics of one encoder; name that --encoder alone")
-    if (args.reference or "").startswith("~"):
-        args.reference = os.path.expanduser(args.reference)  # after `--reference=` the shell does not expand it
     return args
 
 

@@ -23,7 +23,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..command_line import OneLineErrorParser, add_options, number_in, one_line_errors
-from ..config import DataConfig, In, RunConfig
+from ..config import DataConfig, In, RunConfig, last_part
 from ..data.image_datasets import load_image_dataset
 from ..errors import InputError, first_line, hub_problem
 from ..evaluation.feature_statistics import Batches, gather_rows
@@ -312,7 +312,7 @@ def plot_probe(report: dict, file: Path):
     from matplotlib.figure import Figure
 
     panels = [("linear probe", "accuracy on test images", report["accuracy"])]
-    panels += [(f"alignment with {Path(name).name}", "CKNNA", values) for name, values in report["cknna"].items()]
+    panels += [(f"alignment with {last_part(name)}", "CKNNA", values) for name, values in report["cknna"].items()]
     figure = Figure(figsize=(5.2 * len(panels), 4), layout="constrained")
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(report["timesteps"])))
     for axis, (title, label, values) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):

@@ -2,6 +2,7 @@
 """Image data sets: opening them, checking their columns, and turning a row into a square image."""
 
 import io
+import logging
 import os
 
 import numpy as np
@@ -10,16 +11,20 @@ import pyarrow.compute as pc
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from datasets import ClassLabel, Dataset, Features, Image, load_dataset
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from datasets.features import Value
 from PIL import Image as PILImage
 from PIL import ImageOps
 
+from ..config import DIGITS, EMBEDDED_DIGITS, expanded, is_embedded_digits
 from ..errors import UNKNOWN_TO_THE_HUB, InputError, first_line, gated, hub_problem
 from ..random_streams import ORDER, random_stream
+from .image_folders import IMAGE_SUFFIXES, METADATA_FILES, check_text_labels, load_image_folder, sorted_classes
 
 
-logger = get_logger(__name__)
+logger = get_logger(__name__)  # needs accelerate's state, and logs on the main process
+opening_logger = logging.getLogger(__name__)  # before there is such a state
+TABLE_SUFFIXES = (".parquet", ".arrow", ".zip", ".tar")  # files with images inside, which `datasets` reads
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -36,7 +41,7 @@ def load_image_dataset(
     max_train_samples: int | None = None,
     cache_dir: str | None = None,
 ) -> tuple[Dataset, dict[int, str] | None, int]:
-    """Opens a labelled image data set: a Hub name, a folder of parquet files, an imagefolder, or `"digits"`.
+    """Opens a labelled image data set: a Hub name, a folder of parquet files or of images, or `"embedded:digits"`.
 
     Returns:
         the split with the columns `image` (encoded bytes or paths) and `label`; the class names, or None where the
@@ -46,10 +51,14 @@ def load_image_dataset(
         InputError: if the data set, split or column does not exist, or the labels are not class ids.
     """
     option, name = ("train_data_dir", train_data_dir) if dataset_name is None else ("dataset_name", dataset_name)
-    if dataset_name == "digits" and not os.path.isdir("digits"):
+    name = expanded(name)
+    say_which_digits(option, name)
+    if dataset_name is not None and is_embedded_digits(dataset_name):
         from ..assets.digits import load_digits_dataset
 
         data = load_digits_dataset()
+    elif os.path.isdir(name) and (option == "train_data_dir" or is_image_folder(name)):
+        data = {split: load_image_folder(option, name, split, image_column, label_column)}
     else:
         data = open_named(option, name, dataset_config_name, cache_dir)
     if split not in data:
@@ -69,6 +78,28 @@ def load_image_dataset(
     return data, id2label, num_classes
 
 
+def say_which_digits(option: str, name: str):
+    """Says in the log what `digits` means, which depends on whether there is a folder of that name."""
+    if name == DIGITS and option != "train_data_dir":
+        what = "the folder of that name" if os.path.isdir(DIGITS) else "the package's own digits"
+        opening_logger.info(f"`{option}` {DIGITS} is {what}; {EMBEDDED_DIGITS} always names those of the package")
+
+
+def is_image_folder(folder: str) -> bool:
+    """Whether a folder given as `dataset_name` has image files itself, and not in tables or archives."""
+    has_images = False
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        endings = {os.path.splitext(name)[1].lower() for name in files if name not in METADATA_FILES}
+        if not endings.isdisjoint(TABLE_SUFFIXES):
+            return False
+        has_images = has_images or not endings.isdisjoint(IMAGE_SUFFIXES)
+        # Two levels tell the kind; a class folder may have a million files.
+        if os.path.relpath(place, folder).count(os.sep) >= 1 or (has_images and place != folder):
+            break
+    return has_images
+
+
 def image_and_label(
     data: Dataset, option: str, name: str, image_column: str, label_column: str
 ) -> tuple[Dataset, dict[int, str] | None, int]:
@@ -81,7 +112,8 @@ def image_and_label(
     Raises:
         InputError: if the columns do not hold images and class ids.
     """
-    check_columns(data.features, option, name, image_column, label_column)
+    check_columns(data.features, option, name, image_column, label_column, text=True)
+    data = with_text_classes(data, label_column, f"`label_column` {label_column!r} of `{option}` {name}")
     labels, label = column_values(data, label_column), data.features[label_column]
     smallest, largest = pc.min_max(labels).as_py().values()
     column = f"`label_column` {label_column!r} of `{option}` {name}"
@@ -92,14 +124,45 @@ def image_and_label(
     return data.cast_column("image", Image(decode=False)), dict(enumerate(names)) if names else None, num_classes
 
 
+def is_text(feature) -> bool:
+    """Whether a column holds text or truth values, which can become classes."""
+    return isinstance(feature, Value) and feature.dtype in ("string", "large_string", "bool")
+
+
+def with_text_classes(data: Dataset, label_column: str, column: str) -> Dataset:
+    """A data set whose text labels have become classes, in the order of their names; any other is returned as it is.
+
+    Args:
+        column: the column and the data set in words, for the log and errors.
+
+    Raises:
+        InputError: if a label is missing, or the texts are not classes.
+    """
+    if not is_text(data.features[label_column]):
+        return data
+    values = column_values(data, label_column).cast(pa.string())
+    if values.null_count:
+        raise InputError(None, f"{column} is empty in {values.null_count} rows")
+    names = sorted_classes(pc.unique(values).to_pylist())
+    check_text_labels(names, len(values), column)
+    opening_logger.info(
+        f"{column} holds text; its {len(names)} values in order are the classes: {', '.join(names[:10])}"
+    )
+    labels = pc.index_in(values, value_set=pa.array(names, pa.string())).cast(pa.int64())
+    columns = [name for name in data.column_names if name != label_column]
+    return data.select_columns(columns).add_column(label_column, labels.to_pylist(), feature=ClassLabel(names=names))
+
+
 def column_values(data: Dataset, column: str) -> pa.ChunkedArray:
     """A column as arrow has it. A selection of rows is kept by `datasets` as indices into the table."""
     values = data.data.column(column)
     return values if data._indices is None else values.take(data._indices.column(0))
 
 
-def check_columns(features: Features, option: str, name: str, image_column: str, label_column: str):
-    """Checks that a data set has these columns, with images in one and integers in the other.
+def check_columns(
+    features: Features, option: str, name: str, image_column: str, label_column: str, text: bool = False
+):
+    """Checks that a data set has these columns, with images in one and integers, or with `text` also text, in the other.
 
     Raises:
         InputError: if a column is missing or holds something else.
@@ -109,21 +172,21 @@ def check_columns(features: Features, option: str, name: str, image_column: str,
             raise InputError(
                 None,
                 f"`{column_option}` {column!r} is not in `{option}` {name}; its columns are "
-                f"{', '.join(map(repr, features))}",
+                f"{', '.join(map(repr, features))}; name the right one with `{column_option}`",
             )
     if not isinstance(features[image_column], Image):
         raise InputError(
             "image_column",
-            f"`image_column` {image_column!r} of `{option}` {name} holds {features[image_column]}, not images; cast "
-            "it with dataset.cast_column(column, datasets.Image())",
+            f"`image_column` {image_column!r} of `{option}` {name} holds {features[image_column]}, not images; name "
+            "the column of the images with `image_column` (or cast it with dataset.cast_column(column, datasets.Image()))",
         )
     label = features[label_column]
     is_integer = isinstance(label, Value) and label.dtype.startswith(("int", "uint"))
-    if not (isinstance(label, ClassLabel) or is_integer):
+    if not (isinstance(label, ClassLabel) or is_integer or (text and is_text(label))):
         raise InputError(
             "label_column",
-            f"`label_column` {label_column!r} of `{option}` {name} holds {label}, not integer class labels; "
-            f"dataset.class_encode_column({label_column!r}) makes them",
+            f"`label_column` {label_column!r} of `{option}` {name} holds {label}, not integer class labels; name "
+            f"another column with `label_column`, or make them with dataset.class_encode_column({label_column!r})",
         )
 
 
@@ -171,16 +234,27 @@ def open_named(option: str, name: str, config_name: str | None, cache_dir: str |
     if not is_local and (option == "train_data_dir" or name.startswith((".", "/", "~"))):
         raise InputError(option, f"`{option}` {name} is not a folder")
     repository, _, revision = (name, "", "") if is_local else name.partition("@")
+    if is_local and any(letter in name for letter in "*?["):
+        raise InputError(
+            option,
+            f"`{option}` {name}: `datasets` would read *, ? and [ in the name of a folder of tables as a pattern; rename the "
+            "folder, or make a link to it with another name",
+        )
     try:
-        if option == "train_data_dir":
-            return opener("imagefolder", data_dir=name, cache_dir=cache_dir)
         return opener(repository, config_name, cache_dir=cache_dir, revision=revision or None)
     except Exception as error:  # every reader raises its own types; all mean that the data set cannot be opened
         problem = hub_problem(error, f"datasets/{repository}")
-        problem = problem or f"it cannot be opened as a data set ({first_line(error)})"
+        problem = problem or f"it cannot be opened as a data set ({first_line(cause_of(error))})"
         if isinstance(error, DatasetNotFoundError):  # which hides the Hub's own error
             problem = gated(f"datasets/{repository}") if "gated" in str(error) else UNKNOWN_TO_THE_HUB
         raise InputError(option, f"`{option}` {name}: {problem}") from error
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """The error behind those of `datasets` that only say that an error has occurred."""
+    while isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from PIL import Image as PILImage
 
+from ..config import last_part
 from ..errors import InputError, first_line
 from ..random_streams import ORDER, random_stream
 from ..schemas import CACHE, check
@@ -325,7 +326,7 @@ class LatentCache:
             same = [
                 i
                 for i, features in enumerate(self.config["features"])
-                if features["encoder"] == Path(encoder).name and layer in (features["layer"], features["layer_used"])
+                if features["encoder"] == last_part(encoder) and layer in (features["layer"], features["layer_used"])
             ]
             found += [i for i in same if self.config["features"][i]["grid"] == list(grid_size)][:1]
         if len(found) == len(encoders):

@@ -5,13 +5,13 @@ import io
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
+from ..config import last_part
 from ..errors import InputError
 from ..models.autoencoder import encode_moments, scale_and_shift
 from ..models.start import weights_checksum
@@ -85,7 +85,7 @@ def cache_config(
         "images": images,
         "features": [
             {
-                "encoder": Path(name).name,
+                "encoder": last_part(name),
                 "layer": layer,
                 "layer_used": encoder.layer,
                 "grid": list(encoder.grid_size),

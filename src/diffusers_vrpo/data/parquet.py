@@ -281,7 +281,7 @@ def stream_image_dataset(
     files = open_files(splits[split], source)
     schema = files[0].metadata.schema.to_arrow_schema()
     features = builder.info.features or Features.from_arrow_schema(schema)
-    check_columns(features, "dataset_name", dataset_name, image_column, label_column)
+    check_columns(features, "dataset_name", dataset_name, image_column, label_column, text=True)
     types = {name: schema.field(name).type for name in (image_column, label_column) if name in schema.names}
     for file in files:
         found = file.metadata.schema.to_arrow_schema()
@@ -295,7 +295,7 @@ def stream_image_dataset(
         raise InputError(
             "label_column",
             f"`label_column` {label_column!r} of {source} is stored as {types[label_column]}, and `streaming` reads "
-            "integers; train without `streaming`",
+            "integers; train without `streaming`, which makes classes of text",
         )
     rows = ParquetRows(files, image_column, label_column)
     if len(rows) == 0:

@@ -326,4 +326,9 @@ def differing_names(before: list[str] | None, names: list[str] | None, checkpoin
         counts = ["none" if found is None else len(found) for found in (names, before)]
         return f"the number of class names is {counts[0]}, but {checkpoint} was trained with {counts[1]}"
     label = next(label for label in range(len(names)) if names[label] != before[label])
+    if sorted(names) == sorted(before):
+        return (
+            f"the classes are in another order (class {label} is {names[label]!r}, but {checkpoint} was trained with "
+            f"{before[label]!r}; folders called by numbers are now ordered as numbers)"
+        )
     return f"the class {label} is {names[label]!r}, but {checkpoint} was trained with {before[label]!r}"

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from ..config import last_part
 from ..errors import InputError, first_line
 from ..random_streams import ORDER, random_stream
 from .image_encoders import default_batch_size, encoder_checksum, image_features
@@ -293,7 +294,7 @@ def describe(images: dict, name: str, encoder, max_features: int) -> dict:
     """
     return {
         "images": images,
-        "encoder": Path(name).name,
+        "encoder": last_part(name),
         "encoder_checksum": encoder_checksum(encoder),
         "vector": getattr(encoder, "kind", "pool_3"),
         "input_size": list(input_size(encoder)),

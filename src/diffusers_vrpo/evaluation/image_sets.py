@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """Sets of images to measure: folders, ADM's `.npz` batches, arrays and data sets, as uint8 RGB `[3, H, W]`."""
 
+import logging
 import os
 import struct
 import zipfile
@@ -15,13 +16,15 @@ from datasets import Dataset, Image
 from PIL import Image as PILImage
 
 from ..assets.digits import load_digits_dataset
+from ..config import is_embedded_digits
 from ..data.image_datasets import decode_image, open_named, resize_and_crop
+from ..data.image_folders import list_images, reason_without_images
 from ..errors import InputError, first_line
 from ..pipelines.sample_folder import unfinished_samples
 from ..random_streams import ORDER, random_stream
 
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+logger = logging.getLogger(__name__)
 
 
 class ImageSet(torch.utils.data.Dataset):
@@ -115,21 +118,18 @@ class DatasetReader:
         return resize_and_crop(decode_image(self.data[row][self.image_column]), self.resolution)
 
 
-def find_images(folder: str | Path) -> list[Path]:
-    """All image files below a folder in the order of their names, without hidden ones."""
-    found = (path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
-    return sorted(found)
-
-
 def folder_images(name: str, folder: str | Path, resolution: int | None = None) -> ImageSet:
     """The images below a folder as they are, or cropped to `resolution` as for training.
 
     Raises:
         InputError: if the folder has no images, one cannot be read, or their sizes differ.
     """
-    paths = find_images(folder)
-    if not paths:
-        raise InputError(None, f"{name}: the folder has no images ({', '.join(SUFFIXES)})")
+    listing = list_images(folder)
+    if not listing.images:
+        raise InputError(None, f"{name}: {reason_without_images(os.fspath(folder), listing)}")
+    if left_out := listing.left_out():
+        logger.warning(f"{name}: not used: {'; '.join(left_out)}")
+    paths = sorted(Path(folder, image) for image in listing.images)
     first = None
     for path in paths if resolution is None else paths[:1]:
         try:
@@ -239,12 +239,12 @@ def dataset_images(
     resolution: int,
     cache_dir: str | None,
 ) -> ImageSet:
-    """Opens a split of a data set (Hub name or folder, or `"digits"`), cropped to `resolution` as for training.
+    """Opens a split of a data set (Hub name or folder, or `"embedded:digits"`), cropped to `resolution` as for training.
 
     Raises:
         InputError: if the data set, split or column of images does not exist.
     """
-    data = load_digits_dataset() if source == "digits" else open_named(option, source, config_name, cache_dir)
+    data = load_digits_dataset() if is_embedded_digits(source) else open_named(option, source, config_name, cache_dir)
     if split not in data:
         raise InputError(
             "reference_split", f"`reference_split` {split!r} is not in {source}; it has {', '.join(map(repr, data))}"
@@ -289,7 +289,7 @@ def open_images(
         if not path.is_file():
             raise InputError(None, f"{name}: the file does not exist")
         return array_images(name, path)
-    has_images = path.is_dir() and next((p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES), None)
+    has_images = path.is_dir() and bool(list_images(path).images)
     wanted = unfinished_samples(path)
     if wanted is not None and not has_images:
         raise InputError(None, f"{name} is an unfinished set of {wanted} samples; run the command that made it again")
@@ -301,7 +301,7 @@ def open_images(
         what = "is neither a folder nor an .npz" if path.exists() else "does not exist"
         raise InputError(None, f"{name} {what}; give a folder of images, an .npz, or a data set")
     if resolution is None and dataset_resolution is None:
-        raise InputError(None, f"{name}: the folder has no images ({', '.join(SUFFIXES)}), or does not exist")
+        raise InputError(None, f"{name}: the folder has no images, or does not exist")
     return dataset_images(
         option, name, source, config_name, split, image_column, resolution or dataset_resolution, cache_dir
     )

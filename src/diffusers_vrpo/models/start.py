@@ -127,6 +127,8 @@ def build_transformer(
             if old.strip().lower() != label.strip().lower():
                 difference = f"{key} is {label!r} here, {old!r} there; `keep_labels` keeps it"
                 break
+    if source is not None and config["num_classes"] == num_classes:
+        check_class_order(start.labels, id2label, args.keep_labels, name)
     if args.keep_labels and difference:
         raise InputError(
             "keep_labels",
@@ -148,6 +150,39 @@ def build_transformer(
     if not draw:
         transformer._apply(lambda tensor: torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor)
     return transformer, difference
+
+
+def check_class_order(labels: dict | None, id2label: dict | None, keep_labels: bool, name: str):
+    """Checks that label rows which are kept are those of the same classes.
+
+    Args:
+        labels: the class names of the starting weights, if they have any; keys are strings.
+        id2label: the class names of the data, if they have any.
+        keep_labels: whether rows are kept although the names differ.
+        name: of the starting weights.
+
+    Raises:
+        InputError: if the data have the same classes in another order.
+    """
+    if not id2label:
+        return
+    ours = [id2label[label].strip().lower() for label in range(len(id2label))]
+    if labels:
+        theirs = [str(labels.get(str(label))).strip().lower() for label in range(len(ours))]
+        permuted = keep_labels and theirs != ours and sorted(theirs) == sorted(ours)
+    else:
+        # Weights without names number their classes; so do folders that are called 0, 1, 2, ...
+        theirs = [str(label) for label in range(len(ours))]
+        numbers = [str(int(text)) if text.isascii() and text.isdigit() else text for text in ours]
+        permuted = numbers != theirs and sorted(numbers) == sorted(theirs)
+    if permuted:
+        label = next(label for label in range(len(ours)) if ours[label] != theirs[label])
+        raise InputError(
+            "pretrained_model_name_or_path",
+            f"`pretrained_model_name_or_path` {name} has the classes of the data in another order (class {label} is "
+            f"{id2label[label]!r} here, {theirs[label]!r} there), so its label rows would be those of other classes; order "
+            "the classes of the data as the weights have them",
+        )
 
 
 def load_start(transformer: SiTTransformer2DModel, args, start: Start, difference: str | None):

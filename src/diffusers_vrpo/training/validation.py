@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list
 from PIL import Image
 
 from ..command_line import as_id
+from ..config import last_part
 from ..data.sources import TrainingData
 from ..errors import InputError
 from ..evaluation.feature_statistics import FeatureSet, collect_features, describe, shared_statistics
@@ -74,7 +75,7 @@ class Validation(TrainerCallback):
                     f"`fd_encoder` {args.fd_encoder} compares with images, and `latents_dir` {args.latents_dir} has none; "
                     "prepare it with `images` webp",
                 )
-            self.name = f"validation/fd_{Path(args.fd_encoder).name}"
+            self.name = f"validation/fd_{last_part(args.fd_encoder)}"
             with accelerator.main_process_first():
                 self.fd_encoder = load_image_encoder(
                     args.fd_encoder, device=accelerator.device, cache_dir=args.cache_dir, option="fd_encoder"

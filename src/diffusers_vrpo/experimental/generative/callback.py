@@ -22,7 +22,7 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ...config import GenerativeConfig, settings_to_keep
+from ...config import GenerativeConfig, last_part, settings_to_keep
 from ...errors import InputError, TrainingStopped
 from ...evaluation.feature_statistics import (
     FeatureSet,
@@ -164,7 +164,7 @@ class GenerativePolicy(TrainerCallback):
             f"{3 * args.mc_samples * args.rollout_epochs + args.mc_samples * (self.anchor_coeff > 0)} likelihood, {real:.1f} real "
             f"images; rewards {', '.join(f'{n} {w:.2f}' for n, w in zip(self.rewards.names, weights))} ({kind})"
         )
-        if self.validation.fd_encoder is None or Path(args.fd_encoder).name == Path(name).name:
+        if self.validation.fd_encoder is None or last_part(args.fd_encoder) == last_part(name):
             logger.warning(
                 f"no guard looks at features that the rewards do not see; give `fd_encoder` of another family than {name}"
             )
@@ -663,8 +663,8 @@ class GenerativePolicy(TrainerCallback):
         """The settings that must not change once a run follows rewards."""
         values = settings_to_keep(self.args, GenerativeConfig)
         # Files may have moved, so only their names are compared.
-        values["reward_encoder"] = Path(self.args.reward_encoder or self.args.encoder[0]).name
-        values["fd_encoder"] = Path(self.args.fd_encoder or "none").name
+        values["reward_encoder"] = last_part(self.args.reward_encoder or self.args.encoder[0])
+        values["fd_encoder"] = last_part(self.args.fd_encoder or "none")
         values["reward_function"] = self.rewards.names[len(REWARDS) :]
         return values
 

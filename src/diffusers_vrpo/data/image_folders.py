@@ -1,0 +1,392 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""Folders of image files: which files are images, which class each has, and what is left out.
+
+`datasets` reads folders by patterns: a folder or file with the word train or test in its name becomes a split, the last
+folder level becomes the class, and brackets in a name match other folders. Here a name is a path and nothing else.
+"""
+
+import csv
+import json
+import logging
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image, Value
+from datasets.table import InMemoryTable
+
+from ..errors import InputError, first_line
+
+
+logger = logging.getLogger(__name__)
+
+# The endings of image files that Pillow reads by itself; training and evaluation share them.
+IMAGE_SUFFIXES = frozenset(
+    (
+        ".png",
+        ".apng",
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".mpo",
+        ".webp",
+        ".avif",
+        ".bmp",
+        ".dib",
+        ".gif",
+        ".tif",
+        ".tiff",
+    )
+    + (".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".jpc", ".jpf", ".j2c", ".qoi", ".tga", ".ico", ".icns")
+    + (".pcx", ".dds", ".sgi", ".psd", ".xbm", ".xpm")
+)
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".rar", ".7z")
+SPLIT_OF_FOLDER = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test"}
+SPLIT_OF_FOLDER |= {"validation": "validation", "val": "validation", "valid": "validation", "dev": "validation"}
+METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Listing
+
+
+@dataclass
+class Listing:
+    """The image files below a folder, and what lies beside them.
+
+    Attributes:
+        images: paths relative to the folder, with slashes, in the order of their names.
+        others: the endings of files that are not images, and how often each occurs.
+        hidden: the number of files and folders whose names begin with a dot, and of `__MACOSX` folders.
+        broken: the number of links that lead nowhere, back into a folder above, or to something that is not a file.
+        archives: the names of archives.
+    """
+
+    images: list[str] = field(default_factory=list)
+    others: Counter = field(default_factory=Counter)
+    hidden: int = 0
+    broken: int = 0
+    archives: list[str] = field(default_factory=list)
+
+    def left_out(self) -> list[str]:
+        """What is not used, in words."""
+        parts = []
+        if self.others:
+            endings = ", ".join(f"{count} {ending}" for ending, count in self.others.most_common(5))
+            more = f", {len(self.others) - 5} more endings" if len(self.others) > 5 else ""
+            parts.append(f"{counted(self.others.total(), 'file')} of other kinds ({endings}{more})")
+        if self.hidden:
+            parts.append(f"{self.hidden} hidden")
+        if self.broken:
+            parts.append(f"{counted(self.broken, 'link')} to no file")
+        return parts
+
+
+def list_images(folder: str | Path) -> Listing:
+    """Lists the image files below a folder; links to files and folders are followed.
+
+    A file is looked up by itself only where it is a link, so that a million files take seconds.
+
+    Raises:
+        OSError: if a folder cannot be read.
+    """
+    folder, listing = os.fspath(folder), Listing()
+    pending = [("", (os.path.realpath(folder),))]
+    while pending:
+        place, above = pending.pop()
+        with os.scandir(os.path.join(folder, place)) as entries:
+            for entry in entries:
+                name = f"{place}{entry.name}"
+                if entry.name.startswith(".") or entry.name == "__MACOSX":
+                    listing.hidden += 1
+                elif entry.is_dir():
+                    real = os.path.realpath(entry.path) if entry.is_symlink() else None
+                    if real in above:  # a link to a folder above would never end
+                        listing.broken += 1
+                    else:
+                        inside = real or os.path.join(above[-1], entry.name)
+                        pending.append((f"{name}/", (*above, inside)))
+                elif not entry.is_file():
+                    listing.broken += 1
+                else:
+                    add_file(listing, name)
+    listing.images.sort()
+    return listing
+
+
+def add_file(listing: Listing, name: str):
+    """Enters a file, by its ending."""
+    ending = os.path.splitext(name)[1].lower()
+    if ending in IMAGE_SUFFIXES:
+        listing.images.append(name)
+        return
+    if name.lower().endswith(ARCHIVE_SUFFIXES):
+        listing.archives.append(name)
+    listing.others[ending or "without an ending"] += 1
+
+
+def visible_folders(folder: str) -> list[str]:
+    """The names of the folders directly in a folder, without hidden ones."""
+    with os.scandir(folder) as entries:
+        found = [entry.name for entry in entries if entry.name[0] != "." and entry.is_dir()]
+    return sorted(name for name in found if name != "__MACOSX")
+
+
+def metadata_file(folder: str) -> str | None:
+    """The table of `METADATA_FILES` that lies in a folder, if there is one."""
+    return next((name for name in METADATA_FILES if os.path.isfile(os.path.join(folder, name))), None)
+
+
+def sorted_classes(names) -> list[str]:
+    """Class names in order: as numbers if all of them are whole numbers, else as text."""
+    names = sorted(set(names))
+    if all(name.isascii() and name.isdigit() for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return names
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Splits
+
+
+def split_folders(folder: str) -> dict[str, str]:
+    """The folders at the top that are splits, by the name of the split; empty if the folders there are classes.
+
+    These are `train` beside `validation` or `test` (or one of their other names), or `train` or `validation` as the only
+    folder, each of which has folders of its own or a table of labels. A class may therefore be called train.
+    """
+    names = visible_folders(folder)
+
+    def is_split(name: str) -> bool:
+        inside = os.path.join(folder, name)
+        return name.lower() in SPLIT_OF_FOLDER and bool(metadata_file(inside) or visible_folders(inside))
+
+    found = {SPLIT_OF_FOLDER[name.lower()]: name for name in names if is_split(name)}
+    found = {split: found[split] for split in ("train", "validation", "test") if split in found}
+    words = [name for name in names if name.lower() in SPLIT_OF_FOLDER]
+    complete = len(found) == len(words) and ("train" in found and len(found) > 1 or len(names) == 1)
+    return found if complete else {}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# As a data set
+
+
+def load_image_folder(option: str, folder: str, split: str, image_column: str, label_column: str) -> Dataset:
+    """Opens a folder with one folder of images per class, or with a table of labels, as a data set.
+
+    The class of an image is the first folder level. The log says what the classes are, and counts what is left out.
+
+    Args:
+        option: of the folder, for errors.
+        split: "train", or another split if the folder has a folder for it.
+        image_column, label_column: the names of the columns.
+
+    Raises:
+        InputError: if the split does not exist, or the folder has no images with classes.
+    """
+    source = f"`{option}` {folder}"
+    try:
+        splits = split_folders(folder)
+        if split not in (splits or ["train"]):
+            raise InputError(
+                "dataset_split",
+                f"`dataset_split` {split!r} is not in {source}; it has {', '.join(map(repr, splits or ['train']))}",
+            )
+        top = os.path.join(folder, splits[split]) if splits else folder
+        if splits:
+            names = ", ".join(f"{name}/ ({key})" for key, name in splits.items())
+            logger.info(f"{source}: the folders {names} are splits; the images of {splits[split]}/ are used")
+            if others := [name for name in visible_folders(folder) if name not in splits.values()]:
+                logger.warning(f"{source}: not used: the folders beside these ({', '.join(others[:5])})")
+        listing, table = list_images(top), metadata_file(top)
+    except OSError as error:
+        raise InputError(option, f"{source} cannot be read ({first_line(error)})") from error
+
+    if not listing.images:
+        raise InputError(option, f"{source}: {reason_without_images(top, listing)}")
+    if image_column != "image":
+        raise InputError(
+            "image_column", f"`image_column` {image_column!r}: a folder of images has `image` only; remove it"
+        )
+    labels = table_labels(option, top, table, label_column) if table else None
+    if labels is None:
+        known = (
+            list_images(os.path.join(folder, splits["train"])).images if "train" in splits and split != "train" else []
+        )
+        rows, values, names = folder_classes(option, source, listing, known)
+        if empty := [name for name in visible_folders(top) if name not in names]:
+            logger.warning(f"{source}: {counted(len(empty), 'folder')} without images ({', '.join(empty[:5])})")
+    else:
+        listed = set(listing.images)
+        rows = [name for name in labels if name in listed]
+        values, names = label_values(option, source, [labels[name] for name in rows], label_column)
+        listing.others.pop(os.path.splitext(table)[1], None)
+        if not rows:
+            raise InputError(option, f"{source}: {table} names none of the {len(listing.images)} images in the folder")
+        if missing := len(labels) - len(rows):
+            logger.warning(f"{source}: {table} names {missing} files that are not images in the folder")
+    report(source, listing, len(listing.images) - len(rows), table if labels is not None else None)
+
+    feature = ClassLabel(names=names) if names else Value("int64")
+    paths = pa.array([os.path.join(os.path.abspath(top), name) for name in rows], pa.string())
+    images = pa.StructArray.from_arrays([pa.nulls(len(rows), pa.binary()), paths], ["bytes", "path"])
+    table = pa.table({"image": images, label_column: pa.array(values, pa.int64())})
+    features = Features({"image": Image(), label_column: feature})
+    return Dataset(InMemoryTable(table), info=DatasetInfo(features=features))
+
+
+def folder_classes(
+    option: str, source: str, listing: Listing, known: list[str]
+) -> tuple[list[str], list[int], list[str]]:
+    """The images in class folders, their labels, and the names of the classes.
+
+    Args:
+        known: the images of the training split, whose classes another split has, too, if it has no others.
+
+    Raises:
+        InputError: if no image lies in a folder.
+    """
+    rows = [name for name in listing.images if "/" in name]
+    if not rows:
+        raise InputError(
+            option,
+            f"{source}: no image lies in a class folder ({counted(len(listing.images), 'image')} in all); move them into one folder for each class, "
+            "such as cat/ and dog/ (or all into one folder, to train without classes), or add a metadata.csv with the "
+            "columns file_name and label",
+        )
+    classes = [name.partition("/")[0] for name in rows]
+    names, trained = sorted_classes(classes), {name.partition("/")[0] for name in known if "/" in name}
+    names = sorted_classes(trained) if trained.issuperset(names) else names
+    label_of = {name: label for label, name in enumerate(names)}
+    order = "in the order of the numbers" if names[-1].isdigit() and names != sorted(names) else "in this order"
+    shown = ", ".join(map(repr, names[:10])) + (f", ... {names[-1]!r}" if len(names) > 10 else "")
+    logger.info(
+        f"{source}: {counted(len(rows), 'image')} of {len(names)} class{'es' * (len(names) > 1)}, {order}: {shown}"
+    )
+    inner = {name.split("/")[1] for name in rows if name.count("/") > 1}
+    if len(names) == 1 and len(inner) > 1:
+        logger.warning(
+            f"{source}: all images lie in the one folder {names[0]}, which is the only class; if the folders in it are the "
+            f"classes, give {names[0]} inside that folder as `{option}`"
+        )
+    elif inner:
+        logger.info(f"{source}: images in deeper folders belong to the class of the first level")
+    return rows, [label_of[name] for name in classes], names
+
+
+def table_labels(option: str, folder: str, table: str, label_column: str) -> dict[str, str | int] | None:
+    """The labels by file name that a table gives; None if it has no such column and the images are in class folders.
+
+    Raises:
+        InputError: if the table cannot be read, lacks a column, or names a file outside the folder.
+    """
+    path = os.path.join(folder, table)
+    name = f"`{option}` {folder}: {table}"
+    try:
+        if table.endswith(".csv"):
+            with open(path, newline="", encoding="utf-8-sig") as file:
+                records = list(csv.DictReader(file))
+        elif table.endswith(".jsonl"):
+            with open(path, encoding="utf-8") as file:
+                records = [json.loads(line) for line in file if line.strip()]
+        else:
+            records = pyarrow.parquet.read_table(path).to_pylist()
+        columns = list(records[0]) if records else []
+    except (OSError, ValueError, TypeError, csv.Error, pa.ArrowException) as error:
+        raise InputError(option, f"{name} cannot be read ({first_line(error)})") from error
+    if label_column not in columns and visible_folders(folder):
+        logger.info(f"{name} has no column {label_column!r}; the classes are the folders")
+        return None
+    for column_option, column in ((option, "file_name"), ("label_column", label_column)):
+        if column not in columns:
+            raise InputError(
+                column_option,
+                f"{name} has the columns {', '.join(map(repr, columns)) or 'none'}, but it needs file_name and "
+                f"`label_column` {label_column!r}; name the column of the classes with `label_column`",
+            )
+    labels = {}
+    for record in records:
+        file = os.path.normpath(str(record.get("file_name"))).replace(os.sep, "/")
+        if file.startswith(("../", "/")) or file == "..":
+            raise InputError(option, f"{name} names {file}, which is outside the folder; move the images into it")
+        labels[file] = record.get(label_column)
+    return labels
+
+
+def label_values(option: str, source: str, values: list, label_column: str) -> tuple[list[int], list[str] | None]:
+    """Class ids of the labels of a table, and the class names, which text labels become; None for whole numbers.
+
+    Raises:
+        InputError: if a label is missing.
+    """
+    if missing := sum(value in (None, "") for value in values):
+        raise InputError("label_column", f"{source}: `label_column` {label_column!r} is empty for {missing} images")
+    texts = [str(value) for value in values]
+    if all(text.isascii() and text.isdigit() for text in texts):
+        return [int(text) for text in texts], None
+    names = sorted_classes(texts)
+    check_text_labels(names, len(texts), f"`label_column` {label_column!r} of {source}")
+    logger.info(f"{source}: {label_column!r} holds text; its {len(names)} values in order are the classes")
+    label_of = {name: label for label, name in enumerate(names)}
+    return [label_of[text] for text in texts], names
+
+
+def check_text_labels(names: list[str], count: int, column: str):
+    """Checks that the distinct texts of a column are classes rather than captions.
+
+    Raises:
+        InputError: if there are almost as many of them as images.
+    """
+    if len(names) > max(20, count // 2):
+        raise InputError(
+            "label_column",
+            f"{column} has {len(names)} different texts for {count} images, such as {names[0][:40]!r}: these are not "
+            "classes; name another column with `label_column`",
+        )
+
+
+def counted(count: int, noun: str) -> str:
+    """A number and what it counts, such as 1 image or 2 images."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def report(source: str, listing: Listing, outside: int, table: str | None):
+    """Counts in one line of the log what is left out."""
+    where = f"named in no row of {table}" if table else "outside the class folders"
+    parts = [f"{counted(outside, 'image')} {where}"] if outside else []
+    if parts := parts + listing.left_out():
+        logger.warning(f"{source}: not used: {'; '.join(parts)}")
+
+
+def reason_without_images(folder: str, listing: Listing) -> str:
+    """Why a folder has no images, and what to do, in words."""
+    if listing.archives:
+        first = listing.archives[0]
+        stem = next(first[: -len(ending)] for ending in ARCHIVE_SUFFIXES if first.lower().endswith(ending))
+        command = f"unzip -q {first} -d {stem}" if first.endswith(".zip") else f"tar -xf {first} -C {stem}"
+        return (
+            f"it holds {counted(len(listing.archives), 'archive')} ({first}) and no images; unpack each into a folder of the "
+            f"same name (mkdir -p {stem} && {command}), so that there is one folder of images for each class"
+        )
+    if listing.others[".parquet"]:
+        return "it holds parquet files and no images; give the folder as `dataset_name`"
+    if os.path.isfile(os.path.join(folder, "latents.npy")):
+        return "it holds encoded images; give the folder as `latents_dir`"
+    if os.path.isfile(os.path.join(folder, "model_index.json")):
+        return "it holds a model and no images; give the folder of the images"
+    if listing.others[".arrow"]:
+        return (
+            "it holds a data set saved with save_to_disk and no images; write it with Dataset.to_parquet and give that as "
+            "`dataset_name`"
+        )
+    if listing.others or listing.hidden or listing.broken:
+        return (
+            f"it has no images; found are {'; '.join(listing.left_out())}. Image files end in .png, .jpg, .webp, .tif and "
+            "others; convert these, or give the folder above the class folders"
+        )
+    return "the folder is empty; give one with a folder of images for each class"

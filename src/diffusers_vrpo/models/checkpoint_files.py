@@ -167,7 +167,7 @@ def other_zip(path: Path) -> str | None:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError):
-        return "is truncated or damaged: its end is missing; download or copy it again"
+        return "has no end as a zip archive has it, it may be truncated; download it again"
     names = [entry.filename for entry in entries]
     if any(name.endswith(".npy") for name in names):
         return "holds NumPy arrays; give a PyTorch or safetensors file"

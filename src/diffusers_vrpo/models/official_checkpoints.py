@@ -5,9 +5,11 @@ Keys are renamed and qkv is split or joined; within one convention no value chan
 bit-equal. Differences between the repositories (direction of time, prediction, timestep frequencies) go into the config.
 """
 
+import contextlib
 import json
 import logging
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import DDIMScheduler, DiffusionPipeline, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..errors import InputError, first_line, hub_problem
@@ -728,9 +730,22 @@ def export_checkpoint(
 
 
 def save_official(state: dict[str, torch.Tensor], file: Path):
-    """Writes a state dict, flat as `.safetensors` or in any form for `torch.load`, with the permissions of the umask."""
-    if file.suffix == ".safetensors":
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
-        default_permissions(file)
-    else:
-        torch.save(state, file)
+    """Writes a state dict atomically, flat as `.safetensors` or in any form for `torch.load`.
+
+    Raises:
+        InputError: if the file cannot be written, for example on a full disk; no part of it is left then.
+    """
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix == ".safetensors":
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary)
+            default_permissions(temporary)
+        else:
+            torch.save(state, temporary)
+        os.replace(temporary, file)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise InputError(None, f"{file} cannot be written: {first_line(error)}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()

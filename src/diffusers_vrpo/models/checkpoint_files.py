@@ -82,7 +82,10 @@ def load_content(path: str) -> object:
             return load_file(path)
         # The official training scripts put their parsed arguments, a plain namespace, beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip")
+            if kind == "zip" and not str(path).endswith(".safetensors"):  # torch reads that ending as the other format
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            with open(path, "rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "truncated" in str(error):
             raise InputError(None, f"{path} is truncated; download or copy it again") from error

@@ -7,6 +7,7 @@ can be published beside the weights.
 """
 
 import difflib
+import functools
 import itertools
 import json
 import os
@@ -492,11 +493,12 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
             )
         return (model, info) if wants_info else model
 
+    # Pipelines ask for the arguments of this method by its signature, and pass only those on.
+    @functools.wraps(ModelMixin.save_pretrained)
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
-        """Saves the model as diffusers does; the weights get the permissions of the umask, as config.json has them."""
         super().save_pretrained(save_directory, *args, **kwargs)
         folder = Path(save_directory)
-        # safetensors writes files that only their owner can read.
+        # safetensors writes files that only their owner can read; config.json has the permissions of the umask.
         for file in folder.glob(f"{WEIGHTS}*.safetensors"):
             file.chmod((folder / self.config_name).stat().st_mode & 0o777)
 

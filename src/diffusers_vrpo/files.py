@@ -93,3 +93,16 @@ def sync_to_disk(*paths: Path):
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def default_permissions(*paths: Path):
+    """Gives files of weights the permissions that the umask grants; safetensors writes them for their owner alone.
+
+    Args:
+        paths: files, or folders whose `.safetensors` files are meant.
+    """
+    umask = os.umask(0o077)  # it can only be read by setting it; other threads write private files meanwhile
+    os.umask(umask)
+    for path in paths:
+        for file in path.rglob("*.safetensors") if path.is_dir() else [path]:
+            file.chmod(0o666 & ~umask)

@@ -405,7 +405,10 @@ def test_a_variant_of_the_weights(models, tmp_path):
     pipeline.save_pretrained(tmp_path / "variant", variant="fp16")
     folder = run(tmp_path / "variant", tmp_path / "out", variant="fp16")
     assert np.array_equal(pngs(folder), pngs(run(models / "velocity", tmp_path / "plain")))
-    assert "cannot be opened" in refused(tmp_path / "variant", tmp_path / "no")
+    # The only variant opens without its name; of two, one must be named.
+    assert np.array_equal(pngs(folder), pngs(run(tmp_path / "variant", tmp_path / "unnamed")))
+    pipeline.transformer.save_pretrained(tmp_path / "variant" / "transformer", variant="other")
+    assert "holds the variants fp16, other" in refused(tmp_path / "variant", tmp_path / "no")
 
 
 def test_the_npz_is_written_batch_by_batch(tmp_path):
@@ -587,9 +590,9 @@ def test_a_folder_that_cannot_be_made(models, tmp_path):
 
 def test_images_that_are_not_finite_are_refused(models, tmp_path):
     pipeline = VRPOPipeline.from_pretrained(models / "velocity")
-    torch.nn.init.constant_(pipeline.transformer.label_embedding.weight[3], float("nan"))
-    pipeline.save_pretrained(tmp_path / "nan")
-    message = refused(tmp_path / "nan", tmp_path / "out", batch_size=2)
+    torch.nn.init.constant_(pipeline.transformer.label_embedding.weight[3], 3e38)  # finite, but not what follows
+    pipeline.save_pretrained(tmp_path / "huge")
+    message = refused(tmp_path / "huge", tmp_path / "out", batch_size=2)
     assert "image 3 is not finite" in message
     assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) in ([], ["000000.png", "000001.png"])
 

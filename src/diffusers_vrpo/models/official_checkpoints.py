@@ -5,11 +5,11 @@ Keys are renamed and qkv is split or joined; within one convention no value chan
 bit-equal. Differences between the repositories (direction of time, prediction, timestep frequencies) go into the config.
 """
 
-import argparse
+import contextlib
 import json
 import logging
 import math
-import pickle
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +17,16 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from diffusers import DDIMScheduler, DiffusionPipeline, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..errors import InputError, first_line, hub_problem
+from ..files import default_permissions
 from ..schemas import check_model_index
 from . import ddpm
-from .transformer_sit import SIT_SIZES, SiTTransformer2DModel, sit_preset
+from .checkpoint_files import read_checkpoint
+from .transformer_sit import SIT_SIZES, SiTTransformer2DModel, check_headers, check_sizes, only_variant, sit_preset
 
 
 logger = logging.getLogger(__name__)
@@ -105,7 +107,7 @@ def convert_with_projectors(
 
     Args:
         path: an official `.pt` (or `.safetensors` with the same keys) of SiT, REPA, iREPA or DiT, whose averaged weights are
-            used if it has them; or a folder or Hub name of a pipeline or transformer, ours or diffusers'
+            used if it has them (`checkpoint_files.read_checkpoint`); or a folder or Hub name of a pipeline or transformer, ours or diffusers'
             `DiTTransformer2DModel`.
         preset: a name such as `"SiT-XL/2"`; distinguishes SiT from DiT, and is checked against the weights.
         num_attention_heads: the only size that the weights cannot show; not needed for the depths and widths of the
@@ -118,8 +120,8 @@ def convert_with_projectors(
         cache_dir: folder for downloads.
 
     Raises:
-        InputError: if a key is missing or unknown (all are listed), a size does not fit, the file holds more than tensors
-            and plain values, the blocks of a diffusers DiT have separate embedders, or an argument contradicts the
+        InputError: if a key is missing or unknown or has another shape (the first are listed), a weight is NaN, infinite or
+            an integer, the file is something else or holds more than tensors and plain values, the blocks of a diffusers DiT have separate embedders, or an argument contradicts the
             checkpoint or does not apply to it.
     """
     if format not in FORMATS:
@@ -160,48 +162,6 @@ def convert_with_projectors(
         raise InputError(
             None, f"{path} is damaged, or not a SiT, REPA or DiT checkpoint: {first_line(error)}"
         ) from error
-
-
-def read_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict]:
-    """Reads the state dict of a checkpoint file (averaged weights if it has them), and the training arguments in it.
-
-    Raises:
-        InputError: if the file cannot be read without running code from it, or has no weights.
-    """
-    try:
-        if str(path).endswith(".safetensors"):
-            content = load_file(path)
-        else:
-            # The official training scripts put their parsed arguments, a plain namespace, beside the weights.
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                try:
-                    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-                except RuntimeError:  # an old file format, which cannot be mapped
-                    content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            None,
-            f"{path} holds objects other than tensors and plain values, and loading them could run code; save the state "
-            f"dict alone ({first_line(error)})",
-        ) from error
-    except (OSError, EOFError, RuntimeError, ValueError, SafetensorError) as error:
-        raise InputError(
-            None,
-            f"{path} cannot be read as a checkpoint, it may be truncated; download it again ({first_line(error)})",
-        ) from error
-    training_args = content.get("args") if isinstance(content, dict) else None
-    training_args = vars(training_args) if isinstance(training_args, argparse.Namespace) else training_args
-    for name in ("ema", "model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(name), dict):
-            content = content[name]
-            logger.info(f"{path}: taking {name!r}")
-            break
-    if not isinstance(content, dict) or not all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()
-    ):
-        raise InputError(None, f"{path} has no state dict, neither flat nor under 'ema' or 'model'")
-    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in content.items()}
-    return state, training_args if isinstance(training_args, dict) else {}
 
 
 def detect_format(state: dict, preset: str | None, training_args: dict, file_name: str) -> tuple[str, str]:
@@ -265,7 +225,9 @@ def _from_official(path, state, training_args, preset, num_attention_heads, form
             None, f"{path} is not a SiT, REPA or DiT checkpoint: its patch or position embedding has another shape"
         )
     dim, channels, patch = state["x_embedder.proj.weight"].shape[:3]
-    depth = 1 + max(_numbers(state, "blocks"))
+    depth = len(_numbers(state, "blocks"))
+    if absent := set(range(depth)) - _numbers(state, "blocks"):
+        raise InputError(None, f"{path} has {depth} blocks, but none with the number {min(absent)}; it is not whole")
     side = math.isqrt(state["pos_embed"].shape[1])
     rows = state["final_layer.linear.weight"].shape[0]
     label_rows = state["y_embedder.embedding_table.weight"].shape[0]
@@ -333,15 +295,19 @@ def _from_official(path, state, training_args, preset, num_attention_heads, form
         if third is not None and value.shape[0] % 3 == 0:
             value = value.chunk(3)[third]
         if value.shape != parameter.shape:
-            wrong.append(f"{official} {tuple(state[official].shape)}")
+            expected = tuple(parameter.shape)
+            if third is not None:
+                expected = (3 * expected[0], *expected[1:])
+            wrong.append(f"{official} {tuple(state[official].shape)} instead of {expected}")
         converted[name] = value.float().clone(memory_format=torch.contiguous_format)
     for name, shape in _projector_shapes(projectors, dim).items():
         used.add(name)
         if name in state:
             if state[name].shape != shape:
-                wrong.append(f"{name} {tuple(state[name].shape)}")
+                wrong.append(f"{name} {tuple(state[name].shape)} instead of {shape}")
             projectors.state[name] = state[name].float().clone(memory_format=torch.contiguous_format)
-    _check_keys(path, missing=used - state.keys(), unknown=state.keys() - used, wrong=wrong)
+    _check_keys(path, missing=used - state.keys(), unknown=state.keys() - used, wrong=list(dict.fromkeys(wrong)))
+    _check_finite(path, converted if projectors is None else converted | projectors.state)
     table, stored = model.pos_embed, state["pos_embed"]
     if stored.shape != table.shape or not torch.allclose(stored.float(), table.to(stored.dtype).float(), atol=1e-5):
         raise InputError(None, f"{path}: its pos_embed is not SiT's sine-cosine table of {side} x {side} patches")
@@ -434,9 +400,25 @@ def _projector_shapes(projectors: SavedProjectors | None, dim: int) -> dict[str,
     return shapes
 
 
+def _some(names) -> str:
+    """The first names in order, and how many more there are."""
+    names = sorted(names)
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def _check_finite(path, state: dict[str, torch.Tensor]):
+    """Raises InputError if a weight is NaN or infinite: a training diverged, or the file is damaged."""
+    if wrong := [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]:
+        raise InputError(
+            None,
+            f"{path} has values that are NaN or infinite in {len(wrong)} of its weights ({_some(wrong)}); take a checkpoint "
+            "from before its training diverged",
+        )
+
+
 def _check_keys(path, missing, unknown, wrong):
     problems = [
-        f"{len(names)} {kind}: {', '.join(sorted(names))}"
+        f"{len(names)} {kind}: {_some(names)}"
         for kind, names in (("missing", missing), ("unknown", unknown), ("of another shape", wrong))
         if names
     ]
@@ -463,9 +445,13 @@ def find_transformer(name_or_path: str, cache_dir: str | None = None) -> tuple[d
         raise InputError(
             None, f"{name_or_path} holds adapters only; give the run's output folder, which holds the whole pipeline"
         )
-    for subfolder in ("transformer_ema", "transformer", None):
-        if subfolder == "transformer_ema" and not (Path(name_or_path) / subfolder).is_dir():
-            continue
+    subfolders: list[str | None] = ["transformer", None]
+    if Path(name_or_path).is_dir():
+        # diffusers would find a transformer's own config.json under any subfolder, but not its weights in shards.
+        subfolders = ["transformer_ema", "transformer", None]
+        there = [name for name in subfolders if (Path(name_or_path) / (name or "") / "config.json").is_file()]
+        subfolders = there or [None]
+    for subfolder in subfolders:
         try:
             config = SiTTransformer2DModel.load_config(name_or_path, subfolder=subfolder, cache_dir=cache_dir)
         except Exception as error:  # diffusers raises many types; all mean that it is not a transformer
@@ -558,19 +544,51 @@ def _from_folder_or_hub(
         raise InputError(
             "format", f"`format` {format} cannot be combined with {path}, which holds a {config['_class_name']}"
         )
-    model_class = SiTTransformer2DModel if ours else DiTTransformer2DModel
     try:
-        model, info = model_class.from_pretrained(
-            path, subfolder=subfolder, cache_dir=cache_dir, output_loading_info=True, low_cpu_mem_usage=False
-        )
-    except Exception as error:
-        problem = hub_problem(error, path) or first_line(error)
-        raise InputError(None, f"{path}: the weights cannot be loaded: {problem}") from error
-    wrong = [str(key) for key in info["mismatched_keys"]]
-    _check_keys(path, missing=set(info["missing_keys"]), unknown=set(info["unexpected_keys"]), wrong=wrong)
-    if not ours:
-        return _from_diffusers_dit(path, model).eval(), None
+        if ours:
+            return _open_ours(path, config, subfolder, cache_dir)
+        return _open_diffusers_dit(path, config, subfolder, cache_dir), None
+    except InputError:
+        raise
+    except Exception as error:  # diffusers raises many types; all mean that it cannot be opened
+        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(None, f"{path}: the weights cannot be loaded: {hub_problem(error, path) or line}") from error
+
+
+def _open_ours(path: str, config: dict, subfolder: str | None, cache_dir: str | None):
+    model = SiTTransformer2DModel.from_pretrained(path, subfolder=subfolder, cache_dir=cache_dir)
+    if not Path(path).is_dir():  # `from_pretrained` sees the headers of folders only
+        check_headers(_folder_of(path, subfolder, cache_dir), model)
     return model.eval(), read_projectors(path, config, subfolder, cache_dir)
+
+
+def _open_diffusers_dit(path: str, config: dict, subfolder: str | None, cache_dir: str | None):
+    """Opens diffusers' DiT, with the same checks as `SiTTransformer2DModel.from_pretrained`, and converts it."""
+    names = ("sample_size", "patch_size", "in_channels", "num_layers", "num_attention_heads", "attention_head_dim")
+    given = {name: config[name] for name in names if config.get(name) is not None}
+    check_sizes(**given, num_classes=config.get("num_embeds_ada_norm", 1000))
+    variant = None
+    if Path(path).is_dir():
+        folder = _folder_of(path, subfolder, cache_dir)
+        variant = only_variant(folder)
+        with init_empty_weights():
+            check_headers(folder, DiTTransformer2DModel.from_config(config), variant)
+    arguments = {"subfolder": subfolder, "cache_dir": cache_dir, "variant": variant}
+    model, info = DiTTransformer2DModel.from_pretrained(
+        path, **arguments, output_loading_info=True, low_cpu_mem_usage=False
+    )
+    _check_keys(path, missing=set(info["missing_keys"]), unknown=set(info["unexpected_keys"]), wrong=[])
+    check_headers(_folder_of(path, subfolder, cache_dir), model, variant)
+    _check_finite(path, model.state_dict())
+    return _from_diffusers_dit(path, model).eval()
+
+
+def _folder_of(path: str, subfolder: str | None, cache_dir: str | None) -> Path:
+    """The folder of a transformer's files: on this machine, or in the cache once they have been downloaded."""
+    if Path(path).is_dir():
+        return Path(path) / (subfolder or "")
+    config = try_to_load_from_cache(path, "/".join(filter(None, (subfolder, "config.json"))), cache_dir=cache_dir)
+    return Path(config).parent if isinstance(config, str) else Path(path)
 
 
 def _from_diffusers_dit(path: str, dit: DiTTransformer2DModel) -> SiTTransformer2DModel:
@@ -725,16 +743,22 @@ def export_checkpoint(
 
 
 def save_official(state: dict[str, torch.Tensor], file: Path):
-    """Writes a flat state dict, as `.safetensors` or for `torch.load`.
+    """Writes a state dict atomically, flat as `.safetensors` or in any form for `torch.load`.
 
     Raises:
-        InputError: if the file cannot be written.
+        InputError: if the file cannot be written, for example on a full disk; no part of it is left then.
     """
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.suffix == ".safetensors":
-            save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary)
+            default_permissions(temporary)
         else:
-            torch.save(state, file)
+            torch.save(state, temporary)
+        os.replace(temporary, file)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise InputError(None, f"{file} cannot be written: {first_line(error)}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()

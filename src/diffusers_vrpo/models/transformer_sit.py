@@ -7,9 +7,14 @@ can be published beside the weights.
 """
 
 import difflib
+import functools
 import itertools
+import json
+import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +26,7 @@ from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed_from_grid
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 
@@ -36,6 +42,199 @@ SIT_PATCH_SIZES = (1, 2, 4, 8)
 # Arguments of version 0.1 for projectors that were part of the model; its config.json files name them.
 REMOVED_ARGUMENTS = ("alignment_layers", "alignment_dims", "projector_type", "projector_dim")
 SIT_PRESETS = tuple(f"{kind}-{size}/{p}" for kind in ("SiT", "DiT") for size in SIT_SIZES for p in SIT_PATCH_SIZES)
+# The largest sizes, far above those of any published model: a wrong config.json is refused before anything is built.
+LARGEST = {
+    "sample_size": 65_536,
+    "patch_size": 256,
+    "in_channels": 4096,
+    "num_layers": 1000,
+    "num_attention_heads": 1024,
+    "attention_head_dim": 4096,
+    "num_classes": 10_000_000,
+    "null_class_id": 10_000_000,
+}
+LARGEST_MLP_RATIO = 64
+LARGEST_MODEL = 20e9  # parameters: 80 GB in float32
+LARGEST_POSITIONS = 2**28  # numbers in the position table: 2 GB while it is computed
+
+WEIGHTS = "diffusion_pytorch_model"
+
+
+def check_sizes(
+    sample_size: int | tuple[int, int] = 32,
+    patch_size: int = 2,
+    in_channels: int = 4,
+    num_layers: int = 12,
+    num_attention_heads: int = 12,
+    attention_head_dim: int = 64,
+    mlp_ratio: float = 4.0,
+    num_classes: int = 1000,
+    null_class_id: int | None = None,
+    **others,
+) -> int:
+    """Checks the sizes in the constructor arguments of a `SiTTransformer2DModel`, without building anything.
+
+    Returns:
+        the number of its parameters, up to a few vectors.
+
+    Raises:
+        ValueError: if one is not a whole number within the bounds of `LARGEST`, or the model would be larger than
+            `LARGEST_MODEL` or its position table than `LARGEST_POSITIONS`.
+    """
+    sides = tuple(sample_size) if isinstance(sample_size, list | tuple) else (sample_size, sample_size)
+    if len(sides) != 2:
+        raise ValueError(f"sample_size {sample_size} must be a whole number, or a height and a width")
+    sizes = {
+        "sample_size": sides[0],
+        "patch_size": patch_size,
+        "in_channels": in_channels,
+        "num_layers": num_layers,
+        "num_attention_heads": num_attention_heads,
+        "attention_head_dim": attention_head_dim,
+        "num_classes": num_classes,
+    }
+    checked = [*sizes.items(), ("sample_size", sides[1])]
+    if null_class_id is not None:
+        checked.append(("null_class_id", null_class_id))
+    for name, value in checked:
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST[name]:
+            raise ValueError(f"{name} {value!r} must be a whole number from 1 to {LARGEST[name]}")
+    is_number = isinstance(mlp_ratio, int | float) and not isinstance(mlp_ratio, bool)
+    if not is_number or not 0 < mlp_ratio <= LARGEST_MLP_RATIO:
+        raise ValueError(f"mlp_ratio {mlp_ratio!r} must be a number above 0, up to {LARGEST_MLP_RATIO}")
+    dim = num_attention_heads * attention_head_dim
+    tokens = (sides[0] // patch_size) * (sides[1] // patch_size)
+    if tokens * dim > LARGEST_POSITIONS:
+        raise ValueError(
+            f"sample_size {sample_size} with patch_size {patch_size} has {tokens} tokens of width {dim}: too many"
+        )
+    patch = patch_size**2 * in_channels
+    rows = num_classes + 1 if null_class_id is None else null_class_id + 1
+    # Attention has 4 D^2, the feed-forward 2 r D^2, the modulation 6 D^2.
+    parameters = int(num_layers * (10 + 2 * mlp_ratio) * dim**2 + dim * (3 * patch + rows + 3 * dim + 256))
+    if parameters > LARGEST_MODEL:
+        raise ValueError(
+            f"num_layers {num_layers} of width {dim} with {rows} labels make {parameters / 1e9:.0f} billion parameters, "
+            f"above the bound of {LARGEST_MODEL / 1e9:.0f} billion"
+        )
+    return parameters
+
+
+def only_variant(folder: Path) -> str | None:
+    """The variant of the weights in a folder, such as `fp16`, if it holds no others; None if it holds plain ones.
+
+    Raises:
+        ValueError: if it holds several variants and no plain weights.
+    """
+    names = [path.name for path in folder.glob(f"{WEIGHTS}.*")]
+    variants = set()
+    for name in names:
+        found = re.fullmatch(rf"{WEIGHTS}(?:\.([\w-]+))?\.(?:safetensors|bin)", name)
+        found = found or re.fullmatch(rf"{WEIGHTS}\.(?:safetensors|bin)\.index(?:\.([\w-]+))?\.json", name)
+        if found and "-of-" not in name:
+            variants.add(found[1])
+    if None in variants or not variants:
+        return None
+    if len(variants) > 1:
+        raise ValueError(f"{folder} holds the variants {', '.join(sorted(variants))}; choose one with `variant`")
+    return variants.pop()
+
+
+def weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """The safetensors files of the weights in a folder: a single one, or those that an index names; none for `.bin`.
+
+    Raises:
+        ValueError: if the index cannot be read.
+    """
+    suffix = f".{variant}" if variant else ""
+    index = folder / f"{WEIGHTS}.safetensors.index{suffix}.json"
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            files = [folder / name for name in sorted(names) if os.path.basename(name) == name]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{index.name} does not name the files of the weights; save or download it again"
+            ) from error
+        if len(files) < len(names):
+            raise ValueError(f"{index.name} names files outside its folder")
+        if absent := [file.name for file in files if not file.is_file()]:
+            raise ValueError(f"{absent[0]}, which {index.name} names, is not there; copy or download it")
+        return files
+    file = folder / f"{WEIGHTS}{suffix}.safetensors"
+    return [file] if file.is_file() else []
+
+
+def check_headers(folder: Path, model: nn.Module, variant: str | None = None):
+    """Compares the headers of the safetensors files in a folder with a model: names, shapes and types of its weights.
+
+    Args:
+        folder: of the model's config.json. Without safetensors files nothing is compared.
+        model: its weights may be on the meta device.
+        variant: of the files.
+
+    Raises:
+        ValueError: if a weight is missing, unknown, of another shape or not of floating point, or a file is something else.
+    """
+    found = {}
+    for file in weight_files(folder, variant):
+        with file.open("rb") as content:
+            if content.read(40).startswith(b"version https://git-lfs"):
+                raise ValueError(
+                    f"{file.name} is a Git LFS pointer, not the weights; run `git lfs pull` in its repository"
+                )
+        try:
+            with safe_open(file, "pt") as header:
+                for name in header.keys():  # noqa: SIM118
+                    tensor = header.get_slice(name)
+                    found[name] = tuple(tensor.get_shape()), tensor.get_dtype()
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{file.name} is not a whole safetensors file; download or copy it again ({str(error)[:100]})"
+            ) from error
+    if not found:
+        return
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    ignored = model._keys_to_ignore_on_load_unexpected or []
+    unknown = [name for name in found if name not in expected and not any(re.search(p, name) for p in ignored)]
+    shapes = [
+        f"{name} {found[name][0]} instead of {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name][0] != shape
+    ]
+    types = [
+        f"{name} {kind}"
+        for name, (_, kind) in found.items()
+        if name in expected and kind[0] not in "FB" or kind == "BOOL"
+    ]
+    refuse_weights(
+        {
+            "missing": expected.keys() - found.keys(),
+            "unknown": unknown,
+            "of another shape than in config.json": shapes,
+            "not of floating point": types,
+        }
+    )
+
+
+def refuse_weights(problems: dict[str, Iterable[str]]):
+    """Raises ValueError if there are names of weights under any heading, such as `missing`; a few of them are listed."""
+    parts = []
+    for heading, names in problems.items():
+        if names := sorted(names):
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            parts.append(f"{len(names)} {heading}: {', '.join(names[:3])}{more}")
+    if parts:
+        raise ValueError(f"the weights cannot be used, {'; '.join(parts)}")
+
+
+def not_finite(model: nn.Module) -> list[str]:
+    """The names of the weights that hold NaN or infinite values."""
+    return [
+        name
+        for name, tensor in model.named_parameters()
+        if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all()
+    ]
 
 
 def sit_preset(name: str) -> dict:
@@ -207,6 +406,17 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         norm2_eps: float = 1e-6,
     ):
         super().__init__()
+        check_sizes(
+            sample_size,
+            patch_size,
+            in_channels,
+            num_layers,
+            num_attention_heads,
+            attention_head_dim,
+            mlp_ratio,
+            num_classes,
+            null_class_id,
+        )
         dim = num_attention_heads * attention_head_dim
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
         if height % patch_size or width % patch_size:
@@ -262,6 +472,50 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         for linear in [block.modulation for block in self.transformer_blocks] + [self.modulation_out, self.proj_out]:
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """Opens a saved model as diffusers does, but refuses one whose weights are not whole.
+
+        A folder that holds a single variant of the weights, such as `fp16`, opens without `variant`.
+
+        Raises:
+            ValueError: if a weight is missing, unknown, of another shape, an integer, NaN or infinite.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        # Quantized weights have other types and shapes than the model, and FlashPack files another format.
+        plain = not (kwargs.get("quantization_config") or kwargs.get("use_flashpack"))
+        if plain and (folder / cls.config_name).is_file():
+            config = cls.load_config(folder)
+            plain = not config.get("quantization_config")
+            if kwargs.get("variant") is None:
+                kwargs["variant"] = only_variant(folder)
+            if plain and not kwargs.get("ignore_mismatched_sizes"):
+                with torch.device("meta"):
+                    check_headers(folder, cls.from_config(config), kwargs["variant"])
+        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        if plain:
+            # Weights that an index promises and no file holds stay on the meta device, unless they are kept on the disk.
+            whole = kwargs.get("device_map") is None
+            absent = {name for name, tensor in model.named_parameters() if whole and tensor.is_meta}
+            refuse_weights(
+                {
+                    "missing": absent | set(info["missing_keys"]),
+                    "unknown": info["unexpected_keys"],
+                    "NaN or infinite": not_finite(model),
+                }
+            )
+        return (model, info) if wants_info else model
+
+    # Pipelines ask for the arguments of this method by its signature, and pass only those on.
+    @functools.wraps(ModelMixin.save_pretrained)
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        super().save_pretrained(save_directory, *args, **kwargs)
+        folder = Path(save_directory)
+        # safetensors writes files that only their owner can read; config.json has the permissions of the umask.
+        for file in folder.glob(f"{WEIGHTS}*.safetensors"):
+            file.chmod((folder / self.config_name).stat().st_mode & 0o777)
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):

@@ -243,8 +243,8 @@ def plain_step(arm: SimpleNamespace, batch: dict, device, dtype: torch.dtype, im
     arm.optimizer.zero_grad(set_to_none=True)
 
     arm.step += 1
-    # The first step copies, as diffusers' average does.
-    decay = arm.args.ema_decay if arm.step > 1 else 0.0
+    # The first step copies, and the decay then rises to its value, as that of diffusers' average does.
+    decay = min(arm.args.ema_decay, arm.step / (9 + arm.step)) if arm.step > 1 else 0.0
     with torch.no_grad():
         if "ema" in improvements:
             torch._foreach_lerp_(arm.average, list(arm.aligned.parameters()), 1 - decay)

@@ -409,6 +409,11 @@ class OptimizationConfig(Options):
     max_grad_norm: Positive = option(1.0, "norm to which a longer gradient is clipped")
     use_ema: bool = option(True, "average the weights; sample grids and the result use the average")
     ema_decay: Share = option(0.9999, "decay per step of the averaged weights")
+    ema_warmup: Free[bool] = option(
+        True,
+        "lower the decay in the first steps, to (1 + n) / (10 + n) after n steps, so that a short run does not publish its "
+        "starting weights; a resumed run goes on as it began",
+    )
 
 
 @dataclass(kw_only=True)

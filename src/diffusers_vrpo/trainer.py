@@ -372,6 +372,11 @@ class VRPOTrainer:
         `VRPOPipeline.from_pretrained(args.output_dir)` opens it. Adapters are also saved by themselves, in `lora/`.
         """
         args, output_dir = self.args, self.output_dir
+        share = 0.0 if self.ema is None else self.ema.share_of_start(self.step)
+        if share > 0.01:
+            logger.warning(
+                f"{share:.0%} of the averaged weights of step {self.step} are those that the run started with"
+            )
         with (
             self.interruption,
             full_pipeline(self.accelerator, self.pipeline, self.ema) as averaged,
@@ -491,8 +496,7 @@ class VRPOTrainer:
         self.model, self.optimizer = prepare(accelerator, self.aligned, optimizer)
         self.ema = None
         if args.use_ema:
-            # min_decay turns diffusers' warm-up off, which would reach 0.9999 at step 90,000 only.
-            self.ema = ForeachEMA(trainable_parameters(self.aligned), decay=args.ema_decay, min_decay=args.ema_decay)
+            self.ema = ForeachEMA(trainable_parameters(self.aligned), decay=args.ema_decay)
 
     def _register_state(self):
         """Registers the contents of checkpoints, and the settings that a resumed run must keep."""
@@ -534,6 +538,21 @@ class VRPOTrainer:
             logger.info(f"continuing from {self.checkpoint} at step {self.step}")
         self.objective.resume(self.step, None if self.checkpoint is None else state["alignment"])
         self.settings |= of_data
+
+        if self.ema is not None:
+            # Checkpoints without the setting were made before there was a warm-up.
+            began = self.args.ema_warmup if self.checkpoint is None else state["settings"].get("ema_warmup", False)
+            self.settings["ema_warmup"] = began
+            self.ema.min_decay = 0.0 if began else self.ema.decay
+            if began != self.args.ema_warmup:
+                logger.info(f"the averaged weights go on {'with' if began else 'without'} warm-up, as the run began")
+            share = self.ema.share_of_start(self.max_train_steps)
+            if share > 0.01:
+                logger.warning(
+                    f"`ema_decay` {self.ema.decay}: after the {self.max_train_steps} steps of this run, {share:.0%} of the "
+                    "averaged weights, which are sampled and published, will be those that it started with; a lower "
+                    "`ema_decay` follows faster"
+                )
 
     def _record_start(self):
         """Records the options and the start of the run, and opens metrics and trackers."""

@@ -247,6 +247,7 @@ OPTIONS = {
     "lr_warmup_steps": 5,
     "adam_epsilon": 1e-5,
     "ema_decay": 0.9,
+    "ema_warmup": False,  # version 0.1 had none
     "seed": 7,
     "logging_steps": 1,
     "num_inference_steps": 2,

@@ -2,10 +2,12 @@
 """The trainer from Python: what the command line does, with objects in the place of names."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 
 from diffusers_vrpo import TrainerCallback, VRPOConfig, VRPOPipeline, VRPOTrainer
 from diffusers_vrpo.alignment.encoders import load_encoder
@@ -13,7 +15,9 @@ from diffusers_vrpo.assets.digits import load_digits_dataset
 from diffusers_vrpo.data.image_source import ImageSource
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.experimental.generative.callback import GenerativePolicy
+from diffusers_vrpo.training.checkpoints import write_manifest
 from diffusers_vrpo.training.metrics import read_metrics
+from diffusers_vrpo.training.throughput import ForeachEMA
 from support.training import TINY_DIGITS, assert_same_files, losses, run
 
 
@@ -298,3 +302,68 @@ def test_what_cannot_work_names_the_argument(config, arguments, message):
         args.model_config = None
     with pytest.raises(InputError, match=message):
         VRPOTrainer(**{**defaults, **arguments}, args=args)
+
+
+# The average of the weights
+
+
+def output_layer(folder, part="transformer"):
+    return load_file(folder / part / "diffusion_pytorch_model.safetensors")["proj_out.weight"]
+
+
+def test_the_share_of_the_start_is_what_the_average_holds():
+    """The weights are 1 after the first step and 0 from then on: the average is that share."""
+    for decay, min_decay in ((0.9999, 0.0), (0.9, 0.0), (0.5, 0.5)):
+        parameter = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+        ema = ForeachEMA([parameter], decay=decay, min_decay=min_decay)
+        for step in range(1, 120):
+            ema.step([parameter])
+            torch.nn.init.zeros_(parameter)
+            assert ema.shadow_params[0].item() == pytest.approx(ema.share_of_start(step), rel=1e-9)
+    assert ForeachEMA([parameter], decay=0.9999, min_decay=0.9999).share_of_start(5001) == pytest.approx(
+        0.6065, abs=1e-3
+    )
+    assert ForeachEMA([parameter], decay=0.9999).share_of_start(300) < 1e-10
+
+
+@pytest.mark.parametrize("warmup", [True, False])
+def test_a_short_run_publishes_what_it_has_learned(config, tmp_path, caplog, warmup):
+    """The output layer starts at zero; at the default decay, the average without warm-up stays there."""
+    options = {"objective": "none", "dataset_name": "digits", "vae": "none", "encoder": None, "projector_dim": 2048}
+    args = config(ema_warmup=warmup, ema_decay=0.9999, max_train_steps=30, **options)
+    with caplog.at_level("INFO"), VRPOTrainer(args=args) as trainer:
+        trainer.train()
+        trainer.save_model()
+    folder = tmp_path / "python"
+    kept = output_layer(folder).norm() / output_layer(folder / "checkpoint-30").norm()
+    assert kept > 0.7 if warmup else kept < 0.2
+    assert ("of the averaged weights of step 30 are those that the run started with" in caplog.text) != warmup
+    assert ("will be those that it started with" in caplog.text) != warmup
+    settings = json.loads((folder / "checkpoint-30" / "training_state.json").read_text())["settings"]
+    assert settings["ema_warmup"] is warmup
+
+
+def test_a_run_goes_on_with_the_average_that_it_began_with(config, tmp_path, caplog):
+    def train(name, **changes):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        options = {"objective": "none", "dataset_name": "digits", "vae": "none", "projector_dim": 2048}
+        args = config(output_dir=str(tmp_path / name), checkpointing_steps=2, ema_decay=0.9, **options, **changes)
+        with VRPOTrainer(args=args) as trainer:
+            trainer.train()
+        return output_layer(tmp_path / name / "checkpoint-4", "transformer_ema")
+
+    def setting(name, step):
+        return tmp_path / name / f"checkpoint-{step}" / "training_state.json"
+
+    whole = train("whole", ema_warmup=False)
+    # A checkpoint without the setting was made before there was a warm-up, which is the default now.
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "old" / "checkpoint-2")
+    state = json.loads(setting("old", 2).read_text())
+    del state["settings"]["ema_warmup"]
+    setting("old", 2).write_text(json.dumps(state))
+    write_manifest(tmp_path / "old" / "checkpoint-2")
+    with caplog.at_level("INFO"):
+        assert torch.equal(train("old"), whole)
+    assert "the averaged weights go on without warm-up, as the run began" in caplog.text
+    assert json.loads(setting("old", 4).read_text())["settings"]["ema_warmup"] is False
+    assert not torch.equal(train("with warm-up"), whole)

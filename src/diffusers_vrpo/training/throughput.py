@@ -329,7 +329,21 @@ def speed_up(transformer: SiTTransformer2DModel, encoders: list, compile: bool =
 
 
 class ForeachEMA(EMAModel):
-    """diffusers' average in one pass: its own step makes a temporary copy of all weights."""
+    """diffusers' average in one pass: its own step makes a temporary copy of all weights.
+
+    The first step copies the weights. After n further steps the decay is `min(decay, (1 + n) / (10 + n))`, or `decay` from
+    the second step on if `min_decay` is `decay` too, which turns the warm-up off.
+    """
+
+    def share_of_start(self, step: int) -> float:
+        """How much of the average after `step` steps are the weights after the first one: the product of all decays."""
+        share = 1.0
+        for number in range(2, step + 1):
+            decay = self.get_decay(number)
+            share *= decay
+            if decay == self.decay:  # it stays so
+                return share * decay ** (step - number)
+        return share
 
     @torch.no_grad()
     def step(self, parameters):

@@ -186,7 +186,8 @@ class GenerativePolicy(TrainerCallback):
                 f"`generative_policy_start_step` {self.start} is never reached: the run has {max_train_steps} steps",
             )
         steps = max_train_steps - self.start
-        if args.use_ema and (1 - args.ema_decay) * steps < 3:
+        warm = (1 + max_train_steps) / (10 + max_train_steps) if args.ema_warmup else 1.0
+        if args.use_ema and (1 - min(args.ema_decay, warm)) * steps < 3:
             logger.warning(
                 f"`ema_decay` {args.ema_decay}: in {steps} steps the averaged weights, which are sampled, guarded and kept, hardly "
                 f"follow; {max(0.0, 1 - 10 / steps):.4g} would let them"

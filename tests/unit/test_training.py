@@ -29,10 +29,15 @@ def accelerator():
     return Accelerator(cpu=True)
 
 
+# What every training state has.
+STATE = {"samples_seen": 0, "settings": {}, "lr_scheduler": {}, "alignment": None, "skipped": 0}
+STATE |= {"train_seconds": 1.0, "train_flops": 1.0}
+
+
 def fake_checkpoint(folder, step, settings=None):
     path = folder / f"checkpoint-{step}"
     path.mkdir()
-    (path / "training_state.json").write_text(json.dumps({"step": step, "settings": settings or {}}))
+    (path / "training_state.json").write_text(json.dumps(STATE | {"step": step, "settings": settings or {}}))
     write_manifest(path)
     return path
 
@@ -79,10 +84,10 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
 
 def test_save_keeps_the_newest_and_leaves_nothing_half_made(tmp_path, accelerator):
     for step in (1, 2, 3):
-        save_checkpoint(accelerator, tmp_path, step, {"step": step, "settings": {}}, limit=2)
+        save_checkpoint(accelerator, tmp_path, step, STATE | {"step": step}, limit=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-3"]
     # Saving a step again replaces it.
-    save_checkpoint(accelerator, tmp_path, 3, {"step": 3, "settings": {"again": True}}, limit=2)
+    save_checkpoint(accelerator, tmp_path, 3, STATE | {"step": 3, "settings": {"again": True}}, limit=2)
     assert read_training_state(tmp_path / "checkpoint-3", {})["settings"] == {"again": True}
 
 

@@ -1,11 +1,13 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """The values that numeric options take: every option has a finite range, and what lies outside is refused by name."""
 
+import argparse
 import math
 
 import pytest
 
 from diffusers_vrpo.command_line import parse_config, training_parser
+from diffusers_vrpo.commands import convert, evaluate, prepare, probe, report, sample
 from diffusers_vrpo.config import In, VRPOConfig, checked_value, options_of
 from diffusers_vrpo.errors import InputError
 from support.paths import ROOT
@@ -57,3 +59,70 @@ def test_a_flag_out_of_range_is_one_sentence(capsys):
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.stem)
 def test_recipes_lie_in_the_ranges(file):
     parse_config(training_parser(), ["--config", str(file), "--output_dir", "run"])
+
+
+# The other commands
+
+
+PARSERS = {
+    module.__name__.rsplit(".", 1)[1]: module.build_parser("vrpo")
+    for module in (convert, evaluate, prepare, probe, report, sample)
+}
+# A value of a metric may be any number; the interval is checked as a whole.
+UNBOUNDED = {"target", "guidance_interval"}
+NUMBERS_OF_COMMANDS = [
+    (name, action)
+    for name, parser in PARSERS.items()
+    for action in parser._actions
+    if getattr(action.type, "__name__", None) in ("int", "float") and action.dest not in UNBOUNDED
+]
+
+
+@pytest.mark.parametrize(
+    "action", [action for _, action in NUMBERS_OF_COMMANDS], ids=[f"{n}-{a.dest}" for n, a in NUMBERS_OF_COMMANDS]
+)
+def test_numbers_of_commands_have_a_finite_range(action):
+    for value in ("-1e30", "1e30", "nan", "inf") if action.type.__name__ == "float" else (-(10**30), 10**30):
+        with pytest.raises(argparse.ArgumentTypeError, match="must "):
+            action.type(str(value))
+    for value in action.default if isinstance(action.default, list) else [action.default]:
+        assert value is None or action.type(str(value)) == value
+
+
+@pytest.mark.parametrize(
+    "module, argv, message",
+    [
+        (sample, ["p", "--output_dir", "o", "--num_images", str(10**13)], "--num_images 10000000000000 must"),
+        (
+            sample,
+            ["p", "--output_dir", "o", "--num_images", "1", "--guidance_scale", "inf"],
+            "--guidance_scale inf must",
+        ),
+        (sample, ["p", "--output_dir", "o", "--num_images", "1", "--guidance_scale=-2"], "--guidance_scale -2.0 must"),
+        (
+            sample,
+            ["p", "--output_dir", "o", "--num_images", "1", "--guidance_interval", "nan", "1"],
+            "--guidance_interval nan 1.0 must be LOW HIGH",
+        ),
+        (evaluate, ["s", "--reference", "r", "--dataloader_num_workers", "100000"], "--dataloader_num_workers 100000"),
+        (evaluate, ["s", "--reference", "r", "--kid_subsets", str(10**9)], "--kid_subsets 1000000000 must"),
+        (probe, ["p", "--dataset_name", "d", "--l2", "nan"], "--l2 nan must"),
+        (
+            prepare,
+            ["--dataset", "d", "--vae", "v", "--output_dir", "o", "--resolution", "9000"],
+            "--resolution 9000 must",
+        ),
+    ],
+)
+def test_refused_values_of_commands(module, argv, message, capsys):
+    with pytest.raises(SystemExit):
+        module.parse_args(argv)
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_target_that_is_not_finite(capsys):
+    for value in ("nan", "inf", "-inf"):
+        with pytest.raises(SystemExit):
+            PARSERS["report"].parse_args(["run", f"--target={value}"])
+        assert f"--target {value} must be finite" in capsys.readouterr().err

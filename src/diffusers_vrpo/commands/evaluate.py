@@ -24,7 +24,7 @@ import torch
 
 from .. import __version__
 from ..command_line import OneLineErrorParser, add_options, number_in, one_line_errors
-from ..config import In, RunConfig, last_part
+from ..config import BATCH, NUM_SAMPLES, RESOLUTION, SEED, In, RunConfig, last_part
 from ..errors import InputError
 from ..evaluation.compare import DATASET_OPTIONS, METRICS, MetricSettings, compare_images, open_reference
 from ..evaluation.image_encoders import POOLINGS
@@ -196,13 +196,13 @@ def check_output_files(args: argparse.Namespace, *names: str):
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
     parser = OneLineErrorParser(prog=prog, description=__doc__)
-    at_least_one = number_in(In(1))
+    neighbour = number_in(In(1, most=10_000))
     parser.add_argument("samples", metavar="SAMPLES", help="folder of images, or .npz of ADM")
     g = parser.add_argument_group("reference")
     g.add_argument("--reference", help="folder, .npz, data set or statistics file; not needed for the Inception Score")
     g.add_argument(
         "--resolution",
-        type=at_least_one,
+        type=number_in(RESOLUTION),
         help="side in pixels to which the reference's images are cropped in the centre; that of the samples, for a data "
         "set, if not given",
     )
@@ -247,18 +247,26 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     )
     g.add_argument(
         "--max_features",
-        type=at_least_one,
+        type=number_in(NUM_SAMPLES),
         default=50_000,
         help="largest number of images of each set, drawn at random, for metrics other than FID and sFID, which use all",
     )
-    g.add_argument("--kid_subsets", type=at_least_one, default=100, help="number of subsets that KID is averaged over")
+    g.add_argument(
+        "--kid_subsets",
+        type=number_in(In(1, most=10**6)),
+        default=100,
+        help="number of subsets that KID is averaged over",
+    )
     g.add_argument(
         "--kid_subset_size",
-        type=number_in(In(2)),
+        type=number_in(In(2, most=10**7)),
         help="images of each subset (default: 1000, or half of a smaller set)",
     )
     g.add_argument(
-        "--inception_score_splits", type=at_least_one, default=10, help="number of parts of the Inception Score"
+        "--inception_score_splits",
+        type=number_in(In(1, most=10**6)),
+        default=10,
+        help="number of parts of the Inception Score",
     )
     g.add_argument(
         "--shuffle",
@@ -268,22 +276,22 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     )
     g.add_argument(
         "--precision_recall_k",
-        type=at_least_one,
+        type=neighbour,
         default=3,
         help="neighbour that sets the radius of precision and recall",
     )
     g.add_argument(
         "--density_coverage_k",
-        type=at_least_one,
+        type=neighbour,
         default=5,
         help="neighbour that sets the radius of density and coverage",
     )
     g.add_argument(
-        "--seed", type=number_in(In(0)), default=0, help="seed of KID's subsets and the Inception Score's parts"
+        "--seed", type=number_in(SEED), default=0, help="seed of KID's subsets and the Inception Score's parts"
     )
     g = parser.add_argument_group("work and output")
     g.add_argument(
-        "--batch_size", type=at_least_one, help="images in a batch, on each process (default: 64, on a CPU 4)"
+        "--batch_size", type=number_in(BATCH), help="images in a batch, on each process (default: 64, on a CPU 4)"
     )
     add_options(g, RunConfig, ["dataloader_num_workers"], help="processes that decode images, for each that encodes")
     g.add_argument("--output_file", metavar="FILE.json", help="file for all numbers and settings")

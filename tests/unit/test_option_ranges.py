@@ -10,6 +10,7 @@ from diffusers_vrpo.command_line import parse_config, training_parser
 from diffusers_vrpo.commands import convert, evaluate, prepare, probe, report, sample
 from diffusers_vrpo.config import In, VRPOConfig, checked_value, options_of
 from diffusers_vrpo.errors import InputError
+from diffusers_vrpo.models.start import check_lora_rank
 from support.paths import ROOT
 
 
@@ -126,3 +127,14 @@ def test_a_target_that_is_not_finite(capsys):
         with pytest.raises(SystemExit):
             PARSERS["report"].parse_args(["run", f"--target={value}"])
         assert f"--target {value} must be finite" in capsys.readouterr().err
+
+
+def test_a_rank_above_the_width():
+    config = {"num_attention_heads": 6, "attention_head_dim": 64}
+    for rank in (None, 1, 384):
+        check_lora_rank(rank, "sit-s", config)
+    with pytest.raises(
+        InputError, match="^`lora_rank` 385 must be at most 384, the width of the layers of sit-s"
+    ) as error:
+        check_lora_rank(385, "sit-s", config)
+    assert error.value.field == "lora_rank"

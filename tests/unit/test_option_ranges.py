@@ -3,6 +3,7 @@
 
 import argparse
 import math
+import os
 
 import pytest
 
@@ -10,6 +11,7 @@ from diffusers_vrpo.command_line import parse_config, training_parser
 from diffusers_vrpo.commands import convert, evaluate, prepare, probe, report, sample
 from diffusers_vrpo.config import In, VRPOConfig, checked_value, options_of
 from diffusers_vrpo.errors import InputError
+from diffusers_vrpo.evaluation.compare import MetricSettings, few_images
 from diffusers_vrpo.models.start import check_lora_rank
 from support.paths import ROOT
 
@@ -138,3 +140,108 @@ def test_a_rank_above_the_width():
     ) as error:
         check_lora_rank(385, "sit-s", config)
     assert error.value.field == "lora_rank"
+
+
+# Files that are written at the end
+
+
+def outputs(**files) -> argparse.Namespace:
+    return argparse.Namespace(**{"output_file": None, "plot_file": None, "save_reference": None} | files)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "probe"])
+@pytest.mark.parametrize(
+    "option, file, message",
+    [
+        ("plot_file", "x.exe", r"must end in one of .*\.eps, .*\.png"),
+        ("plot_file", "x.json", "must end in one of"),
+        ("plot_file", "x.pgf", "must end in one of"),
+        ("plot_file", "no/x.png", "its folder does not exist"),
+        ("plot_file", "folder.png", "it is not a file"),
+        ("plot_file", "/dev/null", "it is not a file"),
+        ("plot_file", "file/x.png", "its folder does not exist"),
+        ("plot_file", "/proc/x.png", "cannot be written"),
+        ("plot_file", "x" * 250 + ".png", "File name too long"),
+        ("output_file", "loop", "cannot be written"),
+        ("output_file", "/proc/x.json", "cannot be written"),
+        ("output_file", "folder.png", "it is not a file"),
+        ("save_reference", "no/x.safetensors", "its folder does not exist"),
+    ],
+)
+def test_output_files_are_checked_before_the_work(tmp_path, monkeypatch, command, option, file, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to("loop")
+    before = sorted(os.listdir(tmp_path))
+    module = {"evaluate": evaluate, "probe": probe}[command]
+    with pytest.raises(InputError, match=message) as error:
+        module.check_output_files(outputs(**{option: file}), "output_file", "plot_file", "save_reference")
+    assert error.value.field == option and f"`{option}` {file}" in str(error.value)
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_output_files_that_can_be_written(tmp_path):
+    names = ("output_file", "plot_file", "save_reference")
+    for plot in ("x.png", "x.PDF", "x.svg", "x.webp", "x"):
+        evaluate.check_output_files(outputs(output_file="/dev/stdout", plot_file=str(tmp_path / plot)), *names)
+    same = str(tmp_path / "x.png")
+    with pytest.raises(InputError, match="is also the file of `output_file`"):
+        evaluate.check_output_files(outputs(output_file=same, plot_file=same), *names)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("target", ["/proc/report", "{tmp}/file/report", "{tmp}/loop"])
+def test_reports_and_conversions_are_refused_before_the_work(tmp_path, monkeypatch, target):
+    def work(*args, **kwargs):
+        raise AssertionError("the work has begun")
+
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to("loop")
+    target = target.format(tmp=tmp_path)
+    monkeypatch.setattr(report, "collect", work)
+    monkeypatch.setattr(convert, "convert_with_projectors", work)
+    with pytest.raises(SystemExit, match=f"--output_dir {target} cannot be written"):
+        report.main(["run", "--output_dir", target])
+    with pytest.raises(SystemExit, match=f"OUTPUT_DIR {target}/x.pt cannot be written"):
+        convert.main(["weights.pt", f"{target}/x.pt", "--to", "sit"])
+    with pytest.raises(AssertionError, match="the work has begun"):
+        report.main(["run", "--output_dir", str(tmp_path / "a" / "b")])
+    assert sorted(os.listdir(tmp_path)) == ["file", "loop"]
+
+
+# Metrics of few images
+
+
+@pytest.mark.parametrize(
+    "metrics, settings, samples, reference, said",
+    [
+        (["fid"], {}, 2049, 2049, None),
+        (
+            ["fid"],
+            {},
+            2048,
+            50_000,
+            "fid needs at least 2049 images in each set (2048 feature dimensions), but SAMPLES has",
+        ),
+        (["fid"], {}, 2049, 10, "but the reference has 10: its value"),
+        (["fid"], {}, 3, 10, "but SAMPLES has 3 and the reference has 10: its value"),
+        (["fid"], {}, 50_000, None, None),
+        (["sfid"], {}, 1000, 1000, "sfid needs at least 2024 images"),
+        (["kid"], {}, 2000, 2000, None),
+        (
+            ["kid"],
+            {},
+            1999,
+            2000,
+            "kid needs at least 2000 images in each set (subsets of 1000 images), but SAMPLES has",
+        ),
+        (["kid"], {"kid_subset_size": 10}, 20, 20, None),
+        (["kid"], {"kid_subset_size": 10}, 20, 19, "kid needs at least 20 images in each set (subsets of 10 images)"),
+        (["is", "precision_recall", "density_coverage"], {}, 10, 10, None),
+    ],
+)
+def test_metrics_of_few_images(metrics, settings, samples, reference, said):
+    widths = {"fid": 2048, "sfid": 2023}
+    sentences = few_images(metrics, MetricSettings(**settings), samples, reference, widths)
+    assert (said is None and not sentences) or (len(sentences) == 1 and said in sentences[0])

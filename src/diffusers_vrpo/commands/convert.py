@@ -31,6 +31,7 @@ from ..models.official_checkpoints import (
 )
 from ..pipelines.pipeline_vrpo import VRPOPipeline
 from ..pipelines.scheduling_sit_sde import SiTSDEScheduler
+from ..training.output_dir import check_writable
 
 
 logger = logging.getLogger("convert")
@@ -109,6 +110,8 @@ def convert(args: argparse.Namespace):
             raise InputError(
                 None, f"OUTPUT_DIR {output} cannot be created as a folder ({error.strerror}); choose another"
             ) from error
+    else:
+        check_writable(None, "OUTPUT_DIR", output)
     if args.ema_key and args.to is None:
         raise InputError("ema_key", "`ema_key` has no effect without `to`; remove it")
     id2label = None

@@ -15,7 +15,7 @@ Compare values only at equal numbers of images: FID and most other metrics depen
 import argparse
 import json
 import logging
-import os
+import tempfile
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -181,17 +181,47 @@ def format_table(results: dict[str, dict]) -> str:
 def check_output_files(args: argparse.Namespace, *names: str):
     """Checks that the files which these options name can be written, before any work.
 
+    Args:
+        names: options; `plot_file` must be an image, and only `output_file` may be a pipe or device, such as /dev/stdout.
+
     Raises:
-        InputError: if one cannot be written.
+        InputError: if one cannot be written, matplotlib does not know its format, or two of them are the same file.
     """
+    seen: dict[Path, str] = {}
     for name in names:
         if (file := getattr(args, name)) is None:
             continue
-        folder = Path(file).absolute().parent
-        if not folder.is_dir():
-            raise InputError(name, f"`{name}` {file}: its folder does not exist")
-        if not os.access(folder, os.W_OK) or Path(file).is_dir():
-            raise InputError(name, f"`{name}` {file} cannot be written; choose another file")
+        try:
+            path = Path(file).resolve()
+            if (other := seen.setdefault(path, name)) != name:
+                raise InputError(name, f"`{name}` {file} is also the file of `{other}`; choose another file")
+            if name == "plot_file":
+                check_plot_format(file)
+            if name == "output_file" and path.exists() and not path.is_file() and not path.is_dir():
+                continue
+            if not path.parent.is_dir():
+                raise InputError(name, f"`{name}` {file}: its folder does not exist")
+            if path.exists() and not path.is_file():
+                raise InputError(name, f"`{name}` {file} cannot be written: it is not a file; choose another file")
+            # As `replacing` writes it; permissions alone do not tell of read-only disks or names that are too long.
+            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"):
+                pass
+        except (OSError, RuntimeError) as error:  # a RuntimeError is a loop of links
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(name, f"`{name}` {file} cannot be written ({reason}); choose another file") from error
+
+
+def check_plot_format(file: str):
+    """Checks that matplotlib can write an image with the ending of `plot_file`; without an ending it is a PNG.
+
+    Raises:
+        InputError: if it cannot.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = sorted(set(FigureCanvasBase.get_supported_filetypes()) - {"pgf", "raw", "rgba"})  # pgf needs LaTeX
+    if Path(file).suffix and Path(file).suffix[1:].lower() not in known:
+        raise InputError("plot_file", f"`plot_file` {file} must end in one of .{', .'.join(known)}")
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:

@@ -30,12 +30,14 @@ from ..evaluation.feature_statistics import Batches, gather_rows
 from ..evaluation.image_encoders import POOLINGS, load_image_encoder
 from ..evaluation.image_sets import DatasetReader, ImageSet
 from ..evaluation.metrics import cka, cknna, linear_probe
+from ..files import replacing
 from ..models.autoencoder import encode_images
 from ..models.flow import forward_process
 from ..pipelines.pipeline_vrpo import VRPOPipeline
 from ..random_streams import NOISE, ORDER, random_stream
 from ..training.distributed import start_processes
-from .evaluate import check_output_files
+from ..training.output_dir import writing_result
+from .evaluate import check_output_files, write_report
 
 
 logger = logging.getLogger("probe")
@@ -279,9 +281,11 @@ def probe(args: argparse.Namespace) -> dict | None:
         report["encoder_accuracy"][name] = held_out
     print(format_probe(report))  # before writing files, in case the disk is full
     if args.output_file:
-        Path(args.output_file).write_text(json.dumps(report, indent=2) + "\n")
+        with writing_result("output_file", args.output_file):
+            write_report(Path(args.output_file), json.dumps(report, indent=2) + "\n")
     if args.plot_file:
-        plot_probe(report, Path(args.plot_file))
+        with writing_result("plot_file", args.plot_file):
+            plot_probe(report, Path(args.plot_file))
     return report
 
 
@@ -321,7 +325,8 @@ def plot_probe(report: dict, file: Path):
         axis.set(title=title, xlabel="block", ylabel=label)
         axis.grid(alpha=0.3)
     axis.legend(frameon=False, title="noise level (1 is noise)")
-    figure.savefig(file, dpi=120)
+    with replacing(file.resolve()) as temporary:
+        figure.savefig(temporary, dpi=120, format=file.suffix[1:] or "png")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

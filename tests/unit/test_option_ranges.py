@@ -11,9 +11,9 @@ import pytest
 from diffusers_vrpo.command_line import parse_config, training_parser
 from diffusers_vrpo.commands import convert, evaluate, prepare, probe, report, sample
 from diffusers_vrpo.config import In, VRPOConfig, checked_value, options_of
+from diffusers_vrpo.data import reach
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.evaluation.compare import MetricSettings, few_images
-from diffusers_vrpo.hub import reach
 from diffusers_vrpo.models.start import check_lora_rank
 from support.paths import ROOT
 

@@ -19,9 +19,9 @@ from PIL import ImageOps
 
 from ..config import DIGITS, EMBEDDED_DIGITS, expanded, is_embedded_digits
 from ..errors import UNKNOWN_TO_THE_HUB, InputError, first_line, gated, hub_problem
-from ..hub.reach import offline_if_refused
 from ..random_streams import ORDER, random_stream
 from .image_folders import IMAGE_SUFFIXES, METADATA_FILES, check_text_labels, load_image_folder, sorted_classes
+from .reach import offline_if_refused
 
 
 logger = get_logger(__name__)  # needs accelerate's state, and logs on the main process

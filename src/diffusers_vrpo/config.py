@@ -52,8 +52,9 @@ class In:
 
     def __str__(self) -> str:
         if self.most < math.inf:
-            text = f"be {'above' if self.exclusive else 'at least'} {self.low} and at most {self.most}"
-        elif (self.low, self.high) == (-math.inf, math.inf):
+            reason = f": {self.why};" if self.why else ""  # it is that of the lower end
+            return f"be {'above' if self.exclusive else 'at least'} {self.low}{reason} and at most {self.most}"
+        if (self.low, self.high) == (-math.inf, math.inf):
             text = "be finite"
         elif self.high < math.inf:
             text = f"lie in {'(' if self.exclusive else '['}{self.low}, {self.high})"

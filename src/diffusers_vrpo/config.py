@@ -34,7 +34,7 @@ EMBEDDED_DIGITS = "embedded:digits"  # their name that no folder can shadow
 
 @dataclass(frozen=True)
 class In:
-    """The range of a number: at least `low` (above it if `exclusive`), and below `high`.
+    """The range of a number: at least `low` (above it if `exclusive`), below `high` and at most `most`; never NaN.
 
     Args:
         why (`str`): the reason for the range, for the error message.
@@ -44,11 +44,16 @@ class In:
     high: float = math.inf
     exclusive: bool = False
     why: str = ""
+    most: float = math.inf
 
     def __contains__(self, value: float) -> bool:
-        return (self.low < value if self.exclusive else self.low <= value) and value < self.high
+        above = self.low < value if self.exclusive else self.low <= value
+        return above and value < self.high and value <= self.most
 
     def __str__(self) -> str:
+        if self.most < math.inf:
+            reason = f": {self.why};" if self.why else ""  # it is that of the lower end
+            return f"be {'above' if self.exclusive else 'at least'} {self.low}{reason} and at most {self.most}"
         if (self.low, self.high) == (-math.inf, math.inf):
             text = "be finite"
         elif self.high < math.inf:
@@ -104,12 +109,31 @@ Data = Annotated[T, Resume.DATA]
 DataName = Annotated[T, Resume.DATA_NAME]
 Resolved = Annotated[T, Resume.RESOLVED]
 
-AtLeast1 = Annotated[int, In(1)]
-Count = Annotated[int, In(0)]
-NonNegative = Annotated[float, In(0)]
-Positive = Annotated[float, In(0, exclusive=True)]
-Share = Annotated[float, In(0, 1)]
+# The largest values are far above what anybody has trained with, and below what exhausts the memory at once or overflows.
+NUM_STEPS = In(1, most=10**9)
+NUM_IMAGES = In(1, most=10**9)
+NUM_SAMPLES = In(1, most=10**7)
+BATCH = In(1, most=65_536)
+NUM_WORKERS = In(0, most=256)
+RESOLUTION = In(1, most=8192)
+SOLVER_STEPS = In(1, most=10_000)
+GUIDANCE = In(0, most=1000)
+LAYER = In(-1000, most=1000)
+SEED = In(0, 2**63)
 FINITE = In(exclusive=True)
+
+Steps = Annotated[int, NUM_STEPS]
+Step = Annotated[int, In(0, most=10**9)]
+Images = Annotated[int, NUM_IMAGES]
+Samples = Annotated[int, NUM_SAMPLES]
+Batch = Annotated[int, BATCH]
+SolverSteps = Annotated[int, SOLVER_STEPS]
+Layer = Annotated[int, LAYER]
+Thousands = Annotated[int, In(1, most=10_000)]
+Coefficient = Annotated[float, In(0, most=10**9)]
+Ratio = Annotated[float, In(0, most=10**9, exclusive=True)]
+LearningRate = Annotated[float, In(0, most=10, exclusive=True)]
+Share = Annotated[float, In(0, 1)]
 
 ALIGNED = Needs("objective", ("repa", "vrpo"))
 VRPO = Needs("objective", ("vrpo",))
@@ -224,7 +248,7 @@ class RunConfig(Options):
         "vrpo-model", "folder for checkpoints, metrics, sample grids and the final pipeline"
     )
     cache_dir: Machine[str | None] = option(None, "folder for downloads; the Hub's own cache if not given")
-    seed: Annotated[int, In(0, 2**63)] = option(
+    seed: Annotated[int, SEED] = option(
         0, "seed of the starting weights, and of the noise, crops and labels drawn for each sample"
     )
     mixed_precision: Resolved[Literal["no", "fp16", "bf16"] | None] = option(
@@ -235,8 +259,8 @@ class RunConfig(Options):
         "tensorboard", "experiment trackers, separated by commas (tensorboard, wandb, ...), or none"
     )
     logging_dir: Machine[str] = option("logs", "folder for the trackers' files, inside the output folder")
-    logging_steps: Watched[AtLeast1] = option(50, "optimizer steps between two rows of metrics")
-    dataloader_num_workers: Machine[Count] = option(
+    logging_steps: Watched[Steps] = option(50, "optimizer steps between two rows of metrics")
+    dataloader_num_workers: Machine[Annotated[int, NUM_WORKERS]] = option(
         4, "processes (threads with --streaming) that decode images, for each training process"
     )
 
@@ -263,13 +287,11 @@ class DataConfig(Options):
     )
     image_column: Data[str] = option("image", "column with the images")
     label_column: Data[str] = option("label", "column with the integer class labels")
-    max_train_samples: Data[AtLeast1 | None] = option(
-        None, "number of images to use, drawn at random; all if not given"
-    )
+    max_train_samples: Data[Images | None] = option(None, "number of images to use, drawn at random; all if not given")
     allow_changed_data: Free[bool] = option(
         False, "continue a run although the images, labels or class names have changed"
     )
-    resolution: AtLeast1 = option(256, "side of the training images in pixels")
+    resolution: Annotated[int, RESOLUTION] = option(256, "side of the training images in pixels")
     center_crop: bool = option(True, "crop images in the centre, as ADM does, instead of at random")
     random_flip: bool = option(False, "mirror half of the images, drawn at random")
 
@@ -294,7 +316,7 @@ class ModelConfig(Options):
     keep_labels: bool = option(
         False, "keep the class embeddings of the starting weights, however their classes are called"
     )
-    lora_rank: AtLeast1 | None = option(
+    lora_rank: Thousands | None = option(
         None, "rank of the LoRA adapters to train, with the projectors, on frozen weights; all is trained if not given"
     )
     prediction_type: Resolved[Literal["velocity", "epsilon"] | None] = option(
@@ -326,7 +348,7 @@ class AlignmentConfig(Options):
         None,
         "frozen vision encoders of transformers, Hub names or folders, or `digits` (in the package); each gets a projector",
     )
-    encoder_layer: list[int] | None = option(
+    encoder_layer: list[Layer] | None = option(
         None,
         "hidden state to align with, one index for all encoders or one for each; their output (of conv nets the stage of "
         "stride 16) if not given",
@@ -334,8 +356,8 @@ class AlignmentConfig(Options):
     layer_scope: Annotated[str, ALIGNED] = option(
         "early", "transformer blocks to align: early (2/7 of the depth), mid, all, or a list such as 4,8"
     )
-    alignment_coeff: NonNegative = option(0.5, "weight of the alignment loss")
-    alignment_stop_step: Annotated[Count | None, ALIGNED] = option(
+    alignment_coeff: Coefficient = option(0.5, "weight of the alignment loss")
+    alignment_stop_step: Annotated[Step | None, ALIGNED] = option(
         None, "step at which alignment ends; it lasts for the whole run if not given"
     )
     timestep_weighting: Annotated[Literal["uniform", "low_noise"], ALIGNED] = option(
@@ -344,8 +366,8 @@ class AlignmentConfig(Options):
     projector: Annotated[Literal["mlp", "conv"], ALIGNED] = option(
         "mlp", "network from hidden states to encoder features: REPA's three layers, or iREPA's 3x3 convolution"
     )
-    projector_dim: Resolved[AtLeast1] = option(2048, "hidden width of the mlp projectors")
-    spatial_norm: Annotated[NonNegative, ALIGNED] = option(
+    projector_dim: Resolved[Annotated[int, In(1, most=65_536)]] = option(2048, "hidden width of the mlp projectors")
+    spatial_norm: Annotated[Coefficient, ALIGNED] = option(
         0.0, "factor a of the normalisation (f - a mean) / std of the encoder features; iREPA uses 0.6, 0 turns it off"
     )
     conflict: Annotated[Resolved[Literal["none", "gate", "project"] | None], ALIGNED] = option(
@@ -369,15 +391,15 @@ class PolicyConfig(Options):
     estimator: Annotated[Literal["expected", "sampled"], VRPO] = option(
         "expected", "policy update: expected, in closed form for small noise, or sampled, from drawn actions"
     )
-    policy_noise: Annotated[Positive, VRPO] = option(0.1, "standard deviation of the policy's actions")
-    group_size: Annotated[int, In(2, why="advantages are relative to the group"), VRPO, SAMPLED] = option(
+    policy_noise: Annotated[Ratio, VRPO] = option(0.1, "standard deviation of the policy's actions")
+    group_size: Annotated[int, In(2, why="advantages are relative to the group", most=65_536), VRPO, SAMPLED] = option(
         8, "actions drawn for each token"
     )
-    policy_epochs: Annotated[AtLeast1, VRPO, SAMPLED] = option(1, "optimizer steps with the same actions")
-    clip_range: Annotated[Positive, VRPO, SAMPLED] = option(
+    policy_epochs: Annotated[Thousands, VRPO, SAMPLED] = option(1, "optimizer steps with the same actions")
+    clip_range: Annotated[Ratio, VRPO, SAMPLED] = option(
         0.2, "largest deviation of the probability ratio from 1, with --policy_epochs above 1"
     )
-    kl_coeff: Annotated[NonNegative, VRPO] = option(
+    kl_coeff: Annotated[Coefficient, VRPO] = option(
         0.0, "weight of the divergence from the starting weights; above 0 it costs a forward pass"
     )
 
@@ -388,25 +410,25 @@ class OptimizationConfig(Options):
 
     _argument_group_name: ClassVar[str] = "optimization"
 
-    train_batch_size: Free[AtLeast1] = option(256, "samples for each process and micro-step")
-    gradient_accumulation_steps: Free[AtLeast1] = option(1, "micro-steps in an optimizer step")
+    train_batch_size: Free[Batch] = option(256, "samples for each process and micro-step")
+    gradient_accumulation_steps: Free[Batch] = option(1, "micro-steps in an optimizer step")
     gradient_checkpointing: Free[bool] = option(False, "compute the blocks again in the backward pass, to save memory")
-    max_train_steps: Annotated[Free[AtLeast1 | None], OneOf("steps")] = option(
+    max_train_steps: Annotated[Free[Steps | None], OneOf("steps")] = option(
         None, f"length of the run in optimizer steps; {DEFAULT_TRAIN_STEPS} if --num_train_epochs is not given either"
     )
-    num_train_epochs: Annotated[Free[AtLeast1 | None], OneOf("steps")] = option(
+    num_train_epochs: Annotated[Free[Steps | None], OneOf("steps")] = option(
         None, "length of the run in passes over the data, instead of --max_train_steps"
     )
-    learning_rate: Positive = option(1e-4, "learning rate of AdamW after the warm-up")
+    learning_rate: LearningRate = option(1e-4, "learning rate of AdamW after the warm-up")
     lr_scheduler: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
     ] = option("constant_with_warmup", "schedule of the learning rate")
-    lr_warmup_steps: Count = option(0, "optimizer steps in which the learning rate rises from 0")
+    lr_warmup_steps: Step = option(0, "optimizer steps in which the learning rate rises from 0")
     adam_beta1: Share = option(0.9, "decay per step of AdamW's average of gradients")
     adam_beta2: Share = option(0.999, "decay per step of AdamW's average of squared gradients")
-    adam_weight_decay: NonNegative = option(0.0, "weight decay of AdamW")
-    adam_epsilon: Positive = option(1e-8, "constant in the denominator of AdamW's update")
-    max_grad_norm: Positive = option(1.0, "norm to which a longer gradient is clipped")
+    adam_weight_decay: Coefficient = option(0.0, "weight decay of AdamW")
+    adam_epsilon: Ratio = option(1e-8, "constant in the denominator of AdamW's update")
+    max_grad_norm: Ratio = option(1.0, "norm to which a longer gradient is clipped")
     use_ema: bool = option(True, "average the weights; sample grids and the result use the average")
     ema_decay: Share = option(0.9999, "decay per step of the averaged weights")
     ema_warmup: Free[bool] = option(
@@ -426,10 +448,10 @@ class SpeedConfig(Options):
     attention_backend: Free[str | None] = option(
         None, "attention of diffusers: native, flash, _flash_3, _native_cudnn, sage, ...; its default if not given"
     )
-    profile: Machine[AtLeast1 | None] = option(
+    profile: Machine[Steps | None] = option(
         None, "number of steps whose time is measured part by part and printed as a table", "STEPS"
     )
-    peak_tflops: Watched[Positive | None] = option(
+    peak_tflops: Watched[Ratio | None] = option(
         None, "peak of a device in TFLOP/s, for the share that is used (MFU); that of common GPUs is known"
     )
 
@@ -440,8 +462,8 @@ class CheckpointConfig(Options):
 
     _argument_group_name: ClassVar[str] = "checkpoints and samples"
 
-    checkpointing_steps: Watched[AtLeast1] = option(10000, "optimizer steps between two checkpoints")
-    checkpoints_total_limit: Watched[AtLeast1 | None] = option(
+    checkpointing_steps: Watched[Steps] = option(10000, "optimizer steps between two checkpoints")
+    checkpoints_total_limit: Watched[Steps | None] = option(
         None, "number of checkpoints to keep, the newest; all if not given"
     )
     resume_from_checkpoint: Machine[str] = option(
@@ -460,19 +482,19 @@ class CheckpointConfig(Options):
     skip_nonfinite: Free[bool] = option(
         False, "skip steps whose loss or gradient is NaN or infinite, instead of stopping there"
     )
-    validation_steps: Watched[AtLeast1] = option(10000, "optimizer steps between two sample grids")
+    validation_steps: Watched[Steps] = option(10000, "optimizer steps between two sample grids")
     validation_labels: Watched[list[str] | None] = option(
         None, "class names or ids of the columns of the grid; ten ids if not given"
     )
-    num_validation_images: Watched[AtLeast1] = option(4, "rows of the grid: images of each class")
-    num_inference_steps: Free[AtLeast1] = option(50, "solver steps of the samples in the grid and for --fd_encoder")
-    guidance_scale: Free[Annotated[float, FINITE]] = option(
+    num_validation_images: Watched[Thousands] = option(4, "rows of the grid: images of each class")
+    num_inference_steps: Free[SolverSteps] = option(50, "solver steps of the samples in the grid and for --fd_encoder")
+    guidance_scale: Free[Annotated[float, GUIDANCE]] = option(
         1.5, "classifier-free guidance of the grid; 1 turns it off"
     )
     fd_encoder: Free[str | None] = option(
         None, "vision encoder in whose features the Fréchet distance to training images is logged"
     )
-    num_fd_samples: Annotated[Free[AtLeast1 | None], MEASURED] = option(
+    num_fd_samples: Annotated[Free[Samples | None], MEASURED] = option(
         None, "number of unguided samples for that distance; 2048 if not given"
     )
 
@@ -483,35 +505,39 @@ class GenerativeConfig(Options):
 
     _argument_group_name: ClassVar[str] = "generative policy (docs/generative.md)"
 
-    generative_policy_start_step: Count | None = option(
+    generative_policy_start_step: Step | None = option(
         None, "step from which rewards of generated images are followed, too; never if not given"
     )
-    rollout_classes: Annotated[AtLeast1, GENERATIVE] = option(32, "classes in a rollout, the samples drawn together")
-    rollout_group_size: Annotated[int, In(2, why="advantages are relative to the group"), GENERATIVE] = option(
-        16, "samples drawn for each class of a rollout"
+    rollout_classes: Annotated[Annotated[int, In(1, most=65_536)], GENERATIVE] = option(
+        32, "classes in a rollout, the samples drawn together"
     )
-    rollout_steps: Annotated[AtLeast1, GENERATIVE] = option(25, "solver steps of a sample, without guidance")
-    rollout_every: Annotated[AtLeast1, GENERATIVE] = option(2, "optimizer steps between two rollouts")
-    rollout_epochs: Annotated[AtLeast1, GENERATIVE] = option(1, "optimizer steps that use the samples of a rollout")
-    mc_samples: Annotated[AtLeast1, GENERATIVE] = option(
+    rollout_group_size: Annotated[int, In(2, why="advantages are relative to the group", most=65_536), GENERATIVE] = (
+        option(16, "samples drawn for each class of a rollout")
+    )
+    rollout_steps: Annotated[SolverSteps, GENERATIVE] = option(25, "solver steps of a sample, without guidance")
+    rollout_every: Annotated[Steps, GENERATIVE] = option(2, "optimizer steps between two rollouts")
+    rollout_epochs: Annotated[Thousands, GENERATIVE] = option(1, "optimizer steps that use the samples of a rollout")
+    mc_samples: Annotated[Thousands, GENERATIVE] = option(
         4, "noise levels at which the likelihood of a sample is estimated"
     )
-    generative_coeff: Annotated[NonNegative, GENERATIVE] = option(1.0, "weight of the loss of the rewards")
-    max_gradient_ratio: Annotated[Positive, GENERATIVE] = option(
+    generative_coeff: Annotated[Coefficient, GENERATIVE] = option(1.0, "weight of the loss of the rewards")
+    max_gradient_ratio: Annotated[Ratio, GENERATIVE] = option(
         0.5, "largest length of the rewards' gradient, in units of the length of the rest"
     )
-    rollout_clip_range: Annotated[Positive, GENERATIVE] = option(
+    rollout_clip_range: Annotated[Ratio, GENERATIVE] = option(
         8e-3, "largest deviation of the likelihood ratio from 1, with --rollout_epochs above 1"
     )
-    anchor_coeff: Annotated[NonNegative | None, GENERATIVE] = option(
+    anchor_coeff: Annotated[Coefficient | None, GENERATIVE] = option(
         None,
         "weight of the distance to the model that drew the samples; 0, or 0.3 with --rollout_epochs above 1, if not given",
     )
-    generative_learning_rate: Annotated[Positive, GENERATIVE] = option(1e-5, "learning rate from the start step on")
+    generative_learning_rate: Annotated[LearningRate, GENERATIVE] = option(
+        1e-5, "learning rate from the start step on"
+    )
     reward_encoder: Annotated[Resolved[str | None], GENERATIVE] = option(
         None, "frozen vision encoder of transformers that judges samples; the first --encoder if not given"
     )
-    reward_shallow_layer: Annotated[int | None, GENERATIVE] = option(
+    reward_shallow_layer: Annotated[Layer | None, GENERATIVE] = option(
         None, "hidden state of that encoder for the perceptual reward; at a quarter of its depth if not given"
     )
     fidelity_reward: Annotated[Literal["auto", "frechet", "mmd"], GENERATIVE] = option(
@@ -525,7 +551,7 @@ class GenerativeConfig(Options):
     reward_weights: Annotated[str | None, GENERATIVE] = option(
         None, "shares of fidelity, perceptual, semantic and user-defined rewards, such as 2,1,1; equal if not given"
     )
-    reward_queue_size: Annotated[AtLeast1, GENERATIVE] = option(
+    reward_queue_size: Annotated[Samples, GENERATIVE] = option(
         10240, "number of latest samples from which the model's distribution is estimated"
     )
     reward_reference: Annotated[Free[str | None], GENERATIVE] = option(
@@ -533,20 +559,20 @@ class GenerativeConfig(Options):
         "file for the statistics of the training images; inside the output folder if not given",
         "FILE.safetensors",
     )
-    reward_reference_images: Annotated[AtLeast1, GENERATIVE] = option(
+    reward_reference_images: Annotated[Images, GENERATIVE] = option(
         50_000, "largest number of training images for these statistics"
     )
-    guard_every: Annotated[AtLeast1, GENERATIVE] = option(25, "rollouts between two checks of the guards")
-    guard_samples: Annotated[int, In(4, why="recall looks at a sample's third neighbour"), GENERATIVE] = option(
-        1024, "samples drawn for a check of the guards"
+    guard_every: Annotated[Steps, GENERATIVE] = option(25, "rollouts between two checks of the guards")
+    guard_samples: Annotated[int, In(4, why="recall looks at a sample's third neighbour", most=10**7), GENERATIVE] = (
+        option(1024, "samples drawn for a check of the guards")
     )
-    guard_loss_rise: Annotated[Free[NonNegative], GENERATIVE] = option(
+    guard_loss_rise: Annotated[Free[Coefficient], GENERATIVE] = option(
         0.02, "relative rise of the flow-matching loss at which training stops"
     )
-    guard_recall_fall: Annotated[Free[NonNegative], GENERATIVE] = option(
+    guard_recall_fall: Annotated[Free[Coefficient], GENERATIVE] = option(
         0.03, "fall of recall at which training stops"
     )
-    guard_distance_rise: Annotated[Free[NonNegative], GENERATIVE, MEASURED] = option(
+    guard_distance_rise: Annotated[Free[Coefficient], GENERATIVE, MEASURED] = option(
         0.02, "relative rise of the distance in --fd_encoder at which training stops, if the reward rises, too"
     )
 

@@ -387,9 +387,9 @@ def test_config_files(command, tmp_path, capsys):
     config.write_text(yaml.safe_dump({"random_flip": True, "center_crop": False, "validation_labels": ["a", 3]}))
     args = train_vrpo.parse_args(command() + ["--config", str(config)])
     assert args.random_flip and not args.center_crop and args.validation_labels == ["a", "3"]
-    config.write_text("mixed_precision: no\nguidance_scale: -1.0e-3\n")
+    config.write_text("mixed_precision: no\nguidance_scale: 1.0e-3\n")
     args = train_vrpo.parse_args(command() + ["--config", str(config)])
-    assert args.mixed_precision == "no" and args.guidance_scale == -1e-3
+    assert args.mixed_precision == "no" and args.guidance_scale == 1e-3
     for text, message in [
         ("sed: 1", "unknown option 'sed'; did you mean seed?"),
         ("- 1", "must map option names"),

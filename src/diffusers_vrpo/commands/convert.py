@@ -16,7 +16,8 @@ from pathlib import Path
 
 import diffusers
 
-from ..command_line import OneLineErrorParser, one_line_errors
+from ..command_line import OneLineErrorParser, number_in, one_line_errors
+from ..config import In
 from ..errors import InputError, first_line
 from ..models.autoencoder import load_vae
 from ..models.official_checkpoints import (
@@ -30,6 +31,7 @@ from ..models.official_checkpoints import (
 )
 from ..pipelines.pipeline_vrpo import VRPOPipeline
 from ..pipelines.scheduling_sit_sde import SiTSDEScheduler
+from ..training.output_dir import check_writable
 
 
 logger = logging.getLogger("convert")
@@ -54,12 +56,18 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--num_attention_heads",
-        type=int,
+        type=number_in(In(1, most=1024)),
         help="attention heads of a model whose depth and width are not of the papers",
     )
-    parser.add_argument("--num_classes", type=int, help="classes of a model trained without label dropout, for a file")
     parser.add_argument(
-        "--alignment_layer", type=int, help="block that feeds REPA's projectors, if the file does not say so"
+        "--num_classes",
+        type=number_in(In(1, most=10**7)),
+        help="classes of a model trained without label dropout, for a file",
+    )
+    parser.add_argument(
+        "--alignment_layer",
+        type=number_in(In(1, most=1000)),
+        help="block that feeds REPA's projectors, if the file does not say so",
     )
     parser.add_argument("--vae", help="autoencoder of the pipeline, Hub name or folder; `none` for a model of pixels")
     parser.add_argument("--id2label", metavar="FILE.json", help="class names, as a map from id to name")
@@ -102,6 +110,8 @@ def convert(args: argparse.Namespace):
             raise InputError(
                 None, f"OUTPUT_DIR {output} cannot be created as a folder ({error.strerror}); choose another"
             ) from error
+    else:
+        check_writable(None, "OUTPUT_DIR", output)
     if args.ema_key and args.to is None:
         raise InputError("ema_key", "`ema_key` has no effect without `to`; remove it")
     id2label = None

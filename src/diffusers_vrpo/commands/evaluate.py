@@ -15,7 +15,7 @@ Compare values only at equal numbers of images: FID and most other metrics depen
 import argparse
 import json
 import logging
-import os
+import tempfile
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -24,7 +24,7 @@ import torch
 
 from .. import __version__
 from ..command_line import OneLineErrorParser, add_options, number_in, one_line_errors
-from ..config import In, RunConfig, last_part
+from ..config import BATCH, NUM_SAMPLES, RESOLUTION, SEED, In, RunConfig, last_part
 from ..errors import InputError
 from ..evaluation.compare import DATASET_OPTIONS, METRICS, MetricSettings, compare_images, open_reference
 from ..evaluation.image_encoders import POOLINGS
@@ -181,28 +181,58 @@ def format_table(results: dict[str, dict]) -> str:
 def check_output_files(args: argparse.Namespace, *names: str):
     """Checks that the files which these options name can be written, before any work.
 
+    Args:
+        names: options; `plot_file` must be an image, and only `output_file` may be a pipe or device, such as /dev/stdout.
+
     Raises:
-        InputError: if one cannot be written.
+        InputError: if one cannot be written, matplotlib does not know its format, or two of them are the same file.
     """
+    seen: dict[Path, str] = {}
     for name in names:
         if (file := getattr(args, name)) is None:
             continue
-        folder = Path(file).absolute().parent
-        if not folder.is_dir():
-            raise InputError(name, f"`{name}` {file}: its folder does not exist")
-        if not os.access(folder, os.W_OK) or Path(file).is_dir():
-            raise InputError(name, f"`{name}` {file} cannot be written; choose another file")
+        try:
+            path = Path(file).resolve()
+            if (other := seen.setdefault(path, name)) != name:
+                raise InputError(name, f"`{name}` {file} is also the file of `{other}`; choose another file")
+            if name == "plot_file":
+                check_plot_format(file)
+            if name == "output_file" and path.exists() and not path.is_file() and not path.is_dir():
+                continue
+            if not path.parent.is_dir():
+                raise InputError(name, f"`{name}` {file}: its folder does not exist")
+            if path.exists() and not path.is_file():
+                raise InputError(name, f"`{name}` {file} cannot be written: it is not a file; choose another file")
+            # As `replacing` writes it; permissions alone do not tell of read-only disks or names that are too long.
+            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"):
+                pass
+        except (OSError, RuntimeError) as error:  # a RuntimeError is a loop of links
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(name, f"`{name}` {file} cannot be written ({reason}); choose another file") from error
+
+
+def check_plot_format(file: str):
+    """Checks that matplotlib can write an image with the ending of `plot_file`; without an ending it is a PNG.
+
+    Raises:
+        InputError: if it cannot.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = sorted(set(FigureCanvasBase.get_supported_filetypes()) - {"pgf", "raw", "rgba"})  # pgf needs LaTeX
+    if Path(file).suffix and Path(file).suffix[1:].lower() not in known:
+        raise InputError("plot_file", f"`plot_file` {file} must end in one of .{', .'.join(known)}")
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
     parser = OneLineErrorParser(prog=prog, description=__doc__)
-    at_least_one = number_in(In(1))
+    neighbour = number_in(In(1, most=10_000))
     parser.add_argument("samples", metavar="SAMPLES", help="folder of images, or .npz of ADM")
     g = parser.add_argument_group("reference")
     g.add_argument("--reference", help="folder, .npz, data set or statistics file; not needed for the Inception Score")
     g.add_argument(
         "--resolution",
-        type=at_least_one,
+        type=number_in(RESOLUTION),
         help="side in pixels to which the reference's images are cropped in the centre; that of the samples, for a data "
         "set, if not given",
     )
@@ -247,18 +277,26 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     )
     g.add_argument(
         "--max_features",
-        type=at_least_one,
+        type=number_in(NUM_SAMPLES),
         default=50_000,
         help="largest number of images of each set, drawn at random, for metrics other than FID and sFID, which use all",
     )
-    g.add_argument("--kid_subsets", type=at_least_one, default=100, help="number of subsets that KID is averaged over")
+    g.add_argument(
+        "--kid_subsets",
+        type=number_in(In(1, most=10**6)),
+        default=100,
+        help="number of subsets that KID is averaged over",
+    )
     g.add_argument(
         "--kid_subset_size",
-        type=number_in(In(2)),
+        type=number_in(In(2, most=10**7)),
         help="images of each subset (default: 1000, or half of a smaller set)",
     )
     g.add_argument(
-        "--inception_score_splits", type=at_least_one, default=10, help="number of parts of the Inception Score"
+        "--inception_score_splits",
+        type=number_in(In(1, most=10**6)),
+        default=10,
+        help="number of parts of the Inception Score",
     )
     g.add_argument(
         "--shuffle",
@@ -268,22 +306,22 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     )
     g.add_argument(
         "--precision_recall_k",
-        type=at_least_one,
+        type=neighbour,
         default=3,
         help="neighbour that sets the radius of precision and recall",
     )
     g.add_argument(
         "--density_coverage_k",
-        type=at_least_one,
+        type=neighbour,
         default=5,
         help="neighbour that sets the radius of density and coverage",
     )
     g.add_argument(
-        "--seed", type=number_in(In(0)), default=0, help="seed of KID's subsets and the Inception Score's parts"
+        "--seed", type=number_in(SEED), default=0, help="seed of KID's subsets and the Inception Score's parts"
     )
     g = parser.add_argument_group("work and output")
     g.add_argument(
-        "--batch_size", type=at_least_one, help="images in a batch, on each process (default: 64, on a CPU 4)"
+        "--batch_size", type=number_in(BATCH), help="images in a batch, on each process (default: 64, on a CPU 4)"
     )
     add_options(g, RunConfig, ["dataloader_num_workers"], help="processes that decode images, for each that encodes")
     g.add_argument("--output_file", metavar="FILE.json", help="file for all numbers and settings")

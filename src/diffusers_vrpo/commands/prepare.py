@@ -16,7 +16,7 @@ import torch
 
 from ..alignment.encoders import load_encoder
 from ..command_line import OneLineErrorParser, add_options, number_in, one_line_errors
-from ..config import DataConfig, In, RunConfig
+from ..config import LAYER, SEED, DataConfig, In, RunConfig
 from ..data.image_source import class_names
 from ..data.latent_cache import num_chunks
 from ..data.latent_cache_writer import CacheWriter
@@ -112,7 +112,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         action="store_true",
         help="keep one drawn latent for each image, half the size of mean and deviation",
     )
-    g.add_argument("--seed", type=number_in(In(0)), default=0, help="seed of --sampled")
+    g.add_argument("--seed", type=number_in(SEED), default=0, help="seed of --sampled")
     g.add_argument("--flip", action="store_true", help="also keep every image mirrored, for --random_flip")
     g.add_argument(
         "--images",
@@ -128,13 +128,13 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     )
     g.add_argument(
         "--encoder_layer",
-        type=int,
+        type=number_in(LAYER),
         nargs="+",
         help="hidden state to keep, one index for all encoders or one for each; their output if not given",
     )
     g.add_argument(
         "--patch_size",
-        type=number_in(In(1)),
+        type=number_in(In(1, most=1024)),
         default=2,
         help="patch size of the model to be trained, which sets the token grid of the features",
     )
@@ -143,7 +143,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     add_options(g, RunConfig, ["dataloader_num_workers"], help="processes that decode images, for each that encodes")
     g.add_argument(
         "--chunk_rows",
-        type=number_in(In(1)),
+        type=number_in(In(1, most=10**6)),
         default=1024,
         help="images in a chunk, which has one checksum; an interruption costs at most one chunk",
     )

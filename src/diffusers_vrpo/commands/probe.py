@@ -23,19 +23,21 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..command_line import OneLineErrorParser, add_options, number_in, one_line_errors
-from ..config import DataConfig, In, RunConfig, last_part
+from ..config import BATCH, NUM_SAMPLES, SEED, DataConfig, In, RunConfig, last_part
 from ..data.image_datasets import load_image_dataset
 from ..errors import InputError, first_line, hub_problem
 from ..evaluation.feature_statistics import Batches, gather_rows
 from ..evaluation.image_encoders import POOLINGS, load_image_encoder
 from ..evaluation.image_sets import DatasetReader, ImageSet
 from ..evaluation.metrics import cka, cknna, linear_probe
+from ..files import replacing
 from ..models.autoencoder import encode_images
 from ..models.flow import forward_process
 from ..pipelines.pipeline_vrpo import VRPOPipeline
 from ..random_streams import NOISE, ORDER, random_stream
 from ..training.distributed import start_processes
-from .evaluate import check_output_files
+from ..training.output_dir import writing_result
+from .evaluate import check_output_files, write_report
 
 
 logger = logging.getLogger("probe")
@@ -279,9 +281,11 @@ def probe(args: argparse.Namespace) -> dict | None:
         report["encoder_accuracy"][name] = held_out
     print(format_probe(report))  # before writing files, in case the disk is full
     if args.output_file:
-        Path(args.output_file).write_text(json.dumps(report, indent=2) + "\n")
+        with writing_result("output_file", args.output_file):
+            write_report(Path(args.output_file), json.dumps(report, indent=2) + "\n")
     if args.plot_file:
-        plot_probe(report, Path(args.plot_file))
+        with writing_result("plot_file", args.plot_file):
+            plot_probe(report, Path(args.plot_file))
     return report
 
 
@@ -321,7 +325,8 @@ def plot_probe(report: dict, file: Path):
         axis.set(title=title, xlabel="block", ylabel=label)
         axis.grid(alpha=0.3)
     axis.legend(frameon=False, title="noise level (1 is noise)")
-    figure.savefig(file, dpi=120)
+    with replacing(file.resolve()) as temporary:
+        figure.savefig(temporary, dpi=120, format=file.suffix[1:] or "png")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -330,17 +335,18 @@ def plot_probe(report: dict, file: Path):
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
     parser = OneLineErrorParser(prog=prog, description=__doc__)
-    at_least_one = number_in(In(1))
     parser.add_argument("pipeline", metavar="PIPELINE", help="folder or Hub name of a VRPOPipeline")
     g = parser.add_argument_group("data")
     add_options(g, DataConfig, ["dataset_name"], required=True)
     add_options(g, DataConfig, ["dataset_config_name", "dataset_split"])
     g.add_argument("--test_split", help="split of the test images; other images of --dataset_split if not given")
     add_options(g, DataConfig, ["image_column", "label_column"])
-    g.add_argument("--num_train", type=at_least_one, default=10_000, help="number of training images, drawn at random")
+    g.add_argument(
+        "--num_train", type=number_in(NUM_SAMPLES), default=10_000, help="number of training images, drawn at random"
+    )
     g.add_argument(
         "--num_test",
-        type=at_least_one,
+        type=number_in(NUM_SAMPLES),
         default=2000,
         help="number of test images, drawn at random; CKNNA depends on it",
     )
@@ -361,13 +367,16 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         help="feature vector of the encoders: mean of the patch tokens, as of the hidden states, or as usual for the family",
     )
     g.add_argument("--inception_weights", metavar="FILE", help="weights of the Inception network of FID")
-    g.add_argument("--cknna_k", type=number_in(In(2)), default=10, help="number of neighbours of CKNNA")
+    g.add_argument("--cknna_k", type=number_in(In(2, most=10_000)), default=10, help="number of neighbours of CKNNA")
     g.add_argument(
-        "--l2", type=number_in(In(0), float), default=1e-3, help="weight decay of the probes, on standardised features"
+        "--l2",
+        type=number_in(In(0, most=10**9), float),
+        default=1e-3,
+        help="weight decay of the probes, on standardised features",
     )
-    g.add_argument("--seed", type=number_in(In(0)), default=0, help="seed of the drawn images and the noise")
+    g.add_argument("--seed", type=number_in(SEED), default=0, help="seed of the drawn images and the noise")
     g = parser.add_argument_group("work and output")
-    g.add_argument("--batch_size", type=at_least_one, default=32, help="images in a batch, on each process")
+    g.add_argument("--batch_size", type=number_in(BATCH), default=32, help="images in a batch, on each process")
     add_options(g, RunConfig, ["dataloader_num_workers"], help="processes that decode images, for each that encodes")
     g.add_argument("--output_file", metavar="FILE.json", help="file for all numbers")
     g.add_argument("--plot_file", metavar="FILE.png", help="file for the plots by block")

@@ -32,7 +32,7 @@ from ..files import write_atomically
 from ..reporting.figures import curves, draw, final_values, flop_unit
 from ..reporting.runs import COSTS, Run, choose_metric, compare, group_runs
 from ..schemas import read_object
-from ..training.output_dir import prepare_output_dir, writing_result
+from ..training.output_dir import check_writable, prepare_output_dir, writing_result
 
 
 # If these options and the seed are equal, `validation.draw_samples` uses the same noise at each position of the grid.
@@ -417,6 +417,7 @@ def main(argv: list[str] | None = None, prog: str = "vrpo report"):
     parser = build_parser(prog)
     args = parser.parse_args(argv)
     with one_line_errors(parser):
+        check_writable("output_dir", "`output_dir`", args.output_dir)
         report, grids = collect(args)
         write_report(report, grids, prepare_output_dir(args.output_dir))
     for text in report["warnings"]:

@@ -28,7 +28,7 @@ from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from ..command_line import OneLineErrorParser, as_id, number_in, one_line_errors
-from ..config import In
+from ..config import BATCH, GUIDANCE, NUM_SAMPLES, SEED, SOLVER_STEPS
 from ..errors import InputError, first_line, hub_problem
 from ..models.official_checkpoints import pipeline_index
 from ..models.start import public_config, weights_checksum
@@ -218,7 +218,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     parser = OneLineErrorParser(prog=prog, description=__doc__)
     parser.add_argument("pipeline", metavar="PIPELINE", help="folder or Hub name of a saved VRPOPipeline")
     g = parser.add_argument_group("what is sampled")
-    g.add_argument("--num_images", type=number_in(In(1)), required=True, help="number of images")
+    g.add_argument("--num_images", type=number_in(NUM_SAMPLES), required=True, help="number of images")
     g.add_argument("--labels", nargs="+", metavar="LABEL", help="class names or ids; all classes if not given")
     g.add_argument(
         "--class_balance",
@@ -226,7 +226,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         default="balanced",
         help="labels in turn, image by image, or drawn at random",
     )
-    g.add_argument("--seed", type=number_in(In(0, 2**63)), default=0, help="seed of the noise and of drawn labels")
+    g.add_argument("--seed", type=number_in(SEED), default=0, help="seed of the noise and of drawn labels")
     g = parser.add_argument_group("how")
     names = list(dict.fromkeys(("default", *SAMPLERS["velocity"], *SAMPLERS["epsilon"])))
     g.add_argument(
@@ -236,10 +236,10 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         help="scheduler: the pipeline's own; ode (Euler), heun or sde for models that predict velocity; ddim or ddpm for "
         "those that predict noise; dpmsolver++ or unipc for both",
     )
-    g.add_argument("--num_inference_steps", type=number_in(In(1)), default=50, help="steps of the sampler")
+    g.add_argument("--num_inference_steps", type=number_in(SOLVER_STEPS), default=50, help="steps of the sampler")
     g.add_argument(
         "--guidance_scale",
-        type=number_in(In(0), float),
+        type=number_in(GUIDANCE, float),
         help="classifier-free guidance; 1 turns it off (default: 1.5; 1 for a model without a null class)",
     )
     g.add_argument(
@@ -258,7 +258,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         "given",
     )
     g = parser.add_argument_group("computation")
-    g.add_argument("--batch_size", type=number_in(In(1)), default=32, help="images that a process computes together")
+    g.add_argument("--batch_size", type=number_in(BATCH), default=32, help="images that a process computes together")
     g.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="precision of the transformer; latents are float32"
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
+from ..config import last_part
 from ..errors import InputError
 from .feature_statistics import FeatureSet, batch_moments, measure, reference_features
 from .image_encoders import encoder_checksum, load_image_encoder
@@ -31,6 +32,7 @@ from .metrics import (
 logger = logging.getLogger("evaluate")
 METRICS = ("fid", "sfid", "is", "kid", "precision_recall", "density_coverage")
 INCEPTION_METRICS = ("sfid", "is")
+KID_SUBSET = 1000  # images in a subset, of large sets
 # Options that apply only if the reference is a data set, with their defaults.
 DATASET_OPTIONS = {"dataset_config_name": None, "reference_split": "train", "image_column": "image"}
 
@@ -244,6 +246,35 @@ def check_counts(metrics: list[str], settings: MetricSettings, num_samples: int,
                 )
 
 
+def few_images(
+    metrics: list[str], settings: MetricSettings, num_samples: int, num_reference: int | None, widths: dict[str, int]
+) -> list[str]:
+    """Sentences on metrics whose values mean little, because there are fewer images than they need.
+
+    A covariance of fewer images than dimensions is singular, so that the Fréchet distance measures their number; subsets
+    of KID below the usual 1000 images make it vary, and those of one set overlap.
+
+    Args:
+        num_reference: the images of the reference; None if unknown.
+        widths: the dimensions of the features by metric, `fid` and `sfid`.
+    """
+    sentences = []
+    counts = [("SAMPLES", num_samples), ("the reference", num_reference)]
+    needs = [
+        (metric, width + 1, f"{width} feature dimensions") for metric, width in widths.items() if metric in metrics
+    ]
+    if "kid" in metrics:
+        size = settings.kid_subset_size or KID_SUBSET
+        needs.append(("kid", 2 * size, f"subsets of {size} images"))
+    for metric, least, why in needs:
+        few = [f"{name} has {count}" for name, count in counts if count is not None and count < least]
+        if few:
+            sentences.append(
+                f"{metric} needs at least {least} images in each set ({why}), but {' and '.join(few)}: its value says little"
+            )
+    return sentences
+
+
 def compute_metrics(
     metrics: list[str],
     samples: FeatureSet,
@@ -271,7 +302,7 @@ def compute_metrics(
         results |= {"inception_score": mean, "inception_score_std": std}
     x, y = (None if f is None or f.pool is None else f.pool.to(device) for f in (reference, samples))
     if "kid" in metrics:
-        size = settings.kid_subset_size or max(2, min(1000, len(x) // 2, len(y) // 2))
+        size = settings.kid_subset_size or max(2, min(KID_SUBSET, len(x) // 2, len(y) // 2))
         mean, std = kernel_distance(x, y, settings.kid_subsets, size, settings.seed)
         results |= {"kid": mean, "kid_std": std, "kid_subset_size": size}
     if "precision_recall" in metrics:
@@ -365,6 +396,13 @@ def compare_images(
             own = measure(samples, encoder, state, batch_size, num_workers, max_features, "is" in chosen)
             if not state.is_main_process:
                 continue
+            widths = {
+                metric: len(own.moments[vector][0])
+                for metric, vector in (("fid", "pool"), ("sfid", "spatial"))
+                if vector in own.moments
+            }
+            for sentence in few_images(chosen, settings, len(samples), known.count if known else None, widths):
+                logger.warning(f"{last_part(name)}: {sentence}")
             key = "fid" if name == "inception" else "fd"
             comparison.metrics[name] = compute_metrics(chosen, own, known, settings, state.device, key)
             comparison.encoders[name] = {

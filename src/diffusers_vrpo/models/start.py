@@ -83,6 +83,7 @@ def read_start(args) -> Start:
             source, projectors = convert_with_projectors(name, preset=args.preset, cache_dir=args.cache_dir)
         except InputError as error:
             raise InputError("pretrained_model_name_or_path", f"`pretrained_model_name_or_path` {error}") from error
+        check_lora_rank(args.lora_rank, name, source.config)
         index = pipeline_index(name, args.cache_dir) or {}
         ours = index.get("transformer", [None, None])[1] == "SiTTransformer2DModel"
         on_hub = ours and not Path(name).exists()
@@ -95,6 +96,24 @@ def read_start(args) -> Start:
             f"`model_config` {args.model_config}: patch_size must be a whole number above 0, not {patch_size}",
         )
     return start
+
+
+def check_lora_rank(rank: int | None, name: str, config: dict):
+    """Checks that adapters have a lower rank than the layers they adapt can have.
+
+    Args:
+        name: of the starting weights.
+        config: of their transformer.
+
+    Raises:
+        InputError: if the rank is above the width.
+    """
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    if rank is not None and rank > width:
+        raise InputError(
+            "lora_rank",
+            f"`lora_rank` {rank} must be at most {width}, the width of the layers of {name}; usual ranks are 4 to 128",
+        )
 
 
 def build_transformer(

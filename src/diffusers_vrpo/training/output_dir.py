@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import socket
+import tempfile
 from pathlib import Path
 
 import yaml
@@ -242,6 +243,28 @@ def locked(folder: Path):
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
         yield
+
+
+def check_writable(option: str | None, name: str, target: str | Path):
+    """Checks that a file or folder can be created in the first folder above it that exists; creates nothing.
+
+    Args:
+        option: the option that names `target`, if it is one.
+        name: what the error calls the option, such as `"`output_dir`"`.
+
+    Raises:
+        InputError: if it cannot.
+    """
+    path = Path(target)
+    try:
+        path = path.resolve()
+        while not path.exists():
+            path = path.parent
+        with tempfile.NamedTemporaryFile(dir=path if path.is_dir() or path != Path(target).resolve() else path.parent):
+            pass
+    except (OSError, RuntimeError) as error:  # a RuntimeError is a loop of links
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(option, f"{name} {target} cannot be written ({reason}); choose another place") from error
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from .errors import TrainingInterrupted
 from .files import write_atomically
 from .hub.background import HubPublisher
 from .hub.publish import push_folder
-from .models.autoencoder import latent_shape, load_vae
+from .models.autoencoder import check_vae, latent_shape, load_vae
 from .models.ddpm import variational_bound
 from .models.flow import flow_matching_loss, forward_process
 from .models.official_checkpoints import default_scheduler
@@ -420,6 +420,7 @@ class VRPOTrainer:
 
     def _open_vae(self, vae) -> torch.nn.Module | None:
         if isinstance(vae, torch.nn.Module):
+            check_vae(vae, type(vae).__name__)
             return vae.to(self.accelerator.device).eval().requires_grad_(False)
         name = self.args.vae or self.data.vae or "none"
         return None if name == "none" else load_vae(name, self.args.cache_dir).to(self.accelerator.device)

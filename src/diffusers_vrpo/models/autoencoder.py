@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """Autoencoders: encode images to scaled latents, and determine the shape of the transformer's input."""
 
+import math
 import os
 
 import torch
@@ -12,12 +13,17 @@ from ..errors import InputError, first_line, hub_problem
 # ----------------------------------------------------------------------------------------------------------------------
 # Autoencoders
 
+# The classes of diffusers whose latents one scale and one shift normalise, and that take images in [-1, 1]. Others have
+# statistics of their own (Flux.2), another range of pixels (RAE) or a time axis, and would train on wrong latents.
+SUPPORTED_CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "AsymmetricAutoencoderKL", "VQModel")
+
 
 def load_vae(name_or_path: str, cache_dir: str | None = None) -> torch.nn.Module:
     """Loads a frozen diffusers autoencoder in float32, from a folder, a Hub name, or the `vae` folder of a pipeline.
 
     Raises:
-        InputError: if it does not exist or is not an image autoencoder.
+        InputError: if it does not exist, is not an image autoencoder of a supported class, or its configuration has a
+            scale that cannot be used.
     """
     if not os.path.isdir(name_or_path) and name_or_path.startswith((".", "/", "~")):
         raise InputError("vae", f"`vae` {name_or_path} is not a folder")
@@ -40,7 +46,48 @@ def load_vae(name_or_path: str, cache_dir: str | None = None) -> torch.nn.Module
             f"`vae` {name_or_path} is a {type(vae).__name__}, not an image autoencoder; give an AutoencoderKL, "
             "AutoencoderTiny or AutoencoderDC",
         )
+    check_vae(vae, name_or_path)
     return vae.eval().requires_grad_(False)
+
+
+def check_vae(vae, name: str):
+    """Checks that the latents of an autoencoder can be scaled rightly.
+
+    Classes from outside diffusers are taken as they are; only their configuration is checked.
+
+    Args:
+        vae: the autoencoder.
+        name: how messages name it.
+
+    Raises:
+        InputError: if it is a class of diffusers that is not in `SUPPORTED_CLASSES`, or `scaling_factor` or
+            `shift_factor` of its configuration cannot be used.
+    """
+    kind = type(vae).__name__
+    if type(vae).__module__.startswith("diffusers.") and kind not in SUPPORTED_CLASSES:
+        raise InputError(
+            "vae",
+            f"`vae` {name} is a {kind}, whose latents or pixels need a treatment of their own; give an "
+            f"{', '.join(SUPPORTED_CLASSES[:-1])} or {SUPPORTED_CLASSES[-1]}",
+        )
+    config = getattr(vae, "config", None)
+    scale = getattr(config, "scaling_factor", None)
+    if scale is not None and not (is_finite_number(scale) and scale > 0):
+        raise InputError(
+            "vae",
+            f"`vae` {name}: `scaling_factor` in its config.json is {scale!r}; it must be a positive number, such as "
+            "0.18215",
+        )
+    shift = getattr(config, "shift_factor", None)
+    if shift is not None and not is_finite_number(shift):
+        raise InputError(
+            "vae", f"`vae` {name}: `shift_factor` in its config.json is {shift!r}; it must be a finite number or null"
+        )
+
+
+def is_finite_number(value) -> bool:
+    """Whether a value of a JSON file is a finite number; truth values are not numbers."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @torch.no_grad()

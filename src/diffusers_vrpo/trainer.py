@@ -22,6 +22,7 @@ from .alignment.rewards import DEFAULT_REWARDS
 from .alignment.start import build_aligned_transformer
 from .config import VRPOConfig, data_settings_to_keep
 from .data.image_datasets import check_corrupt_rows, too_many_corrupt
+from .data.latent_cache import LatentCache
 from .data.samples import StreamBatchSampler
 from .data.sources import TrainingData, as_training_data, check_data_settings, data_settings, load_training_data
 from .errors import TrainingInterrupted
@@ -154,6 +155,8 @@ class VRPOTrainer:
             self.checkpoint = choose_checkpoint(self.accelerator, args, self.output_dir)
             self.data = self._open_data(train_dataset)
             self.vae = self._open_vae(vae)
+            if isinstance(self.data, LatentCache):
+                self.data.check_vae(self.vae)
             self._build_model(encoders, rewards)
             self.validation = Validation(
                 args, self.accelerator, self.pipeline, self.data, self.output_dir, self.interruption

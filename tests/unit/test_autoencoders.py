@@ -5,9 +5,14 @@ import json
 from types import SimpleNamespace
 
 import diffusers
+import numpy as np
 import pytest
 import torch
+from PIL import Image as PILImage
 
+from diffusers_vrpo import VRPOPipeline
+from diffusers_vrpo.commands import prepare as prepare_latents
+from diffusers_vrpo.data.latent_cache import LatentCache
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.models.autoencoder import SUPPORTED_CLASSES, check_vae, encode_images, load_vae
 from support.models import tiny_vae
@@ -68,3 +73,92 @@ def test_other_supported_classes_encode_and_scale(tmp_path, kind):
     raw = encoded.latents if kind == "vq" else encoded.latent_dist.mean
     assert torch.equal(encode_images(vae, pixels), raw * 0.5)
     assert vae.decode(raw).sample.shape == pixels.shape
+
+
+# Statistics of the channels, as in playground-v2.5
+
+STATISTICS = {"latents_mean": [-1.5, 0.5, 0.0, 2.0], "latents_std": [8.0, 5.0, 4.0, 2.0], "shift_factor": None}
+
+
+def column(name):
+    return torch.tensor(STATISTICS[name]).view(1, 4, 1, 1)
+
+
+def test_latents_are_normalised_by_the_statistics(tmp_path):
+    vae, pixels, noise = load_vae(folder_with(tmp_path, **STATISTICS)), torch.rand(2, 3, 8, 8) * 2 - 1, torch.randn(1)
+    posterior, scale = vae.encode(pixels).latent_dist, vae.config.scaling_factor
+    expected = (posterior.mean - column("latents_mean")) * scale / column("latents_std")
+    torch.testing.assert_close(encode_images(vae, pixels), expected)
+    drawn = expected + posterior.std * noise * scale / column("latents_std")
+    torch.testing.assert_close(encode_images(vae, pixels, noise), drawn)
+
+
+def test_the_pipeline_undoes_the_statistics(tmp_path):
+    vae, latents = load_vae(folder_with(tmp_path, **STATISTICS)), torch.randn(2, 4, 4, 4)
+    raw = latents * column("latents_std") / vae.config.scaling_factor + column("latents_mean")
+    decoded = VRPOPipeline.decode_latents(SimpleNamespace(vae=vae), latents)
+    torch.testing.assert_close(decoded, vae.decode(raw).sample)
+
+
+def test_numbers_without_statistics_are_bit_equal():
+    vae, pixels, latents = tiny_vae("kl").eval(), torch.rand(2, 3, 8, 8) * 2 - 1, torch.randn(2, 4, 4, 4)
+    with torch.no_grad():
+        assert torch.equal(encode_images(vae, pixels), (vae.encode(pixels).latent_dist.mean - 0.1) * 0.3)
+        decoded = VRPOPipeline.decode_latents(SimpleNamespace(vae=vae), latents)
+        assert torch.equal(decoded, vae.decode(latents / 0.3 + 0.1).sample)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"latents_std": None}, "must both be lists of 4 finite numbers"),
+        ({"latents_mean": None}, "must both be lists of 4 finite numbers"),
+        ({"latents_mean": [0.0]}, "must both be lists of 4 finite numbers"),
+        ({"latents_mean": 0.5}, "must both be lists of 4 finite numbers"),
+        ({"latents_std": [1.0, 1.0, 1.0, float("nan")]}, "must both be lists of 4 finite numbers"),
+        ({"latents_std": [1.0, 0.0, 1.0, 1.0]}, "`latents_std` in its config.json has 0.0; it must be positive"),
+        ({"shift_factor": 0.1}, "both `shift_factor` 0.1 and `latents_mean`"),
+    ],
+)
+def test_statistics_that_cannot_be_used_are_refused(tmp_path, changes, message):
+    with pytest.raises(InputError, match=message) as error:
+        load_vae(folder_with(tmp_path, **STATISTICS | changes))
+    assert error.value.field == "vae"
+
+
+def prepared(folder, vae):
+    """A latent cache of a few images."""
+    images = folder / "images" / "a"
+    images.mkdir(parents=True, exist_ok=True)
+    for i in range(2):
+        PILImage.new("RGB", (8, 8), (90 * i, 40, 200)).save(images / f"{i}.png")
+    argv = ["--train_data_dir", str(folder / "images"), "--vae", vae, "--resolution", "8", "--patch_size", "1"]
+    argv += ["--output_dir", str(folder / "cache"), "--dataloader_num_workers", "0"]
+    prepare_latents.prepare(prepare_latents.parse_args(argv))
+    return LatentCache(folder / "cache")
+
+
+def test_a_cache_is_normalised_and_records_the_statistics(tmp_path):
+    vae = load_vae(folder_with(tmp_path / "vae", **STATISTICS))
+    cache = prepared(tmp_path, str(tmp_path / "vae"))
+    assert cache.config["latents_mean"] == STATISTICS["latents_mean"]
+    assert cache.config["latents_std"] == STATISTICS["latents_std"]
+    pixels = torch.from_numpy(np.stack([cache.pixels(row) for row in range(2)])).permute(0, 3, 1, 2) / 127.5 - 1
+    mean, std = cache.read("latents", np.arange(2), np.zeros(2, dtype=bool)).float().chunk(2, dim=1)
+    torch.testing.assert_close(mean, encode_images(vae, pixels), rtol=1e-3, atol=1e-4)
+    expected = vae.encode(pixels).latent_dist.std * vae.config.scaling_factor / column("latents_std")
+    torch.testing.assert_close(std, expected, rtol=1e-3, atol=1e-4)
+    cache.check_vae(vae)
+    with pytest.raises(InputError, match="was made with other `latents_mean` and `latents_std`"):
+        cache.check_vae(tiny_vae("kl"))
+
+
+def test_a_cache_without_the_statistics_is_refused(tmp_path):
+    folder_with(tmp_path / "plain")
+    cache = prepared(tmp_path, str(tmp_path / "plain"))
+    assert not {"latents_mean", "latents_std"} & cache.config.keys()
+    cache.check_vae(tiny_vae("kl"))
+    cache.check_vae(None)
+    vae = load_vae(folder_with(tmp_path / "vae", **STATISTICS))
+    with pytest.raises(InputError, match="was made without `latents_mean` and `latents_std`"):
+        cache.check_vae(vae)

@@ -60,8 +60,8 @@ def check_vae(vae, name: str):
         name: how messages name it.
 
     Raises:
-        InputError: if it is a class of diffusers that is not in `SUPPORTED_CLASSES`, or `scaling_factor` or
-            `shift_factor` of its configuration cannot be used.
+        InputError: if it is a class of diffusers that is not in `SUPPORTED_CLASSES`, or `scaling_factor`,
+            `shift_factor`, `latents_mean` or `latents_std` of its configuration cannot be used.
     """
     kind = type(vae).__name__
     if type(vae).__module__.startswith("diffusers.") and kind not in SUPPORTED_CLASSES:
@@ -82,6 +82,25 @@ def check_vae(vae, name: str):
     if shift is not None and not is_finite_number(shift):
         raise InputError(
             "vae", f"`vae` {name}: `shift_factor` in its config.json is {shift!r}; it must be a finite number or null"
+        )
+    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    if mean is None and std is None:
+        return
+    channels = getattr(config, "latent_channels", None)
+    for values in (mean, std):
+        if not isinstance(values, (list, tuple)) or len(values) != channels or not all(map(is_finite_number, values)):
+            raise InputError(
+                "vae",
+                f"`vae` {name}: `latents_mean` and `latents_std` in its config.json must both be lists of {channels} "
+                "finite numbers, or both null",
+            )
+    if min(std) <= 0:
+        raise InputError("vae", f"`vae` {name}: `latents_std` in its config.json has {min(std)}; it must be positive")
+    if shift:
+        raise InputError(
+            "vae",
+            f"`vae` {name}: its config.json has both `shift_factor` {shift} and `latents_mean`, and only one can be "
+            "subtracted; set the one that is not meant to null",
         )
 
 
@@ -109,9 +128,24 @@ def encode_moments(vae, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     return torch.cat(means), torch.cat(stds) if stds else None
 
 
-def scale_and_shift(vae) -> tuple[float, float]:
-    """`(scale, shift)` of an autoencoder: the transformer sees `(latents - shift) * scale`."""
-    return getattr(vae.config, "scaling_factor", None) or 1.0, getattr(vae.config, "shift_factor", None) or 0.0
+def latent_statistics(vae) -> dict[str, list[float]]:
+    """`latents_mean` and `latents_std` of an autoencoder's configuration, one number per channel; empty without them."""
+    names = ("latents_mean", "latents_std")
+    statistics = {name: getattr(vae.config, name, None) for name in names}
+    return {} if None in statistics.values() else {name: list(values) for name, values in statistics.items()}
+
+
+def scale_and_shift(vae) -> tuple[float | torch.Tensor, float | torch.Tensor]:
+    """`(scale, shift)` of an autoencoder: the transformer sees `(latents - shift) * scale`.
+
+    Both are numbers, or float32 tensors `[C,1,1]` if the configuration has statistics of every channel: then, as in
+    diffusers, the shift is the mean and the scale is `scaling_factor` divided by the standard deviation.
+    """
+    scale, shift = getattr(vae.config, "scaling_factor", None) or 1.0, getattr(vae.config, "shift_factor", None) or 0.0
+    if not (statistics := latent_statistics(vae)):
+        return scale, shift
+    mean, std = (torch.tensor(values, device=vae.device).view(-1, 1, 1) for values in statistics.values())
+    return scale / std, mean
 
 
 def encode_images(vae, pixels: torch.Tensor, posterior_noise: torch.Tensor | None = None) -> torch.Tensor:

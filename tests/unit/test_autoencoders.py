@@ -8,6 +8,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import HfApi
 from PIL import Image as PILImage
 
 from diffusers_vrpo import VRPOPipeline
@@ -162,3 +163,32 @@ def test_a_cache_without_the_statistics_is_refused(tmp_path):
     vae = load_vae(folder_with(tmp_path / "vae", **STATISTICS))
     with pytest.raises(InputError, match="was made without `latents_mean` and `latents_std`"):
         cache.check_vae(vae)
+
+
+# A Hub out of reach
+
+
+def unreachable(*args, **kwargs):
+    raise ConnectionError("no route to host")
+
+
+def test_a_hub_out_of_reach_is_one_sentence_and_asked_once(tmp_path, monkeypatch, caplog):
+    calls = []
+    monkeypatch.setattr(HfApi, "model_info", lambda *args, **kwargs: calls.append(args) or unreachable())
+    with pytest.raises(InputError) as error:
+        load_vae("someone/an-autoencoder", str(tmp_path))
+    assert str(error.value) == (
+        "`vae` someone/an-autoencoder: it is neither a folder here nor in the cache, and the Hub cannot be reached; "
+        "go online or give a folder, or `none` to train on pixels"
+    )
+    assert error.value.field == "vae" and len(calls) == 1 and "Retrying" not in caplog.text
+
+
+@pytest.mark.parametrize("subfolder", ["", "vae"])
+def test_a_cached_autoencoder_loads_while_the_hub_is_out_of_reach(tmp_path, monkeypatch, subfolder):
+    monkeypatch.setattr(HfApi, "model_info", unreachable)
+    repository, commit = tmp_path / "models--someone--an-autoencoder", "0" * 40
+    tiny_vae("kl").save_pretrained(repository / "snapshots" / commit / subfolder)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    assert load_vae("someone/an-autoencoder", str(tmp_path)).config.scaling_factor == 0.3

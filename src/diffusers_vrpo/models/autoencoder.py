@@ -6,8 +6,10 @@ import os
 
 import torch
 from diffusers import AutoModel
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 
-from ..errors import InputError, first_line, hub_problem
+from ..errors import HUB_OUT_OF_REACH, InputError, first_line, hub_problem
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -27,14 +29,20 @@ def load_vae(name_or_path: str, cache_dir: str | None = None) -> torch.nn.Module
     """
     if not os.path.isdir(name_or_path) and name_or_path.startswith((".", "/", "~")):
         raise InputError("vae", f"`vae` {name_or_path} is not a folder")
+    # A Hub out of reach is asked once: each of the files would be tried five times, in both places.
+    local_only = os.path.isdir(name_or_path) or not hub_answers(name_or_path)
     problem = None
     for subfolder in (None, "vae"):
         try:
-            vae = AutoModel.from_pretrained(name_or_path, subfolder=subfolder, cache_dir=cache_dir)
+            vae = AutoModel.from_pretrained(
+                name_or_path, subfolder=subfolder, cache_dir=cache_dir, local_files_only=local_only
+            )
             break
         except Exception as error:  # diffusers raises many types; all mean that it cannot be loaded
             problem = problem or hub_problem(error, name_or_path) or f"diffusers cannot load it ({first_line(error)})"
     else:
+        if problem == HUB_OUT_OF_REACH:
+            raise InputError("vae", f"`vae` {name_or_path}: {problem}, or `none` to train on pixels")
         raise InputError(
             "vae",
             f"`vae` {name_or_path}: {problem}; give a folder or Hub name such as stabilityai/sd-vae-ft-ema, or `none` "
@@ -48,6 +56,17 @@ def load_vae(name_or_path: str, cache_dir: str | None = None) -> torch.nn.Module
         )
     check_vae(vae, name_or_path)
     return vae.eval().requires_grad_(False)
+
+
+def hub_answers(name: str) -> bool:
+    """Whether the Hub can be reached, also if it answers that it does not have the model or does not give it."""
+    try:
+        HfApi().model_info(name, timeout=10)
+    except HfHubHTTPError as error:
+        return error.response is not None
+    except Exception:  # offline mode and the many types of a failed connection
+        return False
+    return True
 
 
 def check_vae(vae, name: str):

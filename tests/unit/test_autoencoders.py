@@ -2,6 +2,7 @@
 """Which autoencoders are taken, and how their latents are scaled."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import diffusers
@@ -11,11 +12,17 @@ import torch
 from huggingface_hub import HfApi
 from PIL import Image as PILImage
 
-from diffusers_vrpo import VRPOPipeline
+from diffusers_vrpo import VRPOConfig, VRPOPipeline, VRPOTrainer
 from diffusers_vrpo.commands import prepare as prepare_latents
 from diffusers_vrpo.data.latent_cache import LatentCache
 from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.models.autoencoder import SUPPORTED_CLASSES, check_vae, encode_images, load_vae
+from diffusers_vrpo.models.autoencoder import (
+    SUPPORTED_CLASSES,
+    check_vae,
+    encode_images,
+    load_vae,
+    reconstruction_problem,
+)
 from support.models import tiny_vae
 
 
@@ -192,3 +199,70 @@ def test_a_cached_autoencoder_loads_while_the_hub_is_out_of_reach(tmp_path, monk
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     assert load_vae("someone/an-autoencoder", str(tmp_path)).config.scaling_factor == 0.3
+
+
+# Reconstruction of one image
+
+
+class Reconstruction(torch.nn.Module):
+    """Gives its input back, changed by a function in the decoder."""
+
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def encode(self, pixels):
+        return SimpleNamespace(latent=pixels)
+
+    def decode(self, latents, return_dict):
+        return (self.change(latents),)
+
+
+PICTURE = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+FLAT = np.full((8, 8, 3), 90, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("image", [PICTURE, FLAT])
+@pytest.mark.parametrize("change", [lambda x: x, lambda x: 0.95 * x + 0.02])
+def test_a_sound_reconstruction_is_not_mentioned(image, change):
+    assert reconstruction_problem(Reconstruction(change), image) is None
+    assert reconstruction_problem(None, image) is None
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda x: -x, "has a mean squared error of 1.*mean colour has 0.3"),
+        (lambda x: (x + 3) * 5, "has a mean squared error of"),
+        (lambda x: x * float("nan"), "has a mean squared error of nan"),
+        (lambda x: x @ x[..., :3, :], r"it cannot decode what it has encoded \(.*"),
+        (lambda x: x[..., ::2], r"an image of \[3, 8, 8\] comes back as \[3, 8, 4\]"),
+    ],
+)
+def test_an_absurd_reconstruction_is_described(change, message):
+    assert re.search(message, reconstruction_problem(Reconstruction(change), PICTURE))
+
+
+def test_prepare_warns_of_an_absurd_reconstruction(tmp_path, caplog):
+    vae = tiny_vae("kl")
+    torch.nn.init.constant_(vae.decoder.conv_out.bias, 5.0)
+    vae.save_pretrained(tmp_path / "vae")
+    prepared(tmp_path, str(tmp_path / "vae"))
+    assert "--vae: decode(encode(image)) of one image has a mean squared error of" in caplog.text
+
+
+def test_training_warns_of_an_absurd_reconstruction_and_refuses_other_statistics(tmp_path, caplog):
+    cache = prepared(tmp_path, folder_with(tmp_path / "plain"))
+    vae = tiny_vae("kl")
+    torch.nn.init.constant_(vae.decoder.conv_out.bias, 5.0)
+    vae.register_to_config(**STATISTICS)
+    options = {"preset": "SiT-XS/2", "objective": "none", "resolution": 8, "report_to": "none"}
+    args = VRPOConfig(output_dir=str(tmp_path / "run"), train_data_dir=str(tmp_path / "images"), **options)
+    with VRPOTrainer(vae=vae, args=args):
+        assert "`vae`: decode(encode(image)) of one image has a mean squared error of" in caplog.text
+    folder_with(tmp_path / "plain", **STATISTICS)
+    args = VRPOConfig(output_dir=str(tmp_path / "other"), latents_dir=str(cache.folder), **options)
+    with pytest.raises(InputError, match="was made without `latents_mean`"):
+        VRPOTrainer(args=args)

@@ -4,6 +4,7 @@
 import math
 import os
 
+import numpy as np
 import torch
 from diffusers import AutoModel
 from huggingface_hub import HfApi
@@ -179,6 +180,37 @@ def encode_images(vae, pixels: torch.Tensor, posterior_noise: torch.Tensor | Non
         latents = latents + std * posterior_noise
     scale, shift = scale_and_shift(vae)
     return (latents - shift) * scale
+
+
+@torch.no_grad()
+def reconstruction_problem(vae, image: np.ndarray) -> str | None:
+    """Describes an absurd error of `decode(encode(image))`, else returns None.
+
+    Absurd is a mean squared error above the image's own variance: its mean colour would be a better reconstruction.
+
+    Args:
+        vae: the autoencoder; None reconstructs exactly.
+        image: uint8 `[R,R,3]`.
+    """
+    if vae is None:
+        return None
+    pixels = torch.from_numpy(image).to(vae.device).permute(2, 0, 1)[None].float() / 127.5 - 1
+    try:
+        with torch.autocast(pixels.device.type, enabled=False):
+            decoded = vae.decode(encode_moments(vae, pixels)[0].to(vae.dtype), return_dict=False)[0].float()
+    except Exception as error:  # training needs no decoder; the sample grids would fail in the same way
+        return f"it cannot decode what it has encoded ({first_line(error)})"
+    if decoded.shape != pixels.shape:
+        return f"an image of {list(pixels.shape[1:])} comes back as {list(decoded.shape[1:])}"
+    error = (decoded - pixels).square().mean().item()
+    # Nearly flat images have next to no variance, and sound autoencoders still err a little.
+    limit = max((pixels - pixels.mean((2, 3), keepdim=True)).square().mean().item(), 0.02)
+    if error <= limit:  # false for NaN
+        return None
+    return (
+        f"decode(encode(image)) of one image has a mean squared error of {error:.3g}, and the image's mean colour has "
+        f"{limit:.3g}; is it trained, and for this `resolution` and these images?"
+    )
 
 
 def latent_shape(vae, resolution: int, patch_size: int) -> tuple[int, int, int]:

@@ -812,11 +812,15 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decodes latents to float32 pixels in about [-1, 1]; undoes the autoencoder's scaling and shift."""
+        """Decodes latents to float32 pixels in about [-1, 1]; undoes the autoencoder's scaling and shift, or its statistics."""
         if self.vae is None:
             return latents
         scale = getattr(self.vae.config, "scaling_factor", None) or 1.0
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+        mean, std = getattr(self.vae.config, "latents_mean", None), getattr(self.vae.config, "latents_std", None)
+        if mean is not None and std is not None:
+            shift, std = (torch.tensor(values).view(-1, 1, 1).to(latents) for values in (mean, std))
+            scale = scale / std
         latents = (latents / scale + shift).to(self.vae.dtype)
         # 16 at a time: decoding takes far more memory than denoising.
         return torch.cat([self.vae.decode(part, return_dict=False)[0].float() for part in latents.split(16)])

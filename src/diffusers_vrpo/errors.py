@@ -29,6 +29,9 @@ class InputError(ValueError):
 
 
 UNKNOWN_TO_THE_HUB = "it is neither a folder here nor known to the Hub (a private one needs `hf auth login`)"
+HUB_OUT_OF_REACH = (
+    "it is neither a folder here nor in the cache, and the Hub cannot be reached; go online or give a folder"
+)
 
 
 def gated(page: str) -> str:
@@ -58,9 +61,7 @@ def hub_problem(error: BaseException, page: str) -> str | None:
     if is_any(RepositoryNotFoundError):
         return UNKNOWN_TO_THE_HUB
     if is_any(LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError):
-        return (
-            "it is neither a folder here nor in the cache, and the Hub cannot be reached; go online or give a folder"
-        )
+        return HUB_OUT_OF_REACH
     return None
 
 

@@ -22,13 +22,15 @@ from .alignment.rewards import DEFAULT_REWARDS
 from .alignment.start import build_aligned_transformer
 from .config import VRPOConfig, data_settings_to_keep
 from .data.image_datasets import check_corrupt_rows, too_many_corrupt
+from .data.image_source import ImageDataset
+from .data.latent_cache import LatentCache
 from .data.samples import StreamBatchSampler
 from .data.sources import TrainingData, as_training_data, check_data_settings, data_settings, load_training_data
 from .errors import TrainingInterrupted
 from .files import write_atomically
 from .hub.background import HubPublisher
 from .hub.publish import push_folder
-from .models.autoencoder import latent_shape, load_vae
+from .models.autoencoder import check_vae, latent_shape, load_vae, reconstruction_problem
 from .models.ddpm import variational_bound
 from .models.flow import flow_matching_loss, forward_process
 from .models.official_checkpoints import default_scheduler
@@ -154,7 +156,10 @@ class VRPOTrainer:
             self.checkpoint = choose_checkpoint(self.accelerator, args, self.output_dir)
             self.data = self._open_data(train_dataset)
             self.vae = self._open_vae(vae)
+            if isinstance(self.data, LatentCache):
+                self.data.check_vae(self.vae)
             self._build_model(encoders, rewards)
+            self._check_reconstruction()
             self.validation = Validation(
                 args, self.accelerator, self.pipeline, self.data, self.output_dir, self.interruption
             )
@@ -425,9 +430,19 @@ class VRPOTrainer:
 
     def _open_vae(self, vae) -> torch.nn.Module | None:
         if isinstance(vae, torch.nn.Module):
+            check_vae(vae, type(vae).__name__)
             return vae.to(self.accelerator.device).eval().requires_grad_(False)
         name = self.args.vae or self.data.vae or "none"
         return None if name == "none" else load_vae(name, self.args.cache_dir).to(self.accelerator.device)
+
+    def _check_reconstruction(self):
+        """Warns if the autoencoder cannot reconstruct an image; not for streams, which would read it from a server."""
+        data = self.data
+        if self.vae is None or not isinstance(data, ImageDataset) or not self.accelerator.is_main_process:
+            return
+        image = data.examples(data.fixed_rows(1), self.args.resolution)[0][0]
+        if problem := reconstruction_problem(self.vae, image):
+            logger.warning(f"`vae`: {problem}")
 
     def _load_encoders(self, encoders: list | None, grid_size: tuple[int, int]) -> list:
         """Returns the encoders to align with: the given ones, those with cached features, or loaded ones."""

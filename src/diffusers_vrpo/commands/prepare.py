@@ -22,7 +22,7 @@ from ..data.latent_cache import num_chunks
 from ..data.latent_cache_writer import CacheWriter
 from ..data.latent_encoding import IMAGE_FORMATS, BatchEncoder, cache_config, write_chunks
 from ..data.sources import load_images
-from ..models.autoencoder import latent_shape, load_vae
+from ..models.autoencoder import latent_shape, load_vae, reconstruction_problem
 from ..models.vision import layers_of_encoders
 from ..training.distributed import start_processes
 
@@ -47,6 +47,11 @@ def prepare(args: argparse.Namespace):
     if vae is not None and args.vae_dtype != "float32":
         vae.to(getattr(torch, args.vae_dtype))
     shape = latent_shape(vae, args.resolution, args.patch_size)
+    if vae is not None and state.is_main_process:
+        image = data.examples(data.fixed_rows(1), args.resolution)[0][0]
+        problem = reconstruction_problem(vae, image)
+        if problem is not None:
+            logger.warning(f"--vae: {problem}")
     grid_size = (shape[1] // args.patch_size, shape[2] // args.patch_size)
     layers = layers_of_encoders(args.encoder, args.encoder_layer)
     encoders = [

@@ -27,6 +27,7 @@ from PIL import Image as PILImage
 
 from ..config import last_part
 from ..errors import InputError, first_line
+from ..models.autoencoder import latent_statistics
 from ..random_streams import ORDER, random_stream
 from ..schemas import CACHE, check
 from .image_source import CLASS_NAMES, class_names, worker_loader
@@ -248,6 +249,27 @@ class LatentCache:
         """
         numbers = self.find_features(encoders, layers, grid_size)
         return [CachedEncoder(i, array, self.config["features"][array]["dim"]) for i, array in enumerate(numbers)]
+
+    def check_vae(self, vae):
+        """Checks that the latents were normalised with the statistics of an autoencoder; None passes.
+
+        Raises:
+            InputError: if `latents_mean` or `latents_std` of its configuration are not those of the cache.
+        """
+        if vae is None:
+            return
+        recorded = {name: self.config[name] for name in ("latents_mean", "latents_std") if name in self.config}
+        if recorded != latent_statistics(vae):
+            made = (
+                "with other `latents_mean` and `latents_std`"
+                if recorded
+                else "without `latents_mean` and `latents_std`"
+            )
+            raise InputError(
+                self.option,
+                f"`{self.option}` {self.folder} was made {made}, and `vae` has others in its config.json; prepare the latents again, "
+                "or give the autoencoder that made them",
+            )
 
     def samples(
         self,

@@ -127,12 +127,15 @@ def dataset_card(cache: LatentCache) -> str:
     features = "".join(
         f"- `features_{i}`: {shown(f['encoder'])}, {f['grid']}, {f['dim']}\n" for i, f in enumerate(config["features"])
     )
+    formula = f"(latents - {config['shift_factor']}) * {config['scaling_factor']}"
+    if "latents_mean" in config:
+        formula = f"(latents - {config['latents_mean']}) * {config['scaling_factor']} / {config['latents_std']}"
     return (
         "---\ntags:\n- latents\n- diffusers-vrpo\n---\n\n"
         f"# Latents of {shown(dataset)} ({shown(about['split'])})\n\n"
         f"{config['count']} images, centre crop to {config['resolution']}x{config['resolution']}, encoded by {code(vae)}.\n\n"
         f"- `latents`: {kind.get(config['kind'], 'latents')}, raw little-endian float16 {shape}, already "
-        f"`(latents - {config['shift_factor']}) * {config['scaling_factor']}`; `_flipped` is of the mirrored image\n"
+        f"`{formula}`; `_flipped` is of the mirrored image\n"
         f"{features}\n"
         "    vrpo latents import --dataset THIS_REPOSITORY --output_dir latents\n"
         "    vrpo train --latents_dir latents ...\n"

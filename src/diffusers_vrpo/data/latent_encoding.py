@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..config import last_part
 from ..errors import InputError
-from ..models.autoencoder import encode_moments, scale_and_shift
+from ..models.autoencoder import encode_moments, latent_statistics, scale_and_shift
 from ..models.start import weights_checksum
 from ..random_streams import ORDER, POSTERIOR, random_stream
 from .image_datasets import first_readable, resize_and_crop, too_many_corrupt
@@ -68,7 +68,9 @@ def cache_config(
     if sampled and not has_posterior:
         what = "`vae` none keeps pixels" if vae is None else f"`vae` is a {type(vae).__name__}, which has no posterior"
         raise InputError("sampled", f"`sampled`: {what}; remove it")
-    scale, shift = (1.0, 0.0) if vae is None else scale_and_shift(vae)
+    vae_config = None if vae is None else vae.config
+    # Only an autoencoder with statistics of its channels adds keys, so that other caches keep their record.
+    statistics = {} if vae is None else latent_statistics(vae)
     return {
         "count": len(data),
         "dataset_checksum": dataset_checksum(data),
@@ -76,8 +78,9 @@ def cache_config(
         "crop": "center",
         "vae_checksum": None if vae is None else weights_checksum(vae.parameters()),
         "vae_dtype": vae_dtype,
-        "scaling_factor": scale,
-        "shift_factor": shift,
+        "scaling_factor": getattr(vae_config, "scaling_factor", None) or 1.0,
+        "shift_factor": getattr(vae_config, "shift_factor", None) or 0.0,
+        **statistics,
         "kind": "sampled" if sampled else "moments" if has_posterior else "latents",
         "seed": seed if sampled else None,
         "latent_shape": list(latent_shape),

@@ -244,13 +244,45 @@ def open_named(option: str, name: str, config_name: str | None, cache_dir: str |
         )
     try:
         with contextlib.nullcontext() if is_local else offline_if_refused():
-            return opener(repository, config_name, cache_dir=cache_dir, revision=revision or None)
+            opened = opener(repository, config_name, cache_dir=cache_dir, revision=revision or None)
     except Exception as error:  # every reader raises its own types; all mean that the data set cannot be opened
         problem = hub_problem(error, f"datasets/{repository}")
         problem = problem or f"it cannot be opened as a data set ({first_line(cause_of(error))})"
         if isinstance(error, DatasetNotFoundError):  # which hides the Hub's own error
             problem = gated(f"datasets/{repository}") if "gated" in str(error) else UNKNOWN_TO_THE_HUB
         raise InputError(option, f"`{option}` {name}: {problem}") from error
+    for data in opened.values() if isinstance(opened, dict) else ():
+        refuse_paths(data, option, name)
+    return opened
+
+
+def refuse_paths(data: Dataset, option: str, name: str):
+    """Refuses a table with paths in the place of images, which could name any file of this machine.
+
+    The paths of image files that `datasets` has listed or downloaded itself are taken. Only the bitmaps of missing values are
+    read, not the images.
+
+    Raises:
+        InputError: if a row has a path and no bytes.
+    """
+    if data.info.builder_name == "imagefolder":
+        return
+    for column, feature in data.features.items():
+        if not isinstance(feature, Image):
+            continue
+        first = 0
+        for chunk in data.data.column(column).chunks:
+            has_path = pc.is_valid(pc.struct_field(chunk, "path"))
+            named = pc.and_(pc.is_null(pc.struct_field(chunk, "bytes")), has_path)
+            if pc.any(named).as_py():
+                row = pc.index(named, True).as_py()
+                raise InputError(
+                    option,
+                    f"`{option}` {name}: row {first + row} of column {column!r} names a file instead of holding an image, and "
+                    "files that a table names are not opened; store the images themselves in the table "
+                    "(dataset.cast_column(column, datasets.Image()) and to_parquet do), or give the folder of the image files",
+                )
+            first += len(chunk)
 
 
 def cause_of(error: BaseException) -> BaseException:
@@ -262,6 +294,9 @@ def cause_of(error: BaseException) -> BaseException:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Images
+
+# Pixels of the largest image that is decoded. Small files can claim to hold more, and would take minutes and gigabytes.
+LARGEST_IMAGE = 2**27
 
 
 def resize_and_crop(image: PILImage.Image, resolution: int, position: tuple[float, float] | None = None) -> np.ndarray:
@@ -286,7 +321,11 @@ def decode_image(encoded: dict | PILImage.Image) -> PILImage.Image:
     if isinstance(encoded, PILImage.Image):
         return to_rgb(encoded)
     source = encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])
+    if source is None:
+        raise ValueError("the row holds no image")
     with PILImage.open(source) as image:
+        if image.width * image.height > LARGEST_IMAGE:
+            raise ValueError(f"{image.width}x{image.height} are more than {LARGEST_IMAGE} pixels")
         return to_rgb(image)
 
 

@@ -18,7 +18,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Features, load_dataset_builder
 from datasets.packaged_modules.parquet.parquet import Parquet
-from fsspec.implementations.local import LocalFileSystem
 
 from ..errors import InputError, TrainingStopped, first_line
 from ..random_streams import ORDER, random_stream
@@ -111,12 +110,8 @@ class ParquetRows(ImageSource):
         image, label = (table.column(name)[place].as_py() for name in self.columns)
         if not isinstance(image, dict):
             image = {"path": image} if isinstance(image, str) else {"bytes": image}
-        is_local = isinstance(self.groups[group][0].fs, LocalFileSystem)
-        # A path in a file from another machine does not exist here.
-        return {
-            "image": {"bytes": image.get("bytes"), "path": image.get("path") if is_local else None},
-            "label": label,
-        }
+        # A path in a table could name any file of this machine, and is not opened.
+        return {"image": {"bytes": image.get("bytes"), "path": None}, "label": label}
 
     def _table(self, group: int) -> pa.Table:
         with self._lock:

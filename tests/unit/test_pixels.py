@@ -1,0 +1,58 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""What is not decoded: files that a table names, and images of absurd sizes."""
+
+import io
+
+import pyarrow.parquet as pq
+import pytest
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PILImage
+
+from diffusers_vrpo.data import image_datasets
+from diffusers_vrpo.data.image_datasets import decode_image, load_image_dataset
+from diffusers_vrpo.errors import InputError
+from support.data import png
+
+
+def write_table(folder, images):
+    features = Features({"image": Image(decode=False), "label": ClassLabel(names=["a", "b"])})
+    folder.mkdir()
+    columns = {"image": images, "label": [0, 1] * (len(images) // 2)}
+    # Not `to_parquet`, which would put the files' content into the table.
+    pq.write_table(Dataset.from_dict(columns, features=features).data.table, folder / "train.parquet")
+
+
+@pytest.mark.parametrize("path", ["secret.png", "/dev/zero", "file:///etc/hostname", "http://127.0.0.1:9/x.png"])
+def test_files_that_a_table_names_are_not_opened(tmp_path, path):
+    PILImage.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    path = str(tmp_path / path) if path == "secret.png" else path
+    images = [{"bytes": png(row), "path": "0.png"} for row in range(3)] + [{"bytes": None, "path": path}]
+    write_table(tmp_path / "table", images)
+    with pytest.raises(InputError, match="row 3 of column 'image' names a file instead of holding an image"):
+        load_image_dataset(str(tmp_path / "table"), cache_dir=str(tmp_path / "cache"))
+
+
+def test_tables_that_hold_their_images_open(tmp_path):
+    write_table(tmp_path / "table", [{"bytes": png(row), "path": f"{row}.png"} for row in range(4)])
+    data, _, _ = load_image_dataset(str(tmp_path / "table"), cache_dir=str(tmp_path / "cache"))
+    assert len(data) == 4 and decode_image(data[0]["image"]).mode == "RGB"
+
+
+def test_image_files_of_a_folder_are_still_read(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        (tmp_path / "images" / name / "1.png").write_bytes(png(1))
+    data, names, _ = load_image_dataset(train_data_dir=str(tmp_path / "images"))
+    assert names == {0: "cat", 1: "dog"} and decode_image(data[1]["image"]).mode == "RGB"
+
+
+@pytest.mark.filterwarnings("ignore:Image size")
+def test_a_small_file_of_a_huge_image_is_not_decoded(tmp_path, monkeypatch):
+    buffer = io.BytesIO()
+    PILImage.new("1", (13000, 13000)).save(buffer, "png")
+    assert len(buffer.getvalue()) < 1e5
+    with pytest.raises(ValueError, match="13000x13000 are more than"):
+        decode_image({"bytes": buffer.getvalue(), "path": None})
+    monkeypatch.setattr(image_datasets, "LARGEST_IMAGE", 63)
+    with pytest.raises(ValueError, match="12x10 are more than 63 pixels"):
+        decode_image({"bytes": png(1), "path": None})

@@ -2,14 +2,16 @@
 """Conversion from and to the official layouts, against a plain rendering of the official forward pass."""
 
 import argparse
+import errno
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, DiTPipeline, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DiTPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 
 from diffusers_vrpo import SiTSDEScheduler, SiTTransformer2DModel, VRPOPipeline
@@ -24,6 +26,7 @@ from diffusers_vrpo.models.official_checkpoints import (
 )
 from support.models import TINY, aligned_as_saved, aligned_with, inputs, tiny_model, tiny_vae
 from support.official import official_forward, official_state, saved, tiny_dit
+from support.pipelines import quiet_pipeline
 
 
 def convert_script(*argv):
@@ -450,3 +453,57 @@ def test_our_own_folders_open_too(tmp_path):
     for folder, expected in (("alone", model), ("checkpoint-3", averaged)):
         loaded = convert_checkpoint(str(tmp_path / folder)).state_dict()
         assert all(torch.equal(x, loaded[name]) for name, x in expected.state_dict().items())
+
+
+# What is there already
+
+
+def test_nothing_is_written_over(tmp_path):
+    source, output = tmp_path / "source", tmp_path / "pipeline"
+    quiet_pipeline(tiny_model(), FlowMatchEulerDiscreteScheduler()).save_pretrained(source)
+    convert_script(source, output, "--vae", "none")
+    written = output / "transformer" / "diffusion_pytorch_model.safetensors"
+    first = written.stat()
+    umask = os.umask(0o022)
+    os.umask(umask)
+    assert first.st_mode & 0o777 == 0o666 & ~umask
+    with pytest.raises(InputError, match="holds a pipeline; choose another folder, or give --overwrite"):
+        convert_script(source, output, "--vae", "none")
+    assert written.stat().st_ino == first.st_ino
+    convert_script(source, output, "--vae", "none", "--overwrite")
+    assert written.stat().st_ino != first.st_ino and sorted(p.name for p in tmp_path.iterdir()) == [
+        "pipeline",
+        "source",
+    ]
+
+    # A run's folder has a pipeline too, and more.
+    (output / "metrics.jsonl").write_text("{}")
+    for overwrite in ([], ["--overwrite"]):
+        with pytest.raises(InputError, match="holds metrics.jsonl, which is not a pipeline's; choose another folder"):
+            convert_script(source, output, "--vae", "none", *overwrite)
+    assert (output / "metrics.jsonl").read_text() == "{}" and written.exists()
+
+    file = tmp_path / "sit.pt"
+    file.write_bytes(b"mine")
+    with pytest.raises(InputError, match="exists; choose another file, or give --overwrite"):
+        convert_script(source, file, "--to", "sit")
+    assert file.read_bytes() == b"mine"
+    convert_script(source, file, "--to", "sit", "--overwrite")
+    assert torch.load(file, weights_only=True)
+
+
+def test_a_full_disk_leaves_the_pipeline_that_was_there(tmp_path, monkeypatch):
+    source, output = tmp_path / "source", tmp_path / "pipeline"
+    quiet_pipeline(tiny_model(), FlowMatchEulerDiscreteScheduler()).save_pretrained(source)
+    convert_script(source, output, "--vae", "none")
+    before = sorted(path.stat().st_ino for path in output.rglob("*"))
+
+    def full(self, folder, **kwargs):
+        Path(folder, "transformer").mkdir(parents=True)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(VRPOPipeline, "save_pretrained", full)
+    with pytest.raises(InputError, match="cannot be written .*No space left on device.*; make room"):
+        convert_script(source, output, "--vae", "none", "--overwrite")
+    assert sorted(path.stat().st_ino for path in output.rglob("*")) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pipeline", "source"]

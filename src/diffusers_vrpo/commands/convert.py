@@ -12,13 +12,17 @@ The result opens with `VRPOPipeline.from_pretrained` and starts a training with 
 import argparse
 import json
 import logging
+import os
+import tempfile
 from pathlib import Path
 
 import diffusers
+from safetensors import SafetensorError
 
 from ..command_line import OneLineErrorParser, number_in, one_line_errors
 from ..config import In
 from ..errors import InputError, first_line
+from ..files import default_permissions
 from ..models.autoencoder import load_vae
 from ..models.official_checkpoints import (
     FORMATS,
@@ -35,6 +39,17 @@ from ..training.output_dir import check_writable
 
 
 logger = logging.getLogger("convert")
+
+# What a folder may hold that --overwrite replaces.
+PIPELINE_FILES = {
+    "model_index.json",
+    "pipeline_vrpo.py",
+    "transformer",
+    "scheduler",
+    "vae",
+    "README.md",
+    ".gitattributes",
+}
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
@@ -77,6 +92,11 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         action="store_true",
         help="put the state dict of --to under the key 'ema', as training files have it",
     )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a pipeline in OUTPUT_DIR, or the file of --to; a folder with anything else is never replaced",
+    )
     parser.add_argument("--cache_dir", help="folder for downloads")
     return parser
 
@@ -96,6 +116,55 @@ def source_parts(name_or_path: str, cache_dir: str | None) -> tuple[object, dict
     return scheduler, index.get("id2label"), index.get("vae", [None])[0] is not None
 
 
+def check_pipeline_folder(output: Path, overwrite: bool):
+    """Checks that a pipeline can be written to a folder without loss of what is there.
+
+    Raises:
+        InputError: if the folder cannot be made; it has files and `overwrite` is false; or it has files that no pipeline has,
+            such as those of a training run.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        names = sorted(path.name for path in output.iterdir())
+    except OSError as error:
+        raise InputError(
+            None, f"OUTPUT_DIR {output} cannot be created as a folder ({error.strerror}); choose another"
+        ) from error
+    others = [name for name in names if name not in PIPELINE_FILES]
+    if others:
+        raise InputError(
+            None,
+            f"OUTPUT_DIR {output} holds {', '.join(others[:3])}, which is not a pipeline's; choose another folder",
+        )
+    if names and not overwrite:
+        raise InputError(
+            None, f"OUTPUT_DIR {output} holds a pipeline; choose another folder, or give --overwrite to replace it"
+        )
+
+
+def write_pipeline(pipeline: VRPOPipeline, output: Path):
+    """Writes a pipeline beside `output` and then gives it that name, so that a failure leaves what was there.
+
+    Raises:
+        InputError: if it cannot be written, for example on a full disk.
+    """
+    output = output.resolve()
+    # The folder is on the same disk, and nobody else uses its name.
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
+        written, before = Path(scratch) / "pipeline", Path(scratch) / "before"
+        try:
+            pipeline.save_pretrained(written)
+            default_permissions(written)
+            output.rename(before)
+            written.rename(output)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if before.exists() and not output.exists():
+                before.rename(output)
+            raise InputError(
+                None, f"OUTPUT_DIR {output} cannot be written ({first_line(error)}); make room or choose another place"
+            ) from error
+
+
 def convert(args: argparse.Namespace):
     """Converts a checkpoint and writes the result.
 
@@ -103,22 +172,21 @@ def convert(args: argparse.Namespace):
         InputError: if the input cannot work.
     """
     output = Path(args.output)
+    is_file = output.suffix in (".pt", ".pth", ".safetensors") and not output.is_dir()
+    file = output if is_file else output / f"{args.to}.pt"
     if args.to is None:
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                None, f"OUTPUT_DIR {output} cannot be created as a folder ({error.strerror}); choose another"
-            ) from error
+        check_pipeline_folder(output, args.overwrite)
     else:
         check_writable(None, "OUTPUT_DIR", output)
+        if os.path.lexists(file) and not args.overwrite:
+            raise InputError(None, f"OUTPUT_DIR {file} exists; choose another file, or give --overwrite to replace it")
     if args.ema_key and args.to is None:
         raise InputError("ema_key", "`ema_key` has no effect without `to`; remove it")
     id2label = None
     if args.id2label:
         try:
             id2label = {int(key): str(name) for key, name in json.loads(Path(args.id2label).read_text()).items()}
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise InputError(
                 "id2label", f"`id2label` {args.id2label} is not a JSON map from ids to names: {first_line(error)}"
             ) from error
@@ -139,8 +207,6 @@ def convert(args: argparse.Namespace):
     )
 
     if args.to is not None:
-        is_file = output.suffix in (".pt", ".pth", ".safetensors") and not output.is_dir()
-        file = output if is_file else output / f"{args.to}.pt"
         state = export_checkpoint(transformer, args.to, projectors)
         if args.ema_key and file.suffix == ".safetensors":
             raise InputError("ema_key", "`ema_key` needs a .pt file: safetensors are flat")
@@ -170,7 +236,7 @@ def convert(args: argparse.Namespace):
         pipeline = VRPOPipeline(transformer, scheduler, vae, id2label or names)
     except ValueError as error:
         raise InputError("id2label", f"`id2label` {args.id2label}: {error}") from error
-    pipeline.save_pretrained(output)
+    write_pipeline(pipeline, output)
     logger.info(f"wrote {output}; open it with VRPOPipeline.from_pretrained({str(output)!r})")
 
 

@@ -27,7 +27,7 @@ from .data.latent_cache import LatentCache
 from .data.samples import StreamBatchSampler
 from .data.sources import TrainingData, as_training_data, check_data_settings, data_settings, load_training_data
 from .errors import TrainingInterrupted
-from .files import write_atomically
+from .files import default_permissions, write_atomically
 from .hub.background import HubPublisher
 from .hub.publish import push_folder
 from .models.autoencoder import check_vae, latent_shape, load_vae, reconstruction_problem
@@ -391,6 +391,8 @@ class VRPOTrainer:
                 if args.lora_rank:
                     save_lora(averaged.transformer, output_dir / "lora")
                 averaged.save_pretrained(output_dir)
+                parts = (output_dir / name for name in ("transformer", "vae", "lora"))
+                default_permissions(*(part for part in parts if part.is_dir()))
                 if self.validation.grid is not None:
                     self.validation.grid.save(output_dir / "samples.png")
                 plot_metrics(output_dir / "metrics.jsonl", output_dir / "training.png", f"objective {args.objective}")

@@ -2,6 +2,7 @@
 """The trainer from Python: what the command line does, with objects in the place of names."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -60,6 +61,11 @@ def test_a_few_lines_train_save_and_open(config, command, tmp_path):
     ) as trainer:
         trainer.train()
         trainer.save_model()
+    # Others may read the files as the umask says, weights included.
+    umask = os.umask(0o022)
+    os.umask(umask)
+    for file in (path for path in (tmp_path / "python").rglob("*") if path.is_file()):
+        assert file.stat().st_mode & 0o777 == 0o666 & ~umask, file
     pipeline = VRPOPipeline.from_pretrained(tmp_path / "python")
     assert pipeline(["three"], num_inference_steps=2).images[0].size == (8, 8)
 

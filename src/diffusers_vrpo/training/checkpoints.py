@@ -25,7 +25,7 @@ from ..alignment.attach import AlignedTransformer
 from ..alignment.objective import conflict_mode
 from ..config import GenerativeConfig, VRPOConfig, options_of, settings_to_keep
 from ..errors import InputError, first_line
-from ..files import find_irregular, sync_to_disk
+from ..files import default_permissions, find_irregular, sync_to_disk
 from ..models.start import weights_checksum
 from ..pipelines.pipeline_vrpo import VRPOPipeline
 from ..schemas import MANIFEST as MANIFEST_SCHEMA
@@ -361,6 +361,7 @@ def save_checkpoint(
         sync_to_disk(*temporary.rglob("*"))
 
     def publish():
+        default_permissions(temporary)
         write_manifest(temporary)
         sync_to_disk(temporary)
         if final.exists():

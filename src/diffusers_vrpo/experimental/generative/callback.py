@@ -34,6 +34,7 @@ from ...evaluation.feature_statistics import (
 )
 from ...evaluation.image_encoders import default_batch_size, image_features, load_image_encoder
 from ...evaluation.metrics import frechet_distance, mean_and_covariance, precision_recall
+from ...files import default_permissions
 from ...models.autoencoder import encode_images
 from ...models.flow import flow_matching_loss, forward_process, x0_estimate
 from ...pipelines.sampling import check_steps, decoded_images
@@ -642,6 +643,7 @@ class GenerativePolicy(TrainerCallback):
                     averaged.transformer.fuse_lora()
                     averaged.transformer.unload_lora()
                 averaged.save_pretrained(partial)
+                default_permissions(partial)
                 shutil.rmtree(final, ignore_errors=True)
                 os.replace(partial, final)
 

@@ -623,7 +623,9 @@ def test_options_that_cannot_work(command, capsys, changes, message):
 )
 def test_machines_that_cannot_work(accelerator, message):
     defaults = {"distributed_type": DistributedType.NO, "mixed_precision": "no", "num_processes": 1}
-    args = SimpleNamespace(generative_policy_start_step=0, rollout_classes=2, use_ema=False, reward_function=None)
+    args = SimpleNamespace(
+        generative_policy_start_step=0, rollout_classes=2, use_ema=False, ema_warmup=True, reward_function=None
+    )
     transformer = SimpleNamespace(config=SimpleNamespace(in_channels=4))
     pipeline = SimpleNamespace(transformer=transformer, vae=None)
     steps = accelerator.pop("steps", 10)

@@ -187,7 +187,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 float32 by default, `custom_pipeline`).
 
         Raises:
-            ValueError: if there is no transformer that this pipeline can sample from.
+            ValueError: if neither `pipeline` nor `kwargs` has a transformer that this class can sample from.
         """
         if not isinstance(pipeline, DiffusionPipeline):
             raise ValueError(f"`pipeline` must be a pipeline of diffusers, not a {type(pipeline).__name__}")

@@ -5,7 +5,7 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
@@ -50,6 +50,21 @@ def find_irregular(path: Path) -> tuple[Path, str] | None:
             waiting += sorted(path.iterdir(), reverse=True)
         elif not stat.S_ISREG(mode):
             return path, "a pipe or device"
+    return None
+
+
+def irregular_problem(folder: Path, names: Iterable[str] | None = None) -> str | None:
+    """A sentence on the first link or special file in a folder of results, for an error; None if there is none.
+
+    Args:
+        names: of the files and folders in it to look at; all by default.
+    """
+    for path in [folder] if names is None else [folder / name for name in names]:
+        if found := find_irregular(path):
+            return (
+                f"{found[0].relative_to(folder)} is {found[1]}, through which nothing is written or read; remove it, or choose "
+                "a new or empty folder"
+            )
     return None
 
 

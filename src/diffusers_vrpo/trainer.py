@@ -555,21 +555,28 @@ class VRPOTrainer:
             logger.info(f"continuing from {self.checkpoint} at step {self.step}")
         self.objective.resume(self.step, None if self.checkpoint is None else state["alignment"])
         self.settings |= of_data
-
         if self.ema is not None:
-            # Checkpoints without the setting were made before there was a warm-up.
-            began = self.args.ema_warmup if self.checkpoint is None else state["settings"].get("ema_warmup", False)
-            self.settings["ema_warmup"] = began
-            self.ema.min_decay = 0.0 if began else self.ema.decay
-            if began != self.args.ema_warmup:
-                logger.info(f"the averaged weights go on {'with' if began else 'without'} warm-up, as the run began")
-            share = self.ema.share_of_start(self.max_train_steps)
-            if share > 0.01:
-                logger.warning(
-                    f"`ema_decay` {self.ema.decay}: after the {self.max_train_steps} steps of this run, {share:.0%} of the "
-                    "averaged weights, which are sampled and published, will be those that it started with; a lower "
-                    "`ema_decay` follows faster"
-                )
+            self._begin_average(
+                self.args.ema_warmup if self.checkpoint is None else state["settings"].get("ema_warmup")
+            )
+
+    def _begin_average(self, warmup: bool | None):
+        """Sets the warm-up of the average, and warns if much of the starting weights will be left in it.
+
+        Args:
+            warmup: whether the run began with one; None for a checkpoint from before there was a warm-up.
+        """
+        ema, warmup = self.ema, bool(warmup)
+        self.settings["ema_warmup"] = warmup
+        ema.min_decay = 0.0 if warmup else ema.decay
+        if warmup != self.args.ema_warmup:
+            logger.info(f"the averaged weights go on {'with' if warmup else 'without'} warm-up, as the run began")
+        share = ema.share_of_start(self.max_train_steps)
+        if share > 0.01:
+            logger.warning(
+                f"`ema_decay` {ema.decay}: after the {self.max_train_steps} steps of this run, {share:.0%} of the averaged "
+                "weights, which are sampled and published, will be those that it started with; a lower `ema_decay` follows faster"
+            )
 
     def _record_start(self):
         """Records the options and the start of the run, and opens metrics and trackers."""

@@ -271,7 +271,7 @@ def test_a_folder_that_goes_away_is_a_sentence(command, tmp_path, monkeypatch, a
         return original(*args)
 
     monkeypatch.setattr(trainer_module, "save_checkpoint", gone)
-    what = "could not be saved; (the folder is no longer there: put it back|make the folder writable)"
+    what = "could not be saved; (the folder has disappeared: put it back|make the folder writable)"
     with pytest.raises(TrainingStopped, match=what):
         run(command(max_train_steps=1))
 
@@ -281,7 +281,7 @@ def test_a_line_of_metrics_is_not_written_into_a_new_folder(tmp_path):
     file = MetricsFile(tmp_path / "run" / "metrics.jsonl")
     (tmp_path / "run").rename(tmp_path / "elsewhere")
     (tmp_path / "run").mkdir()
-    with pytest.raises(TrainingStopped, match="the folder is no longer there: put it back or mount it again"):
+    with pytest.raises(TrainingStopped, match="the folder has disappeared: put it back or mount it again"):
         file.log({"loss_fm": 1.0}, step=1)
     assert not list((tmp_path / "run").iterdir())
 

@@ -89,7 +89,7 @@ class Listing:
 def list_images(folder: str | Path) -> Listing:
     """Lists the image files below a folder; links to files and folders are followed.
 
-    A file is looked up by itself only where it is a link, so that a million files take seconds.
+    A file is looked up by itself only where it is a link: a data set has a million of them.
 
     Raises:
         OSError: if a folder cannot be read.
@@ -255,8 +255,8 @@ def folder_classes(
     if not rows:
         raise InputError(
             option,
-            f"{source}: no image lies in a class folder ({counted(len(listing.images), 'image')} in all); move them into one folder for each class, "
-            "such as cat/ and dog/ (or all into one folder, to train without classes), or add a metadata.csv with the "
+            f"{source}: no image lies in a class folder ({counted(len(listing.images), 'image')} in all); move them into one "
+            "folder for each class, such as cat/ and dog/ (or all into one folder, to train without classes), or add a metadata.csv with the "
             "columns file_name and label",
         )
     classes = [name.partition("/")[0] for name in rows]

@@ -13,7 +13,7 @@ from huggingface_hub import HfApi, snapshot_download
 from tqdm.auto import tqdm
 
 from ..errors import InputError, first_line, hub_problem
-from ..files import find_irregular, replacing, write_atomically
+from ..files import irregular_problem, replacing, write_atomically
 from ..markup import code, shown
 from .latent_cache import LatentCache, array_layout, chunk_rows, num_chunks, read_meta
 from .latent_cache_writer import CacheWriter
@@ -68,12 +68,8 @@ def export_cache(latents_dir: str | Path, output_dir: str | Path):
         known = folder / "meta.json"
         if not known.is_file() or known.read_bytes() != meta:
             raise InputError("output_dir", f"`output_dir` {folder} holds something else; choose a new or empty folder")
-        if irregular := find_irregular(folder):
-            raise InputError(
-                "output_dir",
-                f"`output_dir` {folder}: {irregular[0].relative_to(folder)} is {irregular[1]}, through which nothing is "
-                "written; remove it, or choose a new or empty folder",
-            )
+        if problem := irregular_problem(folder):
+            raise InputError("output_dir", f"`output_dir` {folder}: {problem}")
     # Shards of about 500 MB, estimated from the first rows.
     probe = export_table(cache, 0, min(len(cache), 64))
     rows_per_file = max(1, int(500e6 / (probe.nbytes / len(probe))) // ROWS_PER_GROUP) * ROWS_PER_GROUP

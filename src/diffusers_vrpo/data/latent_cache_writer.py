@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InputError
-from ..files import find_irregular, write_atomically
+from ..files import irregular_problem, write_atomically
 from ..schemas import JOURNAL_ENTRY, read_rows
 from .latent_cache import (
     FORMAT,
@@ -102,12 +102,8 @@ class CacheWriter:
 
     def _prepare_folder(self, verify: bool):
         self.folder.mkdir(parents=True, exist_ok=True)
-        if irregular := find_irregular(self.folder):
-            raise InputError(
-                "output_dir",
-                f"`output_dir` {self.folder}: {irregular[0].relative_to(self.folder)} is {irregular[1]}, through which nothing "
-                "is written or read; remove it, or choose a new or empty folder",
-            )
+        if problem := irregular_problem(self.folder):
+            raise InputError("output_dir", f"`output_dir` {self.folder}: {problem}")
         done = {}
         if (self.folder / "meta.json").exists():
             meta = read_meta(self.folder, "output_dir")

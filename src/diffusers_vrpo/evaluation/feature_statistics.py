@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from ..config import last_part
 from ..errors import InputError, first_line
-from ..files import default_permissions
+from ..files import default_permissions, replacing
 from ..random_streams import ORDER, random_stream
 from .image_encoders import default_batch_size, encoder_checksum, image_features
 from .image_sets import ImageSet, npz_keys, read_npz
@@ -311,12 +311,11 @@ def save_statistics(features: FeatureSet, description: dict, file: Path):
         InputError: if the file cannot be written.
     """
     tensors = {name: tensor.contiguous() for name, tensor in features.tensors().items()}
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, {"description": json.dumps(description), "count": str(features.count)})
-        default_permissions(temporary)
-        os.replace(temporary, file)
+        with replacing(file) as temporary:
+            save_file(tensors, temporary, {"description": json.dumps(description), "count": str(features.count)})
+            default_permissions(temporary)
     except (OSError, SafetensorError) as error:
         raise InputError(None, f"{file} cannot be written ({first_line(error)})") from error
 

@@ -5,11 +5,9 @@ Keys are renamed and qkv is split or joined; within one convention no value chan
 bit-equal. Differences between the repositories (direction of time, prediction, timestep frequencies) go into the config.
 """
 
-import contextlib
 import json
 import logging
 import math
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..errors import InputError, first_line, hub_problem
-from ..files import default_permissions
+from ..files import default_permissions, replacing
 from ..schemas import check_model_index
 from . import ddpm
 from .checkpoint_files import read_checkpoint
@@ -107,8 +105,8 @@ def convert_with_projectors(
 
     Args:
         path: an official `.pt` (or `.safetensors` with the same keys) of SiT, REPA, iREPA or DiT, whose averaged weights are
-            used if it has them (`checkpoint_files.read_checkpoint`); or a folder or Hub name of a pipeline or transformer, ours or diffusers'
-            `DiTTransformer2DModel`.
+            used if it has them (`checkpoint_files.read_checkpoint`); or a folder or Hub name of a pipeline or transformer,
+            ours or diffusers' `DiTTransformer2DModel`.
         preset: a name such as `"SiT-XL/2"`; distinguishes SiT from DiT, and is checked against the weights.
         num_attention_heads: the only size that the weights cannot show; not needed for the depths and widths of the
             papers, nor with qk-norm.
@@ -121,8 +119,8 @@ def convert_with_projectors(
 
     Raises:
         InputError: if a key is missing or unknown or has another shape (the first are listed), a weight is NaN, infinite or
-            an integer, the file is something else or holds more than tensors and plain values, the blocks of a diffusers DiT have separate embedders, or an argument contradicts the
-            checkpoint or does not apply to it.
+            an integer, the file is something else or holds more than tensors and plain values, the blocks of a diffusers DiT
+            have separate embedders, or an argument contradicts the checkpoint or does not apply to it.
     """
     if format not in FORMATS:
         raise InputError("format", f"`format` {format!r} must be one of {', '.join(FORMATS)}")
@@ -748,17 +746,13 @@ def save_official(state: dict[str, torch.Tensor], file: Path):
     Raises:
         InputError: if the file cannot be written, for example on a full disk; no part of it is left then.
     """
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        if file.suffix == ".safetensors":
-            save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary)
-            default_permissions(temporary)
-        else:
-            torch.save(state, temporary)
-        os.replace(temporary, file)
+        with replacing(file) as temporary:
+            if file.suffix == ".safetensors":
+                save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary)
+                default_permissions(temporary)
+            else:
+                torch.save(state, temporary)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise InputError(None, f"{file} cannot be written: {first_line(error)}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import InputError, first_line
-from ..files import find_irregular, replacing, write_atomically
+from ..files import irregular_problem, replacing, write_atomically
 from ..schemas import SAMPLES, check, read_object
 
 
@@ -82,12 +82,8 @@ class SampleFolder:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             found = self._read_manifest()
-            if irregular := find_irregular(self.folder):
-                raise InputError(
-                    "output_dir",
-                    f"`output_dir` {self.folder}: {irregular[0].relative_to(self.folder)} is {irregular[1]}, through which "
-                    "nothing is written or read; remove it, or choose a new or empty folder",
-                )
+            if problem := irregular_problem(self.folder):
+                raise InputError("output_dir", f"`output_dir` {self.folder}: {problem}")
             if found is not None and overwrite:
                 self._remove()
                 found = None

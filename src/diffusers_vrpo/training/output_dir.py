@@ -16,9 +16,9 @@ from accelerate.utils import get_int_from_env
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ..config import DIGITS, VRPOConfig
+from ..config import VRPOConfig, is_embedded_digits
 from ..errors import InputError, TrainingStopped, first_line
-from ..files import find_irregular, open_regular
+from ..files import irregular_problem, open_regular
 from ..schemas import METRICS_ROW, START, read_rows
 
 
@@ -67,13 +67,8 @@ def prepare_output_dir(output_dir: str) -> Path:
     path = Path(output_dir)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        for name in sorted(os.listdir(path)):
-            if is_ours(name) and (irregular := find_irregular(path / name)):
-                raise InputError(
-                    "output_dir",
-                    f"`output_dir` {output_dir}: {irregular[0].relative_to(path)} is {irregular[1]}, through which nothing is "
-                    "written or read; remove it, or choose another folder",
-                )
+        if problem := irregular_problem(path, filter(is_ours, sorted(os.listdir(path)))):
+            raise InputError("output_dir", f"`output_dir` {output_dir}: {problem}")
         probe = path / f".write-test-{os.getpid()}"
         probe.unlink(missing_ok=True)
         probe.open("x").close()
@@ -103,7 +98,7 @@ def check_inputs(args: VRPOConfig, folder: Path):
     for name in INPUTS:
         value = getattr(args, name)
         for item in value if isinstance(value, list) else [value]:
-            if not item or item == DIGITS or not Path(item).expanduser().exists():
+            if not item or is_embedded_digits(item) or not Path(item).expanduser().exists():
                 continue
             source = Path(item).expanduser().resolve()
             inside = source.is_relative_to(place) and source != place
@@ -296,32 +291,28 @@ def writing(what: str):
         if (reason := unwritable(error)) is None:
             raise
         raise TrainingStopped(
-            f"{what} cannot be written ({reason}); {remedy(error)} and run the same command again: it continues from the newest "
+            f"{what} cannot be written ({reason}); {remedy(reason)} and run the same command again: it continues from the newest "
             "checkpoint"
         ) from error
 
 
-def remedy(error: BaseException | str | None) -> str:
-    """What to do about a file that could not be written, from the exception or its description."""
-    reason = error if isinstance(error, str) else (unwritable(error) if error is not None else None) or ""
-    if (
-        os.strerror(errno.ENOENT) in reason
-        or os.strerror(errno.ENOTCONN) in reason
-        or os.strerror(errno.ESTALE) in reason
-    ):
-        return "the folder is no longer there: put it back or mount it again"
-    if os.strerror(errno.EROFS) in reason or os.strerror(errno.EACCES) in reason:
+def remedy(reason: str) -> str:
+    """What to do about a file that could not be written, from the system's words for the reason."""
+    if any(os.strerror(code) in reason for code in (errno.ENOENT, errno.ENOTCONN, errno.ESTALE)):
+        return "the folder has disappeared: put it back or mount it again"
+    if any(os.strerror(code) in reason for code in (errno.EROFS, errno.EACCES)):
         return "make the folder writable"
     return "make room"
 
 
 def not_saved(folder: Path, step: int) -> TrainingStopped:
     """The error that ends a run whose checkpoint could not be saved."""
-    problem = errno.ENOSPC
     if not folder.is_dir():
         problem = errno.ENOENT
     elif not os.access(folder, os.W_OK):
         problem = errno.EROFS
+    else:
+        problem = errno.ENOSPC
     what = remedy(os.strerror(problem))
     return TrainingStopped(f"step {step} could not be saved; {what} and run the same command again")
 

@@ -353,6 +353,7 @@ def status_of(server, path: str, body: bytes, **headers) -> int:
         return error.code
 
 
+@pytest.mark.slow
 def test_the_server_takes_no_files_and_no_long_requests(server, client):
     form = f'--x\r\nContent-Disposition: form-data; name="files"; filename="{SENDERS_TEXT}"\r\n\r\nabc\r\n--x--\r\n'
     kind = {"Content-Type": "multipart/form-data; boundary=x"}

@@ -358,7 +358,7 @@ def train(argv: list[str], folder: Path):
     os.chdir(folder)
     try:
         # No curves are drawn: they would take most of a short run's time.
-        with one_core(), mock.patch("matplotlib.figure.Figure.savefig", lambda *arguments, **more: None):
+        with one_core(), mock.patch("diffusers_vrpo.trainer.plot_metrics"):
             AcceleratorState._reset_state(reset_partial_state=True)
             train_vrpo.main(train_vrpo.parse_args(argv))
     finally:

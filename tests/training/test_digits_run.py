@@ -20,7 +20,7 @@ CONFIG = ROOT / "configs" / "digits.yaml"
 @pytest.mark.slow
 def test_the_embedded_default_makes_digits(tmp_path):
     # Half the batch takes half the time and still makes digits.
-    run(["--config", str(CONFIG), "--output_dir", str(tmp_path), "--train_batch_size", "32"])
+    run(["--config", str(CONFIG), "--output_dir", str(tmp_path), "--train_batch_size", "32"], curves=True)
 
     def flat_images(split):
         rows = load_digits_dataset()[split]

@@ -12,7 +12,6 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 from diffusers_vrpo import VRPOPipeline
-from diffusers_vrpo import trainer as trainer_module
 from diffusers_vrpo.commands import prepare as prepare_latents
 from diffusers_vrpo.errors import InputError, TrainingStopped
 from diffusers_vrpo.evaluation.feature_statistics import read_statistics
@@ -53,19 +52,12 @@ ONE_EPOCH = POLICY | {"rollout_every": 2, "guard_every": 1, "max_train_steps": 8
 TWO_EPOCHS = ONE_EPOCH | {"rollout_epochs": 2, "fidelity_reward": "mmd", "rollout_clip_range": 1e-4}
 
 
-@pytest.fixture(autouse=True)
-def no_plots(monkeypatch):
-    """Curves take most of a short run's time."""
-    monkeypatch.setattr(trainer_module, "plot_metrics", lambda *arguments: None)
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A folder with runs that nothing stopped, and `command` there: `plain`, `one` epoch and `two` epochs."""
     folder = tmp_path_factory.mktemp("finished")
     options = options_in(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module, "plot_metrics", lambda *arguments: None)
         patch.setattr(sample_rewards, "REFRESH_UPDATES", 3)
         run(options(output_dir=folder / "plain", max_train_steps=4, checkpointing_steps=1))
         run(options(**ONE_EPOCH, output_dir=folder / "one", checkpointing_steps=1))

@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from diffusers_vrpo import TrainerCallback, VRPOConfig, VRPOPipeline, VRPOTrainer
+from diffusers_vrpo import trainer as trainer_module
 from diffusers_vrpo.alignment.encoders import load_encoder
 from diffusers_vrpo.assets.digits import load_digits_dataset
 from diffusers_vrpo.data.image_source import ImageSource
@@ -19,13 +20,14 @@ from diffusers_vrpo.experimental.generative.callback import GenerativePolicy
 from diffusers_vrpo.training.checkpoints import write_manifest
 from diffusers_vrpo.training.metrics import read_metrics
 from diffusers_vrpo.training.throughput import ForeachEMA
-from support.training import TINY_DIGITS, assert_same_files, losses, run
+from support.training import TINY_DIGITS, assert_same_files, losses, no_curves, run
 
 
 @pytest.fixture(autouse=True)
-def fresh_state():
-    """Every trainer of this module has an accelerator of its own."""
+def fresh_state(monkeypatch):
+    """Every trainer of this module has an accelerator of its own, and draws no curves, which would take most of its time."""
     AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(trainer_module, "plot_metrics", no_curves)
 
 
 @pytest.fixture

@@ -47,8 +47,19 @@ def plot_metrics(metrics_file: str | Path, output_file: str | Path, title: str =
     if not panels:
         return
     columns = min(3, len(panels))
-    figure = Figure(figsize=(4.6 * columns, 3.2 * -(-len(panels) // columns)), layout="constrained")
-    axes = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flatten()
+    rows_of_panels = -(-len(panels) // columns)
+    width, height = 4.6 * columns, 3.2 * rows_of_panels + 0.4
+    figure = Figure(figsize=(width, height))
+    axes = figure.subplots(rows_of_panels, columns, squeeze=False).flatten()
+    # Margins in inches. A layout engine would draw everything twice to find them.
+    figure.subplots_adjust(
+        left=0.85 / width,
+        right=1 - 0.2 / width,
+        bottom=0.55 / height,
+        top=1 - 0.8 / height,
+        wspace=0.85 / (width / columns - 1),
+        hspace=0.9 / (height / rows_of_panels - 1),
+    )
     for axis, (name, keys) in zip(axes, panels):
         shades = [matplotlib.colormaps["viridis"](i / max(1, len(keys) - 1)) for i in range(len(keys))]
         for key, shade in zip(keys, shades):

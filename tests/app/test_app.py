@@ -373,6 +373,7 @@ def test_the_server_takes_no_files_and_no_long_requests(server, client):
     assert sum("rejected a request: a request may have 65536 bytes" in line for line in lines) == 4
 
 
+@pytest.mark.slow
 def test_the_server_logs_a_rejected_call_in_one_line_without_its_text(server, client):
     before = len(server.log.read_text().splitlines())
     for changes in (
@@ -387,6 +388,7 @@ def test_the_server_logs_a_rejected_call_in_one_line_without_its_text(server, cl
         with pytest.raises(Exception, match=r"\w"):
             call(client, **changes)
     lines = server.log.read_text().splitlines()[before:]
+    lines = [line for line in lines if "public link" not in line]  # a hint of the start, which may come late
     assert len(lines) == 7 and all("rejected a call: " in line for line in lines), lines
     for body in (
         b"{",
@@ -402,6 +404,7 @@ def test_the_server_logs_a_rejected_call_in_one_line_without_its_text(server, cl
     assert SENDERS_TEXT not in log and "Traceback" not in log
 
 
+@pytest.mark.slow
 def test_a_client_has_few_runs_at_a_time(client):
     long = {"steps": 250, "classes": [0, 1, 2, 3], "images_per_class": 16, "sampler": "heun"}
     runs = [call(client, submit=True, **long) for _ in range(generation.MAX_RUNS_PER_CLIENT + 1)]

@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from ..config import DataConfig, options_of
 from ..errors import InputError
-from .image_datasets import image_and_label, load_image_dataset
+from .image_datasets import image_and_label, load_image_dataset, refuse_paths
 from .image_source import CLASS_CHECKSUMS, CLASS_NAMES, ImageDataset
 from .latent_cache import LatentCache
 from .parquet import stream_image_dataset
@@ -237,10 +237,13 @@ def as_training_data(dataset, image_column: str = "image", label_column: str = "
     """Turns a Python object, a `TrainingData` or a `Dataset` of `datasets`, into training data.
 
     Raises:
-        InputError: if it is something else, or the columns do not hold images and class ids.
+        InputError: if it is something else, the columns do not hold images and class ids, or rows name files in the place of
+            images.
     """
     if isinstance(dataset, Dataset):
         return ImageDataset(*image_and_label(dataset, "train_dataset", "(a Dataset)", image_column, label_column))
+    if isinstance(dataset, ImageDataset):
+        refuse_paths(dataset.data, "train_dataset", "(an ImageDataset)")
     if not isinstance(dataset, TrainingData):
         raise InputError(
             "train_dataset",

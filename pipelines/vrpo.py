@@ -124,6 +124,8 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             `prediction_type="epsilon"`, with the betas of the training, and `clip_sample=False` for latents.
         vae (a diffusers autoencoder, *optional*): decodes latents; without it the transformer works on pixels.
         id2label (`dict[int, str]`, *optional*): class names; commas separate synonyms, as in ImageNet's names.
+        trained_labels (`list[int]`, *optional*): the ids of the classes that had images in training; by default all. Others
+            are sampled with a warning. The config has it only if some had none.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -136,6 +138,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         scheduler: SchedulerMixin,
         vae: ModelMixin | None = None,
         id2label: dict | None = None,
+        trained_labels: list[int] | None = None,
     ):
         super().__init__()
         if transformer is not None and "num_classes" not in getattr(transformer, "config", {}):
@@ -162,6 +165,9 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         num_classes = transformer.config.num_classes if transformer is not None else math.inf
         if wrong := [key for key in id2label if not 0 <= int(key) < num_classes]:
             raise ValueError(f"`id2label` names class {wrong[0]}, but the transformer has ids 0 ... {num_classes - 1}")
+        if trained_labels is not None:
+            self._record_trained_labels(trained_labels, num_classes)
+        self._warned_labels: set[int] = set()
 
         # Whole names first, then names without case, then the synonyms: "Cardigan" and "cardigan" are two classes.
         self.labels: dict[str, list[int]] = {}
@@ -175,6 +181,26 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 for spelling in dict.fromkeys(spellings(name)):
                     found.setdefault(spelling, []).append(int(key))
             self.labels = {**found, **self.labels}
+
+    def _record_trained_labels(self, trained_labels: list[int], num_classes: int | float):
+        """Enters the trained classes into the config, unless these are all."""
+        is_list = isinstance(trained_labels, list | tuple) and all(is_integer(label) for label in trained_labels)
+        if not is_list or not trained_labels:
+            raise ValueError(f"`trained_labels` must be a list of class ids, not {trained_labels!r}")
+        trained_labels = sorted({int(label) for label in trained_labels})
+        if not 0 <= trained_labels[0] <= trained_labels[-1] < num_classes:
+            raise ValueError(
+                f"`trained_labels` has ids {trained_labels[0]} ... {trained_labels[-1]}, but the transformer has ids "
+                f"0 ... {num_classes - 1}"
+            )
+        if len(trained_labels) < num_classes:
+            self.register_to_config(trained_labels=trained_labels)
+
+    @property
+    def trained_labels(self) -> list[int]:
+        """The ids of the classes that had images in training: those to sample by default."""
+        known = self.config.get("trained_labels")
+        return list(range(self.transformer.config.num_classes)) if known is None else list(known)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
@@ -306,6 +332,19 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                     f"`class_labels`: {label!r} is not a class; this model has {num_classes}, ids 0 ... {num_classes - 1}"
                 )
         return ids
+
+    def warn_untrained(self, ids: list[int]):
+        """Warns, once of each, of classes that had no images in training."""
+        untrained = sorted(set(ids).difference(self.trained_labels, self._warned_labels))
+        self._warned_labels.update(untrained)
+        if untrained:
+            names = [self.config.id2label.get(str(label)) for label in untrained[:10]]
+            listed = [str(label) + (f" ({name!r})" if name else "") for label, name in zip(untrained, names)]
+            logger.warning(
+                f"`class_labels`: {len(untrained)} of these classes had no images in training, so that what is drawn for them "
+                f"means nothing: {', '.join(listed)}{', ...' if len(untrained) > 10 else ''}; `pipeline.trained_labels` "
+                "lists the others"
+            )
 
     @property
     def scheduler_options(self) -> dict:
@@ -763,6 +802,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             callback_on_step_end,
         )
         ids = self.get_label_ids(class_labels)
+        self.warn_untrained(ids)
         num_images_per_label = int(num_images_per_label)
         self._guidance_scale = guidance_scale
         self._interrupt = False

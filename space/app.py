@@ -204,7 +204,7 @@ def build_app(pipeline: VRPOPipeline, title: str) -> gr.Blocks:
         with gr.Row(elem_id="page"):
             with gr.Column(elem_id="pick"):
                 info = "Type a part of a name, or an id."
-                classes = gr.Dropdown(choices, value=[0], multiselect=True, label="Classes", info=info)
+                classes = gr.Dropdown(choices, value=[choices[0][1]], multiselect=True, label="Classes", info=info)
                 count = gr.Slider(1, MAX_IMAGES_PER_CLASS, 4, step=1, label="Images per class", buttons=[])
                 with gr.Row():
                     start = gr.Button("Generate", variant="primary", min_width=120)

@@ -50,10 +50,9 @@ def open_pipeline(name: str, dtype: str | None = None) -> VRPOPipeline:
 
 
 def class_choices(pipeline: VRPOPipeline) -> list[tuple[str, int]]:
-    """`(text, id)` of every class; the text has the name, where there is one, and the id: it is found by both."""
+    """`(text, id)` of every trained class; the text has the name, where there is one, and the id: it is found by both."""
     names = pipeline.config.id2label
-    ids = range(pipeline.transformer.config.num_classes)
-    return [(f"{names[str(i)]} ({i})" if str(i) in names else f"class {i}", i) for i in ids]
+    return [(f"{names[str(i)]} ({i})" if str(i) in names else f"class {i}", i) for i in pipeline.trained_labels]
 
 
 def class_name(pipeline: VRPOPipeline, class_id: int) -> str:
@@ -230,7 +229,8 @@ def generate(
 
     # Weights are shared by all users, schedulers are not: what one chose must not stay for the next.
     scheduler = copy.deepcopy(pipeline.scheduler)
-    pipeline = VRPOPipeline(pipeline.transformer, scheduler, pipeline.vae, pipeline.config.id2label)
+    names, trained_labels = pipeline.config.id2label, pipeline.trained_labels
+    pipeline = VRPOPipeline(pipeline.transformer, scheduler, pipeline.vae, names, trained_labels)
     pipeline.set_progress_bar_config(disable=True)
     labels = [c for c in classes for _ in range(count)]
     seeds = [(int(seed) + k) % (MAX_SEED + 1) for _ in classes for k in range(count)]

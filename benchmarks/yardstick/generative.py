@@ -369,7 +369,7 @@ def grid(comparison: Comparison, work: Path, lines: list[dict], file: Path):
             continue
         pipeline = VRPOPipeline.from_pretrained(folder)
         pipeline.set_progress_bar_config(disable=True)
-        labels = 2 * list(range(pipeline.transformer.config.num_classes))
+        labels = 2 * pipeline.trained_labels
         options = {"num_inference_steps": 50, "guidance_scale": scale}
         images = sample_batch(pipeline, range(len(labels)), labels, 0, options)
         rows += [np.concatenate(half, axis=1) for half in np.split(images, 2)]

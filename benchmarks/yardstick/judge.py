@@ -110,12 +110,12 @@ def draw(
 ) -> torch.Tensor:
     """Samples, uint8 `[N,3,R,R]` on the CPU. Their noise is not that of the curve's."""
     pipeline.set_progress_bar_config(disable=True)
-    count, num_classes = count or recipe.final_samples, pipeline.transformer.config.num_classes
+    count, classes = count or recipe.final_samples, pipeline.trained_labels
     options = {"num_inference_steps": recipe.train["num_inference_steps"], "guidance_scale": guidance_scale}
     size, parts = (256 if default_device().type == "cuda" else 32), []
     for start in range(0, count, size):
         indices = range(start, min(start + size, count))
-        labels = [i * num_classes // count for i in indices]
+        labels = [classes[i * len(classes) // count] for i in indices]
         parts.append(torch.from_numpy(sample_batch(pipeline, indices, labels, 10**6 + seed, options)))
     return torch.cat(parts).permute(0, 3, 1, 2).contiguous()
 

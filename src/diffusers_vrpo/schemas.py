@@ -162,6 +162,8 @@ def check_model_index(index, error: Callable[[str], Exception]):
             raise error(f"{name} must be [library, class], not {shown(value)}")
     if index.get("id2label") is not None and (problem := id2label_problem(index["id2label"])):
         raise error(f"id2label {problem}")
+    if problem := mismatch(index.get("trained_labels") or [], [int], "trained_labels"):
+        raise error(problem)
 
 
 def argument_problem(config: dict, defaults: dict) -> str | None:

@@ -25,7 +25,15 @@ from .data.image_datasets import check_corrupt_rows, too_many_corrupt
 from .data.image_source import ImageDataset
 from .data.latent_cache import LatentCache
 from .data.samples import StreamBatchSampler
-from .data.sources import TrainingData, as_training_data, check_data_settings, data_settings, load_training_data
+from .data.sources import (
+    TrainingData,
+    as_training_data,
+    check_data_settings,
+    classes_notice,
+    classes_to_sample,
+    data_settings,
+    load_training_data,
+)
 from .errors import TrainingInterrupted
 from .files import default_permissions, write_atomically
 from .hub.background import HubPublisher
@@ -428,6 +436,8 @@ class VRPOTrainer:
         data.give_up_when(lambda: self.interruption.signum > 0)  # in an outage, a signal ends the waiting
         if accelerator.is_main_process:
             data.check()
+        if notice := classes_notice(data):
+            logger.log(*notice)
         return data
 
     def _open_vae(self, vae) -> torch.nn.Module | None:
@@ -507,7 +517,9 @@ class VRPOTrainer:
             args, self.aligned, self.max_train_steps, rewards=rewards or DEFAULT_REWARDS, autocast=accelerator.autocast
         )
         scheduler = default_scheduler(transformer.config.prediction_type)
-        self.pipeline = VRPOPipeline(transformer, scheduler, self.vae, data.id2label)
+        # Classes without images here count as trained if they were in the weights that the run starts from.
+        trained = sorted({*classes_to_sample(data), *transformer.learned_labels})
+        self.pipeline = VRPOPipeline(transformer, scheduler, self.vae, data.id2label, trained)
 
         # FSDP replaces the weights: the averages are of the new ones.
         self.model, self.optimizer = prepare(accelerator, self.aligned, optimizer)

@@ -2,14 +2,20 @@
 """What is not decoded: files that a table names, and images of absurd sizes."""
 
 import io
+import json
 
+import datasets
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import ClassLabel, Dataset, Features, Image, concatenate_datasets, load_dataset, load_from_disk
 from PIL import Image as PILImage
 
 from diffusers_vrpo.data import image_datasets
 from diffusers_vrpo.data.image_datasets import decode_image, load_image_dataset
+from diffusers_vrpo.data.image_source import ImageDataset
+from diffusers_vrpo.data.sources import as_training_data
 from diffusers_vrpo.errors import InputError
 from support.data import png
 
@@ -30,6 +36,57 @@ def test_files_that_a_table_names_are_not_opened(tmp_path, path):
     write_table(tmp_path / "table", images)
     with pytest.raises(InputError, match="row 3 of column 'image' names a file instead of holding an image"):
         load_image_dataset(str(tmp_path / "table"), cache_dir=str(tmp_path / "cache"))
+
+
+def handed_in(folder, way):
+    """A data set whose last row names a file, as a script can get it from a table of somebody else."""
+    images = [{"bytes": png(row), "path": "0.png"} for row in range(3)]
+    images.append({"bytes": None, "path": str(folder / "secret.png")})
+    write_table(folder / "table", images)
+    features = Features({"image": Image(decode=False), "label": ClassLabel(names=["a", "b"])})
+    if way == "from_dict":
+        return Dataset.from_dict({"image": images, "label": [0, 1, 0, 1]}, features=features)
+    data = load_dataset(str(folder / "table"), split="train", cache_dir=str(folder / "cache"))
+    if way == "joined":  # which forgets the reader
+        return concatenate_datasets([data, data.rename_column("label", "kind").rename_column("kind", "label")])
+    if way == "saved":  # with a description that claims to be a folder of images
+        (folder / "saved").mkdir()
+        data.select(range(3)).save_to_disk(folder / "saved")
+        info = json.loads((folder / "saved" / "dataset_info.json").read_text()) | {"builder_name": "imagefolder"}
+        (folder / "saved" / "dataset_info.json").write_text(json.dumps(info))
+        arrow = next((folder / "saved").glob("*.arrow"))
+        with pa.OSFile(str(arrow), "wb") as file, pa.ipc.new_stream(file, data.data.table.schema) as stream:
+            stream.write_table(data.data.table)
+        return load_from_disk(str(folder / "saved"))
+    return data.select([3, 0, 1]) if way == "selected" else data
+
+
+@pytest.mark.parametrize("way", ["loaded", "selected", "from_dict", "joined", "saved"])
+def test_files_that_a_data_set_from_python_names_are_not_opened(tmp_path, way):
+    PILImage.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    data = handed_in(tmp_path, way)
+    row = 0 if way == "selected" else 3
+    with pytest.raises(InputError, match=f"row {row} of column 'image' names a file .*embed_table_storage"):
+        as_training_data(data)
+    with pytest.raises(InputError, match=f"row {row} of column 'image' names a file"):
+        as_training_data(ImageDataset(data, None, 2))
+    # Rows without paths are taken.
+    assert len(as_training_data(data.select([1, 2]))) == 2
+    # What the error advises puts in what the file holds.
+    data = data.with_format("arrow").map(datasets.table.embed_table_storage, batched=True).with_format(None)
+    record = as_training_data(data)[[row]]["image"][0]
+    assert record["bytes"] == (tmp_path / "secret.png").read_bytes()
+
+
+def test_data_sets_of_image_files_can_be_handed_in(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        (tmp_path / "images" / name / "1.png").write_bytes(png(1))
+    ours = load_image_dataset(train_data_dir=str(tmp_path / "images"))[0]
+    theirs = load_dataset("imagefolder", data_dir=str(tmp_path / "images"), split="train", cache_dir=str(tmp_path))
+    assert len(as_training_data(as_training_data(ours))) == 2
+    for data in (ours, theirs, theirs.train_test_split(0.5)["train"], concatenate_datasets([theirs, theirs])):
+        assert as_training_data(data).examples(np.array([0]), 8)[1].tolist() in ([0], [1])
 
 
 def test_tables_that_hold_their_images_open(tmp_path):

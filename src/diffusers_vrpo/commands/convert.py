@@ -101,11 +101,11 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     return parser
 
 
-def source_parts(name_or_path: str, cache_dir: str | None) -> tuple[object, dict | None, bool]:
-    """Scheduler, class names and whether there is an autoencoder, for a pipeline; None or False for other checkpoints."""
+def source_parts(name_or_path: str, cache_dir: str | None) -> tuple[object, dict | None, list[int] | None, bool]:
+    """Scheduler, class names, trained classes and whether there is an autoencoder, of a pipeline; else None and False."""
     index = pipeline_index(name_or_path, cache_dir)
     if index is None:
-        return None, None, False
+        return None, None, None, False
     library, class_name = index["scheduler"]
     scheduler = None
     scheduler_class = {"SiTSDEScheduler": SiTSDEScheduler}.get(class_name) or getattr(diffusers, class_name, None)
@@ -113,7 +113,7 @@ def source_parts(name_or_path: str, cache_dir: str | None) -> tuple[object, dict
         scheduler = scheduler_class.from_pretrained(name_or_path, subfolder="scheduler", cache_dir=cache_dir)
     else:
         logger.warning(f"{name_or_path}: its scheduler {library}.{class_name} is unknown here; taking the default")
-    return scheduler, index.get("id2label"), index.get("vae", [None])[0] is not None
+    return scheduler, index.get("id2label"), index.get("trained_labels"), index.get("vae", [None])[0] is not None
 
 
 def check_pipeline_folder(output: Path, overwrite: bool):
@@ -218,7 +218,7 @@ def convert(args: argparse.Namespace):
         logger.info(
             f"{args.checkpoint} also holds alignment projectors, which only training needs; a pipeline has none"
         )
-    scheduler, names, has_vae = source_parts(args.checkpoint, args.cache_dir)
+    scheduler, names, trained_labels, has_vae = source_parts(args.checkpoint, args.cache_dir)
     vae = None
     if args.vae not in (None, "none"):
         vae = load_vae(args.vae, args.cache_dir)
@@ -233,7 +233,7 @@ def convert(args: argparse.Namespace):
         )
     scheduler = scheduler or default_scheduler(config.prediction_type)
     try:
-        pipeline = VRPOPipeline(transformer, scheduler, vae, id2label or names)
+        pipeline = VRPOPipeline(transformer, scheduler, vae, id2label or names, trained_labels)
     except ValueError as error:
         raise InputError("id2label", f"`id2label` {args.id2label}: {error}") from error
     write_pipeline(pipeline, output)

@@ -21,7 +21,7 @@ from ..data.image_source import class_names
 from ..data.latent_cache import num_chunks
 from ..data.latent_cache_writer import CacheWriter
 from ..data.latent_encoding import IMAGE_FORMATS, BatchEncoder, cache_config, write_chunks
-from ..data.sources import load_images
+from ..data.sources import classes_notice, load_images
 from ..models.autoencoder import latent_shape, load_vae, reconstruction_problem
 from ..models.vision import layers_of_encoders
 from ..training.distributed import start_processes
@@ -43,6 +43,8 @@ def prepare(args: argparse.Namespace):
         data = load_images(args)
     if state.is_main_process:
         data.check()
+        if notice := classes_notice(data):
+            logger.log(*notice)
     vae = None if args.vae == "none" else load_vae(args.vae, args.cache_dir).to(state.device)
     if vae is not None and args.vae_dtype != "float32":
         vae.to(getattr(torch, args.vae_dtype))

@@ -106,11 +106,18 @@ def sample(args: argparse.Namespace):
     set_sampler(pipeline, args.sampler, args.pipeline)
     arguments = sampling_arguments(pipeline, args)
     check_steps(pipeline, args.num_inference_steps)
-    given = args.labels or list(range(pipeline.transformer.config.num_classes))
+    given = args.labels or pipeline.trained_labels
     try:
         classes = pipeline.get_label_ids([c if str(c).lower() in pipeline.labels else as_id(c) for c in given])
     except ValueError as error:
         raise InputError("labels", f"`labels`: {error}") from error
+
+    if (
+        not args.labels
+        and (untrained := pipeline.transformer.config.num_classes - len(classes))
+        and state.is_main_process
+    ):
+        logger.info(f"{untrained} classes had no images in training and are not sampled; --labels samples them too")
 
     # 1. The folder: one process checks it, and all learn what is missing or wrong.
     manifest = build_manifest(pipeline, args, arguments, classes, state)
@@ -177,7 +184,9 @@ def build_manifest(pipeline, args, arguments: dict, classes: list[int], state: P
         "pipeline_checksum": checksum(pipeline),
         "options": {
             "num_images": args.num_images,
-            "label_ids": classes if args.labels else "all",
+            "label_ids": "all"
+            if classes == list(range(pipeline.transformer.config.num_classes)) and not args.labels
+            else classes,
             "class_balance": args.class_balance,
             "seed": args.seed,
             "sampler": args.sampler,
@@ -219,7 +228,12 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("pipeline", metavar="PIPELINE", help="folder or Hub name of a saved VRPOPipeline")
     g = parser.add_argument_group("what is sampled")
     g.add_argument("--num_images", type=number_in(NUM_SAMPLES), required=True, help="number of images")
-    g.add_argument("--labels", nargs="+", metavar="LABEL", help="class names or ids; all classes if not given")
+    g.add_argument(
+        "--labels",
+        nargs="+",
+        metavar="LABEL",
+        help="class names or ids; all classes that had images in training if not given",
+    )
     g.add_argument(
         "--class_balance",
         choices=["balanced", "random"],

@@ -20,7 +20,14 @@ from PIL import ImageOps
 from ..config import DIGITS, EMBEDDED_DIGITS, expanded, is_embedded_digits
 from ..errors import UNKNOWN_TO_THE_HUB, InputError, first_line, gated, hub_problem
 from ..random_streams import ORDER, random_stream
-from .image_folders import IMAGE_SUFFIXES, METADATA_FILES, check_text_labels, load_image_folder, sorted_classes
+from .image_folders import (
+    IMAGE_FOLDER,
+    IMAGE_SUFFIXES,
+    METADATA_FILES,
+    check_text_labels,
+    load_image_folder,
+    sorted_classes,
+)
 from .reach import offline_if_refused
 
 
@@ -112,9 +119,10 @@ def image_and_label(
         option, name: what errors call the data set.
 
     Raises:
-        InputError: if the columns do not hold images and class ids.
+        InputError: if the columns do not hold images and class ids, or name files in the place of images.
     """
     check_columns(data.features, option, name, image_column, label_column, text=True)
+    refuse_paths(data.select_columns([image_column]), option, name)
     data = with_text_classes(data, label_column, f"`label_column` {label_column!r} of `{option}` {name}")
     labels, label = column_values(data, label_column), data.features[label_column]
     smallest, largest = pc.min_max(labels).as_py().values()
@@ -156,8 +164,12 @@ def with_text_classes(data: Dataset, label_column: str, column: str) -> Dataset:
 
 
 def column_values(data: Dataset, column: str) -> pa.ChunkedArray:
-    """A column as arrow has it. A selection of rows is kept by `datasets` as indices into the table."""
-    values = data.data.column(column)
+    """A column as arrow has it. `datasets` keeps a selection of rows as indices into the table."""
+    return selected(data, data.data.column(column))
+
+
+def selected(data: Dataset, values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The values of the rows of a data set, out of those of the rows of its table."""
     return values if data._indices is None else values.take(data._indices.column(0))
 
 
@@ -259,30 +271,44 @@ def open_named(option: str, name: str, config_name: str | None, cache_dir: str |
 def refuse_paths(data: Dataset, option: str, name: str):
     """Refuses a table with paths in the place of images, which could name any file of this machine.
 
-    The paths of image files that `datasets` has listed or downloaded itself are taken. Only the bitmaps of missing values are
-    read, not the images.
+    The paths of image files that `datasets` or `load_image_folder` has listed itself are taken. Only the bitmaps of missing
+    values are read, not the images.
 
     Raises:
         InputError: if a row has a path and no bytes.
     """
-    if data.info.builder_name == "imagefolder":
+    if lists_its_own_files(data):
         return
     for column, feature in data.features.items():
         if not isinstance(feature, Image):
             continue
-        first = 0
+        named = []
         for chunk in data.data.column(column).chunks:
             has_path = pc.is_valid(pc.struct_field(chunk, "path"))
-            named = pc.and_(pc.is_null(pc.struct_field(chunk, "bytes")), has_path)
-            if pc.any(named).as_py():
-                row = pc.index(named, True).as_py()
-                raise InputError(
-                    option,
-                    f"`{option}` {name}: row {first + row} of column {column!r} names a file instead of holding an image, and "
-                    "files that a table names are not opened; store the images themselves in the table "
-                    "(dataset.cast_column(column, datasets.Image()) and to_parquet do), or give the folder of the image files",
-                )
-            first += len(chunk)
+            named.append(pc.and_(pc.is_null(pc.struct_field(chunk, "bytes")), has_path))
+        named = selected(data, pa.chunked_array(named, pa.bool_()))
+        if pc.any(named).as_py():
+            embedding = (
+                'dataset.with_format("arrow").map(datasets.table.embed_table_storage, batched=True).with_format(None)'
+            )
+            then = "" if option == "train_dataset" else ", and to_parquet writes the result,"
+            raise InputError(
+                option,
+                f"`{option}` {name}: row {pc.index(named, True).as_py()} of column {column!r} names a file instead of holding "
+                "an image, and files that a table names are not opened; store the images themselves in the table "
+                f"({embedding} in Python puts in what the files hold{then} if you trust the paths), or give the folder of the "
+                "image files",
+            )
+
+
+def lists_its_own_files(data: Dataset) -> bool:
+    """Whether the paths of a data set were listed from a folder or repository of image files, rather than read from a table.
+
+    A folder of `save_to_disk` holds the images themselves. One with paths was made by other means, whatever it says of itself.
+    """
+    folders = {os.path.dirname(file["filename"]) for file in data.cache_files}
+    is_saved = any(os.path.exists(os.path.join(folder, "state.json")) for folder in folders)
+    return data.info.builder_name == IMAGE_FOLDER and not is_saved
 
 
 def cause_of(error: BaseException) -> BaseException:

@@ -47,6 +47,7 @@ IMAGE_SUFFIXES = frozenset(
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".rar", ".7z")
 SPLIT_OF_FOLDER = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test"}
 SPLIT_OF_FOLDER |= {"validation": "validation", "val": "validation", "valid": "validation", "dev": "validation"}
+IMAGE_FOLDER = "imagefolder"  # the name of the reader of such folders in `datasets`, and of this one
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
@@ -237,7 +238,7 @@ def load_image_folder(option: str, folder: str, split: str, image_column: str, l
     images = pa.StructArray.from_arrays([pa.nulls(len(rows), pa.binary()), paths], ["bytes", "path"])
     table = pa.table({"image": images, label_column: pa.array(values, pa.int64())})
     features = Features({"image": Image(), label_column: feature})
-    return Dataset(InMemoryTable(table), info=DatasetInfo(features=features))
+    return Dataset(InMemoryTable(table), info=DatasetInfo(features=features, builder_name=IMAGE_FOLDER))
 
 
 def folder_classes(

@@ -73,6 +73,10 @@ class ImageSource:
             checksum = zlib.crc32(image_content(record["image"][0]), checksum)
         return {CLASS_NAMES: class_names(self), "the checksum of a sample of the images": checksum}
 
+    def classes_with_images(self) -> list[int] | None:
+        """Returns the ids of the classes that have images, in order; None if that is not known, as of a source of your own."""
+        return None
+
     def features(self, encoders: list[str], layers: list[int | None], grid_size: tuple[int, int]) -> list:
         """Always empty: the encoders compute their features from the images."""
         return []
@@ -199,6 +203,10 @@ class ImageDataset(ImageSource):
     def labels(self) -> np.ndarray:
         """The labels of all rows, int64 `[n]`."""
         return column_values(self.data, "label").to_numpy().astype(np.int64)
+
+    def classes_with_images(self) -> list[int]:
+        """The ids of the classes that have images, in order."""
+        return np.unique(self.labels()).tolist()
 
     def fingerprint(self) -> dict:
         """Returns the class names, CRC-32 of the labels, and one CRC-32 per class of its images.

@@ -241,6 +241,10 @@ class LatentCache:
             "the checksum of --latents_dir": self.checksum,
         }
 
+    def classes_with_images(self) -> list[int]:
+        """The ids of the classes that have images, in order."""
+        return np.unique(self["label"]).tolist()
+
     def features(self, encoders: list[str], layers: list[int | None], grid_size: tuple[int, int]) -> list:
         """Returns a `CachedEncoder` per encoder, or an empty list if the cache has the images but not all features.
 

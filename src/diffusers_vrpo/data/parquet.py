@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Features, load_dataset_builder
 from datasets.packaged_modules.parquet.parquet import Parquet
+from fsspec.implementations.local import LocalFileSystem
 
 from ..errors import InputError, TrainingStopped, first_line
 from ..random_streams import ORDER, random_stream
@@ -39,6 +40,8 @@ from .parquet_io import (
 from .streamed_samples import StreamedBatches, StreamedSamples
 
 
+GROUPS_AT_ONCE = 64  # row groups whose labels are read before it is asked whether all classes were found
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Rows
 
@@ -56,6 +59,7 @@ class ParquetRows(ImageSource):
         num_classes: the number of classes.
 
     Attributes:
+        classes: the ids of the classes that have images, in order; None if that is not known.
         group_rows: int64 `[G]`, the number of rows of each row group; empty groups are skipped.
         group_bytes: int64 `[G]`, the size of each group's images and labels in memory.
         checksum (`int`): CRC-32 of the files' names, sizes and footers, and of the columns.
@@ -76,6 +80,7 @@ class ParquetRows(ImageSource):
     ):
         self.files, self.columns = files, [image_column, label_column]
         self.id2label, self.num_classes = id2label, num_classes
+        self.classes: list[int] | None = None
         self.groups = [
             (file, number)
             for file in files
@@ -181,6 +186,10 @@ class ParquetRows(ImageSource):
             places = generator.permutation(self.group_rows[group])[: -(-CHECKED_IMAGES // 4)]
             rows.append(self.first_rows[group] + places)
         check_images(self, np.concatenate(rows))
+
+    def classes_with_images(self) -> list[int] | None:
+        """The ids of the classes that have images, in order; None if that is not known without reading all labels."""
+        return self.classes
 
     def fingerprint(self) -> dict:
         """The class names, and CRC-32 of the files' names, sizes and footers."""
@@ -301,10 +310,12 @@ def stream_image_dataset(
             f"{source}: a row group has {largest / 1e9:.1f} GB, and `streaming` holds at most {MOST_BYTES / 1e9:.1f} GB; "
             "write the files with smaller ones, as Dataset.to_parquet does",
         )
-    nulls, least, most = label_range(rows, source)
     column = f"`label_column` {label_column!r} of {source}"
+    nulls, labels, unread = labels_in_footers(rows, source)
+    least, most = min(labels, default=0), max(labels, default=0)
     names, rows.num_classes = check_labels(features[label_column], nulls, least, most, len(rows), column)
     rows.id2label = dict(enumerate(names)) if names else None
+    rows.classes = classes_in(rows, source, labels, unread)
     return rows
 
 
@@ -326,24 +337,71 @@ def open_files(urls: list[str], source: str) -> list[ParquetFile]:
     return in_threads(footer, [fsspec.core.url_to_fs(str(url)) for url in urls])
 
 
-def label_range(rows: ParquetRows, source: str) -> tuple[int, int, int]:
-    """The number of rows without a label, the smallest and the largest label: from the footers, else from the column."""
+def labels_in_footers(rows: ParquetRows, source: str) -> tuple[int, set[int], list[tuple[ParquetFile, int]]]:
+    """The labels that the statistics of the footers tell; groups without statistics are read.
+
+    Returns:
+        the number of rows without a label; the labels that are known to occur, among them the smallest and the largest; the
+        row groups that may have others.
+    """
+    nulls, labels, without, unread = 0, set(), [], []
+    for file, number in rows.groups:
+        (leaf,) = leaves(file.metadata.row_group(number), rows.columns[1:])
+        known = leaf.statistics
+        if known is None or not known.has_null_count:
+            without.append((file, number))
+        elif known.null_count == leaf.num_values:
+            nulls += known.null_count
+        elif not known.has_min_max:
+            without.append((file, number))
+        else:
+            nulls += known.null_count
+            labels |= {known.min, known.max}
+            if known.min != known.max:
+                unread.append((file, number))
+    for count, values in distinct_labels(rows, without, source):
+        nulls += count
+        labels.update(values)
+    return nulls, labels, unread
+
+
+def classes_in(
+    rows: ParquetRows, source: str, labels: set[int], unread: list[tuple[ParquetFile, int]]
+) -> list[int] | None:
+    """The classes that have images; on a disk the labels are read until all are found. None if only reading would tell.
+
+    Args:
+        labels: the labels that are known to occur.
+        unread: the row groups that may have others.
+    """
+    labels = set(labels)
+    is_local = all(isinstance(file.fs, LocalFileSystem) for file in rows.files)
+    for first in range(0, len(unread) if is_local else 0, GROUPS_AT_ONCE):
+        if len(labels) == rows.num_classes:
+            break
+        for _, values in distinct_labels(rows, unread[first : first + GROUPS_AT_ONCE], source):
+            labels.update(values)
+    return sorted(labels) if is_local or not unread or len(labels) == rows.num_classes else None
+
+
+def distinct_labels(
+    rows: ParquetRows, groups: list[tuple[ParquetFile, int]], source: str
+) -> list[tuple[int, list[int | str | bool]]]:
+    """Reads the column of the labels alone; returns the number of missing ones and the distinct others for each row group.
+
+    Raises:
+        InputError: if it cannot be read.
+    """
 
     def of_group(group):
         file, number = group
-        (leaf,) = leaves(file.metadata.row_group(number), rows.columns[1:])
-        known = leaf.statistics
-        if known is not None and known.has_null_count and (known.has_min_max or known.null_count == leaf.num_values):
-            return known.null_count, known.min, known.max
         try:
             labels = retried(partial(read_columns, file, number, rows.columns[1:]), file.path).column(0)
-        except Exception as error:
+        except Exception as error:  # from the file system, or from pyarrow if the file is damaged
             raise InputError(None, f"{source}: {file.path} cannot be read ({first_line(error)})") from error
-        return labels.null_count, *pc.min_max(labels).as_py().values()
+        return labels.null_count, pc.unique(labels.drop_null()).to_pylist()
 
-    nulls, smallest, largest = zip(*in_threads(of_group, rows.groups))
-    known = [label for label in (*smallest, *largest) if label is not None]
-    return sum(nulls), min(known, default=0), max(known, default=0)
+    return in_threads(of_group, groups)
 
 
 def in_threads(function: Callable, items: Iterable) -> list:

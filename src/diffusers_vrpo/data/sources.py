@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """The interface of training data, opening the data that a configuration names, and checks when a run is resumed."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -13,7 +14,7 @@ from datasets import Dataset
 
 from ..config import DataConfig, options_of
 from ..errors import InputError
-from .image_datasets import image_and_label, load_image_dataset
+from .image_datasets import image_and_label, load_image_dataset, refuse_paths
 from .image_source import CLASS_CHECKSUMS, CLASS_NAMES, ImageDataset
 from .latent_cache import LatentCache
 from .parquet import stream_image_dataset
@@ -46,6 +47,9 @@ class TrainingData(Protocol):
         vae (`str`, *optional*): the autoencoder that the data were encoded with; None for images.
         has_images (`bool`): whether `examples` works.
         random_access (`bool`): whether rows can be read in any order at the same cost.
+
+    Data may also have `classes_with_images() -> list[int] | None`, the ids of the classes that have images, in order, or None
+    if that is not known. Classes without images are not sampled by default.
     """
 
     num_classes: int
@@ -237,10 +241,13 @@ def as_training_data(dataset, image_column: str = "image", label_column: str = "
     """Turns a Python object, a `TrainingData` or a `Dataset` of `datasets`, into training data.
 
     Raises:
-        InputError: if it is something else, or the columns do not hold images and class ids.
+        InputError: if it is something else, the columns do not hold images and class ids, or rows name files in the place of
+            images.
     """
     if isinstance(dataset, Dataset):
         return ImageDataset(*image_and_label(dataset, "train_dataset", "(a Dataset)", image_column, label_column))
+    if isinstance(dataset, ImageDataset):
+        refuse_paths(dataset.data, "train_dataset", "(an ImageDataset)")
     if not isinstance(dataset, TrainingData):
         raise InputError(
             "train_dataset",
@@ -248,6 +255,41 @@ def as_training_data(dataset, image_column: str = "image", label_column: str = "
             "object with the methods of `TrainingData`, such as a subclass of `ImageSource`",
         )
     return dataset
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Classes without images
+
+
+def known_classes(data: TrainingData) -> list[int] | None:
+    """The ids of the classes that have images, in order; None if that is not known."""
+    find = getattr(data, "classes_with_images", None)
+    return None if find is None else find()
+
+
+def classes_to_sample(data: TrainingData) -> list[int]:
+    """The ids of the classes that have images, in order; of all classes if that is not known."""
+    known = known_classes(data)
+    return list(range(data.num_classes)) if known is None else known
+
+
+def classes_notice(data: TrainingData) -> tuple[int, str] | None:
+    """What to say of classes without images, with the level for the log; None if every class has some."""
+    known = known_classes(data)
+    if known is None:
+        return (
+            logging.INFO,
+            f"which of the {data.num_classes} classes have images is not known without reading all labels; all are sampled",
+        )
+    empty = sorted(set(range(data.num_classes)).difference(known))
+    if not empty:
+        return None
+    names = [f"{label} ({data.id2label[label]})" if data.id2label else str(label) for label in empty[:10]]
+    return (
+        logging.WARNING,
+        f"{len(empty)} of {data.num_classes} classes have no images and are not sampled by default: {', '.join(names)}"
+        f"{', ...' if len(empty) > 10 else ''}",
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------

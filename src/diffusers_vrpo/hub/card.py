@@ -283,11 +283,19 @@ def summary(run: dict) -> str:
         text += f" of {number(run['start']['parameters'] / 1e6)} M parameters"
     if is_finite(config.get("num_classes")):
         text += f" with {number(config['num_classes'])} classes"
+        if trained := trained_labels(run["index"]):
+            text += f" ({number(len(trained))} of which had training images)"
     if options.get("resolution"):
         text += f", images of {options['resolution']}×{options['resolution']} pixels"
     if run["objective"] in OBJECTIVES:
         text += f", trained with {OBJECTIVES[run['objective']]}"
     return text + "."
+
+
+def trained_labels(index: dict) -> list[int]:
+    """The ids of the classes that had images in training, if a pipeline's index says that some had none; else none."""
+    found = index.get("trained_labels")
+    return [label for label in found if type(label) is int] if isinstance(found, list) else []
 
 
 def optimizer(run: dict) -> str:
@@ -317,7 +325,10 @@ def render_card(folder: str | Path, repo_id: str, license: str | None = None, **
     """
     run = read_run(folder)
     options = run["options"]
-    labels = mapping(run["index"].get("id2label"))
+    labels, trained = mapping(run["index"].get("id2label")), trained_labels(run["index"])
+    # The example is of a class that can be drawn.
+    first = trained[0] if trained else 0
+    named = labels.get(str(first), next(iter(labels.values()), None))
     options_as_yaml = yaml.safe_dump(options).strip()
     base, encoders = options.get("pretrained_model_name_or_path"), options.get("encoder") or []
     run |= {
@@ -330,7 +341,7 @@ def render_card(folder: str | Path, repo_id: str, license: str | None = None, **
         "base_model": base,
         "encoders": ", ".join([encoders] if isinstance(encoders, str) else encoders),
         "data": options.get("dataset_name") or options.get("train_data_dir") or options.get("latents_dir"),
-        "example_label": quoted(str(next(iter(labels.values()))).split(",")[0]) if labels else "0",
+        "example_label": quoted(str(named).split(",")[0]) if labels else str(first),
         "has_labels": bool(labels),
         "number": number,
         "options_as_yaml": options_as_yaml,

@@ -60,6 +60,7 @@ class Start:
     source: SiTTransformer2DModel | None = None
     projectors: SavedProjectors | None = None  # saved with those weights
     labels: dict | None = None  # class names of the pipeline that the weights are from; keys are strings
+    trained_labels: list[int] | None = None  # the ids of its classes that had images, if some had none
     on_hub: bool = (
         False  # the weights are from a pipeline on the Hub that `VRPOPipeline.from_pretrained` opens as they are
     )
@@ -87,7 +88,8 @@ def read_start(args) -> Start:
         index = pipeline_index(name, args.cache_dir) or {}
         ours = index.get("transformer", [None, None])[1] == "SiTTransformer2DModel"
         on_hub = ours and not Path(name).exists()
-        start = Start(public_config(source.config), source, projectors, index.get("id2label"), on_hub)
+        labels, trained_labels = index.get("id2label"), index.get("trained_labels")
+        start = Start(public_config(source.config), source, projectors, labels, trained_labels, on_hub)
     choose_prediction(start.config, args.prediction_type, args.learn_sigma, name)
     patch_size = start.config.setdefault("patch_size", 2)
     if not isinstance(patch_size, int) or patch_size < 1:
@@ -207,7 +209,8 @@ def check_class_order(labels: dict | None, id2label: dict | None, keep_labels: b
 def load_start(transformer: SiTTransformer2DModel, args, start: Start, difference: str | None):
     """Loads the starting weights into a transformer of `build_transformer`, and adds its adapters.
 
-    Sets its `adapters_suffice`: whether the adapters, on the base from the Hub, are the whole result.
+    Sets its `adapters_suffice`: whether the adapters, on the base from the Hub, are the whole result; and its
+    `learned_labels`: the ids of the classes whose rows come from those weights and had images there.
 
     Args:
         difference: between the classes, as `build_transformer` returns it.
@@ -231,11 +234,17 @@ def load_start(transformer: SiTTransformer2DModel, args, start: Start, differenc
             logger.info(f"{name}: {note}")
     if args.lora_rank:
         add_lora(transformer, args.lora_rank, train_labels=difference is not None)
+    keeps_rows = source is not None and difference is None
+    transformer.learned_labels = []
+    if keeps_rows:
+        all_labels = range(source.config.num_classes)
+        known = all_labels if start.trained_labels is None else start.trained_labels
+        transformer.learned_labels = [label for label in all_labels if label in known]
     # Labels, the row of the null class and positions must be those of the base, and the base must be public.
     same_null_class = source is not None and transformer.null_class_id == source.null_class_id
     same_positions = source is not None and transformer.grid_size == source.grid_size
     transformer.adapters_suffice = bool(
-        args.lora_rank and start.on_hub and difference is None and same_null_class and same_positions
+        args.lora_rank and start.on_hub and keeps_rows and same_null_class and same_positions
     )
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..command_line import as_id
 from ..config import last_part
-from ..data.sources import TrainingData
+from ..data.sources import TrainingData, classes_to_sample
 from ..errors import InputError
 from ..evaluation.feature_statistics import FeatureSet, collect_features, describe, shared_statistics
 from ..evaluation.image_encoders import load_image_encoder
@@ -58,7 +58,8 @@ class Validation(TrainerCallback):
         self.pipeline = pipeline
         self.output_dir = output_dir
         self.interruption = interruption
-        self.columns = grid_columns(pipeline, args.validation_labels)
+        self.classes = classes_to_sample(data)
+        self.columns = grid_columns(pipeline, args.validation_labels, self.classes)
         check_steps(pipeline, args.num_inference_steps)
         self.fd_encoder = None
         self.grid: Image.Image | None = None  # the newest, on the main process
@@ -124,8 +125,7 @@ class Validation(TrainerCallback):
 
     def distance(self, pipeline: VRPOPipeline) -> float:
         """Computes the Fréchet distance of samples of `pipeline` to the reference."""
-        args, count = self.args, self.num_samples
-        num_classes = pipeline.transformer.config.num_classes
+        args, count, classes = self.args, self.num_samples, self.classes
         options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": 1.0}
         pipeline.set_progress_bar_config(disable=True)
 
@@ -134,8 +134,8 @@ class Validation(TrainerCallback):
                 if self.interruption.signum:
                     yield None
                     return
-                # Every class appears equally often, up to a difference of one.
-                labels = [i * num_classes // count for i in indices]
+                # Every class with images appears equally often, up to a difference of one.
+                labels = [classes[i * len(classes) // count] for i in indices]
                 try:
                     with self.accelerator.autocast():
                         images = sample_batch(pipeline, indices, labels, args.seed, options)
@@ -192,15 +192,14 @@ class Validation(TrainerCallback):
         return moments["pool"].mean, moments["pool"].covariance
 
 
-def grid_columns(pipeline: VRPOPipeline, labels: list[str] | None) -> list[int]:
-    """The classes of `validation_labels`, names or ids; by default ten, evenly spread over all.
+def grid_columns(pipeline: VRPOPipeline, labels: list[str] | None, classes: list[int]) -> list[int]:
+    """The classes of `validation_labels`, names or ids; by default ten, evenly spread over `classes`.
 
     Raises:
         InputError: if the model does not have a label.
     """
-    num_classes = pipeline.transformer.config.num_classes
-    columns = min(10, num_classes)
-    labels = labels or [int(i * num_classes / columns) for i in range(columns)]
+    columns = min(10, len(classes))
+    labels = labels or [classes[int(i * len(classes) / columns)] for i in range(columns)]
     try:
         return pipeline.get_label_ids([c if str(c).lower() in pipeline.labels else as_id(c) for c in labels])
     except ValueError as error:

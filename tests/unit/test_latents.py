@@ -1,5 +1,6 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from diffusers_vrpo.data.image_datasets import decode_image, load_image_dataset,
 from diffusers_vrpo.data.image_source import ImageDataset
 from diffusers_vrpo.data.samples import StreamBatchSampler, TrainingSamples
 from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.models.autoencoder import encode_images, latent_shape, load_vae
+from diffusers_vrpo.models.autoencoder import decoded_side, encode_images, latent_layout, latent_shape, load_vae
 from support.data import png, write_parquet
 from support.models import tiny_vae
 
@@ -274,6 +275,36 @@ def test_autoencoders_load_encode_and_report_their_shape(tmp_path, kind, shape):
         torch.testing.assert_close(drawn - latents, vae.encode(x).latent_dist.std * noise * scale)
     else:
         torch.testing.assert_close(drawn, latents)
+
+
+@pytest.mark.parametrize("kind, shape", [("kl", (4, 256, 256)), ("tiny", (4, 128, 128)), ("dc", (4, 128, 128))])
+def test_shapes_are_measured_at_the_resolution_without_computing(kind, shape, monkeypatch):
+    vae, encode, devices = tiny_vae(kind), type(tiny_vae(kind)).encode, []
+    monkeypatch.setattr(
+        type(vae), "encode", lambda vae, x: devices.append((x.device.type, x.shape[-1])) or encode(vae, x)
+    )
+    assert latent_layout(vae, 512, 2) == (shape, kind == "kl")
+    assert set(devices) == {("meta", 512)} and vae.device.type == "cpu"
+    assert decoded_side(vae, 4, shape[-1]) == 512
+
+
+class OneSize(torch.nn.Module):
+    """Takes images of 24 pixels only, with values that the meta device does not have; two rows of padding."""
+
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def encode(self, pixels):
+        if pixels.shape[-1] != 24 or pixels.flatten()[0].item() != 0:
+            raise ValueError("24 pixels")
+        return SimpleNamespace(latent=torch.zeros(len(pixels), 6, 14, 14))
+
+
+def test_an_autoencoder_of_one_resolution_is_measured_there():
+    assert latent_layout(OneSize(), 24, 2) == ((6, 14, 14), False)
+    with pytest.raises(InputError, match=r"a OneSize does not encode RGB images of 32 pixels \(24 pixels\)"):
+        latent_shape(OneSize(), 32, 2)
+    with pytest.raises(InputError, match=r"`resolution` 24 to \[6, 14, 14\], not to rows and columns in patches of 4"):
+        latent_shape(OneSize(), 24, 4)
 
 
 def test_pixels_without_an_autoencoder():

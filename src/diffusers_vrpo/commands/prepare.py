@@ -22,7 +22,7 @@ from ..data.latent_cache import num_chunks
 from ..data.latent_cache_writer import CacheWriter
 from ..data.latent_encoding import IMAGE_FORMATS, BatchEncoder, cache_config, write_chunks
 from ..data.sources import classes_notice, load_images
-from ..models.autoencoder import latent_shape, load_vae, reconstruction_problem
+from ..models.autoencoder import latent_layout, load_vae, reconstruction_problem
 from ..models.vision import layers_of_encoders
 from ..training.distributed import start_processes
 
@@ -48,7 +48,7 @@ def prepare(args: argparse.Namespace):
     vae = None if args.vae == "none" else load_vae(args.vae, args.cache_dir).to(state.device)
     if vae is not None and args.vae_dtype != "float32":
         vae.to(getattr(torch, args.vae_dtype))
-    shape = latent_shape(vae, args.resolution, args.patch_size)
+    shape, has_posterior = latent_layout(vae, args.resolution, args.patch_size)
     if vae is not None and state.is_main_process:
         image = data.examples(data.fixed_rows(1), args.resolution)[0][0]
         problem = reconstruction_problem(vae, image)
@@ -64,6 +64,7 @@ def prepare(args: argparse.Namespace):
         data,
         vae,
         shape,
+        has_posterior,
         args.resolution,
         encoders,
         args.encoder or [],

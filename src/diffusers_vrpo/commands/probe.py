@@ -31,7 +31,7 @@ from ..evaluation.image_encoders import POOLINGS, load_image_encoder
 from ..evaluation.image_sets import DatasetReader, ImageSet
 from ..evaluation.metrics import cka, cknna, linear_probe
 from ..files import replacing
-from ..models.autoencoder import encode_images
+from ..models.autoencoder import decoded_side, encode_images
 from ..models.flow import forward_process
 from ..pipelines.pipeline_vrpo import VRPOPipeline
 from ..random_streams import NOISE, ORDER, random_stream
@@ -164,7 +164,7 @@ def image_side(transformer, vae) -> int:
         )
     if vae is None:
         return size
-    return size * 128 // encode_images(vae, torch.zeros(1, 3, 128, 128, device=vae.device)).shape[-1]
+    return decoded_side(vae, transformer.config.in_channels, size)
 
 
 def split_rows(args, data, test_data) -> tuple[np.ndarray, np.ndarray]:

@@ -36,6 +36,7 @@ def cache_config(
     data,
     vae,
     latent_shape: tuple[int, int, int],
+    has_posterior: bool,
     resolution: int,
     encoders: list = (),
     encoder_names: list[str] = (),
@@ -52,7 +53,7 @@ def cache_config(
     Args:
         data: an `ImageDataset`.
         vae: the autoencoder; None keeps the pixels.
-        latent_shape: `(C, h, w)`.
+        latent_shape, has_posterior: what `latent_layout` has measured.
         resolution: side of the centre crop in pixels.
         encoders, encoder_names, layers: the encoders of the features; a layer of None is the encoder's default.
         vae_dtype: the dtype of the autoencoder's computation.
@@ -64,7 +65,6 @@ def cache_config(
     Raises:
         InputError: if `sampled` is set and the autoencoder has no posterior.
     """
-    has_posterior = vae is not None and has_moments(vae)
     if sampled and not has_posterior:
         what = "`vae` none keeps pixels" if vae is None else f"`vae` is a {type(vae).__name__}, which has no posterior"
         raise InputError("sampled", f"`sampled`: {what}; remove it")
@@ -99,11 +99,6 @@ def cache_config(
         ],
         "chunk_rows": chunk_rows,
     }
-
-
-def has_moments(vae) -> bool:
-    """Whether an autoencoder has a posterior."""
-    return encode_moments(vae, torch.zeros(1, 3, 128, 128, device=vae.device))[1] is not None
 
 
 def dataset_checksum(data, sample: int = 256) -> int:

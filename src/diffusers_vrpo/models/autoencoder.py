@@ -135,17 +135,18 @@ def encode_moments(vae, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
     Both are `[B,C,h,w]` float32 and not scaled yet; the second is None if the autoencoder has no posterior.
     """
-    means, stds = [], []
     # 32 at a time: a batch of 256 images of 256 pixels would take tens of gigabytes of activations.
-    for part in pixels.split(32):
-        with torch.autocast(pixels.device.type, enabled=False):
-            encoded = vae.encode(part.to(vae.dtype))
-        if hasattr(encoded, "latent_dist"):
-            means.append(encoded.latent_dist.mean.float())
-            stds.append(encoded.latent_dist.std.float())
-        else:
-            means.append((encoded.latents if hasattr(encoded, "latents") else encoded.latent).float())
-    return torch.cat(means), torch.cat(stds) if stds else None
+    with torch.autocast(pixels.device.type, enabled=False):
+        parts = [_moments(vae, part) for part in pixels.split(32)]
+    means, stds = zip(*parts)
+    return torch.cat(means), None if stds[0] is None else torch.cat(stds)
+
+
+def _moments(vae, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    encoded = vae.encode(pixels.to(vae.dtype))
+    if hasattr(encoded, "latent_dist"):
+        return encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
+    return (encoded.latents if hasattr(encoded, "latents") else encoded.latent).float(), None
 
 
 def latent_statistics(vae) -> dict[str, list[float]]:
@@ -213,23 +214,104 @@ def reconstruction_problem(vae, image: np.ndarray) -> str | None:
     )
 
 
-def latent_shape(vae, resolution: int, patch_size: int) -> tuple[int, int, int]:
-    """The shape `(C, h, w)` of the transformer's training input.
+class _Applied(torch.nn.Module):
+    """An autoencoder whose `forward` is `function(vae, values)`, as `functional_call` needs it."""
+
+    def __init__(self, vae, function):
+        super().__init__()
+        self.vae = vae
+        self.function = function
+
+    def forward(self, values: torch.Tensor):
+        return self.function(self.vae, values)
+
+
+@torch.no_grad()
+def on_meta(function, vae, *shape: int):
+    """`function(vae, values)` for values of a shape on the meta device, which finds shapes in milliseconds at any size.
 
     Raises:
-        InputError: if the resolution is not a multiple of the autoencoder's factor times the patch size.
+        Exception: of any type, if the function does not take that shape, or does not compute on that device.
     """
-    channels, factor = 3, 1
-    if vae is not None:
-        try:
-            probe = encode_images(vae, torch.zeros(1, 3, 128, 128, device=vae.device))
-        except Exception as error:  # an error on one blank image would also occur in training
-            raise InputError(
-                "vae",
-                f"`vae`: a {type(vae).__name__} does not encode RGB images ({first_line(error)}); give an "
-                "AutoencoderKL, AutoencoderTiny or AutoencoderDC",
-            ) from error
-        channels, factor = probe.shape[1], 128 // probe.shape[-1]
+    applied = _Applied(vae, function)
+    state = {**dict(applied.named_parameters()), **dict(applied.named_buffers())}
+    state = {name: tensor.to("meta") for name, tensor in state.items()}
+    return torch.func.functional_call(applied, state, (torch.zeros(shape, device="meta"),))
+
+
+def side_factor(vae) -> int | None:
+    """By how much an autoencoder makes sides smaller; None if that cannot be told without its own resolution."""
+    try:
+        return 512 // on_meta(_moments, vae, 1, 3, 512, 512)[0].shape[-1]
+    except Exception:  # a class of any origin, which takes one resolution only or does not compute on that device
+        return None
+
+
+def measure_latents(vae, resolution: int) -> tuple[tuple[int, int, int], bool]:
+    """The shape `(C, h, w)` of the latents of an image of `resolution` pixels, and whether they have a posterior.
+
+    Nothing is extrapolated from another resolution. An autoencoder that does not compute on the meta device encodes one
+    blank image.
+
+    Raises:
+        Exception: of any type, if the autoencoder cannot encode such an image.
+    """
+    try:
+        mean, std = on_meta(_moments, vae, 1, 3, resolution, resolution)
+    except Exception:  # the error of the real device is the one to report
+        mean, std = encode_moments(vae, torch.zeros(1, 3, resolution, resolution, device=vae.device))
+    return tuple(mean.shape[1:]), std is not None
+
+
+@torch.no_grad()
+def decoded_side(vae, channels: int, size: int) -> int:
+    """The side in pixels of the images that latents `[channels, size, size]` are decoded to."""
+    try:
+        return on_meta(_decoded, vae, 1, channels, size, size).shape[-1]
+    except Exception:  # the real device decides, whatever the other one could not do
+        return _decoded(vae, torch.zeros(1, channels, size, size, device=vae.device)).shape[-1]
+
+
+def _decoded(vae, latents: torch.Tensor) -> torch.Tensor:
+    return vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+
+
+def latent_layout(vae, resolution: int, patch_size: int) -> tuple[tuple[int, int, int], bool]:
+    """The shape `(C, h, w)` of the transformer's training input, and whether the latents have a posterior.
+
+    Raises:
+        InputError: if the autoencoder cannot encode RGB images of that size, or the resolution is not a multiple of its
+            factor times the patch size.
+    """
+    if vae is None:
+        check_resolution(resolution, 1, patch_size)
+        return (3, resolution, resolution), False
+    if (factor := side_factor(vae)) is not None:
+        check_resolution(resolution, factor, patch_size)
+    try:
+        shape, has_posterior = measure_latents(vae, resolution)
+    except Exception as error:  # an error on one blank image would also occur in training
+        raise InputError(
+            "vae",
+            f"`vae`: a {type(vae).__name__} does not encode RGB images of {resolution} pixels ({first_line(error)}); give "
+            "an AutoencoderKL, AutoencoderTiny or AutoencoderDC",
+        ) from error
+    if len(shape) != 3 or shape[1] % patch_size or shape[2] % patch_size:
+        raise InputError(
+            "vae",
+            f"`vae`: a {type(vae).__name__} encodes images of `resolution` {resolution} to {list(shape)}, not to rows and "
+            f"columns in patches of {patch_size}; give another `resolution` or autoencoder",
+        )
+    return shape, has_posterior
+
+
+def latent_shape(vae, resolution: int, patch_size: int) -> tuple[int, int, int]:
+    """The shape `(C, h, w)` of the transformer's training input; raises InputError as `latent_layout` does."""
+    return latent_layout(vae, resolution, patch_size)[0]
+
+
+def check_resolution(resolution: int, factor: int, patch_size: int):
+    """Raises InputError if a resolution is not a multiple of the autoencoder's factor times the patch size."""
     unit = factor * patch_size
     if resolution <= 0 or resolution % unit:
         below = resolution // unit * unit
@@ -239,4 +321,3 @@ def latent_shape(vae, resolution: int, patch_size: int) -> tuple[int, int, int]:
             f"`resolution` {resolution} is not divisible by {unit} (autoencoder factor {factor} x patch size "
             f"{patch_size}); {near} would do",
         )
-    return channels, resolution // factor, resolution // factor

@@ -9,6 +9,7 @@ import contextlib
 import math
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 import yaml
@@ -69,6 +70,7 @@ from .training.metrics import (
 )
 from .training.output_dir import locked, not_saved, prepare_output_dir, writing
 from .training.setup import (
+    as_callbacks,
     as_list,
     build_optimizer,
     check_given,
@@ -135,7 +137,7 @@ class VRPOTrainer:
         callbacks: Iterable[TrainerCallback] = (),
     ):
         self.args = args = with_given(args or VRPOConfig(), model, encoders, vae)
-        check_given(args, train_dataset, rewards, callbacks := list(callbacks))
+        check_given(args, train_dataset, rewards, callbacks := as_callbacks(callbacks))
         self.output_dir = prepare_output_dir(args.output_dir)
         self.interruption = Interruption()
 
@@ -463,7 +465,7 @@ class VRPOTrainer:
             if args.encoder:
                 logger.info(f"objective none trains without the encoder {', '.join(args.encoder)}")
             return []
-        if encoders is None or all(isinstance(encoder, str) for encoder in encoders):
+        if encoders is None or all(isinstance(encoder, str | Path) for encoder in encoders):
             layers = layers_of_encoders(args.encoder, args.encoder_layer)
             if cached := self.data.features(args.encoder, layers, grid_size):
                 return cached
@@ -474,7 +476,7 @@ class VRPOTrainer:
         dtype = torch.float32 if accelerator.device.type == "cpu" else half
         return [
             load_encoder(encoder, grid_size, layer, dtype, accelerator.device, args.cache_dir)
-            if isinstance(encoder, str)
+            if isinstance(encoder, str | Path)
             else encoder
             for encoder, layer in zip(encoders, layers)
         ]

@@ -611,12 +611,19 @@ def test_options_that_cannot_work(command, capsys, changes, message):
         ({"num_processes": 3}, "`rollout_classes` 2 must be a multiple of the 3 processes, which have whole groups"),
         ({}, "judges images, which these latents are not; give `vae`"),
         ({"steps": 0}, "`generative_policy_start_step` 0 is never reached: the run has 0 steps"),
+        ({"weights": "1"}, "`reward_weights` 1 must be 3 numbers >= 0"),
+        ({"weights": "1,1,nan"}, "`reward_weights` 1,1,nan must be 3 numbers"),
     ],
 )
 def test_machines_that_cannot_work(accelerator, message):
     defaults = {"distributed_type": DistributedType.NO, "mixed_precision": "no", "num_processes": 1}
     args = SimpleNamespace(
-        generative_policy_start_step=0, rollout_classes=2, use_ema=False, ema_warmup=True, reward_function=None
+        generative_policy_start_step=0,
+        rollout_classes=2,
+        use_ema=False,
+        ema_warmup=True,
+        reward_function=None,
+        reward_weights=accelerator.pop("weights", None),
     )
     transformer = SimpleNamespace(config=SimpleNamespace(in_channels=4))
     pipeline = SimpleNamespace(transformer=transformer, vae=None)

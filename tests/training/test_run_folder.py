@@ -13,6 +13,7 @@ from diffusers_vrpo import VRPOConfig
 from diffusers_vrpo import trainer as trainer_module
 from diffusers_vrpo.data.latent_cache import read_meta
 from diffusers_vrpo.errors import InputError, TrainingStopped
+from diffusers_vrpo.models.start import transformer_config
 from diffusers_vrpo.training import checkpoints as training
 from diffusers_vrpo.training.checkpoints import find_damage, list_checkpoints
 from diffusers_vrpo.training.metrics import MetricsFile, read_metrics
@@ -483,6 +484,32 @@ def test_a_model_config_of_other_types_is_named(command, tmp_path, changes, prob
     (tmp_path / "model.json").write_text(json.dumps(json.loads((tmp_path / "model.json").read_text()) | changes))
     with pytest.raises(InputError, match=f"`model_config` .*model.json: {problem}"):
         run(options)
+
+
+@pytest.mark.parametrize(
+    "changes, problem",
+    [
+        ({"num_layers": -1}, "num_layers -1 must be a whole number from 1"),
+        ({"num_layers": 10**6}, "num_layers 1000000 must be"),
+        ({"patch_size": 0}, "patch_size 0 must be"),
+        ({"mlp_ratio": -1.0}, "mlp_ratio -1.0 must be a number above 0"),
+        (
+            {"num_layers": 900, "attention_head_dim": 4096, "num_attention_heads": 64},
+            "num_layers 900 of width .* billion",
+        ),
+    ],
+)
+def test_sizes_in_a_model_config_are_judged_before_anything_is_built(tmp_path, changes, problem):
+    (tmp_path / "model.json").write_text(json.dumps(changes))
+    with pytest.raises(InputError, match=f"`model_config` .*model.json: {problem}"):
+        transformer_config(None, str(tmp_path / "model.json"))
+
+
+def test_a_model_config_is_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("pipe", ".", "nowhere.json"):
+        with pytest.raises(InputError, match="`model_config` .* cannot be read"):
+            transformer_config(None, str(tmp_path / path))
 
 
 @pytest.mark.parametrize(

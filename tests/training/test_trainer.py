@@ -301,6 +301,15 @@ def test_a_data_source_is_one_class(config, tmp_path):
         ({"args": {"dataset_name": None}}, "`train_dataset`"),
         ({"encoders": None}, "`encoders`"),
         ({"args": {"generative_policy_start_step": 1}}, "`generative_policy_start_step`.*GenerativePolicy"),
+        ({"encoders": [3]}, "^`encoders` has 3; each must be a folder or a Hub name"),
+        ({"encoders": 3}, "^`encoders` has 3; each must be"),
+        ({"encoders": ["digits", print]}, "^`encoders` has <built-in function print>; .* width as `embed_dim`"),
+        ({"vae": 3}, "^`vae` is a int; give"),
+        ({"rewards": "semantic"}, "^`rewards` must be a list of names and functions, not 'semantic'"),
+        ({"rewards": 3}, "^`rewards` must be a list"),
+        ({"callbacks": [3]}, "^`callbacks` has 3; each must be a TrainerCallback"),
+        ({"callbacks": 3}, "^`callbacks` has 3"),
+        ({"train_dataset": 3, "args": {"dataset_name": None}}, "^`train_dataset` is a int"),
     ],
 )
 def test_what_cannot_work_names_the_argument(config, arguments, message):
@@ -310,6 +319,11 @@ def test_what_cannot_work_names_the_argument(config, arguments, message):
         args.model_config = None
     with pytest.raises(InputError, match=message):
         VRPOTrainer(**{**defaults, **arguments}, args=args)
+
+
+def test_the_options_are_a_configuration():
+    with pytest.raises(InputError, match="^`args` must be a VRPOConfig, not a dict"):
+        VRPOTrainer(args={"output_dir": "out"})
 
 
 # The average of the weights

@@ -192,9 +192,14 @@ def test_statistics_of_the_reference_are_kept(run, tmp_path, caplog):
     assert len([*(tmp_path / "cache").iterdir()]) == 3
 
     # Where they cannot be kept, the numbers are there all the same.
-    (tmp_path / "file").write_text("")
-    assert run(tmp_path / "samples.npz", reference, "--reference_cache", tmp_path / "file" / "x") == changed
+    for file in (tmp_path / "cache").iterdir():
+        (tmp_path / "taken" / file.name).mkdir(parents=True)
+    assert run(tmp_path / "samples.npz", reference, "--reference_cache", tmp_path / "taken") == changed
     assert "are not kept" in caplog.text
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/x", "/proc/x"):
+        with pytest.raises(SystemExit, match="--reference_cache .* is not a folder that can be written"):
+            run(tmp_path / "samples.npz", reference, "--reference_cache", tmp_path / place)
 
     # A torn file is made again.
     for file in (tmp_path / "cache").iterdir():

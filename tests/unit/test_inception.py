@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.evaluation import inception
+from diffusers_vrpo.evaluation.image_encoders import load_image_encoder
 from diffusers_vrpo.evaluation.inception import inception_from_state, load_inception, resize_bilinear
 
 
@@ -168,6 +169,8 @@ def test_weights_come_from_the_cache_of_torch_hub(inception_weights, tmp_path, m
     monkeypatch.setattr(inception, "WEIGHTS_URL", "http://127.0.0.1:9/weights.pth")
     with pytest.raises(InputError, match=f"put it into {tmp_path}/checkpoints .or give it to `vrpo evaluate`"):
         load_inception()
+    with pytest.raises(InputError, match="^`fd_encoder` inception: .* cannot be downloaded"):
+        load_image_encoder("inception", option="fd_encoder")
     file = tmp_path / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth"
     torch.save(inception_weights, file)
     monkeypatch.setattr(inception, "WEIGHTS_SHA256", inception._sha256(file)[:8])

@@ -460,6 +460,10 @@ def test_damaged_exports_are_refused(reference, exported, copy, tmp_path):
     other = SimpleNamespace(latents_dir=reference, output_dir=copy / "images", push_to_hub=None)
     with pytest.raises(InputError, match="holds something else"):
         latents_command.export(other)
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "x", "/proc/x"):
+        with pytest.raises(InputError, match="`output_dir` .* cannot be written"):
+            latents_command.export(SimpleNamespace(latents_dir=reference, output_dir=place, push_to_hub=None))
     parquet = exported / "data" / "train-00000-of-00001.parquet"
     args = SimpleNamespace(dataset=str(exported), output_dir=tmp_path / "cache", cache_dir=None)
     whole = parquet.read_bytes()

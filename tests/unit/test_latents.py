@@ -12,6 +12,7 @@ from diffusers_vrpo.data.image_datasets import decode_image, load_image_dataset,
 from diffusers_vrpo.data.image_source import ImageDataset
 from diffusers_vrpo.data.samples import StreamBatchSampler, TrainingSamples
 from diffusers_vrpo.errors import InputError
+from diffusers_vrpo.evaluation.image_sets import open_images
 from diffusers_vrpo.models.autoencoder import decoded_side, encode_images, latent_layout, latent_shape, load_vae
 from support.data import png, write_parquet
 from support.models import tiny_vae
@@ -100,6 +101,21 @@ def test_missing_folders():
 def test_a_folder_without_data(tmp_path):
     with pytest.raises(InputError, match="`dataset_name` .* "):
         load_image_dataset(str(tmp_path))
+
+
+def test_a_configuration_of_data_that_have_none(tmp_path):
+    (tmp_path / "images" / "cat").mkdir(parents=True)
+    (tmp_path / "images" / "cat" / "0.png").write_bytes(png(1))
+    where = {"dataset_config_name": "small"}
+    for given in ({"dataset_name": "digits"}, {"dataset_name": str(tmp_path / "images")}):
+        with pytest.raises(
+            InputError, match="`dataset_config_name` small has no effect, since `dataset_name` .*; remove"
+        ):
+            load_image_dataset(**given, **where)
+    with pytest.raises(InputError, match="since `train_data_dir` .* has no configurations"):
+        load_image_dataset(train_data_dir=str(tmp_path / "images"), **where)
+    with pytest.raises(InputError, match="since `reference` digits has no configurations"):
+        open_images("`reference`", "digits", config_name="small", dataset_resolution=8)
 
 
 def test_digits_are_embedded():

@@ -62,6 +62,7 @@ def evaluate(args: argparse.Namespace) -> dict | None:
     check_output_files(args, "output_file", "plot_file", "save_reference")
     if args.output_file:
         refuse_other_report(args.output_file)
+    check_reference_cache(args.reference_cache)
     started = time.perf_counter()
     with state.main_process_first():
         samples, reference = open_images("SAMPLES", args.samples), None
@@ -209,6 +210,23 @@ def check_output_files(args: argparse.Namespace, *names: str):
         except (OSError, RuntimeError) as error:  # a RuntimeError is a loop of links
             reason = getattr(error, "strerror", None) or error
             raise InputError(name, f"`{name}` {file} cannot be written ({reason}); choose another file") from error
+
+
+def check_reference_cache(folder: str | None):
+    """Creates the folder that keeps the statistics of references.
+
+    Raises:
+        InputError: if it is not a folder and cannot become one.
+    """
+    if folder is None:
+        return
+    try:
+        Path(folder).expanduser().mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            "reference_cache",
+            f"`reference_cache` {folder} is not a folder that can be written ({error.strerror or error}); choose another one",
+        ) from error
 
 
 def check_plot_format(file: str):

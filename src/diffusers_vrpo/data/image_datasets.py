@@ -65,8 +65,10 @@ def load_image_dataset(
     if dataset_name is not None and is_embedded_digits(dataset_name):
         from ..assets.digits import load_digits_dataset
 
+        refuse_config_name(dataset_config_name, option, name)
         data = load_digits_dataset()
     elif os.path.isdir(name) and (option == "train_data_dir" or is_image_folder(name)):
+        refuse_config_name(dataset_config_name, option, name)
         data = {split: load_image_folder(option, name, split, image_column, label_column)}
     else:
         data = open_named(option, name, dataset_config_name, cache_dir)
@@ -85,6 +87,19 @@ def load_image_dataset(
         rows = random_stream(0, 0, ORDER).permutation(len(data))[:max_train_samples]
         data = data.select(np.sort(rows))
     return data, id2label, num_classes
+
+
+def refuse_config_name(config_name: str | None, option: str, name: str):
+    """Checks that no configuration is asked for, of data that have none.
+
+    Raises:
+        InputError: if one is.
+    """
+    if config_name is not None:
+        raise InputError(
+            "dataset_config_name",
+            f"`dataset_config_name` {config_name} has no effect, since `{option}` {name} has no configurations; remove it",
+        )
 
 
 def say_which_digits(option: str, name: str):

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from PIL import Image as PILImage
 
+from ..arrays import map_array
 from ..config import last_part
 from ..errors import InputError, first_line
 from ..models.autoencoder import latent_statistics
@@ -102,17 +103,17 @@ def num_chunks(config: dict) -> int:
 
 
 def checksum_on_disk(folder: Path, config: dict, chunk: int) -> int | None:
-    """CRC-32 of a chunk as it is in the files of a cache, or None if the files are too short."""
+    """CRC-32 of a chunk as it is in the files of a cache, or None if the files are too short or of another kind."""
     rows, checksum = chunk_rows(config, chunk), 0
     try:
         for name, (_, _, copies) in array_layout(config).items():
-            array = np.load(folder / f"{name}.npy", mmap_mode="r")
+            array = map_array(folder / f"{name}.npy")
             for copy in range(copies):
                 first = copy * config["count"] + rows.start
                 checksum = zlib.crc32(np.ascontiguousarray(array[first : first + len(rows)]), checksum)
         if config["images"] != "none":
             checksum = zlib.crc32(image_file(folder, chunk).read_bytes(), checksum)
-    except (OSError, ValueError):
+    except (OSError, ValueError, IndexError):  # IndexError: an array without rows
         return None
     return checksum
 
@@ -180,7 +181,7 @@ class LatentCache:
 
     def _open(self, name: str) -> np.ndarray:
         # asarray: every index into a np.memmap would make another one.
-        return np.asarray(np.load(self.folder / f"{name}.npy", mmap_mode="r"))
+        return np.asarray(map_array(self.folder / f"{name}.npy"))
 
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ from ..errors import InputError, first_line, hub_problem
 from ..files import irregular_problem, replacing, write_atomically
 from ..markup import code, shown
 from .latent_cache import LatentCache, array_layout, chunk_rows, num_chunks, read_meta
-from .latent_cache_writer import CacheWriter
+from .latent_cache_writer import CacheWriter, cannot_write
 
 
 logger = logging.getLogger("latents")
@@ -61,15 +61,10 @@ def export_cache(latents_dir: str | Path, output_dir: str | Path):
         InputError: if the cache is missing or damaged, or the folder cannot be written.
     """
     cache, folder = LatentCache(latents_dir), Path(output_dir)
+    check_export_folder(folder, cache)
     if damaged := cache.damaged_chunks():
         raise damage(latents_dir, cache, damaged)
     meta = (cache.folder / "meta.json").read_bytes()
-    if folder.exists() and any(folder.iterdir()):
-        known = folder / "meta.json"
-        if not known.is_file() or known.read_bytes() != meta:
-            raise InputError("output_dir", f"`output_dir` {folder} holds something else; choose a new or empty folder")
-        if problem := irregular_problem(folder):
-            raise InputError("output_dir", f"`output_dir` {folder}: {problem}")
     # Shards of about 500 MB, estimated from the first rows.
     probe = export_table(cache, 0, min(len(cache), 64))
     rows_per_file = max(1, int(500e6 / (probe.nbytes / len(probe))) // ROWS_PER_GROUP) * ROWS_PER_GROUP
@@ -91,10 +86,27 @@ def export_cache(latents_dir: str | Path, output_dir: str | Path):
                 progress.update(len(rows))
         write_atomically(folder / "README.md", dataset_card(cache).encode())
     except OSError as error:
-        raise InputError(
-            "output_dir", f"`output_dir` {folder} cannot be written ({error.strerror or error})"
-        ) from error
+        raise cannot_write(folder, error) from error
     logger.info(f"wrote {files} parquet files to {folder}")
+
+
+def check_export_folder(folder: Path, cache: LatentCache):
+    """Checks that a folder is new or empty, or holds an export of the same cache, finished or not; creates it.
+
+    Raises:
+        InputError: if it holds something else, or cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not any(folder.iterdir()):
+            return
+        known = folder / "meta.json"
+        if not known.is_file() or known.read_bytes() != (cache.folder / "meta.json").read_bytes():
+            raise InputError("output_dir", f"`output_dir` {folder} holds something else; choose a new or empty folder")
+        if problem := irregular_problem(folder):
+            raise InputError("output_dir", f"`output_dir` {folder}: {problem}")
+    except OSError as error:
+        raise cannot_write(folder, error) from error
 
 
 def push_export(folder: str | Path, repository: str, private: bool = False):

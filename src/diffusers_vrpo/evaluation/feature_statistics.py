@@ -432,13 +432,31 @@ def batch_moments(source: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     moments, keys = {}, npz_keys(f"`reference` {source}", source)
     for name, mean, covariance, dim in (("pool", "mu", "sigma", 2048), ("spatial", "mu_s", "sigma_s", 2023)):
         if {mean, covariance} <= keys:
-            pair = [read_npz(f"`reference` {source}", source, key) for key in (mean, covariance)]
-            if [array.shape for array in pair] != [(dim,), (dim, dim)]:
-                raise InputError(
-                    "reference", f"`reference` {source}: {mean} and {covariance} are not of {dim} Inception features"
-                )
-            moments[name] = tuple(torch.from_numpy(np.array(array, dtype=np.float64)) for array in pair)
+            moments[name] = tuple(
+                read_moment(source, key, shape) for key, shape in ((mean, (dim,)), (covariance, (dim, dim)))
+            )
     return moments
+
+
+def read_moment(source: str, key: str, wanted: tuple[int, ...]) -> torch.Tensor:
+    """Reads a mean or covariance of Inception's features from an `.npz`, as float64.
+
+    Raises:
+        InputError: if it has another shape or type, or is not finite.
+    """
+
+    def check(dtype: np.dtype, shape: tuple[int, ...]):
+        if dtype.kind != "f" or shape != wanted:
+            raise InputError(
+                "reference",
+                f"`reference` {source}: {key} is not of {wanted[0]} Inception features: it must be floating-point numbers of the "
+                f"shape {list(wanted)}, not {dtype} {list(shape)}",
+            )
+
+    values = np.array(read_npz(f"`reference` {source}", source, key, check), dtype=np.float64)
+    if not np.isfinite(values).all():
+        raise InputError("reference", f"`reference` {source}: {key} has values that are not finite")
+    return torch.from_numpy(values)
 
 
 def statistics_folder() -> Path:

@@ -176,7 +176,7 @@ def load_image_encoder(
         InputError: if the name is not an encoder, or the checkpoint lacks weights that the vector depends on.
     """
     if name_or_path == "inception":
-        return load_inception(inception_weights, device)
+        return load_inception(inception_weights, device, option)
     if pooling not in POOLINGS:
         raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, not {pooling!r}")
     prefix = f"`{option}` {name_or_path}: "

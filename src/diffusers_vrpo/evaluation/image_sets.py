@@ -8,6 +8,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,10 @@ import torch
 from datasets import Dataset, Image
 from PIL import Image as PILImage
 
+from ..arrays import map_array, num_bytes, read_header
 from ..assets.digits import load_digits_dataset
 from ..config import is_embedded_digits
-from ..data.image_datasets import decode_image, open_named, resize_and_crop
+from ..data.image_datasets import decode_image, open_named, refuse_config_name, resize_and_crop
 from ..data.image_folders import list_images, reason_without_images
 from ..errors import InputError, first_line
 from ..pipelines.sample_folder import unfinished_samples
@@ -25,6 +27,11 @@ from ..random_streams import ORDER, random_stream
 
 
 logger = logging.getLogger(__name__)
+# A compressed array is unpacked into memory: at most 50,000 images of 256 x 256 pixels, and, beyond 256 MB, at most 100
+# times the bytes that it takes in the file, which only images of next to nothing would exceed.
+MAX_UNPACKED = 50_000 * 256 * 256 * 3
+MAX_UNPACKED_RATIO = 100
+SMALL_UNPACKED = 1 << 28
 
 
 class ImageSet(torch.utils.data.Dataset):
@@ -97,7 +104,7 @@ class ArrayReader:
     def __init__(self, name: str, file: str | Path):
         self.name = name
         self.file = file
-        self.array = read_npz(name, file, "arr_0")
+        self.array = read_npz(name, file, "arr_0", partial(check_pixels, f"{name}: arr_0"))
 
     def __reduce__(self):
         return ArrayReader, (self.name, self.file)
@@ -154,17 +161,11 @@ def array_images(name: str, file: str | Path) -> ImageSet:
     """Opens the `arr_0` (uint8 `[N, H, W, 3]`) of an `.npz`; it is memory-mapped if it is not compressed.
 
     Raises:
-        InputError: if `arr_0` is missing or something else.
+        InputError: if `arr_0` is missing, something else, or too large to unpack.
     """
     reader = ArrayReader(name, file)
-    array = reader.array
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or len(array) == 0:
-        raise InputError(
-            None,
-            f"{name}: arr_0 must be uint8 of the shape [images, height, width, 3], not {array.dtype} {list(array.shape)}",
-        )
     origin = (os.path.getsize(file), os.stat(file).st_mtime_ns)
-    return ImageSet(name, ".npz", len(array), array.shape[1:3], reader, origin)
+    return ImageSet(name, ".npz", len(reader.array), reader.array.shape[1:3], reader, origin)
 
 
 def as_image_set(name: str, images) -> ImageSet:
@@ -178,42 +179,73 @@ def as_image_set(name: str, images) -> ImageSet:
     if isinstance(images, (str, Path)):
         return open_images(f"`{name}`", str(images))
     array = np.asarray(images)
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or len(array) == 0:
-        raise InputError(
-            None,
-            f"`{name}` must be uint8 of the shape [images, height, width, 3], not {array.dtype} {list(array.shape)}",
-        )
+    check_pixels(f"`{name}`", array.dtype, array.shape)
     origin = zlib.crc32(np.ascontiguousarray(array))
     return ImageSet(f"`{name}`", "array", len(array), array.shape[1:3], array.__getitem__, origin)
 
 
-def read_npz(name: str, file: str | Path, key: str) -> np.ndarray:
-    """Opens one array of an `.npz`: memory-mapped if it is not compressed (as `np.savez` writes it), else read.
+def check_pixels(name: str, dtype: np.dtype, shape: tuple[int, ...]):
+    """Checks that an array holds images.
 
     Raises:
-        InputError: if the file or the array cannot be read.
+        InputError: if it is not uint8 `[N, H, W, 3]`, or empty.
+    """
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
+        raise InputError(
+            None, f"{name} must be uint8 of the shape [images, height, width, 3], not {dtype} {list(shape)}"
+        )
+
+
+def read_npz(
+    name: str, file: str | Path, key: str, check: Callable[[np.dtype, tuple[int, ...]], None] | None = None
+) -> np.ndarray:
+    """Opens one array of an `.npz`: memory-mapped if it is not compressed (as `np.savez` writes it), else read.
+
+    A compressed array is read only if the headers of the zip and of the array agree on its size, and it is at most
+    `MAX_UNPACKED`, and at most `MAX_UNPACKED_RATIO` times what it takes in the file unless it is small.
+
+    Args:
+        check: called with the type and the shape that the header has, before the content is read; raises InputError.
+
+    Raises:
+        InputError: if the file or the array cannot be read, and whatever `check` raises.
     """
     try:
         with zipfile.ZipFile(file) as archive:
             member = archive.getinfo(f"{key}.npy")
-        if member.compress_type != zipfile.ZIP_STORED:
-            with np.load(file, allow_pickle=False) as arrays:
-                return arrays[key]
-        with open(file, "rb") as stream:
-            # The local header has 30 bytes; the last four are the lengths of the name and of the extra field.
-            stream.seek(member.header_offset + 26)
-            stream.seek(sum(struct.unpack("<HH", stream.read(4))), os.SEEK_CUR)
-            version = np.lib.format.read_magic(stream)
-            read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-            shape, fortran, dtype = read_header[version](stream)
-            if dtype.hasobject:
-                raise ValueError("it holds Python objects")
-            order = "F" if fortran else "C"
-            return np.memmap(file, dtype, mode="r", offset=stream.tell(), shape=shape, order=order)
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            with archive.open(member) as stream:
+                shape, _, dtype = read_header(stream)
+                size, declared = num_bytes(shape, dtype), member.file_size - stream.tell()
+        if check is not None:
+            check(dtype, shape)
+        if size != declared:
+            raise ValueError(f"its header promises {size} bytes, and {declared} follow")
+        if member.compress_type == zipfile.ZIP_STORED:
+            return map_array(Path(file), member_offset(file, member))
+        limit = min(MAX_UNPACKED, max(SMALL_UNPACKED, MAX_UNPACKED_RATIO * member.compress_size))
+        if size > limit:
+            raise InputError(
+                None,
+                f"{name}: {key} takes {size / 1e9:.1f} GB unpacked and {member.compress_size / 1e6:.1f} MB in the file, and at "
+                f"most {limit / 1e9:.1f} GB of it are unpacked; write it with np.savez, which does not compress",
+            )
+        with np.load(file, allow_pickle=False) as arrays:
+            return arrays[key]
+    except InputError:
+        raise
+    except Exception as error:  # zipfile and its decompressors raise many types; all mean the same here
         raise InputError(
             None, f"{name}: {key} cannot be read ({first_line(error)}); is it an .npz as ADM writes it?"
-        ) from (error)
+        ) from error
+
+
+def member_offset(file: str | Path, member: zipfile.ZipInfo) -> int:
+    """Where the content of a member of a zip begins that is not compressed."""
+    with open(file, "rb") as stream:
+        # The local header has 30 bytes; the last four are the lengths of the name and of the extra field.
+        stream.seek(member.header_offset + 26)
+        lengths = struct.unpack("<HH", stream.read(4))
+        return stream.tell() + sum(lengths)
 
 
 def npz_keys(name: str, file: str | Path) -> set[str]:
@@ -244,7 +276,11 @@ def dataset_images(
     Raises:
         InputError: if the data set, split or column of images does not exist.
     """
-    data = load_digits_dataset() if is_embedded_digits(source) else open_named(option, source, config_name, cache_dir)
+    if is_embedded_digits(source):
+        refuse_config_name(config_name, option, source)
+        data = load_digits_dataset()
+    else:
+        data = open_named(option, source, config_name, cache_dir)
     if split not in data:
         raise InputError(
             "reference_split", f"`reference_split` {split!r} is not in {source}; it has {', '.join(map(repr, data))}"

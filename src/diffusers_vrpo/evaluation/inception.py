@@ -243,34 +243,37 @@ def find_inception_weights() -> Path | None:
     return next((folder / name for name in WEIGHTS_NAMES if (folder / name).is_file()), None)
 
 
-def load_inception(weights: str | Path | None = None, device: torch.device | str | None = None) -> FIDInception:
+def load_inception(
+    weights: str | Path | None = None, device: torch.device | str | None = None, option: str = "encoder"
+) -> FIDInception:
     """Loads the network with the weights of 2015: from a file, else from torch hub's cache, else downloaded into it.
 
     Args:
         weights: a `.pth` of torch-fidelity or pytorch-fid, whose SHA-256 must start with 6726825d, or the same weights
             as safetensors (without that check, since a conversion has another checksum).
+        option: the option that named this encoder, for the message without `weights`.
 
     Raises:
         InputError: if the file is not one of these, or no file exists and it cannot be downloaded.
     """
-    path = Path(weights).expanduser() if weights is not None else find_inception_weights() or _download()
-    option = f"`inception_weights` {path}" if weights is not None else str(path)
+    path = Path(weights).expanduser() if weights is not None else find_inception_weights() or _download(option)
+    source = f"`inception_weights` {path}" if weights is not None else f"`{option}` inception: {path}"
     if not path.is_file():
-        raise InputError("inception_weights", f"{option}: the file does not exist; download it from {WEIGHTS_URL}")
+        raise InputError("inception_weights", f"{source}: the file does not exist; download it from {WEIGHTS_URL}")
     is_safetensors = path.suffix == ".safetensors"
     try:
         if not is_safetensors and not _sha256(path).startswith(WEIGHTS_SHA256):
             raise InputError(
                 "inception_weights",
-                f"{option} is not the network that FID is defined by (its SHA-256 does not start with {WEIGHTS_SHA256}); "
+                f"{source} is not the network that FID is defined by (its SHA-256 does not start with {WEIGHTS_SHA256}); "
                 f"take {WEIGHTS_URL}",
             )
         state = load_file(path) if is_safetensors else torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise InputError(
-            "inception_weights", f"{option} cannot be read ({first_line(error)}); take {WEIGHTS_URL}"
+            "inception_weights", f"{source} cannot be read ({first_line(error)}); take {WEIGHTS_URL}"
         ) from error
-    return inception_from_state(state, option).to(device)
+    return inception_from_state(state, source).to(device)
 
 
 def inception_from_state(state: dict[str, torch.Tensor], name: str = "the weights") -> FIDInception:
@@ -302,7 +305,7 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _download() -> Path:
+def _download(option: str) -> Path:
     path = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_NAMES[0]
     logger.info(f"downloading the Inception network of FID (91 MB) from {WEIGHTS_URL} to {path}")
     try:
@@ -310,9 +313,9 @@ def _download() -> Path:
         torch.hub.download_url_to_file(WEIGHTS_URL, str(path), hash_prefix=WEIGHTS_SHA256, progress=False)
     except Exception as error:  # from the network or the disk, or a wrong checksum
         raise InputError(
-            "inception_weights",
-            f"the Inception network of FID cannot be downloaded ({first_line(error)}); fetch {WEIGHTS_URL} elsewhere and "
-            f"put it into {path.parent} (or give it to `vrpo evaluate` or `vrpo probe` as `inception_weights`), or measure with "
+            option,
+            f"`{option}` inception: the Inception network of FID cannot be downloaded ({first_line(error)}); fetch {WEIGHTS_URL} "
+            f"elsewhere and put it into {path.parent} (or give it to `vrpo evaluate` or `vrpo probe` as `inception_weights`), or measure with "
             "another encoder",
         ) from error
     return path

@@ -17,7 +17,7 @@ from diffusers.utils import is_peft_available
 from ..errors import InputError, first_line
 from ..schemas import argument_problem
 from .official_checkpoints import SavedProjectors, convert_with_projectors, pipeline_index
-from .transformer_sit import REMOVED_ARGUMENTS, SiTTransformer2DModel, sit_preset
+from .transformer_sit import REMOVED_ARGUMENTS, SiTTransformer2DModel, check_sizes, sit_preset
 
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,8 @@ def transformer_config(preset: str | None, model_config: str | None) -> dict:
         except ValueError as error:
             raise InputError("preset", f"`preset`: {error}") from error
     try:
+        if Path(model_config).exists() and not Path(model_config).is_file():  # a pipe would be waited for
+            raise OSError("it is not a file")
         config = json.loads(Path(model_config).read_text())
         if not isinstance(config, dict):
             raise ValueError("it must map argument names to values")
@@ -49,6 +51,10 @@ def transformer_config(preset: str | None, model_config: str | None) -> dict:
         )
     if problem := argument_problem(config, {name: known[name].default for name in config}):
         raise InputError("model_config", f"`model_config` {model_config}: {problem}")
+    try:
+        check_sizes(**config)
+    except ValueError as error:
+        raise InputError("model_config", f"`model_config` {model_config}: {error}") from error
     return config
 
 

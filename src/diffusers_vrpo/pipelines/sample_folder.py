@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..arrays import map_array
 from ..errors import InputError, first_line
 from ..files import irregular_problem, replacing, write_atomically
 from ..schemas import SAMPLES, check, read_object
@@ -166,7 +167,7 @@ class SampleFolder:
 
     def _has(self, batch: int) -> bool:
         if self.output_format == "npz":
-            return self.npz.exists() or self.part(batch).exists()
+            return self.npz.exists() or is_whole_part(self.part(batch), len(self.indices(batch)))
         return all(is_whole_png(self.png(index)) for index in self.indices(batch))
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -186,7 +187,7 @@ class SampleFolder:
     def read(self, batch: int) -> np.ndarray:
         """Reads the kept images of a batch, uint8 `[n,H,W,3]`."""
         if self.output_format == "npz":
-            return np.load(self.part(batch))
+            return map_array(self.part(batch))
         return np.stack([np.asarray(Image.open(self.png(i)).convert("RGB")) for i in self.indices(batch)])
 
     def finish(self):
@@ -224,6 +225,15 @@ def is_whole_png(path: Path) -> bool:
             return file.read() == PNG_END
     except OSError:
         return False
+
+
+def is_whole_part(path: Path, count: int) -> bool:
+    """Whether the file holds `count` images, as far as its header and its size tell."""
+    try:
+        images = map_array(path)
+    except (OSError, ValueError):
+        return False
+    return images.dtype == np.uint8 and images.ndim == 4 and len(images) == count
 
 
 def write_png(path: Path, image: np.ndarray):

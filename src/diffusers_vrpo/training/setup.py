@@ -4,7 +4,9 @@
 import dataclasses
 import logging
 import math
+import numbers
 import os
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 
@@ -129,8 +131,10 @@ def with_given(args: VRPOConfig, model, encoders, vae) -> VRPOConfig:
     """Writes the names of the trainer's own arguments into the options, which are recorded and checked on resume.
 
     Raises:
-        InputError: if a component is neither given nor named by an option.
+        InputError: if a component is of another kind than the trainer takes.
     """
+    if not isinstance(args, VRPOConfig):
+        raise InputError("args", f"`args` must be a VRPOConfig, not a {type(args).__name__}")
     given = {}
     if model is not None:
         if not isinstance(model, str | Path):
@@ -138,10 +142,47 @@ def with_given(args: VRPOConfig, model, encoders, vae) -> VRPOConfig:
         is_preset = str(model).lower() in {preset.lower() for preset in SIT_PRESETS}
         given["preset" if is_preset else "pretrained_model_name_or_path"] = str(model)
     if encoders is not None:
+        for encoder in as_list(encoders):
+            check_encoder(encoder)
         given["encoder"] = [name_of(encoder) for encoder in as_list(encoders)]
     if vae is not None:
+        if not isinstance(vae, str | Path | torch.nn.Module):
+            raise InputError(
+                "vae",
+                f"`vae` is a {type(vae).__name__}; give a folder, a Hub name, a diffusers autoencoder, or `none`",
+            )
         given["vae"] = name_of(vae)
     return dataclasses.replace(args, **given)
+
+
+def check_encoder(encoder):
+    """Checks that an encoder is a name, or a callable with the width of its embeddings.
+
+    Raises:
+        InputError: if it is something else.
+    """
+    if isinstance(encoder, str | Path):
+        return
+    width = getattr(encoder, "embed_dim", None)
+    if not callable(encoder) or not isinstance(width, numbers.Integral) or width < 1:
+        raise InputError(
+            "encoders",
+            f"`encoders` has {encoder!r:.80}; each must be a folder or a Hub name such as facebook/dinov2-base, or a callable "
+            "that maps images to patch embeddings and has their width as `embed_dim`",
+        )
+
+
+def as_callbacks(callbacks) -> list[TrainerCallback]:
+    """The trainer's callbacks as a list; a single one may stand for itself.
+
+    Raises:
+        InputError: if one is something else.
+    """
+    callbacks = list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
+    for callback in callbacks:
+        if not isinstance(callback, TrainerCallback):
+            raise InputError("callbacks", f"`callbacks` has {callback!r:.80}; each must be a TrainerCallback")
+    return callbacks
 
 
 def check_given(args: VRPOConfig, train_dataset, rewards: list | None, callbacks: list[TrainerCallback]):
@@ -168,6 +209,8 @@ def check_given(args: VRPOConfig, train_dataset, rewards: list | None, callbacks
             f"`encoders` are missing, which `objective` {args.objective} aligns with; give one such as "
             "facebook/dinov2-base, or `objective` none",
         )
+    if rewards is not None and not isinstance(rewards, list | tuple):
+        raise InputError("rewards", f"`rewards` must be a list of names and functions, not {rewards!r:.80}")
     if rewards is not None and args.objective != "vrpo":
         raise InputError("rewards", f"`rewards` cannot be combined with `objective` {args.objective}, only with vrpo")
     start = args.generative_policy_start_step

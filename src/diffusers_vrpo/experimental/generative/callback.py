@@ -107,6 +107,7 @@ class GenerativePolicy(TrainerCallback):
         self.output_dir = trainer.output_dir
         self.transformer, self.device = self.pipeline.transformer, accelerator.device
         self.validation = trainer.validation
+        weights = parse_reward_weights(args.reward_weights, [*REWARDS, *self.functions])
         self._check(data, trainer.max_train_steps)
         self.limits = Limits(args.guard_loss_rise, args.guard_recall_fall, args.guard_distance_rise)
         self.anchor_coeff = (
@@ -131,7 +132,6 @@ class GenerativePolicy(TrainerCallback):
         if kind == "auto":
             kind = "frechet" if len(rows) >= ENOUGH_FOR_FRECHET else "mmd"
         self.rewards = SampleRewards(reference, args.reward_queue_size, kind, functions, self.device)
-        weights = parse_reward_weights(args.reward_weights, self.rewards.names)
         self.weights = torch.tensor(weights, dtype=torch.float64, device=self.rewards.device)
         # User-defined rewards need images, including real ones.
         self.real_images = None

@@ -19,7 +19,8 @@ from diffusers_vrpo.alignment.encoders import load_encoder
 from diffusers_vrpo.commands import latents as latents_command
 from diffusers_vrpo.commands import prepare as prepare_latents
 from diffusers_vrpo.data import latent_cache_export, latent_cache_writer
-from diffusers_vrpo.data.image_datasets import decode_image, load_image_dataset, resize_and_crop
+from diffusers_vrpo.data.image_datasets import load_image_dataset
+from diffusers_vrpo.data.image_decoding import decode_image, resize_and_crop
 from diffusers_vrpo.data.image_source import ImageDataset
 from diffusers_vrpo.data.latent_cache import CachedEncoder, CachedSamples, LatentCache
 from diffusers_vrpo.data.samples import TrainingSamples

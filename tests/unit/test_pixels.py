@@ -8,8 +8,9 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
-from diffusers_vrpo.data import image_datasets
-from diffusers_vrpo.data.image_datasets import decode_image, load_image_dataset
+from diffusers_vrpo import files
+from diffusers_vrpo.data.image_datasets import load_image_dataset
+from diffusers_vrpo.data.image_decoding import decode_image
 from diffusers_vrpo.errors import InputError
 from support.data import png
 
@@ -53,6 +54,6 @@ def test_a_small_file_of_a_huge_image_is_not_decoded(tmp_path, monkeypatch):
     assert len(buffer.getvalue()) < 1e5
     with pytest.raises(ValueError, match="13000x13000 are more than"):
         decode_image({"bytes": buffer.getvalue(), "path": None})
-    monkeypatch.setattr(image_datasets, "LARGEST_IMAGE", 63)
+    monkeypatch.setattr(files, "LARGEST_IMAGE", 63)
     with pytest.raises(ValueError, match="12x10 are more than 63 pixels"):
         decode_image({"bytes": png(1), "path": None})

@@ -22,6 +22,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from ..errors import InputError, TrainingStopped, first_line
 from ..random_streams import ORDER, random_stream
 from .image_datasets import check_columns, check_images, check_labels, open_named
+from .image_decoding import SAMPLED_IMAGES
 from .image_source import CHECKED_IMAGES, CLASS_NAMES, ImageSource, class_names
 from .parquet_io import (
     MOST_BYTES,
@@ -37,6 +38,9 @@ from .parquet_io import (
     retried,
 )
 from .streamed_samples import StreamedBatches, StreamedSamples
+
+
+CHECKED_GROUPS = 4  # row groups in which images are decoded before training
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -169,18 +173,24 @@ class ParquetRows(ImageSource):
     # ------------------------------------------------------------------------------------------------------------------
     # As training data
 
+    def sampled_rows(self) -> list[int]:
+        """The first rows of the row groups that `check` reads."""
+        groups = random_stream(0, 0, ORDER).permutation(len(self.group_rows))[:CHECKED_GROUPS]
+        rows = [self.first_rows[group] + np.arange(self.group_rows[group]) for group in groups]
+        return np.concatenate(rows)[:SAMPLED_IMAGES].tolist()
+
     def check(self):
         """Decodes random rows of at most four row groups, the same for every run.
 
         Raises:
-            InputError: if too many of them are damaged.
+            InputError: if too many of them are damaged, or the values of their pixels have no known range.
         """
         generator = random_stream(0, 0, ORDER)
         rows = []
-        for group in generator.permutation(len(self.group_rows))[:4].tolist():
-            places = generator.permutation(self.group_rows[group])[: -(-CHECKED_IMAGES // 4)]
+        for group in generator.permutation(len(self.group_rows))[:CHECKED_GROUPS].tolist():
+            places = generator.permutation(self.group_rows[group])[: -(-CHECKED_IMAGES // CHECKED_GROUPS)]
             rows.append(self.first_rows[group] + places)
-        check_images(self, np.concatenate(rows))
+        check_images(self, np.concatenate(rows), self.pixel_range)
 
     def fingerprint(self) -> dict:
         """The class names, and CRC-32 of the files' names, sizes and footers."""
@@ -218,6 +228,7 @@ class ParquetRows(ImageSource):
             random_flip,
             sample_posterior,
             num_tokens,
+            self.pixel_range,
         )
 
     def loader(self, samples: StreamedSamples, batch_sampler, num_workers: int, pin_memory: bool):

@@ -34,6 +34,7 @@ from accelerate import PartialState
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from diffusers_vrpo.data.image_source import ImageDataset
 from diffusers_vrpo.data.latent_cache import CachedSamples, LatentCache, chunk_rows, num_chunks
 from diffusers_vrpo.data.latent_cache_writer import CacheWriter
 from diffusers_vrpo.data.latent_encoding import BATCH_SIZE, BatchEncoder, ImageRows, write_chunks
@@ -129,7 +130,7 @@ def prepare_cost(folder: Path, images: int, resolution: int, rounds: int) -> tup
         rows["image"].append({"bytes": buffer.getvalue(), "path": None})
         rows["label"].append(0)
     features = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Value("int64")})
-    data = datasets.Dataset.from_dict(rows, features=features)
+    data = ImageDataset(datasets.Dataset.from_dict(rows, features=features), None, 1)
     channels = (128, 256, 512, 512)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     vae = AutoencoderKL(block_out_channels=channels, layers_per_block=2, **blocks).eval().requires_grad_(False)

@@ -19,7 +19,8 @@ from PIL import Image, ImageFilter
 
 from diffusers_vrpo.command_line import OneLineErrorParser, number_in
 from diffusers_vrpo.config import In
-from diffusers_vrpo.data.image_datasets import decode_image, load_image_dataset
+from diffusers_vrpo.data.image_datasets import load_image_dataset
+from diffusers_vrpo.data.image_decoding import decode_image
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.evaluation.image_encoders import ImageEncoder, load_image_encoder, pooled_features
 from diffusers_vrpo.evaluation.metrics import (

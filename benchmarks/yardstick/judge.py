@@ -28,7 +28,8 @@ from diffusers_vrpo.alignment.attach import alignment_layers
 from diffusers_vrpo.command_line import OneLineErrorParser, number_in
 from diffusers_vrpo.commands.probe import block_features
 from diffusers_vrpo.config import In
-from diffusers_vrpo.data.image_datasets import decode_image, load_image_dataset, resize_and_crop
+from diffusers_vrpo.data.image_datasets import load_image_dataset
+from diffusers_vrpo.data.image_decoding import decode_image, resize_and_crop
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.evaluation.image_encoders import load_image_encoder, pooled_features
 from diffusers_vrpo.evaluation.metrics import (

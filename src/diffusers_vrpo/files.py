@@ -9,6 +9,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
+# Pixels of the largest image that is decoded. Small files can claim to hold more, and would take minutes and gigabytes.
+LARGEST_IMAGE = 2**27
+
+
 def open_regular(path: Path, flags: int) -> int:
     """Opens a regular file and returns its descriptor, as `os.open` does; it neither follows a link nor waits for a pipe.
 
@@ -33,6 +37,25 @@ def read_regular(path: Path) -> str:
     """
     with os.fdopen(open_regular(Path(path), os.O_RDONLY), "rb") as file:
         return file.read().decode("utf-8", errors="replace")
+
+
+def open_image(source):
+    """Opens an image file, given by its path or as a binary file, as `PIL.Image.open` does: it is decoded later.
+
+    Raises:
+        ValueError: if it has more than `LARGEST_IMAGE` pixels.
+        OSError: if it cannot be read or is not an image.
+    """
+    from PIL import Image
+
+    try:
+        image = Image.open(source)
+    except Image.DecompressionBombError as error:
+        raise ValueError(str(error)) from error
+    if image.width * image.height > LARGEST_IMAGE:
+        image.close()
+        raise ValueError(f"{image.width}x{image.height} are more than {LARGEST_IMAGE} pixels")
+    return image
 
 
 def find_irregular(path: Path) -> tuple[Path, str] | None:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from diffusers_vrpo.commands import probe as probing
 from diffusers_vrpo.commands.evaluate import main
-from diffusers_vrpo.data.image_datasets import resize_and_crop
+from diffusers_vrpo.data.image_decoding import resize_and_crop
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.evaluation import metrics as evaluation
 from diffusers_vrpo.evaluation.compare import choose_metrics

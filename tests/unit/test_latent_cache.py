@@ -15,11 +15,13 @@ import pytest
 import torch
 from datasets import load_dataset
 
+from diffusers_vrpo import files
 from diffusers_vrpo.alignment.encoders import load_encoder
 from diffusers_vrpo.commands import latents as latents_command
 from diffusers_vrpo.commands import prepare as prepare_latents
 from diffusers_vrpo.data import latent_cache_export, latent_cache_writer
-from diffusers_vrpo.data.image_datasets import decode_image, load_image_dataset, resize_and_crop
+from diffusers_vrpo.data.image_datasets import load_image_dataset
+from diffusers_vrpo.data.image_decoding import decode_image, resize_and_crop
 from diffusers_vrpo.data.image_source import ImageDataset
 from diffusers_vrpo.data.latent_cache import CachedEncoder, CachedSamples, LatentCache
 from diffusers_vrpo.data.samples import TrainingSamples
@@ -106,6 +108,14 @@ def digits_images(rows):
 
 
 # What is written
+
+
+def test_a_huge_image_in_a_cache_is_damage(reference, monkeypatch):
+    cache = LatentCache(reference)
+    assert cache.pixels(3).shape == (8, 8, 3)
+    monkeypatch.setattr(files, "LARGEST_IMAGE", 63)
+    with pytest.raises(InputError, match=r"is damaged \(the image of row 3: 8x8 are more than 63 pixels\)"):
+        cache.pixels(3)
 
 
 def test_the_cache_holds_what_the_models_give(reference, vae_folder):

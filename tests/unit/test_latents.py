@@ -8,7 +8,8 @@ import torch
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
-from diffusers_vrpo.data.image_datasets import decode_image, load_image_dataset, resize_and_crop
+from diffusers_vrpo.data.image_datasets import load_image_dataset
+from diffusers_vrpo.data.image_decoding import decode_image, resize_and_crop
 from diffusers_vrpo.data.image_source import ImageDataset
 from diffusers_vrpo.data.samples import StreamBatchSampler, TrainingSamples
 from diffusers_vrpo.errors import InputError

@@ -3,6 +3,8 @@
 
 import io
 import json
+import re
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -12,11 +14,14 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Image, concatenate_datasets, load_dataset, load_from_disk
 from PIL import Image as PILImage
 
-from diffusers_vrpo.data import image_datasets
-from diffusers_vrpo.data.image_datasets import decode_image, load_image_dataset
+from diffusers_vrpo import files
+from diffusers_vrpo.commands.report import small_image
+from diffusers_vrpo.data.image_datasets import load_image_dataset
+from diffusers_vrpo.data.image_decoding import decode_image
 from diffusers_vrpo.data.image_source import ImageDataset
 from diffusers_vrpo.data.sources import as_training_data
 from diffusers_vrpo.errors import InputError
+from diffusers_vrpo.evaluation.image_sets import open_images
 from support.data import png
 
 
@@ -110,6 +115,32 @@ def test_a_small_file_of_a_huge_image_is_not_decoded(tmp_path, monkeypatch):
     assert len(buffer.getvalue()) < 1e5
     with pytest.raises(ValueError, match="13000x13000 are more than"):
         decode_image({"bytes": buffer.getvalue(), "path": None})
-    monkeypatch.setattr(image_datasets, "LARGEST_IMAGE", 63)
+    monkeypatch.setattr(files, "LARGEST_IMAGE", 63)
     with pytest.raises(ValueError, match="12x10 are more than 63 pixels"):
         decode_image({"bytes": png(1), "path": None})
+
+
+def test_pictures_of_others_have_the_same_limit(tmp_path, monkeypatch):
+    """Samples to measure and the grids of a run; the images of a cache are in test_latent_cache.py."""
+    (tmp_path / "0.png").write_bytes(png(1))
+    assert (
+        small_image(tmp_path / "0.png").startswith("data:image/png")
+        and len(open_images("SAMPLES", str(tmp_path))) == 1
+    )
+    monkeypatch.setattr(files, "LARGEST_IMAGE", 63)
+    assert small_image(tmp_path / "0.png") is None
+    with pytest.raises(InputError, match="0.png is not an image that can be read"):
+        open_images("SAMPLES", str(tmp_path))
+
+
+def test_an_image_that_pillow_calls_a_bomb_has_one_kind_of_error(monkeypatch):
+    monkeypatch.setattr(PILImage, "MAX_IMAGE_PIXELS", 50)
+    with pytest.raises(ValueError, match="decompression bomb"):
+        files.open_image(io.BytesIO(png(1)))
+
+
+def test_one_function_opens_images():
+    package = Path(files.__file__).parent
+    opening = re.compile(r"Image\.open\(")
+    found = [file.name for file in package.rglob("*.py") if opening.search(file.read_text(encoding="utf-8"))]
+    assert found == ["files.py"]

@@ -12,7 +12,8 @@ from PIL import Image
 
 from diffusers_vrpo import VRPOPipeline
 from diffusers_vrpo.commands.probe import LabelledImages, block_features, main, pooled_blocks
-from diffusers_vrpo.data.image_datasets import decode_image, load_image_dataset, resize_and_crop
+from diffusers_vrpo.data.image_datasets import load_image_dataset
+from diffusers_vrpo.data.image_decoding import decode_image, resize_and_crop
 from support.models import inputs, tiny_model
 
 

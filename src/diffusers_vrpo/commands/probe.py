@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from ..command_line import OneLineErrorParser, add_options, number_in, one_line_errors
 from ..config import BATCH, NUM_SAMPLES, SEED, DataConfig, In, RunConfig, last_part
 from ..data.image_datasets import load_image_dataset
+from ..data.image_decoding import find_pixel_range, sample_rows
 from ..errors import InputError, first_line, hub_problem
 from ..evaluation.feature_statistics import Batches, gather_rows
 from ..evaluation.image_encoders import POOLINGS, load_image_encoder
@@ -98,8 +99,11 @@ class LabelledImages:
     """
 
     def __init__(self, data, rows: np.ndarray, resolution: int, name: str, first_index: int):
+        # Of all rows, so that training and test images of one split have the same range.
+        sample = (data[row]["image"] for row in sample_rows(len(data)))
+        pixel_range = find_pixel_range(sample, name)
         data = data.select(rows)
-        reader = DatasetReader(data, "image", resolution)
+        reader = DatasetReader(data, "image", resolution, pixel_range)
         self.images = ImageSet(name, "data set", len(rows), (resolution, resolution), reader, None)
         self.labels = torch.tensor(data["label"][:])
         self.first_index = first_index  # offset of the noise indices, so that no two images share noise

@@ -28,7 +28,7 @@ from PIL import Image
 from ..command_line import OneLineErrorParser, number_in, one_line_errors
 from ..config import FINITE
 from ..errors import InputError
-from ..files import write_atomically
+from ..files import open_image, write_atomically
 from ..reporting.figures import curves, draw, final_values, flop_unit
 from ..reporting.runs import COSTS, Run, choose_metric, compare, group_runs
 from ..schemas import read_object
@@ -210,19 +210,19 @@ def sample_grids(arms: dict[str, list[Run]], warn: Callable[[str], None], most_s
 
 
 def small_image(path: Path, widest: int = 1320) -> str | None:
-    """Encodes a picture as a data URI, as a JPEG of width `widest` if it is larger; returns None if it is damaged."""
+    """Encodes a picture as a data URI, as a JPEG of width `widest` if it is larger; returns None if it is damaged or huge."""
     if path.is_symlink() or not path.is_file():  # a run folder of somebody else could show other files, or wait
         return None
     try:
         data = path.read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(io.BytesIO(data)) as image:
             image.load()
             if image.width <= widest and len(data) < 400_000:
                 return data_uri(data, "png")
             image.thumbnail((widest, 4 * widest), Image.Resampling.LANCZOS)
             buffer = io.BytesIO()
             image.convert("RGB").save(buffer, format="jpeg", quality=88)
-    except (OSError, SyntaxError):  # Pillow raises SyntaxError for some broken PNGs
+    except (OSError, SyntaxError, ValueError):  # Pillow raises SyntaxError for some broken PNGs
         return None
     return data_uri(buffer.getvalue(), "jpeg")
 

@@ -1,8 +1,7 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Image data sets: opening them, checking their columns, and turning a row into a square image."""
+"""Image data sets: opening them, checking their columns, and finding the images that can be decoded."""
 
 import contextlib
-import io
 import logging
 import os
 
@@ -15,11 +14,11 @@ from datasets import ClassLabel, Dataset, Features, Image, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from datasets.features import Value
 from PIL import Image as PILImage
-from PIL import ImageOps
 
 from ..config import DIGITS, EMBEDDED_DIGITS, expanded, is_embedded_digits
 from ..errors import UNKNOWN_TO_THE_HUB, InputError, first_line, gated, hub_problem
 from ..random_streams import ORDER, random_stream
+from .image_decoding import PixelRange, decode_image
 from .image_folders import (
     IMAGE_FOLDER,
     IMAGE_SUFFIXES,
@@ -336,60 +335,14 @@ def cause_of(error: BaseException) -> BaseException:
 # ----------------------------------------------------------------------------------------------------------------------
 # Images
 
-# Pixels of the largest image that is decoded. Small files can claim to hold more, and would take minutes and gigabytes.
-LARGEST_IMAGE = 2**27
 
-
-def resize_and_crop(image: PILImage.Image, resolution: int, position: tuple[float, float] | None = None) -> np.ndarray:
-    """Crops an image as ADM, DiT, SiT and REPA do: halve it while it is twice too large, resize bicubically, cut a square.
-
-    `position` (x, y in [0, 1)) places the square, which is centred by default. Returns uint8 `[resolution, resolution, 3]`.
-    """
-    while min(image.size) >= 2 * resolution:
-        image = image.resize((image.width // 2, image.height // 2), PILImage.Resampling.BOX)
-    scale = resolution / min(image.size)
-    size = (max(resolution, round(image.width * scale)), max(resolution, round(image.height * scale)))
-    image = image.resize(size, PILImage.Resampling.BICUBIC)
-    left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
-    if position is not None:
-        left = int(position[0] * (image.width - resolution + 1))
-        top = int(position[1] * (image.height - resolution + 1))
-    return np.asarray(image)[top : top + resolution, left : left + resolution]
-
-
-def decode_image(encoded: dict | PILImage.Image) -> PILImage.Image:
-    """Returns the RGB image of `{"bytes": ..., "path": ...}`, as `datasets` stores it, or of a PIL image."""
-    if isinstance(encoded, PILImage.Image):
-        return to_rgb(encoded)
-    source = encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])
-    if source is None:
-        raise ValueError("the row holds no image")
-    with PILImage.open(source) as image:
-        if image.width * image.height > LARGEST_IMAGE:
-            raise ValueError(f"{image.width}x{image.height} are more than {LARGEST_IMAGE} pixels")
-        return to_rgb(image)
-
-
-def to_rgb(image: PILImage.Image) -> PILImage.Image:
-    """Converts an image to RGB and rotates it upright; 16-bit grey becomes 8-bit.
-
-    Raises:
-        ValueError: if the image has floating-point values.
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
-        image = PILImage.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError("floating-point images have no known range")
-    return image.convert("RGB")
-
-
-def check_images(data, rows: np.ndarray):
+def check_images(data, rows: np.ndarray, values: PixelRange | None = None):
     """Decodes the images of some rows, before any training.
 
     Args:
         data: gives `{"image": [...], "label": [...]}` for a list of rows.
         rows: the rows to decode.
+        values: the pixel range of the data set.
 
     Raises:
         InputError: if over 1 % of them cannot be decoded (3 % if these are not all rows).
@@ -398,7 +351,7 @@ def check_images(data, rows: np.ndarray):
     for row in rows.tolist():
         record = data[[row]]
         try:
-            decode_image(record["image"][0])
+            decode_image(record["image"][0], values)
         except Exception:  # PIL's readers raise many types; all mean the same here
             corrupt.append(row)
     if len(corrupt) > (0.01 if len(rows) == len(data) else 0.03) * len(rows):
@@ -426,7 +379,9 @@ def check_corrupt_rows(rows: set[int], num_rows: int, known: int) -> int:
     return len(found)
 
 
-def first_readable(data, row: int, record: dict) -> tuple[PILImage.Image | None, int, list[int]]:
+def first_readable(
+    data, row: int, record: dict, values: PixelRange | None = None
+) -> tuple[PILImage.Image | None, int, list[int]]:
     """Returns the image and label of a row, or of the next row that can be decoded, and the rows that were skipped.
 
     If no row can be decoded, the image is None.
@@ -434,11 +389,12 @@ def first_readable(data, row: int, record: dict) -> tuple[PILImage.Image | None,
     Args:
         data: gives `{"image": [...], "label": [...]}` for a list of rows.
         record: the `image` and `label` of the row, already read.
+        values: the pixel range of the data set.
     """
     corrupt = []
     for tries in range(len(data)):
         try:
-            return decode_image(record["image"]), record["label"], corrupt
+            return decode_image(record["image"], values), record["label"], corrupt
         except Exception:  # PIL's readers raise many types; all mean the same here
             corrupt.append((row + tries) % len(data))
             following = data[[(row + tries + 1) % len(data)]]

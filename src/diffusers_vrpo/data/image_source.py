@@ -3,7 +3,8 @@
 
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +15,8 @@ from PIL import Image as PILImage
 
 from ..models.autoencoder import encode_images
 from ..random_streams import ORDER, random_stream
-from .image_datasets import check_images, column_values, first_readable, resize_and_crop
+from .image_datasets import check_images, column_values, first_readable
+from .image_decoding import PixelRange, find_pixel_range, resize_and_crop, sample_rows
 from .samples import SampleStreams, TrainingSamples, ignore_signals
 
 
@@ -56,13 +58,27 @@ class ImageSource:
     def __getitem__(self, rows: list[int]) -> dict[str, list]:
         raise NotImplementedError
 
+    @cached_property
+    def pixel_range(self) -> PixelRange:
+        """Which values are black and white in images that are not 8-bit, decided by a fixed sample of the rows.
+
+        Raises:
+            InputError: if their values have no known range.
+        """
+        return find_pixel_range((self[[row]]["image"][0] for row in self.sampled_rows()), "the training data")
+
+    def sampled_rows(self) -> Iterable[int]:
+        """The rows that decide `pixel_range`, evenly spaced."""
+        return sample_rows(len(self))
+
     def check(self):
         """Decodes a fixed random sample of the images.
 
         Raises:
-            InputError: if too many of them are damaged.
+            InputError: if too many of them are damaged, or the values of their pixels have no known range.
         """
-        check_images(self, random_stream(0, 0, ORDER).permutation(len(self))[:CHECKED_IMAGES])
+        rows = random_stream(0, 0, ORDER).permutation(len(self))[:CHECKED_IMAGES]
+        check_images(self, rows, self.pixel_range)
 
     def fingerprint(self) -> dict:
         """Returns the class names, and CRC-32 of the labels and pixels of a fixed random subset of the rows."""
@@ -108,6 +124,7 @@ class ImageSource:
             random_flip,
             sample_posterior,
             num_tokens,
+            self.pixel_range,
         )
 
     def loader(self, samples: SampleStreams, batch_sampler, num_workers: int, pin_memory: bool):
@@ -127,7 +144,7 @@ class ImageSource:
         records = self[rows.tolist()]
         images, labels = [], []
         for row, image, label in zip(rows.tolist(), records["image"], records["label"]):
-            image, label, _ = first_readable(self, row, {"image": image, "label": label})
+            image, label, _ = first_readable(self, row, {"image": image, "label": label}, self.pixel_range)
             images.append(resize_and_crop(image, resolution))
             labels.append(label)
         return np.stack(images), np.array(labels, dtype=np.int64)

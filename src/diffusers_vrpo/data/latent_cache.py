@@ -23,11 +23,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image as PILImage
 
 from ..arrays import map_array
 from ..config import last_part
 from ..errors import InputError, first_line
+from ..files import open_image
 from ..models.autoencoder import latent_statistics
 from ..random_streams import ORDER, random_stream
 from ..schemas import CACHE, check
@@ -223,9 +223,9 @@ class LatentCache:
             InputError: if it cannot be decoded.
         """
         try:
-            with PILImage.open(io.BytesIO(self.image_bytes(row))) as image:
+            with open_image(io.BytesIO(self.image_bytes(row))) as image:
                 return np.asarray(image.convert("RGB"))
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise self._damaged(f"the image of row {row}: {first_line(error)}") from error
 
     # ------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ from ..errors import InputError
 from ..models.autoencoder import encode_moments, latent_statistics, scale_and_shift
 from ..models.start import weights_checksum
 from ..random_streams import ORDER, POSTERIOR, random_stream
-from .image_datasets import first_readable, resize_and_crop, too_many_corrupt
+from .image_datasets import first_readable, too_many_corrupt
+from .image_decoding import resize_and_crop
 from .image_source import image_content
 from .latent_cache import chunk_rows
 from .latent_cache_writer import CacheWriter
@@ -110,18 +111,26 @@ def dataset_checksum(data, sample: int = 256) -> int:
 
 
 class ImageRows(torch.utils.data.Dataset):
-    """The images of a data set by row, cropped to squares, `[B,3,R,R]` uint8, and compressed again."""
+    """The images of a data set by row, cropped to squares, `[B,3,R,R]` uint8, and compressed again.
+
+    Args:
+        data: an `ImageDataset`.
+        resolution: side of the squares in pixels, R.
+        images: how the images are kept, one of `IMAGE_FORMATS`.
+    """
 
     def __init__(self, data, resolution: int, images: str):
         self.data = data
         self.resolution = resolution
         self.images = images
+        self.pixel_range = data.pixel_range
 
     def __getitem__(self, rows: list[int]) -> dict:
         records = self.data[rows]
         batch = {"pixels": [], "labels": [], "images": [], "corrupt_rows": []}
         for row, image, label in zip(rows, records["image"], records["label"]):
-            image, label, tried = first_readable(self.data, row, {"image": image, "label": label})
+            record = {"image": image, "label": label}
+            image, label, tried = first_readable(self.data, row, record, self.pixel_range)
             if image is None:
                 raise too_many_corrupt(tried, len(self.data))
             pixels = resize_and_crop(image, self.resolution)

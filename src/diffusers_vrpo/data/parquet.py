@@ -23,6 +23,7 @@ from fsspec.implementations.local import LocalFileSystem
 from ..errors import InputError, TrainingStopped, first_line
 from ..random_streams import ORDER, random_stream
 from .image_datasets import check_columns, check_images, check_labels, open_named
+from .image_decoding import SAMPLED_IMAGES
 from .image_source import CHECKED_IMAGES, CLASS_NAMES, ImageSource, class_names
 from .parquet_io import (
     MOST_BYTES,
@@ -40,7 +41,9 @@ from .parquet_io import (
 from .streamed_samples import StreamedBatches, StreamedSamples
 
 
+CHECKED_GROUPS = 4  # row groups in which images are decoded before training
 GROUPS_AT_ONCE = 64  # row groups whose labels are read before it is asked whether all classes were found
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Rows
@@ -174,18 +177,24 @@ class ParquetRows(ImageSource):
     # ------------------------------------------------------------------------------------------------------------------
     # As training data
 
+    def sampled_rows(self) -> list[int]:
+        """The first rows of the row groups that `check` reads."""
+        groups = random_stream(0, 0, ORDER).permutation(len(self.group_rows))[:CHECKED_GROUPS]
+        rows = [self.first_rows[group] + np.arange(self.group_rows[group]) for group in groups]
+        return np.concatenate(rows)[:SAMPLED_IMAGES].tolist()
+
     def check(self):
         """Decodes random rows of at most four row groups, the same for every run.
 
         Raises:
-            InputError: if too many of them are damaged.
+            InputError: if too many of them are damaged, or the values of their pixels have no known range.
         """
         generator = random_stream(0, 0, ORDER)
         rows = []
-        for group in generator.permutation(len(self.group_rows))[:4].tolist():
-            places = generator.permutation(self.group_rows[group])[: -(-CHECKED_IMAGES // 4)]
+        for group in generator.permutation(len(self.group_rows))[:CHECKED_GROUPS].tolist():
+            places = generator.permutation(self.group_rows[group])[: -(-CHECKED_IMAGES // CHECKED_GROUPS)]
             rows.append(self.first_rows[group] + places)
-        check_images(self, np.concatenate(rows))
+        check_images(self, np.concatenate(rows), self.pixel_range)
 
     def classes_with_images(self) -> list[int] | None:
         """The ids of the classes that have images, in order; None if that is not known without reading all labels."""
@@ -227,6 +236,7 @@ class ParquetRows(ImageSource):
             random_flip,
             sample_posterior,
             num_tokens,
+            self.pixel_range,
         )
 
     def loader(self, samples: StreamedSamples, batch_sampler, num_workers: int, pin_memory: bool):

@@ -14,7 +14,8 @@ import torch
 from PIL import Image as PILImage
 
 from ..random_streams import NOISE, ORDER, POSTERIOR, SAMPLE, TOKENS, random_stream
-from .image_datasets import first_readable, resize_and_crop
+from .image_datasets import first_readable
+from .image_decoding import PixelRange, resize_and_crop
 
 
 def ignore_signals(worker_id: int):
@@ -110,6 +111,7 @@ class TrainingSamples(SampleStreams):
         data: gives `{"image": [...], "label": [...]}` for a list of rows, as `ImageSource` and a `Dataset` do.
         resolution: side of the square images, in pixels.
         center_crop: crop in the centre; at a random place otherwise.
+        pixel_range: black and white of images that are not 8-bit; by default, each image has its own.
         Others: those of `SampleStreams`.
     """
 
@@ -125,12 +127,14 @@ class TrainingSamples(SampleStreams):
         random_flip: bool = False,
         sample_posterior: bool = False,
         num_tokens: int | None = None,
+        pixel_range: PixelRange | None = None,
     ):
         streams = (latent_shape, null_class_id, label_dropout, random_flip, sample_posterior, num_tokens)
         super().__init__(len(data), seed, *streams)
         self.data = data
         self.resolution = resolution
         self.center_crop = center_crop
+        self.pixel_range = pixel_range
 
     def __getitem__(self, indices: list[int]) -> dict[str, torch.Tensor]:
         rows = [self.row_of(index) for index in indices]
@@ -139,7 +143,7 @@ class TrainingSamples(SampleStreams):
         pixels, labels, corrupt = [], [], []
         for i, flip in enumerate(self.flips(uniforms)):
             record = {"image": records["image"][i], "label": records["label"][i]}
-            image, label, tried = first_readable(self.data, rows[i], record)
+            image, label, tried = first_readable(self.data, rows[i], record, self.pixel_range)
             # If no image can be decoded, the trainer counts these rows and stops before it takes a step.
             image = image or PILImage.new("RGB", (self.resolution, self.resolution))
             square = resize_and_crop(image, self.resolution, None if self.center_crop else tuple(uniforms[i, 3:]))

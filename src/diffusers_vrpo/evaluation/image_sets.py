@@ -14,14 +14,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset, Image
-from PIL import Image as PILImage
 
 from ..arrays import map_array, num_bytes, read_header
 from ..assets.digits import load_digits_dataset
 from ..config import is_embedded_digits
-from ..data.image_datasets import decode_image, open_named, refuse_config_name, resize_and_crop
+from ..data.image_datasets import open_named, refuse_config_name
+from ..data.image_decoding import PixelRange, decode_image, find_pixel_range, resize_and_crop, sample_rows
 from ..data.image_folders import list_images, reason_without_images
 from ..errors import InputError, first_line
+from ..files import open_image
 from ..pipelines.sample_folder import unfinished_samples
 from ..random_streams import ORDER, random_stream
 
@@ -92,9 +93,10 @@ class FileReader:
 
     paths: list[Path]
     resolution: int | None
+    pixel_range: PixelRange
 
     def __call__(self, row: int) -> np.ndarray:
-        image = decode_image({"bytes": None, "path": self.paths[row]})
+        image = decode_image({"bytes": None, "path": self.paths[row]}, self.pixel_range)
         return np.asarray(image) if self.resolution is None else resize_and_crop(image, self.resolution)
 
 
@@ -120,16 +122,18 @@ class DatasetReader:
     data: Dataset
     image_column: str
     resolution: int
+    pixel_range: PixelRange
 
     def __call__(self, row: int) -> np.ndarray:
-        return resize_and_crop(decode_image(self.data[row][self.image_column]), self.resolution)
+        return resize_and_crop(decode_image(self.data[row][self.image_column], self.pixel_range), self.resolution)
 
 
 def folder_images(name: str, folder: str | Path, resolution: int | None = None) -> ImageSet:
     """The images below a folder as they are, or cropped to `resolution` as for training.
 
     Raises:
-        InputError: if the folder has no images, one cannot be read, or their sizes differ.
+        InputError: if the folder has no images, one cannot be read, or their sizes differ, or if the values of their pixels
+            have no known range.
     """
     listing = list_images(folder)
     if not listing.images:
@@ -140,7 +144,7 @@ def folder_images(name: str, folder: str | Path, resolution: int | None = None) 
     first = None
     for path in paths if resolution is None else paths[:1]:
         try:
-            with PILImage.open(path) as image:  # the header only
+            with open_image(path) as image:  # the header only
                 size = image.size
         except Exception as error:  # PIL's readers raise many types; all mean the same here
             raise InputError(None, f"{name}: {path} is not an image that can be read; mend or remove it") from error
@@ -154,7 +158,9 @@ def folder_images(name: str, folder: str | Path, resolution: int | None = None) 
 
     height, width = (first[1][1], first[1][0]) if resolution is None else (resolution, resolution)
     origin = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    return ImageSet(name, "folder", len(paths), (height, width), FileReader(paths, resolution), origin)
+    sample = ({"bytes": None, "path": paths[row]} for row in sample_rows(len(paths)))
+    reader = FileReader(paths, resolution, find_pixel_range(sample, name))
+    return ImageSet(name, "folder", len(paths), (height, width), reader, origin)
 
 
 def array_images(name: str, file: str | Path) -> ImageSet:
@@ -274,7 +280,8 @@ def dataset_images(
     """Opens a split of a data set (Hub name or folder, or `"embedded:digits"`), cropped to `resolution` as for training.
 
     Raises:
-        InputError: if the data set, split or column of images does not exist.
+        InputError: if the data set, split or column of images does not exist, or the values of the pixels have no known
+            range.
     """
     if is_embedded_digits(source):
         refuse_config_name(config_name, option, source)
@@ -295,7 +302,8 @@ def dataset_images(
     if len(data) == 0:
         raise InputError("reference_split", f"`reference_split` {split!r} of {source} has no images")
     data = data.select_columns([image_column]).cast_column(image_column, Image(decode=False))
-    reader = DatasetReader(data, image_column, resolution)
+    sample = (data[row][image_column] for row in sample_rows(len(data)))
+    reader = DatasetReader(data, image_column, resolution, find_pixel_range(sample, name))
     return ImageSet(name, "data set", len(data), (resolution, resolution), reader, data._fingerprint)
 
 

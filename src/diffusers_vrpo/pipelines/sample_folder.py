@@ -23,7 +23,7 @@ from PIL import Image
 
 from ..arrays import map_array
 from ..errors import InputError, first_line
-from ..files import irregular_problem, replacing, write_atomically
+from ..files import irregular_problem, open_image, replacing, write_atomically
 from ..schemas import SAMPLES, check, read_object
 
 
@@ -188,7 +188,7 @@ class SampleFolder:
         """Reads the kept images of a batch, uint8 `[n,H,W,3]`."""
         if self.output_format == "npz":
             return map_array(self.part(batch))
-        return np.stack([np.asarray(Image.open(self.png(i)).convert("RGB")) for i in self.indices(batch)])
+        return np.stack([np.asarray(open_image(self.png(i)).convert("RGB")) for i in self.indices(batch)])
 
     def finish(self):
         """Writes `samples.npz` if requested and marks the manifest `complete`; one process calls it after all images.

@@ -286,7 +286,7 @@ class DataConfig(Options):
         False, "read the parquet files of --dataset_name during training, without a copy on the disk"
     )
     image_column: Data[str] = option("image", "column with the images")
-    label_column: Data[str] = option("label", "column with the integer class labels")
+    label_column: Data[str] = option("label", "column with the class labels; `none` trains without classes")
     max_train_samples: Data[Images | None] = option(None, "number of images to use, drawn at random; all if not given")
     allow_changed_data: Free[bool] = option(
         False, "continue a run although the images, labels or class names have changed"

@@ -149,9 +149,11 @@ def test_reasons_and_remedies(tmp_path):
     assert "`latents_dir`" in reason("cache", "latents.npy")
     assert "1 .heic" in reason("heic", "x.heic")
     images(tmp_path / "flat", "0.png")
-    assert "one folder for each class" in reason("flat")
+    with pytest.raises(InputError, match="one folder for each class, .* or remove `label_column`"):
+        classes(tmp_path / "flat", label_column="kind")
     (tmp_path / "flat" / "metadata.csv").write_text("file_name,kind\n0.png,cat\n")
     assert "has the columns 'file_name', 'kind'" in reason("flat")
+    assert "`label_column` none to train without classes" in reason("flat")
 
 
 def test_text_labels_become_classes(tmp_path):

@@ -211,6 +211,11 @@ def probe(args: argparse.Namespace) -> dict | None:
         data, _, num_classes = load_image_dataset(
             args.dataset_name, args.dataset_config_name, split=args.dataset_split, **where
         )
+        if num_classes < 2:
+            raise InputError(
+                "label_column",
+                f"`dataset_name` {args.dataset_name} has one class; probing needs the labels of several",
+            )
         test_data = None
         if args.test_split:
             test_data = load_image_dataset(

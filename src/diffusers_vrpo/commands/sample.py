@@ -254,7 +254,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     g.add_argument(
         "--guidance_scale",
         type=number_in(GUIDANCE, float),
-        help="classifier-free guidance; 1 turns it off (default: 1.5; 1 for a model without a null class)",
+        help="classifier-free guidance; 1 turns it off (default: 1.5; 1 for a model with one class or without a null class)",
     )
     g.add_argument(
         "--guidance_interval",

@@ -22,7 +22,9 @@ from .image_decoding import PixelRange, decode_image
 from .image_folders import (
     IMAGE_FOLDER,
     IMAGE_SUFFIXES,
+    LABEL_COLUMN,
     METADATA_FILES,
+    NO_CLASSES,
     check_text_labels,
     load_image_folder,
     sorted_classes,
@@ -49,7 +51,9 @@ def load_image_dataset(
     max_train_samples: int | None = None,
     cache_dir: str | None = None,
 ) -> tuple[Dataset, dict[int, str] | None, int]:
-    """Opens a labelled image data set: a Hub name, a folder of parquet files or of images, or `"embedded:digits"`.
+    """Opens an image data set: a Hub name, a folder of parquet files or of images, or `"embedded:digits"`.
+
+    Without labels, or with `label_column="none"`, all images have the class 0.
 
     Returns:
         the split with the columns `image` (encoded bytes or paths) and `label`; the class names, or None where the
@@ -129,14 +133,18 @@ def image_and_label(
     """A data set with the columns `image`, not decoded, and `label` only; class names and the number of classes.
 
     Args:
-        data: with images in one column and class ids in another.
+        data: with images in one column and class ids in another; see `is_classless` for those without.
         option, name: what errors call the data set.
 
     Raises:
         InputError: if the columns do not hold images and class ids, or name files in the place of images.
     """
-    check_columns(data.features, option, name, image_column, label_column, text=True)
+    classless = is_classless(data.features, option, name, label_column)
+    check_columns(data.features, option, name, image_column, None if classless else label_column, text=True)
     refuse_paths(data.select_columns([image_column]), option, name)
+    if classless:
+        data, label_column = data.select_columns([image_column]), LABEL_COLUMN
+        data = data.add_column(label_column, np.zeros(len(data), np.int64), feature=Value("int64"))
     data = with_text_classes(data, label_column, f"`label_column` {label_column!r} of `{option}` {name}")
     labels, label = column_values(data, label_column), data.features[label_column]
     smallest, largest = pc.min_max(labels).as_py().values()
@@ -146,6 +154,30 @@ def image_and_label(
     renamed = {image_column: "image", label_column: "label"}
     data = data.rename_columns({old: new for old, new in renamed.items() if old != new})
     return data.cast_column("image", Image(decode=False)), dict(enumerate(names)) if names else None, num_classes
+
+
+def is_classless(features: Features, option: str, name: str, label_column: str) -> bool:
+    """Whether all images of a table get one class: there is no column of labels, or `label_column` is `"none"`.
+
+    A missing column that was named by an option is an error of `check_columns`, and so is one beside columns that look like
+    classes.
+    """
+    if label_column in features or label_column not in (LABEL_COLUMN, NO_CLASSES):
+        return False
+    if label_column == LABEL_COLUMN and any(looks_like_classes(*column) for column in features.items()):
+        return False
+    opening_logger.warning(
+        f"`{option}` {name} is trained without labels (its columns are {', '.join(map(repr, features))}); all images have the "
+        "one class 0, so that the model is unconditional"
+    )
+    return True
+
+
+def looks_like_classes(column: str, feature) -> bool:
+    """Whether a column that is not named in the options probably holds the classes."""
+    words = ("label", "class", "categor", "target", "species")
+    is_value = isinstance(feature, Value) and (feature.dtype.startswith(("int", "uint")) or is_text(feature))
+    return isinstance(feature, ClassLabel) or (is_value and any(word in column.lower() for word in words))
 
 
 def is_text(feature) -> bool:
@@ -188,19 +220,23 @@ def selected(data: Dataset, values: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def check_columns(
-    features: Features, option: str, name: str, image_column: str, label_column: str, text: bool = False
+    features: Features, option: str, name: str, image_column: str, label_column: str | None, text: bool = False
 ):
     """Checks that a data set has these columns, with images in one and integers, or with `text` also text, in the other.
+
+    Without `label_column` only that of the images is checked.
 
     Raises:
         InputError: if a column is missing or holds something else.
     """
     for column_option, column in (("image_column", image_column), ("label_column", label_column)):
-        if column not in features:
+        if column is not None and column not in features:
+            without = f", or give `label_column` {NO_CLASSES} to train without classes"
             raise InputError(
                 None,
                 f"`{column_option}` {column!r} is not in `{option}` {name}; its columns are "
-                f"{', '.join(map(repr, features))}; name the right one with `{column_option}`",
+                f"{', '.join(map(repr, features))}; name the right one with `{column_option}`"
+                f"{without if column_option == 'label_column' else ''}",
             )
     if not isinstance(features[image_column], Image):
         raise InputError(
@@ -208,6 +244,8 @@ def check_columns(
             f"`image_column` {image_column!r} of `{option}` {name} holds {features[image_column]}, not images; name "
             "the column of the images with `image_column` (or cast it with dataset.cast_column(column, datasets.Image()))",
         )
+    if label_column is None:
+        return
     label = features[label_column]
     is_integer = isinstance(label, Value) and label.dtype.startswith(("int", "uint"))
     if not (isinstance(label, ClassLabel) or is_integer or (text and is_text(label))):

@@ -48,6 +48,7 @@ ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".
 SPLIT_OF_FOLDER = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test"}
 SPLIT_OF_FOLDER |= {"validation": "validation", "val": "validation", "valid": "validation", "dev": "validation"}
 IMAGE_FOLDER = "imagefolder"  # the name of the reader of such folders in `datasets`, and of this one
+LABEL_COLUMN, NO_CLASSES = "label", "none"  # the default of `label_column`, and its value to train without classes
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
@@ -180,15 +181,16 @@ def split_folders(folder: str) -> dict[str, str]:
 def load_image_folder(option: str, folder: str, split: str, image_column: str, label_column: str) -> Dataset:
     """Opens a folder with one folder of images per class, or with a table of labels, as a data set.
 
-    The class of an image is the first folder level. The log says what the classes are, and counts what is left out.
+    The class of an image is the first folder level. If no image lies in a folder, all have one class without a name. The log
+    says what the classes are, and counts what is left out.
 
     Args:
         option: of the folder, for errors.
         split: "train", or another split if the folder has a folder for it.
-        image_column, label_column: the names of the columns.
+        image_column, label_column: the names of the columns; `"none"` gives all images one class.
 
     Raises:
-        InputError: if the split does not exist, or the folder has no images with classes.
+        InputError: if the split does not exist, the folder has no images, or none has a label in a column that is named.
     """
     source = f"`{option}` {folder}"
     try:
@@ -214,8 +216,15 @@ def load_image_folder(option: str, folder: str, split: str, image_column: str, l
         raise InputError(
             "image_column", f"`image_column` {image_column!r}: a folder of images has `image` only; remove it"
         )
-    labels = table_labels(option, top, table, label_column) if table else None
-    if labels is None:
+    in_folders = any("/" in name for name in listing.images)
+    labels = table_labels(option, top, table, label_column) if table and label_column != NO_CLASSES else None
+    if labels is None and (label_column == NO_CLASSES or (not in_folders and label_column == LABEL_COLUMN)):
+        rows, values, names = listing.images, [0] * len(listing.images), None
+        logger.warning(
+            f"{source}: {counted(len(rows), 'image')} {'' if in_folders else 'and no class folders; '}all have the one class 0, "
+            "so that the model is unconditional"
+        )
+    elif labels is None:
         known = (
             list_images(os.path.join(folder, splits["train"])).images if "train" in splits and split != "train" else []
         )
@@ -255,10 +264,11 @@ def folder_classes(
     rows = [name for name in listing.images if "/" in name]
     if not rows:
         raise InputError(
-            option,
-            f"{source}: no image lies in a class folder ({counted(len(listing.images), 'image')} in all); move them into one "
-            "folder for each class, such as cat/ and dog/ (or all into one folder, to train without classes), or add a metadata.csv with the "
-            "columns file_name and label",
+            "label_column",
+            f"{source} has neither a table with the `label_column` that is given nor class folders "
+            f"({counted(len(listing.images), 'image')} in all); move the images into one folder for each class, such as cat/ "
+            "and dog/, add a metadata.csv with the columns file_name and label, or remove `label_column` to train without "
+            "classes",
         )
     classes = [name.partition("/")[0] for name in rows]
     names, trained = sorted_classes(classes), {name.partition("/")[0] for name in known if "/" in name}
@@ -308,7 +318,8 @@ def table_labels(option: str, folder: str, table: str, label_column: str) -> dic
             raise InputError(
                 column_option,
                 f"{name} has the columns {', '.join(map(repr, columns)) or 'none'}, but it needs file_name and "
-                f"`label_column` {label_column!r}; name the column of the classes with `label_column`",
+                f"`label_column` {label_column!r}; name the column of the classes with `label_column`, or give "
+                f"`label_column` {NO_CLASSES} to train without classes",
             )
     labels = {}
     for record in records:

@@ -22,7 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from ..errors import InputError, TrainingStopped, first_line
 from ..random_streams import ORDER, random_stream
-from .image_datasets import check_columns, check_images, check_labels, open_named
+from .image_datasets import check_columns, check_images, check_labels, is_classless, open_named
 from .image_decoding import SAMPLED_IMAGES
 from .image_source import CHECKED_IMAGES, CLASS_NAMES, ImageSource, class_names
 from .parquet_io import (
@@ -57,7 +57,7 @@ class ParquetRows(ImageSource):
 
     Args:
         files: the files, in the order of the rows.
-        image_column, label_column: the columns to read.
+        image_column, label_column: the columns to read; without `label_column`, all images have the class 0.
         id2label: the names of the classes.
         num_classes: the number of classes.
 
@@ -77,11 +77,11 @@ class ParquetRows(ImageSource):
         self,
         files: list[ParquetFile],
         image_column: str,
-        label_column: str,
+        label_column: str | None,
         id2label: dict[int, str] | None = None,
         num_classes: int = 0,
     ):
-        self.files, self.columns = files, [image_column, label_column]
+        self.files, self.columns = files, [name for name in (image_column, label_column) if name is not None]
         self.id2label, self.num_classes = id2label, num_classes
         self.classes: list[int] | None = None
         self.groups = [
@@ -115,7 +115,8 @@ class ParquetRows(ImageSource):
     def _record(self, row: int) -> dict:
         group = int(np.searchsorted(self.first_rows, row, side="right")) - 1
         table, place = self._table(group), row - int(self.first_rows[group])
-        image, label = (table.column(name)[place].as_py() for name in self.columns)
+        values = [table.column(name)[place].as_py() for name in self.columns]
+        image, label = values if len(values) == 2 else (values[0], 0)
         if not isinstance(image, dict):
             image = {"path": image} if isinstance(image, str) else {"bytes": image}
         # A path in a table could name any file of this machine, and is not opened.
@@ -139,7 +140,7 @@ class ParquetRows(ImageSource):
             future.set_exception(error)
 
     def read_group(self, group: int) -> pa.Table:
-        """The two columns of a row group.
+        """The columns of a row group.
 
         Raises:
             TrainingStopped: if it cannot be read.
@@ -295,17 +296,23 @@ def stream_image_dataset(
     files = open_files(splits[split], source)
     schema = files[0].metadata.schema.to_arrow_schema()
     features = builder.info.features or Features.from_arrow_schema(schema)
+    classless = is_classless(features, "dataset_name", dataset_name, label_column)
+    if classless:
+        label_column = None
     check_columns(features, "dataset_name", dataset_name, image_column, label_column, text=True)
-    types = {name: schema.field(name).type for name in (image_column, label_column) if name in schema.names}
+    columns = [image_column] if classless else [image_column, label_column]
+    types = {name: schema.field(name).type for name in columns if name in schema.names}
     for file in files:
         found = file.metadata.schema.to_arrow_schema()
-        if len(types) < 2 or any(name not in found.names or found.field(name).type != types[name] for name in types):
+        if len(types) < len(columns) or any(
+            name not in found.names or found.field(name).type != types[name] for name in types
+        ):
             raise InputError(
                 None,
                 f"{source}: {file.path} has the columns {', '.join(map(repr, found.names))}, but `streaming` needs "
-                f"{image_column!r} and {label_column!r} of one type in all files; train without `streaming`",
+                f"{' and '.join(map(repr, columns))} of one type in all files; train without `streaming`",
             )
-    if not pa.types.is_integer(types[label_column]):
+    if not classless and not pa.types.is_integer(types[label_column]):
         raise InputError(
             "label_column",
             f"`label_column` {label_column!r} of {source} is stored as {types[label_column]}, and `streaming` reads "
@@ -320,6 +327,9 @@ def stream_image_dataset(
             f"{source}: a row group has {largest / 1e9:.1f} GB, and `streaming` holds at most {MOST_BYTES / 1e9:.1f} GB; "
             "write the files with smaller ones, as Dataset.to_parquet does",
         )
+    if classless:
+        rows.num_classes, rows.classes = 1, [0]
+        return rows
     column = f"`label_column` {label_column!r} of {source}"
     nulls, labels, unread = labels_in_footers(rows, source)
     least, most = min(labels, default=0), max(labels, default=0)

@@ -274,7 +274,13 @@ def classes_to_sample(data: TrainingData) -> list[int]:
 
 
 def classes_notice(data: TrainingData) -> tuple[int, str] | None:
-    """What to say of classes without images, with the level for the log; None if every class has some."""
+    """What to say of one class, or of classes without images, with the level for the log; None if there is nothing to say."""
+    if data.num_classes == 1:
+        return (
+            logging.INFO,
+            "one class: the model is unconditional. The row of no class, which `label_dropout` trains, learns the same images, "
+            "so that guidance has no effect, unless the run starts from weights of more classes; sample with guidance scale 1",
+        )
     known = known_classes(data)
     if known is None:
         return (

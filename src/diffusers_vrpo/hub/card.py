@@ -275,13 +275,15 @@ def summary(run: dict) -> str:
     """The card's first sentence."""
     options, config = run["options"], run["transformer"]
     base = options.get("pretrained_model_name_or_path")
-    text = f"Class-conditional {kind(run)} diffusion transformer"
+    is_unconditional = config.get("num_classes") == 1
+    conditional = "unconditional" if is_unconditional else "class-conditional"
+    text = f"{conditional.capitalize()} {kind(run)} diffusion transformer"
     if pushes_adapters_only(run):
         link = f"[{shown(base)}](https://huggingface.co/{base})" if is_hub_id(base) else shown(base)
-        text = f"Low-rank adapters for {link}, a class-conditional {kind(run)}"
+        text = f"Low-rank adapters for {link}, {'an' if is_unconditional else 'a'} {conditional} {kind(run)}"
     if run["start"].get("parameters"):
         text += f" of {number(run['start']['parameters'] / 1e6)} M parameters"
-    if is_finite(config.get("num_classes")):
+    if is_finite(config.get("num_classes")) and not is_unconditional:
         text += f" with {number(config['num_classes'])} classes"
         if trained := trained_labels(run["index"]):
             text += f" ({number(len(trained))} of which had training images)"
@@ -326,6 +328,7 @@ def render_card(folder: str | Path, repo_id: str, license: str | None = None, **
     run = read_run(folder)
     options = run["options"]
     labels, trained = mapping(run["index"].get("id2label")), trained_labels(run["index"])
+    is_unconditional = run["transformer"].get("num_classes") == 1
     # The example is of a class that can be drawn.
     first = trained[0] if trained else 0
     named = labels.get(str(first), next(iter(labels.values()), None))
@@ -343,6 +346,8 @@ def render_card(folder: str | Path, repo_id: str, license: str | None = None, **
         "data": options.get("dataset_name") or options.get("train_data_dir") or options.get("latents_dir"),
         "example_label": quoted(str(named).split(",")[0]) if labels else str(first),
         "has_labels": bool(labels),
+        "is_unconditional": is_unconditional,
+        "example_scale": "1.0" if is_unconditional else "1.5",
         "number": number,
         "options_as_yaml": options_as_yaml,
         # A fence that is longer than any run of backticks inside it.

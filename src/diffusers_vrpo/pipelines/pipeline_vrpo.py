@@ -168,6 +168,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         if trained_labels is not None:
             self._record_trained_labels(trained_labels, num_classes)
         self._warned_labels: set[int] = set()
+        self._warned_guidance = False
 
         # Whole names first, then names without case, then the synonyms: "Cardigan" and "cardigan" are two classes.
         self.labels: dict[str, list[int]] = {}
@@ -344,6 +345,16 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 f"`class_labels`: {len(untrained)} of these classes had no images in training, so that what is drawn for them "
                 f"means nothing: {', '.join(listed)}{', ...' if len(untrained) > 10 else ''}; `pipeline.trained_labels` "
                 "lists the others"
+            )
+
+    def warn_one_class(self, guidance_scale: float):
+        """Warns once if a model of one class is guided."""
+        if self.transformer.config.num_classes == 1 and guidance_scale != 1 and not self._warned_guidance:
+            self._warned_guidance = True
+            logger.warning(
+                f"`guidance_scale` {guidance_scale}: this model has one class, and learned the null class from the same images, "
+                "so that guidance only doubles the work, unless the model began with weights of more classes; pass "
+                "guidance_scale=1"
             )
 
     @property
@@ -803,6 +814,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         )
         ids = self.get_label_ids(class_labels)
         self.warn_untrained(ids)
+        self.warn_one_class(guidance_scale)
         num_images_per_label = int(num_images_per_label)
         self._guidance_scale = guidance_scale
         self._interrupt = False

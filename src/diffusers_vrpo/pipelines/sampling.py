@@ -172,7 +172,7 @@ def sampling_arguments(pipeline: VRPOPipeline, args: argparse.Namespace) -> dict
     channels = channels or config.guidance_channels or config.in_channels
     scale = args.guidance_scale
     if scale is None:
-        scale = 1.5 if pipeline.transformer.null_class_id is not None else 1.0
+        scale = 1.5 if pipeline.transformer.null_class_id is not None and config.num_classes > 1 else 1.0
     ignored = {
         "guidance_interval": args.guidance_interval != [0.0, 1.0],
         "guidance_channels": args.guidance_channels is not None,

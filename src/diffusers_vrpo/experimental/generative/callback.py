@@ -209,6 +209,12 @@ class GenerativePolicy(TrainerCallback):
                 f"`rollout_classes` {args.rollout_classes} must be a multiple of the {accelerator.num_processes} processes, which "
                 "have whole groups",
             )
+        if data.num_classes < 2:
+            raise InputError(
+                "generative_policy_start_step",
+                "`generative_policy_start_step` rewards images for looking like their class, and the data have one class; give "
+                "data of several classes",
+            )
         if not data.has_images:
             raise InputError(
                 "generative_policy_start_step",

@@ -9,10 +9,9 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import HfApi
 from PIL import Image as PILImage
 
-from diffusers_vrpo import VRPOConfig, VRPOPipeline, VRPOTrainer
+from diffusers_vrpo import VRPOConfig, VRPOPipeline, VRPOTrainer, reach
 from diffusers_vrpo.commands import prepare as prepare_latents
 from diffusers_vrpo.data.latent_cache import LatentCache
 from diffusers_vrpo.errors import InputError
@@ -23,7 +22,9 @@ from diffusers_vrpo.models.autoencoder import (
     load_vae,
     reconstruction_problem,
 )
+from diffusers_vrpo.pipelines import pipeline_vrpo
 from support.models import tiny_vae
+from support.paths import ROOT
 
 
 def folder_with(tmp_path, **changes):
@@ -49,7 +50,11 @@ def test_a_shift_factor_that_is_not_finite_is_refused(tmp_path, shift):
         load_vae(folder_with(tmp_path, shift_factor=shift))
 
 
-AUTOENCODERS = sorted(name for name in dir(diffusers) if name.startswith(("Autoencoder", "Asymmetric", "VQModel")))
+AUTOENCODERS = sorted(
+    name
+    for name in dir(diffusers)
+    if any(word in name for word in ("Autoencoder", "VAE", "VQModel")) and isinstance(getattr(diffusers, name), type)
+)
 
 
 @pytest.mark.parametrize("name", AUTOENCODERS)
@@ -58,17 +63,59 @@ def test_every_autoencoder_of_diffusers_is_supported_or_refused_by_name(name):
     vae = kind.__new__(kind)  # the class decides, so that weights are not needed
     torch.nn.Module.__init__(vae)
     vae._internal_dict = SimpleNamespace(scaling_factor=1.0)
+    documented = (
+        (ROOT / "docs" / "inputs.md").read_text(encoding="utf-8").split("## Autoencoders")[1].split("\n## ")[0]
+    )
+    row = next(line for line in documented.splitlines() if re.search(rf"\b{name}\b", line))
+    assert row.split("|")[2].split(",")[0].strip() == ("accepted" if name in SUPPORTED_CLASSES else "refused")
     if name in SUPPORTED_CLASSES:
-        return check_vae(vae, "folder")
-    with pytest.raises(InputError, match=f"`vae` folder is a {name}, .*give an AutoencoderKL, .* or VQModel") as error:
+        check_vae(vae, "folder")
+        return pipeline_vrpo.check_vae(vae)
+    refusal = f"is a {name}, whose latents or pixels need .* an AutoencoderKL, .* or VQModel"
+    with pytest.raises(InputError, match=f"`vae` folder {refusal}") as error:
         check_vae(vae, "folder")
     assert error.value.field == "vae"
+    with pytest.raises(ValueError, match=f"`vae` {refusal}"):
+        pipeline_vrpo.check_vae(vae)
 
 
-@pytest.mark.parametrize("kind", ["asymmetric", "vq"])
+def test_the_published_pipeline_takes_the_same_classes():
+    assert pipeline_vrpo.AUTOENCODERS == SUPPORTED_CLASSES
+
+
+@pytest.mark.parametrize("kind", ["AutoencoderKLFlux2", "UNet2DModel", "NoSuchClass"])
+@pytest.mark.parametrize("subfolder", ["", "vae"])
+def test_the_class_is_refused_before_weights_are_read(tmp_path, kind, subfolder):
+    (tmp_path / subfolder).mkdir(exist_ok=True)
+    (tmp_path / subfolder / "config.json").write_text(json.dumps({"_class_name": kind}))
+    with pytest.raises(InputError, match=f"`vae` .* is a {kind}, .*; give an AutoencoderKL, "):
+        load_vae(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"_class_name": 3}', '{"model_type": "vit"}'])
+def test_a_config_without_a_class_is_one_sentence(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(
+        InputError, match="`vae` .*(config.json does not name a class|not a valid JSON).*; give a folder"
+    ):
+        load_vae(str(tmp_path))
+
+
+def test_the_configuration_is_refused_before_weights_are_read(tmp_path):
+    folder = folder_with(tmp_path, scaling_factor=0)
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(InputError, match="`scaling_factor` in its config.json is 0"):
+        load_vae(folder)
+
+
+@pytest.mark.parametrize("kind", ["asymmetric", "vq", "hunyuan"])
 def test_other_supported_classes_encode_and_scale(tmp_path, kind):
     blocks = {"block_out_channels": (8,), "down_block_types": ("DownEncoderBlock2D",)}
-    if kind == "vq":
+    if kind == "hunyuan":
+        arguments = {"in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": (32, 32)}
+        arguments |= {"layers_per_block": 1, "spatial_compression_ratio": 2, "sample_size": 8, "scaling_factor": 0.5}
+        vae = diffusers.AutoencoderKLHunyuanImage(**arguments)
+    elif kind == "vq":
         up = {"up_block_types": ("UpDecoderBlock2D",), "num_vq_embeddings": 8}
         vae = diffusers.VQModel(**blocks, **up, norm_num_groups=4, scaling_factor=0.5)
     else:
@@ -175,30 +222,39 @@ def test_a_cache_without_the_statistics_is_refused(tmp_path):
 # A Hub out of reach
 
 
-def unreachable(*args, **kwargs):
-    raise ConnectionError("no route to host")
+@pytest.fixture
+def asked(monkeypatch) -> list:
+    """The addresses that are asked, of a Hub that is out of reach."""
+    addresses = []
+    monkeypatch.setattr(reach.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(reach, "is_out_of_reach", lambda endpoint: addresses.append(endpoint) or True)
+    return addresses
 
 
-def test_a_hub_out_of_reach_is_one_sentence_and_asked_once(tmp_path, monkeypatch, caplog):
-    calls = []
-    monkeypatch.setattr(HfApi, "model_info", lambda *args, **kwargs: calls.append(args) or unreachable())
+def test_a_hub_out_of_reach_is_one_sentence_and_asked_once(tmp_path, asked, caplog):
     with pytest.raises(InputError) as error:
         load_vae("someone/an-autoencoder", str(tmp_path))
     assert str(error.value) == (
         "`vae` someone/an-autoencoder: it is neither a folder here nor in the cache, and the Hub cannot be reached; "
         "go online or give a folder, or `none` to train on pixels"
     )
-    assert error.value.field == "vae" and len(calls) == 1 and "Retrying" not in caplog.text
+    assert error.value.field == "vae" and len(asked) == 1 and "Retrying" not in caplog.text
+
+
+def cached(folder, subfolder, **options):
+    """Puts a small autoencoder into a cache of the Hub, and returns its name."""
+    repository, commit = folder / "models--someone--an-autoencoder", "0" * 40
+    tiny_vae("kl").save_pretrained(repository / "snapshots" / commit / subfolder, **options)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    return "someone/an-autoencoder"
 
 
 @pytest.mark.parametrize("subfolder", ["", "vae"])
-def test_a_cached_autoencoder_loads_while_the_hub_is_out_of_reach(tmp_path, monkeypatch, subfolder):
-    monkeypatch.setattr(HfApi, "model_info", unreachable)
-    repository, commit = tmp_path / "models--someone--an-autoencoder", "0" * 40
-    tiny_vae("kl").save_pretrained(repository / "snapshots" / commit / subfolder)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(commit)
-    assert load_vae("someone/an-autoencoder", str(tmp_path)).config.scaling_factor == 0.3
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_a_cached_autoencoder_loads_while_the_hub_is_out_of_reach(tmp_path, asked, subfolder, variant):
+    name = cached(tmp_path, subfolder, variant=variant)
+    assert load_vae(name, str(tmp_path)).config.scaling_factor == 0.3
 
 
 # Reconstruction of one image

@@ -267,6 +267,45 @@ def test_other_transformers_of_diffusers_are_refused(tmp_path):
         convert_checkpoint(str(tmp_path / "vae"))
 
 
+STATISTICS = {"latents_mean": [0.5] * 4, "latents_std": [2.0] * 4, "shift_factor": None}
+
+
+def test_an_autoencoder_that_official_code_would_scale_otherwise_is_mentioned(tmp_path, caplog):
+    vae = tiny_vae("kl")
+    vae.register_to_config(**STATISTICS)
+    vae.save_pretrained(tmp_path / "vae")
+    tiny_dit().save_pretrained(tmp_path / "dit")
+    warning = "has latents_mean and latents_std, which the pipeline applies"
+    convert_script(tmp_path / "dit", tmp_path / "ours", "--vae", tmp_path / "vae")
+    assert caplog.text.count(warning) == 1
+    ours = VRPOPipeline.from_pretrained(tmp_path / "ours")
+    assert ours.vae.config.latents_mean == STATISTICS["latents_mean"]
+    convert_script(tmp_path / "ours", tmp_path / "again")
+    assert caplog.text.count(warning) == 1
+    file = saved(tmp_path, official_state())
+    convert_script(file, tmp_path / "sit", "--vae", tmp_path / "vae", "--num_attention_heads", 3)
+    assert caplog.text.count(warning) == 2
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"latents_std": [0.0] * 4}, "`latents_std` in its config.json has 0.0"),
+        ({"scaling_factor": 0}, "`scaling_factor` in its config.json is 0"),
+        ({"_class_name": "AutoencoderKLFlux2"}, "is a AutoencoderKLFlux2"),
+    ],
+)
+@pytest.mark.parametrize("given", [True, False])
+def test_convert_checks_the_autoencoder_as_training_does(tmp_path, changes, message, given):
+    vae = tiny_vae("kl")
+    vae.register_to_config(shift_factor=None)
+    DiTPipeline(tiny_dit(), vae, DDIMScheduler(clip_sample=False)).save_pretrained(tmp_path / "dit")
+    path = tmp_path / "dit" / "vae" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | STATISTICS | changes))
+    with pytest.raises(InputError, match=f"`vae` .*{message}"):
+        convert_script(tmp_path / "dit", tmp_path / "ours", *(["--vae", tmp_path / "dit"] if given else []))
+
+
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler])
 def test_dit_pipeline_and_ours_give_the_same_images(tmp_path, scheduler):
     schedule = scheduler(beta_schedule="linear", **({"clip_sample": False} if scheduler is DDIMScheduler else {}))

@@ -22,6 +22,12 @@ from transformers import (
     AutoModel,
     PretrainedConfig,
     PreTrainedModel,
+    ResNetConfig,
+    ResNetModel,
+    SamConfig,
+    SamModel,
+    SamVisionConfig,
+    SamVisionModel,
     ViTConfig,
     ViTModel,
 )
@@ -162,6 +168,68 @@ def test_vit_without_position_interpolation_gets_its_native_size(tmp_path):
     tokens = load_encoder(tmp_path, (4, 4))(images)
     maps = F.interpolate(tokens.mT.unflatten(2, (4, 4)), (3, 5), mode="bilinear", antialias=True)
     torch.testing.assert_close(encoder(images), maps.flatten(2).mT)
+
+
+SAM = {**VISION, "output_channels": 24, "window_size": 2, "global_attn_indexes": [1], "mlp_dim": 64}
+
+
+@pytest.fixture
+def sam_checkpoint(tmp_path, request):
+    """A tiny SAM, whole or its image tower alone, which takes 64 x 64 pixels only."""
+    torch.manual_seed(0)
+    tower = SamVisionConfig(**SAM)
+    decoder = {
+        "hidden_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "mlp_dim": 24,
+        "iou_head_hidden_dim": 24,
+    }
+    prompts = {"hidden_size": 24, "image_size": 64, "patch_size": 16, "mask_input_channels": 4}
+    whole = SamConfig(vision_config=tower, prompt_encoder_config=prompts, mask_decoder_config=decoder)
+    model = SamModel(whole) if request.param == "whole" else SamVisionModel(tower)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("sam_checkpoint", ["whole", "tower"], indirect=True)
+@pytest.mark.parametrize("layer, width", [(None, 24), (1, 32), (-1, 32)])
+def test_sam_gets_its_own_size(sam_checkpoint, layer, width):
+    encoder = load_encoder(sam_checkpoint, (3, 5), layer=layer)
+    assert encoder.input_size == (64, 64) and encoder.embed_dim == width and encoder.layer == layer
+    images = random_images(48, 32)
+    with torch.no_grad():
+        output = encoder.model(encoder.preprocess(images), output_hidden_states=True)
+    maps = output.last_hidden_state if layer is None else output.hidden_states[layer].permute(0, 3, 1, 2)
+    assert maps.shape == (2, width, 4, 4)
+    maps = F.interpolate(maps, (3, 5), mode="bilinear", antialias=True)
+    torch.testing.assert_close(encoder(images), maps.flatten(2).mT)
+
+
+class FixedResNetConfig(ResNetConfig):
+    model_type = "vrpo-test-fixed-resnet"
+
+
+class FixedResNet(ResNetModel):
+    config_class = FixedResNetConfig
+
+    def forward(self, pixel_values, output_hidden_states=False):
+        if pixel_values.shape[-1] != self.config.image_size:
+            raise ValueError("another size")
+        return super().forward(pixel_values, output_hidden_states=output_hidden_states)
+
+
+def test_a_conv_net_of_one_size_is_probed_at_it(tmp_path):
+    AutoConfig.register("vrpo-test-fixed-resnet", FixedResNetConfig, exist_ok=True)
+    AutoModel.register(FixedResNetConfig, FixedResNet, exist_ok=True)
+    stages = {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
+    FixedResNet(FixedResNetConfig(image_size=96, **stages)).save_pretrained(tmp_path)
+    encoder = load_encoder(tmp_path, (4, 4))
+    assert (
+        encoder.input_size == (96, 96) and encoder.layer == 3 and encoder(random_images(64, 64)).shape == (2, 16, 24)
+    )
 
 
 def test_dinov2_sees_224_pixels_for_256_tokens(encoder_checkpoint):

@@ -4,14 +4,12 @@
 import argparse
 import math
 import os
-import socket
 
 import pytest
 
 from diffusers_vrpo.command_line import parse_config, training_parser
 from diffusers_vrpo.commands import convert, evaluate, prepare, probe, report, sample
 from diffusers_vrpo.config import In, VRPOConfig, checked_value, options_of
-from diffusers_vrpo.data import reach
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.evaluation.compare import MetricSettings, few_images
 from diffusers_vrpo.models.start import check_lora_rank
@@ -247,48 +245,3 @@ def test_metrics_of_few_images(metrics, settings, samples, reference, said):
     widths = {"fid": 2048, "sfid": 2023}
     sentences = few_images(metrics, MetricSettings(**settings), samples, reference, widths)
     assert (said is None and not sentences) or (len(sentences) == 1 and said in sentences[0])
-
-
-# A Hub that cannot be reached
-
-
-@pytest.fixture
-def attempts(monkeypatch) -> list:
-    """The waits after refused connections to a Hub at a port where nothing listens, without a proxy."""
-    waited = []
-    monkeypatch.setattr(reach.time, "sleep", waited.append)
-    monkeypatch.setattr(reach.urllib.request, "getproxies", dict)
-    monkeypatch.setattr(reach.constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(reach.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(reach.datasets.config, "HF_HUB_OFFLINE", False)
-    return waited
-
-
-def test_a_refused_connection_is_tried_three_times_and_then_the_cache_is_used(attempts):
-    with pytest.raises(ZeroDivisionError), reach.offline_if_refused():
-        assert reach.constants.HF_HUB_OFFLINE and reach.datasets.config.HF_HUB_OFFLINE
-        raise ZeroDivisionError
-    assert not reach.constants.HF_HUB_OFFLINE and not reach.datasets.config.HF_HUB_OFFLINE
-    assert len(attempts) == 3 and sum(attempts) < 2
-
-
-def test_a_hub_that_answers_is_used(attempts, monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        monkeypatch.setattr(reach.constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
-        with reach.offline_if_refused():
-            assert not reach.constants.HF_HUB_OFFLINE
-    assert not attempts
-
-
-@pytest.mark.parametrize("error, refused", [(socket.gaierror(), True), (TimeoutError(), False), (OSError(), False)])
-def test_what_counts_as_out_of_reach(attempts, monkeypatch, error, refused):
-    def connect(*args, **kwargs):
-        raise error
-
-    monkeypatch.setattr(reach.socket, "create_connection", connect)
-    assert reach.is_refused("https://huggingface.co") is refused
-
-
-def test_a_proxy_is_not_passed_by(attempts, monkeypatch):
-    monkeypatch.setattr(reach.urllib.request, "getproxies", lambda: {"http": "http://proxy:1"})
-    assert not reach.is_refused("http://127.0.0.1:9") and not attempts

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "src" / "diffusers_vrpo"
 
 # From left to right: a wing imports only from wings to its left, and from itself.
 WINGS = (
-    ("errors", "files", "arrays", "markup", "random_streams", "assets"),
+    ("errors", "files", "arrays", "markup", "random_streams", "reach", "assets"),
     ("schemas",),
     ("config",),
     ("command_line",),

@@ -19,6 +19,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from ..config import is_embedded_digits
 from ..errors import InputError, hub_problem
+from ..reach import offline_if_out_of_reach
 
 
 logger = logging.getLogger(__name__)
@@ -102,8 +103,8 @@ def load_encoder(
     """Loads a transformers vision model as a frozen `PatchEncoder`, and tests it on a blank image.
 
     The input side is the grid side times the patch size (DINOv2/14 sees 224 pixels for 16 tokens, as in REPA), or
-    times the stride of a conv net's stage. A ViT that cannot interpolate its position table gets its native size, and
-    its map is interpolated to the grid.
+    times the stride of a conv net's stage. A model that takes its native size only (SAM, a ViT that cannot interpolate its
+    position table) gets that, and its map is interpolated to the grid.
 
     Args:
         name_or_path (`str` or `Path`): a checkpoint folder (the network is then not touched), a name on the Hub, or
@@ -123,8 +124,9 @@ def load_encoder(
     grid_size, prefix = tuple(grid_size), f"`encoder` {name_or_path}: "
     source, local = _locate(name_or_path)
     try:
-        model, missing = _load_model(source, dtype, cache_dir, local)
-        pixel_format = _pixel_format(source, cache_dir, local)
+        with offline_if_out_of_reach(source):
+            model, missing = _load_model(source, dtype, cache_dir, local)
+            pixel_format = _pixel_format(source, cache_dir, local)
     except InputError:
         raise
     except Exception as error:  # transformers raises many types; all mean that this checkpoint cannot be loaded
@@ -299,8 +301,9 @@ def _plan(model, name, grid_size, layer):
             f"`encoder_layer` {layer}: {name} has hidden states 0 to {len(states) - 1}; choose one of them",
         )
 
-    if any(state.ndim == 4 for state in states):
-        layer, stride = _choose_stage(model, name, grid_size, layer)
+    is_pyramid = not all(_in_rows(state, model.config, native) for state in states)
+    if is_pyramid and any(state.ndim == 4 for state in states):
+        layer, stride = _choose_stage(model, name, grid_size, layer, native)
         unit = (stride, stride)
     else:
         unit = _pair(model.config.patch_size)
@@ -317,12 +320,16 @@ def _plan(model, name, grid_size, layer):
     return layer, size, features
 
 
-def _choose_stage(model, name, grid_size, layer):
+def _choose_stage(model, name, grid_size, layer, native):
     """Chooses the conv stage; returns its index and its stride, measured on an image."""
-    states = _blank_states(model, (PROBE_SIDE, PROBE_SIDE))
+    side = PROBE_SIDE
+    try:
+        states = _blank_states(model, (side, side))
+    except (RuntimeError, ValueError):  # it takes its own size only
+        side, states = native[0], _blank_states(model, native)
     strides = {
         # A power of two: padding, or none, makes the ratio of sides miss it slightly.
-        index: 2 ** round(math.log2(PROBE_SIDE / state.shape[2]))
+        index: 2 ** round(math.log2(side / state.shape[2]))
         for index, state in enumerate(states)
         # Not [B, H, W, C], and not pooled unless a single token is asked for.
         if state.ndim == 4 and state.shape[2] == state.shape[3] and (state.shape[2] > 1 or grid_size == (1, 1))
@@ -345,6 +352,8 @@ def _feature_map(model, pixels, layer):
     """Computes the map `[B, E, rows, columns]` of a hidden state, or of the output, for pixels `[B, 3, H, W]`."""
     output = _apply(model, pixels, hidden_states=layer is not None)
     features = output.last_hidden_state if layer is None else _states(output)[layer]
+    if _in_rows(features, model.config, pixels.shape[2:]):
+        return features.permute(0, 3, 1, 2)
     return _token_map(features, model.config, pixels.shape[2:]) if features.ndim == 3 else features
 
 
@@ -388,6 +397,15 @@ def _states(output):
     states = getattr(output, "reshaped_hidden_states", None) or getattr(output, "hidden_states", None)
     last = getattr(output, "last_hidden_state", None)
     return states or (() if last is None else (last,))
+
+
+def _in_rows(features, config, size):
+    """Whether features are the tokens of a ViT that keeps them in rows, `[B, rows, columns, E]`, as SAM does."""
+    patch, width = getattr(config, "patch_size", None), getattr(config, "hidden_size", None)
+    if features.ndim != 4 or patch is None:
+        return False
+    rows, columns = size[0] // _pair(patch)[0], size[1] // _pair(patch)[1]
+    return tuple(features.shape[1:]) == (rows, columns, width)
 
 
 def _token_map(tokens, config, size):

@@ -23,18 +23,20 @@ from ..command_line import OneLineErrorParser, number_in, one_line_errors
 from ..config import In
 from ..errors import InputError, first_line
 from ..files import default_permissions
-from ..models.autoencoder import load_vae
+from ..models.autoencoder import latent_shape, load_vae, side_factor
 from ..models.official_checkpoints import (
     FORMATS,
     LAYOUTS,
     convert_with_projectors,
     default_scheduler,
     export_checkpoint,
+    find_transformer,
     pipeline_index,
     save_official,
 )
 from ..pipelines.pipeline_vrpo import VRPOPipeline
 from ..pipelines.scheduling_sit_sde import SiTSDEScheduler
+from ..reach import offline_if_out_of_reach
 from ..training.output_dir import check_writable
 
 
@@ -165,6 +167,19 @@ def write_pipeline(pipeline: VRPOPipeline, output: Path):
             ) from error
 
 
+def is_ours(name_or_path: str, cache_dir: str | None) -> bool:
+    """Whether a folder or Hub name holds a transformer of this package, and not diffusers' DiT."""
+    return find_transformer(name_or_path, cache_dir)[0]["_class_name"] == "SiTTransformer2DModel"
+
+
+def check_latents(vae, name: str, config):
+    """Raises InputError if a transformer with a config does not work on what an autoencoder encodes images to."""
+    sides = [config.sample_size] if isinstance(config.sample_size, int) else config.sample_size
+    shape = latent_shape(vae, (side_factor(vae) or 1) * max(sides), config.patch_size)
+    if shape[0] != config.in_channels:
+        raise InputError("vae", f"`vae` {name} has {shape[0]} channels, the transformer {config.in_channels}")
+
+
 def convert(args: argparse.Namespace):
     """Converts a checkpoint and writes the result.
 
@@ -226,11 +241,16 @@ def convert(args: argparse.Namespace):
         vae = load_vae(args.checkpoint, args.cache_dir)
     elif args.vae is None and config.in_channels not in (1, 3):
         logger.warning("without --vae the pipeline returns latents only; SiT and DiT use stabilityai/sd-vae-ft-ema")
-    latent_channels = getattr(vae.config, "latent_channels", config.in_channels) if vae is not None else None
-    if latent_channels not in (None, config.in_channels):
-        raise InputError(
-            "vae", f"`vae` {args.vae} has {latent_channels} channels, the transformer {config.in_channels}"
-        )
+    if vae is not None:
+        name = args.vae or args.checkpoint
+        check_latents(vae, name, config)
+        other = [key for key in ("shift_factor", "latents_mean", "latents_std") if getattr(vae.config, key, None)]
+        is_file = Path(args.checkpoint).is_file()
+        if other and (is_file or not is_ours(args.checkpoint, args.cache_dir)):
+            logger.warning(
+                f"the autoencoder {name} has {' and '.join(other)}, which the pipeline applies; the official code of SiT, REPA "
+                "and DiT only divides latents by scaling_factor, so make sure that these weights were trained with them"
+            )
     scheduler = scheduler or default_scheduler(config.prediction_type)
     try:
         pipeline = VRPOPipeline(transformer, scheduler, vae, id2label or names, trained_labels)
@@ -246,7 +266,8 @@ def main(argv: list[str] | None = None, prog: str = "vrpo convert"):
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    with one_line_errors(parser):
+    # Weights, scheduler and autoencoder ask once.
+    with one_line_errors(parser), offline_if_out_of_reach(args.checkpoint):
         convert(args)
 
 

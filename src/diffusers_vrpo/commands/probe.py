@@ -36,6 +36,7 @@ from ..models.autoencoder import decoded_side, encode_images
 from ..models.flow import forward_process
 from ..pipelines.pipeline_vrpo import VRPOPipeline
 from ..random_streams import NOISE, ORDER, random_stream
+from ..reach import offline_if_out_of_reach
 from ..training.distributed import start_processes
 from ..training.output_dir import writing_result
 from .evaluate import check_output_files, write_report
@@ -147,7 +148,8 @@ def open_pipeline(name: str, cache_dir: str | None) -> VRPOPipeline:
         InputError: if it cannot be opened.
     """
     try:
-        pipeline = VRPOPipeline.from_pretrained(name, cache_dir=cache_dir)
+        with offline_if_out_of_reach(name):
+            pipeline = VRPOPipeline.from_pretrained(name, cache_dir=cache_dir)
     except Exception as error:  # diffusers raises many types; all mean that it cannot be opened
         problem = hub_problem(error, name) or f"it is not a pipeline of this package ({first_line(error)})"
         raise InputError(None, f"PIPELINE {name}: {problem}") from error

@@ -43,6 +43,7 @@ from ..pipelines.sampling import (
     sampling_arguments,
     set_sampler,
 )
+from ..reach import offline_if_out_of_reach
 from ..training.distributed import start_processes
 
 
@@ -79,7 +80,8 @@ def load_pipeline(name_or_path: str, revision: str | None, variant: str | None, 
                 f"PIPELINE {name_or_path} holds {found}, not a SiTTransformer2DModel; `vrpo convert` converts DiT",
             )
     try:
-        return VRPOPipeline.from_pretrained(name_or_path, revision=revision, variant=variant, cache_dir=cache_dir)
+        with offline_if_out_of_reach(name_or_path):
+            return VRPOPipeline.from_pretrained(name_or_path, revision=revision, variant=variant, cache_dir=cache_dir)
     except Exception as error:  # diffusers raises many types; all mean that it cannot be opened
         problem = hub_problem(error, name_or_path) or first_line(error)
         raise InputError(None, f"PIPELINE {name_or_path} cannot be opened: {problem}") from error

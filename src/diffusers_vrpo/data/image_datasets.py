@@ -1,7 +1,6 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """Image data sets: opening them, checking their columns, and finding the images that can be decoded."""
 
-import contextlib
 import logging
 import os
 
@@ -18,6 +17,7 @@ from PIL import Image as PILImage
 from ..config import DIGITS, EMBEDDED_DIGITS, expanded, is_embedded_digits
 from ..errors import UNKNOWN_TO_THE_HUB, InputError, first_line, gated, hub_problem
 from ..random_streams import ORDER, random_stream
+from ..reach import offline_if_out_of_reach
 from .image_decoding import PixelRange, decode_image
 from .image_folders import (
     IMAGE_FOLDER,
@@ -29,7 +29,6 @@ from .image_folders import (
     load_image_folder,
     sorted_classes,
 )
-from .reach import offline_if_refused
 
 
 logger = get_logger(__name__)  # needs accelerate's state, and logs on the main process
@@ -307,7 +306,7 @@ def open_named(option: str, name: str, config_name: str | None, cache_dir: str |
             "folder, or make a link to it with another name",
         )
     try:
-        with contextlib.nullcontext() if is_local else offline_if_refused():
+        with offline_if_out_of_reach(name):
             opened = opener(repository, config_name, cache_dir=cache_dir, revision=revision or None)
     except Exception as error:  # every reader raises its own types; all mean that the data set cannot be opened
         problem = hub_problem(error, f"datasets/{repository}")

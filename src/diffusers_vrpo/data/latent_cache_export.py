@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from ..errors import InputError, first_line, hub_problem
 from ..files import irregular_problem, replacing, write_atomically
 from ..markup import code, shown
+from ..reach import offline_if_out_of_reach
 from .latent_cache import LatentCache, array_layout, chunk_rows, num_chunks, read_meta
 from .latent_cache_writer import CacheWriter, cannot_write
 
@@ -170,7 +171,8 @@ def import_cache(dataset: str | Path, output_dir: str | Path, state, cache_dir: 
     if not source.is_dir():
         try:
             patterns = ["meta.json", "data/*.parquet"]
-            source = snapshot_download(dataset, repo_type="dataset", allow_patterns=patterns, cache_dir=cache_dir)
+            with offline_if_out_of_reach(dataset):
+                source = snapshot_download(dataset, repo_type="dataset", allow_patterns=patterns, cache_dir=cache_dir)
         except Exception as error:  # the Hub's errors, the network's, a name that is none
             problem = hub_problem(error, f"datasets/{dataset}") or first_line(error)
             raise InputError("dataset", f"`dataset` {dataset}: {problem}") from error

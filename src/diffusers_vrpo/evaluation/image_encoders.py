@@ -27,6 +27,7 @@ from ..alignment.encoders import (
     _token_map,
 )
 from ..errors import InputError
+from ..reach import offline_if_out_of_reach
 from .inception import FIDInception, load_inception
 
 
@@ -182,11 +183,12 @@ def load_image_encoder(
     prefix = f"`{option}` {name_or_path}: "
     source, local = _locate(name_or_path, option)
     try:
-        model, _ = _load_model(source, dtype, cache_dir, local)
-        if model.config.model_type == "clip_vision_model" and pooling == "auto":
-            model = _with_projection(source, dtype, cache_dir, local) or model
-        pixel_format = _pixel_format(source, cache_dir, local)
-        input_size = _input_size(source, model.config, cache_dir, local)
+        with offline_if_out_of_reach(source):
+            model, _ = _load_model(source, dtype, cache_dir, local)
+            if model.config.model_type == "clip_vision_model" and pooling == "auto":
+                model = _with_projection(source, dtype, cache_dir, local) or model
+            pixel_format = _pixel_format(source, cache_dir, local)
+            input_size = _input_size(source, model.config, cache_dir, local)
     except InputError:
         raise
     except Exception as error:  # transformers raises many types; all mean that this checkpoint cannot be loaded

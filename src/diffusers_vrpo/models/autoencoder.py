@@ -1,16 +1,22 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """Autoencoders: encode images to scaled latents, and determine the shape of the transformer's input."""
 
+import contextlib
 import math
 import os
+from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import AutoModel
-from huggingface_hub import HfApi
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..errors import HUB_OUT_OF_REACH, InputError, first_line, hub_problem
+from ..reach import offline_if_out_of_reach
+from .transformer_sit import WEIGHTS, choose_variant, not_finite, refuse_weights, saved_variants
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -18,56 +24,118 @@ from ..errors import HUB_OUT_OF_REACH, InputError, first_line, hub_problem
 
 # The classes of diffusers whose latents one scale and one shift normalise, and that take images in [-1, 1]. Others have
 # statistics of their own (Flux.2), another range of pixels (RAE) or a time axis, and would train on wrong latents.
-SUPPORTED_CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "AsymmetricAutoencoderKL", "VQModel")
+SUPPORTED_CLASSES = (
+    "AutoencoderKL",
+    "AutoencoderTiny",
+    "AutoencoderDC",
+    "AutoencoderKLHunyuanImage",
+    "AsymmetricAutoencoderKL",
+    "VQModel",
+)
 
 
 def load_vae(name_or_path: str, cache_dir: str | None = None) -> torch.nn.Module:
     """Loads a frozen diffusers autoencoder in float32, from a folder, a Hub name, or the `vae` folder of a pipeline.
 
+    The class and the configuration are checked before weights are downloaded. A single variant of the weights, such as
+    `fp16`, is taken where there are no plain ones.
+
     Raises:
-        InputError: if it does not exist, is not an image autoencoder of a supported class, or its configuration has a
-            scale that cannot be used.
+        InputError: if it does not exist, is not an image autoencoder of a supported class, its configuration has a scale
+            that cannot be used, or weights are missing, NaN or infinite.
     """
     if not os.path.isdir(name_or_path) and name_or_path.startswith((".", "/", "~")):
         raise InputError("vae", f"`vae` {name_or_path} is not a folder")
-    # A Hub out of reach is asked once: each of the files would be tried five times, in both places.
-    local_only = os.path.isdir(name_or_path) or not hub_answers(name_or_path)
+    with offline_if_out_of_reach(name_or_path):
+        config, subfolder = _find_config(name_or_path, cache_dir)
+        check_class(config["_class_name"], name_or_path)
+        kind = getattr(diffusers, config["_class_name"])
+        try:
+            with init_empty_weights():
+                check_vae(kind.from_config(config), name_or_path)
+            vae, info = kind.from_pretrained(
+                name_or_path,
+                subfolder=subfolder,
+                cache_dir=cache_dir,
+                variant=_variant(name_or_path, subfolder, cache_dir),
+                output_loading_info=True,
+            )
+            absent = {name for name, tensor in vae.named_parameters() if tensor.is_meta}
+            refuse_weights({"missing": absent | set(info["missing_keys"]), "NaN or infinite": not_finite(vae)})
+        except InputError:
+            raise
+        except Exception as error:  # diffusers raises many types; all mean that it cannot be loaded
+            raise _cannot_load(name_or_path, _problem(error, name_or_path)) from error
+    return vae.float().eval().requires_grad_(False)
+
+
+def _find_config(name_or_path: str, cache_dir: str | None) -> tuple[dict, str | None]:
+    """The config.json of an autoencoder, which names its class, and its subfolder."""
     problem = None
     for subfolder in (None, "vae"):
         try:
-            vae = AutoModel.from_pretrained(
-                name_or_path, subfolder=subfolder, cache_dir=cache_dir, local_files_only=local_only
-            )
-            break
-        except Exception as error:  # diffusers raises many types; all mean that it cannot be loaded
-            problem = problem or hub_problem(error, name_or_path) or f"diffusers cannot load it ({first_line(error)})"
-    else:
-        if problem == HUB_OUT_OF_REACH:
-            raise InputError("vae", f"`vae` {name_or_path}: {problem}, or `none` to train on pixels")
-        raise InputError(
-            "vae",
-            f"`vae` {name_or_path}: {problem}; give a folder or Hub name such as stabilityai/sd-vae-ft-ema, or `none` "
-            "to train on pixels",
-        )
-    if not (hasattr(vae, "encode") and hasattr(vae, "decode")):
-        raise InputError(
-            "vae",
-            f"`vae` {name_or_path} is a {type(vae).__name__}, not an image autoencoder; give an AutoencoderKL, "
-            "AutoencoderTiny or AutoencoderDC",
-        )
-    check_vae(vae, name_or_path)
-    return vae.eval().requires_grad_(False)
+            config = AutoencoderKL.load_config(name_or_path, subfolder=subfolder, cache_dir=cache_dir)
+        except Exception as error:  # diffusers raises many types; all mean that there is none
+            problem = problem or _problem(error, name_or_path)
+            continue
+        if isinstance(config, dict) and isinstance(config.get("_class_name"), str):
+            return config, subfolder
+        problem = problem or "its config.json does not name a class of diffusers (`_class_name`)"
+    raise _cannot_load(name_or_path, problem)
 
 
-def hub_answers(name: str) -> bool:
-    """Whether the Hub can be reached, also if it answers that it does not have the model or does not give it."""
-    try:
-        HfApi().model_info(name, timeout=10)
-    except HfHubHTTPError as error:
-        return error.response is not None
-    except Exception:  # offline mode and the many types of a failed connection
-        return False
-    return True
+def _problem(error: Exception, name: str) -> str:
+    return hub_problem(error, name) or f"diffusers cannot load it ({first_line(error)})"
+
+
+def _cannot_load(name: str, problem: str) -> InputError:
+    if problem == HUB_OUT_OF_REACH:
+        return InputError("vae", f"`vae` {name}: {problem}, or `none` to train on pixels")
+    return InputError(
+        "vae",
+        f"`vae` {name}: {problem}; give a folder or Hub name such as stabilityai/sd-vae-ft-ema, or `none` to train on "
+        "pixels",
+    )
+
+
+def _variant(name_or_path: str, subfolder: str | None, cache_dir: str | None) -> str | None:
+    """The variant of the weights where there are no plain ones.
+
+    Raises:
+        ValueError: if there are several variants, or a folder has no weights.
+    """
+    prefix = f"{subfolder}/" if subfolder else ""
+    # diffusers finds an autoencoder's own folder under any subfolder.
+    folder = Path(name_or_path, subfolder or "")
+    folder = folder if folder.is_dir() else Path(name_or_path)
+    if folder.is_dir():
+        if not (variants := saved_variants(os.listdir(folder))):
+            raise ValueError(f"{folder} has no weights: {WEIGHTS}.safetensors is not there")
+        return choose_variant(variants, folder)
+    names = []
+    if not constants.HF_HUB_OFFLINE:
+        with contextlib.suppress(HfHubHTTPError):  # loading the weights has the same problem, and reports it
+            names = HfApi().list_repo_files(name_or_path)
+    names = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    if not names:
+        config = try_to_load_from_cache(name_or_path, f"{prefix}config.json", cache_dir=cache_dir)
+        names = os.listdir(Path(config).parent) if isinstance(config, str) else []
+    return choose_variant(saved_variants(names), name_or_path)
+
+
+def check_class(kind: str, name: str):
+    """Raises InputError if a class of diffusers, by its name, is not in `SUPPORTED_CLASSES`."""
+    if kind in SUPPORTED_CLASSES:
+        return
+    found = getattr(diffusers, kind, None)
+    why = "not a class of diffusers"
+    if found is not None:
+        is_autoencoder = "Autoencoder" in kind or "VAE" in kind
+        why = "whose latents or pixels need a treatment of their own" if is_autoencoder else "not an image autoencoder"
+    raise InputError(
+        "vae",
+        f"`vae` {name} is a {kind}, {why}; give an {', '.join(SUPPORTED_CLASSES[:-1])} or {SUPPORTED_CLASSES[-1]}",
+    )
 
 
 def check_vae(vae, name: str):
@@ -83,13 +151,8 @@ def check_vae(vae, name: str):
         InputError: if it is a class of diffusers that is not in `SUPPORTED_CLASSES`, or `scaling_factor`,
             `shift_factor`, `latents_mean` or `latents_std` of its configuration cannot be used.
     """
-    kind = type(vae).__name__
-    if type(vae).__module__.startswith("diffusers.") and kind not in SUPPORTED_CLASSES:
-        raise InputError(
-            "vae",
-            f"`vae` {name} is a {kind}, whose latents or pixels need a treatment of their own; give an "
-            f"{', '.join(SUPPORTED_CLASSES[:-1])} or {SUPPORTED_CLASSES[-1]}",
-        )
+    if type(vae).__module__.startswith("diffusers."):
+        check_class(type(vae).__name__, name)
     config = getattr(vae, "config", None)
     scale = getattr(config, "scaling_factor", None)
     if scale is not None and not (is_finite_number(scale) and scale > 0):

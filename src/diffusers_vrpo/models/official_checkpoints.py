@@ -8,6 +8,7 @@ bit-equal. Differences between the repositories (direction of time, prediction, 
 import json
 import logging
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,19 @@ from safetensors.torch import load_file, save_file
 
 from ..errors import InputError, first_line, hub_problem
 from ..files import default_permissions, replacing
+from ..reach import offline_if_out_of_reach
 from ..schemas import check_model_index
 from . import ddpm
 from .checkpoint_files import read_checkpoint
-from .transformer_sit import SIT_SIZES, SiTTransformer2DModel, check_headers, check_sizes, only_variant, sit_preset
+from .transformer_sit import (
+    SIT_SIZES,
+    SiTTransformer2DModel,
+    check_headers,
+    check_sizes,
+    choose_variant,
+    saved_variants,
+    sit_preset,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -138,7 +148,8 @@ def convert_with_projectors(
             raise InputError(None, f"{path} is not a file")
         if given := [name for name, value in hints.items() if value is not None]:
             raise InputError(given[0], f"`{given[0]}` {hints[given[0]]}: {path} has a complete config.json; remove it")
-        return _from_folder_or_hub(path, format, cache_dir)
+        with offline_if_out_of_reach(path):
+            return _from_folder_or_hub(path, format, cache_dir)
     state, training_args = read_checkpoint(path)
     if format in ("auto", "diffusers-dit"):
         if format == "diffusers-dit" or "pos_embed.proj.weight" in state:
@@ -485,7 +496,8 @@ def pipeline_index(name_or_path: str, cache_dir: str | None = None) -> dict | No
         return InputError(None, f"{name_or_path}: model_index.json is not that of a pipeline: {problem}")
 
     try:
-        index = DiffusionPipeline.load_config(name_or_path, cache_dir=cache_dir)
+        with offline_if_out_of_reach(name_or_path):
+            index = DiffusionPipeline.load_config(name_or_path, cache_dir=cache_dir)
     except OSError:
         return None
     except (TypeError, ValueError, AttributeError, RecursionError) as error:  # JSON of another kind, such as a list
@@ -568,7 +580,7 @@ def _open_diffusers_dit(path: str, config: dict, subfolder: str | None, cache_di
     variant = None
     if Path(path).is_dir():
         folder = _folder_of(path, subfolder, cache_dir)
-        variant = only_variant(folder)
+        variant = choose_variant(saved_variants(os.listdir(folder)), folder)
         with init_empty_weights():
             check_headers(folder, DiTTransformer2DModel.from_config(config), variant)
     arguments = {"subfolder": subfolder, "cache_dir": cache_dir, "variant": variant}

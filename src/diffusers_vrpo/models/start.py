@@ -15,6 +15,7 @@ from accelerate import init_empty_weights
 from diffusers.utils import is_peft_available
 
 from ..errors import InputError, first_line
+from ..reach import offline_if_out_of_reach
 from ..schemas import argument_problem
 from .official_checkpoints import SavedProjectors, convert_with_projectors, pipeline_index
 from .transformer_sit import REMOVED_ARGUMENTS, SiTTransformer2DModel, check_sizes, sit_preset
@@ -86,12 +87,15 @@ def read_start(args) -> Start:
     if name is None:
         start = Start(transformer_config(args.preset, args.model_config))
     else:
-        try:
-            source, projectors = convert_with_projectors(name, preset=args.preset, cache_dir=args.cache_dir)
-        except InputError as error:
-            raise InputError("pretrained_model_name_or_path", f"`pretrained_model_name_or_path` {error}") from error
-        check_lora_rank(args.lora_rank, name, source.config)
-        index = pipeline_index(name, args.cache_dir) or {}
+        with offline_if_out_of_reach(name):
+            try:
+                source, projectors = convert_with_projectors(name, preset=args.preset, cache_dir=args.cache_dir)
+            except InputError as error:
+                raise InputError(
+                    "pretrained_model_name_or_path", f"`pretrained_model_name_or_path` {error}"
+                ) from error
+            check_lora_rank(args.lora_rank, name, source.config)
+            index = pipeline_index(name, args.cache_dir) or {}
         ours = index.get("transformer", [None, None])[1] == "SiTTransformer2DModel"
         on_hub = ours and not Path(name).exists()
         labels, trained_labels = index.get("id2label"), index.get("trained_labels")

@@ -120,24 +120,28 @@ def check_sizes(
     return parameters
 
 
-def only_variant(folder: Path) -> str | None:
-    """The variant of the weights in a folder, such as `fp16`, if it holds no others; None if it holds plain ones.
-
-    Raises:
-        ValueError: if it holds several variants and no plain weights.
-    """
-    names = [path.name for path in folder.glob(f"{WEIGHTS}.*")]
+def saved_variants(names: Iterable[str]) -> set[str | None]:
+    """The variants of the weights among the names of a folder's files, such as `fp16`; None stands for plain weights."""
     variants = set()
     for name in names:
         found = re.fullmatch(rf"{WEIGHTS}(?:\.([\w-]+))?\.(?:safetensors|bin)", name)
         found = found or re.fullmatch(rf"{WEIGHTS}\.(?:safetensors|bin)\.index(?:\.([\w-]+))?\.json", name)
         if found and "-of-" not in name:
             variants.add(found[1])
+    return variants
+
+
+def choose_variant(variants: set[str | None], folder: Path | str) -> str | None:
+    """The only variant of the weights in a folder; None if it holds plain ones, or no weights at all.
+
+    Raises:
+        ValueError: if it holds several variants and no plain weights.
+    """
     if None in variants or not variants:
         return None
     if len(variants) > 1:
         raise ValueError(f"{folder} holds the variants {', '.join(sorted(variants))}; choose one with `variant`")
-    return variants.pop()
+    return next(iter(variants))
 
 
 def weight_files(folder: Path, variant: str | None) -> list[Path]:
@@ -490,7 +494,7 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
             config = cls.load_config(folder)
             plain = not config.get("quantization_config")
             if kwargs.get("variant") is None:
-                kwargs["variant"] = only_variant(folder)
+                kwargs["variant"] = choose_variant(saved_variants(os.listdir(folder)), folder)
             if plain and not kwargs.get("ignore_mismatched_sizes"):
                 with torch.device("meta"):
                     check_headers(folder, cls.from_config(config), kwargs["variant"])

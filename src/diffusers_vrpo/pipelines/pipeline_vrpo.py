@@ -10,6 +10,7 @@ import inspect
 import json
 import math
 import numbers
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,16 @@ logger = logging.get_logger(__name__)
 COMPONENT_FILES = {"SiTTransformer2DModel": "transformer_sit", "SiTSDEScheduler": "scheduling_sit_sde"}
 # The package that this file is part of; a published copy of the file works without it.
 PACKAGE = "diffusers_vrpo" if __name__.startswith("diffusers_vrpo.") else None
+
+# The autoencoders of diffusers whose latents one scale and shift, or statistics in the config, normalise.
+AUTOENCODERS = (
+    "AutoencoderKL",
+    "AutoencoderTiny",
+    "AutoencoderDC",
+    "AutoencoderKLHunyuanImage",
+    "AsymmetricAutoencoderKL",
+    "VQModel",
+)
 
 # The schedulers for each kind of prediction, for error messages.
 VELOCITY_SCHEDULERS = (
@@ -106,6 +117,56 @@ def replaced_latents(returned, latents: torch.Tensor) -> torch.Tensor:
     return replaced.to(latents)
 
 
+def check_vae(vae):
+    """Checks that an autoencoder can decode latents as this pipeline scales them.
+
+    Classes from outside diffusers are taken as they are; only their configuration and weights are checked.
+
+    Raises:
+        ValueError: if it is a class of diffusers that is not in `AUTOENCODERS`, its configuration has a scale, shift or
+            statistics that cannot be used, or weights are missing, NaN or infinite.
+    """
+    kind, config = type(vae).__name__, getattr(vae, "config", None)
+    if type(vae).__module__.startswith("diffusers.") and kind not in AUTOENCODERS:
+        raise ValueError(
+            f"`vae` is a {kind}, whose latents or pixels need a treatment of their own; use an {', '.join(AUTOENCODERS[:-1])} "
+            f"or {AUTOENCODERS[-1]}"
+        )
+    names = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+    scale, shift, mean, std = (getattr(config, name, None) for name in names)
+    if scale is not None and as_number("vae.config.scaling_factor", scale) <= 0:
+        raise ValueError(f"`vae.config.scaling_factor` must be a positive number, not {scale!r}")
+    if shift is not None:
+        as_number("vae.config.shift_factor", shift)
+    if (mean is None) != (std is None):
+        raise ValueError("`vae.config` must have both `latents_mean` and `latents_std`, or neither")
+    if mean is not None:
+        channels = getattr(config, "latent_channels", None)
+        for name, values in (("latents_mean", mean), ("latents_std", std)):
+            if not isinstance(values, list | tuple) or len(values) != channels:
+                raise ValueError(f"`vae.config.{name}` must be a list of {channels} numbers, not {values!r}")
+            of_channels = [as_number(f"vae.config.{name}", value) for value in values]
+            if name == "latents_std" and min(of_channels) <= 0:
+                raise ValueError(f"`vae.config.latents_std` must be positive, unlike {values!r}")
+        if shift:
+            raise ValueError("`vae.config` has both `shift_factor` and `latents_mean`, and only one can be subtracted")
+    # diffusers leaves weights that a file lacks on the meta device, as those that it offloads with hooks are.
+    is_offloaded = any(hasattr(module, "_hf_hook") for module in vae.modules())
+    for name, weight in vae.named_parameters():
+        if weight.is_meta and not is_offloaded:
+            raise ValueError(f"`vae` lacks weights, among them {name}; download or copy its files again")
+        if weight.is_floating_point() and not weight.is_meta and not torch.isfinite(weight).all():
+            raise ValueError(f"`vae` has NaN or infinite weights, among them {name}; download or copy its files again")
+
+
+def saved_variants(folder: Path) -> set[str]:
+    """The variants of the weights in a model's folder, such as `fp16`; an empty name stands for plain weights."""
+    endings = r"(?:\.safetensors|\.bin)"
+    pattern = rf"diffusion_pytorch_model(?:\.([\w-]+))?{endings}|diffusion_pytorch_model{endings}\.index(?:\.([\w-]+))?\.json"
+    found = [re.fullmatch(pattern, path.name) for path in folder.iterdir() if "-of-" not in path.name]
+    return {match[1] or match[2] or "" for match in found if match}
+
+
 # The mixin works for any pipeline whose adapters are all on its `transformer`, despite its name.
 class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
     """Samples images of given classes by an ODE or SDE solver, with classifier-free guidance.
@@ -146,6 +207,8 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 f"`transformer` must be a SiTTransformer2DModel, not a {type(transformer).__name__}; `vrpo convert` makes one "
                 "from the weights of SiT, REPA and DiT"
             )
+        if isinstance(vae, torch.nn.Module):
+            check_vae(vae)
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self._guidance_scale = 1.0
         self._num_timesteps = 0
@@ -202,6 +265,47 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         """The ids of the classes that had images in training: those to sample by default."""
         known = self.config.get("trained_labels")
         return list(range(self.transformer.config.num_classes)) if known is None else list(known)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """Opens a saved pipeline as diffusers does; an autoencoder of which a folder holds one variant needs no `variant`.
+
+        Raises:
+            ValueError: if the autoencoder has no weights, or `check_vae` refuses it.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        is_plain = kwargs.get("variant") is None and not kwargs.get("use_flashpack")
+        if folder.is_dir() and is_plain and "vae" not in kwargs:
+            variants = cls._vae_variants(folder)
+            others = saved_variants(folder / "transformer") if (folder / "transformer").is_dir() else set()
+            # A transformer that also has plain weights would be opened in that variant, too.
+            if len(variants) == 1 and variants != {""} and not ("" in others and variants & others):
+                kwargs["variant"] = variants.pop()
+            elif variants and "" not in variants:
+                raise ValueError(
+                    f"`vae` of {folder} has no plain weights; pass `variant`: {', '.join(sorted(variants))}"
+                )
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def download(cls, pretrained_model_name, **kwargs):
+        """Downloads a pipeline as diffusers does. Raises ValueError if its autoencoder has no weights."""
+        folder = super().download(pretrained_model_name, **kwargs)
+        if "vae" not in kwargs and not kwargs.get("use_flashpack"):
+            cls._vae_variants(Path(folder))
+        return folder
+
+    @staticmethod
+    def _vae_variants(folder: Path) -> set[str]:
+        """The variants of a saved pipeline's autoencoder; empty if it has none."""
+        if not (folder / "vae" / "config.json").is_file():
+            return set()
+        if not (variants := saved_variants(folder / "vae")):
+            raise ValueError(
+                f"`vae` of {folder} has no weights (diffusion_pytorch_model.safetensors); copy or download them, or pass "
+                "`variant` if they have one, such as 'fp16'"
+            )
+        return variants
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):

@@ -1,0 +1,83 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""Whether the Hub can be reached, so that nothing waits for long retries of a connection that cannot be made."""
+
+import contextlib
+import errno
+import os
+import socket
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
+
+
+WAITS = (0.5, 1.0)  # seconds between the attempts to connect
+TIMEOUT = 10  # seconds
+NO_ROUTE = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN)
+
+
+def is_out_of_reach(endpoint: str) -> bool:
+    """Whether the host of an address cannot be reached.
+
+    That is so if its name is unknown, connections are refused or have no route, also after two short retries, or nothing
+    answers for ten seconds. Behind a proxy the Hub's client asks for the address, since only the proxy knows.
+
+    Args:
+        endpoint: an address such as https://huggingface.co.
+    """
+    parts = urlsplit(endpoint)
+    if parts.hostname is None:
+        return False
+    proxies = urllib.request.getproxies()
+    if (parts.scheme in proxies or "all" in proxies) and not urllib.request.proxy_bypass(parts.hostname):
+        return not client_answers(endpoint)
+    address = (parts.hostname, parts.port or (80 if parts.scheme == "http" else 443))
+    for wait in (*WAITS, None):
+        try:
+            socket.create_connection(address, timeout=TIMEOUT).close()
+            return False
+        except TimeoutError:
+            return True
+        except OSError as error:
+            # Odd networks are left to the Hub's client.
+            if not isinstance(error, ConnectionRefusedError | socket.gaierror) and error.errno not in NO_ROUTE:
+                return False
+        if wait is not None:
+            time.sleep(wait)
+    return True
+
+
+def client_answers(endpoint: str) -> bool:
+    """Whether the Hub's client gets any answer from an address, through the proxy that it uses."""
+    try:
+        get_session().head(endpoint, timeout=TIMEOUT)
+    except Exception:  # the client's library depends on the version of huggingface_hub
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def offline_if_out_of_reach(*sources: str | os.PathLike | None) -> Iterator[None]:
+    """Works offline inside the `with` block if the Hub cannot be reached: what is in the cache is used at once.
+
+    Args:
+        sources: what is to be opened. If all are folders, files or None, nothing is asked.
+    """
+    names = [source for source in sources if source is not None and not os.path.exists(os.path.expanduser(source))]
+    if not names or constants.HF_HUB_OFFLINE or not is_out_of_reach(constants.ENDPOINT):
+        yield
+        return
+    # Whoever has not imported datasets does not read from it.
+    modules = [constants, *filter(None, [sys.modules.get("datasets.config")])]
+    before = [module.HF_HUB_OFFLINE for module in modules]
+    for module in modules:
+        module.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for module, value in zip(modules, before):
+            module.HF_HUB_OFFLINE = value

@@ -35,6 +35,7 @@ from ..models.official_checkpoints import (
 )
 from ..pipelines.pipeline_vrpo import VRPOPipeline
 from ..pipelines.scheduling_sit_sde import SiTSDEScheduler
+from ..schemas import id2label_problem
 from ..training.output_dir import check_writable
 
 
@@ -165,6 +166,26 @@ def write_pipeline(pipeline: VRPOPipeline, output: Path):
             ) from error
 
 
+def read_id2label(file: str) -> dict[int, str]:
+    """Reads the class names of a JSON file, by their ids.
+
+    Raises:
+        InputError: if it is something else.
+    """
+    path = Path(file)
+    try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise OSError("it is not a file")
+        names = json.loads(path.read_text())
+        if problem := id2label_problem(names):
+            raise ValueError(f"it {problem}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(
+            "id2label", f"`id2label` {file} is not a JSON map from ids to names: {first_line(error)}"
+        ) from error
+    return {int(key): name for key, name in names.items()}
+
+
 def convert(args: argparse.Namespace):
     """Converts a checkpoint and writes the result.
 
@@ -182,14 +203,7 @@ def convert(args: argparse.Namespace):
             raise InputError(None, f"OUTPUT_DIR {file} exists; choose another file, or give --overwrite to replace it")
     if args.ema_key and args.to is None:
         raise InputError("ema_key", "`ema_key` has no effect without `to`; remove it")
-    id2label = None
-    if args.id2label:
-        try:
-            id2label = {int(key): str(name) for key, name in json.loads(Path(args.id2label).read_text()).items()}
-        except (OSError, ValueError, AttributeError, RecursionError) as error:
-            raise InputError(
-                "id2label", f"`id2label` {args.id2label} is not a JSON map from ids to names: {first_line(error)}"
-            ) from error
+    id2label = read_id2label(args.id2label) if args.id2label else None
     transformer, projectors = convert_with_projectors(
         args.checkpoint,
         preset=args.preset,

@@ -11,7 +11,8 @@ limit of time and memory and without the network. The ten seconds begin with the
 every command does first, comes on top. Not counted is the time in which the process could have run and other programs had all
 processors (the second number of /proc/PID/schedstat); waiting for anything else counts. It ends in one of these ways:
 
-- sentence: an error of this package; the last line is one sentence that names the option, argument or file;
+- sentence: an error of this package (in Python also diffusers' OSError about a file that a pipeline lacks); the last line is
+  one sentence that names the option, argument or file;
 - unclear: it fails, but the last line does not name what is wrong;
 - traceback, accepted, too slow, killed;
 - wrote: it changed files that were there, wrote outside the working directory, or ran code from a file.
@@ -156,10 +157,11 @@ def run_python(case: Case):
     )
     try:
         eval(case.changes, names)
-    except (ValueError, TypeError) as error:
-        # The published files know nothing of the package and raise ValueError; what other libraries raise is not meant.
+    except (ValueError, TypeError, OSError) as error:
+        # The published files know nothing of the package and raise ValueError; what other libraries raise is not meant, but
+        # for the OSError of diffusers about a file or name, which those who open pipelines know.
         last = traceback.extract_tb(error.__traceback__)[-1]
-        if "diffusers_vrpo" not in last.filename:
+        if "diffusers_vrpo" not in last.filename and not ("/diffusers/" in last.filename and type(error) is OSError):
             raise
         sys.exit(f"python: error: {error}")
 

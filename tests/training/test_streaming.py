@@ -420,9 +420,17 @@ def test_other_formats_and_broken_files(tmp_path, monkeypatch, no_delay):
     pq.write_table(pq.read_table(files[1]).drop_columns(["label"]), files[1])
     with pytest.raises(InputError, match="00001.* has the columns 'image', 'note', but `streaming` needs 'image' and"):
         stream_image_dataset(folder)
-    files[1].write_bytes(b"no parquet at all")
+
+
+@pytest.mark.parametrize(
+    "content", [b"no parquet at all", b"PAR1" + bytes(64) + b"PAR1", b""], ids=["text", "cut", "empty"]
+)
+def test_damaged_files_are_not_read_again(tmp_path, caplog, content):
+    folder = write_files(tmp_path, rows=20)
+    sorted((tmp_path / "data").iterdir())[1].write_bytes(content)
     with pytest.raises(InputError, match=r"`dataset_name` .*00001-of-00002.parquet cannot be read \(.*\)"):
         stream_image_dataset(folder)
+    assert "trying again" not in caplog.text
 
 
 @pytest.mark.parametrize("labels, message", [([0, None], "is empty in 1 rows"), ([-1, -1], "labels from -1 to -1")])

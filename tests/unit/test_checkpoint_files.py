@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from diffusers_vrpo import SiTTransformer2DModel, VRPOPipeline
 from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.models.official_checkpoints import convert_checkpoint
+from diffusers_vrpo.models.official_checkpoints import convert_checkpoint, read_projector_file
 from support.models import tiny_model
 from support.official import official_state, saved
 
@@ -170,6 +170,26 @@ def test_absurd_sizes_are_refused_before_anything_is_built(tmp_path, size):
     (tmp_path / "config.json").write_text(json.dumps(config | size))
     with pytest.raises(InputError, match=next(iter(size))):
         convert_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "3", "", "[" * 100_000, "{"], ids=["list", "3", "empty", "deep", "cut"])
+def test_a_config_that_is_no_object_is_named(tmp_path, text):
+    VRPOPipeline(tiny_model(), FlowMatchEulerDiscreteScheduler()).save_pretrained(tmp_path)
+    (tmp_path / "transformer" / "config.json").write_text(text)
+    for opened in (
+        lambda: SiTTransformer2DModel.from_pretrained(tmp_path / "transformer"),
+        lambda: VRPOPipeline.from_pretrained(tmp_path),
+        lambda: convert_checkpoint(str(tmp_path)),
+    ):
+        with pytest.raises(ValueError, match=r"config\.json"):
+            opened()
+
+
+@pytest.mark.parametrize("description", ["", "[1]", "[" * 100_000], ids=["empty", "list", "deep"])
+def test_projectors_with_a_description_of_another_form_are_named(tmp_path, description):
+    save_file({"projectors.0": torch.zeros(2)}, tmp_path / "projectors.safetensors", {"description": description})
+    with pytest.raises(InputError, match="projectors.safetensors cannot be read"):
+        read_projector_file(tmp_path / "projectors.safetensors")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")

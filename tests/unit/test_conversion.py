@@ -461,6 +461,31 @@ def test_the_script_refuses_what_would_not_sample(tmp_path):
             convert_script(*arguments, "--num_attention_heads", 3)
 
 
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"0": 5}', "0 must be text, not 5"),
+        ('{"zero": "a"}', 'has the key "zero", which is not a class id'),
+        ('{"-1": "a"}', 'has the key "-1"'),
+        ("[1, 2]", "must map class ids to names"),
+        ("3", "must map class ids to names"),
+        ("", "Expecting value"),
+        ("[" * 100_000, "recursion"),
+        ("a pipe", "it is not a file"),
+        (None, "No such file"),
+    ],
+    ids=["number", "name", "negative", "list", "3", "empty", "deep", "pipe", "missing"],
+)
+def test_class_names_of_another_form(tmp_path, text, message):
+    file = tmp_path / "names.json"
+    if text == "a pipe":
+        os.mkfifo(file)
+    elif text is not None:
+        file.write_text(text)
+    with pytest.raises(InputError, match=f"`id2label` .*names.json is not a JSON map from ids to names.*{message}"):
+        convert.read_id2label(str(file))
+
+
 def test_the_script_keeps_the_pipelines_parts(tmp_path):
     pipeline = VRPOPipeline(tiny_model(), SiTSDEScheduler(last_step_size=0.1), tiny_vae("kl"), {0: "zebra"})
     pipeline.save_pretrained(tmp_path / "a")

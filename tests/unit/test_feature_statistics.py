@@ -98,6 +98,16 @@ def test_a_file_gives_back_what_was_kept(tmp_path):
     assert found.moments.keys() == moments.keys() and list(found.others) == ["labels"]
 
 
+@pytest.mark.parametrize(
+    "description", ["", "[1]", "3", "[" * 100_000, '{"images": 3}'], ids=["empty", "list", "3", "deep", "images"]
+)
+def test_a_description_of_another_form_is_named(tmp_path, description):
+    file = tmp_path / "x.safetensors"
+    save_file({"pool.mean": torch.zeros(2)}, file, {"description": description, "count": "1"})
+    with pytest.raises(InputError, match="x.safetensors is not a statistics file of this program"):
+        read_statistics(file)
+
+
 def test_what_is_known_is_not_computed_again(encoder, state, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     images = as_image_set("images", pictures(6))

@@ -148,6 +148,9 @@ def test_reasons_and_remedies(tmp_path):
     assert "give the folder as `dataset_name`" in reason("tables", "0.parquet")
     assert "`latents_dir`" in reason("cache", "latents.npy")
     assert "1 .heic" in reason("heic", "x.heic")
+    for name in ("model_index.json", "train_config.yaml"):
+        images(tmp_path / name, "validation/0.png")
+        assert f"holds a model or a training run ({name})" in reason(name, name)
     images(tmp_path / "flat", "0.png")
     with pytest.raises(InputError, match="one folder for each class, .* or remove `label_column`"):
         classes(tmp_path / "flat", label_column="kind")

@@ -37,6 +37,7 @@ from ..models.official_checkpoints import (
 from ..pipelines.pipeline_vrpo import VRPOPipeline
 from ..pipelines.scheduling_sit_sde import SiTSDEScheduler
 from ..reach import offline_if_out_of_reach
+from ..schemas import id2label_problem
 from ..training.output_dir import check_writable
 
 
@@ -167,6 +168,26 @@ def write_pipeline(pipeline: VRPOPipeline, output: Path):
             ) from error
 
 
+def read_id2label(file: str) -> dict[int, str]:
+    """Reads the class names of a JSON file, by their ids.
+
+    Raises:
+        InputError: if it is something else.
+    """
+    path = Path(file)
+    try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise OSError("it is not a file")
+        names = json.loads(path.read_text())
+        if problem := id2label_problem(names):
+            raise ValueError(f"it {problem}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(
+            "id2label", f"`id2label` {file} is not a JSON map from ids to names: {first_line(error)}"
+        ) from error
+    return {int(key): name for key, name in names.items()}
+
+
 def is_ours(name_or_path: str, cache_dir: str | None) -> bool:
     """Whether a folder or Hub name holds a transformer of this package, and not diffusers' DiT."""
     return find_transformer(name_or_path, cache_dir)[0]["_class_name"] == "SiTTransformer2DModel"
@@ -197,14 +218,7 @@ def convert(args: argparse.Namespace):
             raise InputError(None, f"OUTPUT_DIR {file} exists; choose another file, or give --overwrite to replace it")
     if args.ema_key and args.to is None:
         raise InputError("ema_key", "`ema_key` has no effect without `to`; remove it")
-    id2label = None
-    if args.id2label:
-        try:
-            id2label = {int(key): str(name) for key, name in json.loads(Path(args.id2label).read_text()).items()}
-        except (OSError, ValueError, AttributeError, RecursionError) as error:
-            raise InputError(
-                "id2label", f"`id2label` {args.id2label} is not a JSON map from ids to names: {first_line(error)}"
-            ) from error
+    id2label = read_id2label(args.id2label) if args.id2label else None
     transformer, projectors = convert_with_projectors(
         args.checkpoint,
         preset=args.preset,

@@ -139,7 +139,7 @@ def refuse_other_report(output_file: str):
         return
     try:
         check(json.loads(path.read_text()), {"samples": dict, "metrics": dict, "settings": dict})
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             "output_file",
             f"`output_file` {output_file} exists and is not a result of `vrpo evaluate`; choose another file",

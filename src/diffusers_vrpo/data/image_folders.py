@@ -212,6 +212,11 @@ def load_image_folder(option: str, folder: str, split: str, image_column: str, l
 
     if not listing.images:
         raise InputError(option, f"{source}: {reason_without_images(top, listing)}")
+    for name in ("model_index.json", "train_config.yaml"):
+        if os.path.isfile(os.path.join(top, name)):  # its pictures are grids of samples and curves
+            raise InputError(
+                option, f"{source}: it holds a model or a training run ({name}); give the folder of the images"
+            )
     if image_column != "image":
         raise InputError(
             "image_column", f"`image_column` {image_column!r}: a folder of images has `image` only; remove it"

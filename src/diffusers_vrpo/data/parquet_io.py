@@ -47,8 +47,12 @@ class ParquetFile:
     checksum: int  # CRC-32 of the footer, which holds the place, size and statistics of all columns
 
 
+class DamagedFile(ValueError):
+    """The bytes of a file have arrived and are not what they should be; reading them again does not help."""
+
+
 def retried(action: Callable, what: str, seconds: float | None = None, give_up: Callable[[float], bool] | None = None):
-    """Returns `action()`, retried if it fails after 1, 2, 4, ... and at most 30 seconds.
+    """Returns `action()`, retried if it fails after 1, 2, 4, ... and at most 30 seconds; not if a file is damaged.
 
     Args:
         what: description of the action, for the log.
@@ -61,6 +65,8 @@ def retried(action: Callable, what: str, seconds: float | None = None, give_up: 
     while True:
         try:
             return action()
+        except DamagedFile:
+            raise
         except Exception as error:  # every file system raises its own types
             passed = time.monotonic() - start
             # A deleted file does not come back, but a network file system may show a new one late.
@@ -90,13 +96,21 @@ def read_range(fs: fsspec.AbstractFileSystem, path: str, start: int, end: int) -
 
 
 def read_footer(fs: fsspec.AbstractFileSystem, path: str) -> ParquetFile:
-    """Opens a parquet file by reading its footer."""
+    """Opens a parquet file by reading its footer.
+
+    Raises:
+        DamagedFile: if it is not a parquet file; and whatever the file system raises.
+    """
     size = fs.size(path)
     tail = read_range(fs, path, max(0, size - FOOTER_BYTES), size)
     length = int.from_bytes(tail[-8:-4], "little") + 8
     if FOOTER_BYTES < length <= size:
         tail = read_range(fs, path, size - length, size)
-    return ParquetFile(fs, path, size, pq.read_metadata(pa.BufferReader(tail)), zlib.crc32(tail[-length:]))
+    try:
+        metadata = pq.read_metadata(pa.BufferReader(tail))
+    except (OSError, pa.ArrowException) as error:
+        raise DamagedFile(first_line(error)) from error
+    return ParquetFile(fs, path, size, metadata, zlib.crc32(tail[-length:]))
 
 
 class Ranges(io.RawIOBase):

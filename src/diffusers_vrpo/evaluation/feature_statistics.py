@@ -330,8 +330,11 @@ def read_statistics(file: Path) -> tuple[FeatureSet, dict]:
         with safe_open(file, "pt") as saved:
             metadata = saved.metadata() or {}
             tensors = {key: saved.get_tensor(key) for key in saved.keys()}  # noqa: SIM118
-        return FeatureSet.from_tensors(int(metadata["count"]), tensors), json.loads(metadata["description"])
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        description = json.loads(metadata["description"])
+        if not isinstance(description, dict) or not isinstance(description.get("images", {}), dict):
+            raise ValueError("its description is another program's")
+        return FeatureSet.from_tensors(int(metadata["count"]), tensors), description
+    except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise InputError(None, f"{file} is not a statistics file of this program ({first_line(error)})") from error
 
 

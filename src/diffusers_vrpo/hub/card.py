@@ -78,7 +78,7 @@ def read_mapping(file: Path) -> dict:
     parse = json.loads if file.suffix == ".json" else yaml.safe_load
     try:
         content = parse(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return content if isinstance(content, dict) else {}
 

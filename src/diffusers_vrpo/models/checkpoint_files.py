@@ -210,7 +210,7 @@ def safetensors_size(path: Path, header: int) -> int | None:
     try:
         table = json.loads(content)
         return 8 + header + max((row["data_offsets"][1] for row in table.values() if "data_offsets" in row), default=0)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
         return None
 
 

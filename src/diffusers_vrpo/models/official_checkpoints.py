@@ -463,6 +463,11 @@ def find_transformer(name_or_path: str, cache_dir: str | None = None) -> tuple[d
     for subfolder in subfolders:
         try:
             config = SiTTransformer2DModel.load_config(name_or_path, subfolder=subfolder, cache_dir=cache_dir)
+            if not isinstance(config, dict):
+                raise ValueError(f"its config.json must hold a JSON object, not a {type(config).__name__}")
+        except RecursionError:
+            problem = problem or "its config.json is nested too deeply"
+            continue
         except Exception as error:  # diffusers raises many types; all mean that it is not a transformer
             if found := hub_problem(error, name_or_path):
                 problem = found
@@ -539,10 +544,19 @@ def read_projectors(path: str, config: dict, subfolder: str | None, cache_dir: s
 
 
 def read_projector_file(file: Path) -> SavedProjectors:
-    """Reads the projectors of a training checkpoint from a file whose metadata describe them."""
-    with safe_open(file, "pt") as weights:
-        description = json.loads((weights.metadata() or {}).get("description", "{}"))
-    return SavedProjectors(description, load_file(file))
+    """Reads the projectors of a training checkpoint from a file whose metadata describe them.
+
+    Raises:
+        InputError: if the file is damaged.
+    """
+    try:
+        with safe_open(file, "pt") as weights:
+            description = json.loads((weights.metadata() or {}).get("description", "{}"))
+        if not isinstance(description, dict):
+            raise ValueError("its description is not a JSON object")
+        return SavedProjectors(description, load_file(file))
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        raise InputError(None, f"{file} cannot be read ({first_line(error)})") from error
 
 
 def _from_folder_or_hub(

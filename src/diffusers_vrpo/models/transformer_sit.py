@@ -120,6 +120,22 @@ def check_sizes(
     return parameters
 
 
+def read_config(file: Path) -> dict:
+    """Reads a config.json.
+
+    Raises:
+        ValueError: if it does not hold a JSON object.
+    """
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{file} is not valid JSON: {reason}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} must hold a JSON object, not a {type(config).__name__}")
+    return config
+
+
 def saved_variants(names: Iterable[str]) -> set[str | None]:
     """The variants of the weights among the names of a folder's files, such as `fp16`; None stands for plain weights."""
     variants = set()
@@ -156,7 +172,7 @@ def weight_files(folder: Path, variant: str | None) -> list[Path]:
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             files = [folder / name for name in sorted(names) if os.path.basename(name) == name]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{index.name} does not name the files of the weights; save or download it again"
             ) from error
@@ -491,7 +507,7 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         # Quantized weights have other types and shapes than the model, and FlashPack files another format.
         plain = not (kwargs.get("quantization_config") or kwargs.get("use_flashpack"))
         if plain and (folder / cls.config_name).is_file():
-            config = cls.load_config(folder)
+            config = read_config(folder / cls.config_name)
             plain = not config.get("quantization_config")
             if kwargs.get("variant") is None:
                 kwargs["variant"] = choose_variant(saved_variants(os.listdir(folder)), folder)

@@ -57,6 +57,19 @@ def test_a_single_variant_opens_by_itself(run, options):
     assert VRPOPipeline.from_pretrained(run, variant="fp16").vae is not None
 
 
+def test_weights_with_the_names_of_older_versions_open(run):
+    older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    expected, state = load_file(run / "vae" / WEIGHTS), {}
+    for name, weight in expected.items():
+        for new, old in older.items():
+            name = name.replace(f".{new}.", f".{old}.")
+        state[name] = weight
+    assert state.keys() != expected.keys()
+    save_file(state, run / "vae" / WEIGHTS, metadata={"format": "pt"})
+    for vae in (load_vae(str(run)), VRPOPipeline.from_pretrained(run).vae):
+        assert all(torch.equal(weight, expected[name]) for name, weight in vae.state_dict().items())
+
+
 def test_plain_weights_come_first(run):
     tiny_vae("kl").half().save_pretrained(run / "vae", variant="fp16")
     expected = tiny_vae("kl").state_dict()

@@ -36,6 +36,7 @@ def is_out_of_reach(endpoint: str) -> bool:
     if (parts.scheme in proxies or "all" in proxies) and not urllib.request.proxy_bypass(parts.hostname):
         return not client_answers(endpoint)
     address = (parts.hostname, parts.port or (80 if parts.scheme == "http" else 443))
+    give_up = time.monotonic() + TIMEOUT  # a name may take long to be found unknown
     for wait in (*WAITS, None):
         try:
             socket.create_connection(address, timeout=TIMEOUT).close()
@@ -46,9 +47,9 @@ def is_out_of_reach(endpoint: str) -> bool:
             # Odd networks are left to the Hub's client.
             if not isinstance(error, ConnectionRefusedError | socket.gaierror) and error.errno not in NO_ROUTE:
                 return False
-        if wait is not None:
-            time.sleep(wait)
-    return True
+        if wait is None or time.monotonic() > give_up:
+            return True
+        time.sleep(wait)
 
 
 def client_answers(endpoint: str) -> bool:

@@ -19,6 +19,7 @@ from diffusers_vrpo.models.autoencoder import (
     SUPPORTED_CLASSES,
     check_vae,
     encode_images,
+    latent_layout,
     load_vae,
     reconstruction_problem,
 )
@@ -128,6 +129,7 @@ def test_other_supported_classes_encode_and_scale(tmp_path, kind):
     raw = encoded.latents if kind == "vq" else encoded.latent_dist.mean
     assert torch.equal(encode_images(vae, pixels), raw * 0.5)
     assert vae.decode(raw).sample.shape == pixels.shape
+    assert latent_layout(vae, 8, 1) == (tuple(raw.shape[1:]), kind != "vq")
 
 
 # Statistics of the channels, as in playground-v2.5

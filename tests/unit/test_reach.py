@@ -12,7 +12,10 @@ from huggingface_hub import constants
 
 from diffusers_vrpo import reach
 from diffusers_vrpo.alignment.encoders import load_encoder
+from diffusers_vrpo.commands.probe import open_pipeline
+from diffusers_vrpo.commands.sample import load_pipeline
 from diffusers_vrpo.errors import InputError
+from diffusers_vrpo.evaluation.image_encoders import load_image_encoder
 from diffusers_vrpo.models.autoencoder import load_vae
 from diffusers_vrpo.models.official_checkpoints import convert_with_projectors
 
@@ -90,11 +93,17 @@ def test_a_proxy_is_not_passed_by(attempts, monkeypatch, name, answers):
 
 
 @pytest.mark.parametrize(
-    "load", [load_vae, lambda name, folder: load_encoder(name, (2, 2), cache_dir=folder), "weights"]
+    "load",
+    [
+        load_vae,
+        lambda name, folder: load_encoder(name, (2, 2), cache_dir=folder),
+        lambda name, folder: load_image_encoder(name, cache_dir=folder),
+        lambda name, folder: convert_with_projectors(name, cache_dir=folder),
+        lambda name, folder: load_pipeline(name, None, None, folder),
+        open_pipeline,
+    ],
 )
 def test_models_are_refused_at_once(attempts, tmp_path, caplog, load):
-    if load == "weights":
-        load = lambda name, folder: convert_with_projectors(name, cache_dir=folder)  # noqa: E731
     with pytest.raises(InputError, match="nor in the cache, and the Hub cannot be reached"):
         load("someone/a-model", str(tmp_path))
     assert attempts == [0.5, 1.0] and "Retrying" not in caplog.text

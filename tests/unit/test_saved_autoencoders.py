@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from diffusers_vrpo import VRPOPipeline
 from diffusers_vrpo.commands.sample import load_pipeline
 from diffusers_vrpo.errors import InputError
+from diffusers_vrpo.models import autoencoder
 from diffusers_vrpo.models.autoencoder import load_vae
 from support.models import tiny_model, tiny_vae
 
@@ -56,6 +57,19 @@ def test_a_single_variant_opens_by_itself(run, options):
     assert VRPOPipeline.from_pretrained(run, variant="fp16").vae is not None
 
 
+def test_weights_with_the_names_of_older_versions_open(run):
+    older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    expected, state = load_file(run / "vae" / WEIGHTS), {}
+    for name, weight in expected.items():
+        for new, old in older.items():
+            name = name.replace(f".{new}.", f".{old}.")
+        state[name] = weight
+    assert state.keys() != expected.keys()
+    save_file(state, run / "vae" / WEIGHTS, metadata={"format": "pt"})
+    for vae in (load_vae(str(run)), VRPOPipeline.from_pretrained(run).vae):
+        assert all(torch.equal(weight, expected[name]) for name, weight in vae.state_dict().items())
+
+
 def test_plain_weights_come_first(run):
     tiny_vae("kl").half().save_pretrained(run / "vae", variant="fp16")
     expected = tiny_vae("kl").state_dict()
@@ -77,6 +91,40 @@ def test_several_variants_are_named(run):
         VRPOPipeline.from_pretrained(run)
     with pytest.raises(InputError, match="`vae` .* holds the variants bf16, fp16"):
         load_vae(str(run))
+
+
+@pytest.mark.parametrize("subfolder", [None, "vae"])
+@pytest.mark.parametrize(
+    "names, variant",
+    [
+        (["diffusion_pytorch_model.fp16.safetensors"], "fp16"),
+        (
+            [
+                "diffusion_pytorch_model.safetensors.index.fp16.json",
+                "diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
+            ],
+            "fp16",
+        ),
+        (["diffusion_pytorch_model.fp16.bin"], "fp16"),
+        (["diffusion_pytorch_model.non_ema.safetensors", "diffusion_pytorch_model.bin"], None),
+        ([], None),
+    ],
+)
+def test_a_variant_on_the_hub_is_found_among_the_names_of_the_files(tmp_path, monkeypatch, subfolder, names, variant):
+    prefix = f"{subfolder}/" if subfolder else ""
+    there = [f"{prefix}{name}" for name in ("config.json", *names)] + ["unet/diffusion_pytorch_model.bf16.safetensors"]
+    monkeypatch.setattr(autoencoder.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(autoencoder.HfApi, "list_repo_files", lambda api, name: there)
+    assert autoencoder._variant("someone/an-autoencoder", subfolder, str(tmp_path)) == variant
+
+
+def test_a_download_without_plain_weights_says_so(run, monkeypatch):
+    monkeypatch.setattr(DiffusionPipeline, "download", classmethod(lambda cls, name, **kwargs: str(run)))
+    assert VRPOPipeline.download("someone/a-pipeline") == str(run)
+    (run / "vae" / WEIGHTS).unlink()
+    with pytest.raises(ValueError, match="`vae` of .* has no weights .* or pass `variant` if they have one"):
+        VRPOPipeline.from_pretrained("someone/a-pipeline")
+    assert VRPOPipeline.from_pretrained("someone/a-pipeline", vae=None).vae is None
 
 
 @pytest.mark.parametrize(

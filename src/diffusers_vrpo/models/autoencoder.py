@@ -12,7 +12,6 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError
 
 from ..errors import HUB_OUT_OF_REACH, InputError, first_line, hub_problem
 from ..reach import offline_if_out_of_reach
@@ -114,7 +113,7 @@ def _variant(name_or_path: str, subfolder: str | None, cache_dir: str | None) ->
         return choose_variant(variants, folder)
     names = []
     if not constants.HF_HUB_OFFLINE:
-        with contextlib.suppress(HfHubHTTPError):  # loading the weights has the same problem, and reports it
+        with contextlib.suppress(Exception):  # of any type; loading the weights has the same problem, and reports it
             names = HfApi().list_repo_files(name_or_path)
     names = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
     if not names:

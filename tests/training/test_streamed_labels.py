@@ -1,15 +1,17 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """Text labels of streamed parquet files, and which failures of reading are final."""
 
+import os
+
 import fsspec
 import pytest
 from datasets import Dataset, Features, Image, Value
 
-from diffusers_vrpo.data import parquet
+from diffusers_vrpo.data import parquet, parquet_io, streamed_samples
 from diffusers_vrpo.data.image_datasets import load_image_dataset
 from diffusers_vrpo.data.parquet import stream_image_dataset
-from diffusers_vrpo.errors import InputError
-from support.data import png
+from diffusers_vrpo.errors import InputError, TrainingStopped
+from support.data import png, write_files
 
 
 def write_labels(folder, labels, feature="string", file=None) -> str:
@@ -77,3 +79,49 @@ def test_names_that_the_data_set_gives_are_kept(tmp_path, names, message):
 def test_texts_that_are_no_classes(tmp_path, labels, message):
     with pytest.raises(InputError, match=message):
         stream_image_dataset(write_labels(tmp_path / "data", labels))
+
+
+# Failures that are final
+
+
+@pytest.mark.parametrize("damage", ["truncated", "overwritten", "emptied"])
+def test_a_damaged_file_on_a_disk_is_refused_at_once(tmp_path, monkeypatch, damage):
+    monkeypatch.setattr(parquet_io, "MOUNTS", str(tmp_path / "no list"))
+    monkeypatch.setattr(parquet_io.time, "sleep", lambda seconds: pytest.fail("it is tried again"))
+    folder = write_files(tmp_path / "data", rows=20, files=1)
+    (path,) = (tmp_path / "data" / "data").iterdir()
+    size = path.stat().st_size
+    data = stream_image_dataset(folder)
+    data.retry_seconds = streamed_samples.TRAINING_SECONDS
+    if damage == "overwritten":
+        path.write_bytes(bytes(size))
+    else:
+        os.truncate(path, 100 if damage == "truncated" else 0)
+    with pytest.raises(
+        InputError, match=r"train-00000-of-00001.parquet cannot be read \(.*\); copy or download it again"
+    ):
+        parquet.open_files([str(path)], "`dataset_name` data")
+    with pytest.raises(TrainingStopped, match=r"can no longer be read \(row group 1: .*\); fix that"):
+        data.read_group(1)
+
+
+@pytest.mark.parametrize(
+    "path, local",
+    [
+        ("/home/x/a.parquet", True),
+        ("/home/with space/a.parquet", False),
+        ("/home/with spaces/a.parquet", True),
+        ("/data/a.parquet", False),
+        ("/data/scratch/a.parquet", True),
+        ("/bucket/a.parquet", False),
+        ("/over/a.parquet", False),
+    ],
+)
+def test_what_a_local_disk_is(tmp_path, monkeypatch, path, local):
+    mounts = ["overlay / overlay rw 0 0", "server:/x /data nfs4 rw 0 0", "/dev/sdb /data/scratch xfs rw 0 0"]
+    mounts += ["//server/x /home/with\\040space cifs rw 0 0", "s3fs /bucket fuse.s3fs rw 0 0"]
+    mounts += ["/dev/sdc /over ext4 rw 0 0", "lustre /over lustre rw 0 0"]
+    (tmp_path / "mounts").write_text("\n".join(mounts))
+    monkeypatch.setattr(parquet_io, "MOUNTS", str(tmp_path / "mounts"))
+    assert parquet_io.on_local_disk(fsspec.filesystem("file"), path) == local
+    assert not parquet_io.on_local_disk(fsspec.filesystem("memory"), path)

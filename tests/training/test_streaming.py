@@ -232,6 +232,7 @@ def test_resuming_reads_nothing_but_the_next_batches(folder):
 @pytest.fixture
 def no_delay(monkeypatch):
     """A hundredth of a second in place of minutes."""
+    monkeypatch.setattr(parquet_io, "on_local_disk", lambda fs, path: False)
     monkeypatch.setattr(parquet_io, "FIRST_DELAY", 0.001)
     monkeypatch.setattr(parquet, "OPENING_SECONDS", 0.01)
     monkeypatch.setattr(parquet_io, "OPENING_SECONDS", 0.01)
@@ -281,6 +282,7 @@ def test_how_long_an_outage_may_last(folder, monkeypatch, training, seconds):
         samples.data.closed.clear()
     samples.data.release()
     monkeypatch.setattr(parquet_io, "time", clock)
+    monkeypatch.setattr(parquet_io, "on_local_disk", lambda fs, path: False)
     monkeypatch.setattr(parquet_io, "read_range", down)
     with pytest.raises(TrainingStopped, match="no route to host"):
         samples.data.read_group(0)

@@ -151,7 +151,7 @@ class ParquetRows(ImageSource):
         file, number = self.groups[group]
         try:
             action = partial(read_columns, file, number, self.columns)
-            return retried(action, file.path, self.retry_seconds, self._give_up)
+            return retried(action, file.fs, file.path, self.retry_seconds, self._give_up)
         except Exception as error:  # from the file system, or from pyarrow if the file has changed
             raise TrainingStopped(
                 f"{file.path} can no longer be read (row group {number}: {first_line(error)}); fix that and run the same "
@@ -348,9 +348,11 @@ def open_files(urls: list[str], source: str) -> list[ParquetFile]:
     def footer(place):
         fs, path = place
         try:
-            return retried(partial(read_footer, fs, path), path)
+            return retried(partial(read_footer, fs, path), fs, path)
         except Exception as error:  # from the file system, or from pyarrow if it is not parquet
-            raise InputError(None, f"{source}: {path} cannot be read ({first_line(error)})") from error
+            raise InputError(
+                None, f"{source}: {path} cannot be read ({first_line(error)}); copy or download it again"
+            ) from error
 
     # In this thread: in others, fsspec would create new file systems, which have not listed the folders yet.
     return in_threads(footer, [fsspec.core.url_to_fs(str(url)) for url in urls])
@@ -453,9 +455,11 @@ def distinct_labels(
     def of_group(group):
         file, number = group
         try:
-            labels = retried(partial(read_columns, file, number, rows.columns[1:]), file.path).column(0)
+            labels = retried(partial(read_columns, file, number, rows.columns[1:]), file.fs, file.path).column(0)
         except Exception as error:  # from the file system, or from pyarrow if the file is damaged
-            raise InputError(None, f"{source}: {file.path} cannot be read ({first_line(error)})") from error
+            raise InputError(
+                None, f"{source}: {file.path} cannot be read ({first_line(error)}); copy or download it again"
+            ) from error
         return labels.null_count, pc.unique(labels.drop_null()).to_pylist()
 
     return in_threads(of_group, groups)

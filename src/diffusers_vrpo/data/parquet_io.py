@@ -4,17 +4,21 @@
 import contextlib
 import io
 import logging
+import os
 import queue
+import re
 import threading
 import time
 import zlib
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 
 from ..errors import first_line
 
@@ -30,6 +34,11 @@ GAP_BYTES = 1 << 20  # unneeded bytes between two columns that are read along, i
 # retries. Before training a wrong name should be reported soon; during training it is better to wait than to stop.
 FIRST_DELAY, LONGEST_DELAY = 1, 30
 OPENING_SECONDS, TRAINING_SECONDS = 60, 20 * 60
+# Linux's list of what is mounted where, and the kinds of file systems in it that ask a server.
+MOUNTS = "/proc/self/mounts"
+NETWORK_MOUNT = re.compile(
+    r"nfs\d?|cifs|smb\w*|lustre|ceph|gluster\w*|beegfs\w*|gpfs|wekafs|panfs|orangefs|pvfs2|afs|davfs2?|9p|virtiofs|fuse(\..*)?"
+)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -47,11 +56,37 @@ class ParquetFile:
     checksum: int  # CRC-32 of the footer, which holds the place, size and statistics of all columns
 
 
-def retried(action: Callable, what: str, seconds: float | None = None, give_up: Callable[[float], bool] | None = None):
-    """Returns `action()`, retried if it fails after 1, 2, 4, ... and at most 30 seconds.
+def on_local_disk(fs: fsspec.AbstractFileSystem, path: str) -> bool:
+    """Whether a file is on a disk of this machine, where a read that has failed once fails again.
+
+    A folder of a server that is mounted here, as by NFS, is not; it is recognised on Linux only.
+    """
+    if not isinstance(fs, LocalFileSystem):
+        return False
+    try:
+        mounts = Path(MOUNTS).read_text(errors="replace").splitlines()
+    except OSError:
+        return True
+    place, kinds = Path(os.path.realpath(path)), {}
+    for line in mounts:
+        _, folder, kind = line.split(" ")[:3]
+        # A folder may be mounted over another; the last line counts.
+        kinds[Path(folder.replace("\\040", " "))] = kind
+    nearest = next((folder for folder in (place, *place.parents) if folder in kinds), None)
+    return not NETWORK_MOUNT.fullmatch(kinds.get(nearest, ""))
+
+
+def retried(
+    action: Callable,
+    fs: fsspec.AbstractFileSystem,
+    path: str,
+    seconds: float | None = None,
+    give_up: Callable[[float], bool] | None = None,
+):
+    """Returns `action()`, retried if it fails after 1, 2, 4, ... and at most 30 seconds, unless the file is on a local disk.
 
     Args:
-        what: description of the action, for the log.
+        fs, path: the file that the action reads.
         seconds: how long it is retried, with a last try at the end; `OPENING_SECONDS` by default.
         give_up: takes the seconds since the start and returns whether to stop retrying; called twice per second.
     """
@@ -62,13 +97,15 @@ def retried(action: Callable, what: str, seconds: float | None = None, give_up: 
         try:
             return action()
         except Exception as error:  # every file system raises its own types
+            if on_local_disk(fs, path):
+                raise
             passed = time.monotonic() - start
             # A deleted file does not come back, but a network file system may show a new one late.
             seconds = min(seconds, OPENING_SECONDS) if isinstance(error, FileNotFoundError) else seconds
             if passed >= seconds or give_up(passed):
                 raise
             wait = min(delay, seconds - passed)
-            logger.warning(f"{what}: {first_line(error)}; trying again in {wait:.3g} s")
+            logger.warning(f"{path}: {first_line(error)}; trying again in {wait:.3g} s")
         end = time.monotonic() + wait
         while (left := end - time.monotonic()) > 0 and not give_up(time.monotonic() - start):
             time.sleep(min(left, 0.5))

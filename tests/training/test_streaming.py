@@ -391,7 +391,7 @@ def test_leaving_a_run_ends_its_threads(folder):
         ({"image_column": "img"}, "`image_column` 'img' is not in `dataset_name` .*'image', 'note', 'label'"),
         (
             {"label_column": "note"},
-            "`label_column` 'note'.*stored as string.*train without `streaming`, which makes classes of text",
+            "`label_column` 'note'.*403 different texts for 403 images.*these are not classes",
         ),
         ({"image_column": "label"}, "`image_column` 'label'.*not images"),
         ({"split": "test"}, "`dataset_split` 'test' is not in .*; it has 'train'"),

@@ -3,6 +3,7 @@
 
 import logging
 import os
+from collections.abc import Iterable
 
 import numpy as np
 import pyarrow as pa
@@ -196,16 +197,32 @@ def with_text_classes(data: Dataset, label_column: str, column: str) -> Dataset:
     if not is_text(data.features[label_column]):
         return data
     values = column_values(data, label_column).cast(pa.string())
-    if values.null_count:
-        raise InputError(None, f"{column} is empty in {values.null_count} rows")
-    names = sorted_classes(pc.unique(values).to_pylist())
-    check_text_labels(names, len(values), column)
-    opening_logger.info(
-        f"{column} holds text; its {len(names)} values in order are the classes: {', '.join(names[:10])}"
-    )
+    names = text_classes(pc.unique(values.drop_null()).to_pylist(), values.null_count, len(values), column)
     labels = pc.index_in(values, value_set=pa.array(names, pa.string())).cast(pa.int64())
     columns = [name for name in data.column_names if name != label_column]
     return data.select_columns(columns).add_column(label_column, labels.to_pylist(), feature=ClassLabel(names=names))
+
+
+def text_classes(texts: Iterable[str], nulls: int, count: int, column: str) -> list[str]:
+    """The names of the classes of text labels, in order.
+
+    Args:
+        texts: the different labels.
+        nulls: the number of rows without one.
+        count: the number of rows.
+        column: the column and the data set in words, for the log and errors.
+
+    Raises:
+        InputError: if a label is missing, or the texts are not classes.
+    """
+    if nulls:
+        raise InputError(None, f"{column} is empty in {nulls} rows")
+    names = sorted_classes(texts)
+    check_text_labels(names, count, column)
+    opening_logger.info(
+        f"{column} holds text; its {len(names)} values in order are the classes: {', '.join(names[:10])}"
+    )
+    return names
 
 
 def column_values(data: Dataset, column: str) -> pa.ChunkedArray:

@@ -5,6 +5,7 @@ Nothing is downloaded or converted first. `streamed_samples.py` defines the orde
 """
 
 import json
+import logging
 import threading
 import zlib
 from collections.abc import Callable, Iterable
@@ -16,13 +17,13 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Features, load_dataset_builder
+from datasets import ClassLabel, Features, load_dataset_builder
 from datasets.packaged_modules.parquet.parquet import Parquet
 from fsspec.implementations.local import LocalFileSystem
 
 from ..errors import InputError, TrainingStopped, first_line
 from ..random_streams import ORDER, random_stream
-from .image_datasets import check_columns, check_images, check_labels, is_classless, open_named
+from .image_datasets import check_columns, check_images, check_labels, is_classless, open_named, text_classes
 from .image_decoding import SAMPLED_IMAGES
 from .image_source import CHECKED_IMAGES, CLASS_NAMES, ImageSource, class_names
 from .parquet_io import (
@@ -41,6 +42,7 @@ from .parquet_io import (
 from .streamed_samples import StreamedBatches, StreamedSamples
 
 
+logger = logging.getLogger(__name__)
 CHECKED_GROUPS = 4  # row groups in which images are decoded before training
 GROUPS_AT_ONCE = 64  # row groups whose labels are read before it is asked whether all classes were found
 
@@ -63,6 +65,7 @@ class ParquetRows(ImageSource):
 
     Attributes:
         classes: the ids of the classes that have images, in order; None if that is not known.
+        label_of: the class ids of text labels; None where the labels are class ids themselves.
         group_rows: int64 `[G]`, the number of rows of each row group; empty groups are skipped.
         group_bytes: int64 `[G]`, the size of each group's images and labels in memory.
         checksum (`int`): CRC-32 of the files' names, sizes and footers, and of the columns.
@@ -84,6 +87,7 @@ class ParquetRows(ImageSource):
         self.files, self.columns = files, [name for name in (image_column, label_column) if name is not None]
         self.id2label, self.num_classes = id2label, num_classes
         self.classes: list[int] | None = None
+        self.label_of: dict[str, int] | None = None
         self.groups = [
             (file, number)
             for file in files
@@ -117,6 +121,8 @@ class ParquetRows(ImageSource):
         table, place = self._table(group), row - int(self.first_rows[group])
         values = [table.column(name)[place].as_py() for name in self.columns]
         image, label = values if len(values) == 2 else (values[0], 0)
+        if self.label_of is not None:
+            label = self.label_of[text_of(label)]
         if not isinstance(image, dict):
             image = {"path": image} if isinstance(image, str) else {"bytes": image}
         # A path in a table could name any file of this machine, and is not opened.
@@ -272,8 +278,8 @@ def stream_image_dataset(
 ) -> ParquetRows:
     """Opens the parquet files of a Hub name or a folder, without downloading them as `load_image_dataset` does.
 
-    It reads only the files' footers (and the label column if they have no statistics of it). On the Hub, all files are
-    read from one commit for the whole run.
+    It reads only the files' footers, and the column of the labels if it holds text or the footers have no statistics of it.
+    On the Hub, all files are read from one commit for the whole run.
 
     Raises:
         InputError: if the data set, split or column does not exist, is not parquet, or the labels are not class ids.
@@ -312,11 +318,13 @@ def stream_image_dataset(
                 f"{source}: {file.path} has the columns {', '.join(map(repr, found.names))}, but `streaming` needs "
                 f"{' and '.join(map(repr, columns))} of one type in all files; train without `streaming`",
             )
-    if not classless and not pa.types.is_integer(types[label_column]):
+    column = f"`label_column` {label_column!r} of {source}"
+    of_text = not classless and holds_text(types[label_column])
+    if not (classless or of_text or pa.types.is_integer(types[label_column])):
         raise InputError(
             "label_column",
-            f"`label_column` {label_column!r} of {source} is stored as {types[label_column]}, and `streaming` reads "
-            "integers; train without `streaming`, which makes classes of text",
+            f"{column} is stored as {types[label_column]}, and `streaming` reads integers and text; train without "
+            "`streaming`",
         )
     rows = ParquetRows(files, image_column, label_column)
     if len(rows) == 0:
@@ -329,13 +337,14 @@ def stream_image_dataset(
         )
     if classless:
         rows.num_classes, rows.classes = 1, [0]
-        return rows
-    column = f"`label_column` {label_column!r} of {source}"
-    nulls, labels, unread = labels_in_footers(rows, source)
-    least, most = min(labels, default=0), max(labels, default=0)
-    names, rows.num_classes = check_labels(features[label_column], nulls, least, most, len(rows), column)
-    rows.id2label = dict(enumerate(names)) if names else None
-    rows.classes = classes_in(rows, source, labels, unread)
+    elif of_text:
+        read_text_classes(rows, features[label_column], source, column)
+    else:
+        nulls, labels, unread = labels_in_footers(rows, source)
+        least, most = min(labels, default=0), max(labels, default=0)
+        names, rows.num_classes = check_labels(features[label_column], nulls, least, most, len(rows), column)
+        rows.id2label = dict(enumerate(names)) if names else None
+        rows.classes = classes_in(rows, source, labels, unread)
     return rows
 
 
@@ -351,7 +360,9 @@ def open_files(urls: list[str], source: str) -> list[ParquetFile]:
         try:
             return retried(partial(read_footer, fs, path), path)
         except Exception as error:  # from the file system, or from pyarrow if it is not parquet
-            raise InputError(None, f"{source}: {path} cannot be read ({first_line(error)})") from error
+            raise InputError(
+                None, f"{source}: {path} cannot be read ({first_line(error)}); copy or download it again"
+            ) from error
 
     # In this thread: in others, fsspec would create new file systems, which have not listed the folders yet.
     return in_threads(footer, [fsspec.core.url_to_fs(str(url)) for url in urls])
@@ -404,6 +415,44 @@ def classes_in(
     return sorted(labels) if is_local or not unread or len(labels) == rows.num_classes else None
 
 
+def holds_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds text or truth values, which can become classes."""
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_boolean(kind)
+
+
+def text_of(label: str | bool) -> str:
+    """A label as text; truth values are spelled as arrow spells them, and so as without streaming."""
+    return str(label).lower() if isinstance(label, bool) else label
+
+
+def read_text_classes(rows: ParquetRows, feature, source: str, column: str):
+    """Sets the classes of rows with text labels, for which the column of the labels is read alone, from all files.
+
+    Args:
+        feature: of the column; its names are the classes where it has some.
+        source, column: the data set and the column in words, for the log and errors.
+
+    Raises:
+        InputError: if the column cannot be read, a label is missing, or the texts are not classes.
+    """
+    logger.info(f"{column} holds text: reading that column of {len(rows.groups)} row groups")
+    nulls, texts = 0, set()
+    for count, values in distinct_labels(rows, rows.groups, source):
+        nulls += count
+        texts.update(text_of(value) for value in values)
+    if not isinstance(feature, ClassLabel):
+        names = text_classes(texts, nulls, len(rows), column)
+    elif nulls:
+        raise InputError(None, f"{column} is empty in {nulls} rows")
+    elif unknown := texts.difference(feature.names):
+        raise InputError(None, f"{column} has the label {min(unknown)!r}, which is not among the names of its classes")
+    else:
+        names = feature.names
+    rows.id2label, rows.num_classes = dict(enumerate(names)), len(names)
+    rows.label_of = {name: label for label, name in enumerate(names)}
+    rows.classes = sorted(rows.label_of[text] for text in texts)
+
+
 def distinct_labels(
     rows: ParquetRows, groups: list[tuple[ParquetFile, int]], source: str
 ) -> list[tuple[int, list[int | str | bool]]]:
@@ -418,7 +467,9 @@ def distinct_labels(
         try:
             labels = retried(partial(read_columns, file, number, rows.columns[1:]), file.path).column(0)
         except Exception as error:  # from the file system, or from pyarrow if the file is damaged
-            raise InputError(None, f"{source}: {file.path} cannot be read ({first_line(error)})") from error
+            raise InputError(
+                None, f"{source}: {file.path} cannot be read ({first_line(error)}); copy or download it again"
+            ) from error
         return labels.null_count, pc.unique(labels.drop_null()).to_pylist()
 
     return in_threads(of_group, groups)

@@ -58,6 +58,7 @@ from bad_inputs_files import OPTIONS, change, write_bad_files, write_good_files 
 SECONDS = 10
 MEMORY = 6 << 30  # bytes that a case may allocate beyond those of the process that it is forked from
 SHARE = 0.97
+MANY_LINES = 10  # a sentence that comes after more of the log is shown, too
 PASSING = ("sentence", "warned")
 
 
@@ -229,8 +230,8 @@ def last_line(text: str) -> str:
     return lines[-1].strip() if lines else ""
 
 
-def run_case(case: Case, files: Path, folder: Path) -> tuple[str, str, float]:
-    """Runs a case in a copy of the files; returns how it ended, its last line, and the seconds."""
+def run_case(case: Case, files: Path, folder: Path) -> tuple[str, str, float, int]:
+    """Runs a case in a copy of the files; returns how it ended, its last line, the seconds, and the number of lines."""
     shutil.copytree(files, folder, symlinks=True)
     here = os.getcwd()
     os.chdir(folder)
@@ -249,22 +250,23 @@ def run_case(case: Case, files: Path, folder: Path) -> tuple[str, str, float]:
     changed = [name for name, about in before.items() if after.get(name) != about and not name.endswith("/.lock")]
     outside = [name for name in after.keys() - before.keys() if "/outside/" in name]
     shutil.rmtree(folder, ignore_errors=True)
-    line = last_line(text)
+    lines, line = len(text.splitlines()), last_line(text)
     if status is None:
-        return "too slow", line, seconds
+        return "too slow", line, seconds, lines
     if os.WIFSIGNALED(status):
-        return "killed", f"signal {os.WTERMSIG(status)}; {line}", seconds
+        return "killed", f"signal {os.WTERMSIG(status)}; {line}", seconds, lines
     refused = os.waitstatus_to_exitcode(status) != 0
     ran_code = any(name.endswith("ran-code") for name in after)
     if outside or ran_code or (changed and (refused or not case.may_write)):
-        return "wrote", ", ".join(map(str, ["ran code"] * ran_code + outside + changed))[:300] + f"; {line}", seconds
+        where = ", ".join(map(str, ["ran code"] * ran_code + outside + changed))[:300]
+        return "wrote", f"{where}; {line}", seconds, lines
     if "Traceback (most recent call last)" in text:
-        return "traceback", line, seconds
+        return "traceback", line, seconds, lines
     if not refused:
         is_warned = case.expected == "warned" and re.search(case.names, text)
-        return "warned" if is_warned else "accepted", line, seconds
+        return "warned" if is_warned else "accepted", line, seconds, lines
     is_sentence = re.match(r"[\w./ -]+: error: \S", line) and len(line) < 1500
-    return "sentence" if is_sentence and re.search(case.names, line) else "unclear", line, seconds
+    return "sentence" if is_sentence and re.search(case.names, line) else "unclear", line, seconds, lines
 
 
 def make_files(folder: Path):
@@ -288,10 +290,11 @@ def run_all(cases: list[Case], show=print) -> dict[str, collections.Counter]:
     make_files(files)
     counts: dict[str, collections.Counter] = {"sentence": collections.Counter(), "warned": collections.Counter()}
     for number, case in enumerate(cases):
-        ended, line, seconds = run_case(case, files, SCRATCH / f"case-{number}")
+        ended, line, seconds, lines = run_case(case, files, SCRATCH / f"case-{number}")
         counts[case.expected][ended] += 1
-        if ended != case.expected:
-            show(f"{ended} ({seconds:.1f} s), item {case.item}: {case}\n    {line[:400]}", flush=True)
+        if ended != case.expected or (ended == "sentence" and lines > MANY_LINES):
+            about = f"{seconds:.1f} s, {lines} lines"
+            show(f"{ended} ({about}), item {case.item}: {case}\n    {line[:400]}", flush=True)
     return counts
 
 

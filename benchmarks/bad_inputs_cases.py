@@ -162,6 +162,12 @@ TRAIN = [
     ("~--dataset_name --train_data_dir data[12]", r"--train_data_dir", "data1 = images"),
     ("~--dataset_name --train_data_dir *", r"--train_data_dir"),
     ("~--dataset_name --train_data_dir garbage", "--train_data_dir|garbage", "garbage/a/0.png = bad/garbage"),
+    (
+        "~--dataset_name --train_data_dir some",
+        "--train_data_dir.*damaged",
+        "some = images",
+        "some/cat/0.png = bad/garbage",
+    ),
     ("~--dataset_name --train_data_dir zipped", "--train_data_dir|zip", "zipped/train.zip = bad/zip_garbage"),
     ("~--dataset_name --train_data_dir tars", "--train_data_dir|tar", "tars/cat.tar = bad/tar"),
     ("~--dataset_name --train_data_dir fifos", "--train_data_dir|fifo", "fifos/a/0.png |"),
@@ -535,7 +541,7 @@ CONVERT = [
     ("official.pt /proc/x", "/proc/x|OUTPUT_DIR"),
     ("official.pt ''", "OUTPUT_DIR|''"),
     ("--format pixart", "--format"),
-    ("--format dit", "--format|official.pt"),
+    ("--format dit --preset SiT-S/2", "--format|--preset"),
     ("--preset SiT-XL/2", "--preset|official.pt"),
     ("--preset SiT-Z", "--preset"),
     ("--num_attention_heads 3", "--num_attention_heads"),
@@ -543,7 +549,7 @@ CONVERT = [
     ("--vae nowhere", "--vae"),
     ("--vae images", "--vae"),
     ("--to vit", "--to"),
-    ("pipe x.pt --to dit ~--vae", "--to|x.pt"),
+    ("pipe x.pt --to dit ~--vae ~--num_attention_heads", "--to|x.pt|dit"),
     ("--ema_key", "--ema_key"),
     *[
         ("--id2label x.json", "--id2label|x.json", f"x.json = bad/{name}")
@@ -553,9 +559,13 @@ CONVERT = [
     ("--id2label x.json", "--id2label|x.json", 'x.json : {"0": 5}'),
     ("--id2label x.json", "--id2label|x.json", 'x.json : {"99": "a"}'),
     ("--id2label nowhere.json", "--id2label"),
-    ("pipe x.exe --to sit ~--vae", "x.exe|OUTPUT_DIR"),
-    ("pipe /proc/x.pt --to sit ~--vae", "/proc/x.pt|OUTPUT_DIR"),
-    ("pipe out/x.pt --to sit ~--vae", "pipe|safetensors", "pipe/transformer/diffusion_pytorch_model.safetensors -"),
+    ("pipe x.exe --to sit ~--vae ~--num_attention_heads", "x.exe|OUTPUT_DIR"),
+    ("pipe /proc/x.pt --to sit ~--vae ~--num_attention_heads", "/proc/x.pt|OUTPUT_DIR"),
+    (
+        "pipe out/x.pt --to sit ~--vae ~--num_attention_heads",
+        "pipe|safetensors",
+        "pipe/transformer/diffusion_pytorch_model.safetensors -",
+    ),
 ]
 
 PUSH = [
@@ -747,13 +757,6 @@ WARNED = [
         "hidden|image|read",
         "hidden = images",
         "hidden/cat/notes.docx = bad/garbage",
-    ),
-    (
-        "train",
-        "~--dataset_name --train_data_dir some",
-        "read|decod|damaged|corrupt",
-        "some = images",
-        "some/cat/0.png = bad/garbage",
     ),
     ("train", "--dataset_name digits", "embedded|digits"),
     ("evaluate", "--metrics kid", "few|image|count"),

@@ -185,6 +185,14 @@ def test_a_config_that_is_no_object_is_named(tmp_path, text):
             opened()
 
 
+@pytest.mark.parametrize("text", ["[1, 2]", "3", "", "[" * 100_000], ids=["list", "3", "empty", "deep"])
+def test_an_index_that_is_no_object_is_named(tmp_path, text):
+    VRPOPipeline(tiny_model(), FlowMatchEulerDiscreteScheduler()).save_pretrained(tmp_path)
+    (tmp_path / "model_index.json").write_text(text)
+    with pytest.raises((ValueError, OSError), match=r"model_index\.json"):
+        VRPOPipeline.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("description", ["", "[1]", "[" * 100_000], ids=["empty", "list", "deep"])
 def test_projectors_with_a_description_of_another_form_are_named(tmp_path, description):
     save_file({"projectors.0": torch.zeros(2)}, tmp_path / "projectors.safetensors", {"description": description})

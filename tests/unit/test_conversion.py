@@ -455,10 +455,21 @@ def test_the_script_refuses_what_would_not_sample(tmp_path):
         ((state, tmp_path / "out", "--id2label", tmp_path / "names.json"), "names class 99, but .* ids 0 ... 6"),
         ((state, tmp_path / "file" / "out"), "OUTPUT_DIR .* cannot be created as a folder"),
         ((state, tmp_path / "file" / "out.pt", "--to", "sit"), "out.pt cannot be written"),
+        (
+            (state, tmp_path / "out.bin", "--to", "sit"),
+            r"out.bin must end in .pt, .pth or .safetensors, or be a folder",
+        ),
         ((state, tmp_path / "out", "--ema_key"), "`ema_key` has no effect without `to`"),
     ):
         with pytest.raises(InputError, match=message):
             convert_script(*arguments, "--num_attention_heads", 3)
+
+
+@pytest.mark.parametrize("places, name", [(["", "out"], "CHECKPOINT"), (["x.pt", " "], "OUTPUT_DIR")])
+def test_empty_names(capsys, places, name):
+    with pytest.raises(SystemExit):
+        convert.main(places)
+    assert f"error: {name} is empty; give a path" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

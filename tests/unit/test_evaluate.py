@@ -198,7 +198,9 @@ def test_statistics_of_the_reference_are_kept(run, tmp_path, caplog):
     assert "are not kept" in caplog.text
     (tmp_path / "file").write_text("")
     for place in ("file", "file/x", "/proc/x"):
-        with pytest.raises(SystemExit, match="--reference_cache .* is not a folder that can be written"):
+        with pytest.raises(
+            SystemExit, match="--reference_cache .* (is not a folder|cannot be written .*); choose another place"
+        ):
             run(tmp_path / "samples.npz", reference, "--reference_cache", tmp_path / place)
 
     # A torn file is made again.
@@ -346,6 +348,12 @@ def test_bad_input_ends_in_a_sentence(run, tmp_path, capsys):
         (npz(np.array([{}])), good, [], "arr_0 cannot be read"),
         (npz(images[:1]), good, [], "--metrics fid needs at least 2 images; SAMPLES has 1 image"),
         (npz(images[:3]), good, [], "--metrics precision_recall needs at least 4 images; SAMPLES has 3 images"),
+        (
+            good,
+            good,
+            ["--precision_recall_k", 50],
+            "at least 51 images; .*, or a smaller --precision_recall_k than 50",
+        ),
         (good, npz(images[:5]), [], "--metrics density_coverage needs at least 6 images; --reference has 5 images"),
         (good, good, ["--kid_subset_size", 21], "--metrics kid needs at least 21 images"),
         (npz(flat), good, [], "all 20 images are of one colour; did the decoder give NaN"),

@@ -360,6 +360,8 @@ def test_height_and_latents_must_agree():
         ({"latents": torch.zeros(3, 8, 8)}, r"`latents` have shape \(3, 8, 8\)"),
         ({"latents": torch.zeros(2, 4, 8, 8)}, r"`latents` have shape \(2, 4, 8, 8\)"),
         ({"latents": torch.zeros(2, 3, 7, 8)}, "must be multiples of the patch size 2"),
+        ({"latents": torch.full((2, 3, 8, 8), math.nan)}, "`latents` have values that are not finite"),
+        ({"latents": torch.full((2, 3, 8, 8), math.inf)}, "`latents` have values that are not finite"),
         *(({"output_type": value}, "`output_type` must be") for value in (None, "jpg", 1)),
         *(({"callback_on_step_end": value}, "`callback_on_step_end` must be a function") for value in (5, [print])),
         *(

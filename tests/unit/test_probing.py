@@ -113,6 +113,8 @@ def test_bad_input_ends_in_a_sentence(digits_pipeline, tmp_path, capsys):
         (["--num_train", 10**6], "need 1000060 images; the split has"),
         (["--test_split", "validation", "--num_test", 10**6], "--num_test 1000000: the split has"),
         (["--dataset_split", "nothing"], "--dataset_split 'nothing' is not in"),
+        (["--test_split", "nothing"], "--test_split 'nothing' is not in"),
+        (["--num_train", "1"], "--num_train 1: these images are of one class"),
         (["--output_file", tmp_path / "no" / "x.json"], "its folder does not exist"),
         (["--encoder", tmp_path / "nowhere"], "the folder does not exist"),
     ):

@@ -13,6 +13,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -213,6 +214,10 @@ def convert(args: argparse.Namespace):
     if args.to is None:
         check_pipeline_folder(output, args.overwrite)
     else:
+        if not is_file and not output.is_dir() and re.fullmatch(r"\.[a-z]{1,6}", output.suffix.lower()):
+            raise InputError(
+                None, f"OUTPUT_DIR {output} must end in .pt, .pth or .safetensors, or be a folder, with `to` {args.to}"
+            )
         check_writable(None, "OUTPUT_DIR", output)
         if os.path.lexists(file) and not args.overwrite:
             raise InputError(None, f"OUTPUT_DIR {file} exists; choose another file, or give --overwrite to replace it")
@@ -278,6 +283,9 @@ def main(argv: list[str] | None = None, prog: str = "vrpo convert"):
     """Runs the command; `prog` is its name in errors."""
     parser = build_parser(prog)
     args = parser.parse_args(argv)
+    for name, value in (("CHECKPOINT", args.checkpoint), ("OUTPUT_DIR", args.output)):
+        if not value.strip():
+            parser.error(f"{name} is empty; give a path")
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     # Weights, scheduler and autoencoder ask once.

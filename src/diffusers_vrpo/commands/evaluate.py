@@ -15,6 +15,7 @@ Compare values only at equal numbers of images: FID and most other metrics depen
 import argparse
 import json
 import logging
+import os
 import tempfile
 import time
 from dataclasses import fields
@@ -34,7 +35,7 @@ from ..files import write_atomically
 from ..pipelines.sample_folder import unfinished_samples
 from ..schemas import check
 from ..training.distributed import start_processes
-from ..training.output_dir import writing_result
+from ..training.output_dir import check_writable, writing_result
 
 
 logger = logging.getLogger("evaluate")
@@ -213,20 +214,16 @@ def check_output_files(args: argparse.Namespace, *names: str):
 
 
 def check_reference_cache(folder: str | None):
-    """Creates the folder that keeps the statistics of references.
+    """Checks the folder that keeps the statistics of references; one that exists may be read-only.
 
     Raises:
-        InputError: if it is not a folder and cannot become one.
+        InputError: if it is not a folder, or cannot be created.
     """
-    if folder is None:
+    if folder is None or Path(folder).is_dir():
         return
-    try:
-        Path(folder).expanduser().mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            "reference_cache",
-            f"`reference_cache` {folder} is not a folder that can be written ({error.strerror or error}); choose another one",
-        ) from error
+    if os.path.lexists(folder):
+        raise InputError("reference_cache", f"`reference_cache` {folder} is not a folder; choose another place")
+    check_writable("reference_cache", "`reference_cache`", folder)
 
 
 def check_plot_format(file: str):

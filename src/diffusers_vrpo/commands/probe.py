@@ -11,6 +11,7 @@ the transformer sees them without a class, and the hidden states of every block,
 """
 
 import argparse
+import contextlib
 import json
 import logging
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from tqdm.auto import tqdm
 
 from ..command_line import OneLineErrorParser, add_options, number_in, one_line_errors
 from ..config import BATCH, NUM_SAMPLES, SEED, DataConfig, In, RunConfig, last_part
-from ..data.image_datasets import load_image_dataset
+from ..data.image_datasets import column_values, load_image_dataset
 from ..data.image_decoding import find_pixel_range, sample_rows
 from ..errors import InputError, first_line, hub_problem
 from ..evaluation.feature_statistics import Batches, gather_rows
@@ -173,6 +174,17 @@ def image_side(transformer, vae) -> int:
     return decoded_side(vae, transformer.config.in_channels, size)
 
 
+@contextlib.contextmanager
+def naming(option: str, of: str):
+    """Makes the errors about the option `of` inside the `with` block name another option instead."""
+    try:
+        yield
+    except InputError as error:
+        if error.field != of:
+            raise
+        raise InputError(option, str(error).replace(f"`{of}`", f"`{option}`")) from error
+
+
 def split_rows(args, data, test_data) -> tuple[np.ndarray, np.ndarray]:
     """Draws the rows of the training and test images; without `--test_split` they are disjoint parts of one split.
 
@@ -220,10 +232,16 @@ def probe(args: argparse.Namespace) -> dict | None:
             )
         test_data = None
         if args.test_split:
-            test_data = load_image_dataset(
-                args.dataset_name, args.dataset_config_name, split=args.test_split, **where
-            )[0]
+            with naming("test_split", of="dataset_split"):
+                test_data = load_image_dataset(
+                    args.dataset_name, args.dataset_config_name, split=args.test_split, **where
+                )[0]
         rows, test_rows = split_rows(args, data, test_data)
+        if len(np.unique(column_values(data, "label").to_numpy()[rows])) < 2:
+            raise InputError(
+                "num_train",
+                f"`num_train` {args.num_train}: these images are of one class, and a probe needs training images of at least 2",
+            )
         encoders = {
             name: load_image_encoder(
                 name, args.pooling, args.inception_weights, device=state.device, cache_dir=args.cache_dir

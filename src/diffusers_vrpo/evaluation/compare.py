@@ -237,12 +237,22 @@ def check_counts(metrics: list[str], settings: MetricSettings, num_samples: int,
         "precision_recall": (settings.precision_recall_k + 1,) * 2,
         "density_coverage": (1, settings.density_coverage_k + 1),
     }
+    # The settings that these numbers come from.
+    causes = {
+        "is": "inception_score_splits",
+        "kid": "kid_subset_size",
+        "precision_recall": "precision_recall_k",
+        "density_coverage": "density_coverage_k",
+    }
     for metric in metrics:
         for name, count, least in zip(("SAMPLES", "`reference`"), (num_samples, num_reference), needs[metric]):
             if count is not None and count < least:
                 images = "image" if count == 1 else "images"
+                option = causes.get(metric)
+                value = getattr(settings, option) if option else None
+                remedy = f"; give more, or a smaller `{option}` than {value}" if value else ""
                 raise InputError(
-                    "metrics", f"`metrics` {metric} needs at least {least} images; {name} has {count} {images}"
+                    "metrics", f"`metrics` {metric} needs at least {least} images; {name} has {count} {images}{remedy}"
                 )
 
 

@@ -367,7 +367,12 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
     @classmethod
     def _dict_from_json_file(cls, json_file, **options):
         """Reads the index; classes from files beside the weights become the package's own if that is installed."""
-        index = super()._dict_from_json_file(json_file, **options)
+        try:
+            index = super()._dict_from_json_file(json_file, **options)
+        except RecursionError as error:
+            raise ValueError(f"{json_file} is nested too deeply") from error
+        if not isinstance(index, dict):
+            raise ValueError(f"{json_file} must hold a JSON object, not a {type(index).__name__}")
         if PACKAGE is None:
             return index
         if isinstance(index.get("_class_name"), list):
@@ -615,7 +620,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         """Draws float32 noise for images of `height` x `width` pixels, by default those of training, or checks `latents`.
 
         Raises:
-            ValueError: if generators or latents are of a wrong type, number or shape.
+            ValueError: if generators or latents are of a wrong type, number or shape, or latents are not finite.
         """
         config = self.transformer.config
         shape = (batch_size, config.in_channels, *self.get_latent_size(height, width))
@@ -641,6 +646,8 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 f"`latents` have shape {tuple(latents.shape)}; the last two must be multiples of the patch size "
                 f"{config.patch_size}"
             )
+        if not latents.isfinite().all():
+            raise ValueError("`latents` have values that are not finite")
         return latents.to(device=device, dtype=torch.float32)
 
     def get_grid(self, timesteps=None, sigmas=None) -> dict:

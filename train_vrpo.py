@@ -15,7 +15,6 @@ import sys
 from diffusers_vrpo.command_line import one_line_errors, parse_config, training_parser
 from diffusers_vrpo.config import VRPOConfig
 from diffusers_vrpo.errors import TrainingInterrupted
-from diffusers_vrpo.trainer import VRPOTrainer
 
 
 def build_parser():
@@ -35,6 +34,9 @@ def main(args: VRPOConfig):
         TrainingStopped: when the run cannot go on.
         SystemExit: 128 + the number of a signal (143, 130), after a checkpoint was saved.
     """
+    # Not before the options are read: torch and diffusers take several seconds to import.
+    from diffusers_vrpo.trainer import VRPOTrainer
+
     callbacks = []
     if args.generative_policy_start_step is not None:
         from diffusers_vrpo.experimental.generative.callback import GenerativePolicy

@@ -74,3 +74,14 @@ def test_an_error_of_the_trainer_is_one_sentence():
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("train_vrpo.py: error: ")
+
+
+def test_options_of_training_are_read_before_torch_is_imported():
+    code = (
+        "import runpy, sys; from diffusers_vrpo.cli import train_script\n"
+        "sys.argv = ['train_vrpo.py', '--resolution', 'a']\n"
+        "try:\n    runpy.run_path(str(train_script()), run_name='__main__')\n"
+        "except SystemExit:\n    print([name for name in ('torch', 'diffusers', 'accelerate') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]" and "error: argument --resolution: invalid int value: 'a'" in done.stderr

@@ -534,7 +534,10 @@ def test_a_sample_that_is_not_finite_stops_the_run(command, monkeypatch):
 
     def broken(self, labels, noise):
         calls.append(0)
-        return original(self, labels, noise * float("inf") if len(calls) == 3 else noise)
+        with monkeypatch.context() as patch:
+            if len(calls) == 3:
+                patch.setattr(self.pipeline, "prepare_latents", lambda *arguments: noise * float("inf"))
+            return original(self, labels, noise)
 
     monkeypatch.setattr(GenerativePolicy, "_draw", broken)
     with pytest.raises(
@@ -629,7 +632,7 @@ def test_machines_that_cannot_work(accelerator, message):
     pipeline = SimpleNamespace(transformer=transformer, vae=None)
     steps = accelerator.pop("steps", 10)
     machine = SimpleNamespace(**{**defaults, **accelerator}, device=torch.device("cpu"))
-    data = SimpleNamespace(has_images=True)
+    data = SimpleNamespace(has_images=True, num_classes=2)
     trainer = SimpleNamespace(
         accelerator=machine,
         pipeline=pipeline,

@@ -317,7 +317,7 @@ def test_input_that_cannot_work(command, changes, message):
         ({"depth": 3}, "'depth', which is none of sample_size, "),
         ([1], "must map argument names"),
         ({"num_attention_heads": 3, "attention_head_dim": 5}, "must be divisible by 4"),
-        ({"patch_size": 0}, "patch_size must be a whole number above 0, not 0"),
+        ({"patch_size": 0}, "patch_size 0 must be a whole number from 1 to 256"),
         ({"null_class_id": 3}, "null_class_id 3 is one of the 10 classes"),
     ],
 )

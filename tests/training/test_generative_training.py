@@ -536,7 +536,8 @@ def test_a_sample_that_is_not_finite_stops_the_run(command, monkeypatch):
         calls.append(0)
         with monkeypatch.context() as patch:
             if len(calls) == 3:
-                patch.setattr(self.pipeline, "prepare_latents", lambda *arguments: noise * float("inf"))
+                # The pipeline itself refuses such latents.
+                patch.setattr(self.pipeline, "prepare_latents", lambda *arguments: arguments[3] * float("inf"))
             return original(self, labels, noise)
 
     monkeypatch.setattr(GenerativePolicy, "_draw", broken)

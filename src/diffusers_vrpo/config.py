@@ -375,6 +375,10 @@ class AlignmentConfig(Options):
         "treatment of an alignment gradient that opposes flow matching: gate ends alignment at these noise levels, project "
         "removes the opposing part, none changes nothing; gate for vrpo and none for repa if not given",
     )
+    log_gradients: Annotated[Free[bool], Needs("objective", ("repa",))] = option(
+        False,
+        "log cosine and ratio of the gradients of alignment and flow matching also with repa; vrpo always measures them",
+    )
 
 
 @dataclass(kw_only=True)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffusers_vrpo.alignment.encoders import load_encoder
-from diffusers_vrpo.alignment.gradient_fork import alignment_fork
+from diffusers_vrpo.alignment.gradient_fork import alignment_fork, measuring_probe
 from diffusers_vrpo.alignment.objective import REPA, VRPO
 from diffusers_vrpo.alignment.policy import action_noise, timestep_weight
 from diffusers_vrpo.alignment.release import ConflictGate
@@ -64,6 +64,7 @@ def vrpo_gradients(aligned, x0, batch, y, shares=(1 / 3, 1 / 3, 1 / 3), coeff=0.
     norms = [g.flatten(1).norm(dim=1).reshape(-1, 1, 1) for g in (g_main, g_align)]
     mixed = g_main + (1 - s_f) * g_align + s_f * norms[1] / norms[0] * g_main
     cosine = torch.nn.functional.cosine_similarity(g_main.flatten(1), g_align.flatten(1))
+    ratio = (norms[1] / norms[0]).flatten()
 
     # Above the fork and in the projectors: the losses' own gradients. Below it: the mixture, and the shallower branches.
     parameters = dict(aligned.named_parameters())
@@ -89,7 +90,7 @@ def vrpo_gradients(aligned, x0, batch, y, shares=(1 / 3, 1 / 3, 1 / 3), coeff=0.
             parameter.grad = own[i]
         else:
             parameter.grad = of_fm[i] - through_h[0][i] + through_h[1][i] + (1 - s_f) * shallow[i]
-    return loss_fm.item(), cosine
+    return loss_fm.item(), cosine, ratio
 
 
 def digits_batch_with_tokens():
@@ -118,7 +119,7 @@ def test_one_step_of_the_script_is_the_formula(command, tmp_path, layers, option
     changes |= {"adam_epsilon": 1, "learning_rate": 1}
     run(command(**changes) + options)
     x0, batch, y = digits_batch_with_tokens()
-    loss_fm, cosine = vrpo_gradients(aligned, x0, batch, y)
+    loss_fm, cosine, ratio = vrpo_gradients(aligned, x0, batch, y)
     row = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]
     assert row["loss_fm"] == pytest.approx(loss_fm, rel=1e-5)
     norm = torch.stack([p.grad.norm() for p in aligned.parameters()]).norm().item()
@@ -126,14 +127,28 @@ def test_one_step_of_the_script_is_the_formula(command, tmp_path, layers, option
     bins = (batch["timestep"] * 10).long()
     for i in range(10):
         if (bins == i).any():
-            assert row[f"cosine/{i / 10:.1f}-{(i + 1) / 10:.1f}"] == pytest.approx(
-                cosine[bins == i].mean().item(), abs=2e-5
-            )
+            name = f"{i / 10:.1f}-{(i + 1) / 10:.1f}"
+            assert row[f"cosine/{name}"] == pytest.approx(cosine[bins == i].mean().item(), abs=2e-5)
+            assert row[f"gradient_ratio/{name}"] == pytest.approx(ratio[bins == i].mean().item(), rel=1e-4)
     # With so large an epsilon Adam's first step is the gradient's: lr g / (|g| + 1).
     trained = aligned_weights(tmp_path / "run" / "checkpoint-1")
     for name, parameter in aligned.named_parameters():
         step = parameter.grad / (parameter.grad.abs() + 1)
         torch.testing.assert_close(parameter.detach() - trained[name], step, atol=2e-6, rtol=1e-4)
+
+
+def test_repa_measures_its_gradients_on_request(command, tmp_path):
+    aligned = aligned_with(digits_model(), [1], (64,), projector_dim=32)
+    save_start(aligned, tmp_path / "start")
+    options = {"objective": "repa", "model_config": None, "pretrained_model_name_or_path": tmp_path / "start"}
+    options |= {"layer_scope": "1", "max_train_steps": 2}
+    run(command(**options, output_dir=tmp_path / "plain"))
+    run(command(**options, output_dir=tmp_path / "measured") + ["--log_gradients"])
+    assert losses(tmp_path / "plain") == losses(tmp_path / "measured")
+    plain, measured = (read_metrics(tmp_path / name / "metrics.jsonl")[1] for name in ("plain", "measured"))
+    new = {name.split("/")[0] for name in measured.keys() - plain.keys()}
+    assert new == {"cosine", "gradient_ratio"}
+    assert all(value > 0 for name, value in measured.items() if name.startswith("gradient_ratio/"))
 
 
 @pytest.mark.slow
@@ -339,7 +354,7 @@ from diffusers_vrpo.alignment.objective import VRPO
 observe, targets = VRPO.observe, VRPO.targets
 def conflicting(self, step):
     if step.active:
-        step.probe.grad = torch.full_like(step.t, -0.5)  # a conflict at every timestep
+        step.probe.grad = torch.full_like(step.probe, -0.5)  # a conflict at every timestep
     observe(self, step)
 def counted(self, images, *args):
     if self.aligned.encoders:
@@ -395,7 +410,7 @@ def test_the_gate_closes_where_targets_conflict_and_nowhere_else():
             grabbed["h"] = h  # noqa: B023
             return h, h
 
-        probe = torch.zeros(20, requires_grad=True)
+        probe = measuring_probe(20)
         prediction, _ = aligned(x + noise, t, labels, fork=grab)
         (g_main,) = torch.autograd.grad(prediction.square().sum(), grabbed["h"])
 
@@ -412,7 +427,7 @@ def test_the_gate_closes_where_targets_conflict_and_nowhere_else():
         weight = gate.lookup(t).reshape(-1, 1, 1)
         loss = prediction.square().sum() + (weight * branches["align"] * (towards + wobble)).sum()
         loss.backward()
-        gate.observe(t, probe.grad)
+        gate.observe(t, *probe.grad)
         gate.update()
         model.zero_grad()
     assert gate.gates().tolist() == [0.0] * 3 + [1.0] * 7

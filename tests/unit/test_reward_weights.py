@@ -239,6 +239,27 @@ def test_gate_averages_by_hand():
         assert gate.upper_bound()[0].item() == pytest.approx(m + 1.645 * math.sqrt((q - m * m) / steps))
 
 
+def test_ratio_averages_by_hand():
+    gate = ConflictGate(1000, warmup=3)
+    t = torch.tensor([0.05, 0.05, 0.95, 0.95])
+    gate.observe(t, torch.full((4,), 0.1), torch.tensor([2.0, 4.0, float("inf"), 0.0]))
+    gate.update()
+    assert gate.ratio()[0].item() == pytest.approx(3) and gate.ratio()[1:].abs().max() == 0
+    gate.observe(t[:1], torch.tensor([0.1]), torch.tensor([1.0]))
+    gate.update()
+    average = (COSINE_DECAY * 3 + 1) / (COSINE_DECAY + 1)
+    assert gate.ratio()[0].item() == pytest.approx(average)
+    found = gate.summary()
+    assert found["gradient_ratio/0.0-0.1"] == pytest.approx(average) and "gradient_ratio/0.9-1.0" not in found
+    # The averages of the ratio start again with those of the cosine, and a checkpoint without them goes on.
+    old = {name: tensor.clone() for name, tensor in gate.state_dict().items() if not name.startswith("ratio")}
+    again = ConflictGate(1000, warmup=3)
+    again.load_state_dict(old)
+    assert again.step == 2 and torch.equal(again.cosine(), gate.cosine()) and not again.ratio().any()
+    gate.update()
+    assert not gate.ratio().any()
+
+
 def test_gate_leaves_out_zeros_and_what_is_not_finite():
     clean, spoilt = gate_of(1000), gate_of(1000)
     cosine = torch.tensor([0.0, float("nan"), float("inf"), 0.3, -0.2, 0.0])
@@ -336,12 +357,13 @@ def test_gate_does_not_depend_on_micro_batches_and_processes():
     for _ in range(100):
         t = torch.rand(64, generator=generator)
         cosine = 0.1 * torch.randn(64, generator=generator) + torch.where(t < 0.3, -0.1, 0.1)
-        whole.observe(t, cosine)
+        ratio = 10 * torch.rand(64, generator=generator)
+        whole.observe(t, cosine, ratio)
         whole.update()
         for rank, gate in enumerate(halves):
             for micro in range(2):
                 part = slice(rank * 32 + micro * 16, rank * 32 + micro * 16 + 16)
-                gate.observe(t[part], cosine[part])
+                gate.observe(t[part], cosine[part], ratio[part])
         sums = sum(gate.pending for gate in halves).clone()
         for gate in halves:
             gate.update(lambda tensor, sums=sums: sums)

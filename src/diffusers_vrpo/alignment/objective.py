@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from ..models import ddpm
 from .attach import AlignedTransformer
 from .encoders import resample_tokens, spatial_normalize
-from .gradient_fork import CONFLICTS, alignment_fork
+from .gradient_fork import CONFLICTS, alignment_fork, measuring_probe
 from .policy import (
     TIMESTEP_WEIGHTS,
     action_noise,
@@ -66,7 +66,7 @@ class AlignmentStep:
     number: int = 0  # of the micro-batch within its optimizer step
     targets: list[torch.Tensor] | None = None
     logs: dict[str, torch.Tensor] = field(default_factory=dict)
-    probe: torch.Tensor | None = None  # its gradient is the cosine between the two gradients
+    probe: torch.Tensor | None = None  # its gradient is the cosine between the two gradients, and their ratio
     shares: torch.Tensor | None = None  # of the rewards, `[L,B,K]`
     tau: torch.Tensor | None = None
 
@@ -141,6 +141,7 @@ class REPA(NoAlignment):
         spatial_norm (`float`): a in iREPA's `(f - a mean) / std` of the targets; 0 for none.
         conflict (`str`): what to do where alignment turns against flow matching: `"none"`, `"gate"` (close the timestep bin
             permanently) or `"project"` (remove the opposing part).
+        log_gradients (`bool`): measure cosine and ratio of the two gradients also where nothing depends on them.
         prediction_type (`str`, *optional*): `"velocity"`, whose flow times are uniform, or `"epsilon"`, whose flow times
             are those of DDPM's noise levels; by default that of the transformer's config, or `"velocity"`.
         device (*optional*): device of the statistics; by default the transformer's.
@@ -157,6 +158,7 @@ class REPA(NoAlignment):
         conflict: str = "none",
         prediction_type: str | None = None,
         device: torch.device | None = None,
+        log_gradients: bool = False,
     ):
         super().__init__(aligned)
         for name, value, choices in (
@@ -169,7 +171,7 @@ class REPA(NoAlignment):
         self.timestep_weighting, self.spatial_norm = timestep_weighting, spatial_norm
         self.reward_names = ("semantic",)
         self.device = device or next(aligned.parameters()).device
-        self.forks = conflict != "none"
+        self.forks = conflict != "none" or log_gradients
         self.gate = ConflictGate(max_train_steps, self.device, acts=conflict == "gate")
         self.release = Release(self.gate, alignment_stop_step)
         config = getattr(aligned.transformer, "config", {})
@@ -196,7 +198,7 @@ class REPA(NoAlignment):
         step = AlignmentStep(t, active=True, number=self._micro_steps)
         self._micro_steps += 1
         if self.forks:
-            step.probe = torch.zeros_like(t, requires_grad=True)
+            step.probe = measuring_probe(len(t), t.device)
             step.fork = alignment_fork(self._fidelity_share(step), step.probe, self.conflict)
         return step
 
@@ -285,9 +287,9 @@ class REPA(NoAlignment):
             logs.setdefault(name, []).append(value.detach().mean())
 
     def observe(self, step: AlignmentStep):
-        """Records the cosine between the two gradients, which is the gradient of the probe after backward."""
+        """Records cosine and ratio of the two gradients, which are the gradient of the probe after backward."""
         if step.probe is not None:
-            self.gate.observe(step.t, step.probe.grad)
+            self.gate.observe(step.t, *step.probe.grad)
         self.aligned.clear_resting_gradients()
 
     def update(self, all_reduce: Callable | None = None):
@@ -510,7 +512,7 @@ def objective_from_config(
         "conflict": conflict_mode(config),
     }
     if config.objective == "repa":
-        return REPA(aligned, max_train_steps, **shared)
+        return REPA(aligned, max_train_steps, **shared, log_gradients=config.log_gradients)
     return VRPO(
         aligned,
         max_train_steps,

@@ -25,6 +25,7 @@ def plot_metrics(metrics_file: str | Path, output_file: str | Path, title: str =
         ("raw reward weights ω", names("weight/")),
         ("reward std σ", names("std/")),
         ("cosine of the two gradients, by t", names("cosine/")),
+        ("alignment's gradient over flow matching's, by t", names("gradient_ratio/")),
         ("gate, by t", names("gate/")),
         ("alignment coefficient in force", ["alignment_coeff"]),
         ("spread of a group's rewards", names("spread/")),

@@ -389,8 +389,8 @@ class PolicyConfig(Options):
 
     reward_weighting: Annotated[str, VRPO] = option(
         "inverse_variance",
-        "weights of the rewards: inverse_variance, inverse_std, equal, or fixed shares of fidelity, semantic and "
-        "structural such as 0.2,0.5,0.3",
+        "weights of the rewards: inverse_variance, equal (inverse variance in one unit: equal shares), inverse_std (the "
+        "same), raw (each as large as it is), or fixed shares of fidelity, semantic and structural such as 0.2,0.5,0.3",
     )
     estimator: Annotated[Literal["expected", "sampled"], VRPO] = option(
         "expected", "policy update: expected, in closed form for small noise, or sampled, from drawn actions"

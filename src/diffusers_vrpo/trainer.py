@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from .alignment.encoders import load_encoder
 from .alignment.objective import objective_from_config
+from .alignment.reward_statistics import WEIGHTINGS
 from .alignment.rewards import DEFAULT_REWARDS
 from .alignment.start import build_aligned_transformer
 from .config import VRPOConfig, data_settings_to_keep
@@ -355,6 +356,7 @@ class VRPOTrainer:
             "settings": self.settings,
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "alignment": self.objective.release_state(),
+            "reward_weightings": list(WEIGHTINGS),  # among them `raw`, which version 0.1 called `equal`
             "callbacks": [name for name, callback in stateful(self.callbacks).items() if callback.state_dict()],
             "train_seconds": self.stopwatch.seconds(),
             "train_flops": self.flops,

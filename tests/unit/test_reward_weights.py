@@ -10,6 +10,7 @@ from diffusers_vrpo.alignment.reward_statistics import (
     FLOOR_STEP,
     MIN_SAMPLES,
     NUM_BINS,
+    WEIGHTINGS,
     RewardStatistics,
     clip_shares,
     parse_reward_weighting,
@@ -64,7 +65,10 @@ def test_shares_follow_the_weighting():
     # omega ~ 1/sigma^2, and s ~ omega sigma ~ 1/sigma.
     torch.testing.assert_close(shares_from_std(sigma, "inverse_variance"), torch.tensor([1 / 3, 2 / 3]))
     torch.testing.assert_close(shares_from_std(sigma, "inverse_std"), torch.tensor([0.5, 0.5]))
-    torch.testing.assert_close(shares_from_std(sigma, "equal"), torch.tensor([2 / 3, 1 / 3]))
+    torch.testing.assert_close(shares_from_std(sigma, "raw"), torch.tensor([2 / 3, 1 / 3]))
+    # The rule on rewards in one unit: both have variance 1.
+    torch.testing.assert_close(shares_from_std(sigma, "equal"), shares_from_std(sigma / sigma, "inverse_variance"))
+    assert shares_from_std(sigma.new_tensor([1e-9, 1.0, 5.0]), "equal").tolist() == pytest.approx([1 / 3] * 3)
     torch.testing.assert_close(shares_from_std(torch.zeros(2), "inverse_variance"), torch.tensor([0.5, 0.5]))
 
 
@@ -193,7 +197,7 @@ def test_summary_and_fixed_shares():
 
 
 def test_parse_reward_weighting():
-    assert parse_reward_weighting("equal", 2) == "equal"
+    assert [parse_reward_weighting(name, 2) for name in WEIGHTINGS] == list(WEIGHTINGS)
     assert parse_reward_weighting("1,0", 2) == (1.0, 0.0)
     for wrong in ("inverse", "1", "1,2,3", "-1,2", "0,0", "nan,1"):
         with pytest.raises(InputError, match="`reward_weighting`"):

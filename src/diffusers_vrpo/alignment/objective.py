@@ -331,7 +331,7 @@ class VRPO(REPA):
         conflict (`str`): as of `REPA`, but `"gate"` by default.
         rewards (`list`): `"fidelity"`, first or not at all; `"semantic"`, `"structural"`; functions of (action, mu, y,
             subset), `TokenReward`s, or `"package.module:name"` of either.
-        reward_weighting (`str`): `"inverse_variance"`, `"inverse_std"`, `"equal"`, or fixed shares with commas, one for
+        reward_weighting (`str`): `"inverse_variance"`, `"equal"`, `"inverse_std"`, `"raw"`, or fixed shares with commas, one for
             each of `rewards`.
         estimator (`str`): `"expected"`, the limit of small noise in closed form, or `"sampled"` groups of actions.
         policy_noise (`float`): sigma of the actions.

@@ -263,6 +263,15 @@ def read_training_state(checkpoint: Path, expected: dict) -> dict:
             f"`resume_from_checkpoint` {checkpoint} is damaged (training_state.json: {first_line(error)}); remove it to "
             "continue from the one before",
         ) from error
+    if settings.get("reward_weighting") == "equal" and "reward_weightings" not in state:
+        # In version 0.1 this was the name of what is `raw` now.
+        settings["reward_weighting"] = "raw"
+        if expected.get("reward_weighting") == "equal":
+            raise InputError(
+                "reward_weighting",
+                f"`reward_weighting` equal: in the version that saved {checkpoint} this meant weights of 1 for the raw "
+                "rewards, which is called raw now; give `reward_weighting` raw to continue the run",
+            )
     for name, value in expected.items():
         if name in settings and settings[name] != value:
             is_option = name in options_of(VRPOConfig)

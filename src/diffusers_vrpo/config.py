@@ -370,6 +370,11 @@ class AlignmentConfig(Options):
     spatial_norm: Annotated[Coefficient, ALIGNED] = option(
         0.0, "factor a of the normalisation (f - a mean) / std of the encoder features; iREPA uses 0.6, 0 turns it off"
     )
+    token_weighting: Annotated[Literal["uniform", "residual"], ALIGNED] = option(
+        "uniform",
+        "weight of the tokens of an image in the alignment loss: alike, or residual, the more the farther a token is from "
+        "its target",
+    )
     conflict: Annotated[Resolved[Literal["none", "gate", "project"] | None], ALIGNED] = option(
         None,
         "treatment of an alignment gradient that opposes flow matching: gate ends alignment at these noise levels, project "

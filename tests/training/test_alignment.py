@@ -18,6 +18,7 @@ from diffusers_vrpo.alignment.policy import action_noise, timestep_weight
 from diffusers_vrpo.alignment.release import ConflictGate
 from diffusers_vrpo.alignment.rewards import DEFAULT_REWARDS, normalize, semantic_reward, structural_reward
 from diffusers_vrpo.alignment.start import build_aligned_transformer
+from diffusers_vrpo.alignment.token_weights import residual_weights
 from diffusers_vrpo.data.image_datasets import load_image_dataset
 from diffusers_vrpo.data.samples import TrainingSamples
 from diffusers_vrpo.models import ddpm
@@ -182,13 +183,21 @@ def test_compiled_and_checkpointed_blocks_give_the_same_gradients(layers):
 
 
 @pytest.mark.parametrize("objective", ["repa", "vrpo"])
-@pytest.mark.parametrize("convention", [{}, {"time_direction": "noise_to_data"}, {"prediction_type": "epsilon"}])
-def test_statistics_gate_and_timestep_weight_enter_where_the_formula_has_them(objective, convention):
+@pytest.mark.parametrize(
+    "convention, tokens",
+    [
+        ({}, "uniform"),
+        ({"time_direction": "noise_to_data"}, "uniform"),
+        ({"prediction_type": "epsilon"}, "uniform"),
+        ({}, "residual"),
+    ],
+)
+def test_statistics_gate_and_timestep_weight_enter_where_the_formula_has_them(objective, convention, tokens):
     """Every projector and bin with shares and tau of its own, gates half and fully closed, against the sum written out."""
     model = tiny_model(**convention)
     aligned = aligned_with(model, (1, 3), (12, 20))
     alignment_class = {"repa": REPA, "vrpo": VRPO}[objective]
-    alignment = alignment_class(aligned, 1000, timestep_weighting="low_noise", conflict="gate")
+    alignment = alignment_class(aligned, 1000, timestep_weighting="low_noise", conflict="gate", token_weighting=tokens)
     generator = torch.Generator().manual_seed(5)
     shares = torch.rand(4, 3, 10, generator=generator) + 0.1
     shares, tau = shares / shares.sum(1, keepdim=True), torch.rand(4, 3, 10, generator=generator)
@@ -219,8 +228,9 @@ def test_statistics_gate_and_timestep_weight_enter_where_the_formula_has_them(ob
     expected = 0.0
     for i, projection in enumerate(projections):
         mu, y = normalize(projection), targets[i % 2]
+        of_token = residual_weights(mu, y) if tokens == "residual" else torch.ones(mu.shape[:2])
         if objective == "repa":
-            per_sample = -(mu * y).sum(-1).mean(-1)
+            per_sample = -(of_token * (mu * y).sum(-1)).mean(-1)
         else:
             # The encoders of a block share its shares; tau is each projector's own.
             s = shares[2 * (i // 2) : 2 * (i // 2) + 2].mean(0)[:, bins].T
@@ -232,9 +242,13 @@ def test_statistics_gate_and_timestep_weight_enter_where_the_formula_has_them(ob
                 tangent = gradient - (gradient * mu).sum(-1, keepdim=True) * mu
                 unit = tangent / (tangent.norm(dim=-1, keepdim=True) + tau[i, k + 1, bins].reshape(-1, 1, 1))
                 direction = direction + s[:, k].reshape(-1, 1, 1) * unit
-            per_sample = -(direction.detach() * mu).sum(-1).mean(-1)
+            per_sample = -(of_token * (direction.detach() * mu).sum(-1)).mean(-1)
         expected = expected + (weight * per_sample).mean() / 4
     torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-4)
+    if objective == "repa":
+        # What is logged is the reward itself.
+        plain = torch.stack([(normalize(p) * targets[i % 2]).sum(-1).mean() for i, p in enumerate(projections)])
+        torch.testing.assert_close(logs["reward/semantic"], plain.detach().mean())
     gradients = [torch.autograd.grad(x, projections, retain_graph=True) for x in (loss, expected)]
     for ours, theirs in zip(*gradients, strict=True):
         assert theirs.abs().max() > 1e-4

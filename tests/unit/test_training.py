@@ -82,6 +82,13 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         read_training_state(path, {"seed": 1})
 
 
+def test_what_earlier_versions_did_before_there_was_an_option(tmp_path):
+    old = fake_checkpoint(tmp_path, 5, {"--seed": 1})
+    assert read_training_state(old, {"token_weighting": "uniform"})["step"] == 5
+    with pytest.raises(InputError, match="`token_weighting` is residual, but .* was trained with uniform; keep to"):
+        read_training_state(old, {"token_weighting": "residual"})
+
+
 def test_what_equal_meant_in_earlier_versions(tmp_path):
     old = fake_checkpoint(tmp_path, 5, {"--reward_weighting": "equal"})
     assert read_training_state(old, {"reward_weighting": "raw"})["step"] == 5

@@ -42,6 +42,7 @@ from .policy import (
 from .release import ConflictGate, Release
 from .reward_statistics import RewardStatistics, parse_reward_weighting
 from .rewards import DEFAULT_REWARDS, FIDELITY, load_rewards, normalize
+from .token_weights import TOKEN_WEIGHTINGS, residual_weights
 
 
 logger = logging.getLogger(__name__)
@@ -142,6 +143,7 @@ class REPA(NoAlignment):
         conflict (`str`): what to do where alignment turns against flow matching: `"none"`, `"gate"` (close the timestep bin
             permanently) or `"project"` (remove the opposing part).
         log_gradients (`bool`): measure cosine and ratio of the two gradients also where nothing depends on them.
+        token_weighting (`str`): `"uniform"`, or `"residual"`: tokens far from their targets count more (token_weights.py).
         prediction_type (`str`, *optional*): `"velocity"`, whose flow times are uniform, or `"epsilon"`, whose flow times
             are those of DDPM's noise levels; by default that of the transformer's config, or `"velocity"`.
         device (*optional*): device of the statistics; by default the transformer's.
@@ -159,16 +161,19 @@ class REPA(NoAlignment):
         prediction_type: str | None = None,
         device: torch.device | None = None,
         log_gradients: bool = False,
+        token_weighting: str = "uniform",
     ):
         super().__init__(aligned)
         for name, value, choices in (
             ("conflict", conflict, CONFLICTS),
             ("timestep_weighting", timestep_weighting, TIMESTEP_WEIGHTS),
+            ("token_weighting", token_weighting, TOKEN_WEIGHTINGS),
         ):
             if value not in choices:
                 raise ValueError(f"{name} {value!r} must be one of {', '.join(choices)}")
         self.alignment_coeff, self.conflict = alignment_coeff, conflict
         self.timestep_weighting, self.spatial_norm = timestep_weighting, spatial_norm
+        self.token_weighting = token_weighting
         self.reward_names = ("semantic",)
         self.device = device or next(aligned.parameters()).device
         self.forks = conflict != "none" or log_gradients
@@ -278,7 +283,12 @@ class REPA(NoAlignment):
         """Computes the loss of one projector, `[B]`."""
         loss = repa_loss(mu, y)
         self._log(logs, **{"reward/semantic": -loss})
-        return loss
+        weights = self._token_weights(mu, y)
+        return loss if weights is None else repa_loss(mu, y, weights)
+
+    def _token_weights(self, mu: torch.Tensor, y: torch.Tensor) -> torch.Tensor | None:
+        """The weights of the tokens in the loss, `[B,N]`; None if they count alike."""
+        return residual_weights(mu, y) if self.token_weighting == "residual" else None
 
     @staticmethod
     def _log(logs: dict, **values: torch.Tensor):
@@ -327,7 +337,7 @@ class VRPO(REPA):
 
     Args:
         aligned, max_train_steps, alignment_coeff, alignment_stop_step, timestep_weighting, spatial_norm, prediction_type,
-            device: as of `REPA`.
+            device, token_weighting: as of `REPA`.
         conflict (`str`): as of `REPA`, but `"gate"` by default.
         rewards (`list`): `"fidelity"`, first or not at all; `"semantic"`, `"structural"`; functions of (action, mu, y,
             subset), `TokenReward`s, or `"package.module:name"` of either.
@@ -367,6 +377,7 @@ class VRPO(REPA):
         kl_coeff: float = 0.0,
         seed: int = 0,
         autocast: Callable = contextlib.nullcontext,
+        token_weighting: str = "uniform",
     ):
         super().__init__(
             aligned,
@@ -378,6 +389,7 @@ class VRPO(REPA):
             conflict,
             prediction_type,
             device,
+            token_weighting=token_weighting,
         )
         if estimator not in ("expected", "sampled"):
             raise ValueError(f"estimator {estimator!r} must be one of expected, sampled")
@@ -423,12 +435,12 @@ class VRPO(REPA):
         if subset is None:
             order = torch.rand(mu.shape[:2], device=mu.device).argsort(dim=1)
             subset = order[:, : min(SUBSET_SIZE, mu.shape[1])]
-        shares = token_shares(step.shares[i], self.fidelity)
+        shares, weights = token_shares(step.shares[i], self.fidelity), self._token_weights(mu, y)
         if self.estimator == "expected":
             tau = step.tau[i, :, self.fidelity :]
-            loss, rewards, squares = expected_policy_loss(mu, y, subset, shares, tau, self.rewards)
+            loss, rewards, squares = expected_policy_loss(mu, y, subset, shares, tau, self.rewards, weights)
         else:
-            loss, rewards, squares = self._sampled_loss(step, i, mu, y, subset, shares, index, logs)
+            loss, rewards, squares = self._sampled_loss(step, i, mu, y, subset, shares, weights, index, logs)
         if self.fidelity:
             rewards = torch.cat([-loss_fm.detach().unsqueeze(1), rewards], dim=1)
             # Fidelity has neither a gradient at the tokens nor a tau.
@@ -441,7 +453,7 @@ class VRPO(REPA):
             self._log(logs, kl=kl)
         return loss
 
-    def _sampled_loss(self, step, i, mu, y, subset, shares, index, logs):
+    def _sampled_loss(self, step, i, mu, y, subset, shares, weights, index, logs):
         # Steps that share a draw see the same batch: its actions stay relative to the tokens they were drawn around.
         if self.step_number % self.policy_epochs == 0:
             self.draws[i, step.number] = mu.detach()
@@ -460,6 +472,7 @@ class VRPO(REPA):
             noise_scale=self.policy_noise,
             mu_old=self.draws[i, step.number],
             clip_range=self.clip_range,
+            token_weights=weights,
         )
         self._log(logs, **{f"spread/{reward.name}": spread[:, k] for k, reward in enumerate(self.rewards)})
         if self.policy_epochs > 1:
@@ -509,6 +522,7 @@ def objective_from_config(
         "alignment_stop_step": config.alignment_stop_step,
         "timestep_weighting": config.timestep_weighting,
         "spatial_norm": config.spatial_norm,
+        "token_weighting": config.token_weighting,
         "conflict": conflict_mode(config),
     }
     if config.objective == "repa":

@@ -37,6 +37,8 @@ from .setup import trainable_parameters
 
 
 logger = get_logger(__name__)
+# What version 0.1 did where there are options now, so that its runs are not continued with other values of them.
+BEFORE_IT_WAS_AN_OPTION = {"token_weighting": "uniform"}
 MANIFEST = "manifest.json"  # in a checkpoint: size and CRC-32 of every other file
 
 
@@ -248,7 +250,7 @@ def read_training_state(checkpoint: Path, expected: dict) -> dict:
 
     Args:
         expected: settings that must not have changed, by name (`run_settings`). Those that the checkpoint does not have,
-            because an older version made it, are not compared.
+            because an older version made it, are compared with what that did, or not at all.
 
     Raises:
         InputError: if a setting has changed.
@@ -272,6 +274,8 @@ def read_training_state(checkpoint: Path, expected: dict) -> dict:
                 f"`reward_weighting` equal: in the version that saved {checkpoint} this meant weights of 1 for the raw "
                 "rewards, which is called raw now; give `reward_weighting` raw to continue the run",
             )
+    for name, value in BEFORE_IT_WAS_AN_OPTION.items():
+        settings.setdefault(name, value)
     for name, value in expected.items():
         if name in settings and settings[name] != value:
             is_option = name in options_of(VRPOConfig)

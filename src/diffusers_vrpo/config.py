@@ -370,6 +370,11 @@ class AlignmentConfig(Options):
     spatial_norm: Annotated[Coefficient, ALIGNED] = option(
         0.0, "factor a of the normalisation (f - a mean) / std of the encoder features; iREPA uses 0.6, 0 turns it off"
     )
+    target_norm: Annotated[str, ALIGNED] = option(
+        "none",
+        "normalisation of the encoder features by statistics of the data: none, or whiten:K, the K principal dimensions with "
+        "variance 1 each, such as whiten:128; before --spatial_norm, if that is given, too",
+    )
     token_weighting: Annotated[Literal["uniform", "residual"], ALIGNED] = option(
         "uniform",
         "weight of the tokens of an image in the alignment loss: alike, or residual, the more the farther a token is from "
@@ -815,6 +820,29 @@ def check_encoder_layers(config: AlignmentConfig):
         )
 
 
+def whitened_dims(target_norm: str) -> int | None:
+    """K of a `target_norm` such as `whiten:128`; None for `none`.
+
+    Raises:
+        InputError: if it is neither.
+    """
+    if target_norm == "none":
+        return None
+    kind, _, number = target_norm.partition(":")
+    if kind != "whiten" or not (number.isascii() and number.isdigit()) or int(number) < 2:
+        raise InputError(
+            "target_norm",
+            f"`target_norm` {target_norm!r} is neither none nor whiten:K with a number K of dimensions, at least 2, such as "
+            "whiten:128",
+        )
+    return int(number)
+
+
+def check_target_norm(config: AlignmentConfig):
+    """The normalisation of targets is a known one."""
+    whitened_dims(config.target_norm)
+
+
 def check_policy_noise(config: "VRPOConfig"):
     """The expected update is the limit for small noise; its size acts on drawn actions and the divergence."""
     if config.estimator == "expected" and not config.kl_coeff and not is_default(config, "policy_noise"):
@@ -920,6 +948,7 @@ CHECKS = (
     check_streaming,
     check_model_config,
     check_encoder_layers,
+    check_target_norm,
     check_policy_noise,
     check_clip_ranges,
     check_policy_epochs,

@@ -71,6 +71,7 @@ from .training.setup import (
     trainable_parameters,
     with_given,
 )
+from .training.targets import target_encoders
 from .training.throughput import ForeachEMA, StepProfile, speed_up, step_flops, throughput_meter
 from .training.validation import Validation
 
@@ -480,10 +481,12 @@ class VRPOTrainer:
         self.grid_size = tuple(side // patch_size for side in self.latent_shape[1:])
         self.encoders = self._load_encoders(as_list(encoders), self.grid_size)
 
+        targets = target_encoders(args, accelerator, data, self.encoders, self.checkpoint)
+
         # All processes start from the same weights, drawn from the seed.
         torch.manual_seed(args.seed)
         self.aligned = build_aligned_transformer(
-            args, start, self.latent_shape, data.num_classes, data.id2label, self.encoders
+            args, start, self.latent_shape, data.num_classes, data.id2label, targets
         )
         self.transformer = transformer = self.aligned.transformer
         self.learns_variance = transformer.config.learn_sigma and transformer.config.prediction_type == "epsilon"

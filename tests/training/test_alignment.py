@@ -21,6 +21,7 @@ from diffusers_vrpo.alignment.start import build_aligned_transformer
 from diffusers_vrpo.alignment.token_weights import residual_weights
 from diffusers_vrpo.data.image_datasets import load_image_dataset
 from diffusers_vrpo.data.samples import TrainingSamples
+from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.models import ddpm
 from diffusers_vrpo.models.flow import forward_process
 from diffusers_vrpo.training.metrics import read_metrics
@@ -301,6 +302,27 @@ def test_baselines_by_flags_alone(command, tmp_path):
         True,
         False,
     ]
+
+
+@pytest.mark.parametrize("objective", ["repa", "vrpo"])
+def test_whitened_targets_are_saved_and_resume_exactly(command, tmp_path, monkeypatch, objective):
+    options = {"objective": objective, "target_norm": "whiten:6", "token_weighting": "residual", "spatial_norm": 0.3}
+    options |= {"max_train_steps": 4, "checkpointing_steps": 2}
+    run(command(**options))
+    assert projectors_of(tmp_path / "run" / "checkpoint-2")[0]["alignment_dims"] == [6]
+
+    # A run that goes on reads the statistics, and those are all that it needs.
+    def fit(*arguments):
+        raise AssertionError("the statistics were computed again")
+
+    monkeypatch.setattr("diffusers_vrpo.training.targets.fit_whitening", fit)
+    shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
+    run(command(**options, output_dir=tmp_path / "again"))
+    assert losses(tmp_path / "again") == losses(tmp_path / "run")[2:]
+    names = ["target_whitening.safetensors", "conflict_gate.safetensors", "projectors.safetensors"]
+    assert_same_files(*(tmp_path / name / "checkpoint-4" for name in ("run", "again")), names)
+    with pytest.raises(InputError, match="`target_norm` is none, but .* was trained with whiten:6"):
+        run(command(**options | {"target_norm": "none"}, output_dir=tmp_path / "again"))
 
 
 def test_the_timestep_weight_acts_and_has_mean_one(command, tmp_path):

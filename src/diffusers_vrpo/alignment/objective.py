@@ -43,6 +43,7 @@ from .release import ConflictGate, Release
 from .reward_statistics import RewardStatistics, parse_reward_weighting
 from .rewards import DEFAULT_REWARDS, FIDELITY, load_rewards, normalize
 from .token_weights import TOKEN_WEIGHTINGS, residual_weights
+from .whitening import TARGET_WHITENING, WhitenedEncoder, Whitenings
 
 
 logger = logging.getLogger(__name__)
@@ -176,6 +177,9 @@ class REPA(NoAlignment):
         self.token_weighting = token_weighting
         self.reward_names = ("semantic",)
         self.device = device or next(aligned.parameters()).device
+        # Not the encoders themselves, which are freed when alignment ends.
+        whitenings = [encoder.whitening for encoder in aligned.encoders if isinstance(encoder, WhitenedEncoder)]
+        self.whitenings = Whitenings(whitenings) if whitenings else None
         self.forks = conflict != "none" or log_gradients
         self.gate = ConflictGate(max_train_steps, self.device, acts=conflict == "gate")
         self.release = Release(self.gate, alignment_stop_step)
@@ -321,7 +325,8 @@ class REPA(NoAlignment):
         return self.gate.summary() if self.forks else {}
 
     def stateful(self) -> dict:
-        return {"conflict_gate": self.gate}
+        whitenings = {} if self.whitenings is None else {TARGET_WHITENING: self.whitenings}
+        return {"conflict_gate": self.gate, **whitenings}
 
     def release_state(self) -> dict:
         return self.release.state()
@@ -490,7 +495,7 @@ class VRPO(REPA):
         return values
 
     def stateful(self) -> dict:
-        return {"reward_statistics": self.statistics, "conflict_gate": self.gate}
+        return {"reward_statistics": self.statistics, **super().stateful()}
 
 
 def conflict_mode(config) -> str:

@@ -38,7 +38,7 @@ from .setup import trainable_parameters
 
 logger = get_logger(__name__)
 # What version 0.1 did where there are options now, so that its runs are not continued with other values of them.
-BEFORE_IT_WAS_AN_OPTION = {"token_weighting": "uniform"}
+BEFORE_IT_WAS_AN_OPTION = {"token_weighting": "uniform", "target_norm": "none"}
 MANIFEST = "manifest.json"  # in a checkpoint: size and CRC-32 of every other file
 
 

@@ -358,7 +358,13 @@ class AlignmentConfig(Options):
     )
     alignment_coeff: Coefficient = option(0.5, "weight of the alignment loss")
     alignment_stop_step: Annotated[Step | None, ALIGNED] = option(
-        None, "step at which alignment ends; it lasts for the whole run if not given"
+        None, "step at which alignment ends at the latest; it lasts for the whole run if not given"
+    )
+    release: Annotated[Resolved[Literal["none", "stop", "gate", "plateau"] | None], ALIGNED] = option(
+        None,
+        "what ends alignment: nothing, --alignment_stop_step, the gate (at each noise level where it opposes flow matching), or a "
+        "plateau of the distance to the targets; gate for vrpo, and none or stop for repa, if neither this nor --conflict is "
+        "given",
     )
     timestep_weighting: Annotated[Literal["uniform", "low_noise"], ALIGNED] = option(
         "uniform", "weight of the alignment loss over the noise level t: 1, or sigmoid(20 (0.7 - t))"
@@ -382,8 +388,8 @@ class AlignmentConfig(Options):
     )
     conflict: Annotated[Resolved[Literal["none", "gate", "project"] | None], ALIGNED] = option(
         None,
-        "treatment of an alignment gradient that opposes flow matching: gate ends alignment at these noise levels, project "
-        "removes the opposing part, none changes nothing; gate for vrpo and none for repa if not given",
+        "treatment of an alignment gradient that opposes flow matching: gate (as --release gate) ends alignment at these noise "
+        "levels, project removes the opposing part, none changes nothing; as --release if not given",
     )
     log_gradients: Annotated[Free[bool], Needs("objective", ("repa",))] = option(
         False,
@@ -838,6 +844,52 @@ def whitened_dims(target_norm: str) -> int | None:
     return int(number)
 
 
+def end_of_alignment(
+    conflict: str | None, release: str | None, alignment_stop_step: int | None, gate_by_default: bool
+) -> tuple[str, str]:
+    """Resolves `conflict` and `release`, of which each may be None: the gate belongs to both.
+
+    Args:
+        gate_by_default: whether the gate acts if neither is given.
+
+    Returns:
+        the treatment of opposing gradients, `"none"`, `"gate"` or `"project"`; what ends alignment, `"none"`, `"stop"`,
+        `"gate"` or `"plateau"`, the last two possibly sooner at `alignment_stop_step`.
+
+    Raises:
+        InputError: if the options contradict each other.
+    """
+    if release is None:
+        conflict = conflict or ("gate" if gate_by_default else "none")
+        by_step = "none" if alignment_stop_step is None else "stop"
+        return conflict, "gate" if conflict == "gate" else by_step
+    if release == "none" and alignment_stop_step is not None:
+        raise InputError(
+            "release",
+            f"`release` none cannot be combined with `alignment_stop_step` {alignment_stop_step}, which ends alignment; remove "
+            "one of the two",
+        )
+    if release == "stop" and alignment_stop_step is None:
+        raise InputError("release", "`release` stop needs `alignment_stop_step`, the step at which alignment ends")
+    if conflict is not None and (conflict == "gate") != (release == "gate"):
+        raise InputError(
+            "conflict",
+            f"`conflict` {conflict} cannot be combined with `release` {release}: the gate acts with `release` gate and "
+            "`conflict` gate, or without either; remove `conflict`, or give another `release`",
+        )
+    return conflict or ("gate" if release == "gate" else "none"), release
+
+
+def alignment_end_of(config: AlignmentConfig) -> tuple[str, str]:
+    """`end_of_alignment` of the options of a run."""
+    return end_of_alignment(config.conflict, config.release, config.alignment_stop_step, config.objective == "vrpo")
+
+
+def check_release(config: AlignmentConfig):
+    """What ends alignment is one thing."""
+    alignment_end_of(config)
+
+
 def check_target_norm(config: AlignmentConfig):
     """The normalisation of targets is a known one."""
     whitened_dims(config.target_norm)
@@ -948,6 +1000,7 @@ CHECKS = (
     check_streaming,
     check_model_config,
     check_encoder_layers,
+    check_release,
     check_target_norm,
     check_policy_noise,
     check_clip_ranges,

@@ -379,6 +379,21 @@ def test_after_the_stop_neither_encoder_nor_projector_runs(command, tmp_path, mo
         assert torch.equal(a[name], b[name]) == name.startswith("projectors."), name
 
 
+def test_a_plateau_ends_alignment_and_a_resumed_run_ends_it_at_the_same_step(command, tmp_path):
+    options = {"objective": "repa", "release": "plateau", "max_train_steps": 16, "checkpointing_steps": 3}
+    run(command(**options))
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    aligned = ["reward/semantic" in row for row in rows]
+    # It counts from step 2 on, and then fades for two steps.
+    assert aligned == sorted(aligned, reverse=True) and 3 <= sum(aligned) < 16
+    assert [row["alignment_coeff"] for row in rows if row["alignment_coeff"] < 0.5][0] == pytest.approx(0.25)
+    shutil.copytree(tmp_path / "run" / "checkpoint-3", tmp_path / "again" / "checkpoint-3")
+    run(command(**options, output_dir=tmp_path / "again"))
+    again = read_metrics(tmp_path / "again" / "metrics.jsonl")
+    for name in ("loss_fm", "alignment_coeff", "reward/semantic", "alignment_distance", "alignment_weight"):
+        assert [row.get(name) for row in again] == [row.get(name) for row in rows[3:]], name
+
+
 WRAPPER = """
 import importlib.util, sys
 import torch
@@ -404,11 +419,12 @@ train_vrpo.main(train_vrpo.parse_args())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ends_by", ["gate", "stop"])
+@pytest.mark.parametrize("ends_by", ["gate", "stop", "plateau"])
 def test_two_processes_cross_the_end_of_alignment(command, tmp_path, trainers, ends_by):
-    """The gate closes (or the stop comes) at the same step on both; nothing hangs; the losses stay those of one."""
+    """The gate closes (or the stop or plateau comes) at the same step on both; nothing hangs; the losses stay those of one."""
     options = {"max_train_steps": 45, "train_batch_size": 128, "logging_steps": 1, "learning_rate": 1e-3}
     options |= {"conflict": "none", "alignment_stop_step": 36} if ends_by == "stop" else {}
+    options |= {"release": "plateau"} if ends_by == "plateau" else {}
     options["resolution"] = 8
     runs = {}
     for processes in (1, 2):
@@ -424,7 +440,9 @@ def test_two_processes_cross_the_end_of_alignment(command, tmp_path, trainers, e
     assert runs[1][1] == runs[2][1]
     last = int(runs[1][1][-1])
     # 4 steps of warm-up, 32 with samples before a bin's bound counts; the window is one step; every bin is populated.
-    assert last == 35 if ends_by == "stop" else 35 <= last <= 40
+    # A plateau counts from step 5 on and takes 5 steps to fade.
+    expected = {"stop": range(35, 36), "gate": range(35, 41), "plateau": range(8, 44)}
+    assert last in expected[ends_by]
     weights = [load_file(tmp_path / n / "checkpoint-45" / "transformer" / WEIGHTS) for n in ("1", "2")]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(tensor, weights[1][name], atol=2e-3, rtol=1e-2)

@@ -90,11 +90,17 @@ def test_choices_are_those_of_the_code():
 
     from diffusers_vrpo.alignment.gradient_fork import CONFLICTS
     from diffusers_vrpo.alignment.policy import TIMESTEP_WEIGHTS
+    from diffusers_vrpo.alignment.release import RELEASES
+    from diffusers_vrpo.alignment.reward_statistics import WEIGHTINGS
+    from diffusers_vrpo.alignment.token_weights import TOKEN_WEIGHTINGS
     from diffusers_vrpo.experimental.generative.rewards import ENOUGH_FOR_FRECHET, FIDELITY_REWARDS
 
     # The other one takes rules that no option gives.
     assert {*OPTIONS["lr_scheduler"].choices, "piecewise_constant"} == {each.value for each in SchedulerType}
     assert OPTIONS["conflict"].choices == tuple(CONFLICTS)
+    assert OPTIONS["release"].choices == tuple(RELEASES)
+    assert OPTIONS["token_weighting"].choices == tuple(TOKEN_WEIGHTINGS)
+    assert all(name in OPTIONS["reward_weighting"].help for name in WEIGHTINGS)
     assert OPTIONS["timestep_weighting"].choices == tuple(TIMESTEP_WEIGHTS)
     assert OPTIONS["fidelity_reward"].choices == tuple(FIDELITY_REWARDS)
     assert str(ENOUGH_FOR_FRECHET) in OPTIONS["fidelity_reward"].help
@@ -379,6 +385,7 @@ def test_resolved_options_are_compared_by_what_they_became():
         "mixed_precision",
         "vae",
         "conflict",
+        "release",
         "label_dropout",
         "streaming",
     }  # by their names, in `run_settings`

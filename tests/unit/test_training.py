@@ -87,6 +87,12 @@ def test_what_earlier_versions_did_before_there_was_an_option(tmp_path):
     assert read_training_state(old, {"token_weighting": "uniform"})["step"] == 5
     with pytest.raises(InputError, match="`token_weighting` is residual, but .* was trained with uniform; keep to"):
         read_training_state(old, {"token_weighting": "residual"})
+    ends = (("gate", 5, "gate"), ("project", 5, "stop"), ("none", None, "none"))
+    for step, (conflict, stop_step, release) in enumerate(ends):
+        old = fake_checkpoint(tmp_path, step, {"--conflict": conflict, "--alignment_stop_step": stop_step})
+        assert read_training_state(old, {"release": release})["step"] == step
+        with pytest.raises(InputError, match=f"`release` is plateau, but .* was trained with {release}"):
+            read_training_state(old, {"release": "plateau"})
 
 
 def test_what_equal_meant_in_earlier_versions(tmp_path):

@@ -25,10 +25,12 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
+from ..config import alignment_end_of, end_of_alignment
 from ..models import ddpm
 from .attach import AlignedTransformer
 from .encoders import resample_tokens, spatial_normalize
 from .gradient_fork import CONFLICTS, alignment_fork, measuring_probe
+from .plateau import Plateau
 from .policy import (
     TIMESTEP_WEIGHTS,
     action_noise,
@@ -39,10 +41,10 @@ from .policy import (
     timestep_weight,
     token_shares,
 )
-from .release import ConflictGate, Release
+from .release import RELEASES, ConflictGate, Release
 from .reward_statistics import RewardStatistics, parse_reward_weighting
 from .rewards import DEFAULT_REWARDS, FIDELITY, load_rewards, normalize
-from .token_weights import TOKEN_WEIGHTINGS, residual_weights
+from .token_weights import TOKEN_WEIGHTINGS, residual_weights, target_distance
 from .whitening import TARGET_WHITENING, WhitenedEncoder, Whitenings
 
 
@@ -141,14 +143,22 @@ class REPA(NoAlignment):
         alignment_stop_step (`int`, *optional*): the first step without alignment.
         timestep_weighting (`str`): `"uniform"`, or `"low_noise"`: w(t) = sigmoid(20 (0.7 - t)).
         spatial_norm (`float`): a in iREPA's `(f - a mean) / std` of the targets; 0 for none.
-        conflict (`str`): what to do where alignment turns against flow matching: `"none"`, `"gate"` (close the timestep bin
-            permanently) or `"project"` (remove the opposing part).
+        conflict (`str`, *optional*): what to do where alignment turns against flow matching: `"none"`, `"gate"` (close the
+            timestep bin permanently) or `"project"` (remove the opposing part); by default what `release` asks for.
         log_gradients (`bool`): measure cosine and ratio of the two gradients also where nothing depends on them.
         token_weighting (`str`): `"uniform"`, or `"residual"`: tokens far from their targets count more (token_weights.py).
+        release (`str`, *optional*): what ends alignment: `"none"`, `"stop"` (`alignment_stop_step`), `"gate"` (the same as
+            `conflict="gate"`), or `"plateau"`, once the distance to the targets has stopped falling (plateau.py); the last two at
+            `alignment_stop_step` at the latest. By default what `conflict` and `alignment_stop_step` say.
         prediction_type (`str`, *optional*): `"velocity"`, whose flow times are uniform, or `"epsilon"`, whose flow times
             are those of DDPM's noise levels; by default that of the transformer's config, or `"velocity"`.
         device (*optional*): device of the statistics; by default the transformer's.
+
+    Raises:
+        InputError: if `conflict`, `release` and `alignment_stop_step` contradict each other.
     """
+
+    gate_by_default = False
 
     def __init__(
         self,
@@ -158,15 +168,18 @@ class REPA(NoAlignment):
         alignment_stop_step: int | None = None,
         timestep_weighting: str = "uniform",
         spatial_norm: float = 0.0,
-        conflict: str = "none",
+        conflict: str | None = None,
         prediction_type: str | None = None,
         device: torch.device | None = None,
         log_gradients: bool = False,
         token_weighting: str = "uniform",
+        release: str | None = None,
     ):
         super().__init__(aligned)
+        conflict, release = end_of_alignment(conflict, release, alignment_stop_step, self.gate_by_default)
         for name, value, choices in (
             ("conflict", conflict, CONFLICTS),
+            ("release", release, RELEASES),
             ("timestep_weighting", timestep_weighting, TIMESTEP_WEIGHTS),
             ("token_weighting", token_weighting, TOKEN_WEIGHTINGS),
         ):
@@ -182,7 +195,8 @@ class REPA(NoAlignment):
         self.whitenings = Whitenings(whitenings) if whitenings else None
         self.forks = conflict != "none" or log_gradients
         self.gate = ConflictGate(max_train_steps, self.device, acts=conflict == "gate")
-        self.release = Release(self.gate, alignment_stop_step)
+        self.plateau = Plateau(max_train_steps, self.device) if release == "plateau" else None
+        self.release = Release(self.plateau or self.gate, alignment_stop_step)
         config = getattr(aligned.transformer, "config", {})
         prediction_type = prediction_type or config.get("prediction_type", "velocity")
         self.mean_weight = self._mean_timestep_weight(prediction_type)
@@ -270,10 +284,14 @@ class REPA(NoAlignment):
         weight = timestep_weight(step.t, self.timestep_weighting) / self.mean_weight
         if self.conflict == "gate":
             weight = weight * self.gate.lookup(step.t)
+        if self.plateau is not None:
+            weight = weight * self.plateau.weight()
         total, logs = 0.0, {}
         references = self._reference_projections(inputs)
         for i, projection in enumerate(projections):
             mu, y = normalize(projection), targets[i % len(targets)]
+            if self.plateau is not None:
+                self.plateau.observe(target_distance(mu.detach(), y).mean(-1))
             loss_i = self._loss(step, i, mu, y, loss_fm, subset, index, references, logs)
             total = total + (weight * loss_i).mean() / len(projections)
         logs["alignment_coeff"] = [self.alignment_coeff * weight.mean()]
@@ -317,16 +335,20 @@ class REPA(NoAlignment):
     def _update_statistics(self, all_reduce):
         if self.forks:
             self.gate.update(all_reduce)
-            if self.step_number % self.gate.window == 0:
-                self.release.look_ahead(self.step_number)
+        if self.plateau is not None:
+            self.plateau.update(all_reduce)
+        if self.step_number % self.release.gate.window == 0:
+            self.release.look_ahead(self.step_number)
 
     def summary(self) -> dict[str, float]:
         """Statistics for the log; waits for the device."""
-        return self.gate.summary() if self.forks else {}
+        of_gradients = self.gate.summary() if self.forks else {}
+        return of_gradients | ({} if self.plateau is None else self.plateau.summary())
 
     def stateful(self) -> dict:
         whitenings = {} if self.whitenings is None else {TARGET_WHITENING: self.whitenings}
-        return {"conflict_gate": self.gate, **whitenings}
+        plateau = {} if self.plateau is None else {"alignment_plateau": self.plateau}
+        return {"conflict_gate": self.gate, **plateau, **whitenings}
 
     def release_state(self) -> dict:
         return self.release.state()
@@ -342,8 +364,8 @@ class VRPO(REPA):
 
     Args:
         aligned, max_train_steps, alignment_coeff, alignment_stop_step, timestep_weighting, spatial_norm, prediction_type,
-            device, token_weighting: as of `REPA`.
-        conflict (`str`): as of `REPA`, but `"gate"` by default.
+            device, token_weighting, release: as of `REPA`.
+        conflict (`str`, *optional*): as of `REPA`, but `"gate"` if `release` is not given either.
         rewards (`list`): `"fidelity"`, first or not at all; `"semantic"`, `"structural"`; functions of (action, mu, y,
             subset), `TokenReward`s, or `"package.module:name"` of either.
         reward_weighting (`str`): `"inverse_variance"`, `"equal"`, `"inverse_std"`, `"raw"`, or fixed shares with commas, one for
@@ -358,8 +380,10 @@ class VRPO(REPA):
         autocast: returns the autocast context for the reference model of `kl_coeff`.
 
     Raises:
-        InputError: if rewards or their weighting are not valid.
+        InputError: if rewards or their weighting are not valid, or options of the end of alignment contradict each other.
     """
+
+    gate_by_default = True
 
     def __init__(
         self,
@@ -369,7 +393,7 @@ class VRPO(REPA):
         alignment_stop_step: int | None = None,
         timestep_weighting: str = "uniform",
         spatial_norm: float = 0.0,
-        conflict: str = "gate",
+        conflict: str | None = None,
         prediction_type: str | None = None,
         device: torch.device | None = None,
         rewards: Sequence = DEFAULT_REWARDS,
@@ -383,6 +407,7 @@ class VRPO(REPA):
         seed: int = 0,
         autocast: Callable = contextlib.nullcontext,
         token_weighting: str = "uniform",
+        release: str | None = None,
     ):
         super().__init__(
             aligned,
@@ -395,6 +420,7 @@ class VRPO(REPA):
             prediction_type,
             device,
             token_weighting=token_weighting,
+            release=release,
         )
         if estimator not in ("expected", "sampled"):
             raise ValueError(f"estimator {estimator!r} must be one of expected, sampled")
@@ -498,11 +524,6 @@ class VRPO(REPA):
         return {"reward_statistics": self.statistics, **super().stateful()}
 
 
-def conflict_mode(config) -> str:
-    """Returns `conflict`, or its default: `"gate"` for VRPO and `"none"` for REPA."""
-    return config.conflict or ("gate" if config.objective == "vrpo" else "none")
-
-
 def objective_from_config(
     config,
     aligned: AlignedTransformer,
@@ -522,13 +543,15 @@ def objective_from_config(
     """
     if config.objective == "none":
         return NoAlignment(aligned)
+    conflict, release = alignment_end_of(config)
     shared = {
         "alignment_coeff": config.alignment_coeff,
         "alignment_stop_step": config.alignment_stop_step,
         "timestep_weighting": config.timestep_weighting,
         "spatial_norm": config.spatial_norm,
         "token_weighting": config.token_weighting,
-        "conflict": conflict_mode(config),
+        "conflict": conflict,
+        "release": release,
     }
     if config.objective == "repa":
         return REPA(aligned, max_train_steps, **shared, log_gradients=config.log_gradients)

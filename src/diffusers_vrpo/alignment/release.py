@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""The end of alignment: at a given step, or when the gate has closed all timestep bins that oppose flow matching."""
+"""The end of alignment: at a given step, when the gate has closed all timestep bins that oppose flow matching, or at a plateau."""
 
 import math
 
@@ -8,6 +8,7 @@ import torch
 from .reward_statistics import MIN_SAMPLES, NUM_BINS, RewardStatistics
 
 
+RELEASES = ("none", "stop", "gate", "plateau")
 COSINE_DECAY = 0.999  # of the cosine's averages, per optimizer step in which the bin has samples
 COSINE_STEPS = 1999  # independent steps that such an average is worth: (1 + decay) / (1 - decay)
 
@@ -154,12 +155,12 @@ class ConflictGate:
 
 
 class Release:
-    """The first step without alignment: a given one, or the one at which every gate will have closed.
+    """The first step without alignment: a given one, or the one at which every gate or the plateau will have closed.
 
     It is known ahead and the same on every process, so that no step has to wait for the device.
 
     Args:
-        gate: the conflict gate; its window is how long it takes to close.
+        gate: the [`ConflictGate`] or [`Plateau`]; its window is how long it takes to close.
         stop_step (`int`, *optional*): the step from which on alignment does not act in any case.
     """
 

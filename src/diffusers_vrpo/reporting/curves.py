@@ -27,6 +27,7 @@ def plot_metrics(metrics_file: str | Path, output_file: str | Path, title: str =
         ("cosine of the two gradients, by t", names("cosine/")),
         ("alignment's gradient over flow matching's, by t", names("gradient_ratio/")),
         ("gate, by t", names("gate/")),
+        ("distance to the targets", ["alignment_distance", "alignment_distance_slow"]),
         ("alignment coefficient in force", ["alignment_coeff"]),
         ("spread of a group's rewards", names("spread/")),
         ("clip fraction", ["clip_fraction"]),

@@ -22,8 +22,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..alignment.attach import AlignedTransformer
-from ..alignment.objective import conflict_mode
-from ..config import GenerativeConfig, VRPOConfig, options_of, settings_to_keep
+from ..config import (
+    GenerativeConfig,
+    VRPOConfig,
+    alignment_end_of,
+    end_of_alignment,
+    options_of,
+    settings_to_keep,
+)
 from ..errors import InputError, first_line
 from ..files import default_permissions, find_irregular, sync_to_disk
 from ..models.start import weights_checksum
@@ -276,6 +282,9 @@ def read_training_state(checkpoint: Path, expected: dict) -> dict:
             )
     for name, value in BEFORE_IT_WAS_AN_OPTION.items():
         settings.setdefault(name, value)
+    if "conflict" in settings and "release" not in settings:
+        stop_step = settings.get("alignment_stop_step")
+        settings["release"] = end_of_alignment(settings["conflict"], None, stop_step, False)[1]
     for name, value in expected.items():
         if name in settings and settings[name] != value:
             is_option = name in options_of(VRPOConfig)
@@ -308,7 +317,7 @@ def run_settings(
     transformer = aligned.transformer
     settings["mixed_precision"] = mixed_precision
     settings["vae"] = Path(config.vae or data.vae or "none").name
-    settings["conflict"] = conflict_mode(config)
+    settings["conflict"], settings["release"] = alignment_end_of(config)
     settings["label_dropout"] = transformer.config.class_dropout_prob
     settings["streaming"] = config.streaming or None  # as version 0.1 wrote it
     if config.streaming:

@@ -21,7 +21,7 @@ from .alignment.objective import objective_from_config
 from .alignment.reward_statistics import WEIGHTINGS
 from .alignment.rewards import DEFAULT_REWARDS
 from .alignment.start import build_aligned_transformer
-from .config import VRPOConfig, data_settings_to_keep
+from .config import VRPOConfig, data_settings_to_keep, objective_in_full
 from .data.image_datasets import check_corrupt_rows, too_many_corrupt
 from .data.image_source import ImageDataset
 from .data.latent_cache import LatentCache
@@ -601,6 +601,8 @@ class VRPOTrainer:
                     given,
                 )
             start_trackers(accelerator, self.metrics_file, args, self.step)
+        if self.aligned.layers:
+            logger.info(objective_in_full(args))
         parameters = sum(parameter.numel() for parameter in trainable_parameters(self.aligned))
         logger.info(
             f"{len(self.data)} images, {self.data.num_classes} classes; training {parameters / 1e6:.1f} M parameters, "

@@ -597,7 +597,7 @@ def test_no_nan_from_degenerate_features_in_half_precision(dtype, case):
         ),
         (
             {"objective": "none", "conflict": "project"},
-            "--conflict project has no effect without --objective repa or vrpo",
+            "--conflict project has no effect without --objective repa, irepa, rare or vrpo",
         ),
         (
             {"estimator": "sampled", "clip_range": 0.1},

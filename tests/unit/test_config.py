@@ -23,6 +23,7 @@ from diffusers_vrpo.config import (
     VRPOConfig,
     check_complete,
     data_settings_to_keep,
+    is_default,
     names_marked,
     options_of,
     settings_to_keep,
@@ -172,7 +173,7 @@ def test_paths_and_tuples_are_taken():
         ({"encoder": ["a"], "encoder_layer": [1, 2]}, "`encoder_layer` has 2 numbers for 1 encoders"),
         (
             {"objective": "none", "projector": "conv"},
-            "`projector` conv has no effect without `objective` repa or vrpo",
+            "`projector` conv has no effect without `objective` repa, irepa, rare or vrpo",
         ),
         ({"policy_noise": 0.2}, "`policy_noise` 0.2 has no effect without `estimator` sampled or `kl_coeff`"),
         ({"group_size": 4}, "`group_size` 4 has no effect without `estimator` sampled"),
@@ -295,7 +296,7 @@ def test_recipes(file):
     for name, value in given.items():
         found = getattr(config, name)
         assert found == ([value] if isinstance(found, list) and not isinstance(value, list) else value)
-    assert {name for name in OPTIONS if getattr(config, name) != OPTIONS[name].default} <= {*given, "config"}
+    assert {name for name in OPTIONS if not is_default(config, name)} <= {*given, "config"}
 
 
 def test_the_command_line_overrides_a_file(tmp_path):

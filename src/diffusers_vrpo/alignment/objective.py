@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from ..config import alignment_end_of, end_of_alignment
+from ..config import REPA_LOSS, alignment_end_of, end_of_alignment
 from ..models import ddpm
 from .attach import AlignedTransformer
 from .encoders import resample_tokens, spatial_normalize
@@ -534,7 +534,7 @@ def objective_from_config(
     """Builds the objective for the alignment and policy options.
 
     Args:
-        config: `objective` (`"none"`, `"repa"` or `"vrpo"`) and the options of the same names as the arguments of the
+        config: `objective` (`"none"`, `"repa"`, `"irepa"`, `"rare"` or `"vrpo"`) and the options of the same names as the arguments of the
             classes.
         rewards: rewards of VRPO, including those that are Python objects.
 
@@ -553,7 +553,7 @@ def objective_from_config(
         "conflict": conflict,
         "release": release,
     }
-    if config.objective == "repa":
+    if config.objective in REPA_LOSS:
         return REPA(aligned, max_train_steps, **shared, log_gradients=config.log_gradients)
     return VRPO(
         aligned,

@@ -74,7 +74,9 @@ class Needs:
         return value in self.values if self.values else value is not None and value is not False
 
     def __str__(self) -> str:
-        return f"`{self.name}` {' or '.join(map(str, self.values))}".rstrip()
+        values = [str(value) for value in self.values]
+        listed = f"{', '.join(values[:-1])} or {values[-1]}" if len(values) > 1 else "".join(values)
+        return f"`{self.name}` {listed}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -135,12 +137,37 @@ Ratio = Annotated[float, In(0, most=10**9, exclusive=True)]
 LearningRate = Annotated[float, In(0, most=10, exclusive=True)]
 Share = Annotated[float, In(0, 1)]
 
-ALIGNED = Needs("objective", ("repa", "vrpo"))
+# What an objective sets of the options that are not given themselves, instead of what follows for all of them.
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "repa": {},
+    "irepa": {"projector": "conv", "spatial_norm": 0.6},
+    "rare": {"target_norm": "whiten:128", "token_weighting": "residual", "release": "plateau"},
+    "vrpo": {},
+}
+UNLESS_THE_OBJECTIVE_SETS_IT: dict[str, Any] = {
+    "alignment_coeff": 0.5,
+    "timestep_weighting": "uniform",
+    "projector": "mlp",
+    "spatial_norm": 0.0,
+    "target_norm": "none",
+    "token_weighting": "uniform",
+    "release": None,
+    "reward_weighting": "inverse_variance",
+}
+REPA_LOSS = ("repa", "irepa", "rare")
+
+ALIGNED = Needs("objective", (*REPA_LOSS, "vrpo"))
 VRPO = Needs("objective", ("vrpo",))
 SAMPLED = Needs("estimator", ("sampled",))
 GENERATIVE = Needs("generative_policy_start_step")
 PUBLISHED = Needs("push_to_hub")
 MEASURED = Needs("fd_encoder")
+
+
+def set_by_objective(objective: str) -> dict[str, Any]:
+    """The values that options have with an objective unless they are given, by name."""
+    return UNLESS_THE_OBJECTIVE_SETS_IT | OBJECTIVES[objective]
 
 
 def option(default, help: str, metavar: str | None = None):
@@ -341,8 +368,11 @@ class AlignmentConfig(Options):
 
     _argument_group_name: ClassVar[str] = "alignment"
 
-    objective: Literal["none", "repa", "vrpo"] = option(
-        "vrpo", "addition to the flow-matching loss: none, REPA's cosine loss, or VRPO's rewards"
+    objective: Literal["none", "repa", "irepa", "rare", "vrpo"] = option(
+        "vrpo",
+        "addition to the flow-matching loss: none; REPA's cosine loss, as it was published (repa), with iREPA's projector and "
+        "targets, or with RARE's targets, token weights and release; or VRPO's rewards; it sets other options that are not "
+        "given (docs/method.md)",
     )
     encoder: Name[list[str] | None] = option(
         None,
@@ -356,25 +386,57 @@ class AlignmentConfig(Options):
     layer_scope: Annotated[str, ALIGNED] = option(
         "early", "transformer blocks to align: early (2/7 of the depth), mid, all, or a list such as 4,8"
     )
-    alignment_coeff: Coefficient = option(0.5, "weight of the alignment loss")
+    alignment_coeff: Coefficient | None = option(None, "weight of the alignment loss; 0.5 if not given")
     alignment_stop_step: Annotated[Step | None, ALIGNED] = option(
-        None, "step at which alignment ends; it lasts for the whole run if not given"
+        None, "step at which alignment ends at the latest; it lasts for the whole run if not given"
     )
-    timestep_weighting: Annotated[Literal["uniform", "low_noise"], ALIGNED] = option(
-        "uniform", "weight of the alignment loss over the noise level t: 1, or sigmoid(20 (0.7 - t))"
+    release: Annotated[Resolved[Literal["none", "stop", "gate", "plateau"] | None], ALIGNED] = option(
+        None,
+        "what ends alignment: nothing, --alignment_stop_step, the gate (at each noise level where it opposes flow matching), or a "
+        "plateau of the distance to the targets; gate for vrpo, plateau for rare, and none or stop for repa and irepa, if neither "
+        "this nor --conflict is given",
     )
-    projector: Annotated[Literal["mlp", "conv"], ALIGNED] = option(
-        "mlp", "network from hidden states to encoder features: REPA's three layers, or iREPA's 3x3 convolution"
+    timestep_weighting: Annotated[Literal["uniform", "low_noise"] | None, ALIGNED] = option(
+        None,
+        "weight of the alignment loss over the noise level t: 1, or sigmoid(20 (0.7 - t)); uniform if not given",
+    )
+    projector: Annotated[Literal["mlp", "conv"] | None, ALIGNED] = option(
+        None,
+        "network from hidden states to encoder features: REPA's three layers, or iREPA's 3x3 convolution; mlp if not given, "
+        "conv for irepa",
     )
     projector_dim: Resolved[Annotated[int, In(1, most=65_536)]] = option(2048, "hidden width of the mlp projectors")
-    spatial_norm: Annotated[Coefficient, ALIGNED] = option(
-        0.0, "factor a of the normalisation (f - a mean) / std of the encoder features; iREPA uses 0.6, 0 turns it off"
+    spatial_norm: Annotated[Coefficient | None, ALIGNED] = option(
+        None,
+        "factor a of the normalisation (f - a mean) / std of the encoder features; 0, which turns it off, if not given, 0.6 "
+        "for irepa",
+    )
+    target_norm: Annotated[str | None, ALIGNED] = option(
+        None,
+        "normalisation of the encoder features by statistics of the data: none, or whiten:K, the K principal dimensions with "
+        "variance 1 each, before --spatial_norm; none if not given, whiten:128 for rare",
+    )
+    token_weighting: Annotated[Literal["uniform", "residual"] | None, ALIGNED] = option(
+        None,
+        "weight of the tokens of an image in the alignment loss: alike, or residual, the more the farther a token is from "
+        "its target; uniform if not given, residual for rare",
     )
     conflict: Annotated[Resolved[Literal["none", "gate", "project"] | None], ALIGNED] = option(
         None,
-        "treatment of an alignment gradient that opposes flow matching: gate ends alignment at these noise levels, project "
-        "removes the opposing part, none changes nothing; gate for vrpo and none for repa if not given",
+        "treatment of an alignment gradient that opposes flow matching: gate (as --release gate) ends alignment at these noise "
+        "levels, project removes the opposing part, none changes nothing; as --release if not given",
     )
+    log_gradients: Annotated[Free[bool], Needs("objective", REPA_LOSS)] = option(
+        False,
+        "log cosine and ratio of the gradients of alignment and flow matching also without the gate; vrpo always does",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        # Also options of other groups, where this is a part of `VRPOConfig`.
+        for name, value in set_by_objective(self.objective).items():
+            if getattr(self, name, value) is None:
+                setattr(self, name, value)
 
 
 @dataclass(kw_only=True)
@@ -383,10 +445,11 @@ class PolicyConfig(Options):
 
     _argument_group_name: ClassVar[str] = "policy (vrpo)"
 
-    reward_weighting: Annotated[str, VRPO] = option(
-        "inverse_variance",
-        "weights of the rewards: inverse_variance, inverse_std, equal, or fixed shares of fidelity, semantic and "
-        "structural such as 0.2,0.5,0.3",
+    reward_weighting: Annotated[str | None, VRPO] = option(
+        None,
+        "weights of the rewards: inverse_variance, equal (inverse variance in one unit: equal shares), inverse_std (the "
+        "same), raw (each as large as it is), or fixed shares of fidelity, semantic and structural such as 0.2,0.5,0.3; "
+        "inverse_variance if not given",
     )
     estimator: Annotated[Literal["expected", "sampled"], VRPO] = option(
         "expected", "policy update: expected, in closed form for small noise, or sampled, from drawn actions"
@@ -620,7 +683,8 @@ class VRPOConfig(
         VRPOConfig(output_dir="sit-b", objective="repa", max_train_steps=100_000)
 
     Attributes are those of the groups above, under the names of the flags of `vrpo train`. Data set, autoencoder and
-    encoders may be missing: [`VRPOTrainer`] also takes them as objects.
+    encoders may be missing: [`VRPOTrainer`] also takes them as objects. Options that the objective sets (`OBJECTIVES`) have
+    their values from the beginning, which `dataclasses.replace` keeps, also with another objective.
 
     Raises:
         InputError: if a value has the wrong type or is out of range, or options contradict each other.
@@ -740,7 +804,9 @@ def names_marked(*kinds: Resume) -> set[str]:
 
 
 def is_default(config: Options, name: str) -> bool:
-    return getattr(config, name) == options_of(type(config))[name].default
+    """Whether an option has the value that it has when it is not given."""
+    of_objective = set_by_objective(config.objective) if isinstance(config, AlignmentConfig) else {}
+    return getattr(config, name) == of_objective.get(name, options_of(type(config))[name].default)
 
 
 def train_steps(config: OptimizationConfig) -> int | None:
@@ -804,6 +870,85 @@ def check_encoder_layers(config: AlignmentConfig):
             "encoder_layer",
             f"`encoder_layer` has {len(layers)} numbers for {len(encoders)} encoders; give one, or one for each",
         )
+
+
+def whitened_dims(target_norm: str) -> int | None:
+    """K of a `target_norm` such as `whiten:128`; None for `none`.
+
+    Raises:
+        InputError: if it is neither.
+    """
+    if target_norm == "none":
+        return None
+    kind, _, number = target_norm.partition(":")
+    if kind != "whiten" or not (number.isascii() and number.isdigit()) or int(number) < 2:
+        raise InputError(
+            "target_norm",
+            f"`target_norm` {target_norm!r} is neither none nor whiten:K with a number K of dimensions, at least 2, such as "
+            "whiten:128",
+        )
+    return int(number)
+
+
+def end_of_alignment(
+    conflict: str | None, release: str | None, alignment_stop_step: int | None, gate_by_default: bool
+) -> tuple[str, str]:
+    """Resolves `conflict` and `release`, of which each may be None: the gate belongs to both.
+
+    Args:
+        gate_by_default: whether the gate acts if neither is given.
+
+    Returns:
+        the treatment of opposing gradients, `"none"`, `"gate"` or `"project"`; what ends alignment, `"none"`, `"stop"`,
+        `"gate"` or `"plateau"`, the last two possibly sooner at `alignment_stop_step`.
+
+    Raises:
+        InputError: if the options contradict each other.
+    """
+    if release is None:
+        conflict = conflict or ("gate" if gate_by_default else "none")
+        by_step = "none" if alignment_stop_step is None else "stop"
+        return conflict, "gate" if conflict == "gate" else by_step
+    if release == "none" and alignment_stop_step is not None:
+        raise InputError(
+            "release",
+            f"`release` none cannot be combined with `alignment_stop_step` {alignment_stop_step}, which ends alignment; remove "
+            "one of the two",
+        )
+    if release == "stop" and alignment_stop_step is None:
+        raise InputError("release", "`release` stop needs `alignment_stop_step`, the step at which alignment ends")
+    if conflict is not None and (conflict == "gate") != (release == "gate"):
+        raise InputError(
+            "conflict",
+            f"`conflict` {conflict} cannot be combined with `release` {release}: the gate acts with `release` gate and "
+            "`conflict` gate, or without either; remove `conflict`, or give another `release`",
+        )
+    return conflict or ("gate" if release == "gate" else "none"), release
+
+
+def alignment_end_of(config: AlignmentConfig) -> tuple[str, str]:
+    """`end_of_alignment` of the options of a run."""
+    return end_of_alignment(config.conflict, config.release, config.alignment_stop_step, config.objective == "vrpo")
+
+
+def objective_in_full(config: "VRPOConfig") -> str:
+    """The objective and the values of the options that it may set or follows from, in one line for the log."""
+    conflict, release = alignment_end_of(config)
+    values = {name: getattr(config, name) for name in UNLESS_THE_OBJECTIVE_SETS_IT} | {"release": release}
+    values |= {"conflict": conflict, "layer_scope": config.layer_scope}
+    if config.objective != "vrpo":
+        del values["reward_weighting"]
+    return f"objective {config.objective}: " + ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def check_release(config: AlignmentConfig):
+    """What ends alignment is one thing."""
+    alignment_end_of(config)
+
+
+def check_target_norm(config: AlignmentConfig):
+    """The normalisation of targets is a known one."""
+    whitened_dims(config.target_norm)
 
 
 def check_policy_noise(config: "VRPOConfig"):
@@ -911,6 +1056,8 @@ CHECKS = (
     check_streaming,
     check_model_config,
     check_encoder_layers,
+    check_release,
+    check_target_norm,
     check_policy_noise,
     check_clip_ranges,
     check_policy_epochs,

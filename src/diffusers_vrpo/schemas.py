@@ -20,6 +20,7 @@ TRAINING_STATE = {
     "lr_scheduler": dict,
     "alignment": (dict, type(None)),
     "callbacks?": [str],
+    "reward_weightings?": [str],
     "skipped": int,
     "train_seconds": NUMBER,
     "train_flops": NUMBER,

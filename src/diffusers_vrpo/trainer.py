@@ -19,9 +19,10 @@ from tqdm.auto import tqdm
 
 from .alignment.encoders import load_encoder
 from .alignment.objective import objective_from_config
+from .alignment.reward_statistics import WEIGHTINGS
 from .alignment.rewards import DEFAULT_REWARDS
 from .alignment.start import build_aligned_transformer
-from .config import VRPOConfig, data_settings_to_keep
+from .config import VRPOConfig, data_settings_to_keep, objective_in_full
 from .data.image_datasets import check_corrupt_rows, too_many_corrupt
 from .data.image_source import ImageDataset
 from .data.latent_cache import LatentCache
@@ -80,6 +81,7 @@ from .training.setup import (
     trainable_parameters,
     with_given,
 )
+from .training.targets import target_encoders
 from .training.throughput import ForeachEMA, StepProfile, speed_up, step_flops, throughput_meter
 from .training.validation import Validation
 
@@ -365,6 +367,7 @@ class VRPOTrainer:
             "settings": self.settings,
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "alignment": self.objective.release_state(),
+            "reward_weightings": list(WEIGHTINGS),  # among them `raw`, which version 0.1 called `equal`
             "callbacks": [name for name, callback in stateful(self.callbacks).items() if callback.state_dict()],
             "train_seconds": self.stopwatch.seconds(),
             "train_flops": self.flops,
@@ -490,10 +493,12 @@ class VRPOTrainer:
         self.grid_size = tuple(side // patch_size for side in self.latent_shape[1:])
         self.encoders = self._load_encoders(as_list(encoders), self.grid_size)
 
+        targets = target_encoders(args, accelerator, data, self.encoders, self.checkpoint)
+
         # All processes start from the same weights, drawn from the seed.
         torch.manual_seed(args.seed)
         self.aligned = build_aligned_transformer(
-            args, start, self.latent_shape, data.num_classes, data.id2label, self.encoders
+            args, start, self.latent_shape, data.num_classes, data.id2label, targets
         )
         self.transformer = transformer = self.aligned.transformer
         self.learns_variance = transformer.config.learn_sigma and transformer.config.prediction_type == "epsilon"
@@ -610,6 +615,8 @@ class VRPOTrainer:
                     given,
                 )
             start_trackers(accelerator, self.metrics_file, args, self.step)
+        if self.aligned.layers:
+            logger.info(objective_in_full(args))
         parameters = sum(parameter.numel() for parameter in trainable_parameters(self.aligned))
         logger.info(
             f"{len(self.data)} images, {self.data.num_classes} classes; training {parameters / 1e6:.1f} M parameters, "

@@ -43,10 +43,26 @@ def test_two_processes_give_the_same_losses(command, trainers, tmp_path):
     assert len(cosines) == 10
     for name in ("reward/structural", "std/fidelity", "std/semantic", "share/semantic", "samples_seen", *cosines):
         assert two[name] == pytest.approx(one[name], abs=1e-5)
+        if name in cosines:
+            ratio = name.replace("cosine", "gradient_ratio")
+            assert two[ratio] == pytest.approx(one[ratio], rel=1e-3)
     assert one["share/semantic"] != pytest.approx(1 / 3)
     assert two["validation/fd_digits"] == pytest.approx(one["validation/fd_digits"], rel=1e-3)
     # Every process has its own random state in the checkpoint.
     assert len(list((tmp_path / "two" / "checkpoint-10").glob("random_states_*.pkl"))) == 2
+
+
+@pytest.mark.slow
+def test_two_processes_whiten_weigh_and_release_as_one(command, trainers, tmp_path):
+    options = {"objective": "rare", "target_norm": "whiten:6", "max_train_steps": 16, "learning_rate": 1e-3}
+    run(command(**options, train_batch_size=64))
+    trainers(command(**options, train_batch_size=32, output_dir=tmp_path / "two"), processes=2).finish()
+    one, two = (read_metrics(tmp_path / folder / "metrics.jsonl") for folder in ("run", "two"))
+    assert any("alignment_distance" in row for row in one) and "alignment_distance" not in one[-1]
+    for a, b in zip(one, two, strict=True):
+        assert ("alignment_distance" in a) == ("alignment_distance" in b)
+        for name in ("loss_fm", "reward/semantic", "alignment_coeff", "alignment_distance", "alignment_weight"):
+            assert b.get(name) == (pytest.approx(a[name], abs=1e-4) if name in a else None)
 
 
 @pytest.mark.slow

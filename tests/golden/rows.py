@@ -293,7 +293,7 @@ ROWS = {
     "vrpo-sampled": row(**SAMPLED),
     "vrpo-sampled-two-epochs": row(**SAMPLED, policy_epochs=2, clip_range=0.05),
     "vrpo-kl": row(kl_coeff=0.01),
-    "vrpo-equal-weights": row(reward_weighting="equal", random_flip=True, label_dropout=0.3),
+    "vrpo-equal-weights": row(reward_weighting="raw", random_flip=True, label_dropout=0.3),
     "vrpo-project": row(conflict="project"),
     "two-blocks-two-encoders": row(
         model={"num_layers": 3},

@@ -12,14 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffusers_vrpo.alignment.encoders import load_encoder
-from diffusers_vrpo.alignment.gradient_fork import alignment_fork
+from diffusers_vrpo.alignment.gradient_fork import alignment_fork, measuring_probe
 from diffusers_vrpo.alignment.objective import REPA, VRPO
 from diffusers_vrpo.alignment.policy import action_noise, timestep_weight
 from diffusers_vrpo.alignment.release import ConflictGate
 from diffusers_vrpo.alignment.rewards import DEFAULT_REWARDS, normalize, semantic_reward, structural_reward
 from diffusers_vrpo.alignment.start import build_aligned_transformer
+from diffusers_vrpo.alignment.token_weights import residual_weights
 from diffusers_vrpo.data.image_datasets import load_image_dataset
 from diffusers_vrpo.data.samples import TrainingSamples
+from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.models import ddpm
 from diffusers_vrpo.models.flow import forward_process
 from diffusers_vrpo.training.metrics import read_metrics
@@ -64,6 +66,7 @@ def vrpo_gradients(aligned, x0, batch, y, shares=(1 / 3, 1 / 3, 1 / 3), coeff=0.
     norms = [g.flatten(1).norm(dim=1).reshape(-1, 1, 1) for g in (g_main, g_align)]
     mixed = g_main + (1 - s_f) * g_align + s_f * norms[1] / norms[0] * g_main
     cosine = torch.nn.functional.cosine_similarity(g_main.flatten(1), g_align.flatten(1))
+    ratio = (norms[1] / norms[0]).flatten()
 
     # Above the fork and in the projectors: the losses' own gradients. Below it: the mixture, and the shallower branches.
     parameters = dict(aligned.named_parameters())
@@ -89,7 +92,7 @@ def vrpo_gradients(aligned, x0, batch, y, shares=(1 / 3, 1 / 3, 1 / 3), coeff=0.
             parameter.grad = own[i]
         else:
             parameter.grad = of_fm[i] - through_h[0][i] + through_h[1][i] + (1 - s_f) * shallow[i]
-    return loss_fm.item(), cosine
+    return loss_fm.item(), cosine, ratio
 
 
 def digits_batch_with_tokens():
@@ -118,7 +121,7 @@ def test_one_step_of_the_script_is_the_formula(command, tmp_path, layers, option
     changes |= {"adam_epsilon": 1, "learning_rate": 1}
     run(command(**changes) + options)
     x0, batch, y = digits_batch_with_tokens()
-    loss_fm, cosine = vrpo_gradients(aligned, x0, batch, y)
+    loss_fm, cosine, ratio = vrpo_gradients(aligned, x0, batch, y)
     row = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]
     assert row["loss_fm"] == pytest.approx(loss_fm, rel=1e-5)
     norm = torch.stack([p.grad.norm() for p in aligned.parameters()]).norm().item()
@@ -126,14 +129,28 @@ def test_one_step_of_the_script_is_the_formula(command, tmp_path, layers, option
     bins = (batch["timestep"] * 10).long()
     for i in range(10):
         if (bins == i).any():
-            assert row[f"cosine/{i / 10:.1f}-{(i + 1) / 10:.1f}"] == pytest.approx(
-                cosine[bins == i].mean().item(), abs=2e-5
-            )
+            name = f"{i / 10:.1f}-{(i + 1) / 10:.1f}"
+            assert row[f"cosine/{name}"] == pytest.approx(cosine[bins == i].mean().item(), abs=2e-5)
+            assert row[f"gradient_ratio/{name}"] == pytest.approx(ratio[bins == i].mean().item(), rel=1e-4)
     # With so large an epsilon Adam's first step is the gradient's: lr g / (|g| + 1).
     trained = aligned_weights(tmp_path / "run" / "checkpoint-1")
     for name, parameter in aligned.named_parameters():
         step = parameter.grad / (parameter.grad.abs() + 1)
         torch.testing.assert_close(parameter.detach() - trained[name], step, atol=2e-6, rtol=1e-4)
+
+
+def test_repa_measures_its_gradients_on_request(command, tmp_path):
+    aligned = aligned_with(digits_model(), [1], (64,), projector_dim=32)
+    save_start(aligned, tmp_path / "start")
+    options = {"objective": "repa", "model_config": None, "pretrained_model_name_or_path": tmp_path / "start"}
+    options |= {"layer_scope": "1", "max_train_steps": 2}
+    run(command(**options, output_dir=tmp_path / "plain"))
+    run(command(**options, output_dir=tmp_path / "measured") + ["--log_gradients"])
+    assert losses(tmp_path / "plain") == losses(tmp_path / "measured")
+    plain, measured = (read_metrics(tmp_path / name / "metrics.jsonl")[1] for name in ("plain", "measured"))
+    new = {name.split("/")[0] for name in measured.keys() - plain.keys()}
+    assert new == {"cosine", "gradient_ratio"}
+    assert all(value > 0 for name, value in measured.items() if name.startswith("gradient_ratio/"))
 
 
 @pytest.mark.slow
@@ -167,13 +184,21 @@ def test_compiled_and_checkpointed_blocks_give_the_same_gradients(layers):
 
 
 @pytest.mark.parametrize("objective", ["repa", "vrpo"])
-@pytest.mark.parametrize("convention", [{}, {"time_direction": "noise_to_data"}, {"prediction_type": "epsilon"}])
-def test_statistics_gate_and_timestep_weight_enter_where_the_formula_has_them(objective, convention):
+@pytest.mark.parametrize(
+    "convention, tokens",
+    [
+        ({}, "uniform"),
+        ({"time_direction": "noise_to_data"}, "uniform"),
+        ({"prediction_type": "epsilon"}, "uniform"),
+        ({}, "residual"),
+    ],
+)
+def test_statistics_gate_and_timestep_weight_enter_where_the_formula_has_them(objective, convention, tokens):
     """Every projector and bin with shares and tau of its own, gates half and fully closed, against the sum written out."""
     model = tiny_model(**convention)
     aligned = aligned_with(model, (1, 3), (12, 20))
     alignment_class = {"repa": REPA, "vrpo": VRPO}[objective]
-    alignment = alignment_class(aligned, 1000, timestep_weighting="low_noise", conflict="gate")
+    alignment = alignment_class(aligned, 1000, timestep_weighting="low_noise", conflict="gate", token_weighting=tokens)
     generator = torch.Generator().manual_seed(5)
     shares = torch.rand(4, 3, 10, generator=generator) + 0.1
     shares, tau = shares / shares.sum(1, keepdim=True), torch.rand(4, 3, 10, generator=generator)
@@ -204,8 +229,9 @@ def test_statistics_gate_and_timestep_weight_enter_where_the_formula_has_them(ob
     expected = 0.0
     for i, projection in enumerate(projections):
         mu, y = normalize(projection), targets[i % 2]
+        of_token = residual_weights(mu, y) if tokens == "residual" else torch.ones(mu.shape[:2])
         if objective == "repa":
-            per_sample = -(mu * y).sum(-1).mean(-1)
+            per_sample = -(of_token * (mu * y).sum(-1)).mean(-1)
         else:
             # The encoders of a block share its shares; tau is each projector's own.
             s = shares[2 * (i // 2) : 2 * (i // 2) + 2].mean(0)[:, bins].T
@@ -217,9 +243,13 @@ def test_statistics_gate_and_timestep_weight_enter_where_the_formula_has_them(ob
                 tangent = gradient - (gradient * mu).sum(-1, keepdim=True) * mu
                 unit = tangent / (tangent.norm(dim=-1, keepdim=True) + tau[i, k + 1, bins].reshape(-1, 1, 1))
                 direction = direction + s[:, k].reshape(-1, 1, 1) * unit
-            per_sample = -(direction.detach() * mu).sum(-1).mean(-1)
+            per_sample = -(of_token * (direction.detach() * mu).sum(-1)).mean(-1)
         expected = expected + (weight * per_sample).mean() / 4
     torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-4)
+    if objective == "repa":
+        # What is logged is the reward itself.
+        plain = torch.stack([(normalize(p) * targets[i % 2]).sum(-1).mean() for i, p in enumerate(projections)])
+        torch.testing.assert_close(logs["reward/semantic"], plain.detach().mean())
     gradients = [torch.autograd.grad(x, projections, retain_graph=True) for x in (loss, expected)]
     for ours, theirs in zip(*gradients, strict=True):
         assert theirs.abs().max() > 1e-4
@@ -272,6 +302,27 @@ def test_baselines_by_flags_alone(command, tmp_path):
         True,
         False,
     ]
+
+
+@pytest.mark.parametrize("objective", ["repa", "vrpo"])
+def test_whitened_targets_are_saved_and_resume_exactly(command, tmp_path, monkeypatch, objective):
+    options = {"objective": objective, "target_norm": "whiten:6", "token_weighting": "residual", "spatial_norm": 0.3}
+    options |= {"max_train_steps": 4, "checkpointing_steps": 2}
+    run(command(**options))
+    assert projectors_of(tmp_path / "run" / "checkpoint-2")[0]["alignment_dims"] == [6]
+
+    # A run that goes on reads the statistics, and those are all that it needs.
+    def fit(*arguments):
+        raise AssertionError("the statistics were computed again")
+
+    monkeypatch.setattr("diffusers_vrpo.training.targets.fit_whitening", fit)
+    shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
+    run(command(**options, output_dir=tmp_path / "again"))
+    assert losses(tmp_path / "again") == losses(tmp_path / "run")[2:]
+    names = ["target_whitening.safetensors", "conflict_gate.safetensors", "projectors.safetensors"]
+    assert_same_files(*(tmp_path / name / "checkpoint-4" for name in ("run", "again")), names)
+    with pytest.raises(InputError, match="`target_norm` is none, but .* was trained with whiten:6"):
+        run(command(**options | {"target_norm": "none"}, output_dir=tmp_path / "again"))
 
 
 def test_the_timestep_weight_acts_and_has_mean_one(command, tmp_path):
@@ -328,6 +379,21 @@ def test_after_the_stop_neither_encoder_nor_projector_runs(command, tmp_path, mo
         assert torch.equal(a[name], b[name]) == name.startswith("projectors."), name
 
 
+def test_a_plateau_ends_alignment_and_a_resumed_run_ends_it_at_the_same_step(command, tmp_path):
+    options = {"objective": "repa", "release": "plateau", "max_train_steps": 16, "checkpointing_steps": 3}
+    run(command(**options))
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    aligned = ["reward/semantic" in row for row in rows]
+    # It counts from step 2 on, and then fades for two steps.
+    assert aligned == sorted(aligned, reverse=True) and 3 <= sum(aligned) < 16
+    assert [row["alignment_coeff"] for row in rows if row["alignment_coeff"] < 0.5][0] == pytest.approx(0.25)
+    shutil.copytree(tmp_path / "run" / "checkpoint-3", tmp_path / "again" / "checkpoint-3")
+    run(command(**options, output_dir=tmp_path / "again"))
+    again = read_metrics(tmp_path / "again" / "metrics.jsonl")
+    for name in ("loss_fm", "alignment_coeff", "reward/semantic", "alignment_distance", "alignment_weight"):
+        assert [row.get(name) for row in again] == [row.get(name) for row in rows[3:]], name
+
+
 WRAPPER = """
 import importlib.util, sys
 import torch
@@ -339,7 +405,7 @@ from diffusers_vrpo.alignment.objective import VRPO
 observe, targets = VRPO.observe, VRPO.targets
 def conflicting(self, step):
     if step.active:
-        step.probe.grad = torch.full_like(step.t, -0.5)  # a conflict at every timestep
+        step.probe.grad = torch.full_like(step.probe, -0.5)  # a conflict at every timestep
     observe(self, step)
 def counted(self, images, *args):
     if self.aligned.encoders:
@@ -353,11 +419,12 @@ train_vrpo.main(train_vrpo.parse_args())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ends_by", ["gate", "stop"])
+@pytest.mark.parametrize("ends_by", ["gate", "stop", "plateau"])
 def test_two_processes_cross_the_end_of_alignment(command, tmp_path, trainers, ends_by):
-    """The gate closes (or the stop comes) at the same step on both; nothing hangs; the losses stay those of one."""
+    """The gate closes (or the stop or plateau comes) at the same step on both; nothing hangs; the losses stay those of one."""
     options = {"max_train_steps": 45, "train_batch_size": 128, "logging_steps": 1, "learning_rate": 1e-3}
     options |= {"conflict": "none", "alignment_stop_step": 36} if ends_by == "stop" else {}
+    options |= {"release": "plateau"} if ends_by == "plateau" else {}
     options["resolution"] = 8
     runs = {}
     for processes in (1, 2):
@@ -373,7 +440,9 @@ def test_two_processes_cross_the_end_of_alignment(command, tmp_path, trainers, e
     assert runs[1][1] == runs[2][1]
     last = int(runs[1][1][-1])
     # 4 steps of warm-up, 32 with samples before a bin's bound counts; the window is one step; every bin is populated.
-    assert last == 35 if ends_by == "stop" else 35 <= last <= 40
+    # A plateau counts from step 5 on and takes 5 steps to fade.
+    expected = {"stop": range(35, 36), "gate": range(35, 41), "plateau": range(8, 44)}
+    assert last in expected[ends_by]
     weights = [load_file(tmp_path / n / "checkpoint-45" / "transformer" / WEIGHTS) for n in ("1", "2")]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(tensor, weights[1][name], atol=2e-3, rtol=1e-2)
@@ -395,7 +464,7 @@ def test_the_gate_closes_where_targets_conflict_and_nowhere_else():
             grabbed["h"] = h  # noqa: B023
             return h, h
 
-        probe = torch.zeros(20, requires_grad=True)
+        probe = measuring_probe(20)
         prediction, _ = aligned(x + noise, t, labels, fork=grab)
         (g_main,) = torch.autograd.grad(prediction.square().sum(), grabbed["h"])
 
@@ -412,7 +481,7 @@ def test_the_gate_closes_where_targets_conflict_and_nowhere_else():
         weight = gate.lookup(t).reshape(-1, 1, 1)
         loss = prediction.square().sum() + (weight * branches["align"] * (towards + wobble)).sum()
         loss.backward()
-        gate.observe(t, probe.grad)
+        gate.observe(t, *probe.grad)
         gate.update()
         model.zero_grad()
     assert gate.gates().tolist() == [0.0] * 3 + [1.0] * 7
@@ -528,7 +597,7 @@ def test_no_nan_from_degenerate_features_in_half_precision(dtype, case):
         ),
         (
             {"objective": "none", "conflict": "project"},
-            "--conflict project has no effect without --objective repa or vrpo",
+            "--conflict project has no effect without --objective repa, irepa, rare or vrpo",
         ),
         (
             {"estimator": "sampled", "clip_range": 0.1},

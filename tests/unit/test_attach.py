@@ -17,7 +17,7 @@ from diffusers.models.attention import JointTransformerBlock
 from torch import nn
 
 from diffusers_vrpo.alignment.attach import AlignedTransformer, image_tokens_index, transformer_blocks
-from diffusers_vrpo.alignment.gradient_fork import alignment_fork
+from diffusers_vrpo.alignment.gradient_fork import alignment_fork, measuring_probe
 from diffusers_vrpo.alignment.objective import REPA, VRPO, NoAlignment
 from diffusers_vrpo.alignment.projectors import ConvProjector, token_grid
 from support.models import aligned_with, inputs, needs_compiler, tiny_model
@@ -102,7 +102,7 @@ def build(name: str) -> tuple[nn.Module, dict]:
 
 def gradients(aligned, arguments, conflict="project") -> list[torch.Tensor]:
     """The fork's cosines and all gradients of one forward and backward pass."""
-    probe = torch.zeros(2, requires_grad=True)
+    probe = measuring_probe(2)
     aligned.zero_grad()
     torch.manual_seed(2)  # DiT drops labels
     prediction, projections = aligned(**arguments, fork=alignment_fork(torch.tensor([0.3, 0.6]), probe, conflict))
@@ -197,7 +197,7 @@ def test_two_layers_and_two_encoders_by_hand(conflict):
     reference = copy.deepcopy(aligned)
     for handle in reference._handles:
         handle.remove()
-    probe = torch.zeros(2, requires_grad=True)
+    probe = measuring_probe(2)
     split = alignment_fork(torch.tensor([0.3, 0.6]), probe, conflict)
     projections = []
 

@@ -23,6 +23,7 @@ from diffusers_vrpo.config import (
     VRPOConfig,
     check_complete,
     data_settings_to_keep,
+    is_default,
     names_marked,
     options_of,
     settings_to_keep,
@@ -90,11 +91,17 @@ def test_choices_are_those_of_the_code():
 
     from diffusers_vrpo.alignment.gradient_fork import CONFLICTS
     from diffusers_vrpo.alignment.policy import TIMESTEP_WEIGHTS
+    from diffusers_vrpo.alignment.release import RELEASES
+    from diffusers_vrpo.alignment.reward_statistics import WEIGHTINGS
+    from diffusers_vrpo.alignment.token_weights import TOKEN_WEIGHTINGS
     from diffusers_vrpo.experimental.generative.rewards import ENOUGH_FOR_FRECHET, FIDELITY_REWARDS
 
     # The other one takes rules that no option gives.
     assert {*OPTIONS["lr_scheduler"].choices, "piecewise_constant"} == {each.value for each in SchedulerType}
     assert OPTIONS["conflict"].choices == tuple(CONFLICTS)
+    assert OPTIONS["release"].choices == tuple(RELEASES)
+    assert OPTIONS["token_weighting"].choices == tuple(TOKEN_WEIGHTINGS)
+    assert all(name in OPTIONS["reward_weighting"].help for name in WEIGHTINGS)
     assert OPTIONS["timestep_weighting"].choices == tuple(TIMESTEP_WEIGHTS)
     assert OPTIONS["fidelity_reward"].choices == tuple(FIDELITY_REWARDS)
     assert str(ENOUGH_FOR_FRECHET) in OPTIONS["fidelity_reward"].help
@@ -166,7 +173,7 @@ def test_paths_and_tuples_are_taken():
         ({"encoder": ["a"], "encoder_layer": [1, 2]}, "`encoder_layer` has 2 numbers for 1 encoders"),
         (
             {"objective": "none", "projector": "conv"},
-            "`projector` conv has no effect without `objective` repa or vrpo",
+            "`projector` conv has no effect without `objective` repa, irepa, rare or vrpo",
         ),
         ({"policy_noise": 0.2}, "`policy_noise` 0.2 has no effect without `estimator` sampled or `kl_coeff`"),
         ({"group_size": 4}, "`group_size` 4 has no effect without `estimator` sampled"),
@@ -289,7 +296,7 @@ def test_recipes(file):
     for name, value in given.items():
         found = getattr(config, name)
         assert found == ([value] if isinstance(found, list) and not isinstance(value, list) else value)
-    assert {name for name in OPTIONS if getattr(config, name) != OPTIONS[name].default} <= {*given, "config"}
+    assert {name for name in OPTIONS if not is_default(config, name)} <= {*given, "config"}
 
 
 def test_the_command_line_overrides_a_file(tmp_path):
@@ -379,6 +386,7 @@ def test_resolved_options_are_compared_by_what_they_became():
         "mixed_precision",
         "vae",
         "conflict",
+        "release",
         "label_dropout",
         "streaming",
     }  # by their names, in `run_settings`

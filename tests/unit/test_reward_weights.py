@@ -10,6 +10,7 @@ from diffusers_vrpo.alignment.reward_statistics import (
     FLOOR_STEP,
     MIN_SAMPLES,
     NUM_BINS,
+    WEIGHTINGS,
     RewardStatistics,
     clip_shares,
     parse_reward_weighting,
@@ -64,7 +65,10 @@ def test_shares_follow_the_weighting():
     # omega ~ 1/sigma^2, and s ~ omega sigma ~ 1/sigma.
     torch.testing.assert_close(shares_from_std(sigma, "inverse_variance"), torch.tensor([1 / 3, 2 / 3]))
     torch.testing.assert_close(shares_from_std(sigma, "inverse_std"), torch.tensor([0.5, 0.5]))
-    torch.testing.assert_close(shares_from_std(sigma, "equal"), torch.tensor([2 / 3, 1 / 3]))
+    torch.testing.assert_close(shares_from_std(sigma, "raw"), torch.tensor([2 / 3, 1 / 3]))
+    # The rule on rewards in one unit: both have variance 1.
+    torch.testing.assert_close(shares_from_std(sigma, "equal"), shares_from_std(sigma / sigma, "inverse_variance"))
+    assert shares_from_std(sigma.new_tensor([1e-9, 1.0, 5.0]), "equal").tolist() == pytest.approx([1 / 3] * 3)
     torch.testing.assert_close(shares_from_std(torch.zeros(2), "inverse_variance"), torch.tensor([0.5, 0.5]))
 
 
@@ -193,7 +197,7 @@ def test_summary_and_fixed_shares():
 
 
 def test_parse_reward_weighting():
-    assert parse_reward_weighting("equal", 2) == "equal"
+    assert [parse_reward_weighting(name, 2) for name in WEIGHTINGS] == list(WEIGHTINGS)
     assert parse_reward_weighting("1,0", 2) == (1.0, 0.0)
     for wrong in ("inverse", "1", "1,2,3", "-1,2", "0,0", "nan,1"):
         with pytest.raises(InputError, match="`reward_weighting`"):
@@ -237,6 +241,27 @@ def test_gate_averages_by_hand():
         for name, value in (("mean", m), ("square", q)):
             gate.state[name][0] = value * (1 - COSINE_DECAY**count)
         assert gate.upper_bound()[0].item() == pytest.approx(m + 1.645 * math.sqrt((q - m * m) / steps))
+
+
+def test_ratio_averages_by_hand():
+    gate = ConflictGate(1000, warmup=3)
+    t = torch.tensor([0.05, 0.05, 0.95, 0.95])
+    gate.observe(t, torch.full((4,), 0.1), torch.tensor([2.0, 4.0, float("inf"), 0.0]))
+    gate.update()
+    assert gate.ratio()[0].item() == pytest.approx(3) and gate.ratio()[1:].abs().max() == 0
+    gate.observe(t[:1], torch.tensor([0.1]), torch.tensor([1.0]))
+    gate.update()
+    average = (COSINE_DECAY * 3 + 1) / (COSINE_DECAY + 1)
+    assert gate.ratio()[0].item() == pytest.approx(average)
+    found = gate.summary()
+    assert found["gradient_ratio/0.0-0.1"] == pytest.approx(average) and "gradient_ratio/0.9-1.0" not in found
+    # The averages of the ratio start again with those of the cosine, and a checkpoint without them goes on.
+    old = {name: tensor.clone() for name, tensor in gate.state_dict().items() if not name.startswith("ratio")}
+    again = ConflictGate(1000, warmup=3)
+    again.load_state_dict(old)
+    assert again.step == 2 and torch.equal(again.cosine(), gate.cosine()) and not again.ratio().any()
+    gate.update()
+    assert not gate.ratio().any()
 
 
 def test_gate_leaves_out_zeros_and_what_is_not_finite():
@@ -336,12 +361,13 @@ def test_gate_does_not_depend_on_micro_batches_and_processes():
     for _ in range(100):
         t = torch.rand(64, generator=generator)
         cosine = 0.1 * torch.randn(64, generator=generator) + torch.where(t < 0.3, -0.1, 0.1)
-        whole.observe(t, cosine)
+        ratio = 10 * torch.rand(64, generator=generator)
+        whole.observe(t, cosine, ratio)
         whole.update()
         for rank, gate in enumerate(halves):
             for micro in range(2):
                 part = slice(rank * 32 + micro * 16, rank * 32 + micro * 16 + 16)
-                gate.observe(t[part], cosine[part])
+                gate.observe(t[part], cosine[part], ratio[part])
         sums = sum(gate.pending for gate in halves).clone()
         for gate in halves:
             gate.update(lambda tensor, sums=sums: sums)

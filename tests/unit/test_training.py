@@ -82,6 +82,33 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         read_training_state(path, {"seed": 1})
 
 
+def test_what_earlier_versions_did_before_there_was_an_option(tmp_path):
+    old = fake_checkpoint(tmp_path, 5, {"--seed": 1})
+    assert read_training_state(old, {"token_weighting": "uniform"})["step"] == 5
+    with pytest.raises(InputError, match="`token_weighting` is residual, but .* was trained with uniform; keep to"):
+        read_training_state(old, {"token_weighting": "residual"})
+    ends = (("gate", 5, "gate"), ("project", 5, "stop"), ("none", None, "none"))
+    for step, (conflict, stop_step, release) in enumerate(ends):
+        old = fake_checkpoint(tmp_path, step, {"--conflict": conflict, "--alignment_stop_step": stop_step})
+        assert read_training_state(old, {"release": release})["step"] == step
+        with pytest.raises(InputError, match=f"`release` is plateau, but .* was trained with {release}"):
+            read_training_state(old, {"release": "plateau"})
+
+
+def test_what_equal_meant_in_earlier_versions(tmp_path):
+    old = fake_checkpoint(tmp_path, 5, {"--reward_weighting": "equal"})
+    assert read_training_state(old, {"reward_weighting": "raw"})["step"] == 5
+    with pytest.raises(InputError, match="is called raw now; give `reward_weighting` raw to continue"):
+        read_training_state(old, {"reward_weighting": "equal"})
+    with pytest.raises(InputError, match="`reward_weighting` is inverse_std, but .* was trained with raw"):
+        read_training_state(old, {"reward_weighting": "inverse_std"})
+    new = json.loads((old / "training_state.json").read_text()) | {"reward_weightings": ["equal", "raw"]}
+    (old / "training_state.json").write_text(json.dumps(new))
+    assert read_training_state(old, {"reward_weighting": "equal"})["step"] == 5
+    with pytest.raises(InputError, match="`reward_weighting` is raw, but .* was trained with equal"):
+        read_training_state(old, {"reward_weighting": "raw"})
+
+
 def test_save_keeps_the_newest_and_leaves_nothing_half_made(tmp_path, accelerator):
     for step in (1, 2, 3):
         save_checkpoint(accelerator, tmp_path, step, STATE | {"step": step}, limit=2)

@@ -3,7 +3,7 @@
 
 The fidelity reward is the example's own flow-matching loss, whose gradient reaches the aligned block anyway. The fork sits
 after that block, sees both gradients, and gives fidelity its share of the reward gradient. It also measures how much
-the two conflict. The fidelity reward comes from arXiv 2606.00583; the formulas are ours (docs/method.md).
+the two conflict, and how long one is beside the other. The fidelity reward comes from arXiv 2606.00583; the formulas are ours (docs/method.md).
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ def _per_sample(x: torch.Tensor, ndim: int) -> torch.Tensor:
 
 def mix_gradients(
     g_main: torch.Tensor, g_align: torch.Tensor, fidelity_share: torch.Tensor, conflict: str = "none"
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Computes the gradient that the fork passes on: `g_main + (1 - s_f) g_align + s_f (||g_align|| / max(||g_main||, 1e-12)) g_main`.
 
     Norms are over `[N,D]` of each example, in float32. Both gradients may carry any common factor (loss scaling,
@@ -33,8 +33,8 @@ def mix_gradients(
             cosine is negative (PCGrad, arXiv 2001.06782, one way); `"none"` and `"gate"` leave it.
 
     Returns:
-        the gradient `[B,N,D]` in the dtype of `g_main`; the cosine of the two as they came in, float32 `[B]`, 0 where
-        one of them is exactly zero.
+        the gradient `[B,N,D]` in the dtype of `g_main`; of the two as they came in, the cosine and the ratio
+        `||g_align|| / ||g_main||`, both float32 `[B]`, 0 where one of them is exactly zero.
     """
     main, align, ndim = g_main.float(), g_align.float(), g_main.ndim
     norm_main = torch.linalg.vector_norm(main.flatten(1), dim=1)
@@ -44,6 +44,7 @@ def mix_gradients(
     dot = (main * align).flatten(1).sum(1)
     cosine = dot / torch.where(both, norm_main, 1.0) / torch.where(both, norm_align, 1.0)
     cosine = torch.where(both, cosine, 0.0)
+    ratio = torch.where(both, norm_align / torch.where(both, norm_main, 1.0), 0.0)
     if conflict == "project":
         against = cosine.clamp(max=0) * norm_align / norm_main.clamp_min(1e-12)
         align = align - _per_sample(against, ndim) * main
@@ -51,7 +52,7 @@ def mix_gradients(
     share = fidelity_share.float()
     gain = 1 + share * norm_align / norm_main.clamp_min(1e-12)
     mixed = _per_sample(gain, ndim) * main + _per_sample(1 - share, ndim) * align
-    return mixed.to(g_main.dtype), cosine
+    return mixed.to(g_main.dtype), cosine, ratio
 
 
 class _Fork(torch.autograd.Function):
@@ -59,7 +60,8 @@ class _Fork(torch.autograd.Function):
     def forward(hidden_states, fidelity_share, probe, conflict):
         # Neither views nor equal copies: where a compiled graph ends here, AOT autograd rebuilds views from their base,
         # past this backward, and Inductor makes equal copies one tensor, whose gradients add up. The probe is zero.
-        return hidden_states.clone(), hidden_states + _per_sample(probe, hidden_states.ndim).to(hidden_states.dtype)
+        zeros = _per_sample(probe.sum(0), hidden_states.ndim).to(hidden_states.dtype)
+        return hidden_states.clone(), hidden_states + zeros
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -72,8 +74,8 @@ class _Fork(torch.autograd.Function):
     def backward(ctx, g_main, g_align):
         # An unused branch has a gradient of zeros.
         (fidelity_share,) = ctx.saved_tensors
-        mixed, cosine = mix_gradients(g_main, g_align, fidelity_share, ctx.conflict)
-        return mixed, None, cosine.to(ctx.probe_dtype), None
+        mixed, cosine, ratio = mix_gradients(g_main, g_align, fidelity_share, ctx.conflict)
+        return mixed, None, torch.stack([cosine, ratio]).to(ctx.probe_dtype), None
 
 
 def fork(
@@ -81,15 +83,16 @@ def fork(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Copies `hidden_states` for the rest of the transformer and for the projector; backward calls `mix_gradients`.
 
-    The cosine of the two gradients is returned as the gradient of `probe`, a zero input: backward has no side effects, so
-    that it works with checkpointing and compilation. Only the blocks below the fork see the mixed gradient;
+    What is measured of the two gradients is returned as the gradient of `probe`, a zero input: backward has no side
+    effects, so that it works with checkpointing and compilation. Only the blocks below the fork see the mixed gradient;
     the blocks above and the projector get theirs as they are. The alignment must have no other way to the blocks below.
 
     Args:
         hidden_states: `[B,N,D]`.
         fidelity_share: `s_f` in [0, 1], `[B]`; it gets no gradient.
-        probe: zeros `[B]`, float32, `requires_grad=True`. After backward `probe.grad` is the cosine per sample, 0 where
-            one gradient is exactly zero, not finite where one is not (half precision that overflowed).
+        probe: `measuring_probe(B)`. After backward `probe.grad[0]` is the cosine per sample and `probe.grad[1]` the ratio
+            `||g_align|| / ||g_main||`, both 0 where one gradient is exactly zero, not finite where one is not (half
+            precision that overflowed).
         conflict: `"none"`, `"gate"` (the same here: the gate acts through the loss) or `"project"`.
 
     Returns:
@@ -98,6 +101,11 @@ def fork(
     if conflict not in CONFLICTS:
         raise ValueError(f"conflict {conflict!r} must be one of {', '.join(CONFLICTS)}")
     return _Fork.apply(hidden_states, fidelity_share, probe, conflict)
+
+
+def measuring_probe(batch_size: int, device=None) -> torch.Tensor:
+    """Creates the `probe` of `fork`: zeros `[2,B]`, float32, whose gradient will be what the fork has measured."""
+    return torch.zeros(2, batch_size, device=device, requires_grad=True)
 
 
 def scale_gradient(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

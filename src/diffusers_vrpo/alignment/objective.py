@@ -25,10 +25,12 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
+from ..config import REPA_LOSS, alignment_end_of, end_of_alignment
 from ..models import ddpm
 from .attach import AlignedTransformer
 from .encoders import resample_tokens, spatial_normalize
-from .gradient_fork import CONFLICTS, alignment_fork
+from .gradient_fork import CONFLICTS, alignment_fork, measuring_probe
+from .plateau import Plateau
 from .policy import (
     TIMESTEP_WEIGHTS,
     action_noise,
@@ -39,9 +41,11 @@ from .policy import (
     timestep_weight,
     token_shares,
 )
-from .release import ConflictGate, Release
+from .release import RELEASES, ConflictGate, Release
 from .reward_statistics import RewardStatistics, parse_reward_weighting
 from .rewards import DEFAULT_REWARDS, FIDELITY, load_rewards, normalize
+from .token_weights import TOKEN_WEIGHTINGS, residual_weights, target_distance
+from .whitening import TARGET_WHITENING, WhitenedEncoder, Whitenings
 
 
 logger = logging.getLogger(__name__)
@@ -66,7 +70,7 @@ class AlignmentStep:
     number: int = 0  # of the micro-batch within its optimizer step
     targets: list[torch.Tensor] | None = None
     logs: dict[str, torch.Tensor] = field(default_factory=dict)
-    probe: torch.Tensor | None = None  # its gradient is the cosine between the two gradients
+    probe: torch.Tensor | None = None  # its gradient is the cosine between the two gradients, and their ratio
     shares: torch.Tensor | None = None  # of the rewards, `[L,B,K]`
     tau: torch.Tensor | None = None
 
@@ -139,12 +143,22 @@ class REPA(NoAlignment):
         alignment_stop_step (`int`, *optional*): the first step without alignment.
         timestep_weighting (`str`): `"uniform"`, or `"low_noise"`: w(t) = sigmoid(20 (0.7 - t)).
         spatial_norm (`float`): a in iREPA's `(f - a mean) / std` of the targets; 0 for none.
-        conflict (`str`): what to do where alignment turns against flow matching: `"none"`, `"gate"` (close the timestep bin
-            permanently) or `"project"` (remove the opposing part).
+        conflict (`str`, *optional*): what to do where alignment turns against flow matching: `"none"`, `"gate"` (close the
+            timestep bin permanently) or `"project"` (remove the opposing part); by default what `release` asks for.
+        log_gradients (`bool`): measure cosine and ratio of the two gradients also where nothing depends on them.
+        token_weighting (`str`): `"uniform"`, or `"residual"`: tokens far from their targets count more (token_weights.py).
+        release (`str`, *optional*): what ends alignment: `"none"`, `"stop"` (`alignment_stop_step`), `"gate"` (the same as
+            `conflict="gate"`), or `"plateau"`, once the distance to the targets has stopped falling (plateau.py); the last two at
+            `alignment_stop_step` at the latest. By default what `conflict` and `alignment_stop_step` say.
         prediction_type (`str`, *optional*): `"velocity"`, whose flow times are uniform, or `"epsilon"`, whose flow times
             are those of DDPM's noise levels; by default that of the transformer's config, or `"velocity"`.
         device (*optional*): device of the statistics; by default the transformer's.
+
+    Raises:
+        InputError: if `conflict`, `release` and `alignment_stop_step` contradict each other.
     """
+
+    gate_by_default = False
 
     def __init__(
         self,
@@ -154,24 +168,35 @@ class REPA(NoAlignment):
         alignment_stop_step: int | None = None,
         timestep_weighting: str = "uniform",
         spatial_norm: float = 0.0,
-        conflict: str = "none",
+        conflict: str | None = None,
         prediction_type: str | None = None,
         device: torch.device | None = None,
+        log_gradients: bool = False,
+        token_weighting: str = "uniform",
+        release: str | None = None,
     ):
         super().__init__(aligned)
+        conflict, release = end_of_alignment(conflict, release, alignment_stop_step, self.gate_by_default)
         for name, value, choices in (
             ("conflict", conflict, CONFLICTS),
+            ("release", release, RELEASES),
             ("timestep_weighting", timestep_weighting, TIMESTEP_WEIGHTS),
+            ("token_weighting", token_weighting, TOKEN_WEIGHTINGS),
         ):
             if value not in choices:
                 raise ValueError(f"{name} {value!r} must be one of {', '.join(choices)}")
         self.alignment_coeff, self.conflict = alignment_coeff, conflict
         self.timestep_weighting, self.spatial_norm = timestep_weighting, spatial_norm
+        self.token_weighting = token_weighting
         self.reward_names = ("semantic",)
         self.device = device or next(aligned.parameters()).device
-        self.forks = conflict != "none"
+        # Not the encoders themselves, which are freed when alignment ends.
+        whitenings = [encoder.whitening for encoder in aligned.encoders if isinstance(encoder, WhitenedEncoder)]
+        self.whitenings = Whitenings(whitenings) if whitenings else None
+        self.forks = conflict != "none" or log_gradients
         self.gate = ConflictGate(max_train_steps, self.device, acts=conflict == "gate")
-        self.release = Release(self.gate, alignment_stop_step)
+        self.plateau = Plateau(max_train_steps, self.device) if release == "plateau" else None
+        self.release = Release(self.plateau or self.gate, alignment_stop_step)
         config = getattr(aligned.transformer, "config", {})
         prediction_type = prediction_type or config.get("prediction_type", "velocity")
         self.mean_weight = self._mean_timestep_weight(prediction_type)
@@ -196,7 +221,7 @@ class REPA(NoAlignment):
         step = AlignmentStep(t, active=True, number=self._micro_steps)
         self._micro_steps += 1
         if self.forks:
-            step.probe = torch.zeros_like(t, requires_grad=True)
+            step.probe = measuring_probe(len(t), t.device)
             step.fork = alignment_fork(self._fidelity_share(step), step.probe, self.conflict)
         return step
 
@@ -259,10 +284,14 @@ class REPA(NoAlignment):
         weight = timestep_weight(step.t, self.timestep_weighting) / self.mean_weight
         if self.conflict == "gate":
             weight = weight * self.gate.lookup(step.t)
+        if self.plateau is not None:
+            weight = weight * self.plateau.weight()
         total, logs = 0.0, {}
         references = self._reference_projections(inputs)
         for i, projection in enumerate(projections):
             mu, y = normalize(projection), targets[i % len(targets)]
+            if self.plateau is not None:
+                self.plateau.observe(target_distance(mu.detach(), y).mean(-1))
             loss_i = self._loss(step, i, mu, y, loss_fm, subset, index, references, logs)
             total = total + (weight * loss_i).mean() / len(projections)
         logs["alignment_coeff"] = [self.alignment_coeff * weight.mean()]
@@ -276,7 +305,12 @@ class REPA(NoAlignment):
         """Computes the loss of one projector, `[B]`."""
         loss = repa_loss(mu, y)
         self._log(logs, **{"reward/semantic": -loss})
-        return loss
+        weights = self._token_weights(mu, y)
+        return loss if weights is None else repa_loss(mu, y, weights)
+
+    def _token_weights(self, mu: torch.Tensor, y: torch.Tensor) -> torch.Tensor | None:
+        """The weights of the tokens in the loss, `[B,N]`; None if they count alike."""
+        return residual_weights(mu, y) if self.token_weighting == "residual" else None
 
     @staticmethod
     def _log(logs: dict, **values: torch.Tensor):
@@ -285,9 +319,9 @@ class REPA(NoAlignment):
             logs.setdefault(name, []).append(value.detach().mean())
 
     def observe(self, step: AlignmentStep):
-        """Records the cosine between the two gradients, which is the gradient of the probe after backward."""
+        """Records cosine and ratio of the two gradients, which are the gradient of the probe after backward."""
         if step.probe is not None:
-            self.gate.observe(step.t, step.probe.grad)
+            self.gate.observe(step.t, *step.probe.grad)
         self.aligned.clear_resting_gradients()
 
     def update(self, all_reduce: Callable | None = None):
@@ -301,15 +335,20 @@ class REPA(NoAlignment):
     def _update_statistics(self, all_reduce):
         if self.forks:
             self.gate.update(all_reduce)
-            if self.step_number % self.gate.window == 0:
-                self.release.look_ahead(self.step_number)
+        if self.plateau is not None:
+            self.plateau.update(all_reduce)
+        if self.step_number % self.release.gate.window == 0:
+            self.release.look_ahead(self.step_number)
 
     def summary(self) -> dict[str, float]:
         """Statistics for the log; waits for the device."""
-        return self.gate.summary() if self.forks else {}
+        of_gradients = self.gate.summary() if self.forks else {}
+        return of_gradients | ({} if self.plateau is None else self.plateau.summary())
 
     def stateful(self) -> dict:
-        return {"conflict_gate": self.gate}
+        whitenings = {} if self.whitenings is None else {TARGET_WHITENING: self.whitenings}
+        plateau = {} if self.plateau is None else {"alignment_plateau": self.plateau}
+        return {"conflict_gate": self.gate, **plateau, **whitenings}
 
     def release_state(self) -> dict:
         return self.release.state()
@@ -325,11 +364,11 @@ class VRPO(REPA):
 
     Args:
         aligned, max_train_steps, alignment_coeff, alignment_stop_step, timestep_weighting, spatial_norm, prediction_type,
-            device: as of `REPA`.
-        conflict (`str`): as of `REPA`, but `"gate"` by default.
+            device, token_weighting, release: as of `REPA`.
+        conflict (`str`, *optional*): as of `REPA`, but `"gate"` if `release` is not given either.
         rewards (`list`): `"fidelity"`, first or not at all; `"semantic"`, `"structural"`; functions of (action, mu, y,
             subset), `TokenReward`s, or `"package.module:name"` of either.
-        reward_weighting (`str`): `"inverse_variance"`, `"inverse_std"`, `"equal"`, or fixed shares with commas, one for
+        reward_weighting (`str`): `"inverse_variance"`, `"equal"`, `"inverse_std"`, `"raw"`, or fixed shares with commas, one for
             each of `rewards`.
         estimator (`str`): `"expected"`, the limit of small noise in closed form, or `"sampled"` groups of actions.
         policy_noise (`float`): sigma of the actions.
@@ -341,8 +380,10 @@ class VRPO(REPA):
         autocast: returns the autocast context for the reference model of `kl_coeff`.
 
     Raises:
-        InputError: if rewards or their weighting are not valid.
+        InputError: if rewards or their weighting are not valid, or options of the end of alignment contradict each other.
     """
+
+    gate_by_default = True
 
     def __init__(
         self,
@@ -352,7 +393,7 @@ class VRPO(REPA):
         alignment_stop_step: int | None = None,
         timestep_weighting: str = "uniform",
         spatial_norm: float = 0.0,
-        conflict: str = "gate",
+        conflict: str | None = None,
         prediction_type: str | None = None,
         device: torch.device | None = None,
         rewards: Sequence = DEFAULT_REWARDS,
@@ -365,6 +406,8 @@ class VRPO(REPA):
         kl_coeff: float = 0.0,
         seed: int = 0,
         autocast: Callable = contextlib.nullcontext,
+        token_weighting: str = "uniform",
+        release: str | None = None,
     ):
         super().__init__(
             aligned,
@@ -376,6 +419,8 @@ class VRPO(REPA):
             conflict,
             prediction_type,
             device,
+            token_weighting=token_weighting,
+            release=release,
         )
         if estimator not in ("expected", "sampled"):
             raise ValueError(f"estimator {estimator!r} must be one of expected, sampled")
@@ -421,12 +466,12 @@ class VRPO(REPA):
         if subset is None:
             order = torch.rand(mu.shape[:2], device=mu.device).argsort(dim=1)
             subset = order[:, : min(SUBSET_SIZE, mu.shape[1])]
-        shares = token_shares(step.shares[i], self.fidelity)
+        shares, weights = token_shares(step.shares[i], self.fidelity), self._token_weights(mu, y)
         if self.estimator == "expected":
             tau = step.tau[i, :, self.fidelity :]
-            loss, rewards, squares = expected_policy_loss(mu, y, subset, shares, tau, self.rewards)
+            loss, rewards, squares = expected_policy_loss(mu, y, subset, shares, tau, self.rewards, weights)
         else:
-            loss, rewards, squares = self._sampled_loss(step, i, mu, y, subset, shares, index, logs)
+            loss, rewards, squares = self._sampled_loss(step, i, mu, y, subset, shares, weights, index, logs)
         if self.fidelity:
             rewards = torch.cat([-loss_fm.detach().unsqueeze(1), rewards], dim=1)
             # Fidelity has neither a gradient at the tokens nor a tau.
@@ -439,7 +484,7 @@ class VRPO(REPA):
             self._log(logs, kl=kl)
         return loss
 
-    def _sampled_loss(self, step, i, mu, y, subset, shares, index, logs):
+    def _sampled_loss(self, step, i, mu, y, subset, shares, weights, index, logs):
         # Steps that share a draw see the same batch: its actions stay relative to the tokens they were drawn around.
         if self.step_number % self.policy_epochs == 0:
             self.draws[i, step.number] = mu.detach()
@@ -458,6 +503,7 @@ class VRPO(REPA):
             noise_scale=self.policy_noise,
             mu_old=self.draws[i, step.number],
             clip_range=self.clip_range,
+            token_weights=weights,
         )
         self._log(logs, **{f"spread/{reward.name}": spread[:, k] for k, reward in enumerate(self.rewards)})
         if self.policy_epochs > 1:
@@ -475,12 +521,7 @@ class VRPO(REPA):
         return values
 
     def stateful(self) -> dict:
-        return {"reward_statistics": self.statistics, "conflict_gate": self.gate}
-
-
-def conflict_mode(config) -> str:
-    """Returns `conflict`, or its default: `"gate"` for VRPO and `"none"` for REPA."""
-    return config.conflict or ("gate" if config.objective == "vrpo" else "none")
+        return {"reward_statistics": self.statistics, **super().stateful()}
 
 
 def objective_from_config(
@@ -493,7 +534,7 @@ def objective_from_config(
     """Builds the objective for the alignment and policy options.
 
     Args:
-        config: `objective` (`"none"`, `"repa"` or `"vrpo"`) and the options of the same names as the arguments of the
+        config: `objective` (`"none"`, `"repa"`, `"irepa"`, `"rare"` or `"vrpo"`) and the options of the same names as the arguments of the
             classes.
         rewards: rewards of VRPO, including those that are Python objects.
 
@@ -502,15 +543,18 @@ def objective_from_config(
     """
     if config.objective == "none":
         return NoAlignment(aligned)
+    conflict, release = alignment_end_of(config)
     shared = {
         "alignment_coeff": config.alignment_coeff,
         "alignment_stop_step": config.alignment_stop_step,
         "timestep_weighting": config.timestep_weighting,
         "spatial_norm": config.spatial_norm,
-        "conflict": conflict_mode(config),
+        "token_weighting": config.token_weighting,
+        "conflict": conflict,
+        "release": release,
     }
-    if config.objective == "repa":
-        return REPA(aligned, max_train_steps, **shared)
+    if config.objective in REPA_LOSS:
+        return REPA(aligned, max_train_steps, **shared, log_gradients=config.log_gradients)
     return VRPO(
         aligned,
         max_train_steps,

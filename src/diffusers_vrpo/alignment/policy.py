@@ -13,14 +13,18 @@ import torch
 
 from ..random_streams import ACTIONS, random_stream
 from .rewards import BUILT_IN, TokenReward, normalize, reward_gradients, tangent
+from .token_weights import token_mean
 
 
 DEFAULT_TOKEN_REWARDS = (BUILT_IN["semantic"], BUILT_IN["structural"])
 
 
-def repa_loss(mu: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """REPA's alignment loss (arXiv 2410.06940) of each sample: `-(1/N) sum_n <mu_n, y_n>`, `[B]`."""
-    return -(mu * y).sum(-1).mean(-1)
+def repa_loss(mu: torch.Tensor, y: torch.Tensor, token_weights: torch.Tensor | None = None) -> torch.Tensor:
+    """REPA's alignment loss (arXiv 2410.06940) of each sample: `-(1/N) sum_n <mu_n, y_n>`, `[B]`.
+
+    With `token_weights` `w [B,N]` of mean 1 it is `-(1/N) sum_n w_n <mu_n, y_n>`.
+    """
+    return -token_mean((mu * y).sum(-1), token_weights)
 
 
 def expected_policy_loss(
@@ -30,6 +34,7 @@ def expected_policy_loss(
     shares: torch.Tensor,
     tau: torch.Tensor,
     rewards: Sequence[TokenReward] = DEFAULT_TOKEN_REWARDS,
+    token_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The `expected` estimator: the limit of the group-relative objective for small policy noise (docs/method.md).
 
@@ -43,6 +48,7 @@ def expected_policy_loss(
         shares: `s_k` of each sample, `[B,K]`, summing to 1.
         tau: `tau_k` of each sample, `[B,K]`, at least 0.
         rewards: K of them; by default the semantic and the structural one.
+        token_weights: `w [B,N]` of mean 1, by which the terms of the loss are multiplied; 1 when not given.
 
     Returns:
         the loss `[B]`; the token mean of the rewards `[B,K]`; the token mean of `||P_mu grad R_k||^2` `[B,K]`.
@@ -53,7 +59,7 @@ def expected_policy_loss(
     direction = scale[..., :1] * gradients[0]
     for k in range(1, len(gradients)):
         direction = torch.addcmul(direction, scale[..., k : k + 1], gradients[k])
-    loss = -(direction * mu).sum(-1).mean(-1)
+    loss = -token_mean((direction * mu).sum(-1), token_weights)
     return loss, values.mean(1), norms.square().mean(1)
 
 
@@ -119,6 +125,7 @@ def sampled_policy_loss(
     mu_old: torch.Tensor | None = None,
     clip_range: float = 0.2,
     actions: torch.Tensor | None = None,
+    token_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The `sampled` estimator: G actions per token, group-relative advantages, clipped ratios (docs/method.md).
 
@@ -135,6 +142,7 @@ def sampled_policy_loss(
         mu_old: the tokens that the actions are, or were, drawn around, `[B,N,E]`; without it `mu`, and then rho = 1.
         clip_range: c of the clipping.
         actions: `[G,B,N,E]` drawn before, around `mu_old`, which must then be given.
+        token_weights: `w [B,N]` of mean 1, by which the terms of the loss are multiplied; 1 when not given.
 
     Returns:
         the loss `[B]`; at the mean action, the token mean of the rewards and that of `||P_mu grad R_k||^2`, both `[B,K]`;
@@ -157,7 +165,7 @@ def sampled_policy_loss(
         log_pi = log_probability(actions, mu, noise_scale)
         log_pi_old = log_pi.detach() if mu_old is None else log_probability(actions, mu_old.detach(), noise_scale)
         objective, clipped = clipped_objective(log_pi - log_pi_old, advantages, clip_range)
-        loss = -objective.mean((0, 2))
+        loss = -(objective if token_weights is None else token_weights * objective).mean((0, 2))
         loss = (noise_scale / math.sqrt(embed_dim)) * loss
     return loss, mean_rewards.mean(1), squares.mean(1), spread.mean(1), clipped.mean((0, 2))
 

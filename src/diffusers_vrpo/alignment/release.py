@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""The end of alignment: at a given step, or when the gate has closed all timestep bins that oppose flow matching."""
+"""The end of alignment: at a given step, when the gate has closed all timestep bins that oppose flow matching, or at a plateau."""
 
 import math
 
@@ -8,6 +8,7 @@ import torch
 from .reward_statistics import MIN_SAMPLES, NUM_BINS, RewardStatistics
 
 
+RELEASES = ("none", "stop", "gate", "plateau")
 COSINE_DECAY = 0.999  # of the cosine's averages, per optimizer step in which the bin has samples
 COSINE_STEPS = 1999  # independent steps that such an average is worth: (1 + decay) / (1 - decay)
 
@@ -27,6 +28,8 @@ class ConflictGate:
     model's gradients oppose each other for a while and then no longer do.
     Step k uses the statistics through step k-1, whose sums enter once per optimizer step, as in `RewardStatistics`.
 
+    The ratio `||g_align|| / ||g_main||` of the two gradients has an average of the same kind per bin, for the log only.
+
     Args:
         max_train_steps (`int`): the window is 2 % of it, at least 1.
         device: where the statistics live, float64 (float32 on MPS).
@@ -41,21 +44,33 @@ class ConflictGate:
         self.acts = acts
         self.step = 0
         # `row`: steps that the bound has been below 0 for; `closing`: steps of the way from 1 to 0 that are behind.
-        names = ("mean", "square", "count", "row", "closing")
+        names = ("mean", "square", "count", "row", "closing", "ratio", "ratio_count")
         self.state = {name: torch.zeros(NUM_BINS, device=device, dtype=dtype) for name in names}
-        self.pending = torch.zeros(3, NUM_BINS, device=device, dtype=dtype)  # samples, cosines, squares
+        # Samples, cosines, squares of cosines; samples, ratios.
+        self.pending = torch.zeros(5, NUM_BINS, device=device, dtype=dtype)
 
-    def observe(self, t: torch.Tensor, cosine: torch.Tensor):
-        """Adds one micro-batch: `t [B]` in [0, 1], `cosine [B]`. Exact zeros (no gradient), NaN and inf are skipped."""
-        known = cosine.isfinite() & (cosine != 0)
-        cosine = torch.where(known, cosine.detach(), 0).to(self.pending.dtype)
-        sums = torch.stack([known.to(cosine.dtype), cosine, cosine.square()])
+    def observe(self, t: torch.Tensor, cosine: torch.Tensor, ratio: torch.Tensor | None = None):
+        """Adds one micro-batch: `t [B]` in [0, 1], `cosine [B]` and, if it is measured, `ratio [B]`.
+
+        Exact zeros (no gradient), NaN and inf are skipped.
+        """
+        known, cosine = self._known(cosine)
+        has_ratio, ratio = self._known(torch.zeros_like(cosine) if ratio is None else ratio)
+        sums = torch.stack([known, cosine, cosine.square(), has_ratio, ratio])
         self.pending.index_add_(1, RewardStatistics.bins(t), sums)
+
+    def _known(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """1 where a value counts and 0 elsewhere; the values, 0 where they do not count."""
+        known = values.isfinite() & (values != 0)
+        return known.to(self.pending.dtype), torch.where(known, values.detach(), 0).to(self.pending.dtype)
 
     def update(self, all_reduce=None):
         """One optimizer step: moves averages and gates; `all_reduce(tensor)` sums over processes."""
-        count, cosine, square = self.pending if all_reduce is None else all_reduce(self.pending)
+        count, cosine, square, ratio_count, ratio = self.pending if all_reduce is None else all_reduce(self.pending)
         state = self.state
+        has_ratio = (ratio_count > 0).to(ratio.dtype)
+        state["ratio"].lerp_(ratio / ratio_count.clamp_min(1), (1 - COSINE_DECAY) * has_ratio)
+        state["ratio_count"] += has_ratio
         populated = (count > 0).to(count.dtype)
         state["mean"].lerp_(cosine / count.clamp_min(1), (1 - COSINE_DECAY) * populated)
         state["square"].lerp_(square / count.clamp_min(1), (1 - COSINE_DECAY) * populated)
@@ -66,9 +81,13 @@ class ConflictGate:
             state["closing"] += (state["row"] >= self.window) | (state["closing"] > 0)
             state["closing"].clamp_(max=self.window)
         elif self.step == self.warmup:
-            for name in ("mean", "square", "count"):
+            for name in ("mean", "square", "count", "ratio", "ratio_count"):
                 state[name].zero_()
         self.pending.zero_()
+
+    def ratio(self) -> torch.Tensor:
+        """The average ratio of the gradients' norms, `[bins]`; 0 without samples."""
+        return self.state["ratio"] / (1 - COSINE_DECAY ** self.state["ratio_count"]).clamp_min(1e-30)
 
     def cosine(self) -> torch.Tensor:
         """m, the average cosine of each bin, `[bins]`; 0 without samples."""
@@ -100,16 +119,19 @@ class ConflictGate:
         return self.window - int(closing[used].min()) if begun else float("inf")
 
     def summary(self) -> dict[str, float]:
-        """For the log: cosine and gate of the bins that had samples, `cosine/0.0-0.1` and so on. Waits for the device.
+        """For the log: cosine, ratio and gate of the bins that had samples, `cosine/0.0-0.1`, `gradient_ratio/0.0-0.1` and so on.
 
-        A closed bin has no alignment gradient, and no cosine any more.
+        A closed bin has no alignment gradient, and no cosine or ratio any more. Waits for the device.
         """
         values = {}
         used, cosines, gates = (x.tolist() for x in (self.state["count"] > 0, self.cosine(), self.gates()))
+        has_ratio, ratios = (self.state["ratio_count"] > 0).tolist(), self.ratio().tolist()
         for i in range(NUM_BINS):
             name = f"{i / NUM_BINS:.1f}-{(i + 1) / NUM_BINS:.1f}"
             if used[i] and gates[i] > 0:
                 values[f"cosine/{name}"] = cosines[i]
+            if has_ratio[i] and gates[i] > 0:
+                values[f"gradient_ratio/{name}"] = ratios[i]
             if used[i] and self.acts:
                 values[f"gate/{name}"] = gates[i]
         return values
@@ -125,18 +147,20 @@ class ConflictGate:
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]):
         self.step = int(state_dict["step"])
         for name, tensor in self.state.items():
-            tensor.copy_(state_dict[name])
+            # Checkpoints of version 0.1 have no ratios, whose averages then begin here.
+            if name in state_dict or not name.startswith("ratio"):
+                tensor.copy_(state_dict[name])
         # A run that is extended has a longer window; the gates must not rise.
         self.state["closing"].mul_(self.window / int(state_dict["window"])).ceil_().clamp_(max=self.window)
 
 
 class Release:
-    """The first step without alignment: a given one, or the one at which every gate will have closed.
+    """The first step without alignment: a given one, or the one at which every gate or the plateau will have closed.
 
     It is known ahead and the same on every process, so that no step has to wait for the device.
 
     Args:
-        gate: the conflict gate; its window is how long it takes to close.
+        gate: the [`ConflictGate`] or [`Plateau`]; its window is how long it takes to close.
         stop_step (`int`, *optional*): the step from which on alignment does not act in any case.
     """
 

@@ -3,7 +3,7 @@
 
 Formulas: docs/method.md. Rewards are weighed by inverse variance (arXiv 2606.00583): raw weights `omega_k ~ 1/sigma_k^2`. The
 loss uses unit gradients, which absorb one sigma, so the share of reward k is `s_k = omega_k sigma_k / sum_j omega_j
-sigma_j`.
+sigma_j`. The same rule on rewards in one unit, each divided by its sigma_k, has equal weights, and so equal shares.
 """
 
 import torch
@@ -16,7 +16,7 @@ DECAY = 0.99  # of the rewards' variance, per optimizer step in which the bin ha
 GRADIENT_DECAY = 0.9999  # of the gradients' size
 FLOOR_STEP = 1000  # tau never falls under its value at this step
 MIN_SAMPLES = 32  # a bin with fewer has no variance worth using: equal shares
-WEIGHTINGS = ("inverse_variance", "inverse_std", "equal")
+WEIGHTINGS = ("equal", "inverse_variance", "inverse_std", "raw")
 
 
 def parse_reward_weighting(text: str, num_rewards: int) -> str | tuple[float, ...]:
@@ -58,10 +58,16 @@ def clip_shares(shares: torch.Tensor, low: float = 1 / 3, high: float = 3.0) -> 
 
 
 def shares_from_std(sigma: torch.Tensor, weighting: str) -> torch.Tensor:
-    """`s_k ~ omega_k sigma_k` of the rewards' standard deviations `[..., K]`, before clipping; equal where all are 0."""
+    """`s_k ~ omega_k sigma_k` of the rewards' standard deviations `[..., K]`, before clipping; equal where all are 0.
+
+    `equal` and `inverse_std` both give equal shares: `omega_k ~ 1/sigma_k` makes of a raw reward one in units of its
+    standard deviation. `raw` weighs the raw rewards alike, so that the largest in its own unit leads.
+    """
+    if weighting == "equal":
+        return torch.full_like(sigma, 1 / sigma.shape[-1])
     sigma = sigma / sigma.mean(-1, keepdim=True).clamp_min(1e-30)
     sigma = torch.where(sigma.sum(-1, keepdim=True) > 0, sigma, torch.ones_like(sigma)).clamp_min(1e-6)
-    omega = {"inverse_variance": sigma**-2, "inverse_std": sigma**-1, "equal": torch.ones_like(sigma)}[weighting]
+    omega = {"inverse_variance": sigma**-2, "inverse_std": sigma**-1, "raw": torch.ones_like(sigma)}[weighting]
     return omega * sigma / (omega * sigma).sum(-1, keepdim=True)
 
 

@@ -22,8 +22,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..alignment.attach import AlignedTransformer
-from ..alignment.objective import conflict_mode
-from ..config import GenerativeConfig, VRPOConfig, options_of, settings_to_keep
+from ..config import (
+    GenerativeConfig,
+    VRPOConfig,
+    alignment_end_of,
+    end_of_alignment,
+    options_of,
+    settings_to_keep,
+)
 from ..errors import InputError, first_line
 from ..files import default_permissions, find_irregular, sync_to_disk
 from ..models.start import weights_checksum
@@ -37,6 +43,8 @@ from .setup import trainable_parameters
 
 
 logger = get_logger(__name__)
+# What version 0.1 did where there are options now, so that its runs are not continued with other values of them.
+BEFORE_IT_WAS_AN_OPTION = {"token_weighting": "uniform", "target_norm": "none"}
 MANIFEST = "manifest.json"  # in a checkpoint: size and CRC-32 of every other file
 
 
@@ -248,7 +256,7 @@ def read_training_state(checkpoint: Path, expected: dict) -> dict:
 
     Args:
         expected: settings that must not have changed, by name (`run_settings`). Those that the checkpoint does not have,
-            because an older version made it, are not compared.
+            because an older version made it, are compared with what that did, or not at all.
 
     Raises:
         InputError: if a setting has changed.
@@ -263,6 +271,20 @@ def read_training_state(checkpoint: Path, expected: dict) -> dict:
             f"`resume_from_checkpoint` {checkpoint} is damaged (training_state.json: {first_line(error)}); remove it to "
             "continue from the one before",
         ) from error
+    if settings.get("reward_weighting") == "equal" and "reward_weightings" not in state:
+        # In version 0.1 this was the name of what is `raw` now.
+        settings["reward_weighting"] = "raw"
+        if expected.get("reward_weighting") == "equal":
+            raise InputError(
+                "reward_weighting",
+                f"`reward_weighting` equal: in the version that saved {checkpoint} this meant weights of 1 for the raw "
+                "rewards, which is called raw now; give `reward_weighting` raw to continue the run",
+            )
+    for name, value in BEFORE_IT_WAS_AN_OPTION.items():
+        settings.setdefault(name, value)
+    if "conflict" in settings and "release" not in settings:
+        stop_step = settings.get("alignment_stop_step")
+        settings["release"] = end_of_alignment(settings["conflict"], None, stop_step, False)[1]
     for name, value in expected.items():
         if name in settings and settings[name] != value:
             is_option = name in options_of(VRPOConfig)
@@ -295,7 +317,7 @@ def run_settings(
     transformer = aligned.transformer
     settings["mixed_precision"] = mixed_precision
     settings["vae"] = Path(config.vae or data.vae or "none").name
-    settings["conflict"] = conflict_mode(config)
+    settings["conflict"], settings["release"] = alignment_end_of(config)
     settings["label_dropout"] = transformer.config.class_dropout_prob
     settings["streaming"] = config.streaming or None  # as version 0.1 wrote it
     if config.streaming:

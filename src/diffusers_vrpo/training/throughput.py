@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..alignment.attach import AlignedTransformer
 from ..alignment.encoders import PatchEncoder
+from ..alignment.whitening import WhitenedEncoder
 from ..errors import InputError, first_line
 from ..models.transformer_sit import SiTTransformer2DModel
 
@@ -90,6 +91,8 @@ def projector_flops(
 
 def encoder_flops(encoder) -> int:
     """FLOPs of one image through a frozen `PatchEncoder`, counted while it encodes one; 0 for cached features."""
+    if isinstance(encoder, WhitenedEncoder):
+        encoder = encoder.encoder
     if not isinstance(encoder, PatchEncoder):
         return 0
     image = torch.zeros(1, 3, *encoder.input_size, device=encoder.mean.device)

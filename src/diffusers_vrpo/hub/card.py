@@ -32,6 +32,7 @@ METRIC_NAMES = {
 }
 OBJECTIVES = {
     "none": "its own loss alone",
+    "repi": "REPI's scaffold of encoder features",
     "repa": "REPA's representation alignment",
     "vrpo": "VRPO's reward-weighted representation alignment",
 }
@@ -222,9 +223,8 @@ def card_data(run: dict, repo_id: str, license: str | None) -> ModelCardData:
     tags = ["diffusers", "image-generation", "class-conditional", kind(run).lower(), "diffusers-vrpo"]
     tags += ["diffusers-training"] if options else []
     tags += [] if kind(run) == "DiT" else ["flow-matching"]
-    tags += {"repa": ["repa", "representation-alignment"], "vrpo": ["vrpo", "representation-alignment"]}.get(
-        run["objective"], []
-    )
+    if run["objective"] in ("repi", "repa", "vrpo"):
+        tags += [run["objective"], "representation-alignment"]
     tags += ["lora"] if run["lora_rank"] else []
     if license is None and options:  # weights without a record of a run get no default
         license = "other" if base else "apache-2.0"

@@ -27,35 +27,34 @@ def parts_of(objective: str) -> list[str]:
 
 @pytest.mark.parametrize("objective", ["repi", pytest.param("vrpo", marks=pytest.mark.slow)])
 def test_a_run_resumes_across_the_end_of_the_phase(command, tmp_path, objective):
-    """Bit by bit, from a checkpoint in the phase of four steps and from one after it."""
-    options = {"objective": objective, "max_train_steps": 7, "scaffold_layer": 2, "scaffold_fraction": 0.6}
-    run(command(**options, checkpointing_steps=3))
-    straight = tmp_path / "run" / "checkpoint-7"
-    for step in (3, 6) if objective == "vrpo" else (3,):
+    """Bit by bit, from a checkpoint in the phase of three steps, and with projectors also from one after it."""
+    options = {"objective": objective, "max_train_steps": 5, "scaffold_layer": 2, "scaffold_fraction": 0.6}
+    run(command(**options, checkpointing_steps=2))
+    straight = tmp_path / "run" / "checkpoint-5"
+    for step in (2, 4) if objective == "vrpo" else (2,):
         resumed = tmp_path / f"resumed-{step}"
         start = {"resume_from_checkpoint": tmp_path / "run" / f"checkpoint-{step}", "output_dir": resumed}
         run(command(**options, **start))
-        assert_same_files(straight, resumed / "checkpoint-7", parts_of(objective))
+        assert_same_files(straight, resumed / "checkpoint-5", parts_of(objective))
         left, right = (
             torch.load(path / "optimizer.bin", weights_only=True)["state"]
-            for path in (straight, resumed / "checkpoint-7")
+            for path in (straight, resumed / "checkpoint-5")
         )
         for key, state in left.items():
             assert all(torch.equal(tensor, right[key][name]) for name, tensor in state.items())
     distances = [row["scaffold_distance"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")]
-    assert distances[:4] == [0] * 4 and distances[4] > 0
+    assert distances[:3] == [0] * 3 and distances[3] > 0
     # The maps learn in the phase (once the block's gate is open) and then rest; what is published has neither.
-    maps = [load_file(tmp_path / "run" / f"checkpoint-{n}" / "scaffold.safetensors") for n in (3, 6, 7)]
+    maps = [load_file(tmp_path / "run" / f"checkpoint-{n}" / "scaffold.safetensors") for n in (2, 4, 5)]
     same = [all(torch.equal(a[name], b[name]) for name in a) for a, b in zip(maps, maps[1:])]
     assert same == [False, True]
     assert not any("scaffold" in name for name in load_file(tmp_path / "run" / WEIGHTS))
     state = json.loads((straight / "training_state.json").read_text())
-    assert state["alignment"]["scaffold_steps"] == 4 and state["settings"]["scaffold_fraction"] == 0.6
+    assert state["alignment"]["scaffold_steps"] == 3 and state["settings"]["scaffold_fraction"] == 0.6
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("hook", [None, "fsdp"])
-@pytest.mark.parametrize("objective", ["repi", "vrpo"])
+@pytest.mark.parametrize("objective, hook", [("repi", None), ("vrpo", "fsdp")])
 def test_two_processes_train_as_one(command, trainers, tmp_path, objective, hook):
     if hook and not hasattr(torch.cpu.Stream, "record_event"):
         pytest.skip("torch shards on GPUs only")
@@ -72,9 +71,9 @@ def test_two_processes_train_as_one(command, trainers, tmp_path, objective, hook
     for name in parts_of(objective):
         one, other = (load_file(tmp_path / folder / "checkpoint-6" / name) for folder in ("run", "two"))
         assert max((one[key] - other[key]).abs().max() for key in one) < 1e-3
-    accumulated = command(**options, train_batch_size=8, gradient_accumulation_steps=2, output_dir=tmp_path / "twice")
-    run(accumulated)
-    assert losses(tmp_path / "twice") == pytest.approx(losses(tmp_path / "run"), abs=2e-5)
+    if hook is None:
+        run(command(**options, train_batch_size=8, gradient_accumulation_steps=2, output_dir=tmp_path / "twice"))
+        assert losses(tmp_path / "twice") == pytest.approx(losses(tmp_path / "run"), abs=2e-5)
 
 
 def trainer_of(tmp_path, **changes) -> VRPOTrainer:

@@ -64,7 +64,7 @@ def test_the_recommendation():
     one = torch.tensor([[0.1, 0.7], [0.3, 0.8], [0.6, 0.6]])
     found, gap = gaps(torch.stack([one, one], dim=1))
     torch.testing.assert_close(gap, torch.tensor([[0.5, 0.1], [0.3, 0.0], [0.0, 0.2]]))
-    assert recommend(found, gap) == (1, 0)
+    assert recommend(found, gap) == (1, 0) and recommend(found, gap, least=0.4) == (0, 0)
     assert recommend(found[:, :1].flip(0), gap[:, :1].flip(0)) is None  # it only falls
     # What is below 0 counts as 0.
     assert gaps(torch.tensor([[[-1.0]], [[0.5]]]))[1].tolist() == [[0.5], [0.0]]
@@ -107,7 +107,7 @@ def test_the_command(digits_pipeline, tmp_path, capsys):
     report = main([str(digits_pipeline), *options, "--output_file", str(file)])
     assert json.loads(file.read_text()) == report
     blocks, layers = len(report["gap"]), len(report["encoder_layers"])
-    assert (blocks, report["encoder_layers"][-1], layers) == (3, "output", len(report["gap"][0]))
+    assert report["encoder_layers"] == [1, 2, 3, 4, "output"] and (blocks, layers) == (3, len(report["gap"][0]))
     found = torch.tensor(report["recoverability_by_timestep"])
     assert found.shape == (2, blocks, layers) and (found <= 1).all() and found[0].mean() > found[1].mean() > 0
     assert (torch.tensor(report["gap"]) >= 0).all()
@@ -117,9 +117,9 @@ def test_the_command(digits_pipeline, tmp_path, capsys):
     assert "align block 2 with layer 1: recoverability" in format_layers(report | {"recommendation": pair})
     assert "heuristic" in format_layers(report | {"recommendation": pair | {"encoder_layer": None}})
     assert "no pair stands out" in format_layers(report | {"recommendation": None})
-    again = main([str(digits_pipeline), *options, "--encoder_layer", "-1", "1"])
-    assert again["encoder_layers"] == [layers - 2, 1]
-    assert again["recoverability"][0][1] == pytest.approx(report["recoverability"][0][1], abs=1e-5)
+    again = main([str(digits_pipeline), *options, "--encoder_layer", "-1", "0", "1"])
+    assert again["encoder_layers"] == [4, 0, 1]
+    assert again["recoverability"][0][2] == pytest.approx(report["recoverability"][0][0], abs=1e-5)
 
 
 def test_a_checkpoint_and_its_run(tmp_path, capsys):

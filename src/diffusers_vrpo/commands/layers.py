@@ -8,7 +8,7 @@ and noised to each of --timesteps (t = 1 is noise), the transformer sees them wi
 the encoder's unit features of the clean image, layer by layer, from the tokens of each block.
 
 recoverability is R² on held-out images: the part of what differs between images at the same place that the read-out finds.
-gap is how far that is below the best block's. The recommendation is the pair with the largest gap * recoverability / best: the model
+gap is how far that is below the best block's. The recommendation is the pair whose block is nearest to half of the best: the model
 gets there later, and this block is half way. It is a heuristic, not a measurement of what alignment gains.
 """
 
@@ -176,13 +176,13 @@ def layers(args: argparse.Namespace) -> dict:
 
 
 def chosen_layers(features: dict, layers: list[int] | None) -> dict:
-    """The features of the layers of `--encoder_layer`, counted as there; of all without it.
+    """The features of the layers of `--encoder_layer`, counted as there; without it of all but 0, the pixels' embedding.
 
     Raises:
         InputError: if the encoder does not have one.
     """
     if layers is None:
-        return features
+        return {index: values for index, values in features.items() if index != 0}
     last = max(index for index in features if index is not None)
     chosen = {}
     for layer in layers:
@@ -239,7 +239,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         "--encoder_layer",
         type=number_in(LAYER),
         nargs="+",
-        help="hidden states of the encoder; all of them and its output if not given",
+        help="hidden states of the encoder; all of them but 0, and its output, if not given",
     )
     g.add_argument(
         "--timesteps",

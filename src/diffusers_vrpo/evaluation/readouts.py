@@ -105,16 +105,15 @@ def gaps(recoverability: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return found.mean(1), (found.amax(0, keepdim=True) - found).mean(1)
 
 
-def recommend(found: torch.Tensor, gap: torch.Tensor, least: float = 0.01) -> tuple[int, int] | None:
-    """The (block, layer), both from 0, with the largest `gap * found / (found + gap)`; None if it is below `least`.
+def recommend(found: torch.Tensor, gap: torch.Tensor, least: float = 0.02) -> tuple[int, int] | None:
+    """The (block, layer), both from 0, whose block has come nearest to half of what the best block knows of the layer.
 
-    That is large where the best block knows much of the layer and this one about half of it: within reach and not yet
-    there. Blocks behind the best one of a layer are not candidates.
+    That is the largest `(found / best) (gap / best)` with `best = found + gap`: within reach and not yet there. Blocks behind
+    the best one of a layer, and gaps below `least`, are not candidates; None if there are no others.
     """
-    score = gap * found / (found + gap).clamp_min(1e-12)
+    best = (found + gap).clamp_min(1e-12)
     before = torch.arange(len(found)).unsqueeze(1) < found.argmax(0)
-    score = torch.where(before, score, 0.0)
-    best = int(score.argmax())
-    if score.flatten()[best] < least:
+    score = torch.where(before & (gap >= least), found * gap / best.square(), 0.0)
+    if not score.any():
         return None
-    return divmod(best, found.shape[1])
+    return divmod(int(score.argmax()), found.shape[1])

@@ -202,12 +202,16 @@ class VRPOTrainer:
         inputs = (x_t, timestep, batch["class_labels"])
         images = batch.get("pixels", batch)  # a cache has the encoders' features in their place
         self.alignment = alignment = self.objective.begin(t, images)
-        how = {"fork": alignment.fork, "align": alignment.active}
         if alignment.scaffold is not None:
             self.profile.mark("encoder")
-            how["scaffold"] = alignment.scaffold
         with self.profile("forward"):
-            prediction, projections = self.model(*inputs, **how, return_variance=self.learns_variance)
+            prediction, projections = self.model(
+                *inputs,
+                fork=alignment.fork,
+                align=alignment.active,
+                scaffold=alignment.scaffold,
+                return_variance=self.learns_variance,
+            )
             loss_fm = flow_matching_loss(prediction[:, :channels], target)
             loss = loss_fm.mean()
             self.metrics.add(loss_fm=loss)
@@ -390,6 +394,11 @@ class VRPOTrainer:
         if share > 0.01:
             logger.warning(
                 f"{share:.0%} of the averaged weights of step {self.step} are those that the run started with"
+            )
+        if self.objective.scaffolding(self.step - 1):
+            logger.warning(
+                f"the scaffold phase has not ended at step {self.step}: the pipeline draws noise, since block "
+                f"{self.aligned.scaffold_layer} gets no encoder features there (`scaffold_fraction` {args.scaffold_fraction})"
             )
         with (
             self.interruption,

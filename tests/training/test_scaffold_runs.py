@@ -8,7 +8,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from diffusers_vrpo import VRPOConfig, VRPOTrainer
+from diffusers_vrpo import AlignedTransformer, VRPOConfig, VRPOPipeline, VRPOTrainer, load_encoder
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.training.metrics import read_metrics
 from support.training import TINY_DIGITS, assert_same_files, losses, run
@@ -133,3 +133,12 @@ def test_an_oracle_draws_what_it_is_shown(tmp_path, caplog):
         assert not torch.equal(*map(torch.as_tensor, pictures))
         trainer.save_model()
     assert "the scaffold phase has not ended at step 2: the pipeline draws noise" in caplog.text
+
+    # The same from what is saved: the published pipeline, and the maps of its checkpoint.
+    pipeline = VRPOPipeline.from_pretrained(tmp_path / "run")
+    encoder = load_encoder("embedded:digits", (4, 4))
+    aligned = AlignedTransformer(pipeline.transformer, encoders=[encoder], scaffold_layer=1)
+    aligned.scaffold.load_state_dict(load_file(tmp_path / "run" / "checkpoint-2" / "scaffold_ema.safetensors"))
+    with aligned.oracle(images):
+        again = pipeline([1, 2], generator=torch.Generator().manual_seed(0), **draw).images
+    torch.testing.assert_close(torch.as_tensor(again), torch.as_tensor(pictures[0]))

@@ -16,6 +16,7 @@ _MODULES = {
     "InputError": "diffusers_vrpo.errors",
     "NoAlignment": "diffusers_vrpo.alignment.objective",
     "REPA": "diffusers_vrpo.alignment.objective",
+    "REPI": "diffusers_vrpo.alignment.objective",
     "SIT_PRESETS": "diffusers_vrpo.models.transformer_sit",
     "SiTSDEScheduler": "diffusers_vrpo.pipelines",
     "SiTTransformer2DModel": "diffusers_vrpo.models.transformer_sit",

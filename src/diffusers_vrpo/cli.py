@@ -17,6 +17,7 @@ COMMANDS = {
     "sample": "draw many images from a pipeline, as PNG files or an .npz",
     "evaluate": "measure FID and other metrics of images against a reference",
     "probe": "measure linear probes and CKNNA of a transformer's blocks",
+    "layers": "suggest which block to align with which layer of an encoder",
     "convert": "convert checkpoints of SiT, REPA, iREPA and DiT to pipelines and back",
     "report": "compare training runs: quality against steps, time and FLOPs",
     "push": "publish a run or a pipeline on the Hub",

@@ -143,6 +143,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "repa": {},
     "irepa": {"projector": "conv", "spatial_norm": 0.6},
     "rare": {"target_norm": "whiten:128", "token_weighting": "residual", "release": "plateau"},
+    "repi": {},
     "vrpo": {},
 }
 UNLESS_THE_OBJECTIVE_SETS_IT: dict[str, Any] = {
@@ -158,6 +159,7 @@ UNLESS_THE_OBJECTIVE_SETS_IT: dict[str, Any] = {
 REPA_LOSS = ("repa", "irepa", "rare")
 
 ALIGNED = Needs("objective", (*REPA_LOSS, "vrpo"))
+ENCODED = Needs("objective", (*REPA_LOSS, "repi", "vrpo"))
 VRPO = Needs("objective", ("vrpo",))
 SAMPLED = Needs("estimator", ("sampled",))
 GENERATIVE = Needs("generative_policy_start_step")
@@ -368,11 +370,11 @@ class AlignmentConfig(Options):
 
     _argument_group_name: ClassVar[str] = "alignment"
 
-    objective: Literal["none", "repa", "irepa", "rare", "vrpo"] = option(
+    objective: Literal["none", "repa", "irepa", "rare", "repi", "vrpo"] = option(
         "vrpo",
         "addition to the flow-matching loss: none; REPA's cosine loss, as it was published (repa), with iREPA's projector and "
-        "targets, or with RARE's targets, token weights and release; or VRPO's rewards; it sets other options that are not "
-        "given (docs/method.md)",
+        "targets, or with RARE's targets, token weights and release; REPI's scaffold of encoder features; or VRPO's rewards; "
+        "it sets other options that are not given (docs/method.md)",
     )
     encoder: Name[list[str] | None] = option(
         None,
@@ -387,7 +389,7 @@ class AlignmentConfig(Options):
         "early", "transformer blocks to align: early (2/7 of the depth), mid, all, or a list such as 4,8"
     )
     alignment_coeff: Coefficient | None = option(None, "weight of the alignment loss; 0.5 if not given")
-    alignment_stop_step: Annotated[Step | None, ALIGNED] = option(
+    alignment_stop_step: Annotated[Step | None, ENCODED] = option(
         None, "step at which alignment ends at the latest; it lasts for the whole run if not given"
     )
     release: Annotated[Resolved[Literal["none", "stop", "gate", "plateau"] | None], ALIGNED] = option(
@@ -429,6 +431,17 @@ class AlignmentConfig(Options):
     log_gradients: Annotated[Free[bool], Needs("objective", REPA_LOSS)] = option(
         False,
         "log cosine and ratio of the gradients of alignment and flow matching also without the gate; vrpo always does",
+    )
+    scaffold_layer: Annotated[Annotated[int, In(1, most=1000)] | None, ENCODED] = option(
+        None,
+        "block, from 1, that attends to the encoders' features at first and learns to do without them (REPI); the early one "
+        "for repi and none for others if not given",
+    )
+    scaffold_fraction: Annotated[float, In(0, most=1, exclusive=True), ENCODED] = option(
+        0.05, "part of the training in which it does; 1 never ends, as a control for evaluations (docs/method.md)"
+    )
+    scaffold_coeff: Annotated[Coefficient, ENCODED] = option(
+        2.0, "weight of the distance of its own keys and values to those of the features afterwards"
     )
 
     def __post_init__(self):
@@ -1040,6 +1053,46 @@ def check_reward_encoder(config: GenerativeConfig):
         )
 
 
+def has_scaffold(config: AlignmentConfig) -> bool:
+    """Whether a block gets keys and values from the encoders' features."""
+    return config.objective == "repi" or config.scaffold_layer is not None
+
+
+def check_scaffold(config: "VRPOConfig"):
+    """A scaffold has nothing to do without a block, and excludes what needs the block's own keys and values."""
+    if not has_scaffold(config):
+        for name in ("scaffold_fraction", "scaffold_coeff"):
+            if not is_default(config, name):
+                raise InputError(
+                    name,
+                    f"`{name}` {getattr(config, name)} has no effect without `scaffold_layer`; give it, or remove it",
+                )
+        return
+    given = "`objective` repi" if config.scaffold_layer is None else f"`scaffold_layer` {config.scaffold_layer}"
+    for name, why in (
+        ("lora_rank", "adapters change keys and values that the scaffold replaces"),
+        ("kl_coeff", "the model at the start has no scaffold"),
+    ):
+        if getattr(config, name):
+            raise InputError(
+                name, f"`{name}` {getattr(config, name)} cannot be combined with {given}: {why}; remove one"
+            )
+    if config.objective != "repi" and not config.alignment_coeff:
+        raise InputError(
+            "alignment_coeff", f"`alignment_coeff` 0 ends alignment, and with it {given}; use `objective` repi"
+        )
+    start, steps = config.generative_policy_start_step, train_steps(config)
+    if start is None or steps is None:
+        return
+    end = steps if config.scaffold_fraction == 1 else config.scaffold_fraction * steps
+    if start < end:
+        raise InputError(
+            "generative_policy_start_step",
+            f"`generative_policy_start_step` {start} must be at least {math.ceil(end)}, the end of the scaffold phase: before "
+            "it nothing can be drawn",
+        )
+
+
 def check_resume_from_hub(config: "VRPOConfig"):
     """A run that continues from the Hub keeps its training state there."""
     if config.resume_from_checkpoint == "hub" and not config.push_training_state:
@@ -1065,6 +1118,7 @@ CHECKS = (
     check_generative_start,
     check_rollouts,
     check_reward_encoder,
+    check_scaffold,
     check_resume_from_hub,
 )
 

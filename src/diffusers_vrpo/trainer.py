@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""The trainer: flow matching with representation alignment (none, REPA, VRPO), on one or more processes.
+"""The trainer: flow matching with representation alignment (none, REPI, REPA, VRPO), on one or more processes.
 
 `compute_loss` is the method on one screen. `train_step` makes an optimizer step of it, and `train` repeats that until the
 run is done. What happens around the steps (validation, publishing, the generative policy) is a callback.
@@ -209,12 +209,20 @@ class VRPOTrainer:
             x0 = self.data.latents(self.vae, batch)
         x_t, timestep, target, t = forward_process(x0, batch["noise"], batch["timestep"], config)
 
-        # One forward pass gives the prediction and the projected tokens of the aligned blocks.
+        # One forward pass gives the prediction and the projected tokens of the aligned blocks. A scaffold needs the
+        # encoders' features before.
         inputs = (x_t, timestep, batch["class_labels"])
-        self.alignment = alignment = self.objective.begin(t)
+        images = batch.get("pixels", batch)  # a cache has the encoders' features in their place
+        self.alignment = alignment = self.objective.begin(t, images)
+        if alignment.scaffold is not None:
+            self.profile.mark("encoder")
         with self.profile("forward"):
             prediction, projections = self.model(
-                *inputs, fork=alignment.fork, align=alignment.active, return_variance=self.learns_variance
+                *inputs,
+                fork=alignment.fork,
+                align=alignment.active,
+                scaffold=alignment.scaffold,
+                return_variance=self.learns_variance,
             )
             loss_fm = flow_matching_loss(prediction[:, :channels], target)
             loss = loss_fm.mean()
@@ -228,14 +236,19 @@ class VRPOTrainer:
 
         # REPA's cosine, or VRPO's rewards of the projected tokens; the fidelity reward joins in at the fork.
         if self.aligned.layers:
-            images = batch.get("pixels", batch)  # a cache has the encoders' features in their place
             with self.profile("encoder"):
-                alignment.targets = self.objective.targets(images)
+                alignment.targets = self.objective.targets(images, features=alignment.features)
             with self.profile("alignment loss"):
                 draws = {"subset": batch.get("tokens"), "index": batch["index"], "inputs": inputs}
                 loss_rep = self.objective(alignment, projections, images, loss_fm, **draws)
             loss = loss + self.args.alignment_coeff * loss_rep
             self.metrics.add(**alignment.logs)
+
+        # REPI: after the scaffold phase, the block's own keys and values follow those of the encoders' features.
+        if alignment.scaffold is not None:
+            distance = alignment.scaffold_distance()
+            loss = loss + self.args.scaffold_coeff * distance
+            self.metrics.add(scaffold_distance=distance)
         return loss
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -394,6 +407,11 @@ class VRPOTrainer:
         if share > 0.01:
             logger.warning(
                 f"{share:.0%} of the averaged weights of step {self.step} are those that the run started with"
+            )
+        if self.objective.scaffolding(self.step - 1):
+            logger.warning(
+                f"the scaffold phase has not ended at step {self.step}: the pipeline draws noise, since block "
+                f"{self.aligned.scaffold_layer} gets no encoder features there (`scaffold_fraction` {args.scaffold_fraction})"
             )
         with (
             self.interruption,

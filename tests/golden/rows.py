@@ -423,6 +423,7 @@ COMMANDS = {
     "sample": ["model", "--num_images", "8", "--output_dir", "samples"],
     "evaluate": ["samples", "--reference", "reference"],
     "probe": ["model", "--dataset_name", "digits"],
+    "layers": ["model", "--dataset_name", "digits", "--encoder", "digits"],
     "convert": ["checkpoint.pt", "converted"],
     "report": ["run"],
     "push": ["model"],

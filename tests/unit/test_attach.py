@@ -6,12 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import (
-    FluxTransformer2DModel,
-    PixArtTransformer2DModel,
-    SanaTransformer2DModel,
-    SD3Transformer2DModel,
-)
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.attention import JointTransformerBlock
 from torch import nn
@@ -21,83 +15,7 @@ from diffusers_vrpo.alignment.gradient_fork import alignment_fork, measuring_pro
 from diffusers_vrpo.alignment.objective import REPA, VRPO, NoAlignment
 from diffusers_vrpo.alignment.projectors import ConvProjector, token_grid
 from support.models import aligned_with, inputs, needs_compiler, tiny_model
-from support.official import tiny_dit
-
-
-SIZES = {"num_attention_heads": 2, "attention_head_dim": 16}
-
-
-def build(name: str) -> tuple[nn.Module, dict]:
-    """A small transformer of diffusers with random weights, and what it is called with; 16 tokens of width 32."""
-    torch.manual_seed(0)
-    x, t, text, pooled = torch.randn(2, 4, 8, 8), torch.rand(2), torch.randn(2, 5, 12), torch.randn(2, 6)
-    labels = torch.tensor([1, 2])
-    if name == "SiT":
-        return tiny_model(num_layers=4), {"hidden_states": x, "timestep": t, "class_labels": labels}
-    if name == "DiT":
-        model = tiny_dit(**SIZES, num_layers=4)
-        return model, {"hidden_states": x, "timestep": torch.tensor([3, 4]), "class_labels": labels}
-    if name == "PixArt":
-        model = PixArtTransformer2DModel(
-            **SIZES,
-            sample_size=8,
-            num_layers=4,
-            cross_attention_dim=32,
-            caption_channels=12,
-            use_additional_conditions=False,
-        )
-        arguments = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
-        arguments |= {"hidden_states": x, "encoder_hidden_states": text, "timestep": torch.tensor([3, 4])}
-    elif name == "SD3":
-        model = SD3Transformer2DModel(
-            **SIZES,
-            sample_size=8,
-            patch_size=2,
-            in_channels=4,
-            out_channels=4,
-            num_layers=4,
-            joint_attention_dim=12,
-            caption_projection_dim=32,
-            pooled_projection_dim=6,
-            pos_embed_max_size=8,
-        )
-        arguments = {
-            "hidden_states": x,
-            "encoder_hidden_states": text,
-            "pooled_projections": pooled,
-            "timestep": 1000 * t,
-        }
-    elif name == "Flux":
-        model = FluxTransformer2DModel(
-            **SIZES,
-            patch_size=1,
-            in_channels=16,
-            num_layers=2,
-            num_single_layers=2,
-            joint_attention_dim=12,
-            pooled_projection_dim=6,
-            axes_dims_rope=(4, 4, 8),
-        )
-        arguments = {"hidden_states": torch.randn(2, 16, 16), "encoder_hidden_states": text, "timestep": t}
-        arguments |= {"pooled_projections": pooled, "img_ids": torch.zeros(16, 3), "txt_ids": torch.zeros(5, 3)}
-    else:
-        model = SanaTransformer2DModel(
-            **SIZES,
-            in_channels=4,
-            out_channels=4,
-            num_layers=4,
-            num_cross_attention_heads=2,
-            cross_attention_head_dim=16,
-            cross_attention_dim=32,
-            caption_channels=12,
-            sample_size=4,
-            patch_size=1,
-        )
-        arguments = {"hidden_states": x[:, :, :4, :4], "encoder_hidden_states": text, "timestep": t}
-    for parameter in model.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.02)
-    return model.eval(), arguments
+from support.transformers import TRANSFORMERS, build
 
 
 def gradients(aligned, arguments, conflict="project") -> list[torch.Tensor]:
@@ -110,10 +28,7 @@ def gradients(aligned, arguments, conflict="project") -> list[torch.Tensor]:
     return [probe.grad, *(p.grad if p.grad is not None else torch.zeros_like(p) for p in aligned.parameters())]
 
 
-NAMES = ["SiT", "DiT", "PixArt", "SD3", "Flux", "Sana"]
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TRANSFORMERS)
 def test_any_transformer_of_diffusers_is_aligned(name):
     """The prediction stays, the projections are those of the image tokens, and gradients reach the blocks below only."""
     model, arguments = build(name)
@@ -148,7 +63,7 @@ def test_any_transformer_of_diffusers_is_aligned(name):
     assert len(transformer_blocks(model)[1]._forward_hooks) == 1  # this test's own
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TRANSFORMERS)
 def test_gradient_checkpointing_gives_the_same_gradients(name):
     model, arguments = build(name)
     aligned = aligned_with(model, layers=(2, 3), dims=(12, 20)).train()

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from diffusers_vrpo.command_line import parse_config, training_parser
-from diffusers_vrpo.commands import convert, evaluate, prepare, probe, report, sample
+from diffusers_vrpo.commands import convert, evaluate, layers, prepare, probe, report, sample
 from diffusers_vrpo.config import In, VRPOConfig, checked_value, options_of
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.evaluation.compare import MetricSettings, few_images
@@ -69,7 +69,7 @@ def test_recipes_lie_in_the_ranges(file):
 
 PARSERS = {
     module.__name__.rsplit(".", 1)[1]: module.build_parser("vrpo")
-    for module in (convert, evaluate, prepare, probe, report, sample)
+    for module in (convert, evaluate, layers, prepare, probe, report, sample)
 }
 # A value of a metric may be any number; the interval is checked as a whole.
 UNBOUNDED = {"target", "guidance_interval"}

@@ -1,13 +1,15 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Attaches alignment to a diffusers transformer: projectors on the image tokens of some of its blocks.
+"""Attaches alignment to a diffusers transformer: projectors on the image tokens of some of its blocks, and a scaffold.
 
-Forward hooks on the blocks read the tokens and pass them through the fork (gradient_fork.py). The transformer itself
-is not changed: a pipeline saves it and samples from it without the projectors.
+Forward hooks on the blocks read the tokens and pass them through the fork (gradient_fork.py), others give the keys and
+values of a block to the scaffold (scaffold.py). The transformer itself is not changed: a pipeline saves it and samples from
+it without projectors and scaffold.
 
 A limit: in transformers with a text stream (SD3, Flux), flow matching also reaches the lower blocks through the text
 tokens. The fork sees, weighs and compares the gradient of the image tokens alone.
 """
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable
@@ -18,7 +20,9 @@ from diffusers.hooks._helpers import TransformerBlockRegistry
 from torch import nn
 
 from ..errors import InputError
+from .gradient_fork import with_zero_gradient
 from .projectors import ConvProjector, make_projector, token_grid
+from .scaffold import Scaffold, ScaffoldStep, self_attention
 
 
 def alignment_layers(layer_scope: str, num_layers: int) -> list[int]:
@@ -76,10 +80,11 @@ def image_tokens_index(block: nn.Module, output: torch.Tensor | tuple) -> int | 
 
 @dataclass
 class _Call:
-    """One call of the aligned transformer: its fork, and the tokens that the hooks collect for the projectors."""
+    """One call of the aligned transformer: its fork, the tokens that the hooks collect for the projectors, and its scaffold."""
 
     fork: Callable | None
     tokens: dict[int, list[torch.Tensor]] | None = field(default_factory=dict)
+    scaffold: ScaffoldStep | None = None
 
 
 @dataclass
@@ -88,13 +93,14 @@ class _Attachment:
 
     `next` describes the next call of the transformer and `current` the last one. It is None if the transformer is called
     directly, for example by a pipeline. `current` outlives the call, because with gradient checkpointing the blocks and
-    their hooks run a second time during backward.
+    their hooks run a second time during backward. `oracle` makes the scaffold of a direct call from the transformer's input.
     """
 
     deepest: int
     projectors_per_layer: int
     next: _Call | None = None
     current: _Call | None = None
+    oracle: Callable[[torch.Tensor], ScaffoldStep] | None = None
 
 
 class _StartCall:
@@ -103,8 +109,11 @@ class _StartCall:
     def __init__(self, attachment: _Attachment):
         self.attachment = attachment
 
-    def __call__(self, transformer, inputs):
-        self.attachment.current, self.attachment.next = self.attachment.next, None
+    def __call__(self, transformer, args, kwargs):
+        attachment = self.attachment
+        attachment.current, attachment.next = attachment.next, None
+        if attachment.current is None and attachment.oracle is not None:
+            attachment.current = _Call(None, None, attachment.oracle(first_input(args, kwargs)))
 
 
 class _TakeTokens:
@@ -117,7 +126,7 @@ class _TakeTokens:
     @torch.compiler.disable
     def __call__(self, block, inputs, output):
         call = self.attachment.current
-        if call is None:
+        if call is None or (call.fork is None and call.tokens is None):
             return None
         index = image_tokens_index(block, output)
         onward = output if index is None else output[index]
@@ -132,17 +141,23 @@ class _TakeTokens:
         return onward if index is None else (*output[:index], onward, *output[index + 1 :])
 
 
-class _WithZeroGradient(torch.autograd.Function):
-    """Returns the first tensor unchanged; the others get a gradient of zero in the backward pass."""
+class _TakeKeysOrValues:
+    """Forward hook of `to_k` (0) or `to_v` (1) of the scaffolded block."""
 
-    @staticmethod
-    def forward(ctx, x, *resting):
-        ctx.save_for_backward(*resting)
-        return x.view_as(x)
+    def __init__(self, attachment: _Attachment, index: int):
+        self.attachment, self.index = attachment, index
 
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient, *(torch.zeros_like(tensor) for tensor in ctx.saved_tensors)
+    def __call__(self, layer, inputs, output):
+        call = self.attachment.current
+        if call is None or call.scaffold is None:
+            return None
+        return call.scaffold.take(self.index, layer, output)
+
+
+def first_input(args: tuple, kwargs: dict) -> torch.Tensor | None:
+    """The noisy latents among the arguments of a transformer: `hidden_states`, or the first tensor."""
+    given = [kwargs.get("hidden_states"), *args, *kwargs.values()]
+    return next((x for x in given if isinstance(x, torch.Tensor)), None)
 
 
 class AlignedTransformer(nn.Module):
@@ -151,7 +166,8 @@ class AlignedTransformer(nn.Module):
         aligned = AlignedTransformer(transformer, layers=[8], encoders=[encoder])
         prediction, projections = aligned(x_t, timestep, ..., fork=step.fork)
 
-    Train the wrapper (its parameters are the transformer's, then the projectors'), save and sample `aligned.transformer`.
+    Train the wrapper (its parameters are the transformer's, the projectors' and the scaffold's, in this order), save and
+    sample `aligned.transformer`.
     It works with gradient checkpointing, compiled blocks, autocast, DDP, and FSDP2 and DeepSpeed through accelerate. A
     backward pass with gradient checkpointing must follow its forward pass before the transformer is called again.
 
@@ -167,9 +183,12 @@ class AlignedTransformer(nn.Module):
         grid_size (`(int, int)`, *optional*): rows and columns of the image tokens; by default the transformer's `grid_size`,
             or derived from the shape of its input, which is not possible for packed latents as in Flux.
         blocks (`list[nn.Module]`, *optional*): the blocks that `layers` counts, if the transformer has other names for them.
+        scaffold_layer (`int`, *optional*): the block, counted as `layers`, that gets keys and values from the encoders'
+            features, as the objective's `scaffold_fraction` says (docs/method.md); none without it.
 
     Raises:
-        ValueError: if a layer or projector does not exist, or the transformer's blocks or width are not known.
+        ValueError: if a layer or projector does not exist, the transformer's blocks or width are not known, or the scaffolded
+            block has no `to_k` and `to_v`.
     """
 
     def __init__(
@@ -182,6 +201,7 @@ class AlignedTransformer(nn.Module):
         hidden_dim: int | None = None,
         grid_size: tuple[int, int] | None = None,
         blocks: list[nn.Module] | None = None,
+        scaffold_layer: int | None = None,
     ):
         super().__init__()
         self.transformer = transformer
@@ -192,9 +212,15 @@ class AlignedTransformer(nn.Module):
         grid_size = grid_size or getattr(transformer, "grid_size", None)
         self.grid_size = tuple(grid_size) if grid_size else None
         self.ended = False
-        blocks = (blocks or transformer_blocks(transformer)) if self.layers else []
+        blocks = (blocks or transformer_blocks(transformer)) if self.layers or scaffold_layer is not None else []
         if self.layers and not 1 <= self.layers[0] <= self.layers[-1] <= len(blocks):
             raise ValueError(f"layers {self.layers} must lie in 1 ... {len(blocks)}, the transformer's blocks")
+        if scaffold_layer is not None and not 1 <= scaffold_layer <= len(blocks):
+            raise ValueError(
+                f"scaffold_layer {scaffold_layer} must lie in 1 ... {len(blocks)}, the transformer's blocks"
+            )
+        if scaffold_layer is not None and not self.encoders:
+            raise ValueError(f"scaffold_layer {scaffold_layer} needs `encoders`, whose features it uses")
         if self.layers and hidden_dim is None:
             config = transformer.config
             if not {"num_attention_heads", "attention_head_dim"} <= set(config):
@@ -217,38 +243,57 @@ class AlignedTransformer(nn.Module):
         self._handles = [
             blocks[layer - 1].register_forward_hook(_TakeTokens(self._attachment, layer)) for layer in self.layers
         ]
-        self._handles.append(transformer.register_forward_pre_hook(_StartCall(self._attachment)))
+        self._handles.append(transformer.register_forward_pre_hook(_StartCall(self._attachment), with_kwargs=True))
+
+        self.scaffold_layer, self.scaffold = scaffold_layer, None
+        # Of the last call with gradients: whether it aligned, and its scaffold.
+        self._last: tuple[bool, ScaffoldStep | None] | None = None
+        if scaffold_layer is not None:
+            block = blocks[scaffold_layer - 1]
+            self._scaffolded = [block]  # in a list, since it is a submodule of the transformer
+            self.scaffold, attention = Scaffold(block, self.embed_dims), self_attention(block)
+            for index, layer in enumerate((attention.to_k, attention.to_v)):
+                self._handles.append(layer.register_forward_hook(_TakeKeysOrValues(self._attachment, index)))
 
     @property
     def _no_split_modules(self) -> list[str] | None:
         """The transformer's attribute, in which accelerate finds the modules that FSDP shards as one unit."""
         return getattr(self.transformer, "_no_split_modules", None)
 
-    def forward(self, *args, fork: Callable | None = None, align: bool = True, **kwargs):
+    def forward(
+        self, *args, fork: Callable | None = None, align: bool = True, scaffold: ScaffoldStep | None = None, **kwargs
+    ):
         """
         Args:
             args, kwargs: arguments of the transformer.
             fork: called as `f(tokens, deepest)` after every aligned block, `deepest` being true for the last of them; returns
                 the tokens for the blocks above and those for the projectors. An objective's `begin` creates it.
             align (`bool`): whether to run the projectors; otherwise, and after `end`, there are no projections.
+            scaffold (`ScaffoldStep`, *optional*): replaces or records the keys and values of the scaffolded block. An
+                objective's `begin` creates it; it serves one call.
 
         Returns:
             the transformer's prediction; a tuple of projected tokens `[B,N,E]`, not normalised, one for each aligned block
             and encoder.
         """
         align = align and not self.ended and bool(self.layers)
-        call = _Call(fork) if align else None
+        first = first_input(args, kwargs)
+        if scaffold is not None:
+            self._fill(scaffold, first)
+        call = _Call(fork, {}, scaffold) if align else _Call(None, None, scaffold)
         self._attachment.next = call
         prediction = self.transformer(*args, **kwargs, return_dict=False)[0]
-        several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if self.ended and several and torch.is_grad_enabled():
-            # DDP waits for a gradient of every parameter.
-            resting = [parameter for parameter in self.projectors.parameters() if parameter.requires_grad]
-            prediction = _WithZeroGradient.apply(prediction, *resting)
+        if scaffold is not None:
+            scaffold.end()
+        if torch.is_grad_enabled():
+            self._last = (align, scaffold)
+            resting = self._resting_parameters()
+            if resting and torch.distributed.is_available() and torch.distributed.is_initialized():
+                # DDP waits for a gradient of every parameter.
+                prediction = with_zero_gradient(prediction, *resting)
         if not align:
             return prediction, ()
         tokens, call.tokens = call.tokens, None
-        first = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
         projections = []
         for number, projector in enumerate(self.projectors):
             layer, i = divmod(number, len(self.embed_dims))
@@ -260,6 +305,57 @@ class AlignedTransformer(nn.Module):
                 projections.append(projector(hidden_states))
         return prediction, tuple(projections)
 
+    def _fill(self, scaffold: ScaffoldStep, hidden_states: torch.Tensor):
+        """Computes the keys and values of the maps for an input of the transformer."""
+        # Compiled blocks share a graph, which does not see the hooks inside one of them: that block runs as it is.
+        self._scaffolded[0]._compiled_call_impl = None
+        patch_size = getattr(self.transformer.config, "patch_size", None) or 1
+        scaffold.begin(self.scaffold, hidden_states, patch_size, self.grid_size)
+
+    def _resting_parameters(self) -> list[nn.Parameter]:
+        """The projectors' and the scaffold's parameters on which the loss of the last call does not depend."""
+        if self._last is None:
+            return []
+        aligned, scaffold = self._last
+        modules = [] if aligned else [self.projectors]
+        if self.scaffold is not None and not (scaffold is not None and scaffold.replaces):
+            modules.append(self.scaffold)
+        return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+
+    @contextlib.contextmanager
+    def oracle(self, images):
+        """The scaffolded block gets keys and values from real images also where a pipeline calls the transformer.
+
+            with aligned.oracle(images):
+                pipeline(class_labels=labels, guidance_scale=1.0)
+
+        A control for evaluations, which shows whether they see better features at all: what is drawn is told what to draw,
+        so it is not generated. It is meant for a scaffold phase that never ends (`scaffold_fraction` 1).
+
+        Args:
+            images: the encoders' input, as many as the pipeline draws.
+
+        Raises:
+            ValueError: without a scaffold or encoders.
+        """
+        if self.scaffold is None or not self.encoders:
+            raise ValueError(
+                "an oracle needs `scaffold_layer`, and encoders that have not been freed by the end of alignment"
+            )
+        with torch.no_grad():
+            features = [encoder(images) for encoder in self.encoders]
+
+        def step(hidden_states: torch.Tensor) -> ScaffoldStep:
+            made = ScaffoldStep(features, replaces=True)
+            self._fill(made, hidden_states)
+            return made
+
+        self._attachment.oracle = step
+        try:
+            yield
+        finally:
+            self._attachment.oracle = self._attachment.current = None
+
     def end(self):
         """Ends alignment: frees the encoders and stops running the projectors in `forward`.
 
@@ -270,10 +366,17 @@ class AlignedTransformer(nn.Module):
         self._attachment.current = None
 
     def clear_resting_gradients(self):
-        """Removes the projectors' gradients if alignment has ended; called after backward."""
-        if self.ended:
-            for parameter in self.projectors.parameters():
-                parameter.grad = None
+        """Removes the zero gradients of the parameters that the last call did not train; called after backward.
+
+        These are the projectors after the end of alignment, the scaffold's maps after the scaffold phase, and during it the
+        scaffolded block's own layers for keys and values.
+        """
+        resting = self._resting_parameters()
+        if self._last is not None and self._last[1] is not None:
+            resting += [parameter for layer in self._last[1].resting for parameter in layer.parameters()]
+        for parameter in resting:
+            parameter.grad = None
+        self._last = None
 
     def detach(self) -> nn.Module:
         """Removes the hooks from the transformer and returns it."""
@@ -285,7 +388,7 @@ class AlignedTransformer(nn.Module):
     def frozen_copy(self) -> "AlignedTransformer":
         """Returns a frozen copy in evaluation mode, without encoders."""
         encoders, self.encoders = self.encoders, []
-        self._attachment.current = None
+        self._attachment.current = self._last = None
         try:
             return copy.deepcopy(self).eval().requires_grad_(False)
         finally:

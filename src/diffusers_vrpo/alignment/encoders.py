@@ -151,6 +151,33 @@ def load_encoder(
     return PatchEncoder(model, features.shape[1], grid_size, input_size, layer, pixel_format, resize)
 
 
+def features_of_layers(encoder: PatchEncoder, images) -> dict[int | None, torch.Tensor]:
+    """Patch embeddings `[B, N, E]` of all hidden states that are token maps, by their index; a ViT's output has None.
+
+    Args:
+        encoder: whose own layer determines the input size.
+        images (`torch.Tensor` of shape `(batch, 3, height, width)`): as for the encoder.
+    """
+    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        pixels = encoder.preprocess(images)
+        output = _apply(encoder.model, pixels, hidden_states=True)
+        states = dict(enumerate(_states(output)))
+        pyramid = any(state.ndim == 4 for state in states.values())
+        if not pyramid:
+            states[None] = output.last_hidden_state
+        features = {}
+        for index, state in states.items():
+            if not pyramid:
+                state = _token_map(state, encoder.model.config, pixels.shape[2:])
+            elif state.ndim == 3 or state.shape[2] != state.shape[3] or 1 == state.shape[2] < max(encoder.grid_size):
+                continue  # tokens among maps, channels last, or pooled
+            state = state.float()
+            if tuple(state.shape[2:]) != encoder.grid_size:
+                state = F.interpolate(state, encoder.grid_size, mode="bilinear", antialias=True)
+            features[index] = state.flatten(2).transpose(1, 2).contiguous()
+        return features
+
+
 def spatial_normalize(features, strength=0.6):
     """iREPA's normalisation over tokens, `(f - strength * mean_N f) / (std_N f + 1e-6)`; the identity when N = 1.
 

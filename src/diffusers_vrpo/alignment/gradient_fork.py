@@ -126,3 +126,21 @@ def alignment_fork(fidelity_share: torch.Tensor, probe: torch.Tensor, conflict: 
         return hidden_states, scale_gradient(hidden_states, 1 - fidelity_share)
 
     return split
+
+
+class _WithZeroGradient(torch.autograd.Function):
+    """Returns the first tensor unchanged; the others get a gradient of zero in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, *resting):
+        ctx.save_for_backward(*resting)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, *(torch.zeros_like(tensor) for tensor in ctx.saved_tensors)
+
+
+def with_zero_gradient(x: torch.Tensor, *resting: torch.Tensor) -> torch.Tensor:
+    """Returns `x` unchanged; in its backward pass the other tensors get a gradient of zero, which DDP waits for."""
+    return _WithZeroGradient.apply(x, *resting)

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""The alignment term of a training step: `NoAlignment`, `REPA` and `VRPO`, which share one interface.
+"""The alignment term of a training step: `NoAlignment`, `REPI`, `REPA` and `VRPO`, which share one interface.
 
     aligned = AlignedTransformer(transformer, layers=[8], encoders=[encoder])
     objective = VRPO(aligned, max_train_steps=400_000)
@@ -11,6 +11,13 @@
     objective.observe(step)
     optimizer.step()
     objective.update()
+
+With a scaffold (REPI, alone or beside REPA and VRPO) three lines have more:
+
+    aligned = AlignedTransformer(transformer, layers=[8], encoders=[encoder], scaffold_layer=8)
+    step = objective.begin(t, images)
+    prediction, projections = aligned(x_t, ..., fork=step.fork, align=step.active, scaffold=step.scaffold)
+    loss = ... + objective.scaffold_coeff * step.scaffold_distance()
 
 `begin` to `observe` belong to a micro-batch, `update` to an optimizer step. The objective counts both. Formulas:
 docs/method.md.
@@ -26,6 +33,7 @@ import torch
 import torch.nn.functional as F
 
 from ..config import REPA_LOSS, alignment_end_of, end_of_alignment
+from ..errors import InputError
 from ..models import ddpm
 from .attach import AlignedTransformer
 from .encoders import resample_tokens, spatial_normalize
@@ -44,6 +52,7 @@ from .policy import (
 from .release import RELEASES, ConflictGate, Release
 from .reward_statistics import RewardStatistics, parse_reward_weighting
 from .rewards import DEFAULT_REWARDS, FIDELITY, load_rewards, normalize
+from .scaffold import ScaffoldStep
 from .token_weights import TOKEN_WEIGHTINGS, residual_weights, target_distance
 from .whitening import TARGET_WHITENING, WhitenedEncoder, Whitenings
 
@@ -61,6 +70,8 @@ class AlignmentStep:
         active: whether this micro-batch is aligned.
         fork: argument for the call of the aligned transformer; None if no gradients are weighed.
         targets: the encoders' targets, if they are computed before the objective is called.
+        features: the encoders' output, `[B,M,E]` each, if they have run for the scaffold.
+        scaffold: argument for the call of the aligned transformer; None without one.
         logs: device scalars to log, by name; set by the call.
     """
 
@@ -69,10 +80,16 @@ class AlignmentStep:
     fork: Callable | None = None
     number: int = 0  # of the micro-batch within its optimizer step
     targets: list[torch.Tensor] | None = None
+    features: list[torch.Tensor] | None = None
+    scaffold: ScaffoldStep | None = None
     logs: dict[str, torch.Tensor] = field(default_factory=dict)
     probe: torch.Tensor | None = None  # its gradient is the cosine between the two gradients, and their ratio
     shares: torch.Tensor | None = None  # of the rewards, `[L,B,K]`
     tau: torch.Tensor | None = None
+
+    def scaffold_distance(self) -> torch.Tensor:
+        """The distance of the block's keys and values to the scaffold's, a scalar; 0 in the scaffold phase or without one."""
+        return torch.zeros((), device=self.t.device) if self.scaffold is None else self.scaffold.distance()
 
 
 class NoAlignment:
@@ -85,6 +102,9 @@ class NoAlignment:
     reward_names: tuple[str, ...] = ()
     alignment_coeff = 0.0
 
+    scaffold_steps: float = 0
+    scaffold_coeff = 0.0
+
     def __init__(self, aligned: AlignedTransformer | None = None):
         self.aligned = aligned
         self.step_number = 0
@@ -93,9 +113,65 @@ class NoAlignment:
         """Whether this optimizer step, from 0, aligns."""
         return False
 
-    def begin(self, t: torch.Tensor) -> AlignmentStep:
-        """Starts a micro-batch of flow times `t [B]`."""
+    def scaffolding(self, step_number: int) -> bool:
+        """Whether the scaffolded block gets keys and values from the encoders' features in this optimizer step, from 0."""
+        return step_number < self.scaffold_steps
+
+    def begin(self, t: torch.Tensor, images=None) -> AlignmentStep:
+        """Starts a micro-batch of flow times `t [B]`.
+
+        Args:
+            images: as for `targets`; needed with a scaffold, whose features the encoders compute here.
+        """
         return AlignmentStep(t, active=False)
+
+    def _set_scaffold(self, max_train_steps: int, fraction: float, coeff: float, stop_step: int | None):
+        """Sets the length of the scaffold phase, if the aligned transformer has a scaffold.
+
+        Raises:
+            InputError: if alignment stops before the block has learned keys and values of its own.
+        """
+        if self.aligned.scaffold is None:
+            return
+        # At least one step; a phase of the whole training does not end if the training becomes longer.
+        self.scaffold_steps = math.inf if fraction == 1 else max(1, round(fraction * max_train_steps))
+        self.scaffold_coeff = coeff
+        if stop_step is not None and stop_step <= self.scaffold_steps:
+            phase = "never ends" if fraction == 1 else f"lasts {self.scaffold_steps} steps"
+            raise InputError(
+                "alignment_stop_step",
+                f"`alignment_stop_step` {stop_step} must be above the end of the scaffold phase, which {phase} with "
+                f"`scaffold_fraction` {fraction}: the block has no keys and values of its own before",
+            )
+
+    def _begin(self, t: torch.Tensor, images) -> AlignmentStep:
+        """Starts a micro-batch that may be aligned or have a scaffold; the first one with neither ends the alignment."""
+        active, scaffolding = self.active(self.step_number), self.scaffolding(self.step_number)
+        if not active and not scaffolding:
+            self._end()
+            return AlignmentStep(t, active=False)
+        step = AlignmentStep(t, active)
+        if self.aligned.scaffold is not None:
+            if images is None:
+                raise ValueError(
+                    "a scaffold needs the encoders' features before the forward pass; call `begin(t, images)`"
+                )
+            step.features = self.features(images)
+            step.scaffold = ScaffoldStep(step.features, replaces=scaffolding)
+        return step
+
+    def _end(self):
+        """Frees the encoders and other unneeded objects."""
+        if not self.aligned.ended:
+            self.aligned.end()
+            if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+                step = self.step_number
+                logger.info(f"alignment has ended at step {step}; neither encoder nor projector runs from here on")
+
+    @torch.no_grad()
+    def features(self, images) -> list[torch.Tensor]:
+        """The encoders' patch embeddings of `images` on their own grids, `[B,M,E]` each."""
+        return [encoder(images) for encoder in self.aligned.encoders]
 
     def targets(self, images) -> list[torch.Tensor]:
         """The encoders' patch embeddings of `images`: an empty list."""
@@ -107,6 +183,8 @@ class NoAlignment:
 
     def observe(self, step: AlignmentStep):
         """Updates statistics after the backward pass of a micro-batch."""
+        if self.aligned is not None:
+            self.aligned.clear_resting_gradients()
 
     def update(self, all_reduce: Callable | None = None):
         """Updates statistics after an optimizer step."""
@@ -121,16 +199,61 @@ class NoAlignment:
         return {}
 
     def release_state(self) -> dict:
-        """The state of the end of alignment for a checkpoint, in JSON types."""
-        return {"stop_step": None, "gate_window": None}
+        """The state of the end of alignment, and of the scaffold phase, for a checkpoint, in JSON types."""
+        return {"stop_step": None, "gate_window": None, **self._scaffold_state()}
+
+    def _scaffold_state(self) -> dict:
+        ends = 0 < self.scaffold_steps < math.inf
+        return {"scaffold_steps": self.scaffold_steps} if ends else {}
 
     def resume(self, step_number: int, release_state: dict | None = None):
         """Continues at an optimizer step, after `stateful()` was loaded.
 
         Args:
-            release_state: what `release_state()` returned, if a checkpoint is continued.
+            release_state: what `release_state()` returned, if a checkpoint is continued. A run that has become longer keeps
+                its scaffold phase.
         """
         self.step_number = step_number
+        if release_state is not None and self.scaffold_steps:
+            self.scaffold_steps = release_state.get("scaffold_steps", self.scaffold_steps)
+
+
+class REPI(NoAlignment):
+    """A scaffold without projectors (arXiv 2609.35292): one block learns to attend as to an encoder's features.
+
+    Args:
+        aligned (`AlignedTransformer`): has a scaffold and encoders.
+        max_train_steps (`int`): optimizer steps of the training.
+        scaffold_fraction (`float`): the part of them in which the block gets keys and values from the features; with 1 it
+            always does (the oracle), and the transformer cannot be sampled without features.
+        scaffold_coeff (`float`): weight of the distance to the scaffold's keys and values afterwards.
+        alignment_stop_step (`int`, *optional*): the first step without that pull, and without the encoders.
+
+    Raises:
+        ValueError: if `aligned` has no scaffold.
+        InputError: if the pull ends before the scaffold phase.
+    """
+
+    def __init__(
+        self,
+        aligned: AlignedTransformer,
+        max_train_steps: int,
+        scaffold_fraction: float = 0.05,
+        scaffold_coeff: float = 2.0,
+        alignment_stop_step: int | None = None,
+    ):
+        super().__init__(aligned)
+        if aligned.scaffold is None:
+            raise ValueError("REPI needs an aligned transformer with `scaffold_layer`")
+        self._set_scaffold(max_train_steps, scaffold_fraction, scaffold_coeff, alignment_stop_step)
+        self.stop_step = math.inf if alignment_stop_step is None else alignment_stop_step
+
+    def active(self, step_number: int) -> bool:
+        """Whether encoders run in this optimizer step, from 0."""
+        return step_number < self.stop_step
+
+    def begin(self, t: torch.Tensor, images=None) -> AlignmentStep:
+        return self._begin(t, images)
 
 
 class REPA(NoAlignment):
@@ -153,6 +276,7 @@ class REPA(NoAlignment):
         prediction_type (`str`, *optional*): `"velocity"`, whose flow times are uniform, or `"epsilon"`, whose flow times
             are those of DDPM's noise levels; by default that of the transformer's config, or `"velocity"`.
         device (*optional*): device of the statistics; by default the transformer's.
+        scaffold_fraction, scaffold_coeff: as of `REPI`, if `aligned` has a scaffold.
 
     Raises:
         InputError: if `conflict`, `release` and `alignment_stop_step` contradict each other.
@@ -174,8 +298,11 @@ class REPA(NoAlignment):
         log_gradients: bool = False,
         token_weighting: str = "uniform",
         release: str | None = None,
+        scaffold_fraction: float = 0.05,
+        scaffold_coeff: float = 2.0,
     ):
         super().__init__(aligned)
+        self._set_scaffold(max_train_steps, scaffold_fraction, scaffold_coeff, alignment_stop_step)
         conflict, release = end_of_alignment(conflict, release, alignment_stop_step, self.gate_by_default)
         for name, value, choices in (
             ("conflict", conflict, CONFLICTS),
@@ -213,42 +340,41 @@ class REPA(NoAlignment):
         """Whether this optimizer step, from 0, aligns. After the first that does not, none does, on any process."""
         return bool(self.aligned.layers) and self.alignment_coeff > 0 and self.release.active(step_number)
 
-    def begin(self, t: torch.Tensor) -> AlignmentStep:
-        """Starts a micro-batch of flow times `t [B]`. The first one that is not aligned ends the alignment."""
-        if not self.active(self.step_number):
-            self._end()
-            return AlignmentStep(t, active=False)
-        step = AlignmentStep(t, active=True, number=self._micro_steps)
+    def begin(self, t: torch.Tensor, images=None) -> AlignmentStep:
+        """Starts a micro-batch of flow times `t [B]`. The first one that is not aligned ends the alignment.
+
+        Args:
+            images: as for `targets`; needed with a scaffold.
+        """
+        step = self._begin(t, images)
+        if not step.active:
+            return step
+        step.number = self._micro_steps
         self._micro_steps += 1
         if self.forks:
             step.probe = measuring_probe(len(t), t.device)
             step.fork = alignment_fork(self._fidelity_share(step), step.probe, self.conflict)
         return step
 
-    def _end(self):
-        """Frees the encoders and other unneeded objects."""
-        if not self.aligned.ended:
-            self.aligned.end()
-            if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-                step = self.step_number
-                logger.info(f"alignment has ended at step {step}; neither encoder nor projector runs from here on")
-
     def _fidelity_share(self, step: AlignmentStep) -> torch.Tensor:
         """`s_f [B]`, the share of the fidelity reward at the fork."""
         return torch.zeros_like(step.t)
 
     @torch.no_grad()
-    def targets(self, images, num_tokens: int | None = None) -> list[torch.Tensor]:
+    def targets(
+        self, images, num_tokens: int | None = None, features: list[torch.Tensor] | None = None
+    ) -> list[torch.Tensor]:
         """`y [B,N,E]` of each encoder: unit patch embeddings, float32.
 
         Args:
             images: the encoders' input: pixels `[B,3,H,W]` in [-1, 1], or a batch with cached features.
             num_tokens: N; by default the product of the aligned transformer's `grid_size`, if it is known. Embeddings
                 on another grid are resampled.
+            features: what `features(images)` returned, if the encoders have run already.
         """
         grid_size = self.aligned.grid_size
         num_tokens = num_tokens or (math.prod(grid_size) if grid_size else None)
-        features = [encoder(images) for encoder in self.aligned.encoders]
+        features = self.features(images) if features is None else features
         if num_tokens is not None:
             features = [f if f.shape[1] == num_tokens else resample_tokens(f, num_tokens, grid_size) for f in features]
         if self.spatial_norm > 0:
@@ -280,7 +406,9 @@ class REPA(NoAlignment):
         if not step.active:
             step.logs = {"alignment_coeff": torch.zeros((), device=loss_fm.device)} if self.aligned.projectors else {}
             return torch.zeros((), device=loss_fm.device)
-        targets = self.targets(images, projections[0].shape[1]) if step.targets is None else step.targets
+        targets = step.targets
+        if targets is None:
+            targets = self.targets(images, projections[0].shape[1], step.features)
         weight = timestep_weight(step.t, self.timestep_weighting) / self.mean_weight
         if self.conflict == "gate":
             weight = weight * self.gate.lookup(step.t)
@@ -322,7 +450,7 @@ class REPA(NoAlignment):
         """Records cosine and ratio of the two gradients, which are the gradient of the probe after backward."""
         if step.probe is not None:
             self.gate.observe(step.t, *step.probe.grad)
-        self.aligned.clear_resting_gradients()
+        super().observe(step)
 
     def update(self, all_reduce: Callable | None = None):
         """Updates statistics after an optimizer step; `all_reduce(tensor)` sums over processes."""
@@ -351,10 +479,10 @@ class REPA(NoAlignment):
         return {"conflict_gate": self.gate, **plateau, **whitenings}
 
     def release_state(self) -> dict:
-        return self.release.state()
+        return self.release.state() | self._scaffold_state()
 
     def resume(self, step_number: int, release_state: dict | None = None):
-        super().resume(step_number)
+        super().resume(step_number, release_state)
         if release_state is None or not self.release.restore(release_state):
             self.release.look_ahead(step_number)
 
@@ -377,6 +505,7 @@ class VRPO(REPA):
         clip_range (`float`): c of PPO's clipping.
         kl_coeff (`float`): weight of the divergence from the model at the start.
         seed (`int`): of the actions' noise.
+        scaffold_fraction, scaffold_coeff: as of `REPI`, if `aligned` has a scaffold.
         autocast: returns the autocast context for the reference model of `kl_coeff`.
 
     Raises:
@@ -408,6 +537,8 @@ class VRPO(REPA):
         autocast: Callable = contextlib.nullcontext,
         token_weighting: str = "uniform",
         release: str | None = None,
+        scaffold_fraction: float = 0.05,
+        scaffold_coeff: float = 2.0,
     ):
         super().__init__(
             aligned,
@@ -421,6 +552,8 @@ class VRPO(REPA):
             device,
             token_weighting=token_weighting,
             release=release,
+            scaffold_fraction=scaffold_fraction,
+            scaffold_coeff=scaffold_coeff,
         )
         if estimator not in ("expected", "sampled"):
             raise ValueError(f"estimator {estimator!r} must be one of expected, sampled")
@@ -437,6 +570,8 @@ class VRPO(REPA):
         weighting = parse_reward_weighting(reward_weighting, len(self.reward_names))
         # One row per projector, ordered by block and then by encoder.
         self.statistics = RewardStatistics(len(aligned.projectors), len(self.reward_names), weighting, self.device)
+        if kl_coeff and aligned.scaffold is not None:
+            raise ValueError("kl_coeff cannot be combined with a scaffold: the model at the start has none")
         self.reference = aligned.frozen_copy() if kl_coeff else None
         self.draws: dict[tuple[int, int], torch.Tensor] = {}
 
@@ -534,7 +669,7 @@ def objective_from_config(
     """Builds the objective for the alignment and policy options.
 
     Args:
-        config: `objective` (`"none"`, `"repa"`, `"irepa"`, `"rare"` or `"vrpo"`) and the options of the same names as the arguments of the
+        config: `objective` (one of `OBJECTIVES` in config.py) and the options of the same names as the arguments of the
             classes.
         rewards: rewards of VRPO, including those that are Python objects.
 
@@ -545,8 +680,14 @@ def objective_from_config(
         return NoAlignment(aligned)
     conflict, release = alignment_end_of(config)
     shared = {
-        "alignment_coeff": config.alignment_coeff,
         "alignment_stop_step": config.alignment_stop_step,
+        "scaffold_fraction": config.scaffold_fraction,
+        "scaffold_coeff": config.scaffold_coeff,
+    }
+    if config.objective == "repi":
+        return REPI(aligned, max_train_steps, **shared)
+    shared |= {
+        "alignment_coeff": config.alignment_coeff,
         "timestep_weighting": config.timestep_weighting,
         "spatial_norm": config.spatial_norm,
         "token_weighting": config.token_weighting,

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import json
 import logging
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -46,16 +47,21 @@ from .evaluate import check_output_files, write_report
 logger = logging.getLogger("probe")
 
 
-@contextmanager
 def pooled_blocks(transformer: nn.Module):
-    """Yields a list that each forward pass fills with every block's hidden states, averaged over tokens, float32 `[B, D]`."""
+    """`recorded_blocks` of the hidden states averaged over tokens, float32 `[B, D]`."""
+    return recorded_blocks(transformer, lambda tokens: tokens.float().mean(1))
+
+
+@contextmanager
+def recorded_blocks(transformer: nn.Module, function: Callable[[torch.Tensor], torch.Tensor]):
+    """Yields a list that each forward pass fills with a function of every block's hidden states, `[B, N, D]`."""
     states: list[torch.Tensor] = []
     blocks = list(transformer.transformer_blocks)
 
     def keep(block, arguments, output):
         if block is blocks[0]:
             states.clear()
-        states.append(output.float().mean(1))
+        states.append(function(output))
 
     handles = [block.register_forward_hook(keep) for block in blocks]
     try:

@@ -32,6 +32,7 @@ METRIC_NAMES = {
 }
 OBJECTIVES = {
     "none": "its own loss alone",
+    "repi": "REPI's scaffold of encoder features",
     "repa": "REPA's representation alignment",
     "irepa": "iREPA's representation alignment",
     "rare": "RARE's representation alignment",

@@ -441,7 +441,8 @@ def register_model_hooks(
     """Registers hooks with accelerate that save and load the weights, their averages, and further tensors.
 
     The transformer's weights are in `transformer/` and `transformer_ema/`, which `from_pretrained` opens, the projectors'
-    beside them in `projectors.safetensors` and `projectors_ema.safetensors`. If most of the transformer is frozen, only its
+    beside them in `projectors.safetensors` and `projectors_ema.safetensors`, a scaffold's in `scaffold.safetensors` and
+    `scaffold_ema.safetensors`. If most of the transformer is frozen, only its
     trained weights are saved, in `transformer.safetensors` and `transformer_ema.safetensors`. Checkpoints of version 0.1,
     which has the projectors among the transformer's weights, can also be loaded.
 
@@ -498,22 +499,30 @@ def trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def save_aligned(
     accelerator: Accelerator, aligned: AlignedTransformer, average: EMAModel | None, folder: Path, suffix: str
 ):
-    """Writes the weights of transformer and projectors, or their averages; all processes must call it."""
+    """Writes the weights of transformer, projectors and scaffold, or their averages; all processes must call it."""
     with full_model(accelerator, aligned.transformer, average) as transformer:
         if accelerator.is_main_process and is_whole(aligned.transformer):
             transformer.save_pretrained(folder / f"transformer{suffix}")
         elif accelerator.is_main_process:
             weights = {name: tensor.contiguous() for name, tensor in trained(transformer).items()}
             save_file(weights, folder / f"transformer{suffix}.safetensors")
-    names = list(aligned.projectors.state_dict())
-    if not names:
-        return
-    # The averages are in the order of the trained parameters, the projectors' last.
-    weights = list(aligned.projectors.parameters()) if average is None else average.shadow_params[-len(names) :]
-    weights = [full_tensor(tensor.detach()).contiguous() for tensor in weights]
-    if accelerator.is_main_process:
-        metadata = {"description": json.dumps(aligned.description())}
-        save_file(dict(zip(names, weights)), folder / f"projectors{suffix}.safetensors", metadata)
+    # The averages are in the order of the trained parameters, the projectors' and then the scaffold's last.
+    averages = [] if average is None else list(average.shadow_params)
+    for name, part in reversed(attached_parts(aligned).items()):
+        names = list(part.state_dict())
+        weights = list(part.parameters())
+        if average is not None:
+            averages, weights = averages[: -len(names)], averages[-len(names) :]
+        weights = [full_tensor(tensor.detach()).contiguous() for tensor in weights]
+        if accelerator.is_main_process:
+            metadata = {"description": json.dumps(aligned.description())}
+            save_file(dict(zip(names, weights)), folder / f"{name}{suffix}.safetensors", metadata)
+
+
+def attached_parts(aligned: AlignedTransformer) -> dict[str, torch.nn.Module]:
+    """What is trained beside the transformer, by the name of its file, in the order of the parameters."""
+    parts = {"projectors": aligned.projectors, "scaffold": aligned.scaffold}
+    return {name: part for name, part in parts.items() if part is not None and part.state_dict()}
 
 
 def load_aligned(aligned: AlignedTransformer, folder: Path, suffix: str) -> list[torch.Tensor]:
@@ -525,14 +534,13 @@ def load_aligned(aligned: AlignedTransformer, folder: Path, suffix: str) -> list
     else:
         saved = load_file(folder / f"transformer{suffix}.safetensors")
     found = [saved[name] for name in trained(transformer)]
-    names = list(aligned.projectors.state_dict())
-    if not names:
-        return found
-    file = folder / f"projectors{suffix}.safetensors"
-    if file.is_file():
-        projectors = load_file(file)
-    else:  # version 0.1
-        for part in (folder / f"transformer{suffix}").glob("*.safetensors"):
-            saved |= load_file(part)
-        projectors = {name.removeprefix("projectors."): tensor for name, tensor in saved.items()}
-    return found + [projectors[name] for name in names]
+    for name, part in attached_parts(aligned).items():
+        file = folder / f"{name}{suffix}.safetensors"
+        if file.is_file() or name == "scaffold":
+            weights = load_file(file)
+        else:  # version 0.1
+            for shard in (folder / f"transformer{suffix}").glob("*.safetensors"):
+                saved |= load_file(shard)
+            weights = {name.removeprefix("projectors."): tensor for name, tensor in saved.items()}
+        found += [weights[name] for name in part.state_dict()]
+    return found

@@ -115,24 +115,30 @@ def training_flops(forward: float, encoders: float = 0.0, recompute: bool = Fals
 
 
 def step_flops(aligned: AlignedTransformer) -> tuple[float, float]:
-    """FLOPs of one image in a training step: without alignment, and with projectors and encoders.
+    """FLOPs of one image in a training step: without alignment, and with projectors, scaffold and encoders.
 
     The autoencoder, the losses and the optimizer are not included. Call it before anything is compiled.
     """
     config = aligned.transformer.config
     adapters = not all(parameter.requires_grad for parameter in aligned.transformer.parameters())
     plain = training_flops(forward_flops(config), adapters=adapters)
-    if not aligned.layers:
+    if not aligned.layers and aligned.scaffold is None:
         return plain, plain
-    projectors = projector_flops(
-        aligned.hidden_dim,
-        num_tokens(config),
-        len(aligned.layers),
-        aligned.embed_dims,
-        aligned.projector,
-        aligned.projector_dim,
-    )
-    return plain, plain + training_flops(projectors, sum(encoder_flops(encoder) for encoder in aligned.encoders))
+    trained = 0
+    if aligned.layers:
+        trained = projector_flops(
+            aligned.hidden_dim,
+            num_tokens(config),
+            len(aligned.layers),
+            aligned.embed_dims,
+            aligned.projector,
+            aligned.projector_dim,
+        )
+    encoders = sum(encoder_flops(encoder) for encoder in aligned.encoders)
+    if aligned.scaffold is not None:
+        # After its first phase the maps only run forward.
+        encoders += 2 * num_tokens(config) * sum(p.numel() for p in aligned.scaffold.parameters() if p.ndim == 2)
+    return plain, plain + training_flops(trained, encoders)
 
 
 def throughput_metrics(

@@ -1,0 +1,119 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""Ridge read-outs: how much of an encoder's features a linear map finds in the tokens of a transformer's blocks."""
+
+import torch
+
+
+class BlockReadouts:
+    """A ridge regression per block, from its tokens to the features of all layers of an encoder, fitted in one pass.
+
+    As an alignment's projector, a read-out is shared by all tokens and noise levels. Tokens and features have the mean of each
+    position subtracted, tokens that of each noise level, too: what is predicted is what differs between images, and not
+    where a token is. Only sums are kept.
+
+    Args:
+        num_blocks, num_levels (`int`): blocks, and noise levels at which every image is seen.
+        widths (`list[int]`): channels of each layer; features have them joined, `[B,N,E]` with E their sum.
+    """
+
+    def __init__(self, num_blocks: int, num_levels: int, widths: list[int]):
+        self.num_blocks, self.num_levels, self.widths = num_blocks, num_levels, list(widths)
+        self.count = 0
+        self.target: torch.Tensor | None = None  # sums of features, `[N,E]`
+        self.tokens: dict[tuple[int, int], torch.Tensor] = {}  # sums by block and level, `[N,D]`
+        self.shifts: dict = {}  # subtracted before any product, so that the products are not much larger than they vary
+        self.products: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by block, `[D,D]` and `[D,E]`
+        self.weights: dict[int, torch.Tensor] = {}
+        self.left: torch.Tensor | None = None  # squared errors, `[blocks, levels, layers]`
+        self.total: torch.Tensor | None = None  # squares to be explained, `[layers]`
+
+    def add(self, level: int, tokens: list[torch.Tensor], features: torch.Tensor):
+        """Adds images to the fit.
+
+        Args:
+            level: number of the noise level; every batch of images comes with each of them, 0 first.
+            tokens: of each block, `[B,N,D]`.
+            features: `[B,N,E]`, the same at every level.
+        """
+        y = self._shifted("features", features)
+        if level == 0:
+            self.count += len(features)
+            sums = y.sum(0).to(accumulator(y))
+            self.target = sums if self.target is None else self.target + sums
+        for block, states in enumerate(tokens):
+            x = self._shifted((block, level), states)
+            sums = x.sum(0).to(accumulator(x))
+            self.tokens[block, level] = self.tokens.get((block, level), 0) + sums
+            flat = x.flatten(0, 1)
+            new = (flat.T @ flat).to(sums.dtype), (flat.T @ y.flatten(0, 1)).to(sums.dtype)
+            old = self.products.get(block, (0, 0))
+            self.products[block] = (old[0] + new[0], old[1] + new[1])
+
+    def fit(self, l2: float):
+        """Solves for the read-outs; `l2` is the penalty on weights of standardised tokens, per token."""
+        for block, (xx, xy) in self.products.items():
+            for level in range(self.num_levels):
+                sums = self.tokens[block, level]
+                xx = xx - sums.T @ sums / self.count
+                xy = xy - sums.T @ self.target / self.count
+            number = self.count * len(self.target) * self.num_levels
+            variance = xx.diagonal() / number
+            scale = variance.clamp_min(1e-10 * variance.max().clamp_min(1e-30)).sqrt()
+            matrix = xx / number / scale / scale.unsqueeze(1)
+            matrix.diagonal().add_(l2)
+            solution = torch.linalg.solve(matrix, xy / number / scale.unsqueeze(1))
+            self.weights[block] = (solution / scale.unsqueeze(1)).float()
+        self.products.clear()
+
+    def score(self, level: int, tokens: list[torch.Tensor], features: torch.Tensor):
+        """Adds the errors on other images; arguments as of `add`."""
+        y = self._shifted("features", features) - (self.target / self.count).float()
+        if self.left is None:
+            self.left = torch.zeros(self.num_blocks, self.num_levels, len(self.widths), dtype=torch.float64)
+            self.total = torch.zeros(len(self.widths), dtype=torch.float64)
+        if level == 0:
+            self.total += self._by_layer(y)
+        for block, states in enumerate(tokens):
+            x = self._shifted((block, level), states) - (self.tokens[block, level] / self.count).float()
+            self.left[block, level] += self._by_layer(y - x @ self.weights[block])
+
+    def recoverability(self) -> torch.Tensor:
+        """R² on the images of `score`, `[blocks, levels, layers]`: 1 is all of what differs between images, 0 nothing."""
+        return 1 - self.left / self.total.clamp_min(1e-30)
+
+    def _shifted(self, key, values: torch.Tensor) -> torch.Tensor:
+        values = values.float()
+        return values - self.shifts.setdefault(key, values.mean(0))
+
+    def _by_layer(self, values: torch.Tensor) -> torch.Tensor:
+        squares = values.square().sum((0, 1)).split(self.widths)
+        return torch.stack([part.sum() for part in squares]).double().cpu()
+
+
+def accumulator(tensor: torch.Tensor) -> torch.dtype:
+    """float64, which MPS does not have."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
+def gaps(recoverability: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means over noise levels of the recoverability and of its gap to the best block at the same level, `[blocks, layers]`.
+
+    Args:
+        recoverability: `[blocks, levels, layers]`; values below 0 count as 0.
+    """
+    found = recoverability.clamp_min(0)
+    return found.mean(1), (found.amax(0, keepdim=True) - found).mean(1)
+
+
+def recommend(found: torch.Tensor, gap: torch.Tensor, least: float = 0.02) -> tuple[int, int] | None:
+    """The (block, layer), both from 0, whose block has come nearest to half of what the best block knows of the layer.
+
+    That is the largest `(found / best) (gap / best)` with `best = found + gap`: within reach and not yet there. Blocks behind
+    the best one of a layer, and gaps below `least`, are not candidates; None if there are no others.
+    """
+    best = (found + gap).clamp_min(1e-12)
+    before = torch.arange(len(found)).unsqueeze(1) < found.argmax(0)
+    score = torch.where(before & (gap >= least), found * gap / best.square(), 0.0)
+    if not score.any():
+        return None
+    return divmod(int(score.argmax()), found.shape[1])

@@ -7,7 +7,7 @@ ViTs return their patch tokens (without class and register tokens), conv nets an
 import inspect
 import logging
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -66,12 +66,18 @@ class PatchEncoder(nn.Module):
         """Keeps evaluation mode: a teacher's dropout and batch statistics must not follow the student's `train()`."""
         return super().train(False)
 
-    def preprocess(self, images):
-        """Converts images `[B, 3, H, W]` in [-1, 1] to the model's normalised pixels `[B, 3, *input_size]`, float32."""
+    def preprocess(self, images, size=None, clamp=True):
+        """Converts images `[B, 3, H, W]` in [-1, 1] to the model's normalised pixels `[B, 3, *size]`, float32.
+
+        Args:
+            size (`tuple[int, int]`, *optional*): height and width; by default `input_size`.
+            clamp (`bool`): whether to clamp what is outside of [-1, 1], which has no gradient there.
+        """
+        size = size or self.input_size
         pixels = (images.float() + 1) / 2
-        if tuple(pixels.shape[2:]) != self.input_size:
-            pixels = F.interpolate(pixels, self.input_size, mode="bicubic", antialias=self.antialias)
-        if self.antialias:  # REPA keeps the overshoot of the bicubic kernel
+        if tuple(pixels.shape[2:]) != size:
+            pixels = F.interpolate(pixels, size, mode="bicubic", antialias=self.antialias)
+        if self.antialias and clamp:  # REPA keeps the overshoot of the bicubic kernel
             pixels = pixels.clamp(0, 1)
         if self.flip_channels:
             pixels = pixels.flip(1)
@@ -85,15 +91,36 @@ class PatchEncoder(nn.Module):
         """
         # no_grad, not inference_mode: the embeddings take part in the autograd graph of the loss.
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            pixels = self.preprocess(images)
-            parts = [pixels]
-            if self.images_at_a_time:
-                parts = pixels.contiguous(memory_format=torch.channels_last).split(self.images_at_a_time)
+            parts = self._parts(self.preprocess(images))
             features = torch.cat([_feature_map(self.model, part, self.layer).float() for part in parts])
             if tuple(features.shape[2:]) != self.grid_size:
                 # Antialiasing has no effect when the map is enlarged.
                 features = F.interpolate(features, self.grid_size, mode="bilinear", antialias=True)
             return features.flatten(2).transpose(1, 2).contiguous()
+
+    def hidden_maps(self, images, layers, size=None):
+        """Computes maps `[B, E, rows, columns]` of hidden states, float32, with gradients to the images.
+
+        Pixels are not clamped, so that images that leave [-1, 1] have a gradient, too. The weights have none.
+
+        Args:
+            images (`torch.Tensor` of shape `(batch, 3, height, width)`): RGB, about [-1, 1], any size.
+            layers (`Sequence[int | None]`): indices in the model's hidden states; `None` is its output.
+            size (`tuple[int, int]`, *optional*): height and width that images are resized to; by default `input_size`.
+
+        Returns:
+            a list of maps in the order of `layers`.
+        """
+        with torch.autocast(images.device.type, enabled=False):
+            parts = self._parts(self.preprocess(images, size, clamp=False))
+            maps = [_feature_maps(self.model, part, layers) for part in parts]
+            return [torch.cat(of_layer).float() for of_layer in zip(*maps)]
+
+    def _parts(self, pixels):
+        """Divides pixels into as many images as the model takes at a time, in its memory layout."""
+        if self.images_at_a_time:
+            return pixels.contiguous(memory_format=torch.channels_last).split(self.images_at_a_time)
+        return [pixels]
 
 
 def load_encoder(
@@ -346,6 +373,39 @@ def _feature_map(model, pixels, layer):
     output = _apply(model, pixels, hidden_states=layer is not None)
     features = output.last_hidden_state if layer is None else _states(output)[layer]
     return _token_map(features, model.config, pixels.shape[2:]) if features.ndim == 3 else features
+
+
+def _feature_maps(model, pixels, layers):
+    """Computes `_feature_map` of several hidden states in one pass."""
+    output = _apply(model, pixels, hidden_states=any(layer is not None for layer in layers))
+    maps = [output.last_hidden_state if layer is None else _states(output)[layer] for layer in layers]
+    return [_token_map(m, model.config, pixels.shape[2:]) if m.ndim == 3 else m for m in maps]
+
+
+@torch.no_grad()
+def map_sizes(encoder, size=None):
+    """Lists the rows and columns of each hidden state of a `PatchEncoder`; `None` for those that are not maps.
+
+    Args:
+        size (`tuple[int, int]`, *optional*): height and width of the images; by default the encoder's `input_size`.
+
+    Raises:
+        RuntimeError, ValueError: if the model does not take images of that size.
+    """
+    size, found = size or encoder.input_size, []
+    for state in _blank_states(encoder.model, size):
+        found.append(None)
+        with suppress(ValueError):  # tokens that are not those of the patches
+            state = _token_map(state, encoder.model.config, size) if state.ndim == 3 else state
+            # Some models give [B, rows, columns, E], others vectors.
+            if state.ndim == 4 and state.shape[2] * size[1] == state.shape[3] * size[0]:
+                found[-1] = tuple(state.shape[2:])
+    return found
+
+
+def default_layer(encoder):
+    """The hidden state that `load_encoder` takes without `layer`: `None`, a ViT's output, or the stage of a conv net."""
+    return _plan(encoder.model, "", encoder.grid_size, None)[0]
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
-from ..config import OptimizationConfig, VRPOConfig, train_steps
+from ..config import OptimizationConfig, VRPOConfig, check_image_rewards, train_steps
 from ..errors import InputError
 from ..models.transformer_sit import SIT_PRESETS
 from .callbacks import TrainerCallback
@@ -125,7 +125,7 @@ def name_of(component) -> str:
     return getattr(component, "__name__", type(component).__name__)
 
 
-def with_given(args: VRPOConfig, model, encoders, vae) -> VRPOConfig:
+def with_given(args: VRPOConfig, model, encoders, vae, image_rewards: list | None = None) -> VRPOConfig:
     """Writes the names of the trainer's own arguments into the options, which are recorded and checked on resume.
 
     Raises:
@@ -141,6 +141,8 @@ def with_given(args: VRPOConfig, model, encoders, vae) -> VRPOConfig:
         given["encoder"] = [name_of(encoder) for encoder in as_list(encoders)]
     if vae is not None:
         given["vae"] = name_of(vae)
+    if image_rewards is not None:
+        given["image_rewards"] = [getattr(reward, "name", None) or name_of(reward) for reward in image_rewards]
     return dataclasses.replace(args, **given)
 
 
@@ -168,6 +170,7 @@ def check_given(args: VRPOConfig, train_dataset, rewards: list | None, callbacks
             f"`encoders` are missing, which `objective` {args.objective} aligns with; give one such as "
             "facebook/dinov2-base, or `objective` none",
         )
+    check_image_rewards(args)
     if rewards is not None and args.objective != "vrpo":
         raise InputError("rewards", f"`rewards` cannot be combined with `objective` {args.objective}, only with vrpo")
     start = args.generative_policy_start_step

@@ -90,10 +90,10 @@ def shallow_layers(sizes: Sequence[tuple[int, int] | None]) -> tuple[int, ...]:
     Args:
         sizes: the result of `map_sizes`.
     """
-    half = max(1, (len(sizes) - 1) // 2)
-    usable = [index for index in range(min(1, len(sizes) - 1), half + 1) if sizes[index] is not None]
+    last = len(sizes) - 1
+    usable = [index for index in range(min(1, last), min(max(1, last // 2), last) + 1) if sizes[index] is not None]
     ends = [index for index in usable if sizes[index] not in sizes[index + 1 :]]
-    thirds = {max(1, round(half * k / 3)) for k in (1, 2, 3)}
+    thirds = {max(1, round(last // 2 * k / 3)) for k in (1, 2, 3)}
     return tuple(ends or [index for index in usable if index in thirds] or usable)
 
 
@@ -457,8 +457,8 @@ class ImageRewards:
             InputError: if the autoencoder does not decode such latents, or a reward has no gradient.
         """
         device = self.shares.device
-        noise = torch.randn(2, 1, *latent_shape, generator=torch.Generator().manual_seed(0)).to(device)
-        timestep = torch.zeros(1, dtype=torch.long, device=device)
+        noise = torch.randn(2, 2, *latent_shape, generator=torch.Generator().manual_seed(0)).to(device)
+        timestep = torch.zeros(2, dtype=torch.long, device=device)
         try:
             with torch.no_grad():
                 shape = list(self._decode(noise[0]).shape[1:])

@@ -16,7 +16,7 @@ from accelerate.logging import get_logger
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
-from .alignment.encoders import load_encoder
+from .alignment.encoders import PatchEncoder, load_encoder
 from .alignment.image_rewards import ImageRewards, image_rewards_from_config
 from .alignment.objective import objective_from_config
 from .alignment.rewards import DEFAULT_REWARDS
@@ -482,9 +482,11 @@ class VRPOTrainer:
             for encoder, layer in zip(encoders, layers)
         ]
 
-    def _load_image_rewards(self, rewards: list | None, encoders: list | None) -> ImageRewards:
+    def _load_image_rewards(self, rewards: list | None, encoders: list) -> ImageRewards:
         """Builds the rewards of estimated images, and counts what a sample costs on average."""
         args, accelerator = self.args, self.accelerator
+        # Cached features stand for an encoder that is not loaded.
+        loaded = [encoder for encoder in self.encoders[:1] if isinstance(encoder, PatchEncoder)]
         on_gpu = accelerator.device.type != "cpu"
         # Their gradients have no loss scaling, so that fp16 would lose them.
         half = on_gpu and accelerator.mixed_precision == "bf16"
@@ -492,7 +494,7 @@ class VRPOTrainer:
             image_rewards = image_rewards_from_config(
                 args,
                 self.transformer.config,
-                encoders or [],
+                loaded or encoders,
                 self.vae,
                 self.latent_shape,
                 self.grid_size,
@@ -525,9 +527,7 @@ class VRPOTrainer:
         self.aligned.to(accelerator.device)
 
         # FLOPs are counted before anything is compiled.
-        self.image_rewards = self._load_image_rewards(
-            image_rewards, self.encoders or as_list(encoders) or args.encoder
-        )
+        self.image_rewards = self._load_image_rewards(image_rewards, as_list(encoders) or args.encoder or [])
         self.flops_per_image = step_flops(self.aligned)
         self.throughput = throughput_meter(self.flops_per_image, accelerator, args.peak_tflops)
         speed_up(transformer, self.encoders, args.compile, args.attention_backend)

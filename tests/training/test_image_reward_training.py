@@ -172,6 +172,7 @@ def test_latents_are_decoded(config, tmp_path, kind):
     if kind == "cache":
         argv = ["--dataset_name", "digits", "--vae", str(tmp_path / "vae"), "--resolution", "8"]
         argv += ["--encoder", "digits", "--patch_size", "2", "--dataloader_num_workers", "0"]
+        argv += ["--max_train_samples", "128"]
         prepare_latents.main([*argv, "--output_dir", str(tmp_path / "cache")])
         changes |= {"dataset_name": None, "latents_dir": str(tmp_path / "cache"), "objective": "repa"}
     rows = train(config(**changes), vae=None if kind == "cache" else str(tmp_path / "vae"))

@@ -28,7 +28,7 @@ from diffusers_vrpo.models.flow import (
     forward_process,
     x0_estimate,
 )
-from support.encoders import CONVS
+from support.encoders import CONVS, VITS
 from support.models import tiny_vae
 
 
@@ -158,6 +158,21 @@ def test_every_family_gives_maps_with_gradients_and_stays_as_it_is(encoder_check
     assert [(gradient != 0).any().item() for gradient in gradients] == [True, name != "efficientnet"]
     assert all(torch.equal(tensor, before[key]) for key, tensor in encoder.state_dict().items())
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in encoder.parameters())
+
+
+@pytest.mark.parametrize("name", [*VITS, *CONVS])
+def test_a_pass_ends_with_the_deepest_layer_that_is_asked_for(encoder_checkpoint, name):
+    """The maps are those of the whole pass, and cost less."""
+    encoder = load_encoder(encoder_checkpoint(name), (4, 4))
+    images = torch.randn(2, 3, *encoder.input_size, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    image_rewards = ImageRewards(["perceptual"], encoder)
+    layers = [index for index, size in enumerate(map_sizes(encoder)) if size is not None]
+    early, short = encoder.hidden_maps(images, layers), image_rewards.flops_per_sample((3, 32, 32))
+    encoder.state_modules = [{}]  # none of them is known, as in Swin
+    whole, long = encoder.hidden_maps(images, layers), image_rewards.flops_per_sample((3, 32, 32))
+    for a, b in zip(early, whole, strict=True):
+        torch.testing.assert_close(a, b)
+    assert short < 0.9 * long or (short <= long and name in ("swin", "resnet", "regnet"))
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ class PatchEncoder(nn.Module):
             isinstance(module, nn.Conv2d) and module.groups > 1 for module in model.modules()
         ):
             self.model, self.images_at_a_time = model.to(memory_format=torch.channels_last), 8
+        self.state_modules = None  # found when hidden states are first asked for
         self.embed_dim = embed_dim
         self.grid_size = grid_size
         self.input_size = input_size
@@ -101,7 +102,8 @@ class PatchEncoder(nn.Module):
     def hidden_maps(self, images, layers, size=None):
         """Computes maps `[B, E, rows, columns]` of hidden states, float32, with gradients to the images.
 
-        Pixels are not clamped, so that images that leave [-1, 1] have a gradient, too. The weights have none.
+        Pixels are not clamped, so that images that leave [-1, 1] have a gradient, too. The weights have none. The pass ends
+        with the deepest layer, where the modules that make the hidden states are known.
 
         Args:
             images (`torch.Tensor` of shape `(batch, 3, height, width)`): RGB, about [-1, 1], any size.
@@ -112,8 +114,18 @@ class PatchEncoder(nn.Module):
             a list of maps in the order of `layers`.
         """
         with torch.autocast(images.device.type, enabled=False):
+            if self.state_modules is None:
+                self.state_modules = [
+                    _modules_of_states(self.model, self.input_size)
+                ]  # the list hides them from torch
+            modules = [self.state_modules[0].get(layer) for layer in layers]
             parts = self._parts(self.preprocess(images, size, clamp=False))
-            maps = [_feature_maps(self.model, part, layers) for part in parts]
+            maps = [
+                _feature_maps(self.model, part, layers)
+                if None in modules
+                else _reached_maps(self.model, part, modules)
+                for part in parts
+            ]
             return [torch.cat(of_layer).float() for of_layer in zip(*maps)]
 
     def _parts(self, pixels):
@@ -378,8 +390,63 @@ def _feature_map(model, pixels, layer):
 def _feature_maps(model, pixels, layers):
     """Computes `_feature_map` of several hidden states in one pass."""
     output = _apply(model, pixels, hidden_states=any(layer is not None for layer in layers))
-    maps = [output.last_hidden_state if layer is None else _states(output)[layer] for layer in layers]
-    return [_token_map(m, model.config, pixels.shape[2:]) if m.ndim == 3 else m for m in maps]
+    states = [output.last_hidden_state if layer is None else _states(output)[layer] for layer in layers]
+    return _as_maps(states, model, pixels)
+
+
+def _as_maps(states, model, pixels):
+    return [_token_map(s, model.config, pixels.shape[2:]) if s.ndim == 3 else s for s in states]
+
+
+class _Reached(Exception):
+    """Ends a forward pass when all hidden states that are wanted are there."""
+
+
+def _first_output(output):
+    return output[0] if isinstance(output, tuple) and output else output
+
+
+def _modules_of_states(model, size):
+    """Finds the modules that make the hidden states, `{index: module}`; each of them is called once in a pass."""
+    calls = []
+    handles = [
+        module.register_forward_hook(lambda module, args, output: calls.append((module, _first_output(output))))
+        for module in model.modules()
+        if module is not model
+    ]
+    try:
+        states = _blank_states(model, size)
+    finally:
+        for handle in handles:
+            handle.remove()
+    called = [module for module, _ in calls]
+    found = {}
+    for index, state in enumerate(states):
+        makers = [module for module, output in calls if output is state and called.count(module) == 1]
+        if makers:
+            found[index] = makers[0]
+    return found
+
+
+def _reached_maps(model, pixels, modules):
+    """Computes the maps of the hidden states that some modules make, without what comes after them."""
+    states = {}
+
+    def keep(module, args, output):
+        states[module] = _first_output(output)
+        if len(states) == len(set(modules)):
+            raise _Reached
+
+    handles = [module.register_forward_hook(keep) for module in set(modules)]
+    try:
+        # Not the compiled call, in which hooks do not run.
+        _apply(model, pixels, hidden_states=False, call=model.forward)
+    except _Reached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return _as_maps([states[module] for module in modules], model, pixels)
 
 
 @torch.no_grad()
@@ -418,12 +485,12 @@ def _blank_states(model, size):
     return _states(_apply(model, torch.zeros(1, 3, *size, device=model.device), hidden_states=True))
 
 
-def _apply(model, pixels, hidden_states):
-    config, size = model.config, tuple(pixels.shape[2:])
+def _apply(model, pixels, hidden_states, call=None):
+    config, size, call = model.config, tuple(pixels.shape[2:]), call or model
     pixels = pixels.to(model.dtype)
     arguments = {"output_hidden_states": True} if hidden_states else {}
     if config.model_type == "siglip2_vision_model":
-        return model(*_flat_patches(pixels, config.patch_size), **arguments)
+        return call(*_flat_patches(pixels, config.patch_size), **arguments)
     if size != _native_size(config) and "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
         arguments["interpolate_pos_encoding"] = True
     if config.model_type == "vit_mae":
@@ -431,7 +498,7 @@ def _apply(model, pixels, hidden_states):
         patch = _pair(config.patch_size)
         order = torch.arange((size[0] // patch[0]) * (size[1] // patch[1]), device=pixels.device)
         arguments["noise"] = order.expand(len(pixels), -1)
-    return model(pixels, **arguments)
+    return call(pixels, **arguments)
 
 
 def _flat_patches(pixels, patch):

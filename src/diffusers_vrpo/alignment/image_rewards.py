@@ -485,9 +485,11 @@ class ImageRewards:
         device = self.shares.device
         blank = torch.zeros(1, *latent_shape, device=device)
         timestep = torch.zeros(1, dtype=torch.long, device=device)
+        arguments = (blank, blank, blank, timestep + 0.5, timestep)
+        self.values_and_gradients(*arguments)  # a first pass looks for the modules of the hidden states
         # The counter does not know the CPU's fused attention.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            self.values_and_gradients(blank, blank, blank, timestep + 0.5, timestep)
+            self.values_and_gradients(*arguments)
         share = self.max_t
         if self.config.prediction_type == "epsilon":
             share = (ddpm.flow_time(torch.arange(ddpm.NUM_TIMESTEPS)) <= self.max_t).float().mean().item()

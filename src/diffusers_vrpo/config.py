@@ -992,11 +992,20 @@ def check_image_rewards(config: "VRPOConfig"):
             "image_reward_share",
             f"`image_reward_share` has {shares} numbers for {len(names)} rewards; give one, or one for each",
         )
-    start, steps = config.image_reward_start_step, config.max_train_steps
-    if steps is not None and start >= steps:
+    check_image_rewards_begin(config, config.max_train_steps)
+
+
+def check_image_rewards_begin(config: ImageRewardConfig, steps: int | None):
+    """Checks that image rewards begin before a run of `steps` optimizer steps ends, if its length is known.
+
+    Raises:
+        InputError: if they do not.
+    """
+    start = config.image_reward_start_step
+    if config.image_rewards and steps is not None and start >= steps:
         raise InputError(
             "image_reward_start_step",
-            f"`image_reward_start_step` {start} is never reached: `max_train_steps` {steps} must be above it",
+            f"`image_reward_start_step` {start} is never reached: the run has {steps} steps; give a lower one",
         )
 
 

@@ -21,7 +21,7 @@ from .alignment.image_rewards import ImageRewards, image_rewards_from_config
 from .alignment.objective import objective_from_config
 from .alignment.rewards import DEFAULT_REWARDS
 from .alignment.start import build_aligned_transformer
-from .config import VRPOConfig, data_settings_to_keep
+from .config import VRPOConfig, check_image_rewards_begin, data_settings_to_keep
 from .data.image_datasets import check_corrupt_rows, too_many_corrupt
 from .data.image_source import ImageDataset
 from .data.latent_cache import LatentCache
@@ -188,7 +188,8 @@ class VRPOTrainer:
     def compute_loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Computes the loss of a micro-batch, `L = L_FM + lambda L_rep` (docs/method.md), a scalar.
 
-        Models that learn the variance of their diffusion also get its variational bound.
+        Models that learn the variance of their diffusion also get its variational bound, and image rewards have a term of
+        their own.
 
         Args:
             batch: tensors on the device: `pixels [B,3,R,R]` in [-1, 1] or the entries of a latent cache; `class_labels [B]`;
@@ -534,6 +535,7 @@ class VRPOTrainer:
 
         self.global_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
         self.max_train_steps = length_of_run(args, len(data), self.global_batch_size)
+        check_image_rewards_begin(args, self.max_train_steps)
         optimizer = build_optimizer(args, trainable_parameters(self.aligned))
         self.lr_scheduler = get_scheduler(
             args.lr_scheduler,

@@ -223,6 +223,12 @@ class Colours:
     [
         ({"image_reward_share": [1.0]}, {}, "`image_reward_share` .* has no effect without `image_rewards`"),
         ({"image_rewards": ["perceptual"], "reward_vae": "x"}, {}, "`reward_vae` x has no effect with `vae` none"),
+        (
+            {"image_rewards": ["perceptual"], "image_reward_start_step": 23, "max_train_steps": None}
+            | {"num_train_epochs": 1},
+            {},
+            "`image_reward_start_step` 23 is never reached: the run has 23 steps",
+        ),
         ({"image_reward_resolution": 8}, {"image_rewards": [darkness]}, "`image_reward_resolution` 8 has no effect"),
         ({"image_reward_encoder": "x"}, {"image_rewards": [darkness]}, "`image_reward_encoder` x has no effect"),
         (

@@ -14,6 +14,7 @@ timestep bin. Formulas: docs/method.md.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -222,13 +223,14 @@ class ImageRewards:
         perceptual_layers (`list[int]`, *optional*): hidden states of `"perceptual"`; `shallow_layers` if not given.
         semantic_layer (`int`, *optional*): hidden state of `"image_semantic"`; the encoder's output, or the stage of stride 16
             of a conv net, if not given.
-        device (*optional*): of the statistics; by default the encoder's.
+        device (*optional*): of the statistics, which must be that of the predictions; by default the encoder's or the
+            autoencoder's.
         autocast: returns the context in which the autoencoder decodes.
 
     Attributes:
         names (`tuple[str, ...]`): of the rewards.
-        logs (`dict`): device scalars of the last call, by name; `image_share/{name}` is the measured length of the scaled
-            gradient, in units of flow matching's.
+        logs (`dict`): device scalars of the last call, by name, NaN if no sample was rewarded; `image_share/{name}` is the
+            measured length of the scaled gradient, in units of flow matching's. Empty in steps without rewards.
 
     Raises:
         InputError: if rewards, layers or shares are not valid.
@@ -269,7 +271,7 @@ class ImageRewards:
                 "image_reward_share",
                 f"`image_reward_share` has {len(shares)} numbers for {len(self.rewards)} rewards; give one, or one for each",
             )
-        device = device or (encoder.mean.device if isinstance(encoder, PatchEncoder) else "cpu")
+        device = device or getattr(vae if encoder is None else encoder.mean, "device", "cpu")
         self.shares = torch.tensor(shares, device=device).expand(len(self.rewards))
         self.max_t, self.every, self.fraction, self.start_step = max_t, every, fraction, start_step
         self.config = config or VELOCITY
@@ -357,6 +359,9 @@ class ImageRewards:
             return zero
         rows = self.rows(t, index) if rows is None else rows
         if not len(rows):
+            # Logs of all processes have the same names.
+            kinds = ("reward", "image_share")
+            self.logs = {f"{kind}/{name}": zero + math.nan for kind in kinds for name in self.names}
             return zero
         v, t, timestep = prediction[rows], t[rows], None if timestep is None else timestep[rows]
         values, gradients = self.values_and_gradients(v.detach().float(), x0[rows], x_t[rows], t, timestep)

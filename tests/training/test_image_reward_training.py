@@ -72,30 +72,30 @@ def train(args, encoders="digits", vae="none", **objects) -> list[dict]:
 
 @pytest.mark.slow
 def test_a_reward_rises():
-    """In a loop of one's own: with the reward, the estimates get nearer to the images in the encoder's features."""
+    """In a loop of one's own, trained by the reward alone, and more than by flow matching alone if it is added."""
     pixels, labels = digits_pixels("train")
-    encoder, results = load_encoder("embedded:digits", (4, 4)), {}
-    for share in (1e-9, 1.0):
+    encoder, ends = load_encoder("embedded:digits", (4, 4)), {}
+    for flow, share in ((0, 1.0), (1, 1e-9), (1, 2.0)):
         torch.manual_seed(0)
         transformer = digits_model().train()
         image_rewards = ImageRewards(["perceptual"], encoder, share=share)
-        optimizer = torch.optim.AdamW(transformer.parameters(), lr=2e-3)
+        optimizer = torch.optim.AdamW(transformer.parameters(), lr=5e-3)
         rewards = []
-        for _ in range(60):
-            rows = torch.randint(len(pixels), (48,))
-            noise, u = torch.randn(48, 3, 8, 8), torch.rand(48)
+        for _ in range(40):
+            rows = torch.randint(len(pixels), (32,))
+            noise, u = torch.randn(32, 3, 8, 8), torch.rand(32)
             x_t, timestep, target, t = forward_process(pixels[rows], noise, u, transformer.config)
             prediction = transformer(x_t, timestep, labels[rows], return_dict=False)[0]
-            loss = (prediction - target).square().mean()
+            loss = flow * (prediction - target).square().mean()
             loss = loss + image_rewards(prediction, target, pixels[rows], x_t, t)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             image_rewards.update()
             rewards.append(image_rewards.logs["reward/perceptual"].item())
-        results[share] = sum(rewards[:10]) / 10, sum(rewards[-20:]) / 20
-    assert results[1.0][1] > results[1.0][0] + 0.1
-    assert results[1.0][1] > results[1e-9][1] + 0.01, results
+        start, ends[flow, share] = sum(rewards[:10]) / 10, sum(rewards[-15:]) / 15
+        assert ends[flow, share] > start + 0.05
+    assert ends[1, 2.0] > ends[1, 1e-9] + 0.005
 
 
 @pytest.mark.slow
@@ -141,18 +141,18 @@ def test_a_run_from_before_there_were_image_rewards_goes_on_with_them(config, tm
 @pytest.mark.slow
 def test_divisions_of_the_batch_give_the_same_run(command, trainers, one_core, tmp_path):
     """One process, two, and two micro-batches."""
-    options = {"max_train_steps": 8, "learning_rate": 1e-3, "objective": "repa", "image_rewards": "perceptual"}
+    options = {"max_train_steps": 4, "learning_rate": 1e-3, "objective": "repa", "image_rewards": "perceptual"}
     options |= {"image_reward_fraction": 0.75}
     assert trainers(command(**options, train_batch_size=128)).wait() == [0]
     halves = {**options, "train_batch_size": 64}
     assert trainers(command(**halves, output_dir=tmp_path / "two"), processes=2).wait() == [0, 0]
     run(command(**halves, gradient_accumulation_steps=2, output_dir=tmp_path / "twice"))
-    one = load_file(tmp_path / "run" / "checkpoint-8" / "image_rewards.safetensors")
+    one = load_file(tmp_path / "run" / "checkpoint-4" / "image_rewards.safetensors")
     assert (one["count"] >= 8).sum() == 7
     for name in ("two", "twice"):
         drift = torch.tensor(losses(tmp_path / name)) - torch.tensor(losses(tmp_path / "run"))
         assert drift.abs().max() <= 1e-5
-        other = load_file(tmp_path / name / "checkpoint-8" / "image_rewards.safetensors")
+        other = load_file(tmp_path / name / "checkpoint-4" / "image_rewards.safetensors")
         torch.testing.assert_close(other, one, rtol=1e-3, atol=0)
 
 

@@ -528,7 +528,7 @@ class VRPOTrainer:
         self.aligned.to(accelerator.device)
 
         # FLOPs are counted before anything is compiled.
-        self.image_rewards = self._load_image_rewards(image_rewards, as_list(encoders) or args.encoder or [])
+        self.image_rewards = self._load_image_rewards(as_list(image_rewards), as_list(encoders) or args.encoder or [])
         self.flops_per_image = step_flops(self.aligned)
         self.throughput = throughput_meter(self.flops_per_image, accelerator, args.peak_tflops)
         speed_up(transformer, self.encoders, args.compile, args.attention_backend)

@@ -237,7 +237,7 @@ class Colours:
             "`image_reward_encoder` ./x: the folder",
         ),
         ({"image_rewards": ["perceptual"], "perceptual_layer": [9]}, {}, "`perceptual_layer` 9 is not a hidden state"),
-        ({"image_rewards": ["percptual"]}, {}, "'percptual' is neither perceptual, image_semantic nor"),
+        ({}, {"image_rewards": "percptual"}, "'percptual' is neither perceptual, image_semantic nor"),
         ({"image_rewards": ["perceptual"]}, {"encoders": Colours()}, "which the encoder Colours does not give"),
         (
             {"objective": "vrpo"},

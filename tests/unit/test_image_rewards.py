@@ -89,7 +89,7 @@ def test_both_rewards_in_formulas_and_best_for_the_image_itself():
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS)
-@pytest.mark.parametrize("kind", [None, "kl", "tiny"])
+@pytest.mark.parametrize("kind", [None, "kl", "tiny", "dc"])
 def test_gradients_are_finite_differences(encoder, convention, kind):
     """At the estimate and through the prediction, in pixels and through decoders, a few images at a time."""
     config, vae = CONVENTIONS[convention], None if kind is None else tiny_vae(kind).eval().requires_grad_(False)

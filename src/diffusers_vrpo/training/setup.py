@@ -12,7 +12,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
-from ..alignment.rewards import DEFAULT_REWARDS
+from ..alignment.image_rewards import ImageReward
+from ..alignment.rewards import DEFAULT_REWARDS, TokenReward
 from ..config import OptimizationConfig, VRPOConfig, check_image_rewards, image_reward_names, train_steps
 from ..errors import InputError
 from ..models.transformer_sit import SIT_PRESETS
@@ -120,9 +121,11 @@ def check_length(checkpoint: Path, step: int, max_train_steps: int):
 
 
 def name_of(component) -> str:
-    """The name of a component in the record of a run: its path or Hub name, or the name of its class or function."""
+    """The name of a component in the record of a run: its path or Hub name, that of a reward, or of a class or function."""
     if isinstance(component, str | Path):
         return str(component)
+    if isinstance(component, TokenReward | ImageReward):
+        return component.name
     return getattr(component, "__name__", type(component).__name__)
 
 
@@ -143,7 +146,7 @@ def with_given(args: VRPOConfig, model, encoders, vae, image_rewards: list | Non
     if vae is not None:
         given["vae"] = name_of(vae)
     if image_rewards is not None:
-        given["image_rewards"] = [getattr(reward, "name", None) or name_of(reward) for reward in image_rewards]
+        given["image_rewards"] = [name_of(reward) for reward in as_list(image_rewards)]
     return dataclasses.replace(args, **given)
 
 

@@ -489,7 +489,7 @@ class VRPOTrainer:
         # Cached features stand for an encoder that is not loaded.
         loaded = [encoder for encoder in self.encoders[:1] if isinstance(encoder, PatchEncoder)]
         on_gpu = accelerator.device.type != "cpu"
-        # Their gradients have no loss scaling, so that fp16 would lose them.
+        # Autoencoders overflow in fp16: there they decode in float32.
         half = on_gpu and accelerator.mixed_precision == "bf16"
         with accelerator.main_process_first():
             image_rewards = image_rewards_from_config(

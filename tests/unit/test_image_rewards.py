@@ -325,6 +325,21 @@ def test_half_precision_of_the_prediction_and_of_an_autocast_around():
     torch.testing.assert_close(found.float(), expected, rtol=0.1, atol=2e-3 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_encoder_in_half_precision(encoder, dtype):
+    """Half of what aligns on a GPU. Gradients of fp16 do not vanish, also of a reward in a small unit."""
+    half = load_encoder("embedded:digits", (4, 4), dtype=dtype)
+    small = ImageReward("small", lambda *maps: 1e-3 * perceptual_reward(*maps), layers=(1, 2))
+    results = []
+    for each in (encoder, half):
+        prediction, _, x0, x_t, t, timestep = states()
+        image_rewards = ImageRewards(["image_semantic", small], each)
+        results.append(image_rewards.values_and_gradients(prediction.detach(), x0, x_t, t, timestep)[1])
+    for a, b in zip(*results):
+        assert torch.nn.functional.cosine_similarity(a.flatten(1), b.flatten(1)).min() > 0.97
+        torch.testing.assert_close(a.norm(), b.norm(), rtol=0.05, atol=0)
+
+
 # Which samples and steps
 
 

@@ -36,6 +36,7 @@ from .rewards import import_reward, normalize
 BUILT_IN = ("perceptual", "image_semantic")
 DECAY = 0.98  # of the squared norms, per optimizer step in which the bin has samples
 MIN_SAMPLES = 8  # a bin with fewer has no norms worth using: its rewards wait
+LOSS_SCALE = 1024.0  # keeps gradients inside an fp16 encoder above its smallest number; exact in other precisions
 VELOCITY = SimpleNamespace(prediction_type="velocity", time_direction="data_to_noise")
 
 
@@ -403,7 +404,7 @@ class ImageRewards:
                 maps_hat = self._maps(image_hat)
                 values = [self._value(reward, (image_hat, maps_hat), (image, maps)) for reward in self.rewards]
             gradients = [
-                torch.autograd.grad(value.sum(), v, retain_graph=k + 1 < len(values))[0]
+                torch.autograd.grad(LOSS_SCALE * value.sum(), v, retain_graph=k + 1 < len(values))[0] / LOSS_SCALE
                 for k, value in enumerate(values)
             ]
         return torch.stack([value.detach().float() for value in values], dim=1), gradients

@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 # Public name: the module that defines it.
 _MODULES = {
     "AlignedTransformer": "diffusers_vrpo.alignment.attach",
+    "ImageReward": "diffusers_vrpo.alignment.image_rewards",
+    "ImageRewards": "diffusers_vrpo.alignment.image_rewards",
     "InputError": "diffusers_vrpo.errors",
     "NoAlignment": "diffusers_vrpo.alignment.objective",
     "REPA": "diffusers_vrpo.alignment.objective",

@@ -136,6 +136,7 @@ Coefficient = Annotated[float, In(0, most=10**9)]
 Ratio = Annotated[float, In(0, most=10**9, exclusive=True)]
 LearningRate = Annotated[float, In(0, most=10, exclusive=True)]
 Share = Annotated[float, In(0, 1)]
+Fraction = Annotated[float, In(0, exclusive=True, most=1)]
 
 # What an objective sets of the options that are not given themselves, instead of what follows for all of them.
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -481,6 +482,54 @@ class PolicyConfig(Options):
 
 
 @dataclass(kw_only=True)
+class ImageRewardConfig(Options):
+    """Rewards of the image that a prediction implies, with any objective; `check_image_rewards` checks them together."""
+
+    _argument_group_name: ClassVar[str] = "image rewards"
+
+    image_rewards: list[str] | None = option(
+        None,
+        "rewards of the estimated clean image: perceptual, image_semantic, or package.module:name of a function "
+        "`reward(x0_hat, x0)`; none if not given",
+    )
+    image_reward_share: list[Ratio] | None = option(
+        None,
+        "length of the rewards' gradient at the prediction, in units of flow matching's: one number for all rewards or one "
+        "for each; 0.5 if not given",
+    )
+    image_reward_max_t: Fraction = option(0.7, "largest noise level t at which images are rewarded")
+    image_reward_every: Steps = option(1, "optimizer steps between two with image rewards")
+    image_reward_fraction: Fraction = option(1.0, "share of the samples whose images are rewarded")
+    image_reward_start_step: Step = option(0, "first step with image rewards")
+    image_reward_encoder: Name[str | None] = option(
+        None, "frozen vision encoder of transformers that sees the images; the first --encoder if not given"
+    )
+    image_reward_resolution: Annotated[int, RESOLUTION] | None = option(
+        None, "side in pixels to which images are resized for that encoder; as for alignment if not given"
+    )
+    perceptual_layer: list[Layer] | None = option(
+        None,
+        "hidden states of that encoder for the perceptual reward; of conv nets the last of each resolution in the first half "
+        "of the depth, of others three in that half, if not given",
+    )
+    image_semantic_layer: Layer | None = option(
+        None,
+        "hidden state of that encoder for the image_semantic reward; its output (of conv nets the stage of stride 16) if not "
+        "given",
+    )
+    reward_vae: Name[str | None] = option(
+        None,
+        "autoencoder of diffusers that decodes the images to reward, such as a small AutoencoderTiny for the same latents; "
+        "--vae if not given",
+    )
+    image_reward_batch_size: Free[Batch | None] = option(
+        None,
+        "images that are decoded and rewarded at a time, which bounds the memory; 8 with an autoencoder and 64 without if "
+        "not given",
+    )
+
+
+@dataclass(kw_only=True)
 class OptimizationConfig(Options):
     """Batch size, length of the run, AdamW and the averaged weights."""
 
@@ -685,6 +734,7 @@ class VRPOConfig(
     ModelConfig,
     AlignmentConfig,
     PolicyConfig,
+    ImageRewardConfig,
     OptimizationConfig,
     SpeedConfig,
     CheckpointConfig,
@@ -1103,6 +1153,60 @@ def check_resume_from_hub(config: "VRPOConfig"):
         )
 
 
+def image_reward_names(config: ImageRewardConfig) -> list[str]:
+    """The entries of `image_rewards`, which commas may separate, too."""
+    return [name for entry in config.image_rewards or [] for name in entry.split(",") if name]
+
+
+def check_image_rewards(config: "VRPOConfig"):
+    """Checks the options of image rewards together.
+
+    It is called for complete configurations only, since Python may give the rewards to the trainer.
+
+    Raises:
+        InputError: if one has no effect, or something is missing.
+    """
+    names = image_reward_names(config)
+    for name in options_of(ImageRewardConfig):
+        if not names and name != "image_rewards" and not is_default(config, name):
+            raise InputError(
+                name, f"`{name}` {getattr(config, name)} has no effect without `image_rewards`; remove it"
+            )
+    if not names:
+        return
+    for reward, name in (("perceptual", "perceptual_layer"), ("image_semantic", "image_semantic_layer")):
+        if reward not in names and getattr(config, name) is not None:
+            raise InputError(
+                name, f"`{name}` {getattr(config, name)} has no effect without `image_rewards` {reward}; remove it"
+            )
+        if reward in names and not (config.image_reward_encoder or config.encoder):
+            raise InputError(
+                "image_reward_encoder",
+                f"`image_rewards` {reward} needs `image_reward_encoder`, a frozen encoder such as facebook/dinov2-base",
+            )
+    shares = len(config.image_reward_share or [0.5])
+    if shares not in (1, len(names)):
+        raise InputError(
+            "image_reward_share",
+            f"`image_reward_share` has {shares} numbers for {len(names)} rewards; give one, or one for each",
+        )
+    check_image_rewards_begin(config, config.max_train_steps)
+
+
+def check_image_rewards_begin(config: ImageRewardConfig, steps: int | None):
+    """Checks that image rewards begin before a run of `steps` optimizer steps ends, if its length is known.
+
+    Raises:
+        InputError: if they do not.
+    """
+    start = config.image_reward_start_step
+    if config.image_rewards and steps is not None and start >= steps:
+        raise InputError(
+            "image_reward_start_step",
+            f"`image_reward_start_step` {start} is never reached: the run has {steps} steps; give a lower one",
+        )
+
+
 CHECKS = (
     check_alternatives,
     check_unused,
@@ -1139,6 +1243,7 @@ def check_complete(config: VRPOConfig):
         raise InputError("vae", "give `vae`, such as stabilityai/sd-vae-ft-ema, or `vae` none to train on pixels")
     if config.objective != "none" and config.encoder is None:
         raise InputError("encoder", f"`objective` {config.objective} needs `encoder`, such as facebook/dinov2-base")
+    check_image_rewards(config)
     if config.generative_policy_start_step is not None and not (config.reward_encoder or config.encoder):
         raise InputError(
             "reward_encoder",

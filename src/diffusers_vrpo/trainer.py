@@ -17,12 +17,13 @@ from accelerate.logging import get_logger
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
-from .alignment.encoders import load_encoder
+from .alignment.encoders import PatchEncoder, load_encoder
+from .alignment.image_rewards import ImageRewards, image_rewards_from_config
 from .alignment.objective import objective_from_config
 from .alignment.reward_statistics import WEIGHTINGS
 from .alignment.rewards import DEFAULT_REWARDS
 from .alignment.start import build_aligned_transformer
-from .config import VRPOConfig, data_settings_to_keep, objective_in_full
+from .config import VRPOConfig, check_image_rewards_begin, data_settings_to_keep, objective_in_full
 from .data.image_datasets import check_corrupt_rows, too_many_corrupt
 from .data.image_source import ImageDataset
 from .data.latent_cache import LatentCache
@@ -42,7 +43,7 @@ from .hub.background import HubPublisher
 from .hub.publish import push_folder
 from .models.autoencoder import check_vae, latent_shape, load_vae, reconstruction_problem
 from .models.ddpm import variational_bound
-from .models.flow import flow_matching_loss, forward_process
+from .models.flow import flow_matching_loss, flow_time, forward_process
 from .models.official_checkpoints import default_scheduler
 from .models.start import read_start
 from .models.vision import layers_of_encoders
@@ -115,6 +116,8 @@ class VRPOTrainer:
         train_dataset (`datasets.Dataset` or `TrainingData`, *optional*): images and class labels.
         rewards (`list`, *optional*): of `objective="vrpo"`: names out of `"fidelity"`, `"semantic"` and `"structural"`, and
             token rewards of your own: callables `reward(action, mu, y, subset) -> [B,N]` or `"package.module:name"`.
+        image_rewards (`list`, *optional*): with any objective: `"perceptual"`, `"image_semantic"`, and rewards of estimated
+            images of your own: callables `reward(x0_hat, x0) -> [B]` or `"package.module:name"`.
         args (`VRPOConfig`, *optional*): all options; the defaults without it.
         callbacks (`list[TrainerCallback]`): called around the steps, after the trainer's own.
 
@@ -137,8 +140,9 @@ class VRPOTrainer:
         rewards: list | None = None,
         args: VRPOConfig | None = None,
         callbacks: Iterable[TrainerCallback] = (),
+        image_rewards: list | None = None,
     ):
-        self.args = args = with_given(args or VRPOConfig(), model, encoders, vae)
+        self.args = args = with_given(args or VRPOConfig(), model, encoders, vae, image_rewards)
         check_given(args, train_dataset, rewards, callbacks := as_callbacks(callbacks))
         self.output_dir = prepare_output_dir(args.output_dir)
         self.interruption = Interruption()
@@ -170,7 +174,7 @@ class VRPOTrainer:
             self.vae = self._open_vae(vae)
             if isinstance(self.data, LatentCache):
                 self.data.check_vae(self.vae)
-            self._build_model(encoders, rewards)
+            self._build_model(encoders, rewards, image_rewards)
             self._check_reconstruction()
             self.validation = Validation(
                 args, self.accelerator, self.pipeline, self.data, self.output_dir, self.interruption
@@ -196,7 +200,8 @@ class VRPOTrainer:
     def compute_loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Computes the loss of a micro-batch, `L = L_FM + lambda L_rep` (docs/method.md), a scalar.
 
-        Models that learn the variance of their diffusion also get its variational bound.
+        Models that learn the variance of their diffusion also get its variational bound, and image rewards have a term of
+        their own.
 
         Args:
             batch: tensors on the device: `pixels [B,3,R,R]` in [-1, 1] or the entries of a latent cache; `class_labels [B]`;
@@ -249,6 +254,13 @@ class VRPOTrainer:
             distance = alignment.scaffold_distance()
             loss = loss + self.args.scaffold_coeff * distance
             self.metrics.add(scaffold_distance=distance)
+
+        # Rewards of the image that the prediction implies.
+        if self.image_rewards.active():
+            with self.profile("image rewards"):
+                states = (prediction[:, :channels], target, x0, x_t, t, timestep)
+                loss = loss + self.image_rewards(*states, rows=batch.get("rewarded"), index=batch["index"])
+            self.metrics.add(**self.image_rewards.logs)
         return loss
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -318,7 +330,9 @@ class VRPOTrainer:
             with self.profile("average"):
                 self.ema.step(trainable_parameters(self.aligned))
         with self.profile("statistics"):
-            self.objective.update(accelerator.reduce if accelerator.num_processes > 1 else None)
+            all_reduce = accelerator.reduce if accelerator.num_processes > 1 else None
+            self.objective.update(all_reduce)
+            self.image_rewards.update(all_reduce)
             self.progress.update()
 
     def log_if_due(self):
@@ -483,7 +497,7 @@ class VRPOTrainer:
         """Returns the encoders to align with: the given ones, those with cached features, or loaded ones."""
         args, accelerator = self.args, self.accelerator
         if args.objective == "none":
-            if args.encoder:
+            if args.encoder and (args.image_reward_encoder or not args.image_rewards):
                 logger.info(f"objective none trains without the encoder {', '.join(args.encoder)}")
             return []
         if encoders is None or all(isinstance(encoder, str | Path) for encoder in encoders):
@@ -502,7 +516,31 @@ class VRPOTrainer:
             for encoder, layer in zip(encoders, layers)
         ]
 
-    def _build_model(self, encoders, rewards):
+    def _load_image_rewards(self, rewards: list | None, encoders: list) -> ImageRewards:
+        """Builds the rewards of estimated images, and counts what a sample costs on average."""
+        args, accelerator = self.args, self.accelerator
+        # Cached features stand for an encoder that is not loaded.
+        loaded = [encoder for encoder in self.encoders[:1] if isinstance(encoder, PatchEncoder)]
+        on_gpu = accelerator.device.type != "cpu"
+        # Autoencoders overflow in fp16: there they decode in float32.
+        half = on_gpu and accelerator.mixed_precision == "bf16"
+        with accelerator.main_process_first():
+            image_rewards = image_rewards_from_config(
+                args,
+                self.transformer.config,
+                loaded or encoders,
+                self.vae,
+                self.latent_shape,
+                self.grid_size,
+                accelerator.device,
+                rewards,
+                accelerator.autocast if half else contextlib.nullcontext,
+                torch.bfloat16 if half else torch.float32,
+            )
+        self.image_reward_flops = image_rewards.flops_per_sample(self.latent_shape) if image_rewards.rewards else 0.0
+        return image_rewards
+
+    def _build_model(self, encoders, rewards, image_rewards):
         """Builds transformer, projectors, pipeline, optimizer, averages and objective, prepared for all processes."""
         args, accelerator, data = self.args, self.accelerator, self.data
         start = read_start(args)
@@ -525,12 +563,14 @@ class VRPOTrainer:
         self.aligned.to(accelerator.device)
 
         # FLOPs are counted before anything is compiled.
+        self.image_rewards = self._load_image_rewards(as_list(image_rewards), as_list(encoders) or args.encoder or [])
         self.flops_per_image = step_flops(self.aligned)
         self.throughput = throughput_meter(self.flops_per_image, accelerator, args.peak_tflops)
         speed_up(transformer, self.encoders, args.compile, args.attention_backend)
 
         self.global_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
         self.max_train_steps = length_of_run(args, len(data), self.global_batch_size)
+        check_image_rewards_begin(args, self.max_train_steps)
         optimizer = build_optimizer(args, trainable_parameters(self.aligned))
         self.lr_scheduler = get_scheduler(
             args.lr_scheduler,
@@ -559,13 +599,16 @@ class VRPOTrainer:
         self.settings = run_settings(self.args, self.data, self.aligned, self.global_batch_size, precision)
         if self.objective.reward_names:
             self.settings["the rewards"] = list(self.objective.reward_names)
-        of_callbacks = stateful(self.callbacks)
+        # What a checkpoint may lack, because another version has made it.
+        optional = stateful(self.callbacks) | (
+            {"image_rewards": self.image_rewards} if self.image_rewards.rewards else {}
+        )
         register_model_hooks(
             self.accelerator,
             self.ema,
-            self.objective.stateful() | of_callbacks,
+            self.objective.stateful() | optional,
             self.metrics,
-            optional=list(of_callbacks),
+            optional=list(optional),
         )
 
     def _resume(self):
@@ -591,6 +634,7 @@ class VRPOTrainer:
                 self.ema.optimization_step = self.step
             logger.info(f"continuing from {self.checkpoint} at step {self.step}")
         self.objective.resume(self.step, None if self.checkpoint is None else state["alignment"])
+        self.image_rewards.resume(self.step)
         self.settings |= of_data
         if self.ema is not None:
             self._begin_average(
@@ -678,6 +722,9 @@ class VRPOTrainer:
         if len(self.corrupt_rows) > 0.01 * len(self.data):
             raise too_many_corrupt(self.corrupt_rows, len(self.data))
         index = batch.pop("index")
+        if self.image_rewards.active():
+            # Chosen on the CPU, where it does not wait for the device.
+            batch["rewarded"] = self.image_rewards.rows(flow_time(batch["timestep"], self.transformer.config), index)
         device = self.accelerator.device
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         if "pixels" in batch:
@@ -700,8 +747,8 @@ class VRPOTrainer:
         logger.warning(f"{where} is NaN or infinite; the step is skipped, {self.guard.skipped} so far")
 
     def _flops_of_step(self) -> float:
-        own = self.flops_per_image[self.alignment.active] * self.global_batch_size
-        return own + sum(callback.flops(self.step) for callback in self.callbacks)
+        own = self.flops_per_image[self.alignment.active] + self.image_rewards.active() * self.image_reward_flops
+        return own * self.global_batch_size + sum(callback.flops(self.step) for callback in self.callbacks)
 
     def _progress_bar(self) -> tqdm:
         return tqdm(

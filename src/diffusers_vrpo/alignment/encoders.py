@@ -7,7 +7,7 @@ ViTs return their patch tokens (without class and register tokens), conv nets an
 import inspect
 import logging
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -54,6 +54,7 @@ class PatchEncoder(nn.Module):
             isinstance(module, nn.Conv2d) and module.groups > 1 for module in model.modules()
         ):
             self.model, self.images_at_a_time = model.to(memory_format=torch.channels_last), 8
+        self.state_modules = None  # found when hidden states are first asked for
         self.embed_dim = embed_dim
         self.grid_size = grid_size
         self.input_size = input_size
@@ -67,12 +68,18 @@ class PatchEncoder(nn.Module):
         """Keeps evaluation mode: a teacher's dropout and batch statistics must not follow the student's `train()`."""
         return super().train(False)
 
-    def preprocess(self, images):
-        """Converts images `[B, 3, H, W]` in [-1, 1] to the model's normalised pixels `[B, 3, *input_size]`, float32."""
+    def preprocess(self, images, size=None, clamp=True):
+        """Converts images `[B, 3, H, W]` in [-1, 1] to the model's normalised pixels `[B, 3, *size]`, float32.
+
+        Args:
+            size (`tuple[int, int]`, *optional*): height and width; by default `input_size`.
+            clamp (`bool`): whether to clamp what is outside of [-1, 1], which has no gradient there.
+        """
+        size = size or self.input_size
         pixels = (images.float() + 1) / 2
-        if tuple(pixels.shape[2:]) != self.input_size:
-            pixels = F.interpolate(pixels, self.input_size, mode="bicubic", antialias=self.antialias)
-        if self.antialias:  # REPA keeps the overshoot of the bicubic kernel
+        if tuple(pixels.shape[2:]) != size:
+            pixels = F.interpolate(pixels, size, mode="bicubic", antialias=self.antialias)
+        if self.antialias and clamp:  # REPA keeps the overshoot of the bicubic kernel
             pixels = pixels.clamp(0, 1)
         if self.flip_channels:
             pixels = pixels.flip(1)
@@ -86,15 +93,47 @@ class PatchEncoder(nn.Module):
         """
         # no_grad, not inference_mode: the embeddings take part in the autograd graph of the loss.
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            pixels = self.preprocess(images)
-            parts = [pixels]
-            if self.images_at_a_time:
-                parts = pixels.contiguous(memory_format=torch.channels_last).split(self.images_at_a_time)
+            parts = self._parts(self.preprocess(images))
             features = torch.cat([_feature_map(self.model, part, self.layer).float() for part in parts])
             if tuple(features.shape[2:]) != self.grid_size:
                 # Antialiasing has no effect when the map is enlarged.
                 features = F.interpolate(features, self.grid_size, mode="bilinear", antialias=True)
             return features.flatten(2).transpose(1, 2).contiguous()
+
+    def hidden_maps(self, images, layers, size=None):
+        """Computes maps `[B, E, rows, columns]` of hidden states, float32, with gradients to the images.
+
+        Pixels are not clamped, so that images that leave [-1, 1] have a gradient, too. The weights have none. The pass ends
+        with the deepest layer, where the modules that make the hidden states are known.
+
+        Args:
+            images (`torch.Tensor` of shape `(batch, 3, height, width)`): RGB, about [-1, 1], any size.
+            layers (`Sequence[int | None]`): indices in the model's hidden states; `None` is its output.
+            size (`tuple[int, int]`, *optional*): height and width that images are resized to; by default `input_size`.
+
+        Returns:
+            a list of maps in the order of `layers`.
+        """
+        with torch.autocast(images.device.type, enabled=False):
+            if self.state_modules is None:
+                self.state_modules = [
+                    _modules_of_states(self.model, self.input_size)
+                ]  # the list hides them from torch
+            modules = [self.state_modules[0].get(layer) for layer in layers]
+            parts = self._parts(self.preprocess(images, size, clamp=False))
+            maps = [
+                _feature_maps(self.model, part, layers)
+                if None in modules
+                else _reached_maps(self.model, part, modules)
+                for part in parts
+            ]
+            return [torch.cat(of_layer).float() for of_layer in zip(*maps)]
+
+    def _parts(self, pixels):
+        """Divides pixels into as many images as the model takes at a time, in its memory layout."""
+        if self.images_at_a_time:
+            return pixels.contiguous(memory_format=torch.channels_last).split(self.images_at_a_time)
+        return [pixels]
 
 
 def load_encoder(
@@ -384,6 +423,94 @@ def _feature_map(model, pixels, layer):
     return _token_map(features, model.config, pixels.shape[2:]) if features.ndim == 3 else features
 
 
+def _feature_maps(model, pixels, layers):
+    """Computes `_feature_map` of several hidden states in one pass."""
+    output = _apply(model, pixels, hidden_states=any(layer is not None for layer in layers))
+    states = [output.last_hidden_state if layer is None else _states(output)[layer] for layer in layers]
+    return _as_maps(states, model, pixels)
+
+
+def _as_maps(states, model, pixels):
+    return [_token_map(s, model.config, pixels.shape[2:]) if s.ndim == 3 else s for s in states]
+
+
+class _Reached(Exception):
+    """Ends a forward pass when all hidden states that are wanted are there."""
+
+
+def _first_output(output):
+    return output[0] if isinstance(output, tuple) and output else output
+
+
+def _modules_of_states(model, size):
+    """Finds the modules that make the hidden states, `{index: module}`; each of them is called once in a pass."""
+    calls = []
+    handles = [
+        module.register_forward_hook(lambda module, args, output: calls.append((module, _first_output(output))))
+        for module in model.modules()
+        if module is not model
+    ]
+    try:
+        states = _blank_states(model, size)
+    finally:
+        for handle in handles:
+            handle.remove()
+    called = [module for module, _ in calls]
+    found = {}
+    for index, state in enumerate(states):
+        makers = [module for module, output in calls if output is state and called.count(module) == 1]
+        if makers:
+            found[index] = makers[0]
+    return found
+
+
+def _reached_maps(model, pixels, modules):
+    """Computes the maps of the hidden states that some modules make, without what comes after them."""
+    states = {}
+
+    def keep(module, args, output):
+        states[module] = _first_output(output)
+        if len(states) == len(set(modules)):
+            raise _Reached
+
+    handles = [module.register_forward_hook(keep) for module in set(modules)]
+    try:
+        # Not the compiled call, in which hooks do not run.
+        _apply(model, pixels, hidden_states=False, call=model.forward)
+    except _Reached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return _as_maps([states[module] for module in modules], model, pixels)
+
+
+@torch.no_grad()
+def map_sizes(encoder, size=None):
+    """Lists the rows and columns of each hidden state of a `PatchEncoder`; `None` for those that are not maps.
+
+    Args:
+        size (`tuple[int, int]`, *optional*): height and width of the images; by default the encoder's `input_size`.
+
+    Raises:
+        RuntimeError, ValueError: if the model does not take images of that size.
+    """
+    size, found = size or encoder.input_size, []
+    for state in _blank_states(encoder.model, size):
+        found.append(None)
+        with suppress(ValueError):  # tokens that are not those of the patches
+            state = _token_map(state, encoder.model.config, size) if state.ndim == 3 else state
+            # Some models give [B, rows, columns, E], others vectors.
+            if state.ndim == 4 and state.shape[2] * size[1] == state.shape[3] * size[0]:
+                found[-1] = tuple(state.shape[2:])
+    return found
+
+
+def default_layer(encoder):
+    """The hidden state that `load_encoder` takes without `layer`: `None`, a ViT's output, or the stage of a conv net."""
+    return _plan(encoder.model, "", encoder.grid_size, None)[0]
+
+
 @torch.no_grad()
 def _blank_map(model, size, layer):
     return _feature_map(model, torch.zeros(1, 3, *size, device=model.device), layer)
@@ -394,12 +521,12 @@ def _blank_states(model, size):
     return _states(_apply(model, torch.zeros(1, 3, *size, device=model.device), hidden_states=True))
 
 
-def _apply(model, pixels, hidden_states):
-    config, size = model.config, tuple(pixels.shape[2:])
+def _apply(model, pixels, hidden_states, call=None):
+    config, size, call = model.config, tuple(pixels.shape[2:]), call or model
     pixels = pixels.to(model.dtype)
     arguments = {"output_hidden_states": True} if hidden_states else {}
     if config.model_type == "siglip2_vision_model":
-        return model(*_flat_patches(pixels, config.patch_size), **arguments)
+        return call(*_flat_patches(pixels, config.patch_size), **arguments)
     if size != _native_size(config) and "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
         arguments["interpolate_pos_encoding"] = True
     if config.model_type == "vit_mae":
@@ -407,7 +534,7 @@ def _apply(model, pixels, hidden_states):
         patch = _pair(config.patch_size)
         order = torch.arange((size[0] // patch[0]) * (size[1] // patch[1]), device=pixels.device)
         arguments["noise"] = order.expand(len(pixels), -1)
-    return model(pixels, **arguments)
+    return call(pixels, **arguments)
 
 
 def _flat_patches(pixels, patch):

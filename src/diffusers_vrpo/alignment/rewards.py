@@ -155,18 +155,28 @@ def _load_reward(entry: str | Callable | TokenReward) -> TokenReward:
     if isinstance(entry, str) and entry in BUILT_IN:
         return BUILT_IN[entry]
     if isinstance(entry, str):
-        module, _, name = entry.partition(":")
-        if not module or not name:
-            raise InputError(
-                "rewards",
-                f"`rewards` {entry!r} is neither {', '.join((FIDELITY, *BUILT_IN))} nor package.module:name",
-            )
-        try:
-            entry = getattr(importlib.import_module(module), name)
-        except Exception as error:  # whatever that module raises when it is imported
-            raise InputError("rewards", f"`rewards` {entry} cannot be imported: {first_line(error)}") from error
+        entry = import_reward(entry, "rewards", (FIDELITY, *BUILT_IN))
     if isinstance(entry, TokenReward):
         return entry
     if not callable(entry):
         raise InputError("rewards", f"`rewards` {entry!r} is not a function of (action, mu, y, subset)")
     return TokenReward(getattr(entry, "__name__", type(entry).__name__), entry)
+
+
+def import_reward(entry: str, option: str, built_in: Sequence[str]):
+    """Imports the object `"package.module:name"`.
+
+    Args:
+        option: the option or argument that errors name.
+        built_in: the other values that the option takes.
+
+    Raises:
+        InputError: if the text is something else, or the object cannot be imported.
+    """
+    module, _, name = entry.partition(":")
+    if not module or not name:
+        raise InputError(option, f"`{option}` {entry!r} is neither {', '.join(built_in)} nor package.module:name")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception as error:  # whatever that module raises when it is imported
+        raise InputError(option, f"`{option}` {entry} cannot be imported: {first_line(error)}") from error

@@ -245,6 +245,18 @@ def encode_images(vae, pixels: torch.Tensor, posterior_noise: torch.Tensor | Non
     return (latents - shift) * scale
 
 
+def decode_latents(vae, latents: torch.Tensor) -> torch.Tensor:
+    """Decodes scaled latents `[B,C,h,w]` to images `[B,3,H,W]`, about [-1, 1], float32, with gradients to the latents.
+
+    The autoencoder computes in its own dtype, or in that of the autocast around the call. With `vae=None` it returns the
+    latents, which are pixels then.
+    """
+    if vae is None:
+        return latents
+    scale, shift = scale_and_shift(vae)
+    return vae.decode((latents / scale + shift).to(vae.dtype), return_dict=False)[0].float()
+
+
 @torch.no_grad()
 def reconstruction_problem(vae, image: np.ndarray) -> str | None:
     """Describes an absurd error of `decode(encode(image))`, else returns None.

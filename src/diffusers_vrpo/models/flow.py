@@ -59,6 +59,16 @@ def x0_estimate(
     return x_t - t.reshape(-1, *[1] * (x_t.ndim - 1)) * v
 
 
+def flow_time(u: torch.Tensor, config) -> torch.Tensor:
+    """The flow time t `[B]` that `forward_process` returns for `u [B]`."""
+    return ddpm.flow_time(ddpm.discrete_timestep(u)) if config.prediction_type == "epsilon" else u
+
+
+def flow_matching_gradient(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The gradient of each example's `L_FM,i` at its prediction, `2 (v_theta - v) / D`, float32 `[B, ...]`."""
+    return (prediction.float() - target.float()) * (2 / prediction[0].numel())
+
+
 def flow_matching_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Computes `L_FM,i = mean_d (v_theta - v)^2` of each example (on the noise for epsilon models), float32 `[B]`."""
     return (prediction.float() - target.float()).square().flatten(1).mean(1)

@@ -22,6 +22,7 @@ def plot_metrics(metrics_file: str | Path, output_file: str | Path, title: str =
         *((f"Fréchet distance, {name.removeprefix('validation/fd_')}", [name]) for name in names("validation/fd_")),
         *((name.replace("/", ": "), [name]) for name in names("reward/")),
         ("reward shares s", names("share/")),
+        ("image rewards' gradient over flow matching's", names("image_share/")),
         ("raw reward weights ω", names("weight/")),
         ("reward std σ", names("std/")),
         ("cosine of the two gradients, by t", names("cosine/")),

@@ -50,6 +50,8 @@ INPUTS = (
     "vae",
     "encoder",
     "reward_encoder",
+    "image_reward_encoder",
+    "reward_vae",
     "fd_encoder",
     "dataset_name",
     "train_data_dir",

@@ -14,7 +14,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
-from ..config import OptimizationConfig, VRPOConfig, train_steps
+from ..alignment.image_rewards import ImageReward
+from ..alignment.rewards import DEFAULT_REWARDS, TokenReward
+from ..config import OptimizationConfig, VRPOConfig, check_image_rewards, image_reward_names, train_steps
 from ..errors import InputError
 from ..models.transformer_sit import SIT_PRESETS
 from .callbacks import TrainerCallback
@@ -121,13 +123,15 @@ def check_length(checkpoint: Path, step: int, max_train_steps: int):
 
 
 def name_of(component) -> str:
-    """The name of a component in the record of a run: its path or Hub name, or the name of its class or function."""
+    """The name of a component in the record of a run: its path or Hub name, that of a reward, or of a class or function."""
     if isinstance(component, str | Path):
         return str(component)
+    if isinstance(component, TokenReward | ImageReward):
+        return component.name
     return getattr(component, "__name__", type(component).__name__)
 
 
-def with_given(args: VRPOConfig, model, encoders, vae) -> VRPOConfig:
+def with_given(args: VRPOConfig, model, encoders, vae, image_rewards: list | None = None) -> VRPOConfig:
     """Writes the names of the trainer's own arguments into the options, which are recorded and checked on resume.
 
     Raises:
@@ -152,6 +156,8 @@ def with_given(args: VRPOConfig, model, encoders, vae) -> VRPOConfig:
                 f"`vae` is a {type(vae).__name__}; give a folder, a Hub name, a diffusers autoencoder, or `none`",
             )
         given["vae"] = name_of(vae)
+    if image_rewards is not None:
+        given["image_rewards"] = [name_of(reward) for reward in as_list(image_rewards)]
     return dataclasses.replace(args, **given)
 
 
@@ -211,8 +217,14 @@ def check_given(args: VRPOConfig, train_dataset, rewards: list | None, callbacks
         )
     if rewards is not None and not isinstance(rewards, list | tuple):
         raise InputError("rewards", f"`rewards` must be a list of names and functions, not {rewards!r:.80}")
+    check_image_rewards(args)
     if rewards is not None and args.objective != "vrpo":
         raise InputError("rewards", f"`rewards` cannot be combined with `objective` {args.objective}, only with vrpo")
+    token_rewards = {name_of(reward) for reward in rewards or DEFAULT_REWARDS} if args.objective == "vrpo" else set()
+    if both := sorted(token_rewards & set(image_reward_names(args))):
+        raise InputError(
+            "image_rewards", f"`image_rewards` {both[0]}: `rewards` has that name, too; rename one of them"
+        )
     start = args.generative_policy_start_step
     if start is not None and not any(callback.state_name == "generative_policy" for callback in callbacks):
         raise InputError(

@@ -15,9 +15,8 @@ import torch
 from datasets import Dataset, Image
 from PIL import Image as PILImage
 
-from ..assets.digits import load_digits_dataset
-from ..config import is_embedded_digits
-from ..data.image_datasets import decode_image, open_named, resize_and_crop
+from ..config import is_embedded_dataset
+from ..data.image_datasets import decode_image, load_embedded_dataset, open_named, resize_and_crop
 from ..data.image_folders import list_images, reason_without_images
 from ..errors import InputError, first_line
 from ..pipelines.sample_folder import unfinished_samples
@@ -239,12 +238,15 @@ def dataset_images(
     resolution: int,
     cache_dir: str | None,
 ) -> ImageSet:
-    """Opens a split of a data set (Hub name or folder, or `"embedded:digits"`), cropped to `resolution` as for training.
+    """Opens a split of a data set (Hub name or folder, or an embedded one), cropped to `resolution` as for training.
 
     Raises:
         InputError: if the data set, split or column of images does not exist.
     """
-    data = load_digits_dataset() if is_embedded_digits(source) else open_named(option, source, config_name, cache_dir)
+    if is_embedded_dataset(source):
+        data = load_embedded_dataset(source)
+    else:
+        data = open_named(option, source, config_name, cache_dir)
     if split not in data:
         raise InputError(
             "reference_split", f"`reference_split` {split!r} is not in {source}; it has {', '.join(map(repr, data))}"

@@ -11,11 +11,13 @@ rewards on the projected tokens. Running the same command again continues the ru
 """
 
 import sys
+from collections.abc import Iterable
 
 from diffusers_vrpo.command_line import one_line_errors, parse_config, training_parser
 from diffusers_vrpo.config import VRPOConfig
 from diffusers_vrpo.errors import TrainingInterrupted
 from diffusers_vrpo.trainer import VRPOTrainer
+from diffusers_vrpo.training.callbacks import TrainerCallback
 
 
 def build_parser():
@@ -27,15 +29,18 @@ def parse_args(input_args: list[str] | None = None) -> VRPOConfig:
     return parse_config(build_parser(), input_args)
 
 
-def main(args: VRPOConfig):
+def main(args: VRPOConfig, callbacks: Iterable[TrainerCallback] = ()):
     """Trains, or continues where the newest checkpoint of `output_dir` ends.
+
+    Args:
+        callbacks: of a caller, besides those that the options ask for.
 
     Raises:
         InputError: for options, data or checkpoints that cannot work.
         TrainingStopped: when the run cannot go on.
         SystemExit: 128 + the number of a signal (143, 130), after a checkpoint was saved.
     """
-    callbacks = []
+    callbacks = list(callbacks)
     if args.generative_policy_start_step is not None:
         from diffusers_vrpo.experimental.generative.callback import GenerativePolicy
 

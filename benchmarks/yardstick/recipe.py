@@ -158,6 +158,11 @@ def equal_compute(recipe: Recipe, arm: dict, name: str, timing: dict) -> dict:
     }
 
 
+def recorded_options(recipe: Recipe) -> dict:
+    """`train` as results and times record it: those of before the average had a warm-up do not name it."""
+    return {name: value for name, value in recipe.train.items() if (name, value) != ("ema_warmup", False)}
+
+
 def recipe_hash(recipe: Recipe, arm: dict, plan: dict) -> str:
     """Names everything that a result depends on but the seed: equal for equal recipes only."""
     values = dataclasses.asdict(recipe)
@@ -165,5 +170,6 @@ def recipe_hash(recipe: Recipe, arm: dict, plan: dict) -> str:
         del values[name]
     if recipe.base is None:
         del values["base"]
+    values["train"] = recorded_options(recipe)
     parts = [values, aligned_flags(arm), plan["steps"], plan["alignment_stop_step"]]
     return f"{zlib.crc32(json.dumps(parts, sort_keys=True).encode()):08x}"

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import train_arm
 from accelerate.state import AcceleratorState
-from recipe import HERE, Recipe, aligned_flags, choose_arms, cost_flags, load_recipe, step_ratio
+from recipe import HERE, Recipe, aligned_flags, choose_arms, cost_flags, load_recipe, recorded_options, step_ratio
 from subset import pack
 from training_run import add_common_options, make_cache, resolve_folders, train_argv
 
@@ -40,7 +40,8 @@ def timing_file(recipe: Recipe, folder: Path = HERE) -> Path:
 
 def timed_options(recipe: Recipe) -> dict:
     """What of a recipe the times are of."""
-    return {"classes": recipe.classes, "encoder": recipe.encoder, "reference": recipe.reference, "train": recipe.train}
+    options = {"classes": recipe.classes, "encoder": recipe.encoder, "reference": recipe.reference}
+    return options | {"train": recorded_options(recipe)}
 
 
 def read_timing(recipe: Recipe, folder: Path = HERE) -> dict:

@@ -12,13 +12,14 @@ hog     histograms of oriented gradients (Dalal and Triggs 2005). Central differ
         counts and not their contrast, and flat regions stay near 0.
 colour  mean and standard deviation of Y, Cb and Cr (of JPEG) in 2x2 regions, 24 numbers.
 dct     for each of the 14 diagonals u + v = 1 ... 14 of 8x8 cosine transforms (orthonormal, of grey), and each of 2x2
-        regions: `log(1e-4 + mean of the squared coefficients)`, 56 numbers. Blur and noise show here.
+        regions: the root of the mean of the squared coefficients, 56 numbers. Blur and noise show here.
 
-Of each group, statistics are divided by the root of their summed variance over the training images. So the groups have one
-unit: a distance of 1 is what lies between the training images themselves. The distance of two sets is the sum over the groups
-of the Fréchet distance of Gaussians with the sets' means and covariances.
+Each statistic is divided by its standard deviation over the training images, and by the root of the number of statistics in its
+group. So the groups have one unit: a group's variances over the training images sum to 1. The distance of two sets is
+the sum over the groups of the Fréchet distance of Gaussians with the sets' means and covariances.
 """
 
+import itertools
 import math
 
 import torch
@@ -78,7 +79,7 @@ def frequencies(pixels: torch.Tensor) -> torch.Tensor:
     of_diagonals = torch.zeros(*energy.shape[:3], len(counts), dtype=pixels.dtype)
     of_diagonals.index_add_(3, diagonals, energy.flatten(3))
     means = F.adaptive_avg_pool2d((of_diagonals / counts).permute(0, 3, 1, 2)[:, 1:], REGIONS)
-    return (means + 1e-4).log().flatten(1)
+    return means.sqrt().flatten(1)
 
 
 GROUPS = {"hog": oriented_gradients, "colour": colours, "dct": frequencies}
@@ -102,8 +103,7 @@ def statistics_distances(
     """
     own, distances = image_statistics(images), {}
     for name in GROUPS:
-        unit = training[name].var(0).sum()
-        mean, covariance = mean_and_covariance(own[name])
-        wanted = mean_and_covariance(reference[name])
-        distances[name] = frechet_distance(*wanted, mean, covariance) / unit.item()
+        unit = training[name].std(0).clamp(min=1e-6) * training[name].shape[1] ** 0.5
+        moments = (mean_and_covariance(statistics[name] / unit) for statistics in (reference, own))
+        distances[name] = frechet_distance(*itertools.chain(*moments))
     return {"plain": sum(distances.values())} | distances

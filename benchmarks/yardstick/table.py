@@ -36,6 +36,7 @@ COLUMNS = {
     "recall": "recall",
     "coverage": "coverage",
     "sliced_wasserstein_train": "sliced Wasserstein",
+    "hog_train": "FD, gradients",
     "plain_train": "FD, gradients, colours, frequencies",
     "kid_train": "KID",
     "probe_accuracy": "probe",

@@ -11,6 +11,7 @@ rewards on the projected tokens. Running the same command again continues the ru
 """
 
 import sys
+from collections.abc import Iterable
 
 from diffusers_vrpo.command_line import one_line_errors, parse_config, training_parser
 from diffusers_vrpo.config import VRPOConfig
@@ -26,8 +27,11 @@ def parse_args(input_args: list[str] | None = None) -> VRPOConfig:
     return parse_config(build_parser(), input_args)
 
 
-def main(args: VRPOConfig):
+def main(args: VRPOConfig, callbacks: Iterable = ()):
     """Trains, or continues where the newest checkpoint of `output_dir` ends.
+
+    Args:
+        callbacks: `TrainerCallback`s of a caller, besides those that the options ask for.
 
     Raises:
         InputError: for options, data or checkpoints that cannot work.
@@ -37,7 +41,7 @@ def main(args: VRPOConfig):
     # Not before the options are read: torch and diffusers take several seconds to import.
     from diffusers_vrpo.trainer import VRPOTrainer
 
-    callbacks = []
+    callbacks = list(callbacks)
     if args.generative_policy_start_step is not None:
         from diffusers_vrpo.experimental.generative.callback import GenerativePolicy
 

@@ -5,8 +5,9 @@ r"""Judge one finished run of a yardstick; `run.py` calls this.
     python benchmarks/yardstick/judge.py cpu --run outputs/yardstick/cpu/runs/repa-1a2b3c4d-0 --output judged.json
 
 Samples of the averaged weights, unguided, every class as often, are set against training and validation images:
-    Fréchet distance, recall and coverage in the features of an encoder that no reward or target uses;
-    sliced Wasserstein distance of the pixels, which uses no learned features at all;
+    Fréchet distance, KID, recall and coverage in the features of an encoder that no reward or target uses;
+    sliced Wasserstein distance of the pixels, and Fréchet distance of gradients, colours and frequencies
+    (image_statistics.py), which use no learned features at all;
     flow-matching loss on these images;
 and a linear probe reads the class off the block that the recipe aligns.
 """
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from image_statistics import image_statistics, statistics_distances
 from recipe import Recipe, load_recipe
 from safetensors.torch import load_file, save_file
 from subset import SPLITS, packed
@@ -37,6 +39,7 @@ from diffusers_vrpo.evaluation.metrics import (
     frechet_distance,
     linear_probe,
     mean_and_covariance,
+    polynomial_mmd,
     precision_recall,
 )
 from diffusers_vrpo.models.flow import flow_matching_loss, forward_process
@@ -193,13 +196,17 @@ def judge(
     features = pooled_features(encoder, images).cpu()
     moments = mean_and_covariance(features)
     result = {"final_samples": len(images)}
+    statistics = {split: image_statistics(references[f"{split}_images"]) for split in SPLITS}
     for split in SPLITS:
         reference = references[f"{split}_features"]
         result[f"fd_{split}"] = frechet_distance(*mean_and_covariance(reference), *moments)
+        distances = statistics_distances(images, statistics[split], statistics["train"])
+        result |= {f"{name}_{split}": value for name, value in distances.items()}
         pixels = flat_pixels(references[f"{split}_images"])
         result[f"sliced_wasserstein_{split}"] = sliced_wasserstein(pixels, flat_pixels(images))
         real = references[f"{split}_images"], references[f"{split}_labels"]
         result[f"loss_{split}"] = real_loss(pipeline.transformer, *real)
+    result["kid_train"] = polynomial_mmd(references["train_features"], features)
     result["precision"], result["recall"] = precision_recall(references["train_features"], features)
     result["density"], result["coverage"] = density_coverage(references["train_features"], features)
     if reward_encoder:

@@ -31,6 +31,7 @@ class Recipe:
         final_samples: of the last judgement, which has more than the curve: recall, coverage, sliced Wasserstein.
         reference_images: training images behind recall, coverage, sliced Wasserstein and the probe.
         probe_timestep: t of the linear probe; 1 is noise.
+        base: where all arms go on from one unaligned training: its `steps` and its `seed`; its time is charged to all.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Recipe:
     final_samples: int
     reference_images: int
     probe_timestep: float
+    base: dict | None = None
 
 
 def read_yaml(path: Path) -> dict:
@@ -69,8 +71,10 @@ def load_recipe(name: str) -> Recipe:
     path = Path(name) if name.endswith(".yaml") else HERE / f"{name}.yaml"
     values = {"name": path.stem} | read_yaml(path)
     known = {field.name for field in dataclasses.fields(Recipe)}
-    if wrong := sorted(known ^ set(values)):
+    if wrong := sorted((known - {"base"}) ^ (set(values) - {"base"})):
         raise InputError(None, f"{path}: {wrong[0]} is {'missing' if wrong[0] in known else 'unknown'}")
+    if values.get("base") is not None and set(values["base"]) != {"steps", "seed"}:
+        raise InputError(None, f"{path}: base must have steps and seed, and nothing else")
     return Recipe(**values)
 
 
@@ -99,7 +103,7 @@ def aligned_flags(arm: dict) -> dict:
 
 
 # Numbers that an arm computes with: other ones take as long.
-FREE = ("alignment_coeff", "reward_weighting", "timestep_weighting")
+FREE = ("alignment_coeff", "reward_weighting", "timestep_weighting", "gradient_scale")
 
 
 def cost_flags(arm: dict) -> dict:
@@ -118,6 +122,8 @@ def equal_compute(recipe: Recipe, arm: dict, name: str, timing: dict) -> dict:
     With r a step's time in steps of the reference, F the features' and B = N (+ F) the budget:
     N_arm = (B - F [aligned]) / r_arm; with a stop after the share f of that, f (B - F) / r_arm + (1 - f) (B - F) / r_none.
 
+    The time of a base comes before that, the same for all.
+
     Args:
         timing: of the size, as `timing.py` writes it.
 
@@ -128,7 +134,7 @@ def equal_compute(recipe: Recipe, arm: dict, name: str, timing: dict) -> dict:
         InputError: for an arm that was not timed.
     """
     ratio, plain = step_ratio(arm, timing), step_ratio({"objective": "none"}, timing)
-    for each, found in ((name, ratio), ("none", plain if "stop" in arm else 1.0)):
+    for each, found in ((name, ratio), ("none", plain if "stop" in arm or recipe.base else 1.0)):
         if found is None:
             raise InputError(
                 None, f"arm {each} has no time in {timing['file']}; run `timing.py {recipe.name} --arms {each}`"
@@ -140,6 +146,8 @@ def equal_compute(recipe: Recipe, arm: dict, name: str, timing: dict) -> dict:
     share = arm.get("stop", 1.0)
     aligned = round(share * budget / ratio)
     after = round((1 - share) * budget / plain) if "stop" in arm else 0
+    if recipe.base is not None:
+        spent += recipe.base["steps"] * plain
     points = [(0, spent * second), (aligned, (spent + aligned * ratio) * second)]
     if after:
         points.append((aligned + after, points[-1][1] + after * plain * second))
@@ -150,10 +158,18 @@ def equal_compute(recipe: Recipe, arm: dict, name: str, timing: dict) -> dict:
     }
 
 
+def recorded_options(recipe: Recipe) -> dict:
+    """`train` as results and times record it: those of before the average had a warm-up do not name it."""
+    return {name: value for name, value in recipe.train.items() if (name, value) != ("ema_warmup", False)}
+
+
 def recipe_hash(recipe: Recipe, arm: dict, plan: dict) -> str:
     """Names everything that a result depends on but the seed: equal for equal recipes only."""
     values = dataclasses.asdict(recipe)
     for name in ("reference", "reference_steps", "charge_features"):  # the plan has what follows from these
         del values[name]
+    if recipe.base is None:
+        del values["base"]
+    values["train"] = recorded_options(recipe)
     parts = [values, aligned_flags(arm), plan["steps"], plan["alignment_stop_step"]]
     return f"{zlib.crc32(json.dumps(parts, sort_keys=True).encode()):08x}"

@@ -30,20 +30,20 @@ import diffusers
 import judge
 import numpy as np
 import torch
+import train_arm
 from accelerate.state import AcceleratorState
 from recipe import HERE, Recipe, aligned_flags, choose_arms, equal_compute, load_recipe, recipe_hash, step_ratio
 from subset import pack
 from timing import build_parser as build_timing_parser
 from timing import read_timing, time_arms
 from training_run import (
+    ARM_SCRIPT,
     ROOT,
-    TRAIN_SCRIPT,
     add_common_options,
     make_cache,
     make_moments,
     resolve_folders,
     train_argv,
-    train_script,
 )
 
 from diffusers_vrpo.command_line import OneLineErrorParser, number_in
@@ -164,9 +164,9 @@ def share_cores(workers: int, threads: int | None) -> list[list[int]]:
 
 
 def untimed(args: argparse.Namespace, recipe: Recipe, arms: dict[str, dict]) -> list[str]:
-    """The arms whose steps have no time yet; an arm that stops to align goes on as `none`."""
+    """The arms whose steps have no time yet; an arm that stops to align goes on as `none`, and a base is one."""
     known, plain = read_timing(recipe, args.results), {"none": {"objective": "none"}}
-    needed = arms | (plain if any("stop" in arm for arm in arms.values()) else {})
+    needed = arms | (plain if recipe.base or any("stop" in arm for arm in arms.values()) else {})
     return [name for name, arm in needed.items() if step_ratio(arm, known) is None]
 
 
@@ -190,13 +190,13 @@ class Workers:
         self.lock, self.stopping = threading.Lock(), threading.Event()
 
     def train(self, argv: list[str], log: Path) -> bool:
-        """Whether train_vrpo.py came to its end, in a process of its own or, with `--workers 0`, here."""
+        """Whether train_arm.py came to its end, in a process of its own or, with `--workers 0`, here."""
         if self.args.workers:
-            return self.call([sys.executable, str(TRAIN_SCRIPT), *argv], log)
+            return self.call([sys.executable, str(ARM_SCRIPT), *argv], log)
         if self.stopping.is_set():
             return False
         AcceleratorState._reset_state(reset_partial_state=True)
-        train_script().main(train_script().parse_args(argv))
+        train_arm.main(argv)
         return True
 
     def judge(self, folder: Path, seed: int, output: Path, log: Path) -> bool:
@@ -255,7 +255,8 @@ class Workers:
         if not trained.exists():
             moments = make_moments(self.recipe, self.work)
             shutil.copyfile(moments, folder / moments.name)
-            argv = train_argv(self.recipe, job["flags"], job["plan"], job["seed"], self.work, folder)
+            fork = {"fork_from": str(base_checkpoint(self.recipe, self.work))} if self.recipe.base else {}
+            argv = train_argv(self.recipe, job["flags"], job["plan"], job["seed"], self.work, folder, fork)
             if not self.train(argv, log):
                 return False
             trained.touch()
@@ -274,6 +275,28 @@ class Workers:
             flush=True,
         )
         return True
+
+
+def base_checkpoint(recipe: Recipe, work: Path) -> Path:
+    """The checkpoint that all arms of a recipe with a base go on from."""
+    return work / "base" / f"checkpoint-{recipe.base['steps']}"
+
+
+def make_base(recipe: Recipe, work: Path, workers: Workers):
+    """Trains what all arms go on from, without alignment; once.
+
+    Raises:
+        InputError: if it did not come to its end, for which its log has the reason.
+    """
+    folder, wanted = work / "base", base_checkpoint(recipe, work)
+    if wanted.exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(make_moments(recipe, work), folder / "fd_reference.safetensors")
+    plan = {"steps": recipe.base["steps"], "alignment_stop_step": None}
+    argv = train_argv(recipe, {"objective": "none"}, plan, recipe.base["seed"], work, folder)
+    if not workers.train(argv, folder / "log.txt") or not wanted.exists():
+        raise InputError(None, f"the base was not trained to its end; see {folder / 'log.txt'}, and run this again")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -322,7 +345,9 @@ def main(argv: list[str] | None = None) -> int:
         for name in (missing := untimed(args, recipe, arms)):
             print(f"{name}: to be timed first")
         arms = {
-            name: arm for name, arm in arms.items() if not {name, "none" if "stop" in arm else name} & set(missing)
+            name: arm
+            for name, arm in arms.items()
+            if not {name, "none" if recipe.base or "stop" in arm else name} & set(missing)
         }
     else:
         measure_missing(args, recipe, arms)
@@ -358,6 +383,8 @@ def main(argv: list[str] | None = None) -> int:
     clock.daemon = True
     clock.start()
     try:
+        if recipe.base is not None:
+            make_base(recipe, work, workers)
         if args.workers:
             with ThreadPoolExecutor(args.workers) as pool:
                 list(pool.map(workers.run, jobs))

@@ -36,6 +36,9 @@ COLUMNS = {
     "recall": "recall",
     "coverage": "coverage",
     "sliced_wasserstein_train": "sliced Wasserstein",
+    "hog_train": "FD, gradients",
+    "plain_train": "FD, gradients, colours, frequencies",
+    "kid_train": "KID",
     "probe_accuracy": "probe",
 }
 
@@ -85,10 +88,11 @@ def table_rows(arms: dict[str, list[dict]], reference: str) -> tuple[list[str], 
     ]
     rows = []
     for name, lines in arms.items():
-        values = {key: [line[key] for line in lines] for key in COLUMNS}
+        # Lines of earlier judges lack some measures.
+        values = {key: [line[key] for line in lines if key in line] for key in COLUMNS}
         row = [name, str(len(lines)), f"{lines[0]['steps']:,}", f"{lines[0]['nominal_seconds'][-1][1]:.0f}"]
         row.append(report.flop_count(statistics.mean(line["train_flops"] for line in lines)))
-        row += [report.number(statistics.mean(each), spread(each)) for each in values.values()]
+        row += [report.number(statistics.mean(each), spread(each)) if each else "–" for each in values.values()]
         if name == reference or reference not in arms:
             row += ["–", "–", "–"]
         else:

@@ -20,10 +20,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import train_arm
 from accelerate.state import AcceleratorState
-from recipe import HERE, Recipe, aligned_flags, choose_arms, cost_flags, load_recipe, step_ratio
+from recipe import HERE, Recipe, aligned_flags, choose_arms, cost_flags, load_recipe, recorded_options, step_ratio
 from subset import pack
-from training_run import add_common_options, make_cache, resolve_folders, train_argv, train_script
+from training_run import add_common_options, make_cache, resolve_folders, train_argv
 
 from diffusers_vrpo.command_line import OneLineErrorParser, number_in
 from diffusers_vrpo.config import In
@@ -39,7 +40,8 @@ def timing_file(recipe: Recipe, folder: Path = HERE) -> Path:
 
 def timed_options(recipe: Recipe) -> dict:
     """What of a recipe the times are of."""
-    return {"classes": recipe.classes, "encoder": recipe.encoder, "reference": recipe.reference, "train": recipe.train}
+    options = {"classes": recipe.classes, "encoder": recipe.encoder, "reference": recipe.reference}
+    return options | {"train": recorded_options(recipe)}
 
 
 def read_timing(recipe: Recipe, folder: Path = HERE) -> dict:
@@ -91,8 +93,7 @@ def burst(recipe: Recipe, arm: dict, work: Path, steps: int, skipped: int) -> fl
         "num_fd_samples": None,
     }
     AcceleratorState._reset_state(reset_partial_state=True)
-    script = train_script()
-    script.main(script.parse_args(train_argv(recipe, arm, plan, 0, work, folder, few)))
+    train_arm.main(train_argv(recipe, arm, plan, 0, work, folder, few))
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if "train_seconds" in row]
     seconds = {row["step"]: row["train_seconds"] for row in rows}
     shutil.rmtree(folder)

@@ -22,6 +22,7 @@ from diffusers_vrpo.models.start import read_start
 
 ROOT = HERE.parents[1]
 TRAIN_SCRIPT = ROOT / "train_vrpo.py"
+ARM_SCRIPT = HERE / "train_arm.py"
 ONE_STEP = {"steps": 1, "alignment_stop_step": None}
 
 
@@ -52,7 +53,7 @@ def to_argv(options: dict) -> list[str]:
 def train_argv(
     recipe: Recipe, arm: dict, plan: dict, seed: int, work: Path, output_dir: Path, more: dict | None = None
 ) -> list[str]:
-    """Options of train_vrpo.py for a run.
+    """Options of train_arm.py, which are those of train_vrpo.py and a few more, for a run.
 
     Args:
         arm: its options, without `stop`.
@@ -75,6 +76,8 @@ def train_argv(
         "output_dir": str(output_dir),
     }
     options |= recipe.train | arm | (more or {})
+    if isinstance(options.get("gradient_scale"), dict):
+        options["gradient_scale"] = json.dumps(options["gradient_scale"])
     if options["objective"] == "none":  # the script refuses what it would not use
         options.pop("layer_scope", None)
     return to_argv(options)

@@ -26,6 +26,7 @@ from .errors import InputError
 DEFAULT_TRAIN_STEPS = 400_000  # where neither max_train_steps nor num_train_epochs is given
 DIGITS = "digits"  # the data set and the encoder that are embedded in the package, where no folder is called so
 EMBEDDED_DIGITS = "embedded:digits"  # their name that no folder can shadow
+EMBEDDED_GRIDS = "embedded:digit-grids"  # a data set: grids of four of these digits
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -794,6 +795,11 @@ def is_embedded_digits(name: str | None) -> bool:
     return name == EMBEDDED_DIGITS or (name == DIGITS and not os.path.isdir(DIGITS))
 
 
+def is_embedded_dataset(name: str | None) -> bool:
+    """Whether a name of a data set means one of the package: the digits, or the grids of them."""
+    return name == EMBEDDED_GRIDS or is_embedded_digits(name)
+
+
 def checked_item(option: Option, value):
     """`checked_value` of an option that is not a list, or of an item of one that is."""
     name = option.name
@@ -910,7 +916,7 @@ def check_streaming(config: DataConfig):
     ):
         if (value := getattr(config, name)) is not None:
             raise InputError("streaming", f"`streaming` cannot be combined with `{name}` {value}: {why}")
-    if is_embedded_digits(config.dataset_name):
+    if is_embedded_dataset(config.dataset_name):
         raise InputError(
             "streaming",
             f"`streaming` cannot be combined with `dataset_name` {config.dataset_name}, which is in the package; remove it",

@@ -19,7 +19,7 @@ import yaml
 from diffusers_vrpo import SiTTransformer2DModel
 from diffusers_vrpo.errors import InputError
 from support.paths import ROOT
-from support.yardstick import MODEL, TIMING
+from support.yardstick import MODEL, TIMING, YARDSTICK
 
 
 def results(tiny_yardstick) -> list[dict]:
@@ -71,6 +71,17 @@ def test_recipe_hash_names_what_results_depend_on(yardstick, tiny_yardstick):
         module.load_recipe(str(tiny_yardstick.folder / "wrong.yaml"))
     with pytest.raises(InputError, match="--arms nothing is none of none, repa"):
         module.choose_arms(["nothing"], recipe)
+
+
+def test_recorded_results_are_of_the_recipe_as_it_is(yardstick):
+    """The table of the recorded results has lines: neither a new option of the recipe nor of the code has renamed them."""
+    recipe = yardstick.recipe.load_recipe("cpu")
+    timing, arms = yardstick.timing.read_timing(recipe), yardstick.recipe.load_arms()
+    lines = yardstick.run.read_results(YARDSTICK / "results-cpu.jsonl")
+    for name in ("none", "repa", "vrpo"):
+        plan = yardstick.recipe.equal_compute(recipe, arms[name], name, timing)
+        key = yardstick.recipe.recipe_hash(recipe, arms[name], plan)
+        assert {line["seed"] for line in lines if (line["arm"], line["recipe"]) == (name, key)} == {1, 2, 3}
 
 
 @pytest.mark.slow

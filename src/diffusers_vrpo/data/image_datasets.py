@@ -10,12 +10,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
-from datasets import ClassLabel, Dataset, Features, Image, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from datasets.features import Value
 from PIL import Image as PILImage
 
-from ..config import DIGITS, EMBEDDED_DIGITS, expanded, is_embedded_digits
+from ..config import DIGITS, EMBEDDED_DIGITS, EMBEDDED_GRIDS, expanded, is_embedded_dataset
 from ..errors import UNKNOWN_TO_THE_HUB, InputError, first_line, gated, hub_problem
 from ..random_streams import ORDER, random_stream
 from ..reach import offline_if_out_of_reach
@@ -51,7 +51,7 @@ def load_image_dataset(
     max_train_samples: int | None = None,
     cache_dir: str | None = None,
 ) -> tuple[Dataset, dict[int, str] | None, int]:
-    """Opens an image data set: a Hub name, a folder of parquet files or of images, or `"embedded:digits"`.
+    """Opens an image data set: a Hub name, a folder of parquet files or of images, or an embedded one.
 
     Without labels, or with `label_column="none"`, all images have the class 0.
 
@@ -65,11 +65,9 @@ def load_image_dataset(
     option, name = ("train_data_dir", train_data_dir) if dataset_name is None else ("dataset_name", dataset_name)
     name = expanded(name)
     say_which_digits(option, name)
-    if dataset_name is not None and is_embedded_digits(dataset_name):
-        from ..assets.digits import load_digits_dataset
-
+    if dataset_name is not None and is_embedded_dataset(dataset_name):
         refuse_config_name(dataset_config_name, option, name)
-        data = load_digits_dataset()
+        data = load_embedded_dataset(dataset_name)
     elif os.path.isdir(name) and (option == "train_data_dir" or is_image_folder(name)):
         refuse_config_name(dataset_config_name, option, name)
         data = {split: load_image_folder(option, name, split, image_column, label_column)}
@@ -103,6 +101,17 @@ def refuse_config_name(config_name: str | None, option: str, name: str):
             "dataset_config_name",
             f"`dataset_config_name` {config_name} has no effect, since `{option}` {name} has no configurations; remove it",
         )
+
+
+def load_embedded_dataset(name: str) -> DatasetDict:
+    """Both splits of a data set that the package carries, or composes of what it carries."""
+    if name == EMBEDDED_GRIDS:
+        from ..assets.digit_grids import load_digit_grids
+
+        return load_digit_grids()
+    from ..assets.digits import load_digits_dataset
+
+    return load_digits_dataset()
 
 
 def say_which_digits(option: str, name: str):

@@ -16,9 +16,8 @@ import torch
 from datasets import Dataset, Image
 
 from ..arrays import map_array, num_bytes, read_header
-from ..assets.digits import load_digits_dataset
-from ..config import is_embedded_digits
-from ..data.image_datasets import open_named, refuse_config_name
+from ..config import is_embedded_dataset
+from ..data.image_datasets import load_embedded_dataset, open_named, refuse_config_name
 from ..data.image_decoding import PixelRange, decode_image, find_pixel_range, resize_and_crop, sample_rows
 from ..data.image_folders import list_images, reason_without_images
 from ..errors import InputError, first_line
@@ -277,15 +276,15 @@ def dataset_images(
     resolution: int,
     cache_dir: str | None,
 ) -> ImageSet:
-    """Opens a split of a data set (Hub name or folder, or `"embedded:digits"`), cropped to `resolution` as for training.
+    """Opens a split of a data set (Hub name or folder, or an embedded one), cropped to `resolution` as for training.
 
     Raises:
         InputError: if the data set, split or column of images does not exist, or the values of the pixels have no known
             range.
     """
-    if is_embedded_digits(source):
+    if is_embedded_dataset(source):
         refuse_config_name(config_name, option, source)
-        data = load_digits_dataset()
+        data = load_embedded_dataset(source)
     else:
         data = open_named(option, source, config_name, cache_dir)
     if split not in data:

@@ -1,0 +1,36 @@
+#!/usr/bin/env python
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""train_vrpo.py with the callbacks of the yardsticks: `--fork_from CHECKPOINT` and `--gradient_scale JSON`."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from fork import Fork
+from gradient_scale import GradientScale
+from training_run import train_script
+
+from diffusers_vrpo.command_line import one_line_errors
+
+
+def split_argv(argv: list[str]) -> tuple[list[str], list]:
+    """The options of train_vrpo.py, and the callbacks that the others stand for."""
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--fork_from", type=Path)
+    own.add_argument("--gradient_scale", type=json.loads)
+    found, rest = own.parse_known_args(argv)
+    callbacks = [Fork(found.fork_from)] if found.fork_from else []
+    callbacks += [GradientScale(**found.gradient_scale)] if found.gradient_scale else []
+    return rest, callbacks
+
+
+def main(argv: list[str]):
+    rest, callbacks = split_argv(argv)
+    script = train_script()
+    script.main(script.parse_args(rest), callbacks)
+
+
+if __name__ == "__main__":
+    with one_line_errors(train_script().build_parser()):
+        main(sys.argv[1:])

@@ -142,7 +142,7 @@ def test_ranges(capsys, option, limits):
         ({"output_dir": 3}, "`output_dir` must be text"),
         ({"encoder": "digits"}, "`encoder` must be a list, not 'digits'"),
         ({"encoder_layer": [1.5]}, "`encoder_layer` must be a whole number, not 1.5"),
-        ({"objective": "grpo"}, "`objective` must be one of none, repi, repa, vrpo, not 'grpo'"),
+        ({"objective": "grpo"}, "`objective` must be one of none, repa, irepa, rare, repi, vrpo, not 'grpo'"),
     ],
 )
 def test_values_of_the_wrong_kind(options, message):

@@ -10,6 +10,7 @@ tokens. The fork sees, weighs and compares the gradient of the image tokens alon
 
 import copy
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -169,7 +170,8 @@ class AlignedTransformer(nn.Module):
         blocks (`list[nn.Module]`, *optional*): the blocks that `layers` counts, if the transformer has other names for them.
 
     Raises:
-        ValueError: if a layer or projector does not exist, or the transformer's blocks or width are not known.
+        ValueError: if a layer or projector does not exist, an encoder has no `embed_dim`, or the transformer's blocks or
+            width are not known.
     """
 
     def __init__(
@@ -186,6 +188,9 @@ class AlignedTransformer(nn.Module):
         super().__init__()
         self.transformer = transformer
         self.encoders = list(encoders)
+        for encoder in self.encoders:
+            if not isinstance(getattr(encoder, "embed_dim", None), numbers.Integral):
+                raise ValueError(f"`encoders` has {encoder!r:.80}, which has no whole number `embed_dim`")
         self.embed_dims = [int(encoder.embed_dim) for encoder in self.encoders]
         self.layers = sorted(layers) if self.encoders else []
         self.projector, self.projector_dim = projector, projector_dim

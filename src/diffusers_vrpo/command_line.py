@@ -180,6 +180,8 @@ def parse_config(parser: argparse.ArgumentParser, argv: list[str] | None = None)
 def file_to_argv(parser: argparse.ArgumentParser, file: str) -> list[str]:
     """Converts a YAML file of training options to a command line; `parser` reports errors."""
     try:
+        if Path(file).exists() and not Path(file).is_file():  # a pipe would be waited for
+            raise OSError("it is not a file")
         values = yaml.safe_load(Path(file).read_text()) or {}
     except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         parser.error(f"--config {file} cannot be read: {str(error).splitlines()[0]}")
@@ -200,6 +202,8 @@ def file_to_argv(parser: argparse.ArgumentParser, file: str) -> list[str]:
             parser.error(f"--config {file}: {name} {wanted}, not {str(value).lower()}")
         if isinstance(value, dict) or (isinstance(value, list) and not option.many):
             parser.error(f"--config {file}: {name} takes one value, not {value}")
+        if isinstance(value, list) and any(isinstance(item, dict | list) or item is None for item in value):
+            parser.error(f"--config {file}: {name} takes a list of values, not {value}")
         if option.kind is bool:
             argv.append(f"--{name}" if value else f"--no-{name}")
         elif isinstance(value, list) and not option.marked(Repeated):

@@ -2,6 +2,7 @@
 """The options of training as fields: their ranges, from Python and from the command line; files; what a resume keeps."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -318,6 +319,8 @@ def test_the_command_line_overrides_a_file(tmp_path):
         ("seed: true", "seed takes a value, not true"),
         ("layer_scope: [4, 8]", "layer_scope takes one value, not [4, 8]"),
         ("seed: {a: 1}", "seed takes one value"),
+        ("encoder: [digits, {a: 1}]", "encoder takes a list of values"),
+        ("encoder: [digits, null]", "encoder takes a list of values"),
         ("seed: a", "--seed: invalid int value: 'a'"),
         ("seed: -1", "--seed -1 must lie in [0, 9223372036854775808)"),
         ("- 1", "must map option names to values"),
@@ -331,6 +334,13 @@ def test_files_that_are_wrong(capsys, tmp_path, text, message):
         parse("--config", str(file))
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_a_pipe_is_no_file_of_options(capsys, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SystemExit):
+        parse("--config", str(tmp_path / "pipe"))
+    assert "cannot be read: it is not a file" in capsys.readouterr().err
 
 
 def test_values_of_a_file_as_a_command_line(tmp_path):

@@ -12,6 +12,7 @@ tokens. The fork sees, weighs and compares the gradient of the image tokens alon
 import contextlib
 import copy
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -187,8 +188,8 @@ class AlignedTransformer(nn.Module):
             features, as the objective's `scaffold_fraction` says (docs/method.md); none without it.
 
     Raises:
-        ValueError: if a layer or projector does not exist, the transformer's blocks or width are not known, or the scaffolded
-            block has no `to_k` and `to_v`.
+        ValueError: if a layer or projector does not exist, an encoder has no `embed_dim`, the transformer's blocks or width
+            are not known, or the scaffolded block has no `to_k` and `to_v`.
     """
 
     def __init__(
@@ -206,6 +207,9 @@ class AlignedTransformer(nn.Module):
         super().__init__()
         self.transformer = transformer
         self.encoders = list(encoders)
+        for encoder in self.encoders:
+            if not isinstance(getattr(encoder, "embed_dim", None), numbers.Integral):
+                raise ValueError(f"`encoders` has {encoder!r:.80}, which has no whole number `embed_dim`")
         self.embed_dims = [int(encoder.embed_dim) for encoder in self.encoders]
         self.layers = sorted(layers) if self.encoders else []
         self.projector, self.projector_dim = projector, projector_dim

@@ -7,6 +7,8 @@ ViTs return their patch tokens (without class and register tokens), conv nets an
 import inspect
 import logging
 import math
+import numbers
+from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -156,11 +158,14 @@ def load_encoder(
 
     Raises:
         InputError: if the name, checkpoint or layer does not provide patch embeddings.
-        ValueError: if `resize` is unknown.
+        ValueError: if `resize` is unknown, or `grid_size` something else.
     """
     if resize not in RESIZE_MODES:
         raise ValueError(f"resize must be one of {', '.join(RESIZE_MODES)}, not {resize!r}")
-    grid_size, prefix = tuple(grid_size), f"`encoder` {name_or_path}: "
+    sides = tuple(grid_size) if isinstance(grid_size, Iterable) else (grid_size,)
+    if len(sides) != 2 or not all(isinstance(side, numbers.Integral) and side >= 1 for side in sides):
+        raise ValueError(f"grid_size must be two whole numbers above 0, rows and columns, not {grid_size!r}")
+    grid_size, prefix = sides, f"`encoder` {name_or_path}: "
     source, local = _locate(name_or_path)
     try:
         with offline_if_out_of_reach(source):
@@ -257,6 +262,8 @@ def resample_tokens(features, num_tokens, grid_size=None):
 
 def _locate(name_or_path, option="encoder"):
     """Resolves a name to a folder or Hub name, and returns whether it is a folder."""
+    if not isinstance(name_or_path, str | Path):
+        raise InputError(option, f"`{option}` {name_or_path!r} is not a name; {REMEDY}")
     path = Path(name_or_path).expanduser()
     if is_embedded_digits(name_or_path):
         from ..assets.digits import DIGITS_ENCODER  # here, because it imports datasets

@@ -54,6 +54,10 @@ class TokenReward:
     function: Callable
     gradient: Callable | None = None
 
+    def __post_init__(self):
+        if not callable(self.function) or not (self.gradient is None or callable(self.gradient)):
+            raise InputError("rewards", f"the reward {self.name!r} must have functions of (action, mu, y, subset)")
+
     def value_and_gradient(
         self, mu: torch.Tensor, y: torch.Tensor, subset: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:

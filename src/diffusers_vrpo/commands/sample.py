@@ -84,6 +84,10 @@ def load_pipeline(name_or_path: str, revision: str | None, variant: str | None, 
             return VRPOPipeline.from_pretrained(name_or_path, revision=revision, variant=variant, cache_dir=cache_dir)
     except Exception as error:  # diffusers raises many types; all mean that it cannot be opened
         problem = hub_problem(error, name_or_path) or first_line(error)
+        if isinstance(error, RecursionError):
+            problem = (
+                "the config.json of its transformer or autoencoder, or scheduler_config.json, is nested too deeply"
+            )
         raise InputError(None, f"PIPELINE {name_or_path} cannot be opened: {problem}") from error
 
 

@@ -211,6 +211,8 @@ def exported_rows(folder: Path):
     """
     for path in sorted(folder.glob("data/train-*.parquet")):
         try:
+            if not path.is_file():  # a pipe would be waited for
+                raise OSError("it is not a file")
             for batch in pq.ParquetFile(path).iter_batches(ROWS_PER_GROUP):
                 yield from batch.to_pylist()
         except (OSError, pa.ArrowException) as error:

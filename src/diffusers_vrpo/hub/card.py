@@ -77,6 +77,8 @@ def public_json(value):
 
 def read_mapping(file: Path) -> dict:
     """Reads the mapping in a JSON or YAML file; returns an empty one if the file cannot be read."""
+    if not file.is_file():  # a pipe would be waited for
+        return {}
     # JSON is not read as YAML, which takes 1e-06 for text.
     parse = json.loads if file.suffix == ".json" else yaml.safe_load
     try:

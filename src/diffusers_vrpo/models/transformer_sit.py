@@ -265,6 +265,8 @@ def sit_preset(name: str) -> dict:
     Raises:
         ValueError: if the name is unknown; the message lists the nearest presets.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"a preset is a name such as 'SiT-B/2', not {name!r}")
     by_lower_case = {preset.lower(): preset for preset in SIT_PRESETS}
     preset = by_lower_case.get(name.lower())
     if preset is None:

@@ -42,7 +42,7 @@ from ...random_streams import CLASSES, DRAWS, LOOK_NOISE, LOOK_REAL, ROLLOUT_NOI
 from ...training.callbacks import TrainerCallback
 from ...training.distributed import ema_weights, full_pipeline, run_and_share_errors
 from ...training.interruption import wait_before_exit
-from ...training.output_dir import writing
+from ...training.output_dir import check_writable, writing
 from ...training.setup import trainable_parameters
 from ...training.throughput import forward_flops
 from .guards import GuardValues, Limits, tripped_guard
@@ -250,6 +250,8 @@ class GenerativePolicy(TrainerCallback):
         images |= {"checksum": zlib.crc32(first.numpy(), zlib.crc32(rows.tobytes()))}
         num_classes = images["classes"] = self.transformer.config.num_classes
         description = describe(images, name, self.encoder, len(rows)) | {"shallow_layer": self.encoder.shallow_layer}
+        if args.reward_reference and not file.exists():
+            check_writable("reward_reference", "`reward_reference`", file)
         known = known_statistics(file, description) if accelerator.is_main_process else None
         if broadcast_object_list([known is None and file.exists()])[0] and args.reward_reference:
             raise InputError(

@@ -297,3 +297,15 @@ def test_linear_probe_is_logistic_regression():
         evaluation.linear_probe(features[train], labels[train] * 0, features[test], labels[test])
     with pytest.raises(InputError, match="200 features for 400 labels"):
         evaluation.linear_probe(features[train], labels[train], features[test], labels[train])
+
+
+def test_sets_of_other_encoders_are_refused():
+    x, y, labels = torch.rand(9, 3), torch.rand(9, 4), torch.arange(9) % 2
+    for measured in (
+        lambda: evaluation.kernel_distance(x, y, 2, 3),
+        lambda: evaluation.precision_recall(x, y, 2),
+        lambda: evaluation.density_coverage(x, y, 2),
+        lambda: evaluation.linear_probe(x, labels, y, labels, 0.1),
+    ):
+        with pytest.raises(InputError, match="have 3 and 4 channels; they must come from the same encoder"):
+            measured()

@@ -37,6 +37,18 @@ def check_features(features: torch.Tensor, name: str = "features", at_least: int
         raise InputError(None, f"{name}: the features of {bad} of {len(features)} images are not finite")
 
 
+def check_widths(x: torch.Tensor, y: torch.Tensor, name: str):
+    """Checks that two sets of features have as many channels.
+
+    Raises:
+        InputError: if they differ; the message calls the metric `name`.
+    """
+    if x.shape[1] != y.shape[1]:
+        raise InputError(
+            None, f"{name}: the sets have {x.shape[1]} and {y.shape[1]} channels; they must come from the same encoder"
+        )
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Mean and covariance, Fréchet distance
 
@@ -178,6 +190,7 @@ def kernel_distance(
         raise InputError(None, f"KID: a subset of {subset_size} images is too small, at least 2 are needed")
     check_features(reference, "KID, reference", at_least=subset_size)
     check_features(samples, "KID, samples", at_least=subset_size)
+    check_widths(reference, samples, "KID")
     random = np.random.default_rng(seed)
     distances = []
     for _ in range(subsets):
@@ -262,6 +275,8 @@ def precision_recall(
         InputError: if a set has at most k features, or some are not finite.
     """
     reference_radii = neighbour_radii(reference, k, block_elements)
+    check_features(samples, f"nearest neighbours with k = {k}", at_least=k + 1)
+    check_widths(reference, samples, "precision and recall")
     sample_radii = neighbour_radii(samples, k, block_elements)
     covered_samples = torch.zeros(len(samples), dtype=torch.bool, device=reference_radii.device)
     covered_references = []
@@ -284,6 +299,7 @@ def density_coverage(
     """
     check_features(samples, "density and coverage, samples")
     radii = neighbour_radii(reference, k, block_elements)
+    check_widths(reference, samples, "density and coverage")
     hits, covered = 0, 0
     for rows, distances in distance_blocks(reference, samples, block_elements):
         inside = distances <= radii[rows, None]
@@ -399,6 +415,7 @@ def linear_probe(
         check_features(features, name)
         if len(features) != len(labels):
             raise InputError(None, f"{name}: {len(features)} features for {len(labels)} labels")
+    check_widths(train_features, test_features, "the probe")
     x, z = as_float64(train_features), as_float64(test_features)
     labels, test_labels = train_labels.to(x.device), test_labels.to(x.device)
     if labels.min() == labels.max():

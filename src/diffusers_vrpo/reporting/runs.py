@@ -2,6 +2,7 @@
 """Compares training runs: reads their logs, groups them into arms, and computes the numbers that compare arms."""
 
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -70,7 +71,7 @@ class Run:
             self.options = yaml.safe_load(read_regular(files[0]))
             rows, damaged = read_rows(files[1], METRICS_ROW)
             starts = self.folder / "starts.jsonl"
-            self.starts = read_rows(starts, START)[0] if starts.is_file() else []
+            self.starts = read_rows(starts, START)[0] if os.path.lexists(starts) else []
         except (OSError, RecursionError, yaml.YAMLError) as error:
             raise InputError(None, f"{folder} cannot be read ({first_line(error)}); give another run") from error
         if not isinstance(self.options, dict):

@@ -437,7 +437,7 @@ def test_an_autoencoder_of_other_latents_is_refused():
     vae = tiny_vae("tiny").requires_grad_(False)
     ImageRewards([colour], vae=vae).check((4, 2, 2), 8)
     for shape in ((8, 2, 2), (4, 4, 4)):
-        with pytest.raises(InputError, match="`reward_vae` does not decode latents of"):
+        with pytest.raises(InputError, match="does not decode latents of .*; give a `reward_vae`"):
             ImageRewards([colour], vae=vae).check(shape, 8)
 
 

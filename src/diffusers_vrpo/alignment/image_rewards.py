@@ -473,8 +473,8 @@ class ImageRewards:
         if shape != [3, resolution, resolution]:
             raise InputError(
                 "reward_vae",
-                f"`reward_vae` does not decode latents of {list(latent_shape)} to images of {[3, resolution, resolution]} "
-                f"({shape}); give an autoencoder of the same latents as `vae`",
+                f"the autoencoder of the image rewards does not decode latents of {list(latent_shape)} to images of "
+                f"{[3, resolution, resolution]} ({shape}); give a `reward_vae` for the latents of `vae`",
             )
         try:
             self.values_and_gradients(noise[0], noise[1], noise[1], timestep + 0.5, timestep)

@@ -407,11 +407,11 @@ def conflicting(self, step):
     if step.active:
         step.probe.grad = torch.full_like(step.probe, -0.5)  # a conflict at every timestep
     observe(self, step)
-def counted(self, images, *args):
+def counted(self, images, *args, **features):
     if self.aligned.encoders:
         with open({log!r} + str(torch.distributed.get_rank() if torch.distributed.is_initialized() else 0), "a") as file:
             file.write(str(self.step_number) + "\\n")
-    return targets(self, images, *args)
+    return targets(self, images, *args, **features)
 
 VRPO.observe, VRPO.targets = conflicting, counted
 train_vrpo.main(train_vrpo.parse_args())

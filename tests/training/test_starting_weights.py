@@ -229,7 +229,8 @@ def test_a_seed_draws_the_weights_of_version_0_1(projector):
     after = torch.rand(1)
     args = Namespace(
         pretrained_model_name_or_path=None, vae=None, keep_labels=False, label_dropout=None, layer_scope="1,2",
-        projector=projector, projector_dim=24, model_config=None, preset=None, lora_rank=None,
+        projector=projector, projector_dim=24, model_config=None, preset=None, lora_rank=None, objective="repa",
+        scaffold_layer=None,
     )  # fmt: skip
     torch.manual_seed(3)
     encoders = [SimpleNamespace(embed_dim=dim) for dim in (64, 12)]

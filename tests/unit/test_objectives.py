@@ -10,7 +10,7 @@ import torch
 
 from diffusers_vrpo import VRPOConfig
 from diffusers_vrpo.alignment.attach import AlignedTransformer
-from diffusers_vrpo.alignment.objective import REPA, VRPO, NoAlignment, objective_from_config
+from diffusers_vrpo.alignment.objective import REPA, REPI, VRPO, NoAlignment, objective_from_config
 from diffusers_vrpo.alignment.whitening import whiten_encoder
 from diffusers_vrpo.command_line import parse_config, training_parser
 from diffusers_vrpo.config import (
@@ -159,26 +159,32 @@ def test_each_trains_every_kind_of_transformer(name, model):
         transformer = tiny_model(**({"prediction_type": "epsilon"} if model == "epsilon" else {}))
     timestep = torch.tensor([0.1, 0.5, 0.9]) if model == "SiT" else torch.tensor([100, 500, 900])
     encoders = [] if name == "none" else [encoder]
-    aligned = AlignedTransformer(transformer, [1] if encoders else [], encoders, config.projector, 24)
-    objective = objective_from_config(config, aligned, 100)
-    expected = {"none": NoAlignment, "vrpo": VRPO}.get(name, REPA)
+    layers, scaffold_layer = ([], 1) if name == "repi" else ([1] if encoders else [], None)
+    aligned = AlignedTransformer(transformer, layers, encoders, config.projector, 24, scaffold_layer=scaffold_layer)
+    objective = objective_from_config(config, aligned, 20)
+    expected = {"none": NoAlignment, "repi": REPI, "vrpo": VRPO}.get(name, REPA)
     assert type(objective) is expected
-    for _ in range(2):
-        step = objective.begin(torch.tensor([0.1, 0.5, 0.9]))
+    for _ in range(2):  # with a scaffold, its phase is one step
+        step = objective.begin(torch.tensor([0.1, 0.5, 0.9]), images)
         prediction, projections = aligned(
             hidden_states=torch.randn(3, 4, 8, 8),
             timestep=timestep,
             class_labels=torch.tensor([0, 1, 2]),
             fork=step.fork,
             align=step.active,
+            scaffold=step.scaffold,
         )
         loss_fm = prediction.square().flatten(1).mean(1)
         loss = loss_fm.mean() + objective.alignment_coeff * objective(step, projections, images, loss_fm)
+        if step.scaffold is not None:
+            loss = loss + objective.scaffold_coeff * step.scaffold_distance()
         loss.backward()
         objective.observe(step)
         objective.update()
     assert loss.isfinite() and all(p.grad.isfinite().all() for p in aligned.parameters() if p.grad is not None)
-    if encoders:
+    if aligned.scaffold is not None:
+        assert step.scaffold_distance() > 0
+    if aligned.layers:
         assert all(p.grad is not None and p.grad.any() for p in aligned.projectors.parameters())
         assert (objective.plateau is not None) == (name == "rare")
         assert objective.token_weighting == config.token_weighting and objective.spatial_norm == config.spatial_norm

@@ -355,7 +355,7 @@ def test_without_an_objective_for_it_the_scaffold_rests():
         ({"scaffold_coeff": 1.0}, "`scaffold_coeff` 1.0 has no effect without `scaffold_layer`"),
         (
             {"scaffold_layer": 2, "objective": "none"},
-            "`scaffold_layer` 2 has no effect without `objective` repi or repa",
+            "`scaffold_layer` 2 has no effect without `objective` repa, irepa, rare, repi or vrpo",
         ),
         ({"scaffold_layer": 0}, "`scaffold_layer` 0 must be at least 1"),
         ({"scaffold_layer": 2, "scaffold_fraction": 0.0}, "`scaffold_fraction` 0.0 must be above 0 and at most 1"),
@@ -364,7 +364,7 @@ def test_without_an_objective_for_it_the_scaffold_rests():
         ({"scaffold_layer": 2, "alignment_coeff": 0.0}, "`alignment_coeff` 0 ends alignment"),
         (
             {"objective": "repi", "projector": "conv"},
-            "`projector` conv has no effect without `objective` repa or vrpo",
+            "`projector` conv has no effect without `objective` repa, irepa, rare or vrpo",
         ),
         (
             {"objective": "repi", "generative_policy_start_step": 4, "max_train_steps": 100},

@@ -43,6 +43,7 @@ BASES = {
     "sample": "pipe --num_images 2 --num_inference_steps 2 --batch_size 2 --output_dir out",
     "evaluate": "flat --reference flat2 --encoder encoder --dataloader_num_workers 0 --reference_cache statistics",
     "probe": "pipe --dataset_name digits --num_train 40 --num_test 20 --timesteps 0.5 --dataloader_num_workers 0",
+    "layers": "pipe --dataset_name digits --encoder digits --num_train 40 --num_test 20 --timesteps 0.5 --dataloader_num_workers 0",
     "convert": "official.pt out --vae none --num_attention_heads 2",
     "push": "run --hub_model_id me/x",
     "report": "run --output_dir out --metric loss_fm",
@@ -59,20 +60,24 @@ WHOLE = {
     "alignment_stop_step group_size policy_epochs train_batch_size gradient_accumulation_steps max_train_steps lr_warmup_steps "
     "profile checkpointing_steps checkpoints_total_limit validation_steps num_validation_images num_inference_steps "
     "num_fd_samples generative_policy_start_step rollout_classes rollout_group_size rollout_steps rollout_every rollout_epochs "
-    "mc_samples reward_shallow_layer reward_queue_size reward_reference_images guard_every guard_samples",
+    "mc_samples reward_shallow_layer reward_queue_size reward_reference_images guard_every guard_samples scaffold_layer "
+    "image_reward_every image_reward_start_step image_reward_resolution image_reward_batch_size",
     "prepare": "max_train_samples resolution seed patch_size dataloader_num_workers chunk_rows",
     "sample": "num_images seed num_inference_steps batch_size guidance_channels",
     "evaluate": "resolution max_features kid_subsets kid_subset_size inception_score_splits precision_recall_k "
     "density_coverage_k seed batch_size dataloader_num_workers",
     "probe": "num_train num_test cknna_k seed batch_size dataloader_num_workers",
+    "layers": "num_train num_test encoder_layer seed batch_size dataloader_num_workers",
     "convert": "num_attention_heads num_classes alignment_layer",
 }
 NUMBERS = {
     "train": "label_dropout alignment_coeff spatial_norm policy_noise clip_range kl_coeff learning_rate adam_beta1 adam_beta2 "
     "adam_weight_decay adam_epsilon max_grad_norm ema_decay peak_tflops guidance_scale generative_coeff max_gradient_ratio "
-    "rollout_clip_range anchor_coeff generative_learning_rate guard_loss_rise guard_recall_fall guard_distance_rise",
+    "rollout_clip_range anchor_coeff generative_learning_rate guard_loss_rise guard_recall_fall guard_distance_rise "
+    "scaffold_fraction scaffold_coeff image_reward_share image_reward_max_t image_reward_fraction",
     "sample": "guidance_scale",
     "probe": "timesteps l2",
+    "layers": "timesteps l2",
     "report": "target",
 }
 
@@ -89,6 +94,21 @@ TRAIN = [
     ("--target_norm whiten", "--target_norm"),
     ("--target_norm whiten:1", "--target_norm"),
     ("--target_norm whiten:65", "--target_norm"),
+    ("--scaffold_layer 9", "--scaffold_layer"),
+    ("--scaffold_layer 1 --objective none ~--encoder", "--scaffold_layer"),
+    ("--scaffold_fraction 0.1", "--scaffold_fraction|--scaffold_layer"),
+    ("--objective repi --projector conv", "--projector"),
+    ("--objective repi --scaffold_layer 1 --kl_coeff 1", "--kl_coeff"),
+    ("--image_rewards beauty", "--image_rewards"),
+    ("--image_rewards os:nothing", "--image_rewards"),
+    ("--image_rewards perceptual perceptual", "--image_rewards"),
+    ("--image_reward_share 0.5", "--image_reward_share"),
+    ("--image_rewards perceptual --image_reward_share 1 2 3", "--image_reward_share"),
+    ("--image_rewards perceptual --perceptual_layer 99", "--perceptual_layer"),
+    ("--image_rewards perceptual --image_semantic_layer 1", "--image_semantic_layer"),
+    ("--image_rewards perceptual --reward_vae vae", "--reward_vae"),
+    ("--image_rewards perceptual --image_reward_start_step 5", "--image_reward_start_step"),
+    ("--image_rewards perceptual --objective none ~--encoder", "--image_reward_encoder"),
     ("--preset SiT-XXL/2 ~--model_config", "--preset"),
     ("--preset SiT-B/3 ~--model_config", "--preset"),
     ("--preset SiT-S/2", "--preset"),
@@ -489,6 +509,26 @@ EVALUATE = [
     ("--dataloader_num_workers 100000", "--dataloader_num_workers"),
 ]
 
+LAYERS = [
+    ("nowhere", "nowhere|MODEL"),
+    ("images", "images|MODEL"),
+    ("latent_pipe", "latent_pipe|MODEL|autoencoder|vae"),
+    ("--dataset_name nowhere", "--dataset_name"),
+    ("--dataset_name table_garbage --num_train 4 --num_test 2", "table_garbage|image"),
+    ("--dataset_split holdout", "--dataset_split"),
+    ("--image_column picture", "--image_column"),
+    ("--timesteps", "--timesteps"),
+    ("--timesteps 1.5", "--timesteps"),
+    ("--encoder nowhere", "--encoder"),
+    ("~--encoder", "--encoder"),
+    ("--encoder_layer 99", "--encoder_layer|layer"),
+    ("--num_train 1", "--num_train"),
+    ("--num_train 1000000", "--num_train"),
+    ("--vae vae", "--vae|vae"),
+    ("--output_file /proc/x.json", "--output_file"),
+    ("~--dataset_name", "--dataset_name"),
+]
+
 PROBE = [
     ("nowhere", "nowhere|PIPELINE"),
     ("images", "images|PIPELINE"),
@@ -882,6 +922,7 @@ TABLES = {
     "sample": SAMPLE,
     "evaluate": EVALUATE,
     "probe": PROBE,
+    "layers": LAYERS,
     "convert": CONVERT,
     "push": PUSH,
     "report": REPORT,

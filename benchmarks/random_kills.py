@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-r"""Kill tiny runs of ten kinds at random moments, continue each to its end, and compare it with a run that nobody killed.
+r"""Kill tiny runs of thirteen kinds at random moments, continue each to its end, and compare it with a run that nobody killed.
 
-    python benchmarks/random_kills.py                  # 100 kills, about a quarter of an hour on two cores
+    python benchmarks/random_kills.py                  # 130 kills, a few minutes on two cores
     python benchmarks/random_kills.py --kills 10 --only streaming two-processes
 
 A run is killed by SIGKILL at a moment drawn uniformly over the time that an undisturbed run takes: while it starts, trains,
@@ -63,6 +63,9 @@ KINDS = {
     "two processes": {"train_batch_size": 8},
     "generative": GENERATIVE,
     "bf16": {"mixed_precision": "bf16"},
+    "rare": {"objective": "rare", "target_norm": "whiten:16"},
+    "scaffold": {"scaffold_layer": 1, "scaffold_fraction": 0.4},
+    "image rewards": {"image_rewards": "perceptual"},
 }
 TIMED = ("images_per_second", "tflops_per_device", "train_seconds", "mfu")
 
@@ -176,7 +179,7 @@ def kill_runs(kind: str, options, folder: Path, start, dice: random.Random, kill
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--kills", type=int, default=100, help="kills in total, divided among the kinds (default: 100)"
+        "--kills", type=int, default=130, help="kills in total, divided among the kinds (default: 130)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default: 0)")
     parser.add_argument(

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from ..alignment.encoders import features_of_layers, load_encoder
 from ..alignment.rewards import normalize
 from ..command_line import OneLineErrorParser, add_options, number_in, one_line_errors
-from ..config import BATCH, LAYER, NUM_SAMPLES, SEED, DataConfig, In, RunConfig
+from ..config import BATCH, LAYER, SEED, DataConfig, In, RunConfig
 from ..data.image_datasets import load_image_dataset
 from ..errors import InputError
 from ..evaluation.feature_statistics import Batches
@@ -42,6 +42,7 @@ from .probe import LabelledImages, image_side, open_pipeline, recorded_blocks, s
 
 
 logger = logging.getLogger("layers")
+SEVERAL = In(2, most=10**7)  # images that differ from one another
 
 
 def open_model(args: argparse.Namespace):
@@ -229,9 +230,9 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     add_options(g, DataConfig, ["dataset_name"], required=True)
     add_options(g, DataConfig, ["dataset_config_name", "dataset_split", "image_column", "label_column"])
     g.add_argument(
-        "--num_train", type=number_in(NUM_SAMPLES), default=1024, help="number of images to fit on, drawn at random"
+        "--num_train", type=number_in(SEVERAL), default=1024, help="number of images to fit on, drawn at random"
     )
-    g.add_argument("--num_test", type=number_in(NUM_SAMPLES), default=256, help="number of other images to score on")
+    g.add_argument("--num_test", type=number_in(SEVERAL), default=256, help="number of other images to score on")
     add_options(g, RunConfig, ["cache_dir"])
     g = parser.add_argument_group("what is measured")
     g.add_argument("--encoder", required=True, help="vision encoder of transformers, Hub name or folder, or `digits`")

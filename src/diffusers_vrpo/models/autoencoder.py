@@ -339,11 +339,22 @@ def measure_latents(vae, resolution: int) -> tuple[tuple[int, int, int], bool]:
 
 @torch.no_grad()
 def decoded_side(vae, channels: int, size: int) -> int:
-    """The side in pixels of the images that latents `[channels, size, size]` are decoded to."""
+    """The side in pixels of the images that latents `[channels, size, size]` are decoded to.
+
+    Raises:
+        InputError: if the autoencoder does not decode such latents.
+    """
     try:
         return on_meta(_decoded, vae, 1, channels, size, size).shape[-1]
     except Exception:  # the real device decides, whatever the other one could not do
+        pass
+    try:
         return _decoded(vae, torch.zeros(1, channels, size, size, device=vae.device)).shape[-1]
+    except Exception as error:  # every autoencoder fails in its own way
+        raise InputError(
+            "vae",
+            f"`vae` does not decode what the transformer makes, {channels} channels of {size}x{size} ({first_line(error)})",
+        ) from error
 
 
 def _decoded(vae, latents: torch.Tensor) -> torch.Tensor:

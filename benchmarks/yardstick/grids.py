@@ -38,6 +38,7 @@ from run import Workers, append_result, commit, read_results, versions
 from table import markdown
 from training_run import ROOT
 
+from diffusers_vrpo.assets.digit_grids import grid_images
 from diffusers_vrpo.command_line import OneLineErrorParser, number_in
 from diffusers_vrpo.config import EMBEDDED_GRIDS, In, VRPOConfig
 from diffusers_vrpo.errors import InputError, TrainingInterrupted
@@ -46,7 +47,7 @@ from diffusers_vrpo.pipelines.sampling import start_noise
 from diffusers_vrpo.trainer import VRPOTrainer
 from diffusers_vrpo.training.callbacks import TrainerCallback
 from diffusers_vrpo.training.checkpoints import list_checkpoints
-from diffusers_vrpo.training.distributed import full_pipeline
+from diffusers_vrpo.training.distributed import ema_weights, full_pipeline
 from diffusers_vrpo.training.metrics import read_metrics
 from diffusers_vrpo.training.throughput import hardware_name
 
@@ -172,22 +173,36 @@ def make_trainer(study: Study, arm: dict, steps: int, seed: int, work: Path, out
 
 
 @torch.no_grad()
-def draw(pipeline, count: int, solver_steps: int) -> torch.Tensor:
-    """Samples `[count, 1, 16, 16]`, float32; the first ones are the same however many are drawn."""
+def draw(pipeline, count: int, solver_steps: int, oracle=None) -> torch.Tensor:
+    """Samples `[count, 1, 16, 16]`, float32; the first ones are the same however many are drawn.
+
+    Args:
+        oracle: an aligned transformer whose scaffold gets the features of held-out grids.
+    """
     pipeline.set_progress_bar_config(disable=True)
+    if oracle is not None:
+        held_out = torch.from_numpy(grid_images("validation"))[:, None].expand(-1, 3, -1, -1).float() / 127.5 - 1
     side = pipeline.transformer.config.sample_size
     parts = []
     for indices in torch.arange(count).split(250):
         noise = torch.stack([start_noise(NOISE_SEED, i, (1, side, side)) for i in indices.tolist()])
         options = {"num_inference_steps": solver_steps, "guidance_scale": 1.0, "output_type": "latent"}
-        parts.append(pipeline([0] * len(noise), latents=noise, **options).images)
+        with contextlib.nullcontext() if oracle is None else oracle.oracle(held_out[indices]):
+            parts.append(pipeline([0] * len(noise), latents=noise, **options).images)
     return torch.cat(parts).cpu()
 
 
 def judge_trainer(trainer: VRPOTrainer, count: int, solver_steps: int) -> dict[str, float]:
-    """What the judge says of `count` samples of the averaged weights."""
-    with full_pipeline(trainer.accelerator, trainer.pipeline, trainer.ema) as averaged:
-        return grid_judge()(draw(averaged, count, solver_steps))
+    """What the judge says of `count` samples of the averaged weights.
+
+    A scaffold phase that lasts for the whole run makes the arm an oracle: its samples are told what to show.
+    """
+    oracle = trainer.aligned if trainer.args.scaffold_fraction == 1 else None
+    with (
+        ema_weights(trainer.ema, trainer.aligned),
+        full_pipeline(trainer.accelerator, trainer.pipeline, None) as averaged,
+    ):
+        return grid_judge()(draw(averaged, count, solver_steps, oracle))
 
 
 class Curve(TrainerCallback):

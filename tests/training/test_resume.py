@@ -316,6 +316,7 @@ def test_a_full_disk_at_the_start_and_at_the_end(command, trainers, tmp_path, mo
     assert len(losses(tmp_path / "run")) == 2 and (tmp_path / "run" / "model_index.json").exists()
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_share_a_folder(command, trainers, tmp_path):
     options = command(max_train_steps=10000, dataloader_num_workers=1)
     first = trainers(options)

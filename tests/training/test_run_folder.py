@@ -294,6 +294,7 @@ def test_what_harms_nothing_may_be_in_a_new_folder(tmp_path):
     claim_output_dir(VRPOConfig(output_dir=str(tmp_path), config=str(tmp_path / "config.yaml")), tmp_path, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refused", ["a file", "a link", "too few steps"])
 def test_all_processes_agree_on_a_refusal(command, trainers, folder, tmp_path, refused):
     changes = {"train_batch_size": 8, "dataloader_num_workers": 0}

@@ -360,7 +360,8 @@ def noise(width: int, height: int) -> PILImage.Image:
 @pytest.mark.parametrize("size", [(300, 2), (2, 300), (1, 500), (17, 150), (40, 1000), (1100, 70), (33, 300)])
 @pytest.mark.parametrize("position", [None, (0.0, 0.0), (0.999, 0.999), (0.3, 0.61)])
 def test_long_images_are_cropped_before_they_are_resized(size, position, largest):
-    image = noise(*size)
+    # Without black and white: Pillow cuts what overshoots them between its two passes, whose order depends on the shape.
+    image = noise(*size).point(lambda value: 64 + value // 2)
     largest[0] = 0
     found = resize_and_crop(image, 32, position)
     assert found.shape == (32, 32, 3) and found.dtype == np.uint8

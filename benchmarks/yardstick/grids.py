@@ -5,10 +5,11 @@ r"""Digit grids: train arms x seeds on images whose digits obey a rule, and coun
     python benchmarks/yardstick/grids.py run --arms none repa-4-b3 vrpo-4-b3-equal --seeds 1 2 3 --workers 2
     python benchmarks/yardstick/grids.py time --arms none repa-4-b3 vrpo-4-b3-equal
     python benchmarks/yardstick/grids.py table
+    python benchmarks/yardstick/grids.py picture --arms none repa-4-b3 vrpo-4-b3-equal --seeds 1
 
 Runs that have a line in `results-grids.jsonl` are left out, and what was stopped goes on from its checkpoint. All arms of a
 seed start from the same weights and see the same images and noise; all runs are judged on samples from the same noise.
-`time` measures what a step of each arm costs. Arms are in grids.yaml: options of `VRPOConfig` that differ from the others'.
+`time` measures what a step of each arm costs, `picture` shows samples of each. Arms are in grids.yaml: options of `VRPOConfig` that differ from the others'.
 """
 
 import argparse
@@ -30,9 +31,12 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState
+from diffusers.utils import make_image_grid
 from gradient_scale import GradientScale
 from grids_judge import grid_judge
 from grids_model import GreyImages, GridEncoder
+from PIL import Image as PILImage
+from PIL import ImageDraw
 from recipe import HERE, read_yaml
 from run import Workers, append_result, commit, read_results, versions
 from table import markdown
@@ -53,6 +57,7 @@ from diffusers_vrpo.training.throughput import hardware_name
 
 
 NOISE_SEED = 1234  # of the samples, for all arms and seeds
+SHOWN_SAMPLES = 12
 COLUMNS = {
     "pairs": "pairs",
     "rule": "whole samples",
@@ -192,8 +197,8 @@ def draw(pipeline, count: int, solver_steps: int, oracle=None) -> torch.Tensor:
     return torch.cat(parts).cpu()
 
 
-def judge_trainer(trainer: VRPOTrainer, count: int, solver_steps: int) -> dict[str, float]:
-    """What the judge says of `count` samples of the averaged weights.
+def trainer_samples(trainer: VRPOTrainer, count: int, solver_steps: int) -> torch.Tensor:
+    """Samples `[count, 1, 16, 16]` of the averaged weights.
 
     A scaffold phase that lasts for the whole run makes the arm an oracle: its samples are told what to show.
     """
@@ -202,7 +207,13 @@ def judge_trainer(trainer: VRPOTrainer, count: int, solver_steps: int) -> dict[s
         ema_weights(trainer.ema, trainer.aligned),
         full_pipeline(trainer.accelerator, trainer.pipeline, None) as averaged,
     ):
-        return grid_judge()(draw(averaged, count, solver_steps, oracle))
+        return draw(averaged, count, solver_steps, oracle)
+
+
+def sample_sheet(samples: torch.Tensor) -> PILImage.Image:
+    """Samples `[count, 1, 16, 16]` in [-1, 1] side by side, four times as large."""
+    pixels = ((samples[:, 0].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
+    return make_image_grid([PILImage.fromarray(image).resize((64, 64), 0) for image in pixels], 1, len(pixels))
 
 
 class Curve(TrainerCallback):
@@ -218,7 +229,7 @@ class Curve(TrainerCallback):
 
     def on_evaluate(self, trainer):
         if trainer.step % self.study.evaluate_every == 0:
-            found = judge_trainer(trainer, self.study.curve_samples, self.study.solver_steps)
+            found = grid_judge()(trainer_samples(trainer, self.study.curve_samples, self.study.solver_steps))
             trainer.log({f"grids/{name}": value for name, value in found.items()})
 
 
@@ -235,9 +246,10 @@ def train_and_judge(study: Study, name: str, seed: int, work: Path) -> dict:
     folder = run_folder(study, name, seed, work)
     with make_trainer(study, arm, study.steps, seed, work, folder / "run", [Curve(study)]) as trainer:
         trainer.train()
-        judged = judge_trainer(trainer, study.final_samples, study.solver_steps)
+        samples = trainer_samples(trainer, study.final_samples, study.solver_steps)
         parameters = sum(parameter.numel() for parameter in trainer.transformer.parameters())
         trainer.end()
+    sample_sheet(samples[:SHOWN_SAMPLES]).save(folder / "samples.png")
     rows = read_metrics(folder / "run" / "metrics.jsonl")
     logged = [row for row in rows if "train_seconds" in row]
     curve = [
@@ -252,7 +264,7 @@ def train_and_judge(study: Study, name: str, seed: int, work: Path) -> dict:
         "recipe": run_hash(study, arm),
         "flags": arm,
         "steps": study.steps,
-        **judged,
+        **grid_judge()(samples),
         "curve": curve,
         "loss": logged[-1]["loss_fm"],
         "train_seconds": logged[-1]["train_seconds"],
@@ -446,11 +458,31 @@ def print_table(args: argparse.Namespace, study: Study):
     print(table(study, lines, json.loads(file.read_text()) if file.exists() else {}, reference, arms))
 
 
+def save_picture(args: argparse.Namespace, study: Study):
+    """`picture`: the first samples of each arm that has run, a row for each arm and seed, in `samples.png` of the work folder."""
+    rows = []
+    for name in chosen_arms(study, args.arms):
+        for seed in args.seeds:
+            file = run_folder(study, name, seed, args.work) / "samples.png"
+            if file.exists():
+                sheet = PILImage.open(file)
+                row = PILImage.new("L", (sheet.width, sheet.height + 16), 255)
+                row.paste(sheet, (0, 16))
+                ImageDraw.Draw(row).text((2, 2), f"{name}, seed {seed}", fill=0)
+                rows.append(row)
+    if not rows:
+        raise InputError(None, f"{args.work} has samples of none of these arms and seeds; `grids.py run` makes them")
+    make_image_grid(rows, len(rows), 1).save(args.work / "samples.png")
+    print(args.work / "samples.png")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = OneLineErrorParser(
         prog="grids.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("action", choices=("run", "one", "time", "table"), help="`one` runs in this process")
+    parser.add_argument(
+        "action", choices=("run", "one", "time", "table", "picture"), help="`one` runs in this process"
+    )
     parser.add_argument("--arms", nargs="+", help="of the study (default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="(default: 1 2 3)")
     parser.add_argument("--workers", type=number_in(In(1)), default=1, help="runs side by side (default: 1)")
@@ -464,7 +496,7 @@ def main(argv: list[str] | None = None) -> int:
     study = load_study(args.study)
     args.work = (args.work or ROOT / "outputs" / "yardstick" / study.name).resolve()
     args.results, args.study = args.results.resolve(), args.study.resolve()
-    actions = {"run": run_all, "one": run_one, "time": time_arms, "table": print_table}
+    actions = {"run": run_all, "one": run_one, "time": time_arms, "table": print_table, "picture": save_picture}
     return actions[args.action](args, study) or 0
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from PIL import Image as PILImage
 
 from diffusers_vrpo.alignment.encoders import load_encoder
 from diffusers_vrpo.assets import digit_grids
@@ -148,6 +149,11 @@ def test_arms_of_a_seed_start_from_the_same_weights(grids, study, capsys):
     assert study("table", "--arms", "none", "repa-4-b3", "--reference", "none") == 0
     out = capsys.readouterr().out
     assert "| repa-4-b3 | 1 |" in out and "pairs against none" in out
+    assert study("picture", "--arms", "none", "repa-4-b3", "--seeds", "1", "2") == 0
+    with PILImage.open(study.work / "samples.png") as picture:
+        assert picture.size == (12 * 64, 2 * 80)  # two runs of twelve samples
+    with pytest.raises(InputError, match="has samples of none of these arms"):
+        study("picture", "--arms", "none", "--seeds", "7")
     with pytest.raises(InputError, match="--arms nine is none of .*none, none-doubled"):
         study("table", "--arms", "nine")
 

@@ -447,8 +447,10 @@ def table(study: Study, lines: list[dict], timing: dict, reference: str, arms: d
 
 
 def print_table(args: argparse.Namespace, study: Study):
-    """`table`: everything that is recorded of the current study."""
+    """`table`: everything that is recorded of the current study, or the seeds that are named."""
     lines = read_results(results_file(args, study))
+    if args.seeds:
+        lines = [line for line in lines if line["seed"] in args.seeds]
     arms = chosen_arms(study, args.arms)
     reference = args.reference or study.reference
     chosen_arms(study, [reference])
@@ -484,7 +486,7 @@ def main(argv: list[str] | None = None) -> int:
         "action", choices=("run", "one", "time", "table", "picture"), help="`one` runs in this process"
     )
     parser.add_argument("--arms", nargs="+", help="of the study (default: all)")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="(default: 1 2 3)")
+    parser.add_argument("--seeds", nargs="+", type=int, help="(default: 1 2 3; of `table`: all that have run)")
     parser.add_argument("--workers", type=number_in(In(1)), default=1, help="runs side by side (default: 1)")
     parser.add_argument("--threads", type=number_in(In(1)), default=1, help="of each run (default: 1)")
     parser.add_argument("--rounds", type=number_in(In(1)), default=5, help="of `time` (default: 5)")
@@ -495,6 +497,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     study = load_study(args.study)
     args.work = (args.work or ROOT / "outputs" / "yardstick" / study.name).resolve()
+    if args.action != "table":
+        args.seeds = args.seeds or [1, 2, 3]
     args.results, args.study = args.results.resolve(), args.study.resolve()
     actions = {"run": run_all, "one": run_one, "time": time_arms, "table": print_table, "picture": save_picture}
     return actions[args.action](args, study) or 0

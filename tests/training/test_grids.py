@@ -149,6 +149,8 @@ def test_arms_of_a_seed_start_from_the_same_weights(grids, study, capsys):
     assert study("table", "--arms", "none", "repa-4-b3", "--reference", "none") == 0
     out = capsys.readouterr().out
     assert "| repa-4-b3 | 1 |" in out and "pairs against none" in out
+    with pytest.raises(InputError, match="has no run of this study"):
+        study("table", "--seeds", "2")
     assert study("picture", "--arms", "none", "repa-4-b3", "--seeds", "1", "2") == 0
     with PILImage.open(study.work / "samples.png") as picture:
         assert picture.size == (12 * 64, 2 * 80)  # two runs of twelve samples

@@ -54,7 +54,7 @@ from .reward_statistics import RewardStatistics, parse_reward_weighting
 from .rewards import DEFAULT_REWARDS, FIDELITY, load_rewards, normalize
 from .scaffold import ScaffoldStep
 from .token_weights import TOKEN_WEIGHTINGS, residual_weights, target_distance
-from .whitening import TARGET_WHITENING, WhitenedEncoder, Whitenings
+from .whitening import TARGET_WHITENING, WhitenedEncoder, Whitenings, without_whitening
 
 
 logger = logging.getLogger(__name__)
@@ -170,8 +170,8 @@ class NoAlignment:
 
     @torch.no_grad()
     def features(self, images) -> list[torch.Tensor]:
-        """The encoders' patch embeddings of `images` on their own grids, `[B,M,E]` each."""
-        return [encoder(images) for encoder in self.aligned.encoders]
+        """The encoders' patch embeddings of `images` on their own grids and not whitened, `[B,M,E]` each."""
+        return [without_whitening(encoder)(images) for encoder in self.aligned.encoders]
 
     def targets(self, images) -> list[torch.Tensor]:
         """The encoders' patch embeddings of `images`: an empty list."""
@@ -375,6 +375,11 @@ class REPA(NoAlignment):
         grid_size = self.aligned.grid_size
         num_tokens = num_tokens or (math.prod(grid_size) if grid_size else None)
         features = self.features(images) if features is None else features
+        # The encoders have been freed, and there are no features, after the end of alignment.
+        features = [
+            encoder.whitening(f) if isinstance(encoder, WhitenedEncoder) else f
+            for encoder, f in zip(self.aligned.encoders, features, strict=True)
+        ]
         if num_tokens is not None:
             features = [f if f.shape[1] == num_tokens else resample_tokens(f, num_tokens, grid_size) for f in features]
         if self.spatial_norm > 0:

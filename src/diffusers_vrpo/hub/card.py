@@ -209,7 +209,8 @@ def read_run(folder: str | Path) -> dict:
         ],
         "rewards_step": max((columns[f"reward/{name}"][0] for name in rewards), default=None),
         "image_rewards": [
-            {"name": name, "reward": last(f"reward/{name}"), "share": last(f"image_share/{name}")} for name in of_images
+            {"name": name, "reward": last(f"reward/{name}"), "share": last(f"image_share/{name}")}
+            for name in of_images
         ],
         "image_rewards_step": max((columns[f"reward/{name}"][0] for name in of_images), default=None),
         "distances": [

@@ -19,6 +19,7 @@ from diffusers_vrpo.config import (
     AlignmentConfig,
     objective_in_full,
     options_of,
+    options_without_effect,
     set_by_objective,
     settings_to_keep,
 )
@@ -132,6 +133,25 @@ def test_options_without_an_effect_are_still_refused():
     ):
         VRPOConfig(objective="none", projector="conv")
     VRPOConfig(objective="none", projector="mlp")  # what it has anyway
+    for name in ("none", "repi"):
+        with pytest.raises(InputError, match="`alignment_coeff` 2.0 has no effect without `objective` repa, irepa"):
+            VRPOConfig(objective=name, alignment_coeff=2.0)
+
+
+def test_options_that_runs_share_are_named_where_they_do_nothing():
+    assert options_without_effect(VRPOConfig()) == []
+    shared = {"encoder": ["a", "b"], "encoder_layer": [-2], "projector_dim": 64}
+    assert options_without_effect(VRPOConfig(objective="none", **shared)) == [
+        "`objective` none trains without the `encoder` a, b",
+        "`encoder_layer` -2 has no effect with `objective` none",
+        "`projector_dim` 64 has no effect with `objective` none",
+    ]
+    for name, sentences in (
+        ("repi", ["`projector_dim` 64 has no effect with `objective` repi"]),
+        ("irepa", ["`projector_dim` 64 has no effect with `projector` conv"]),
+        ("rare", []),
+    ):
+        assert options_without_effect(VRPOConfig(objective=name, **shared)) == sentences
 
 
 # Training steps

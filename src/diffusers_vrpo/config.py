@@ -1009,6 +1009,11 @@ def objective_in_full(config: "VRPOConfig") -> str:
     values |= {"conflict": conflict, "layer_scope": config.layer_scope}
     if config.objective != "vrpo":
         del values["reward_weighting"]
+    if config.objective == "repi":
+        values = {"release": release}
+    if has_scaffold(config):
+        values["scaffold_layer"] = "early" if config.scaffold_layer is None else config.scaffold_layer
+        values |= {name: getattr(config, name) for name in ("scaffold_fraction", "scaffold_coeff")}
     return f"objective {config.objective}: " + ", ".join(f"{name} {value}" for name, value in values.items())
 
 

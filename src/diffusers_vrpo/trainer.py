@@ -683,7 +683,7 @@ class VRPOTrainer:
                     given,
                 )
             start_trackers(accelerator, self.metrics_file, args, self.step)
-        if self.aligned.layers:
+        if args.objective != "none":
             logger.info(objective_in_full(args))
         parameters = sum(parameter.numel() for parameter in trainable_parameters(self.aligned))
         logger.info(

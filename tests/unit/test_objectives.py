@@ -125,6 +125,12 @@ def test_the_log_has_it_in_one_line():
         "token_weighting uniform, release none, conflict none, layer_scope early"
     )
     assert "release gate, reward_weighting inverse_variance, conflict gate" in objective_in_full(VRPOConfig())
+    assert objective_in_full(VRPOConfig(objective="repi", alignment_stop_step=10**5)) == (
+        "objective repi: release stop, scaffold_layer early, scaffold_fraction 0.05, scaffold_coeff 2.0"
+    )
+    assert "layer_scope early, scaffold_layer 3, scaffold_fraction 0.05" in objective_in_full(
+        VRPOConfig(scaffold_layer=3)
+    )
 
 
 def test_options_without_an_effect_are_still_refused():

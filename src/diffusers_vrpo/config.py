@@ -390,7 +390,9 @@ class AlignmentConfig(Options):
     layer_scope: Annotated[str, ALIGNED] = option(
         "early", "transformer blocks to align: early (2/7 of the depth), mid, all, or a list such as 4,8"
     )
-    alignment_coeff: Coefficient | None = option(None, "weight of the alignment loss; 0.5 if not given")
+    alignment_coeff: Annotated[Coefficient | None, ALIGNED] = option(
+        None, "weight of the alignment loss; 0.5 if not given"
+    )
     alignment_stop_step: Annotated[Step | None, ENCODED] = option(
         None, "step at which alignment ends at the latest; it lasts for the whole run if not given"
     )
@@ -1007,7 +1009,27 @@ def objective_in_full(config: "VRPOConfig") -> str:
     values |= {"conflict": conflict, "layer_scope": config.layer_scope}
     if config.objective != "vrpo":
         del values["reward_weighting"]
+    if config.objective == "repi":
+        values = {"release": release}
+    if has_scaffold(config):
+        values["scaffold_layer"] = "early" if config.scaffold_layer is None else config.scaffold_layer
+        values |= {name: getattr(config, name) for name in ("scaffold_fraction", "scaffold_coeff")}
     return f"objective {config.objective}: " + ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def options_without_effect(config: "VRPOConfig") -> list[str]:
+    """Sentences for the log about options that do nothing, but are not refused: runs that are compared often share them."""
+    objective, found = f"`objective` {config.objective}", []
+    if config.objective == "none":
+        if config.encoder and (config.image_reward_encoder or not config.image_rewards):
+            found.append(f"{objective} trains without the `encoder` {', '.join(config.encoder)}")
+        if config.encoder_layer:
+            found.append(f"`encoder_layer` {', '.join(map(str, config.encoder_layer))} has no effect with {objective}")
+    if not is_default(config, "projector_dim"):
+        unused = objective if config.objective in ("none", "repi") else "`projector` conv"
+        if config.objective in ("none", "repi") or config.projector == "conv":
+            found.append(f"`projector_dim` {config.projector_dim} has no effect with {unused}")
+    return found
 
 
 def check_release(config: AlignmentConfig):
@@ -1137,6 +1159,14 @@ def check_scaffold(config: "VRPOConfig"):
         raise InputError(
             "alignment_coeff", f"`alignment_coeff` 0 ends alignment, and with it {given}; use `objective` repi"
         )
+    if config.scaffold_fraction == 1:
+        for name in ("release", "conflict"):
+            if getattr(config, name) in ("gate", "plateau") and not is_default(config, name):
+                raise InputError(
+                    name,
+                    f"`{name}` {getattr(config, name)} has no effect with `scaffold_fraction` 1: it begins after the scaffold "
+                    "phase, which never ends; remove it",
+                )
     start, steps = config.generative_policy_start_step, train_steps(config)
     if start is None or steps is None:
         return

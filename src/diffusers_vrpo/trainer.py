@@ -23,7 +23,13 @@ from .alignment.objective import objective_from_config
 from .alignment.reward_statistics import WEIGHTINGS
 from .alignment.rewards import DEFAULT_REWARDS
 from .alignment.start import build_aligned_transformer
-from .config import VRPOConfig, check_image_rewards_begin, data_settings_to_keep, objective_in_full
+from .config import (
+    VRPOConfig,
+    check_image_rewards_begin,
+    data_settings_to_keep,
+    objective_in_full,
+    options_without_effect,
+)
 from .data.image_datasets import check_corrupt_rows, too_many_corrupt
 from .data.image_source import ImageDataset
 from .data.latent_cache import LatentCache
@@ -496,9 +502,9 @@ class VRPOTrainer:
     def _load_encoders(self, encoders: list | None, grid_size: tuple[int, int]) -> list:
         """Returns the encoders to align with: the given ones, those with cached features, or loaded ones."""
         args, accelerator = self.args, self.accelerator
+        for sentence in options_without_effect(args):
+            logger.info(sentence)
         if args.objective == "none":
-            if args.encoder and (args.image_reward_encoder or not args.image_rewards):
-                logger.info(f"objective none trains without the encoder {', '.join(args.encoder)}")
             return []
         if encoders is None or all(isinstance(encoder, str | Path) for encoder in encoders):
             layers = layers_of_encoders(args.encoder, args.encoder_layer)
@@ -677,7 +683,7 @@ class VRPOTrainer:
                     given,
                 )
             start_trackers(accelerator, self.metrics_file, args, self.step)
-        if self.aligned.layers:
+        if args.objective != "none":
             logger.info(objective_in_full(args))
         parameters = sum(parameter.numel() for parameter in trainable_parameters(self.aligned))
         logger.info(

@@ -25,7 +25,7 @@ from diffusers_vrpo import SiTSDEScheduler, SiTTransformer2DModel, VRPOPipeline
 from diffusers_vrpo.alignment.attach import AlignedTransformer
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.hub.background import HubPublisher, stage_pipeline
-from diffusers_vrpo.hub.card import public_name, pushes_adapters_only, read_run, render_card
+from diffusers_vrpo.hub.card import CITATIONS, OBJECTIVES, public_name, pushes_adapters_only, read_run, render_card
 from diffusers_vrpo.hub.publish import (
     hub_sentence,
     is_passing,
@@ -183,6 +183,24 @@ def test_the_card_says_what_the_files_say(tmp_path):
     lines = card.splitlines()
     for above, below in zip(lines, lines[1:]):
         assert not (above.startswith("|") and below.startswith("|")) or above.count("|") == below.count("|"), below
+
+
+def test_the_card_of_image_rewards_and_a_scaffold(tmp_path):
+    """Rewards of estimated images have a table of their own; the encoder of a scaffold is named without a projector."""
+    options = {"scaffold_fraction": 0.05, "scaffold_coeff": 2.0, "image_rewards": ["perceptual"]}
+    write_run(tmp_path, scaffold_layer=3, **options)
+    save_pipeline(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        row = {"step": 20, "reward/perceptual": -0.75, "image_share/perceptual": 0.5}
+        file.write("\n" + json.dumps(row) + "\n")
+    card = render_card(tmp_path, "org/sit")
+    assert "| semantic | 0.5 | 0.1 | 0.3 | 0.5 |" in card and "| perceptual | -0.75 | 0.5 |" in card
+    assert "| scaffold | block 3, 0.05 of the training; coefficient 2.0 |" in card and not metadata_errors(card)
+    write_run(tmp_path, objective="repi", **options)
+    card = render_card(tmp_path, "org/sit")
+    assert "| encoder | dinov2 |" in card and "| scaffold | block at 2/7 of the depth, 0.05" in card
+    assert "scaffold: [REPI](https://arxiv.org/abs/2609.35292). Trained" in card
+    assert set(CITATIONS) == set(OBJECTIVES) - {"none"}
 
 
 def test_cards_of_adapters_and_of_pipelines_without_a_record(tmp_path):

@@ -19,6 +19,7 @@ from diffusers_vrpo.config import (
     AlignmentConfig,
     objective_in_full,
     options_of,
+    options_without_effect,
     set_by_objective,
     settings_to_keep,
 )
@@ -124,6 +125,12 @@ def test_the_log_has_it_in_one_line():
         "token_weighting uniform, release none, conflict none, layer_scope early"
     )
     assert "release gate, reward_weighting inverse_variance, conflict gate" in objective_in_full(VRPOConfig())
+    assert objective_in_full(VRPOConfig(objective="repi", alignment_stop_step=10**5)) == (
+        "objective repi: release stop, scaffold_layer early, scaffold_fraction 0.05, scaffold_coeff 2.0"
+    )
+    assert "layer_scope early, scaffold_layer 3, scaffold_fraction 0.05" in objective_in_full(
+        VRPOConfig(scaffold_layer=3)
+    )
 
 
 def test_options_without_an_effect_are_still_refused():
@@ -132,6 +139,25 @@ def test_options_without_an_effect_are_still_refused():
     ):
         VRPOConfig(objective="none", projector="conv")
     VRPOConfig(objective="none", projector="mlp")  # what it has anyway
+    for name in ("none", "repi"):
+        with pytest.raises(InputError, match="`alignment_coeff` 2.0 has no effect without `objective` repa, irepa"):
+            VRPOConfig(objective=name, alignment_coeff=2.0)
+
+
+def test_options_that_runs_share_are_named_where_they_do_nothing():
+    assert options_without_effect(VRPOConfig()) == []
+    shared = {"encoder": ["a", "b"], "encoder_layer": [-2], "projector_dim": 64}
+    assert options_without_effect(VRPOConfig(objective="none", **shared)) == [
+        "`objective` none trains without the `encoder` a, b",
+        "`encoder_layer` -2 has no effect with `objective` none",
+        "`projector_dim` 64 has no effect with `objective` none",
+    ]
+    for name, sentences in (
+        ("repi", ["`projector_dim` 64 has no effect with `objective` repi"]),
+        ("irepa", ["`projector_dim` 64 has no effect with `projector` conv"]),
+        ("rare", []),
+    ):
+        assert options_without_effect(VRPOConfig(objective=name, **shared)) == sentences
 
 
 # Training steps

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from diffusers_vrpo import VRPOConfig
+from diffusers_vrpo.alignment.attach import AlignedTransformer
 from diffusers_vrpo.alignment.objective import REPA, VRPO
 from diffusers_vrpo.alignment.plateau import Plateau
 from diffusers_vrpo.alignment.release import RELEASES
@@ -137,6 +138,46 @@ def test_the_objective_ends_at_the_step_that_the_plateau_gives(objective_class, 
     fade = [0.25 * (1 + math.cos(math.pi * behind / 10)) for behind in range(1, 10)]
     assert coefficients == pytest.approx([0.5] * 10 + fade, abs=1e-6)
     assert objective.aligned.ended and "alignment_distance" in objective.summary()
+
+
+class Parts:
+    """The image itself, as 16 tokens of 12 numbers."""
+
+    embed_dim = 12
+
+    def __call__(self, images):
+        return images.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+
+
+@pytest.mark.parametrize("release", ["plateau", "gate"])
+def test_what_ends_alignment_counts_after_the_scaffold_phase(release):
+    """In the phase the block is told what the image shows: small distances, which would look like a plateau afterwards."""
+    aligned = AlignedTransformer(tiny_model(), [1], [Parts()], projector_dim=24, scaffold_layer=1)
+    objective = REPA(
+        aligned, 160, release=release
+    )  # a phase of 8 steps; the plateau counts from 20 on, the gate from 16
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    (y,) = objective.targets(images)
+    across = torch.nn.functional.normalize(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)), dim=-1)
+    across = torch.nn.functional.normalize(across - (across * y).sum(-1, keepdim=True) * y, dim=-1)
+    for number in range(40):
+        step = objective.begin(torch.tensor([0.2, 0.7]), images)
+        distance = 0.1 if number < 8 else 0.5 - 0.005 * number
+        cosine = 1 - 2 * distance
+        mu = cosine * y + math.sqrt(1 - cosine**2) * across
+        objective(step, (mu.requires_grad_(),), None, torch.ones(2)).backward()
+        if step.probe is not None:  # the gradients oppose each other in the phase, and no longer after it
+            step.probe.grad = torch.full_like(step.probe, -0.9 if number < 8 else 0.5)
+        objective.observe(step)
+        objective.update()
+        assert step.scaffold.replaces == (number < 8) and (number >= 8 or not objective.summary())
+    assert step.logs["alignment_coeff"] == 0.5
+    if release == "plateau":
+        assert objective.plateau.step == 32 and objective.summary()["alignment_distance"] == pytest.approx(
+            0.3, abs=0.02
+        )
+    else:
+        assert objective.gate.step == 32 and objective.summary()["cosine/0.2-0.3"] == pytest.approx(0.5)
 
 
 # What a user can ask for

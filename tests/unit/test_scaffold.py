@@ -363,6 +363,14 @@ def test_without_an_objective_for_it_the_scaffold_rests():
         ({"scaffold_layer": 2, "kl_coeff": 0.1}, "`kl_coeff` 0.1 cannot be combined with `scaffold_layer` 2"),
         ({"scaffold_layer": 2, "alignment_coeff": 0.0}, "`alignment_coeff` 0 ends alignment"),
         (
+            {"scaffold_layer": 2, "scaffold_fraction": 1.0, "release": "plateau"},
+            "`release` plateau has no effect with `scaffold_fraction` 1: it begins after the scaffold phase",
+        ),
+        (
+            {"scaffold_layer": 2, "scaffold_fraction": 1.0, "conflict": "gate"},
+            "`conflict` gate has no effect with `scaffold_fraction` 1: it begins after the scaffold phase",
+        ),
+        (
             {"objective": "repi", "projector": "conv"},
             "`projector` conv has no effect without `objective` repa, irepa, rare or vrpo",
         ),

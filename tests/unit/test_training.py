@@ -163,6 +163,12 @@ def test_plot_and_grid(tmp_path):
     MetricsFile(tmp_path / "empty.jsonl")
     plot_metrics(tmp_path / "empty.jsonl", tmp_path / "empty.png")
     assert not (tmp_path / "empty.png").exists()
+    for number, name in enumerate(
+        ("scaffold_distance", "image_share/perceptual", "alignment_distance", "gate/0.0-0.1")
+    ):
+        MetricsFile(tmp_path / f"{number}.jsonl").log({name: 1.0}, 1)
+        plot_metrics(tmp_path / f"{number}.jsonl", tmp_path / f"{number}.png")
+        assert (tmp_path / f"{number}.png").exists(), name
 
     colours = ["red", "lime", "blue"]
     grid = image_grid([Image.new("RGB", (8, 8), colour) for colour in colours], columns=2)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image as PILImage
@@ -125,6 +126,27 @@ def test_targets_are_whitened_then_spatially_normalised_then_unit(spatial_norm):
     assert set(objective.stateful()) == {"conflict_gate", "target_whitening"}
     with pytest.raises(InputError, match="`target_norm` whiten:13: .* Channels have 12 dimensions; give at most"):
         whiten_encoder(Channels(), images.split(16), 13)
+
+
+def test_a_scaffold_sees_what_is_not_whitened():
+    """Targets of the projectors are whitened; keys and values come from the encoder's own embeddings."""
+    images = torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    encoder = whiten_encoder(Channels(), images.split(16), 5)
+    aligned = AlignedTransformer(tiny_model(), [1], [encoder, Channels()], projector_dim=16, scaffold_layer=2)
+    assert aligned.embed_dims == [5, 12] and aligned.scaffold.keys.in_features == 24
+    objective = REPA(aligned, 100, token_weighting="residual", release="plateau")
+    step = objective.begin(torch.tensor([0.2, 0.7]), images[:2])
+    assert all(torch.equal(f, Channels()(images[:2])) for f in step.scaffold.features)
+    for features in (None, step.features):
+        y, plain = objective.targets(images[:2], features=features)
+        torch.testing.assert_close(y, F.normalize(encoder(images[:2]), dim=-1))
+        torch.testing.assert_close(plain, F.normalize(Channels()(images[:2]), dim=-1))
+    seen = []
+    aligned.scaffold.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
+    inputs = {"hidden_states": torch.randn(2, 4, 8, 8), "timestep": step.t, "class_labels": torch.tensor([0, 1])}
+    with torch.no_grad(), aligned.oracle(images[:2]):
+        aligned.transformer(**inputs)
+    assert torch.equal(seen[0], Channels()(images[:2]))
 
 
 # In a run

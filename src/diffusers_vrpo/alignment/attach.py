@@ -24,6 +24,7 @@ from ..errors import InputError
 from .gradient_fork import with_zero_gradient
 from .projectors import ConvProjector, make_projector, token_grid
 from .scaffold import Scaffold, ScaffoldStep, self_attention
+from .whitening import without_whitening
 
 
 def alignment_layers(layer_scope: str, num_layers: int) -> list[int]:
@@ -255,7 +256,8 @@ class AlignedTransformer(nn.Module):
         if scaffold_layer is not None:
             block = blocks[scaffold_layer - 1]
             self._scaffolded = [block]  # in a list, since it is a submodule of the transformer
-            self.scaffold, attention = Scaffold(block, self.embed_dims), self_attention(block)
+            widths = [int(without_whitening(encoder).embed_dim) for encoder in self.encoders]
+            self.scaffold, attention = Scaffold(block, widths), self_attention(block)
             for index, layer in enumerate((attention.to_k, attention.to_v)):
                 self._handles.append(layer.register_forward_hook(_TakeKeysOrValues(self._attachment, index)))
 
@@ -347,7 +349,7 @@ class AlignedTransformer(nn.Module):
                 "an oracle needs `scaffold_layer`, and encoders that have not been freed by the end of alignment"
             )
         with torch.no_grad():
-            features = [encoder(images) for encoder in self.encoders]
+            features = [without_whitening(encoder)(images) for encoder in self.encoders]
 
         def step(hidden_states: torch.Tensor) -> ScaffoldStep:
             made = ScaffoldStep(features, replaces=True)

@@ -54,7 +54,7 @@ from .reward_statistics import RewardStatistics, parse_reward_weighting
 from .rewards import DEFAULT_REWARDS, FIDELITY, load_rewards, normalize
 from .scaffold import ScaffoldStep
 from .token_weights import TOKEN_WEIGHTINGS, residual_weights, target_distance
-from .whitening import TARGET_WHITENING, WhitenedEncoder, Whitenings
+from .whitening import TARGET_WHITENING, WhitenedEncoder, Whitenings, without_whitening
 
 
 logger = logging.getLogger(__name__)
@@ -170,8 +170,8 @@ class NoAlignment:
 
     @torch.no_grad()
     def features(self, images) -> list[torch.Tensor]:
-        """The encoders' patch embeddings of `images` on their own grids, `[B,M,E]` each."""
-        return [encoder(images) for encoder in self.aligned.encoders]
+        """The encoders' patch embeddings of `images` on their own grids and not whitened, `[B,M,E]` each."""
+        return [without_whitening(encoder)(images) for encoder in self.aligned.encoders]
 
     def targets(self, images) -> list[torch.Tensor]:
         """The encoders' patch embeddings of `images`: an empty list."""
@@ -375,6 +375,11 @@ class REPA(NoAlignment):
         grid_size = self.aligned.grid_size
         num_tokens = num_tokens or (math.prod(grid_size) if grid_size else None)
         features = self.features(images) if features is None else features
+        # The encoders have been freed, and there are no features, after the end of alignment.
+        features = [
+            encoder.whitening(f) if isinstance(encoder, WhitenedEncoder) else f
+            for encoder, f in zip(self.aligned.encoders, features, strict=True)
+        ]
         if num_tokens is not None:
             features = [f if f.shape[1] == num_tokens else resample_tokens(f, num_tokens, grid_size) for f in features]
         if self.spatial_norm > 0:
@@ -418,7 +423,7 @@ class REPA(NoAlignment):
         references = self._reference_projections(inputs)
         for i, projection in enumerate(projections):
             mu, y = normalize(projection), targets[i % len(targets)]
-            if self.plateau is not None:
+            if self.plateau is not None and self._release_counts():
                 self.plateau.observe(target_distance(mu.detach(), y).mean(-1))
             loss_i = self._loss(step, i, mu, y, loss_fm, subset, index, references, logs)
             total = total + (weight * loss_i).mean() / len(projections)
@@ -448,22 +453,29 @@ class REPA(NoAlignment):
 
     def observe(self, step: AlignmentStep):
         """Records cosine and ratio of the two gradients, which are the gradient of the probe after backward."""
-        if step.probe is not None:
+        if step.probe is not None and self._release_counts():
             self.gate.observe(step.t, *step.probe.grad)
         super().observe(step)
 
+    def _release_counts(self) -> bool:
+        """Whether the statistics that end alignment run in the current step.
+
+        In the scaffold phase they would describe a model that is told what the image shows; they begin after it.
+        """
+        return not self.scaffolding(self.step_number)
+
     def update(self, all_reduce: Callable | None = None):
         """Updates statistics after an optimizer step; `all_reduce(tensor)` sums over processes."""
-        aligned = self.active(self.step_number)
+        aligned, counts = self.active(self.step_number), self._release_counts()
         self.step_number += 1
         self._micro_steps = 0
         if aligned:
-            self._update_statistics(all_reduce)
+            self._update_statistics(all_reduce, counts)
 
-    def _update_statistics(self, all_reduce):
-        if self.forks:
+    def _update_statistics(self, all_reduce, release_counts: bool):
+        if self.forks and release_counts:
             self.gate.update(all_reduce)
-        if self.plateau is not None:
+        if self.plateau is not None and release_counts:
             self.plateau.update(all_reduce)
         if self.step_number % self.release.gate.window == 0:
             self.release.look_ahead(self.step_number)
@@ -471,7 +483,8 @@ class REPA(NoAlignment):
     def summary(self) -> dict[str, float]:
         """Statistics for the log; waits for the device."""
         of_gradients = self.gate.summary() if self.forks else {}
-        return of_gradients | ({} if self.plateau is None else self.plateau.summary())
+        has_distances = self.plateau is not None and self.plateau.step > 0
+        return of_gradients | (self.plateau.summary() if has_distances else {})
 
     def stateful(self) -> dict:
         whitenings = {} if self.whitenings is None else {TARGET_WHITENING: self.whitenings}
@@ -645,9 +658,9 @@ class VRPO(REPA):
             self._log(logs, clip_fraction=clipped)
         return loss, rewards, squares
 
-    def _update_statistics(self, all_reduce):
+    def _update_statistics(self, all_reduce, release_counts: bool):
         self.statistics.update(all_reduce)
-        super()._update_statistics(all_reduce)
+        super()._update_statistics(all_reduce, release_counts)
 
     def summary(self) -> dict[str, float]:
         values = super().summary()

@@ -63,6 +63,11 @@ class WhitenedEncoder:
         return self.whitening(self.encoder(images))
 
 
+def without_whitening(encoder):
+    """The encoder itself, whose embeddings a scaffold takes: only the targets of the projectors are whitened."""
+    return encoder.encoder if isinstance(encoder, WhitenedEncoder) else encoder
+
+
 class Whitenings:
     """The statistics of several encoders as one object to save in a checkpoint."""
 

@@ -38,6 +38,14 @@ OBJECTIVES = {
     "rare": "RARE's representation alignment",
     "vrpo": "VRPO's reward-weighted representation alignment",
 }
+# What the objectives that others have published are cited as; VRPO has a paragraph of its own.
+CITATIONS = {
+    "repa": "alignment: [REPA](https://arxiv.org/abs/2410.06940)",
+    "irepa": "alignment: [iREPA](https://arxiv.org/abs/2512.10794), after [REPA](https://arxiv.org/abs/2410.06940)",
+    "rare": "alignment: [RARE](https://arxiv.org/abs/2609.34732), after [REPA](https://arxiv.org/abs/2410.06940)",
+    "repi": "scaffold: [REPI](https://arxiv.org/abs/2609.35292)",
+    "vrpo": "alignment: [REPA](https://arxiv.org/abs/2410.06940)",
+}
 
 
 def template_file(name: str) -> Path:
@@ -172,6 +180,9 @@ def read_run(folder: str | Path) -> dict:
         return columns[name][1] if name in columns else None
 
     rewards = [name.split("/", 1)[1] for name in columns if name.startswith("reward/")]
+    # Rewards of estimated images have one number more, and neither std nor weight.
+    of_images = [name for name in rewards if f"image_share/{name}" in columns]
+    rewards = [name for name in rewards if name not in of_images]
     hardware = [
         f"{number(start.get('num_processes', 1))} × {start['hardware']}" for start in starts if "hardware" in start
     ]
@@ -197,6 +208,11 @@ def read_run(folder: str | Path) -> dict:
             for name in rewards
         ],
         "rewards_step": max((columns[f"reward/{name}"][0] for name in rewards), default=None),
+        "image_rewards": [
+            {"name": name, "reward": last(f"reward/{name}"), "share": last(f"image_share/{name}")}
+            for name in of_images
+        ],
+        "image_rewards_step": max((columns[f"reward/{name}"][0] for name in of_images), default=None),
         "distances": [
             {"encoder": name.removeprefix(DISTANCE), "step": step, "value": value}
             for name, (step, value) in columns.items()
@@ -330,7 +346,7 @@ def render_card(folder: str | Path, repo_id: str, license: str | None = None, **
             `tagged`, whether the repository has tags `step-N`.
     """
     run = read_run(folder)
-    options = run["options"]
+    options, objective = run["options"], run["objective"]
     labels, trained = mapping(run["index"].get("id2label")), trained_labels(run["index"])
     is_unconditional = run["transformer"].get("num_classes") == 1
     # The example is of a class that can be drawn.
@@ -343,6 +359,8 @@ def render_card(folder: str | Path, repo_id: str, license: str | None = None, **
         "repo_id": repo_id,
         "kind": kind(run),
         "summary": summary(run),
+        "has_scaffold": objective == "repi" or options.get("scaffold_layer") is not None,
+        "citation": CITATIONS.get(objective),
         "optimizer": optimizer(run),
         "adapters_only": pushes_adapters_only(run),
         "base_model": base,

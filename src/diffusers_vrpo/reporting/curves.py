@@ -30,6 +30,7 @@ def plot_metrics(metrics_file: str | Path, output_file: str | Path, title: str =
         ("gate, by t", names("gate/")),
         ("distance to the targets", ["alignment_distance", "alignment_distance_slow"]),
         ("alignment coefficient in force", ["alignment_coeff"]),
+        ("distance of keys and values to the scaffold's", ["scaffold_distance"]),
         ("spread of a group's rewards", names("spread/")),
         ("clip fraction", ["clip_fraction"]),
         *(

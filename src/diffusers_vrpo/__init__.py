@@ -13,9 +13,11 @@ __version__ = "0.1.0"
 # Public name: the module that defines it.
 _MODULES = {
     "AlignedTransformer": "diffusers_vrpo.alignment.attach",
+    "DiTAdapter": "diffusers_vrpo.pipelines.adapters",
     "ImageReward": "diffusers_vrpo.alignment.image_rewards",
     "ImageRewards": "diffusers_vrpo.alignment.image_rewards",
     "InputError": "diffusers_vrpo.errors",
+    "ModelAdapter": "diffusers_vrpo.pipelines.adapters",
     "NoAlignment": "diffusers_vrpo.alignment.objective",
     "REPA": "diffusers_vrpo.alignment.objective",
     "REPI": "diffusers_vrpo.alignment.objective",

@@ -34,6 +34,7 @@ START_FACTS = {
     "parameters?": int,
     "projector_parameters?": int,
     "max_train_steps?": int,
+    "prediction_type?": str,
     "adapters_suffice?": bool,
     "local?": [str],
     "torch?": str,

@@ -43,17 +43,17 @@ from .data.sources import (
     data_settings,
     load_training_data,
 )
-from .errors import TrainingInterrupted
+from .errors import InputError, TrainingInterrupted
 from .files import default_permissions, write_atomically
 from .hub.background import HubPublisher
 from .hub.publish import push_folder
 from .models.autoencoder import check_vae, latent_shape, load_vae, reconstruction_problem
 from .models.ddpm import variational_bound
 from .models.flow import flow_matching_loss, flow_time, forward_process
-from .models.official_checkpoints import default_scheduler
 from .models.start import read_start
 from .models.vision import layers_of_encoders
 from .pipelines import VRPOPipeline
+from .pipelines.adapters import ModelAdapter, ModelCall, SiTAdapter, TransformerAlone
 from .reporting.curves import plot_metrics
 from .training.callbacks import TrainerCallback, check_states, stateful
 from .training.checkpoints import (
@@ -66,6 +66,7 @@ from .training.checkpoints import (
     save_lora,
 )
 from .training.distributed import clip_grad_norm, full_pipeline, prepare
+from .training.given_transformer import align_transformer, check_pipeline, check_transformer, try_call
 from .training.interruption import Interruption, StepGuard, wait_before_exit
 from .training.metrics import (
     MetricsFile,
@@ -90,14 +91,14 @@ from .training.setup import (
 )
 from .training.targets import target_encoders
 from .training.throughput import ForeachEMA, StepProfile, speed_up, step_flops, throughput_meter
-from .training.validation import Validation
+from .training.validation import AdapterValidation, Validation
 
 
 logger = get_logger(__name__)
 
 
 class VRPOTrainer:
-    """Trains a class-conditional diffusion transformer (SiT, DiT) with representation alignment.
+    """Trains a class-conditional diffusion transformer (SiT, DiT, or one of diffusers) with representation alignment.
 
         trainer = VRPOTrainer(
             model="SiT-B/2",
@@ -124,12 +125,16 @@ class VRPOTrainer:
             token rewards of your own: callables `reward(action, mu, y, subset) -> [B,N]` or `"package.module:name"`.
         image_rewards (`list`, *optional*): with any objective: `"perceptual"`, `"image_semantic"`, and rewards of estimated
             images of your own: callables `reward(x0_hat, x0) -> [B]` or `"package.module:name"`.
+        transformer (`diffusers.ModelMixin`, *optional*): in the place of `model`, the transformer to train, with its weights.
+        adapter ([`ModelAdapter`], *optional*): how to call, sample and save that transformer; diffusers'
+            `DiTTransformer2DModel` needs none.
         args (`VRPOConfig`, *optional*): all options; the defaults without it.
         callbacks (`list[TrainerCallback]`): called around the steps, after the trainer's own.
 
     Attributes:
         step (`int`): the number of completed optimizer steps.
-        pipeline ([`VRPOPipeline`]): the pipeline of the weights in training; `save_model` saves the averaged ones.
+        pipeline ([`VRPOPipeline`], or that of the adapter): the pipeline of the weights in training; `save_model` saves the
+            averaged ones.
         transformer: the model in training, without projectors.
         model: the transformer with its projectors, wrapped by accelerate; training calls it.
 
@@ -147,9 +152,16 @@ class VRPOTrainer:
         args: VRPOConfig | None = None,
         callbacks: Iterable[TrainerCallback] = (),
         image_rewards: list | None = None,
+        transformer: torch.nn.Module | None = None,
+        adapter: ModelAdapter | None = None,
     ):
         self.args = args = with_given(args or VRPOConfig(), model, encoders, vae, image_rewards)
         check_given(args, train_dataset, rewards, callbacks := as_callbacks(callbacks))
+        if transformer is None and adapter is not None:
+            raise InputError("adapter", "`adapter` has no effect without `transformer`; remove it")
+        self.adapter = SiTAdapter()
+        if transformer is not None:
+            self.adapter = check_transformer(args, transformer, adapter, callbacks)
         self.output_dir = prepare_output_dir(args.output_dir)
         self.interruption = Interruption()
 
@@ -180,12 +192,11 @@ class VRPOTrainer:
             self.vae = self._open_vae(vae)
             if isinstance(self.data, LatentCache):
                 self.data.check_vae(self.vae)
-            self._build_model(encoders, rewards, image_rewards)
+            self._build_model(encoders, rewards, image_rewards, transformer)
             self._check_reconstruction()
-            self.validation = Validation(
-                args, self.accelerator, self.pipeline, self.data, self.output_dir, self.interruption
-            )
-            self.callbacks = [*publisher, self.validation, *callbacks]
+            self.validation = self._make_validation()
+            validation = [] if self.validation is None else [self.validation]
+            self.callbacks = [*publisher, *validation, *callbacks]
             self._call("on_init_end")
             self._register_state()
             self._resources = resources.pop_all()
@@ -213,34 +224,29 @@ class VRPOTrainer:
             batch: tensors on the device: `pixels [B,3,R,R]` in [-1, 1] or the entries of a latent cache; `class_labels [B]`;
                 `noise`; `timestep [B]`, uniform in [0, 1); and further inputs of the objective.
         """
-        config, channels = self.transformer.config, self.latent_shape[0]
+        channels, learns_variance = self.latent_shape[0], self.adapter.learns_variance
 
         # Clean latents, and their noisy versions. In flow time t, 1 is noise.
         with self.profile("autoencoder"):
             x0 = self.data.latents(self.vae, batch)
-        x_t, timestep, target, t = forward_process(x0, batch["noise"], batch["timestep"], config)
+        x_t, timestep, target, t = forward_process(x0, batch["noise"], batch["timestep"], self.adapter)
 
         # One forward pass gives the prediction and the projected tokens of the aligned blocks. A scaffold needs the
         # encoders' features before.
-        inputs = (x_t, timestep, batch["class_labels"])
         images = batch.get("pixels", batch)  # a cache has the encoders' features in their place
         self.alignment = alignment = self.objective.begin(t, images)
         if alignment.scaffold is not None:
             self.profile.mark("encoder")
         with self.profile("forward"):
-            prediction, projections = self.model(
-                *inputs,
-                fork=alignment.fork,
-                align=alignment.active,
-                scaffold=alignment.scaffold,
-                return_variance=self.learns_variance,
-            )
+            parts = {"fork": alignment.fork, "align": alignment.active, "scaffold": alignment.scaffold}
+            model = ModelCall(self.model, self.transformer, **parts)
+            prediction = self.adapter.call(model, x_t, timestep, batch)
             loss_fm = flow_matching_loss(prediction[:, :channels], target)
             loss = loss_fm.mean()
             self.metrics.add(loss_fm=loss)
 
         # The variance channels of a diffusion are trained by its variational bound.
-        if self.learns_variance:
+        if learns_variance:
             loss_vb = variational_bound(*prediction.split(channels, dim=1), x0, x_t, timestep).mean()
             loss = loss + loss_vb
             self.metrics.add(loss_vb=loss_vb)
@@ -250,8 +256,8 @@ class VRPOTrainer:
             with self.profile("encoder"):
                 alignment.targets = self.objective.targets(images, features=alignment.features)
             with self.profile("alignment loss"):
-                draws = {"subset": batch.get("tokens"), "index": batch["index"], "inputs": inputs}
-                loss_rep = self.objective(alignment, projections, images, loss_fm, **draws)
+                draws = {"subset": batch.get("tokens"), "index": batch["index"], "inputs": model.inputs}
+                loss_rep = self.objective(alignment, model.projections, images, loss_fm, **draws)
             loss = loss + self.args.alignment_coeff * loss_rep
             self.metrics.add(**alignment.logs)
 
@@ -420,7 +426,9 @@ class VRPOTrainer:
     def save_model(self):
         """Writes the result to the output folder: a pipeline with the averaged weights, a grid of samples, and curves.
 
-        `VRPOPipeline.from_pretrained(args.output_dir)` opens it. Adapters are also saved by themselves, in `lora/`.
+        `VRPOPipeline.from_pretrained(args.output_dir)` opens it, or the class of the pipeline that a [`ModelAdapter`] has
+        made; without one, the averaged transformer is in `transformer/`. Low-rank adapters are also saved by themselves, in
+        `lora/`.
         """
         args, output_dir = self.args, self.output_dir
         share = 0.0 if self.ema is None else self.ema.share_of_start(self.step)
@@ -444,7 +452,7 @@ class VRPOTrainer:
                 averaged.save_pretrained(output_dir)
                 parts = (output_dir / name for name in ("transformer", "vae", "lora"))
                 default_permissions(*(part for part in parts if part.is_dir()))
-                if self.validation.grid is not None:
+                if self.validation is not None and self.validation.grid is not None:
                     self.validation.grid.save(output_dir / "samples.png")
                 plot_metrics(output_dir / "metrics.jsonl", output_dir / "training.png", f"objective {args.objective}")
                 logger.info(f"wrote the pipeline, samples.png and training.png to {output_dir}")
@@ -533,7 +541,7 @@ class VRPOTrainer:
         with accelerator.main_process_first():
             image_rewards = image_rewards_from_config(
                 args,
-                self.transformer.config,
+                self.adapter,
                 loaded or encoders,
                 self.vae,
                 self.latent_shape,
@@ -546,11 +554,24 @@ class VRPOTrainer:
         self.image_reward_flops = image_rewards.flops_per_sample(self.latent_shape) if image_rewards.rewards else 0.0
         return image_rewards
 
-    def _build_model(self, encoders, rewards, image_rewards):
-        """Builds transformer, projectors, pipeline, optimizer, averages and objective, prepared for all processes."""
+    def _make_validation(self) -> Validation | None:
+        """Returns the validation of the pipeline; None if there is no pipeline."""
+        parts = (self.args, self.accelerator, self.pipeline, self.data, self.output_dir, self.interruption)
+        if isinstance(self.pipeline, TransformerAlone):
+            return None
+        if isinstance(self.pipeline, VRPOPipeline):
+            return Validation(*parts)
+        return AdapterValidation(*parts, self.adapter)
+
+    def _build_model(self, encoders, rewards, image_rewards, given: torch.nn.Module | None):
+        """Builds transformer, projectors, pipeline, optimizer, averages and objective, prepared for all processes.
+
+        Args:
+            given: the transformer, if it is not to be built.
+        """
         args, accelerator, data = self.args, self.accelerator, self.data
-        start = read_start(args)
-        patch_size = start.config["patch_size"]
+        start = read_start(args) if given is None else None
+        patch_size = start.config["patch_size"] if given is None else self.adapter.patch_size(given)
         self.latent_shape = latent_shape(self.vae, args.resolution, patch_size)
         self.grid_size = tuple(side // patch_size for side in self.latent_shape[1:])
         self.encoders = self._load_encoders(as_list(encoders), self.grid_size)
@@ -559,18 +580,29 @@ class VRPOTrainer:
 
         # All processes start from the same weights, drawn from the seed.
         torch.manual_seed(args.seed)
-        self.aligned = build_aligned_transformer(
-            args, start, self.latent_shape, data.num_classes, data.id2label, targets
-        )
+        if given is None:
+            self.aligned = build_aligned_transformer(
+                args, start, self.latent_shape, data.num_classes, data.id2label, targets
+            )
+            self.adapter.prepare(self.aligned.transformer)
+        else:
+            self.aligned = align_transformer(
+                args, accelerator, given, self.adapter, data, self.latent_shape, self.grid_size, targets
+            )
         self.transformer = transformer = self.aligned.transformer
-        self.learns_variance = transformer.config.learn_sigma and transformer.config.prediction_type == "epsilon"
+        # A given transformer without a null class drops no labels.
+        label_dropout = self.adapter.label_dropout if args.label_dropout is None else args.label_dropout
+        self.label_dropout = 0.0 if self.adapter.null_class_id is None else label_dropout
         if args.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         self.aligned.to(accelerator.device)
 
         # FLOPs are counted before anything is compiled.
         self.image_rewards = self._load_image_rewards(as_list(image_rewards), as_list(encoders) or args.encoder or [])
-        self.flops_per_image = step_flops(self.aligned)
+        forward = None
+        if given is not None:
+            forward = try_call(args, transformer, self.adapter, self.latent_shape, accelerator.device)
+        self.flops_per_image = step_flops(self.aligned, forward, math.prod(self.grid_size))
         self.throughput = throughput_meter(self.flops_per_image, accelerator, args.peak_tflops)
         speed_up(transformer, self.encoders, args.compile, args.attention_backend)
 
@@ -585,12 +617,18 @@ class VRPOTrainer:
             num_training_steps=self.max_train_steps,
         )
         self.objective = objective_from_config(
-            args, self.aligned, self.max_train_steps, rewards=rewards or DEFAULT_REWARDS, autocast=accelerator.autocast
+            args,
+            self.aligned,
+            self.max_train_steps,
+            rewards=rewards or DEFAULT_REWARDS,
+            autocast=accelerator.autocast,
+            prediction_type=self.adapter.prediction_type,
         )
-        scheduler = default_scheduler(transformer.config.prediction_type)
         # Classes without images here count as trained if they were in the weights that the run starts from.
-        trained = sorted({*classes_to_sample(data), *transformer.learned_labels})
-        self.pipeline = VRPOPipeline(transformer, scheduler, self.vae, data.id2label, trained)
+        trained = sorted({*classes_to_sample(data), *getattr(transformer, "learned_labels", [])})
+        pipeline = self.adapter.pipeline(transformer, self.vae, data.id2label, trained)
+        self.pipeline = TransformerAlone(transformer) if pipeline is None else pipeline
+        check_pipeline(args, self.adapter, self.pipeline)
 
         # FSDP replaces the weights: the averages are of the new ones.
         self.model, self.optimizer = prepare(accelerator, self.aligned, optimizer)
@@ -602,7 +640,13 @@ class VRPOTrainer:
         """Registers the contents of checkpoints, and the settings that a resumed run must keep."""
         self.guard = StepGuard(self.accelerator, self.optimizer, self.interruption, self.args.skip_nonfinite)
         precision = self.accelerator.mixed_precision
-        self.settings = run_settings(self.args, self.data, self.aligned, self.global_batch_size, precision)
+        self.settings = run_settings(
+            self.args, self.data, self.aligned, self.global_batch_size, precision, self.label_dropout
+        )
+        if not isinstance(self.adapter, SiTAdapter):  # whose model has these in its config
+            self.settings["the model's class"] = type(self.transformer).__name__
+            self.settings["the model's prediction_type"] = self.adapter.prediction_type
+            self.settings["the model's time_direction"] = self.adapter.time_direction
         if self.objective.reward_names:
             self.settings["the rewards"] = list(self.objective.reward_names)
         # What a checkpoint may lack, because another version has made it.
@@ -681,6 +725,7 @@ class VRPOTrainer:
                     self.global_batch_size,
                     self.max_train_steps,
                     given,
+                    self.adapter.prediction_type,
                 )
             start_trackers(accelerator, self.metrics_file, args, self.step)
         if args.objective != "none":
@@ -694,13 +739,13 @@ class VRPOTrainer:
 
     def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
         """Yields the micro-batches of this process, starting after the last example of the checkpoint."""
-        args, accelerator, config = self.args, self.accelerator, self.transformer.config
+        args, accelerator = self.args, self.accelerator
         samples = self.data.samples(
             seed=args.seed,
             resolution=args.resolution,
             latent_shape=self.latent_shape,
-            null_class_id=self.transformer.null_class_id,
-            label_dropout=config.class_dropout_prob,
+            null_class_id=self.adapter.null_class_id,
+            label_dropout=self.label_dropout,
             center_crop=args.center_crop,
             random_flip=args.random_flip,
             sample_posterior=self.vae is not None,
@@ -730,7 +775,7 @@ class VRPOTrainer:
         index = batch.pop("index")
         if self.image_rewards.active():
             # Chosen on the CPU, where it does not wait for the device.
-            batch["rewarded"] = self.image_rewards.rows(flow_time(batch["timestep"], self.transformer.config), index)
+            batch["rewarded"] = self.image_rewards.rows(flow_time(batch["timestep"], self.adapter), index)
         device = self.accelerator.device
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         if "pixels" in batch:

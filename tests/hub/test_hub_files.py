@@ -335,7 +335,7 @@ def test_what_was_a_folder_there_is_no_name_on_the_hub_here(tmp_path, monkeypatc
     model = tiny_model()
     model.adapters_suffice = False
     accelerator = SimpleNamespace(device=next(model.parameters()).device, num_processes=1, mixed_precision="no")
-    write_start(tmp_path, 0, accelerator, AlignedTransformer(model), 8, 1250, given)
+    write_start(tmp_path, 0, accelerator, AlignedTransformer(model), 8, 1250, given, "velocity")
     monkeypatch.chdir(tmp_path)
     run = read_run(tmp_path)
     assert run["options"] == given | {"pretrained_model_name_or_path": "digits", "encoder": ["digits", "a/b"]}

@@ -532,7 +532,7 @@ def image_rewards_from_config(
 
     Args:
         args (`VRPOConfig`): the options.
-        transformer_config: the config of the transformer.
+        transformer_config: the transformer's config, or its adapter: `prediction_type` and `time_direction`.
         encoders: the encoders to align with, or their names where they are not loaded. The first is used unless
             `image_reward_encoder` names another.
         vae: the run's autoencoder, or None.

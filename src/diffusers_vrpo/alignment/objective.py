@@ -678,6 +678,7 @@ def objective_from_config(
     max_train_steps: int,
     rewards: Sequence = DEFAULT_REWARDS,
     autocast: Callable = contextlib.nullcontext,
+    prediction_type: str | None = None,
 ) -> NoAlignment:
     """Builds the objective for the alignment and policy options.
 
@@ -685,6 +686,7 @@ def objective_from_config(
         config: `objective` (one of `OBJECTIVES` in config.py) and the options of the same names as the arguments of the
             classes.
         rewards: rewards of VRPO, including those that are Python objects.
+        prediction_type: of the transformer, if its config does not say it.
 
     Raises:
         InputError: if `reward_weighting` or rewards are not valid.
@@ -706,6 +708,7 @@ def objective_from_config(
         "token_weighting": config.token_weighting,
         "conflict": conflict,
         "release": release,
+        "prediction_type": prediction_type,
     }
     if config.objective in REPA_LOSS:
         return REPA(aligned, max_train_steps, **shared, log_gradients=config.log_gradients)

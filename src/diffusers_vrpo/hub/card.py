@@ -133,7 +133,8 @@ def known_facts(start: dict) -> dict:
     """The facts of a line of `starts.jsonl` that a card may show; those of a wrong type are dropped."""
     numbers = ("parameters", "projector_parameters", "global_batch_size", "num_processes", "max_train_steps")
     facts = {name: start[name] for name in numbers if is_finite(start.get(name))}
-    facts |= {name: start[name] for name in ("hardware", "mixed_precision") if isinstance(start.get(name), str)}
+    texts = ("hardware", "mixed_precision", "prediction_type")
+    facts |= {name: start[name] for name in texts if isinstance(start.get(name), str)}
     if isinstance(start.get("local"), list):
         facts["local"] = [item for item in start["local"] if isinstance(item, str)]
     return facts | {"adapters_suffice": start.get("adapters_suffice") is True}
@@ -230,10 +231,24 @@ def pushes_adapters_only(run: dict) -> bool:
     return bool(run["lora_rank"]) and bool(run["start"].get("adapters_suffice"))
 
 
+def foreign_class(run: dict) -> str | None:
+    """The class of a transformer that is not of this package; None for one of its own."""
+    name = run["transformer"].get("_class_name")
+    known = name in (None, "SiTTransformer2DModel") or not re.fullmatch(r"\w+", str(name))
+    return None if known else str(name)
+
+
+def predicts_noise(run: dict) -> bool:
+    """Whether the model predicts the noise of a diffusion, and not velocities."""
+    preset, said = str(run["options"].get("preset") or ""), run["start"].get("prediction_type")
+    return "epsilon" in (run["transformer"].get("prediction_type"), said) or preset.startswith("DiT")
+
+
 def kind(run: dict) -> str:
-    """DiT for a model that predicts noise, else SiT."""
-    preset = str(run["options"].get("preset") or "")
-    return "DiT" if run["transformer"].get("prediction_type") == "epsilon" or preset.startswith("DiT") else "SiT"
+    """The architecture's name: of a transformer of this package DiT if it predicts noise, else SiT."""
+    if name := foreign_class(run):
+        return re.sub(r"(Transformer)?(2D)?Model$", "", name) or name
+    return "DiT" if predicts_noise(run) else "SiT"
 
 
 def card_data(run: dict, repo_id: str, license: str | None) -> ModelCardData:
@@ -242,7 +257,7 @@ def card_data(run: dict, repo_id: str, license: str | None) -> ModelCardData:
     base, dataset = options.get("pretrained_model_name_or_path"), options.get("dataset_name")
     tags = ["diffusers", "image-generation", "class-conditional", kind(run).lower(), "diffusers-vrpo"]
     tags += ["diffusers-training"] if options else []
-    tags += [] if kind(run) == "DiT" else ["flow-matching"]
+    tags += [] if predicts_noise(run) else ["flow-matching"]
     if run["objective"] in OBJECTIVES and run["objective"] != "none":
         tags += [run["objective"], "representation-alignment"]
     tags += ["lora"] if run["lora_rank"] else []
@@ -358,6 +373,9 @@ def render_card(folder: str | Path, repo_id: str, license: str | None = None, **
         "name": repo_id.split("/")[-1],
         "repo_id": repo_id,
         "kind": kind(run),
+        "foreign_class": foreign_class(run),
+        "predicts_noise": predicts_noise(run),
+        "pipeline_class": run["index"].get("_class_name"),
         "summary": summary(run),
         "has_scaffold": objective == "repi" or options.get("scaffold_layer") is not None,
         "citation": CITATIONS.get(objective),

@@ -297,7 +297,12 @@ def read_training_state(checkpoint: Path, expected: dict) -> dict:
 
 
 def run_settings(
-    config: VRPOConfig, data, aligned: AlignedTransformer, global_batch_size: int, mixed_precision: str
+    config: VRPOConfig,
+    data,
+    aligned: AlignedTransformer,
+    global_batch_size: int,
+    mixed_precision: str,
+    label_dropout: float,
 ) -> dict:
     """The settings that a resumed run must keep, by name: all options that are not marked free, and derived values.
 
@@ -307,6 +312,7 @@ def run_settings(
         data (`TrainingData`): the data of the run.
         global_batch_size: examples per optimizer step on all processes.
         mixed_precision: the accelerator's value.
+        label_dropout: share of samples without their class.
     """
     settings = {}
     for group in VRPOConfig.__bases__:
@@ -318,7 +324,7 @@ def run_settings(
     settings["mixed_precision"] = mixed_precision
     settings["vae"] = Path(config.vae or data.vae or "none").name
     settings["conflict"], settings["release"] = alignment_end_of(config)
-    settings["label_dropout"] = transformer.config.class_dropout_prob
+    settings["label_dropout"] = label_dropout
     settings["streaming"] = config.streaming or None  # as version 0.1 wrote it
     if config.streaming:
         settings["the number of samples a step"] = global_batch_size  # the order of the images depends on it

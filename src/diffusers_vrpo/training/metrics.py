@@ -194,11 +194,13 @@ def write_start(
     global_batch_size: int,
     max_train_steps: int,
     options: dict,
+    prediction_type: str,
 ):
     """Adds a line to `starts.jsonl`: the first step, the hardware, and the size of the model.
 
     Args:
         options: the given options; the line lists those whose values are local files or folders.
+        prediction_type: what the transformer predicts.
     """
     names = [name for value in options.values() for name in (value if isinstance(value, list) else [value])]
     start = {
@@ -210,7 +212,8 @@ def write_start(
         "parameters": sum(parameter.numel() for parameter in aligned.transformer.parameters()),
         "projector_parameters": sum(parameter.numel() for parameter in aligned.projectors.parameters()),
         "max_train_steps": max_train_steps,
-        "adapters_suffice": aligned.transformer.adapters_suffice,
+        "prediction_type": prediction_type,
+        "adapters_suffice": getattr(aligned.transformer, "adapters_suffice", False),
         "local": sorted({name for name in names if isinstance(name, str) and os.path.exists(name)}),
         "torch": torch.__version__,
     }

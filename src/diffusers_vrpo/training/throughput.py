@@ -89,6 +89,14 @@ def projector_flops(
     return 2 * tokens * num_layers * one
 
 
+def counted_flops(function: Callable[[], object]) -> int:
+    """FLOPs of one call of `function`, counted while it runs without gradients."""
+    # The counter does not know the CPU's fused attention.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
 def encoder_flops(encoder) -> int:
     """FLOPs of one image through a frozen `PatchEncoder`, counted while it encodes one; 0 for cached features."""
     if isinstance(encoder, WhitenedEncoder):
@@ -96,10 +104,7 @@ def encoder_flops(encoder) -> int:
     if not isinstance(encoder, PatchEncoder):
         return 0
     image = torch.zeros(1, 3, *encoder.input_size, device=encoder.mean.device)
-    # The counter does not know the CPU's fused attention.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        encoder(image)
-    return counter.get_total_flops()
+    return counted_flops(lambda: encoder(image))
 
 
 def training_flops(forward: float, encoders: float = 0.0, recompute: bool = False, adapters: bool = False) -> float:
@@ -114,21 +119,28 @@ def training_flops(forward: float, encoders: float = 0.0, recompute: bool = Fals
     return (3 + recompute - adapters) * forward + encoders
 
 
-def step_flops(aligned: AlignedTransformer) -> tuple[float, float]:
+def step_flops(
+    aligned: AlignedTransformer, forward: int | None = None, tokens: int | None = None
+) -> tuple[float, float]:
     """FLOPs of one image in a training step: without alignment, and with projectors, scaffold and encoders.
 
     The autoencoder, the losses and the optimizer are not included. Call it before anything is compiled.
+
+    Args:
+        forward: FLOPs of one image through the transformer; by default those of a `SiTTransformer2DModel`.
+        tokens: N; by default that of a `SiTTransformer2DModel`.
     """
     config = aligned.transformer.config
+    tokens = tokens or num_tokens(config)
     adapters = not all(parameter.requires_grad for parameter in aligned.transformer.parameters())
-    plain = training_flops(forward_flops(config), adapters=adapters)
+    plain = training_flops(forward or forward_flops(config), adapters=adapters)
     if not aligned.layers and aligned.scaffold is None:
         return plain, plain
     trained = 0
     if aligned.layers:
         trained = projector_flops(
             aligned.hidden_dim,
-            num_tokens(config),
+            tokens,
             len(aligned.layers),
             aligned.embed_dims,
             aligned.projector,
@@ -137,7 +149,7 @@ def step_flops(aligned: AlignedTransformer) -> tuple[float, float]:
     encoders = sum(encoder_flops(encoder) for encoder in aligned.encoders)
     if aligned.scaffold is not None:
         # After its first phase the maps only run forward.
-        encoders += 2 * num_tokens(config) * sum(p.numel() for p in aligned.scaffold.parameters() if p.ndim == 2)
+        encoders += 2 * tokens * sum(p.numel() for p in aligned.scaffold.parameters() if p.ndim == 2)
     return plain, plain + training_flops(trained, encoders)
 
 

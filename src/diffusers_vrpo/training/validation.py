@@ -16,12 +16,13 @@ from PIL import Image
 from ..command_line import as_id
 from ..config import last_part
 from ..data.sources import TrainingData, classes_to_sample
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..evaluation.feature_statistics import FeatureSet, collect_features, describe, shared_statistics
 from ..evaluation.image_encoders import load_image_encoder
 from ..evaluation.metrics import frechet_distance
+from ..pipelines.adapters import ModelAdapter
 from ..pipelines.pipeline_vrpo import VRPOPipeline
-from ..pipelines.sampling import check_steps, image_grid, sample_batch
+from ..pipelines.sampling import check_steps, image_grid, sample_batch, step_generator
 from .callbacks import TrainerCallback
 from .distributed import full_pipeline
 from .interruption import Interruption
@@ -59,8 +60,7 @@ class Validation(TrainerCallback):
         self.output_dir = output_dir
         self.interruption = interruption
         self.classes = classes_to_sample(data)
-        self.columns = grid_columns(pipeline, args.validation_labels, self.classes)
-        check_steps(pipeline, args.num_inference_steps)
+        self.check_pipeline(data)
         self.fd_encoder = None
         self.grid: Image.Image | None = None  # the newest, on the main process
         if args.fd_encoder:
@@ -82,6 +82,15 @@ class Validation(TrainerCallback):
                     args.fd_encoder, device=accelerator.device, cache_dir=args.cache_dir, option="fd_encoder"
                 )
             self.reference = self.reference_moments(data)
+
+    def check_pipeline(self, data: TrainingData):
+        """Chooses the classes of the grid, and checks that the pipeline can sample them with these options.
+
+        Raises:
+            InputError: if it cannot.
+        """
+        self.columns = grid_columns(self.pipeline, self.args.validation_labels, self.classes)
+        check_steps(self.pipeline, self.args.num_inference_steps)
 
     def on_train_begin(self, trainer):
         """Validates the step of the checkpoint if the run was interrupted before its validation."""
@@ -117,16 +126,24 @@ class Validation(TrainerCallback):
 
     def draw(self, step: int, averaged: VRPOPipeline) -> Image.Image:
         """Draws and saves the grid of a step, on the main process."""
-        args, device = self.args, self.accelerator.device
-        drawing = (args.num_validation_images, args.num_inference_steps, args.guidance_scale, args.seed)
-        grid = draw_samples(averaged, self.columns, *drawing, device)
+        grid = self.draw_grid(averaged)
         save_samples(self.accelerator, self.output_dir, step, grid)
         return grid
 
+    def draw_grid(self, averaged: VRPOPipeline) -> Image.Image:
+        """Draws the grid of a pipeline, always from the same noise."""
+        args, device = self.args, self.accelerator.device
+        drawing = (args.num_validation_images, args.num_inference_steps, args.guidance_scale, args.seed)
+        return draw_samples(averaged, self.columns, *drawing, device)
+
+    def draw_batch(self, pipeline: VRPOPipeline, indices: range, labels: list[int]) -> np.ndarray:
+        """Draws the unguided images `indices` of these classes: uint8 `[B,H,W,3]`; raises InputError if one is not finite."""
+        options = {"num_inference_steps": self.args.num_inference_steps, "guidance_scale": 1.0}
+        return sample_batch(pipeline, indices, labels, self.args.seed, options)
+
     def distance(self, pipeline: VRPOPipeline) -> float:
         """Computes the Fréchet distance of samples of `pipeline` to the reference."""
-        args, count, classes = self.args, self.num_samples, self.classes
-        options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": 1.0}
+        count, classes = self.num_samples, self.classes
         pipeline.set_progress_bar_config(disable=True)
 
         def batches():
@@ -138,7 +155,7 @@ class Validation(TrainerCallback):
                 labels = [classes[i * len(classes) // count] for i in indices]
                 try:
                     with self.accelerator.autocast():
-                        images = sample_batch(pipeline, indices, labels, args.seed, options)
+                        images = self.draw_batch(pipeline, indices, labels)
                 except InputError as error:
                     # The images are not finite. Training continues, and no process waits for another.
                     logger.warning(f"{self.name}: {error}", main_process_only=False)
@@ -190,6 +207,61 @@ class Validation(TrainerCallback):
         tensors = (None if images is None else torch.from_numpy(images).permute(0, 3, 1, 2) for images in batches)
         moments, _ = collect_features(self.fd_encoder, ((None, images) for images in tensors), self.accelerator)
         return moments["pool"].mean, moments["pool"].covariance
+
+
+class AdapterValidation(Validation):
+    """The validation of a pipeline that an adapter has made: `ModelAdapter.sample` draws all images.
+
+    Args:
+        adapter: that of the transformer in training.
+        Others: those of `Validation`.
+    """
+
+    def __init__(self, args, accelerator, pipeline, data, output_dir, interruption, adapter: ModelAdapter):
+        self.adapter = adapter
+        super().__init__(args, accelerator, pipeline, data, output_dir, interruption)
+
+    def check_pipeline(self, data: TrainingData):
+        """Chooses the classes of the grid, and checks the number of steps with the pipeline's scheduler.
+
+        Raises:
+            InputError: if the data do not have a label, or the scheduler does not accept the number of steps.
+        """
+        args = self.args
+        ids = {name.strip().lower(): label for label, name in (data.id2label or {}).items()}
+        columns = min(10, len(self.classes))
+        labels = args.validation_labels or [self.classes[int(i * len(self.classes) / columns)] for i in range(columns)]
+        self.columns = [ids.get(str(label).strip().lower(), as_id(label)) for label in labels]
+        for label in self.columns:
+            if label not in range(data.num_classes):
+                raise InputError(
+                    "validation_labels",
+                    f"`validation_labels` {label!r} is neither a class id below {data.num_classes} nor the name of a class",
+                )
+        try:
+            self.pipeline.scheduler.set_timesteps(args.num_inference_steps)
+        except (ValueError, AttributeError) as error:
+            raise InputError(
+                "num_inference_steps", f"`num_inference_steps` {args.num_inference_steps}: {first_line(error)}"
+            ) from error
+
+    def draw_images(self, pipeline, indices: range, labels: list[int], guidance_scale: float) -> list[Image.Image]:
+        """Draws images of these classes, image i from the generator of (seed, i)."""
+        args = self.args
+        pipeline.set_progress_bar_config(disable=True)
+        generators = [step_generator(args.seed, i) for i in indices]
+        return self.adapter.sample(pipeline, labels, generators, args.num_inference_steps, guidance_scale)
+
+    def draw_grid(self, averaged) -> Image.Image:
+        """Draws the grid of a pipeline, always from the same noise."""
+        labels = self.columns * self.args.num_validation_images
+        images = self.draw_images(averaged, range(len(labels)), labels, self.args.guidance_scale)
+        return image_grid(images, columns=len(self.columns))
+
+    def draw_batch(self, pipeline, indices: range, labels: list[int]) -> np.ndarray:
+        """Draws the unguided images `indices` of these classes: uint8 `[B,H,W,3]`."""
+        images = self.draw_images(pipeline, indices, labels, guidance_scale=1.0)
+        return np.stack([np.asarray(image.convert("RGB")) for image in images])
 
 
 def grid_columns(pipeline: VRPOPipeline, labels: list[str] | None, classes: list[int]) -> list[int]:

@@ -1,0 +1,211 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""A transformer that the trainer is given as an object: what it can do is checked before any long work."""
+
+from collections.abc import Iterable
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from diffusers import ModelMixin
+
+from ..alignment.attach import AlignedTransformer, alignment_layers, transformer_blocks
+from ..alignment.start import scaffold_layer
+from ..config import VRPOConfig
+from ..data.sources import TrainingData
+from ..errors import InputError, first_line
+from ..pipelines.adapters import ModelAdapter, TransformerAlone, adapter_for
+from .callbacks import TrainerCallback
+from .throughput import counted_flops
+
+
+# Options that describe the package's own transformers, or weights that they start from.
+OF_OWN_MODELS = (
+    "preset",
+    "model_config",
+    "pretrained_model_name_or_path",
+    "keep_labels",
+    "lora_rank",
+    "prediction_type",
+    "learn_sigma",
+)
+
+
+def check_transformer(
+    args: VRPOConfig, transformer, adapter: ModelAdapter | None, callbacks: Iterable[TrainerCallback]
+) -> ModelAdapter:
+    """Checks that the trainer can train a given transformer with these options, and returns its adapter, prepared.
+
+    Args:
+        transformer: the trainer's argument.
+        adapter: the trainer's argument; by default the package's for that class.
+
+    Raises:
+        InputError: if it cannot.
+    """
+    if not isinstance(transformer, ModelMixin):
+        raise InputError(
+            "transformer",
+            f"`transformer` is a {type(transformer).__name__}; give a model of diffusers (a ModelMixin), which can be saved "
+            "and loaded",
+        )
+    for name in OF_OWN_MODELS:
+        if getattr(args, name) not in (None, False):
+            raise InputError(
+                name, f"`{name}` {getattr(args, name)} cannot be combined with `transformer`, which is a model already"
+            )
+    if any(callback.state_name == "generative_policy" for callback in callbacks):
+        raise InputError(
+            "callbacks",
+            f"`callbacks`: the generative policy samples by VRPOPipeline and cannot train the {type(transformer).__name__} "
+            "given as `transformer`; name a preset or checkpoint as `model`",
+        )
+    if frozen := [name for name, parameter in transformer.named_parameters() if not parameter.requires_grad]:
+        raise InputError(
+            "transformer", f"`transformer` has frozen parameters such as {frozen[0]}; the trainer trains all of them"
+        )
+    if adapter is not None and not isinstance(adapter, ModelAdapter):
+        raise InputError("adapter", f"`adapter` is a {type(adapter).__name__}; give an object of a ModelAdapter class")
+    adapter = adapter or adapter_for(transformer)
+    adapter.prepare(transformer)
+    if adapter.prediction_type not in ("velocity", "epsilon"):
+        raise InputError(
+            "adapter", f"`adapter` has prediction_type {adapter.prediction_type!r}; it must be velocity or epsilon"
+        )
+    if adapter.null_class_id is None and args.label_dropout:
+        raise InputError(
+            "label_dropout",
+            f"`label_dropout` {args.label_dropout}: the adapter {type(adapter).__name__} has no `null_class_id`; remove it",
+        )
+    return adapter
+
+
+def check_pipeline(args: VRPOConfig, adapter: ModelAdapter, pipeline):
+    """Checks that no option needs a pipeline which an adapter does not have.
+
+    Raises:
+        InputError: if one does.
+    """
+    if not isinstance(pipeline, TransformerAlone):
+        return
+    for name in ("push_to_hub", "fd_encoder", "validation_labels"):
+        if getattr(args, name):
+            raise InputError(
+                name, f"`{name}` needs a pipeline, which the adapter {type(adapter).__name__} does not have; remove it"
+            )
+
+
+def align_transformer(
+    args: VRPOConfig,
+    accelerator: Accelerator,
+    transformer: ModelMixin,
+    adapter: ModelAdapter,
+    data: TrainingData,
+    latent_shape: tuple[int, int, int],
+    grid_size: tuple[int, int],
+    encoders: list,
+) -> AlignedTransformer:
+    """Attaches the alignment of the options to a given transformer, which keeps its weights.
+
+    All processes get the weights of the first one. Projectors and scaffold are drawn from torch's generator.
+
+    Args:
+        latent_shape: channels, height and width of the training input.
+        grid_size: rows and columns of the transformer's tokens.
+
+    Raises:
+        InputError: if the transformer does not fit the data or the options.
+    """
+    name = type(transformer).__name__
+    if adapter.num_classes not in (None, data.num_classes):
+        raise InputError(
+            "transformer",
+            f"`transformer` has {adapter.num_classes} classes, and the data have {data.num_classes}; build it for those",
+        )
+    channels, size = transformer.config.get("in_channels"), transformer.config.get("sample_size")
+    if channels not in (None, latent_shape[0]):
+        raise InputError(
+            "vae",
+            f"`vae` gives {latent_shape[0]} channels, but the {name} given as `transformer` takes {channels}; give another",
+        )
+    sides = (size, size) if isinstance(size, int) else size
+    if sides is not None and tuple(sides) != latent_shape[1:]:
+        raise InputError(
+            "resolution",
+            f"`resolution` {args.resolution} gives inputs of {latent_shape[1]} x {latent_shape[2]}, but the {name} given as "
+            f"`transformer` has the sample_size {size}",
+        )
+    if accelerator.num_processes > 1:
+        transformer.to(accelerator.device)
+        for tensor in transformer.state_dict().values():
+            broadcast(tensor)
+    try:
+        depth = len(transformer_blocks(transformer))
+        projected = encoders and args.objective != "repi"
+        aligned = AlignedTransformer(
+            transformer,
+            alignment_layers(args.layer_scope, depth) if projected else [],
+            encoders,
+            args.projector,
+            args.projector_dim,
+            grid_size=grid_size,
+            scaffold_layer=scaffold_layer(args, depth),
+        )
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError("transformer", f"`transformer`: {first_line(error)}") from error
+    if aligned.scaffold is not None:
+        aligned.scaffold.draw_weights()
+    if args.gradient_checkpointing and not transformer._supports_gradient_checkpointing:
+        raise InputError("gradient_checkpointing", f"`gradient_checkpointing` is not supported by {name}; remove it")
+    if args.compile and not getattr(transformer, "_repeated_blocks", None):
+        raise InputError("compile", f"`compile`: diffusers names no repeated blocks of {name}; remove it")
+    return aligned
+
+
+def try_call(
+    args: VRPOConfig,
+    transformer: ModelMixin,
+    adapter: ModelAdapter,
+    latent_shape: tuple[int, int, int],
+    device: torch.device,
+) -> int:
+    """Calls the adapter with one blank example, and returns the FLOPs of the transformer's forward pass.
+
+    Raises:
+        InputError: if the adapter fails, or returns something of another shape than the target.
+    """
+    x = torch.zeros(1, *latent_shape, device=device)
+    labels = torch.zeros(1, dtype=torch.long, device=device)
+    timestep = labels if adapter.prediction_type == "epsilon" else torch.zeros(1, device=device)
+    batch = {"class_labels": labels, "noise": x, "timestep": torch.zeros(1, device=device)}
+    batch["pixels"] = torch.zeros(1, 3, args.resolution, args.resolution, device=device)
+    shapes = []
+
+    def model(*arguments, **named) -> torch.Tensor:
+        return transformer(*arguments, **named, return_dict=False)[0]
+
+    def call():
+        prediction = adapter.call(model, x, timestep, batch)
+        shapes.append(tuple(prediction.shape) if isinstance(prediction, torch.Tensor) else type(prediction).__name__)
+
+    training = transformer.training
+    transformer.eval()
+    try:
+        flops = counted_flops(call)
+    except Exception as error:  # whatever user-defined code raises
+        raise InputError(
+            "adapter",
+            f"`adapter`: {type(adapter).__name__}.call fails with a {type(transformer).__name__} "
+            f"({type(error).__name__}: {first_line(error)})",
+        ) from error
+    finally:
+        transformer.train(training)
+    channels = latent_shape[0] * (1 + adapter.learns_variance)
+    if shapes[0] != (wanted := (1, channels, *latent_shape[1:])):
+        raise InputError(
+            "adapter",
+            f"`adapter`: {type(adapter).__name__}.call returns {shapes[0]} for an input of {tuple(x.shape)}; it must be "
+            f"{wanted}",
+        )
+    return flops

@@ -43,7 +43,7 @@ from .data.sources import (
     data_settings,
     load_training_data,
 )
-from .errors import TrainingInterrupted
+from .errors import InputError, TrainingInterrupted
 from .files import default_permissions, write_atomically
 from .hub.background import HubPublisher
 from .hub.publish import push_folder
@@ -587,6 +587,12 @@ class VRPOTrainer:
         self.objective = objective_from_config(
             args, self.aligned, self.max_train_steps, rewards=rewards or DEFAULT_REWARDS, autocast=accelerator.autocast
         )
+        # Both are logged by name; names in the options are those of modules.
+        if both := sorted({*self.objective.reward_names} & {*self.image_rewards.names}):
+            raise InputError(
+                "image_rewards",
+                f"`image_rewards` {both[0]}: a reward of tokens has that name, too; rename one of them",
+            )
         scheduler = default_scheduler(transformer.config.prediction_type)
         # Classes without images here count as trained if they were in the weights that the run starts from.
         trained = sorted({*classes_to_sample(data), *transformer.learned_labels})

@@ -399,8 +399,8 @@ class AlignmentConfig(Options):
     release: Annotated[Resolved[Literal["none", "stop", "gate", "plateau"] | None], ALIGNED] = option(
         None,
         "what ends alignment: nothing, --alignment_stop_step, the gate (at each noise level where it opposes flow matching), or a "
-        "plateau of the distance to the targets; gate for vrpo, plateau for rare, and none or stop for repa and irepa, if neither "
-        "this nor --conflict is given",
+        "plateau of the distance to the targets; plateau for rare if this is not given; gate for vrpo, and none or stop for repa "
+        "and irepa, if neither this nor --conflict is given",
     )
     timestep_weighting: Annotated[Literal["uniform", "low_noise"] | None, ALIGNED] = option(
         None,

@@ -624,6 +624,12 @@ class VRPOTrainer:
             autocast=accelerator.autocast,
             prediction_type=self.adapter.prediction_type,
         )
+        # Both are logged by name; names in the options are those of modules.
+        if both := sorted({*self.objective.reward_names} & {*self.image_rewards.names}):
+            raise InputError(
+                "image_rewards",
+                f"`image_rewards` {both[0]}: a reward of tokens has that name, too; rename one of them",
+            )
         # Classes without images here count as trained if they were in the weights that the run starts from.
         trained = sorted({*classes_to_sample(data), *getattr(transformer, "learned_labels", [])})
         pipeline = self.adapter.pipeline(transformer, self.vae, data.id2label, trained)

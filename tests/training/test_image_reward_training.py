@@ -209,6 +209,11 @@ def test_rewards_that_are_functions(config, tmp_path, monkeypatch):
     assert train(args, encoders=None)[0]["reward/darkness"] == pytest.approx(rows[0]["reward/darkness"], abs=0.2)
 
 
+def semantic(x0_hat, x0):
+    """A name that the log of REPA's cosine has."""
+    return -(x0_hat - x0).square().mean((1, 2, 3))
+
+
 class Colours:
     """An encoder without hidden states."""
 
@@ -242,7 +247,12 @@ class Colours:
         (
             {"objective": "vrpo"},
             {"rewards": ["semantic", darkness], "image_rewards": [darkness]},
-            "`image_rewards` darkness: `rewards` has that name, too",
+            "`image_rewards` darkness: a reward of tokens has that name, too",
+        ),
+        (
+            {"objective": "irepa", "image_rewards": [f"{__name__}:semantic"]},
+            {},
+            "`image_rewards` semantic: a reward of tokens has that name, too",
         ),
     ],
 )

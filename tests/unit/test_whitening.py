@@ -80,6 +80,8 @@ def test_features_that_cannot_be_whitened(case):
     }[case]
     with pytest.raises(InputError, match="`target_norm` whiten:4: .*(vary in [01] dimensions only|not finite)"):
         fit_whitening([x], 4)
+    with pytest.raises(InputError, match="whiten:4: the embeddings of `encoder` digits"):
+        fit_whitening([x], 4, "digits")
 
 
 def test_state_round_trip_and_names():

@@ -90,16 +90,18 @@ def whitenings_from_state(state_dict: dict[str, torch.Tensor]) -> list[Whitening
 
 
 @torch.no_grad()
-def fit_whitening(batches: Iterable[torch.Tensor], num_dims: int) -> Whitening:
+def fit_whitening(batches: Iterable[torch.Tensor], num_dims: int, name: str = "") -> Whitening:
     """Computes mean and principal directions of embeddings over all tokens of all images, in float64.
 
     Args:
         batches: embeddings `[B,M,E]`.
         num_dims: K, from 1 to E.
+        name: of the encoder, for errors.
 
     Raises:
         InputError: if the embeddings are not finite, or vary in fewer than K dimensions.
     """
+    whose = f"the embeddings of `encoder` {name}" if name else "the encoder's embeddings"
     count, total, products, shift = 0, 0.0, 0.0, None
     for features in batches:
         tokens = features.flatten(0, -2).double()
@@ -110,14 +112,14 @@ def fit_whitening(batches: Iterable[torch.Tensor], num_dims: int) -> Whitening:
     mean = total / count
     covariance = products / count - torch.outer(mean, mean)
     if not covariance.isfinite().all():
-        raise InputError("target_norm", f"`target_norm` whiten:{num_dims}: the encoder's embeddings are not finite")
+        raise InputError("target_norm", f"`target_norm` whiten:{num_dims}: {whose} are not finite")
     variances, directions = torch.linalg.eigh(covariance)
     variances, directions = variances.flip(0), directions.flip(1)
     rank = int((variances > SMALLEST_VARIANCE * variances[0].clamp_min(1e-30)).sum())
     if rank < num_dims:
         raise InputError(
             "target_norm",
-            f"`target_norm` whiten:{num_dims}: the encoder's embeddings of {count} tokens vary in {rank} dimensions only; "
+            f"`target_norm` whiten:{num_dims}: {whose}, of {count} tokens, vary in {rank} dimensions only; "
             + (f"give at most whiten:{rank}" if rank > 1 else "give none"),
         )
     variances, directions = variances[:num_dims], directions[:, :num_dims]
@@ -139,7 +141,9 @@ def whiten_encoder(encoder, images: Iterable[torch.Tensor], num_dims: int) -> Wh
         InputError: if K is larger than E, or the embeddings vary in fewer dimensions.
     """
     check_width(num_dims, encoder.embed_dim, type(encoder).__name__)
-    return WhitenedEncoder(encoder, fit_whitening((encoder(batch) for batch in images), num_dims))
+    return WhitenedEncoder(
+        encoder, fit_whitening((encoder(batch) for batch in images), num_dims, type(encoder).__name__)
+    )
 
 
 def check_width(num_dims: int, embed_dim: int, name: str):

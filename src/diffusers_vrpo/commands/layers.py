@@ -247,7 +247,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         type=number_in(In(0, 1), float),
         nargs="+",
         default=[0.1, 0.3, 0.5, 0.7, 0.9],
-        help="noise levels t; 1 is noise",
+        help="noise levels t; 1 is noise (of a model that predicts noise, the share of its 1000 timesteps)",
     )
     g.add_argument(
         "--l2",

@@ -15,8 +15,8 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
 from ..alignment.image_rewards import ImageReward
-from ..alignment.rewards import DEFAULT_REWARDS, TokenReward
-from ..config import OptimizationConfig, VRPOConfig, check_image_rewards, image_reward_names, train_steps
+from ..alignment.rewards import TokenReward
+from ..config import OptimizationConfig, VRPOConfig, check_image_rewards, train_steps
 from ..errors import InputError
 from ..models.transformer_sit import SIT_PRESETS
 from .callbacks import TrainerCallback
@@ -220,11 +220,6 @@ def check_given(args: VRPOConfig, train_dataset, rewards: list | None, callbacks
     check_image_rewards(args)
     if rewards is not None and args.objective != "vrpo":
         raise InputError("rewards", f"`rewards` cannot be combined with `objective` {args.objective}, only with vrpo")
-    token_rewards = {name_of(reward) for reward in rewards or DEFAULT_REWARDS} if args.objective == "vrpo" else set()
-    if both := sorted(token_rewards & set(image_reward_names(args))):
-        raise InputError(
-            "image_rewards", f"`image_rewards` {both[0]}: `rewards` has that name, too; rename one of them"
-        )
     start = args.generative_policy_start_step
     if start is not None and not any(callback.state_name == "generative_policy" for callback in callbacks):
         raise InputError(

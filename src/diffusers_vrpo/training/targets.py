@@ -90,6 +90,7 @@ def _fit(config: VRPOConfig, data: TrainingData, encoders: list, num_dims: int, 
             "target_norm",
             f"`target_norm` {config.target_norm} needs images or cached features, of which the data have neither",
         )
-    whitenings = [fit_whitening(embeddings(encoder), num_dims) for encoder in encoders]
+    named = zip(encoders, config.encoder, strict=True)
+    whitenings = [fit_whitening(embeddings(encoder), num_dims, name) for encoder, name in named]
     data.release()
     return whitenings

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate.logging import get_logger
+from datasets import Dataset
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
@@ -147,7 +148,7 @@ class VRPOTrainer:
         model: str | None = None,
         encoders: str | Callable | Sequence[str | Callable] | None = None,
         vae: str | torch.nn.Module | None = None,
-        train_dataset=None,
+        train_dataset: Dataset | TrainingData | None = None,
         rewards: list | None = None,
         args: VRPOConfig | None = None,
         callbacks: Iterable[TrainerCallback] = (),

@@ -269,7 +269,8 @@ class AlignedTransformer(nn.Module):
     def forward(
         self, *args, fork: Callable | None = None, align: bool = True, scaffold: ScaffoldStep | None = None, **kwargs
     ):
-        """
+        """Calls the transformer, and the projectors on the tokens of the aligned blocks.
+
         Args:
             args, kwargs: arguments of the transformer.
             fork: called as `f(tokens, deepest)` after every aligned block, `deepest` being true for the last of them; returns
@@ -329,7 +330,7 @@ class AlignedTransformer(nn.Module):
         return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
 
     @contextlib.contextmanager
-    def oracle(self, images):
+    def oracle(self, images: torch.Tensor | dict[str, torch.Tensor]):
         """The scaffolded block gets keys and values from real images also where a pipeline calls the transformer.
 
             with aligned.oracle(images):

@@ -47,7 +47,16 @@ class PatchEncoder(nn.Module):
         layer (`int`, *optional*): index in the model's hidden states; `None` is the output of a ViT.
     """
 
-    def __init__(self, model, embed_dim, grid_size, input_size, layer, pixel_format, resize="antialias"):
+    def __init__(
+        self,
+        model: nn.Module,
+        embed_dim: int,
+        grid_size: tuple[int, int],
+        input_size: tuple[int, int],
+        layer: int | None,
+        pixel_format: tuple,
+        resize: str = "antialias",
+    ):
         super().__init__()
         self.model = model.requires_grad_(False).eval()
         # On a CPU such nets are faster in this layout, with few images at a time (docs/speed.md).
@@ -66,11 +75,13 @@ class PatchEncoder(nn.Module):
         self.register_buffer("mean", torch.tensor(mean, device=model.device).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, device=model.device).view(1, 3, 1, 1), persistent=False)
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True):
         """Keeps evaluation mode: a teacher's dropout and batch statistics must not follow the student's `train()`."""
         return super().train(False)
 
-    def preprocess(self, images, size=None, clamp=True):
+    def preprocess(
+        self, images: torch.Tensor, size: tuple[int, int] | None = None, clamp: bool = True
+    ) -> torch.Tensor:
         """Converts images `[B, 3, H, W]` in [-1, 1] to the model's normalised pixels `[B, 3, *size]`, float32.
 
         Args:
@@ -87,7 +98,7 @@ class PatchEncoder(nn.Module):
             pixels = pixels.flip(1)
         return (pixels - self.mean) / self.std
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Computes patch embeddings `[B, N, E]`, float32, not normalised, in row-major order of the grid.
 
         Args:
@@ -102,7 +113,9 @@ class PatchEncoder(nn.Module):
                 features = F.interpolate(features, self.grid_size, mode="bilinear", antialias=True)
             return features.flatten(2).transpose(1, 2).contiguous()
 
-    def hidden_maps(self, images, layers, size=None):
+    def hidden_maps(
+        self, images: torch.Tensor, layers: list[int | None], size: tuple[int, int] | None = None
+    ) -> list[torch.Tensor]:
         """Computes maps `[B, E, rows, columns]` of hidden states, float32, with gradients to the images.
 
         Pixels are not clamped, so that images that leave [-1, 1] have a gradient, too. The weights have none. The pass ends
@@ -139,7 +152,13 @@ class PatchEncoder(nn.Module):
 
 
 def load_encoder(
-    name_or_path, grid_size, layer=None, dtype=torch.float32, device=None, cache_dir=None, resize="antialias"
+    name_or_path: str | Path,
+    grid_size: tuple[int, int],
+    layer: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    cache_dir: str | None = None,
+    resize: str = "antialias",
 ) -> PatchEncoder:
     """Loads a transformers vision model as a frozen `PatchEncoder`, and tests it on a blank image.
 

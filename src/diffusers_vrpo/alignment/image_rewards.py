@@ -247,13 +247,13 @@ class ImageRewards:
         every: int = 1,
         fraction: float = 1.0,
         start_step: int = 0,
-        config=None,
-        vae=None,
+        config: object | None = None,
+        vae: torch.nn.Module | None = None,
         batch_size: int | None = None,
         resolution: int | None = None,
         perceptual_layers: Sequence[int] | None = None,
         semantic_layer: int | None = None,
-        device=None,
+        device: torch.device | str | None = None,
         autocast: Callable = contextlib.nullcontext,
     ):
         self.encoder, self.vae, self.autocast = encoder, vae, autocast

@@ -117,7 +117,7 @@ class NoAlignment:
         """Whether the scaffolded block gets keys and values from the encoders' features in this optimizer step, from 0."""
         return step_number < self.scaffold_steps
 
-    def begin(self, t: torch.Tensor, images=None) -> AlignmentStep:
+    def begin(self, t: torch.Tensor, images: torch.Tensor | dict[str, torch.Tensor] | None = None) -> AlignmentStep:
         """Starts a micro-batch of flow times `t [B]`.
 
         Args:
@@ -169,15 +169,22 @@ class NoAlignment:
                 logger.info(f"alignment has ended at step {step}; neither encoder nor projector runs from here on")
 
     @torch.no_grad()
-    def features(self, images) -> list[torch.Tensor]:
+    def features(self, images: torch.Tensor | dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """The encoders' patch embeddings of `images` on their own grids and not whitened, `[B,M,E]` each."""
         return [without_whitening(encoder)(images) for encoder in self.aligned.encoders]
 
-    def targets(self, images) -> list[torch.Tensor]:
+    def targets(self, images: torch.Tensor | dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """The encoders' patch embeddings of `images`: an empty list."""
         return []
 
-    def __call__(self, step: AlignmentStep, projections, images, loss_fm: torch.Tensor, **kwargs) -> torch.Tensor:
+    def __call__(
+        self,
+        step: AlignmentStep,
+        projections: tuple[torch.Tensor, ...],
+        images: torch.Tensor | dict[str, torch.Tensor],
+        loss_fm: torch.Tensor,
+        **kwargs,
+    ) -> torch.Tensor:
         """The alignment loss, which is 0."""
         return torch.zeros((), device=loss_fm.device)
 
@@ -252,7 +259,7 @@ class REPI(NoAlignment):
         """Whether encoders run in this optimizer step, from 0."""
         return step_number < self.stop_step
 
-    def begin(self, t: torch.Tensor, images=None) -> AlignmentStep:
+    def begin(self, t: torch.Tensor, images: torch.Tensor | dict[str, torch.Tensor] | None = None) -> AlignmentStep:
         return self._begin(t, images)
 
 
@@ -340,7 +347,7 @@ class REPA(NoAlignment):
         """Whether this optimizer step, from 0, aligns. After the first that does not, none does, on any process."""
         return bool(self.aligned.layers) and self.alignment_coeff > 0 and self.release.active(step_number)
 
-    def begin(self, t: torch.Tensor, images=None) -> AlignmentStep:
+    def begin(self, t: torch.Tensor, images: torch.Tensor | dict[str, torch.Tensor] | None = None) -> AlignmentStep:
         """Starts a micro-batch of flow times `t [B]`. The first one that is not aligned ends the alignment.
 
         Args:
@@ -362,7 +369,10 @@ class REPA(NoAlignment):
 
     @torch.no_grad()
     def targets(
-        self, images, num_tokens: int | None = None, features: list[torch.Tensor] | None = None
+        self,
+        images: torch.Tensor | dict[str, torch.Tensor],
+        num_tokens: int | None = None,
+        features: list[torch.Tensor] | None = None,
     ) -> list[torch.Tensor]:
         """`y [B,N,E]` of each encoder: unit patch embeddings, float32.
 
@@ -390,7 +400,7 @@ class REPA(NoAlignment):
         self,
         step: AlignmentStep,
         projections: tuple[torch.Tensor, ...],
-        images,
+        images: torch.Tensor | dict[str, torch.Tensor],
         loss_fm: torch.Tensor,
         *,
         subset: torch.Tensor | None = None,

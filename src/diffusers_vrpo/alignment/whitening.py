@@ -5,7 +5,7 @@ The directions in which patch embeddings vary most often say little about the im
 follows them alone. Whitening was found to help with weak encoders most (RARE, arXiv 2609.34732).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -129,7 +129,7 @@ def fit_whitening(batches: Iterable[torch.Tensor], num_dims: int, name: str = ""
     return Whitening((mean + shift).float(), projection.float())
 
 
-def whiten_encoder(encoder, images: Iterable[torch.Tensor], num_dims: int) -> WhitenedEncoder:
+def whiten_encoder(encoder: Callable, images: Iterable[torch.Tensor], num_dims: int) -> WhitenedEncoder:
     """Whitens an encoder with the statistics of some images, for a training loop of your own.
 
     Args:

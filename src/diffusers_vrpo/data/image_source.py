@@ -127,11 +127,11 @@ class ImageSource:
             self.pixel_range,
         )
 
-    def loader(self, samples: SampleStreams, batch_sampler, num_workers: int, pin_memory: bool):
+    def loader(self, samples: SampleStreams, batch_sampler: Iterable[list[int]], num_workers: int, pin_memory: bool):
         """A `DataLoader` with worker processes."""
         return worker_loader(samples, batch_sampler, num_workers, pin_memory)
 
-    def latents(self, vae, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def latents(self, vae: torch.nn.Module | None, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The autoencoder's latents of the batch's `pixels`, with its `posterior_noise`; without `vae` the pixels."""
         return encode_images(vae, batch["pixels"], batch.get("posterior_noise"))
 
@@ -156,7 +156,7 @@ class ImageSource:
         """Has no effect: no images are kept in memory."""
 
 
-def worker_loader(samples: SampleStreams, batch_sampler, num_workers: int, pin_memory: bool):
+def worker_loader(samples: SampleStreams, batch_sampler: Iterable[list[int]], num_workers: int, pin_memory: bool):
     """Yields the batches of a process in order, computed ahead by worker processes, or on demand with 0 workers.
 
     Args:

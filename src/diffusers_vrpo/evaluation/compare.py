@@ -11,6 +11,7 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import PartialState
 
@@ -458,7 +459,12 @@ def allowed_metrics(
     return chosen
 
 
-def fid(samples, reference, encoder: str = "inception", **options) -> float:
+def fid(
+    samples: str | Path | np.ndarray | torch.Tensor,
+    reference: str | Path | np.ndarray | torch.Tensor,
+    encoder: str = "inception",
+    **options,
+) -> float:
     """Computes the Fréchet distance of samples to a reference: FID with `inception`, FD-DINOv2 with dinov2-large.
 
     Args:

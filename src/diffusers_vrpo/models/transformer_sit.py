@@ -41,6 +41,7 @@ SIT_SIZES = {
 SIT_PATCH_SIZES = (1, 2, 4, 8)
 # Arguments of version 0.1 for projectors that were part of the model; its config.json files name them.
 REMOVED_ARGUMENTS = ("alignment_layers", "alignment_dims", "projector_type", "projector_dim")
+# The names of the presets, `{SiT,DiT}-{XS,S,B,L,XL}/{1,2,4,8}`, for `sit_preset` and `VRPOTrainer(model=...)`.
 SIT_PRESETS = tuple(f"{kind}-{size}/{p}" for kind in ("SiT", "DiT") for size in SIT_SIZES for p in SIT_PATCH_SIZES)
 # The largest sizes, far above those of any published model: a wrong config.json is refused before anything is built.
 LARGEST = {
@@ -496,7 +497,7 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
             nn.init.zeros_(linear.bias)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
         """Opens a saved model as diffusers does, but refuses one whose weights are not whole.
 
         A folder that holds a single variant of the weights, such as `fp16`, opens without `variant`.
@@ -540,13 +541,13 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
             file.chmod((folder / self.config_name).stat().st_mode & 0o777)
 
     @classmethod
-    def extract_init_dict(cls, config_dict, **kwargs):
+    def extract_init_dict(cls, config_dict: dict, **kwargs):
         """Overrides diffusers' method to avoid its warnings about `auto_map` and the projector arguments of version 0.1."""
         unused = (*REMOVED_ARGUMENTS, "auto_map")
         config_dict = {name: value for name, value in config_dict.items() if name not in unused}
         return super().extract_init_dict(config_dict, **kwargs)
 
-    def enable_cache(self, config):
+    def enable_cache(self, config: object):
         """Enables caching at inference (`FirstBlockCacheConfig`, ...); registers the blocks' output for diffusers' hooks."""
         from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 
@@ -570,7 +571,8 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         return_variance: bool = False,
         return_dict: bool = True,
     ) -> SiTTransformer2DModelOutput | tuple:
-        """
+        """Predicts the velocity, or the noise.
+
         Args:
             hidden_states (`torch.Tensor` of shape `(batch, in_channels, height, width)`): noisy latents x_t.
             timestep (`torch.Tensor` of shape `(batch,)` or `()`): in the checkpoint's convention: t in [0, 1], float32,

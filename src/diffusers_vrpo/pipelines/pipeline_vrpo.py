@@ -10,6 +10,7 @@ import inspect
 import json
 import math
 import numbers
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -267,7 +268,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         return list(range(self.transformer.config.num_classes)) if known is None else list(known)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
         """Opens a saved pipeline as diffusers does; an autoencoder of which a folder holds one variant needs no `variant`.
 
         Raises:
@@ -288,7 +289,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
-    def download(cls, pretrained_model_name, **kwargs):
+    def download(cls, pretrained_model_name: str | os.PathLike, **kwargs):
         """Downloads a pipeline as diffusers does. Raises ValueError if its autoencoder has no weights."""
         folder = super().download(pretrained_model_name, **kwargs)
         if "vae" not in kwargs and not kwargs.get("use_flashpack"):
@@ -334,7 +335,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             )
         return super().from_pipe(pipeline, **kwargs)
 
-    def save_config(self, save_directory, push_to_hub: bool = False, **kwargs):
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         """Writes `model_index.json`, and beside it the code that it names: this file and those of the components.
 
         Raises:
@@ -383,7 +384,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         return index
 
     @classmethod
-    def extract_init_dict(cls, config_dict, **kwargs):
+    def extract_init_dict(cls, config_dict: dict, **kwargs):
         """Overrides diffusers' method to avoid its warning about `auto_map`, which is for AutoModel."""
         config_dict = {name: value for name, value in config_dict.items() if name != "auto_map"}
         return super().extract_init_dict(config_dict, **kwargs)
@@ -518,7 +519,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 f"with learn_sigma; build this {name} with variance_type={'fixed_small' if is_ddpm else None!r}"
             )
 
-    def check_guidance(self, guidance_scale) -> float:
+    def check_guidance(self, guidance_scale: float) -> float:
         """Returns a scale of guidance as a number of Python.
 
         Raises:
@@ -616,7 +617,15 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             sides.append(int(value) // factor)
         return tuple(sides)
 
-    def prepare_latents(self, batch_size, generator, device, latents=None, height=None, width=None) -> torch.Tensor:
+    def prepare_latents(
+        self,
+        batch_size: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        device: torch.device | str,
+        latents: torch.Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> torch.Tensor:
         """Draws float32 noise for images of `height` x `width` pixels, by default those of training, or checks `latents`.
 
         Raises:
@@ -650,7 +659,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             raise ValueError("`latents` have values that are not finite")
         return latents.to(device=device, dtype=torch.float32)
 
-    def get_grid(self, timesteps=None, sigmas=None) -> dict:
+    def get_grid(self, timesteps: list[float] | None = None, sigmas: list[float] | None = None) -> dict:
         """Checks a schedule of the caller's, and returns it as the argument of the scheduler's `set_timesteps`.
 
         Args:
@@ -702,7 +711,11 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         return {"timesteps": [int(value) for value in values]}
 
     def prepare_times(
-        self, num_inference_steps, device, timesteps=None, sigmas=None
+        self,
+        num_inference_steps: int,
+        device: torch.device | str,
+        timesteps: list[float] | None = None,
+        sigmas: list[float] | None = None,
     ) -> tuple[torch.Tensor, list[float]]:
         """Sets the scheduler's timesteps; returns the times for `predict`, and the flow time of each on the host.
 
@@ -862,7 +875,8 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         timesteps: list[float] | None = None,
         sigmas: list[float] | None = None,
     ) -> ImagePipelineOutput | tuple:
-        """
+        """Samples images.
+
         Args:
             class_labels: class ids (`0 ... num_classes - 1`) or names, a single one or a list.
             num_images_per_label (`int`): images of each label, next to each other in the output.

@@ -1,0 +1,73 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""The programs in `examples/` run to their end at the smallest size, and README has the six lines of one of them."""
+
+import importlib.util
+import re
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import DiTTransformer2DModel
+from PIL import Image
+
+from support.data import write_files
+from support.paths import ROOT
+
+
+MARK = "  # alignment"
+
+
+def example(name: str):
+    """The module of `examples/NAME.py`."""
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(name: str, *arguments):
+    module = example(name)
+    module.main(module.parse_args([str(argument) for argument in arguments]))
+
+
+def source_lines(name: str) -> list[str]:
+    return (ROOT / "examples" / name).read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+def test_examples_are_short_and_listed(path):
+    assert len(source_lines(path.name)) <= 200
+    assert path.name in (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+
+
+# Diffusers' own DiT
+
+
+def test_readme_has_the_six_lines_of_the_example():
+    marked = [line.strip().removesuffix(MARK) for line in source_lines("train_dit_alignment.py") if MARK in line]
+    called = [line.strip() for line in source_lines("train_dit_alignment.py") if "prediction, projections = " in line]
+    (block,) = re.findall(r"^```diff\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    added = [line[1:].strip() for line in block.splitlines() if line.startswith("+")]
+
+    assert len(marked) == 6
+    assert [line for line in added if line not in called and "import" not in line] == marked
+    assert called[0] in added
+
+
+def test_dit_on_digits(tmp_path):
+    size = ("--num_layers", 2, "--num_attention_heads", 1, "--train_batch_size", 4, "--num_inference_steps", 2)
+    run("train_dit_alignment", *size, "--max_train_steps", 2, "--output_dir", tmp_path)
+    transformer = DiTTransformer2DModel.from_pretrained(tmp_path / "transformer")
+    assert all(parameter.isfinite().all() for parameter in transformer.parameters())
+    with Image.open(tmp_path / "samples.png") as samples:
+        assert samples.size == (80, 16)
+
+
+def test_dit_on_a_folder_of_parquet_files(tmp_path):
+    size = ("--num_layers", 1, "--layer", 1, "--num_attention_heads", 1, "--patch_size", 4, "--num_inference_steps", 1)
+    data = ("--dataset_name", write_files(tmp_path / "images", rows=16, files=1), "--resolution", 16, "--random_flip")
+    steps = ("--max_train_steps", 2, "--train_batch_size", 2, "--gradient_accumulation_steps", 2)
+    run("train_dit_alignment", *size, *data, *steps, "--objective", "repa", "--output_dir", tmp_path / "out")
+    assert (tmp_path / "out" / "samples.png").is_file()

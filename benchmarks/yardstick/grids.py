@@ -424,6 +424,18 @@ def steps_to(line: dict, target: float) -> float | None:
     return None
 
 
+def pairs_at(line: dict, step: float) -> float:
+    """A run's share of pairs after so many steps, between the points of its curve; at most the last one."""
+    points = [(0, 0.1), *((point["step"], point["pairs"]) for point in line["curve"])]
+    return float(np.interp(step, *zip(*points)))
+
+
+def equal_compute(own: dict[int, dict], base: dict[int, dict], ratio: float, steps: int) -> str:
+    """The paired difference of pairs where both have taken the reference's seconds, from their curves."""
+    points = {seed: {"pairs": pairs_at(line, steps / ratio)} for seed, line in own.items()}
+    return difference(points, {seed: {"pairs": pairs_at(line, steps)} for seed, line in base.items()}, "pairs")
+
+
 def table(study: Study, lines: list[dict], timing: dict, reference: str, arms: dict[str, dict]) -> str:
     """Means over seeds with their standard errors, and differences to the reference seed by seed."""
     hashes = {name: run_hash(study, arm) for name, arm in arms.items()}
@@ -432,7 +444,8 @@ def table(study: Study, lines: list[dict], timing: dict, reference: str, arms: d
     # The reference's last point of the curve, which has as many samples as the others'.
     target = statistics.mean(line["curve"][-1]["pairs"] for line in base.values()) if base else None
     head = ["arm", "seeds", "step", *COLUMNS.values()]
-    head += [f"pairs against {reference}", f"FD of grids against {reference}", f"steps to {reference}'s pairs"]
+    head += [f"pairs against {reference}", f"FD of grids against {reference}"]
+    head += [f"pairs in {reference}'s seconds, against it", f"steps to {reference}'s pairs"]
     rows = []
     for name, own in runs.items():
         if not own:
@@ -440,6 +453,9 @@ def table(study: Study, lines: list[dict], timing: dict, reference: str, arms: d
         row = [name, str(len(own)), f"{timing[name]['ratio']:.2f}" if name in timing else "–"]
         row += [with_error([line[key] for line in own.values()]) for key in COLUMNS]
         row += ["–" if name == reference else difference(own, base, key) for key in ("pairs", "fd_joint")]
+        known = name in timing and reference in timing and name != reference and base
+        ratio = timing[name]["ratio"] / timing[reference]["ratio"] if known else 1.0
+        row.append(equal_compute(own, base, ratio, study.steps) if known else "–")
         reached = [steps_to(line, target) for line in own.values()] if target else [None]
         row.append(f"{statistics.mean(reached):.0f}" if None not in reached else "–")
         rows.append(row)

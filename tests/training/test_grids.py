@@ -175,8 +175,16 @@ def test_the_table_by_hand(grids):
             values = dict.fromkeys(grids.COLUMNS, level + 0.1 * seed) | {"arm": name, "seed": seed}
             curve = [{"step": 450, "pairs": level}, {"step": 900, "pairs": level + 0.1 * seed}]
             lines.append(values | {"recipe": grids.run_hash(study, arms[name]), "curve": curve})
-    text = grids.table(study, lines, {"none": {"ratio": 0.8}}, "repa-4-b3", arms)
+    # In the seconds of 900 steps of the reference, an arm whose steps take 1.2 times as long has taken 750.
+    assert grids.pairs_at(lines[0], 675) == pytest.approx(0.25) and grids.pairs_at(lines[0], 1000) == pytest.approx(
+        0.3
+    )
+    runs = {name: {line["seed"]: line for line in lines if line["arm"] == name} for name in arms}
+    assert grids.equal_compute(runs["none"], runs["repa-4-b3"], 4 / 3, 900).startswith("-0.375 ± 0.025")
+    timing = {"none": {"ratio": 0.8}, "repa-4-b3": {"ratio": 1.0}}
+    text = grids.table(study, lines, timing, "repa-4-b3", arms)
     head, _, none, repa = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines()]
     assert none[:4] == ["none", "2", "0.80", "0.350 ± 0.050"] and none[-1] == "–"
     assert none[head.index("pairs against repa-4-b3")].startswith("-0.300 ± 0.000")
-    assert repa[-3:-1] == ["–", "–"]
+    assert repa[-4:-1] == ["–", "–", "–"]
+    assert none[-2].startswith("-0.300 ± 0.000")  # its curve ends

@@ -339,6 +339,8 @@ class VRPOTrainer:
         self.metrics.commit()
         self.samples_seen += self.global_batch_size if self.step % args.policy_epochs == 0 else 0
         self.lr_scheduler.step()
+        if self.aligned.ended:
+            self.encoders = []  # the last reference, unless an image reward uses one
         if self.ema is not None:
             with self.profile("average"):
                 self.ema.step(trainable_parameters(self.aligned))

@@ -195,6 +195,7 @@ def test_the_card_of_image_rewards_and_a_scaffold(tmp_path):
         file.write("\n" + json.dumps(row) + "\n")
     card = render_card(tmp_path, "org/sit")
     assert "| semantic | 0.5 | 0.1 | 0.3 | 0.5 |" in card and "| perceptual | -0.75 | 0.5 |" in card
+    assert "| rewards | fidelity, semantic, weighted by" in card  # those of the run, which may have its own
     assert "| scaffold | block 3, 0.05 of the training; coefficient 2.0 |" in card and not metadata_errors(card)
     write_run(tmp_path, objective="repi", **options)
     card = render_card(tmp_path, "org/sit")

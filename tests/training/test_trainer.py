@@ -4,6 +4,7 @@
 import json
 import os
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -134,6 +135,34 @@ class Steps(TrainerCallback):
 
     def load_state_dict(self, state):
         self.count = int(state["count"])
+
+
+class Colours:
+    """An encoder of which the trainer has the only reference."""
+
+    embed_dim = 6
+
+    def __call__(self, images):
+        colours = torch.nn.functional.adaptive_avg_pool2d(images, 4).flatten(2).mT
+        return torch.cat([colours, colours.square()], dim=-1) + 0.1
+
+
+def test_encoders_are_freed_when_alignment_ends(config):
+    """Here one in a wrapper that whitens it."""
+    there = []
+
+    class Watch(TrainerCallback):
+        def on_init_end(self, trainer):
+            self.encoder = weakref.ref(trainer.encoders[0])
+
+        def on_step_end(self, trainer):
+            there.append(self.encoder() is not None)
+
+    options = {"objective": "rare", "target_norm": "whiten:2", "release": "stop", "alignment_stop_step": 2}
+    args = config(dataset_name="digits", train_batch_size=2, **options)
+    with VRPOTrainer(encoders=[Colours()], vae="none", args=args, callbacks=[Watch()]) as trainer:
+        trainer.train()
+    assert there == [True, True, False, False]
 
 
 def test_callbacks_are_called_in_order_and_saved(config):

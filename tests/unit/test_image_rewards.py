@@ -343,6 +343,25 @@ def test_an_encoder_in_half_precision(encoder, dtype):
 # Which samples and steps
 
 
+def test_a_compiled_encoder_gives_several_gradients_of_one_pass(encoder):
+    """Its compiled call would not: it is left for the targets of the alignment."""
+    images = torch.rand(2, 3, 8, 8)
+    rewards = ImageRewards(["perceptual", "image_semantic"], encoder)
+    assert None in rewards.layers
+    arguments = (torch.zeros(2, 3, 8, 8), images, images + 0.1, torch.tensor([0.3, 0.6]), None)
+    expected = rewards.values_and_gradients(*arguments)
+
+    def compiled(*args, **kwargs):
+        raise AssertionError("the compiled call was used")
+
+    encoder.model._compiled_call_impl = compiled
+    try:
+        found = rewards.values_and_gradients(*arguments)
+    finally:
+        encoder.model._compiled_call_impl = None
+    assert all(torch.equal(a, b) for a, b in zip((expected[0], *expected[1]), (found[0], *found[1]), strict=True))
+
+
 def test_gate_fraction_interval_and_start():
     image_rewards = ImageRewards([colour], every=3, start_step=4, fraction=0.25, max_t=0.5)
     assert [step for step in range(14) if image_rewards.active(step)] == [4, 7, 10, 13]

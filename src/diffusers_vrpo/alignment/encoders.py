@@ -451,7 +451,8 @@ def _feature_map(model, pixels, layer):
 
 def _feature_maps(model, pixels, layers):
     """Computes `_feature_map` of several hidden states in one pass."""
-    output = _apply(model, pixels, hidden_states=any(layer is not None for layer in layers))
+    # Not the compiled call, which frees what a second gradient from the same pass needs.
+    output = _apply(model, pixels, any(layer is not None for layer in layers), call=model.forward)
     states = [output.last_hidden_state if layer is None else _states(output)[layer] for layer in layers]
     return _as_maps(states, model, pixels)
 

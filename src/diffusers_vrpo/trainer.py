@@ -642,8 +642,8 @@ class VRPOTrainer:
         )
         if not isinstance(self.adapter, SiTAdapter):  # whose model has these in its config
             self.settings["the model's class"] = type(self.transformer).__name__
-            self.settings["the model's prediction_type"] = self.adapter.prediction_type
-            self.settings["the model's time_direction"] = self.adapter.time_direction
+            for name in ("prediction_type", "time_direction", "learns_variance", "null_class_id"):
+                self.settings[f"the adapter's {name}"] = getattr(self.adapter, name)
         if self.objective.reward_names:
             self.settings["the rewards"] = list(self.objective.reward_names)
         # What a checkpoint may lack, because another version has made it.

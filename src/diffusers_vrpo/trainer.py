@@ -455,10 +455,12 @@ class VRPOTrainer:
                 averaged.save_pretrained(output_dir)
                 parts = (output_dir / name for name in ("transformer", "vae", "lora"))
                 default_permissions(*(part for part in parts if part.is_dir()))
-                if self.validation is not None and self.validation.grid is not None:
+                drawn = self.validation is not None and self.validation.grid is not None
+                if drawn:
                     self.validation.grid.save(output_dir / "samples.png")
                 plot_metrics(output_dir / "metrics.jsonl", output_dir / "training.png", f"objective {args.objective}")
-                logger.info(f"wrote the pipeline, samples.png and training.png to {output_dir}")
+                what = "transformer" if self.validation is None else "pipeline"
+                logger.info(f"wrote the {what}{', samples.png' if drawn else ''} and training.png to {output_dir}")
         self.end()
 
     def push_to_hub(self):
@@ -654,8 +656,8 @@ class VRPOTrainer:
         )
         if not isinstance(self.adapter, SiTAdapter):  # whose model has these in its config
             self.settings["the model's class"] = type(self.transformer).__name__
-            self.settings["the model's prediction_type"] = self.adapter.prediction_type
-            self.settings["the model's time_direction"] = self.adapter.time_direction
+            for name in ("prediction_type", "time_direction", "learns_variance", "null_class_id"):
+                self.settings[f"the adapter's {name}"] = getattr(self.adapter, name)
         if self.objective.reward_names:
             self.settings["the rewards"] = list(self.objective.reward_names)
         # What a checkpoint may lack, because another version has made it.

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers import AutoencoderKL, DiffusionPipeline, DiTPipeline
 from huggingface_hub import constants
 
 from diffusers_vrpo import SiTSDEScheduler, VRPOPipeline
@@ -19,10 +20,12 @@ from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.hub import publish as publishing
 from diffusers_vrpo.hub.background import HubPublisher, check_license, fetch_state, push_state, stage_state
 from diffusers_vrpo.hub.publish import push_folder
+from diffusers_vrpo.pipelines.adapters import adapter_for
 from diffusers_vrpo.training.checkpoints import find_damage, write_manifest
 from diffusers_vrpo.training.interruption import Interruption
 from support.hub_server import Repository, metadata_errors, serve
 from support.models import tiny_model, tiny_vae
+from support.official import tiny_dit
 from support.paths import ROOT, SRC
 from support.pipelines import save_pipeline
 from support.runs import write_run
@@ -445,6 +448,25 @@ def test_what_has_no_record_leaves_the_card_and_claims_no_licence(here, tmp_path
 
     push_folder(tmp_path / "plain", "org/plain")
     assert b"license" not in here.repositories["org/plain"].files()["README.md"].split(b"---")[1]
+
+
+def test_diffusers_own_dit_is_published_as_its_own_pipeline(here, tmp_path):
+    transformer = tiny_dit(num_embeds_ada_norm=10, sample_size=4)
+    adapter = adapter_for(transformer)
+    adapter.prepare(transformer)
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
+    adapter.pipeline(transformer, vae, {0: "cat", 1: "dog"}).save_pretrained(tmp_path / "run")
+    write_run(tmp_path / "run", {"prediction_type": "epsilon"}, pretrained_model_name_or_path=None)
+    push_folder(tmp_path / "run", "org/dit")
+    files = here.repositories["org/dit"].files()
+    assert not any(name.endswith(".py") for name in files)
+    card = files["README.md"].decode()
+    assert "trust_remote_code" not in card and "DiffusionPipeline.from_pretrained('org/dit')" in card.replace('"', "'")
+    for name, content in files.items():
+        (tmp_path / "there" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "there" / name).write_bytes(content)
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "there")
+    assert type(pipeline) is DiTPipeline and pipeline.labels == {"cat": 0, "dog": 1}
 
 
 def test_adapters_leave_the_weights_that_are_there(here, tmp_path):

@@ -171,7 +171,8 @@ def test_an_adapter_in_a_script_trains_continues_and_saves_without_a_pipeline(tr
 
 
 def test_the_distance_to_images_is_measured_with_the_adapters_samples(train, tmp_path):
-    train(dit(), vae=vae(), objective="none", fd_encoder="embedded:digits", num_fd_samples=8, max_train_steps=1)
+    measured = {"fd_encoder": "embedded:digits", "num_fd_samples": 8, "max_train_samples": 32}
+    train(dit(), vae=vae(), objective="none", max_train_steps=1, **measured)
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["validation/fd_digits"] > 0
 
 
@@ -231,15 +232,13 @@ def test_another_model_or_convention_does_not_continue_a_run(train):
     with pytest.raises(InputError, match="attention_head_dim"):
         train(dit(attention_head_dim=24), vae=vae(), objective="none")
 
-    class Velocity(DiTAdapter):
-        prediction_type = "velocity"
-
+    class Unguided(DiTAdapter):
         def prepare(self, transformer):
             super().prepare(transformer)
-            self.learns_variance = False
+            self.null_class_id = None
 
-    with pytest.raises(InputError, match="adapter"):
-        train(dit(), Velocity(), vae=vae(), objective="none")
+    with pytest.raises(InputError, match="label_dropout|the adapter's null_class_id"):
+        train(dit(), Unguided(), vae=vae(), objective="none")
 
 
 def test_adapters_of_the_package():

@@ -177,6 +177,8 @@ class DiTAdapter(ModelAdapter):
         self.num_classes = config.num_embeds_ada_norm
         self.null_class_id = config.num_embeds_ada_norm
         self.learns_variance = transformer.out_channels == 2 * config.in_channels
+        # DiTPipeline cannot read None, the default.
+        transformer.register_to_config(out_channels=transformer.out_channels)
         for block in transformer.transformer_blocks:
             block.norm1.emb.class_embedder.dropout_prob = 0.0
 

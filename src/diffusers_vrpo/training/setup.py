@@ -142,7 +142,11 @@ def with_given(args: VRPOConfig, model, encoders, vae, image_rewards: list | Non
     given = {}
     if model is not None:
         if not isinstance(model, str | Path):
-            raise InputError("model", f"`model` is a {type(model).__name__}; give a preset, a folder or a Hub name")
+            raise InputError(
+                "model",
+                f"`model` is a {type(model).__name__}; give a preset, a folder or a Hub name, or a model of diffusers as "
+                "`transformer`",
+            )
         is_preset = str(model).lower() in {preset.lower() for preset in SIT_PRESETS}
         given["preset" if is_preset else "pretrained_model_name_or_path"] = str(model)
     if encoders is not None:

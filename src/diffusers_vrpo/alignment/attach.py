@@ -5,23 +5,33 @@ Forward hooks on the blocks read the tokens and pass them through the fork (grad
 values of a block to the scaffold (scaffold.py). The transformer itself is not changed: a pipeline saves it and samples from
 it without projectors and scaffold.
 
-A limit: in transformers with a text stream (SD3, Flux), flow matching also reaches the lower blocks through the text
-tokens. The fork sees, weighs and compares the gradient of the image tokens alone.
+A limit: in transformers with a text stream (SD3, Flux) flow matching also reaches the lower blocks through the text tokens,
+and in those with long skips (HunyuanDiT) through the skips. The fork sees, weighs and compares the gradient of the image tokens
+behind the aligned block alone.
 """
 
 import contextlib
 import copy
+import inspect
 import math
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from diffusers.hooks._helpers import TransformerBlockRegistry
 from torch import nn
 
 from ..errors import InputError
 from .gradient_fork import with_zero_gradient
+from .image_tokens import (
+    grid_of_input,
+    hidden_width,
+    image_token_places,
+    image_tokens_index,
+    put_back,
+    take,
+    transformer_blocks,
+)
 from .projectors import ConvProjector, make_projector, token_grid
 from .scaffold import Scaffold, ScaffoldStep, self_attention
 from .whitening import without_whitening
@@ -53,33 +63,6 @@ def alignment_layers(layer_scope: str, num_layers: int) -> list[int]:
     return layers
 
 
-def transformer_blocks(transformer: nn.Module) -> list[nn.Module]:
-    """The blocks of a diffusers transformer in the order of the forward pass; Flux has single after double blocks.
-
-    Raises:
-        ValueError: if the module has neither `transformer_blocks` nor `single_transformer_blocks`.
-    """
-    names = ("transformer_blocks", "single_transformer_blocks")
-    blocks = [block for name in names for block in getattr(transformer, name, [])]
-    if not blocks:
-        raise ValueError(f"{type(transformer).__name__} has no {' or '.join(names)}; give `blocks`")
-    return blocks
-
-
-def image_tokens_index(block: nn.Module, output: torch.Tensor | tuple) -> int | None:
-    """The index of the image tokens `[B,N,D]` in a block's output; None if they are the output.
-
-    diffusers has a registry of this index (a private one, which a test pins). For a block that is not in the registry, the
-    image tokens are assumed to be last.
-    """
-    if isinstance(output, torch.Tensor):
-        return None
-    try:
-        return TransformerBlockRegistry.get(type(block)).return_hidden_states_index
-    except ValueError:
-        return len(output) - 1
-
-
 @dataclass
 class _Call:
     """One call of the aligned transformer: its fork, the tokens that the hooks collect for the projectors, and its scaffold."""
@@ -87,6 +70,9 @@ class _Call:
     fork: Callable | None
     tokens: dict[int, list[torch.Tensor]] | None = field(default_factory=dict)
     scaffold: ScaffoldStep | None = None
+    # Of the transformer's input: the number of image tokens, if known, and the arguments by name.
+    number: int | None = None
+    arguments: dict = field(default_factory=dict)
 
 
 @dataclass
@@ -100,6 +86,8 @@ class _Attachment:
 
     deepest: int
     projectors_per_layer: int
+    argument_names: list[str]
+    image_tokens: str | Callable | None = None
     next: _Call | None = None
     current: _Call | None = None
     oracle: Callable[[torch.Tensor], ScaffoldStep] | None = None
@@ -116,6 +104,9 @@ class _StartCall:
         attachment.current, attachment.next = attachment.next, None
         if attachment.current is None and attachment.oracle is not None:
             attachment.current = _Call(None, None, attachment.oracle(first_input(args, kwargs)))
+        if attachment.current is not None:
+            attachment.current.number, _ = grid_of_input(transformer, first_input(args, kwargs), None)
+            attachment.current.arguments = {**dict(zip(attachment.argument_names, args, strict=False)), **kwargs}
 
 
 class _TakeTokens:
@@ -131,16 +122,18 @@ class _TakeTokens:
         if call is None or (call.fork is None and call.tokens is None):
             return None
         index = image_tokens_index(block, output)
-        onward = output if index is None else output[index]
-        to_project = onward
+        sequence = output if index is None else output[index]
+        places = image_token_places(block, sequence, call.number, call.arguments, self.attachment.image_tokens)
+        onward = to_project = take(sequence, places)
         if call.fork is not None:
             onward, to_project = call.fork(onward, self.layer == self.attachment.deepest)
+            sequence = put_back(sequence, places, onward)
         # Autograd adds up gradients in the reverse order of the forward pass. A view for each projector, made here, keeps
         # the projectors' place in that order, though they run after the last block.
         views = [to_project.view_as(to_project) for _ in range(self.attachment.projectors_per_layer)]
         if call.tokens is not None:
             call.tokens[self.layer] = views
-        return onward if index is None else (*output[:index], onward, *output[index + 1 :])
+        return sequence if index is None else (*output[:index], sequence, *output[index + 1 :])
 
 
 class _TakeKeysOrValues:
@@ -174,19 +167,23 @@ class AlignedTransformer(nn.Module):
     backward pass with gradient checkpointing must follow its forward pass before the transformer is called again.
 
     Args:
-        transformer: SiT, DiT, PixArt, SD3, Flux, Sana or another one whose blocks return tokens `[B,N,D]`.
+        transformer: SiT, DiT, PixArt, SD3, Flux, Sana or another one whose blocks return tokens (docs/models.md).
         layers (`list[int]`): the aligned blocks, counted from 1; those of `transformer_blocks`, and from there on those of
             `single_transformer_blocks`. An empty list trains without projectors.
         encoders (`list`): frozen encoders, with one projector per encoder and block: `PatchEncoder`s, or callables that map
             images to patch embeddings `[B,M,E]` and have an attribute `embed_dim`, E. They are not submodules.
         projector (`"mlp"` or `"conv"`): REPA's three linear layers, or iREPA's 3x3 convolution.
         projector_dim (`int`): hidden width of the `"mlp"`.
-        hidden_dim (`int`, *optional*): D; by default `num_attention_heads * attention_head_dim` of the transformer's config.
-        grid_size (`(int, int)`, *optional*): rows and columns of the image tokens; by default the transformer's `grid_size`,
-            or derived from the shape of its input, which is not possible for packed latents as in Flux.
+        hidden_dim (`int`, *optional*): D; by default `num_attention_heads * attention_head_dim` or `hidden_size` of the
+            transformer's config.
+        grid_size (`(int, int)`, *optional*): rows and columns of the image tokens; by default derived from the shape of each
+            input, or the transformer's `grid_size`. Packed latents as in Flux do not tell it. It may be set between calls.
         blocks (`list[nn.Module]`, *optional*): the blocks that `layers` counts, if the transformer has other names for them.
         scaffold_layer (`int`, *optional*): the block, counted as `layers`, that gets keys and values from the encoders'
             features, as the objective's `scaffold_fraction` says (docs/method.md); none without it.
+        image_tokens (*optional*): where the image tokens stand in the sequence of an aligned block, if text or registers stand
+            there, too: `"first"`, `"last"`, `"all"` (no others), or a function of the sequence `[B,L,D]` and a dictionary of the
+            transformer's arguments, which returns a slice of L or an index `[B,N]`. By default it is known by the block's class.
 
     Raises:
         ValueError: if a layer or projector does not exist, an encoder has no `embed_dim`, the transformer's blocks or width
@@ -204,8 +201,11 @@ class AlignedTransformer(nn.Module):
         grid_size: tuple[int, int] | None = None,
         blocks: list[nn.Module] | None = None,
         scaffold_layer: int | None = None,
+        image_tokens: str | Callable | None = None,
     ):
         super().__init__()
+        if not (image_tokens in (None, "first", "last", "all") or callable(image_tokens)):
+            raise ValueError(f"`image_tokens` {image_tokens!r} must be first, last, all or a function")
         self.transformer = transformer
         self.encoders = list(encoders)
         for encoder in self.encoders:
@@ -216,6 +216,7 @@ class AlignedTransformer(nn.Module):
         self.projector, self.projector_dim = projector, projector_dim
         grid_size = grid_size or getattr(transformer, "grid_size", None)
         self.grid_size = tuple(grid_size) if grid_size else None
+        self.last_grid: tuple[int, int] | None = None
         self.ended = False
         blocks = (blocks or transformer_blocks(transformer)) if self.layers or scaffold_layer is not None else []
         if self.layers and not 1 <= self.layers[0] <= self.layers[-1] <= len(blocks):
@@ -227,10 +228,7 @@ class AlignedTransformer(nn.Module):
         if scaffold_layer is not None and not self.encoders:
             raise ValueError(f"scaffold_layer {scaffold_layer} needs `encoders`, whose features it uses")
         if self.layers and hidden_dim is None:
-            config = transformer.config
-            if not {"num_attention_heads", "attention_head_dim"} <= set(config):
-                raise ValueError(f"the width of {type(transformer).__name__}'s tokens is not known; give `hidden_dim`")
-            hidden_dim = config["num_attention_heads"] * config["attention_head_dim"]
+            hidden_dim = hidden_width(transformer)
         self.hidden_dim = hidden_dim
 
         # Ordered by block and then by encoder, like the projections.
@@ -244,7 +242,12 @@ class AlignedTransformer(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
-        self._attachment = _Attachment(self.layers[-1] if self.layers else 0, len(self.embed_dims))
+        self._attachment = _Attachment(
+            self.layers[-1] if self.layers else 0,
+            len(self.embed_dims),
+            list(inspect.signature(transformer.forward).parameters),
+            image_tokens,
+        )
         self._handles = [
             blocks[layer - 1].register_forward_hook(_TakeTokens(self._attachment, layer)) for layer in self.layers
         ]
@@ -301,12 +304,15 @@ class AlignedTransformer(nn.Module):
         if not align:
             return prediction, ()
         tokens, call.tokens = call.tokens, None
+        _, self.last_grid = grid_of_input(self.transformer, first, self.grid_size)
         projections = []
         for number, projector in enumerate(self.projectors):
             layer, i = divmod(number, len(self.embed_dims))
             hidden_states = tokens[self.layers[layer]][i]
             if isinstance(projector, ConvProjector):
-                grid = token_grid(hidden_states.shape[1], self.grid_size, first)
+                number = hidden_states.shape[1]
+                known = self.last_grid if self.last_grid and math.prod(self.last_grid) == number else self.grid_size
+                grid = token_grid(number, known, first)
                 projections.append(projector(hidden_states, grid))
             else:
                 projections.append(projector(hidden_states))

@@ -254,26 +254,42 @@ def spatial_normalize(features, strength=0.6):
     return (features - strength * mean) / (std + 1e-6)
 
 
-def resample_tokens(features, num_tokens, grid_size=None):
+def resample_tokens(features, num_tokens, grid_size=None, source_grid=None):
     """Patch embeddings `[B,M,E]` on another grid, `[B,num_tokens,E]`, bilinearly with antialiasing.
 
     Args:
-        features (`torch.Tensor` of shape `(batch, M, channels)`): row by row of a square grid.
+        features (`torch.Tensor` of shape `(batch, M, channels)`): row by row of a grid.
         grid_size (`tuple[int, int]`, *optional*): rows and columns wanted; a square when not given.
+        source_grid (`tuple[int, int]`, *optional*): rows and columns of the features; a square when not given.
 
     Raises:
-        ValueError: if one of the grids is not known to be square.
+        ValueError: if one of the grids is neither given nor square.
     """
-    side = math.isqrt(features.shape[1])
-    wanted = math.isqrt(num_tokens)
-    if grid_size is None or grid_size[0] * grid_size[1] != num_tokens:
-        grid_size = (wanted, wanted)
-    if side**2 != features.shape[1] or grid_size[0] * grid_size[1] != num_tokens:
+
+    def grid_of(number, given):
+        side = math.isqrt(number)
+        return tuple(given) if given and given[0] * given[1] == number else (side, side)
+
+    source, wanted = grid_of(features.shape[1], source_grid), grid_of(num_tokens, grid_size)
+    if math.prod(source) != features.shape[1] or math.prod(wanted) != num_tokens:
         raise ValueError(
-            f"an encoder gives {features.shape[1]} tokens and the transformer has {num_tokens}; only square grids are resampled"
+            f"an encoder gives {features.shape[1]} tokens and the transformer has {num_tokens}; only square grids are resampled "
+            "unless the encoder and `AlignedTransformer` have a `grid_size`"
         )
-    maps = features.mT.unflatten(2, (side, side))
-    return F.interpolate(maps.float(), tuple(grid_size), mode="bilinear", antialias=True).flatten(2).mT.contiguous()
+    maps = features.mT.unflatten(2, source)
+    return F.interpolate(maps.float(), wanted, mode="bilinear", antialias=True).flatten(2).mT.contiguous()
+
+
+def on_grid(features, num_tokens, grid_size=None, source_grid=None):
+    """Patch embeddings on the grid wanted; resampled unless they are on it. The arguments are those of `resample_tokens`.
+
+    As many tokens in other rows and columns are another grid, where both are known.
+    """
+    if features.shape[1] == num_tokens:
+        grids = [tuple(grid) for grid in (grid_size, source_grid) if grid and math.prod(grid) == num_tokens]
+        if len(set(grids)) < 2:
+            return features
+    return resample_tokens(features, num_tokens, grid_size, source_grid)
 
 
 # Loading

@@ -36,7 +36,7 @@ from ..config import REPA_LOSS, alignment_end_of, end_of_alignment
 from ..errors import InputError
 from ..models import ddpm
 from .attach import AlignedTransformer
-from .encoders import resample_tokens, spatial_normalize
+from .encoders import on_grid, spatial_normalize
 from .gradient_fork import CONFLICTS, alignment_fork, measuring_probe
 from .plateau import Plateau
 from .policy import (
@@ -378,12 +378,16 @@ class REPA(NoAlignment):
 
         Args:
             images: the encoders' input: pixels `[B,3,H,W]` in [-1, 1], or a batch with cached features.
-            num_tokens: N; by default the product of the aligned transformer's `grid_size`, if it is known. Embeddings
-                on another grid are resampled.
+            num_tokens: N of the last call; by default the product of the aligned transformer's `grid_size`, if it is known.
+                Embeddings on another grid are resampled to that of the last call, or to `grid_size`.
             features: what `features(images)` returned, if the encoders have run already.
         """
         grid_size = self.aligned.grid_size
-        num_tokens = num_tokens or (math.prod(grid_size) if grid_size else None)
+        last_grid = self.aligned.last_grid
+        if num_tokens is None and grid_size is not None:
+            num_tokens = math.prod(grid_size)
+        elif last_grid is not None and math.prod(last_grid) == num_tokens:
+            grid_size = last_grid
         features = self.features(images) if features is None else features
         # The encoders have been freed, and there are no features, after the end of alignment.
         features = [
@@ -391,7 +395,8 @@ class REPA(NoAlignment):
             for encoder, f in zip(self.aligned.encoders, features, strict=True)
         ]
         if num_tokens is not None:
-            features = [f if f.shape[1] == num_tokens else resample_tokens(f, num_tokens, grid_size) for f in features]
+            grids = [getattr(encoder, "grid_size", None) for encoder in self.aligned.encoders]
+            features = [on_grid(f, num_tokens, grid_size, grid) for f, grid in zip(features, grids, strict=True)]
         if self.spatial_norm > 0:
             features = [spatial_normalize(f, self.spatial_norm) for f in features]
         return [normalize(f) for f in features]

@@ -9,6 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import DiTTransformer2DModel
 from PIL import Image
+from safetensors.torch import load_file
 
 from support.data import write_files
 from support.paths import ROOT
@@ -71,3 +72,35 @@ def test_dit_on_a_folder_of_parquet_files(tmp_path):
     steps = ("--max_train_steps", 2, "--train_batch_size", 2, "--gradient_accumulation_steps", 2)
     run("train_dit_alignment", *size, *data, *steps, "--objective", "repa", "--output_dir", tmp_path / "out")
     assert (tmp_path / "out" / "samples.png").is_file()
+
+
+# Rewards and encoders of one's own
+
+SHORT = ("--train_batch_size", 4, "--max_train_steps", 2, "--projector_dim", 16, "--num_inference_steps", 1)
+
+
+@pytest.mark.slow
+def test_custom_reward(tmp_path, capsys):
+    run("custom_reward", *SHORT, "--output_dir", tmp_path / "run")
+    printed = re.findall(r"^(\S+): (\S+) at the start", capsys.readouterr().out, re.M)
+    assert [name for name, _ in printed] == ["reward/contrast", "share/contrast", "reward/edges", "image_share/edges"]
+    assert (tmp_path / "run" / "model_index.json").is_file()
+
+
+def test_contrast_is_a_reward_of_tokens_and_of_groups():
+    contrast = example("custom_reward").contrast
+    y = torch.nn.functional.normalize(torch.randn(2, 5, 8), dim=-1)
+    reward = contrast(torch.stack([y, -y]), y, y, None)
+    assert reward.shape == (2, 2, 5)
+    assert torch.allclose(reward[0], contrast(y, y, y, None)) and (reward[0] > reward[1]).all()
+
+
+@pytest.mark.slow
+def test_custom_encoder(tmp_path):
+    weights = tmp_path / "encoder.safetensors"
+    encoder = ("--encoder_steps", 2, "--encoder_dim", 8, "--encoder_weights", weights)
+    run("custom_encoder", *SHORT, *encoder, "--output_dir", tmp_path / "run")
+    network = example("custom_encoder").PatchNetwork(8, patch_size=2)
+    network.load_state_dict(load_file(weights))
+    assert network(torch.zeros(1, 3, 8, 8)).shape == (1, 16, network.embed_dim)
+    assert (tmp_path / "run" / "model_index.json").is_file()

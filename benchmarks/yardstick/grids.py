@@ -410,7 +410,8 @@ def difference(own: dict[int, dict], base: dict[int, dict], key: str) -> str:
     if len(values) < 2:
         return f"{values[0]:+.3f} (one seed)" if values else "–"
     found = paired(values)
-    return f"{found['mean']:+.3f} ± {found['error']:.3f} (p {found['p']:.3f}, n {len(values)})"
+    p = "p < 0.001" if found["p"] < 0.001 else f"p {found['p']:.3f}"
+    return f"{found['mean']:+.3f} ± {found['error']:.3f} ({p}, n {len(values)})"
 
 
 def steps_to(line: dict, target: float) -> float | None:

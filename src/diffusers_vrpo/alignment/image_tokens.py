@@ -60,13 +60,16 @@ def image_tokens_index(block: nn.Module, output: torch.Tensor | tuple) -> int | 
     """
     if isinstance(output, torch.Tensor):
         return None
-    if type(block).__name__ in IMAGE_OUTPUTS:
-        return IMAGE_OUTPUTS[type(block).__name__]
-    try:
-        index = TransformerBlockRegistry.get(type(block)).return_hidden_states_index
-    except ValueError:
-        return len(output) - 1
-    return len(output) - 1 if index is None else index
+    # FSDP2 gives a sharded block a class of its own, which derives from the block's.
+    for kind in type(block).__mro__:
+        if kind.__name__ in IMAGE_OUTPUTS:
+            return IMAGE_OUTPUTS[kind.__name__]
+        try:
+            index = TransformerBlockRegistry.get(kind).return_hidden_states_index
+        except ValueError:
+            continue
+        return len(output) - 1 if index is None else index
+    return len(output) - 1
 
 
 def grid_of_input(
@@ -104,19 +107,19 @@ def image_token_places(
     """
     if callable(where):
         return where(tokens, arguments)
-    length, kind = tokens.shape[1], type(block).__name__
+    length, kinds = tokens.shape[1], {kind.__name__ for kind in type(block).__mro__}
     if where == "all" or number is None and where is None or number == length:
         return None
     if number is not None and number < length:
-        if where == "last" or where is None and kind in TEXT_FIRST:
+        if where == "last" or where is None and kinds & set(TEXT_FIRST):
             return slice(length - number, length)
         if where == "first":
             return slice(0, number)
         mask = arguments.get("encoder_attention_mask")
-        if kind in TEXT_FIRST_WITHOUT_PADDING and mask is not None:
+        if kinds & set(TEXT_FIRST_WITHOUT_PADDING) and mask is not None:
             return mask.long().sum(1, keepdim=True) + torch.arange(number, device=tokens.device)
     raise ValueError(
-        f"{kind} returns {length} tokens, and the transformer's input has {'an unknown number' if number is None else number} "
+        f"{type(block).__name__} returns {length} tokens, and the transformer's input has {'an unknown number' if number is None else number} "
         "of them; give `image_tokens`: first, last, all, or a function that says where the image's stand"
     )
 

@@ -20,6 +20,8 @@ IMAGE_OUTPUTS = {"BriaTransformerBlock": 1, "CogView3PlusTransformerBlock": 0}
 TEXT_FIRST = ("AuraFlowSingleTransformerBlock", "ChromaSingleTransformerBlock", "Flux2SingleTransformerBlock")
 # The same, but each caption is followed by the image and then by padding.
 TEXT_FIRST_WITHOUT_PADDING = ("Lumina2TransformerBlock",)
+# One sequence in an order that the arguments of the transformer (lists of images, position ids) do not tell by themselves.
+ORDER_UNKNOWN = ("OmniGenBlock", "ZImageTransformerBlock")
 
 
 def transformer_blocks(transformer: nn.Module) -> list[nn.Module]:
@@ -108,7 +110,8 @@ def image_token_places(
     if callable(where):
         return where(tokens, arguments)
     length, kinds = tokens.shape[1], {kind.__name__ for kind in type(block).__mro__}
-    if where == "all" or number is None and where is None or number == length:
+    mixed = kinds & {*TEXT_FIRST, *TEXT_FIRST_WITHOUT_PADDING, *ORDER_UNKNOWN}
+    if where == "all" or number == length or where is None and number is None and not mixed:
         return None
     if number is not None and number < length:
         if where == "last" or where is None and kinds & set(TEXT_FIRST):

@@ -20,6 +20,8 @@ IMAGE_OUTPUTS = {"BriaTransformerBlock": 1, "CogView3PlusTransformerBlock": 0}
 TEXT_FIRST = ("AuraFlowSingleTransformerBlock", "ChromaSingleTransformerBlock", "Flux2SingleTransformerBlock")
 # The same, but each caption is followed by the image and then by padding.
 TEXT_FIRST_WITHOUT_PADDING = ("Lumina2TransformerBlock",)
+# One sequence in an order that the arguments of the transformer (lists of images, position ids) do not tell by themselves.
+ORDER_UNKNOWN = ("OmniGenBlock", "ZImageTransformerBlock")
 
 
 def transformer_blocks(transformer: nn.Module) -> list[nn.Module]:
@@ -60,13 +62,16 @@ def image_tokens_index(block: nn.Module, output: torch.Tensor | tuple) -> int | 
     """
     if isinstance(output, torch.Tensor):
         return None
-    if type(block).__name__ in IMAGE_OUTPUTS:
-        return IMAGE_OUTPUTS[type(block).__name__]
-    try:
-        index = TransformerBlockRegistry.get(type(block)).return_hidden_states_index
-    except ValueError:
-        return len(output) - 1
-    return len(output) - 1 if index is None else index
+    # FSDP2 gives a sharded block a class of its own, which derives from the block's.
+    for kind in type(block).__mro__:
+        if kind.__name__ in IMAGE_OUTPUTS:
+            return IMAGE_OUTPUTS[kind.__name__]
+        try:
+            index = TransformerBlockRegistry.get(kind).return_hidden_states_index
+        except ValueError:
+            continue
+        return len(output) - 1 if index is None else index
+    return len(output) - 1
 
 
 def grid_of_input(
@@ -104,19 +109,20 @@ def image_token_places(
     """
     if callable(where):
         return where(tokens, arguments)
-    length, kind = tokens.shape[1], type(block).__name__
-    if where == "all" or number is None and where is None or number == length:
+    length, kinds = tokens.shape[1], {kind.__name__ for kind in type(block).__mro__}
+    mixed = kinds & {*TEXT_FIRST, *TEXT_FIRST_WITHOUT_PADDING, *ORDER_UNKNOWN}
+    if where == "all" or number == length or where is None and number is None and not mixed:
         return None
     if number is not None and number < length:
-        if where == "last" or where is None and kind in TEXT_FIRST:
+        if where == "last" or where is None and kinds & set(TEXT_FIRST):
             return slice(length - number, length)
         if where == "first":
             return slice(0, number)
         mask = arguments.get("encoder_attention_mask")
-        if kind in TEXT_FIRST_WITHOUT_PADDING and mask is not None:
+        if kinds & set(TEXT_FIRST_WITHOUT_PADDING) and mask is not None:
             return mask.long().sum(1, keepdim=True) + torch.arange(number, device=tokens.device)
     raise ValueError(
-        f"{kind} returns {length} tokens, and the transformer's input has {'an unknown number' if number is None else number} "
+        f"{type(block).__name__} returns {length} tokens, and the transformer's input has {'an unknown number' if number is None else number} "
         "of them; give `image_tokens`: first, last, all, or a function that says where the image's stand"
     )
 

@@ -301,15 +301,30 @@ def fsdp2(name: str, rank: int) -> str:
 
     if not hasattr(torch.cpu.Stream, "record_event"):
         return "no: this version of torch shards on GPUs only"
-    wanted = _whole_batch(name)
-    tiny = build(name)
-    arguments = {key: _one_sample(value, rank) for key, value in tiny.arguments.items()}
-    aligned, mesh = attach(tiny), init_device_mesh("cpu", (2,))
-    for block in blocks_of(tiny):
-        fully_shard(block, mesh=mesh)
-    fully_shard(aligned, mesh=mesh)
-    backward(aligned, arguments)
-    return compare(gradients(aligned), wanted)
+    wanted, mesh = _whole_batch(name), init_device_mesh("cpu", (2,))
+
+    def sharded(**first_block) -> str:
+        tiny = build(name)
+        arguments = {key: _one_sample(value, rank) for key, value in tiny.arguments.items()}
+        aligned = attach(tiny)
+        for number, block in enumerate(blocks_of(tiny)):
+            fully_shard(block, mesh=mesh, **({} if number else first_block))
+        fully_shard(aligned, mesh=mesh)
+        backward(aligned, arguments)
+        return compare(gradients(aligned), wanted)
+
+    try:
+        return sharded()
+    except RuntimeError as error:
+        if "mixed torch.Tensor and DTensor" not in str(error):
+            raise
+    answer = sharded(reshard_after_forward=False)
+    if answer == YES:
+        return (
+            "yes: with `reshard_after_forward=False` for the first block, since the transformer calls one of its layers again "
+            "behind the last block"
+        )
+    return answer
 
 
 ON_ONE: dict[str, tuple[str, Callable]] = {

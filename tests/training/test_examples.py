@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -72,6 +72,40 @@ def test_dit_on_a_folder_of_parquet_files(tmp_path):
     steps = ("--max_train_steps", 2, "--train_batch_size", 2, "--gradient_accumulation_steps", 2)
     run("train_dit_alignment", *size, *data, *steps, "--objective", "repa", "--output_dir", tmp_path / "out")
     assert (tmp_path / "out" / "samples.png").is_file()
+
+
+# PixArt
+
+PIXART = ("--num_layers", 2, "--num_inference_steps", 1)
+TWO_STEPS = ("--train_batch_size", 4, "--max_train_steps", 2)
+
+
+def test_text_to_image_with_names_of_classes(tmp_path):
+    run("train_text_to_image_alignment", *PIXART, *TWO_STEPS, "--output_dir", tmp_path)
+    assert PixArtTransformer2DModel.from_pretrained(tmp_path / "transformer").config.num_layers == 2
+    with Image.open(tmp_path / "samples.png") as samples:
+        assert samples.size == (80, 8)
+
+
+def test_text_to_image_with_captions_and_lora(tmp_path):
+    data = ("--dataset_name", write_files(tmp_path / "images", rows=10, files=1), "--caption_column", "note")
+    prompts = ("--validation_prompts", "row 1", "another row")
+    options = ("--lora_rank", 2, "--objective", "repa", "--output_dir", tmp_path / "out")
+    run("train_text_to_image_alignment", *PIXART, *TWO_STEPS, *data, *prompts, *options)
+    state = load_file(tmp_path / "out" / "lora" / "adapter_model.safetensors")
+    # The second halves of adapters are zero before the first step.
+    first, second = (
+        torch.stack(
+            [
+                tensor.abs().max()
+                for name, tensor in state.items()
+                if f"transformer_blocks.{block}." in name and "lora_B" in name
+            ]
+        )
+        for block in (0, 1)
+    )
+    assert (first > 0).all() and (second > 0).all()
+    assert not (tmp_path / "out" / "transformer").exists()
 
 
 # Rewards and encoders of one's own

@@ -2,6 +2,7 @@
 """The programs in `examples/` run to their end at the smallest size, and README has the six lines of one of them."""
 
 import importlib.util
+import json
 import re
 
 import pytest
@@ -138,3 +139,27 @@ def test_custom_encoder(tmp_path):
     network.load_state_dict(load_file(weights))
     assert network(torch.zeros(1, 3, 8, 8)).shape == (1, 16, network.embed_dim)
     assert (tmp_path / "run" / "model_index.json").is_file()
+
+
+# The notebook
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    notebook = json.loads((ROOT / "examples" / "digits.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    parameters = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    assert parameters == cells[:1]
+
+    names = {"__name__": "notebook"}
+    exec("".join(parameters[0]["source"]), names)
+    names |= {"max_train_steps": 2, "num_samples": 20}
+    for number, cell in enumerate(cells[1:], 1):
+        source = "".join(cell["source"]).replace("num_inference_steps=25", "num_inference_steps=1")
+        source = source.replace("train_batch_size=32", "train_batch_size=4")
+        exec(compile(source, f"cell {number} of digits.ipynb", "exec"), names)
+    assert names["images"][0].size == (8, 8)
+    assert 0 < names["distances"]["training"] < names["distances"]["samples"]

@@ -2,12 +2,13 @@
 """The programs in `examples/` run to their end at the smallest size, and README has the six lines of one of them."""
 
 import importlib.util
+import json
 import re
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -74,6 +75,40 @@ def test_dit_on_a_folder_of_parquet_files(tmp_path):
     assert (tmp_path / "out" / "samples.png").is_file()
 
 
+# PixArt
+
+PIXART = ("--num_layers", 2, "--num_inference_steps", 1)
+TWO_STEPS = ("--train_batch_size", 4, "--max_train_steps", 2)
+
+
+def test_text_to_image_with_names_of_classes(tmp_path):
+    run("train_text_to_image_alignment", *PIXART, *TWO_STEPS, "--output_dir", tmp_path)
+    assert PixArtTransformer2DModel.from_pretrained(tmp_path / "transformer").config.num_layers == 2
+    with Image.open(tmp_path / "samples.png") as samples:
+        assert samples.size == (80, 8)
+
+
+def test_text_to_image_with_captions_and_lora(tmp_path):
+    data = ("--dataset_name", write_files(tmp_path / "images", rows=10, files=1), "--caption_column", "note")
+    prompts = ("--validation_prompts", "row 1", "another row")
+    options = ("--lora_rank", 2, "--objective", "repa", "--output_dir", tmp_path / "out")
+    run("train_text_to_image_alignment", *PIXART, *TWO_STEPS, *data, *prompts, *options)
+    state = load_file(tmp_path / "out" / "lora" / "adapter_model.safetensors")
+    # The second halves of adapters are zero before the first step.
+    first, second = (
+        torch.stack(
+            [
+                tensor.abs().max()
+                for name, tensor in state.items()
+                if f"transformer_blocks.{block}." in name and "lora_B" in name
+            ]
+        )
+        for block in (0, 1)
+    )
+    assert (first > 0).all() and (second > 0).all()
+    assert not (tmp_path / "out" / "transformer").exists()
+
+
 # Rewards and encoders of one's own
 
 SHORT = ("--train_batch_size", 4, "--max_train_steps", 2, "--projector_dim", 16, "--num_inference_steps", 1)
@@ -104,3 +139,27 @@ def test_custom_encoder(tmp_path):
     network.load_state_dict(load_file(weights))
     assert network(torch.zeros(1, 3, 8, 8)).shape == (1, 16, network.embed_dim)
     assert (tmp_path / "run" / "model_index.json").is_file()
+
+
+# The notebook
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    notebook = json.loads((ROOT / "examples" / "digits.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    parameters = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    assert parameters == cells[:1]
+
+    names = {"__name__": "notebook"}
+    exec("".join(parameters[0]["source"]), names)
+    names |= {"max_train_steps": 2, "num_samples": 20}
+    for number, cell in enumerate(cells[1:], 1):
+        source = "".join(cell["source"]).replace("num_inference_steps=25", "num_inference_steps=1")
+        source = source.replace("train_batch_size=32", "train_batch_size=4")
+        exec(compile(source, f"cell {number} of digits.ipynb", "exec"), names)
+    assert names["images"][0].size == (8, 8)
+    assert 0 < names["distances"]["training"] < names["distances"]["samples"]

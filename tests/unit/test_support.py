@@ -95,15 +95,6 @@ def test_the_documented_table_has_every_model_and_column():
     assert f"| model | {' | '.join(title for title, _ in support.COLUMNS.values())} |" in page
 
 
-@pytest.mark.slow
-def test_two_processes():
-    models = ["DiTTransformer2DModel", "CogView4Transformer2DModel"]
-    answers = support.on_two_processes(models, ["ddp", "fsdp2"])
-    assert len(answers) == 4
-    for (_, column), answer in answers.items():
-        assert answer.startswith("yes") or column == "fsdp2" and "this version of torch" in answer
-
-
 # Token grids
 
 

@@ -348,8 +348,8 @@ def answer_of(check: Callable[..., str], *arguments) -> str:
         return f"no: {type(error).__name__}, {(str(error).strip() or 'without a message').splitlines()[0]}"
 
 
-def _run_rank(rank: int, models: list[str], columns: list[str], folder: str):
-    """One of the two processes; writes the answers on which both agree, which are those of the one that says no."""
+def run_process(rank: int, models: list[str], columns: list[str], folder: str):
+    """One of the two processes. The first writes the answers to `folder`; where they differ, it is the one that says no."""
     warnings.filterwarnings("ignore")
     diffusers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)
@@ -368,7 +368,7 @@ def _run_rank(rank: int, models: list[str], columns: list[str], folder: str):
 def on_two_processes(models: list[str], columns: list[str]) -> dict[tuple[str, str], str]:
     """The answers of the columns `ddp` and `fsdp2` by model and column, from two processes on this machine (gloo)."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_run_rank, (models, columns, folder), nprocs=2)
+        torch.multiprocessing.spawn(run_process, (models, columns, folder), nprocs=2)
         return torch.load(Path(folder) / "answers.pt")
 
 

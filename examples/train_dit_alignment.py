@@ -128,10 +128,11 @@ def main(args):
     transformer.to(device).train()
     noise_scheduler = DDPMScheduler(clip_sample=False)
 
-    # The encoder's embeddings are resampled to the transformer's tokens, so many in a row and in a column.
+    Objective = OBJECTIVES[args.objective]
+    # Rows and columns of the transformer's tokens, to which the encoder's embeddings are resampled
     grid = (side // transformer.config.patch_size,) * 2
     model = AlignedTransformer(transformer, [args.layer], [load_encoder(args.encoder, grid).to(device)])  # alignment
-    objective = OBJECTIVES[args.objective](model, args.max_train_steps, prediction_type="epsilon")  # alignment
+    objective = Objective(model, args.max_train_steps, prediction_type="epsilon")  # alignment
 
     # Optimizer
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0)

@@ -109,9 +109,10 @@ def main(args):
     noise_scheduler = DDPMScheduler(clip_sample=False)
 
     # Alignment
+    Objective = OBJECTIVES[args.objective]
     grid = (side // transformer.config.patch_size,) * 2
     model = AlignedTransformer(transformer, [args.layer], [load_encoder(args.encoder, grid).to(device)])
-    objective = OBJECTIVES[args.objective](model, args.max_train_steps, prediction_type="epsilon")
+    objective = Objective(model, args.max_train_steps, prediction_type="epsilon")
 
     # Data
     is_digits = args.dataset_name == "embedded:digits"

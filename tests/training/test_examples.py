@@ -4,6 +4,7 @@
 import importlib.util
 import json
 import re
+import socket
 
 import pytest
 import torch
@@ -111,11 +112,18 @@ def test_text_to_image_with_captions_and_lora(tmp_path):
 
 # Rewards and encoders of one's own
 
+
+@pytest.fixture
+def no_curves(monkeypatch):
+    """Curves take most of a short run's time; those of the notebook are drawn."""
+    monkeypatch.setattr("diffusers_vrpo.trainer.plot_metrics", lambda *arguments: None)
+
+
 SHORT = ("--train_batch_size", 4, "--max_train_steps", 2, "--projector_dim", 16, "--num_inference_steps", 1)
 
 
 @pytest.mark.slow
-def test_custom_reward(tmp_path, capsys):
+def test_custom_reward(tmp_path, capsys, no_curves):
     run("custom_reward", *SHORT, "--output_dir", tmp_path / "run")
     printed = re.findall(r"^(\S+): (\S+) at the start", capsys.readouterr().out, re.M)
     assert [name for name, _ in printed] == ["reward/contrast", "share/contrast", "reward/edges", "image_share/edges"]
@@ -131,7 +139,7 @@ def test_contrast_is_a_reward_of_tokens_and_of_groups():
 
 
 @pytest.mark.slow
-def test_custom_encoder(tmp_path):
+def test_custom_encoder(tmp_path, no_curves):
     weights = tmp_path / "encoder.safetensors"
     encoder = ("--encoder_steps", 2, "--encoder_dim", 8, "--encoder_weights", weights)
     run("custom_encoder", *SHORT, *encoder, "--output_dir", tmp_path / "run")
@@ -145,9 +153,14 @@ def test_custom_encoder(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_notebook_runs(tmp_path, monkeypatch):
+def test_the_notebook_runs_without_a_network(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("the notebook needs a network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     AcceleratorState._reset_state(reset_partial_state=True)
     notebook = json.loads((ROOT / "examples" / "digits.ipynb").read_text(encoding="utf-8"))
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]

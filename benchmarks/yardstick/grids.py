@@ -485,8 +485,9 @@ def save_picture(args: argparse.Namespace, study: Study):
             file = run_folder(study, name, seed, args.work) / "samples.png"
             if file.exists():
                 sheet = PILImage.open(file)
-                row = PILImage.new("L", (sheet.width, sheet.height + 16), 255)
-                row.paste(sheet, (0, 16))
+                row = PILImage.new("L", (SHOWN_SAMPLES * 72, 88), 255)
+                for i in range(SHOWN_SAMPLES):
+                    row.paste(sheet.crop((i * 64, 0, (i + 1) * 64, 64)), (i * 72, 16))
                 ImageDraw.Draw(row).text((2, 2), f"{name}, seed {seed}", fill=0)
                 rows.append(row)
     if not rows:

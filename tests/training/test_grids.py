@@ -153,7 +153,7 @@ def test_arms_of_a_seed_start_from_the_same_weights(grids, study, capsys):
         study("table", "--seeds", "2")
     assert study("picture", "--arms", "none", "repa-4-b3", "--seeds", "1", "2") == 0
     with PILImage.open(study.work / "samples.png") as picture:
-        assert picture.size == (12 * 64, 2 * 80)  # two runs of twelve samples
+        assert picture.size == (12 * 72, 2 * 88)  # two runs of twelve samples
     with pytest.raises(InputError, match="has samples of none of these arms"):
         study("picture", "--arms", "none", "--seeds", "7")
     with pytest.raises(InputError, match="--arms nine is none of .*none, none-doubled"):

@@ -52,7 +52,7 @@ def parse_args(argv=None):
     parser.add_argument("--random_flip", action="store_true")
     parser.add_argument("--train_batch_size", type=int, default=32)
     parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
-    parser.add_argument("--max_train_steps", type=int, default=400)
+    parser.add_argument("--max_train_steps", type=int, default=300)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--lr_warmup_steps", type=int, default=50)
     parser.add_argument("--num_inference_steps", type=int, default=50)

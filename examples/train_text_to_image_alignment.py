@@ -49,7 +49,7 @@ def parse_args(argv=None):
     parser.add_argument("--caption_column", default="label", help="texts, or classes whose names are the captions")
     parser.add_argument("--resolution", type=int, default=8)
     parser.add_argument("--train_batch_size", type=int, default=32)
-    parser.add_argument("--max_train_steps", type=int, default=400)
+    parser.add_argument("--max_train_steps", type=int, default=300)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--validation_prompts", nargs="*", help="by default the first captions of the data")
     parser.add_argument("--num_inference_steps", type=int, default=50)

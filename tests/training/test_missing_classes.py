@@ -153,6 +153,7 @@ def test_the_grid_and_the_distance_take_classes_with_images(monkeypatch):
         moments=moments,
         reference=(),
     )
+    look.draw_batch = validation.Validation.draw_batch.__get__(look)
     monkeypatch.setattr(validation, "sample_batch", lambda pipeline, indices, labels, *_: drawn.append(labels))
     monkeypatch.setattr(validation, "frechet_distance", lambda *moments: 0.0)
     validation.Validation.distance(look, make_pipeline())

@@ -257,7 +257,9 @@ class VRPOTrainer:
             with self.profile("encoder"):
                 alignment.targets = self.objective.targets(images, features=alignment.features)
             with self.profile("alignment loss"):
-                draws = {"subset": batch.get("tokens"), "index": batch["index"], "inputs": model.inputs}
+                draws = {"subset": batch.get("tokens"), "index": batch["index"]}
+                if self.args.kl_coeff:
+                    draws["inputs"] = model.inputs
                 loss_rep = self.objective(alignment, model.projections, images, loss_fm, **draws)
             loss = loss + self.args.alignment_coeff * loss_rep
             self.metrics.add(**alignment.logs)
@@ -515,8 +517,6 @@ class VRPOTrainer:
     def _load_encoders(self, encoders: list | None, grid_size: tuple[int, int]) -> list:
         """Returns the encoders to align with: the given ones, those with cached features, or loaded ones."""
         args, accelerator = self.args, self.accelerator
-        for sentence in options_without_effect(args):
-            logger.info(sentence)
         if args.objective == "none":
             return []
         if encoders is None or all(isinstance(encoder, str | Path) for encoder in encoders):
@@ -560,7 +560,7 @@ class VRPOTrainer:
         return image_rewards
 
     def _make_validation(self) -> Validation | None:
-        """Returns the validation of the pipeline; None if there is no pipeline."""
+        """Returns the validation of the pipeline; None if the adapter does not have one."""
         parts = (self.args, self.accelerator, self.pipeline, self.data, self.output_dir, self.interruption)
         if isinstance(self.pipeline, TransformerAlone):
             return None
@@ -741,6 +741,8 @@ class VRPOTrainer:
             start_trackers(accelerator, self.metrics_file, args, self.step)
         if args.objective != "none":
             logger.info(objective_in_full(args))
+        for sentence in options_without_effect(args):
+            logger.info(sentence)
         parameters = sum(parameter.numel() for parameter in trainable_parameters(self.aligned))
         logger.info(
             f"{len(self.data)} images, {self.data.num_classes} classes; training {parameters / 1e6:.1f} M parameters, "

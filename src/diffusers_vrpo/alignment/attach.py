@@ -310,9 +310,9 @@ class AlignedTransformer(nn.Module):
             layer, i = divmod(number, len(self.embed_dims))
             hidden_states = tokens[self.layers[layer]][i]
             if isinstance(projector, ConvProjector):
-                number = hidden_states.shape[1]
-                known = self.last_grid if self.last_grid and math.prod(self.last_grid) == number else self.grid_size
-                grid = token_grid(number, known, first)
+                num_tokens = hidden_states.shape[1]
+                of_input = self.last_grid is not None and math.prod(self.last_grid) == num_tokens
+                grid = token_grid(num_tokens, self.last_grid if of_input else self.grid_size, first)
                 projections.append(projector(hidden_states, grid))
             else:
                 projections.append(projector(hidden_states))

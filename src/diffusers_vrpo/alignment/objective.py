@@ -389,7 +389,8 @@ class REPA(NoAlignment):
         elif last_grid is not None and math.prod(last_grid) == num_tokens:
             grid_size = last_grid
         features = self.features(images) if features is None else features
-        # The encoders have been freed, and there are no features, after the end of alignment.
+        # Only these targets are whitened: the features may be a scaffold's, too. Both lists are empty once the end of
+        # alignment has freed the encoders.
         features = [
             encoder.whitening(f) if isinstance(encoder, WhitenedEncoder) else f
             for encoder, f in zip(self.aligned.encoders, features, strict=True)

@@ -152,11 +152,11 @@ def unchanged(tiny: TinyTransformer) -> str:
     aligned = attach(tiny)
     split = alignment_fork(torch.full((2,), 0.3), measuring_probe(2), "project")
     with torch.no_grad():
-        seen = [aligned(**tiny.arguments)[0], predict(model, tiny.arguments)]
-    seen.append(aligned(**tiny.arguments, fork=split)[0])
+        predictions = [aligned(**tiny.arguments)[0], predict(model, tiny.arguments)]
+    predictions.append(aligned(**tiny.arguments, fork=split)[0])
     aligned.detach()
-    seen.append(predict(model, tiny.arguments))
-    if not all(torch.equal(prediction, plain) for prediction in seen):
+    predictions.append(predict(model, tiny.arguments))
+    if not all(torch.equal(prediction, plain) for prediction in predictions):
         return "no: the prediction differs"
     after = model.state_dict()
     if list(after) != list(state) or not all(torch.equal(after[name], state[name]) for name in state):
@@ -372,7 +372,7 @@ def on_two_processes(models: list[str], columns: list[str]) -> dict[tuple[str, s
     """The answers of the columns `ddp` and `fsdp2` by model and column, from two processes on this machine (gloo)."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(run_process, (models, columns, folder), nprocs=2)
-        return torch.load(Path(folder) / "answers.pt")
+        return torch.load(Path(folder) / "answers.pt", weights_only=True)
 
 
 def check_all(models: list[str], columns: list[str], backend: str = "aot_eager") -> dict[tuple[str, str], str]:

@@ -198,7 +198,7 @@ class DiTAdapter(ModelAdapter):
         """Builds a `DiTPipeline` with DDIM's steps on DiT's noise schedule.
 
         Raises:
-            InputError: if there is no autoencoder, or one that `DiTPipeline` would decode wrongly.
+            InputError: without an autoencoder, or with one that `DiTPipeline` would decode wrongly.
         """
         if vae is None:
             raise InputError("vae", "`vae` none: diffusers' DiTPipeline decodes latents; give an autoencoder")

@@ -229,8 +229,7 @@ class AdapterValidation(Validation):
         """
         args = self.args
         ids = {name.strip().lower(): label for label, name in (data.id2label or {}).items()}
-        columns = min(10, len(self.classes))
-        labels = args.validation_labels or [self.classes[int(i * len(self.classes) / columns)] for i in range(columns)]
+        labels = args.validation_labels or spread_classes(self.classes)
         self.columns = [ids.get(str(label).strip().lower(), as_id(label)) for label in labels]
         for label in self.columns:
             if label not in range(data.num_classes):
@@ -264,14 +263,19 @@ class AdapterValidation(Validation):
         return np.stack([np.asarray(image.convert("RGB")) for image in images])
 
 
+def spread_classes(classes: list[int]) -> list[int]:
+    """Ten of the classes, evenly spread; all of them if there are fewer."""
+    columns = min(10, len(classes))
+    return [classes[int(i * len(classes) / columns)] for i in range(columns)]
+
+
 def grid_columns(pipeline: VRPOPipeline, labels: list[str] | None, classes: list[int]) -> list[int]:
-    """The classes of `validation_labels`, names or ids; by default ten, evenly spread over `classes`.
+    """The classes of `validation_labels`, names or ids; by default those of `spread_classes`.
 
     Raises:
         InputError: if the model does not have a label.
     """
-    columns = min(10, len(classes))
-    labels = labels or [classes[int(i * len(classes) / columns)] for i in range(columns)]
+    labels = labels or spread_classes(classes)
     try:
         return pipeline.get_label_ids([c if str(c).lower() in pipeline.labels else as_id(c) for c in labels])
     except ValueError as error:

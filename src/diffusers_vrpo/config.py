@@ -358,6 +358,11 @@ class ModelConfig(Options):
         None,
         "also train the variance, of models that predict noise; as the preset or the starting weights have it if not given",
     )
+    qk_norm: Resolved[bool] = option(
+        False,
+        "normalise the queries and keys of each attention head (RMSNorm), which keeps attention stable in large models and long "
+        "runs; starting weights keep what they have",
+    )
     vae: Resolved[str | None] = option(
         None, "autoencoder of diffusers that encodes the images, Hub name or folder; `none` trains on pixels"
     )

@@ -18,7 +18,7 @@ from ..errors import InputError, first_line
 from ..reach import offline_if_out_of_reach
 from ..schemas import argument_problem
 from .official_checkpoints import SavedProjectors, convert_with_projectors, pipeline_index
-from .transformer_sit import REMOVED_ARGUMENTS, SiTTransformer2DModel, check_sizes, sit_preset
+from .transformer_sit import REMOVED_ARGUMENTS, RMS_NORM, SiTTransformer2DModel, check_sizes, sit_preset
 
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,9 @@ def transformer_config(preset: str | None, model_config: str | None) -> dict:
         raise InputError(
             "model_config", f"`model_config` {model_config} has {unknown[0]!r}, which is none of {', '.join(known)}"
         )
-    if problem := argument_problem(config, {name: known[name].default for name in config}):
+    # `qk_norm` is a truth value or a name, which the constructor checks.
+    defaults = {name: known[name].default for name in config if name != "qk_norm"}
+    if problem := argument_problem(config, defaults):
         raise InputError("model_config", f"`model_config` {model_config}: {problem}")
     try:
         check_sizes(**config)
@@ -101,6 +103,8 @@ def read_start(args) -> Start:
         labels, trained_labels = index.get("id2label"), index.get("trained_labels")
         start = Start(public_config(source.config), source, projectors, labels, trained_labels, on_hub)
     choose_prediction(start.config, args.prediction_type, args.learn_sigma, name)
+    if args.qk_norm:
+        choose_qk_norm(start.config, name, args.model_config)
     patch_size = start.config.setdefault("patch_size", 2)
     if not isinstance(patch_size, int) or patch_size < 1:
         raise InputError(
@@ -286,6 +290,27 @@ def choose_prediction(config: dict, prediction_type: str | None, learn_sigma: bo
         raise InputError(
             "learn_sigma", "`learn_sigma` trains a diffusion's variance; it needs `prediction_type` epsilon"
         )
+
+
+def choose_qk_norm(config: dict, pretrained: str | None, model_config: str | None):
+    """Writes the RMSNorm of queries and keys into a config.
+
+    Raises:
+        InputError: if the starting weights were trained without it, or the file of arguments has another `qk_norm`.
+    """
+    found = config.get("qk_norm", RMS_NORM)
+    if pretrained and found != RMS_NORM:
+        norm = "LayerNorm on" if found else "a norm of"
+        without = "with a" if found else "without"
+        raise InputError(
+            "qk_norm", f"`qk_norm`: {pretrained} was trained {without} {norm} queries and keys; remove it"
+        )
+    if found != RMS_NORM:
+        raise InputError(
+            "qk_norm",
+            f"`qk_norm` cannot be combined with qk_norm {json.dumps(found)} in `model_config` {model_config}",
+        )
+    config["qk_norm"] = RMS_NORM
 
 
 def fit_transformer(

@@ -26,7 +26,8 @@ from ..pipelines.sampling import check_steps, image_grid, sample_batch, step_gen
 from .callbacks import TrainerCallback
 from .distributed import full_pipeline
 from .interruption import Interruption
-from .metrics import read_metrics, use_trackers
+from .metrics import read_metrics
+from .trackers import log_image
 
 
 logger = get_logger(__name__)
@@ -320,12 +321,4 @@ def save_samples(accelerator: Accelerator, output_dir: Path, step: int, grid: Im
     except OSError as error:  # a full disk must not end a run because of a grid
         logger.error(f"{path} could not be written ({error.strerror or error})")
 
-    def show(tracker):
-        if tracker.name == "tensorboard":
-            tracker.writer.add_image("samples", np.asarray(grid), step, dataformats="HWC")
-        elif tracker.name == "wandb":
-            import wandb
-
-            tracker.log({"samples": wandb.Image(grid)}, step=step)
-
-    use_trackers(accelerator, show)
+    log_image(accelerator, "samples", grid, step)

@@ -228,7 +228,7 @@ class AdapterValidation(Validation):
         Raises:
             InputError: if the data do not have a label, or the scheduler does not accept the number of steps.
         """
-        args = self.args
+        args, self.id2label = self.args, data.id2label
         ids = {name.strip().lower(): label for label, name in (data.id2label or {}).items()}
         labels = args.validation_labels or spread_classes(self.classes)
         self.columns = [ids.get(str(label).strip().lower(), as_id(label)) for label in labels]
@@ -256,7 +256,7 @@ class AdapterValidation(Validation):
         """Draws the grid of a pipeline, always from the same noise."""
         labels = self.columns * self.args.num_validation_images
         images = self.draw_images(averaged, range(len(labels)), labels, self.args.guidance_scale)
-        return image_grid(images, columns=len(self.columns))
+        return image_grid(images, len(self.columns), captions=captions_of(self.columns, self.id2label))
 
     def draw_batch(self, pipeline, indices: range, labels: list[int]) -> np.ndarray:
         """Draws the unguided images `indices` of these classes: uint8 `[B,H,W,3]`."""
@@ -305,7 +305,15 @@ def draw_samples(
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale if transformer.null_class_id is not None else 1.0,
     ).images
-    return image_grid(images, columns=len(labels))
+    return image_grid(images, len(labels), captions=captions_of(labels, pipeline.config.get("id2label")))
+
+
+def captions_of(labels: list[int], id2label: dict | None) -> list[str] | None:
+    """What stands above the columns of a grid: the first of each class's names, or its id; None for a single class without one."""
+    names = {int(label): str(name).split(",")[0].strip() for label, name in (id2label or {}).items()}
+    if not names and len(labels) == 1:
+        return None
+    return [names.get(label) or f"class {label}" for label in labels]
 
 
 def grid_file(output_dir: Path, step: int) -> Path:

@@ -594,7 +594,7 @@ class OptimizationConfig(Options):
         "further arguments of the optimizer as JSON, such as '{\"momentum\": 0.9}'; the class's own defaults if not given",
         "JSON",
     )
-    learning_rate: LearningRate = option(1e-4, "learning rate of the optimizer after the warm-up")
+    learning_rate: LearningRate = option(1e-4, "learning rate of AdamW after the warm-up")
     lr_scheduler: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
     ] = option("constant_with_warmup", "schedule of the learning rate")

@@ -222,8 +222,8 @@ def test_curves_have_five_panels_that_are_neither_flat_nor_empty():
     ]
     assert panels[0][1][""] == ([*range(1, 101)], [row["loss_fm"] for row in rows])
     assert list(panels[1][1]) == ["semantic"]  # without the reward that has no value, and without the loss again
-    smooth = smoothed([row["loss_fm"] for row in rows])
-    assert smooth[0] == rows[0]["loss_fm"] and smooth[50] == pytest.approx(
-        np.mean([r["loss_fm"] for r in rows[45:56]])
-    )
+    loss = [row["loss_fm"] for row in rows]
+    for logarithmic, mean in ((False, np.mean), (True, lambda part: math.exp(np.mean(np.log(part))))):
+        smooth = smoothed(loss, logarithmic)
+        assert smooth[0] == pytest.approx(loss[0]) and smooth[50] == pytest.approx(mean(loss[47:54]))
     assert smoothed([1.0, 5.0]) == [1.0, 5.0] and smoothed([]) == []

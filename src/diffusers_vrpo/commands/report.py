@@ -312,7 +312,7 @@ def page(report: dict, plots: list[str], grids: str) -> str:
         f'<h2>{html.escape(label[0].upper() + label[1:])} against cost</h2>\n<div class="figures">{"".join(plots)}</div>'
     )
     parts.append(
-        '<p class="faint">Lines are means over seeds, bands one standard deviation; markers are evaluations. Training time '
+        '<p class="faint">Lines are means over seeds, bands one standard deviation; markers are evaluations, of many only some. Training time '
         "leaves out checkpoints, sample grids and evaluations. FLOPs are those of transformer, projectors and encoders on "
         "all devices; the autoencoder, losses and optimizer are not counted.</p>"
     )

@@ -80,9 +80,15 @@ def varies(values: Sequence[float]) -> bool:
     return len(values) > 1 and max(values) - min(values) > FLAT * max(map(abs, values))
 
 
-def smoothed(values: Sequence[float]) -> list[float]:
-    """The mean of the values around each, over a tenth of all of them and fewer at both ends, where there are no more."""
-    half = len(values) // 20
+def smoothed(values: Sequence[float], logarithmic: bool = False) -> list[float]:
+    """The mean of the values around each, over a fifteenth of all of them and fewer at both ends, where there are no more.
+
+    Args:
+        logarithmic: take the geometric mean, which does not lift a loss that falls fast.
+    """
+    if logarithmic:
+        return [math.exp(mean) for mean in smoothed([math.log(value) for value in values])]
+    half = len(values) // 30
     sums = [0.0]
     for value in values:
         sums.append(sums[-1] + value)
@@ -147,7 +153,7 @@ def plot_metrics(metrics_file: str | Path, output_file: str | Path, title: str =
                 axis.plot(steps, values, label=label, color=color, linewidth=1.8, marker="o", markersize=4)
             else:
                 axis.plot(steps, values, color=color, linewidth=0.8, alpha=0.25)
-                axis.plot(steps, smoothed(values), label=label, color=color, linewidth=1.8)
+                axis.plot(steps, smoothed(values, panel.logarithmic), label=label, color=color, linewidth=1.8)
         if panel.logarithmic:
             axis.set_yscale("log")
             low, high = axis.get_ylim()

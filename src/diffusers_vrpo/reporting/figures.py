@@ -102,8 +102,8 @@ def curves(arms: list[dict], axis: str, metric: str, target: tuple[float, str] |
         value for arm in arms for value in arm["curve"]["mean"] or sum((run["values"] for run in arm["runs"]), [])
     ]
     shown += [target[0]] if target else []
-    # Frechet distances fall by orders of magnitude early on.
-    logarithmic = min(shown) > 0 and max(shown) > 8 * min(shown)
+    # Fréchet distances and losses fall by large factors early on.
+    logarithmic = min(shown) > 0 and max(shown) > 4 * min(shown)
     size, label = scale_of(axis, max(max(run[axis]) for arm in arms for run in arm["runs"]))
     for i, arm in enumerate(arms):
         look = {"color": COLORS[theme][i % 7], "linestyle": LINES[i % 4], "marker": MARKERS[i % 5]}
@@ -114,7 +114,7 @@ def curves(arms: list[dict], axis: str, metric: str, target: tuple[float, str] |
                 axes.plot(np.array(run[axis]) / size, run["values"], label=None if j else name, **look)
             continue
         x, mean = np.array(curve[axis]) / size, np.array(curve["mean"])
-        axes.plot(x, mean, label=name, **look)
+        axes.plot(x, mean, label=name, markevery=max(1, len(x) // 15), **look)
         if curve["std"]:
             std = np.array(curve["std"])
             # A logarithmic axis has no values below zero: the band ends at half the mean.

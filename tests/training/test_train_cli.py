@@ -411,7 +411,7 @@ def test_the_embedded_configuration_opens():
 
 def test_help_explains_every_option(capsys):
     with pytest.raises(SystemExit) as exit_info:
-        train_vrpo.parse_args(["--help"])
+        train_vrpo.parse_args(["--help-all"])
     text = capsys.readouterr().out
     assert exit_info.value.code == 0
     for action in train_vrpo.build_parser()._actions:

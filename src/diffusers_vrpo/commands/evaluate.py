@@ -62,10 +62,7 @@ def evaluate(args: argparse.Namespace) -> dict | None:
         InputError: if the input cannot work.
     """
     state = start_processes()
-    check_output_files(args, "output_file", "plot_file", "save_reference")
-    if args.output_file:
-        refuse_other_report(args.output_file)
-    check_reference_cache(args.reference_cache)
+    check_files(args)
     started = time.perf_counter()
     with state.main_process_first():
         samples, reference = open_images("SAMPLES", args.samples), None
@@ -121,6 +118,18 @@ def evaluate(args: argparse.Namespace) -> dict | None:
     elif args.plot_file:
         logger.warning("--plot_file needs features of a reference; nothing is drawn")
     return report
+
+
+def check_files(args: argparse.Namespace):
+    """Checks the files that the options name for results and statistics.
+
+    Raises:
+        InputError: if one cannot be written, or would replace something else.
+    """
+    check_output_files(args, "output_file", "plot_file", "save_reference")
+    if args.output_file:
+        refuse_other_report(args.output_file)
+    check_reference_cache(args.reference_cache)
 
 
 def write_report(path: Path, text: str):

@@ -102,15 +102,23 @@ def checksum(pipeline: VRPOPipeline) -> int:
     return value
 
 
-def sample(args: argparse.Namespace):
+def open_pipeline(args: argparse.Namespace, state: PartialState) -> VRPOPipeline:
+    """`load_pipeline` of the options, on all processes; one of them downloads."""
+    with state.main_process_first():
+        return load_pipeline(args.pipeline, args.revision, args.variant, args.cache_dir)
+
+
+def sample(args: argparse.Namespace, pipeline: VRPOPipeline | None = None):
     """Writes the samples that the options describe, on all processes.
+
+    Args:
+        pipeline: that of the options, if it is open.
 
     Raises:
         InputError: if options cannot work, or the folder holds something else.
     """
     state = start_processes()
-    with state.main_process_first():
-        pipeline = load_pipeline(args.pipeline, args.revision, args.variant, args.cache_dir)
+    pipeline = pipeline or open_pipeline(args, state)
     set_sampler(pipeline, args.sampler, args.pipeline)
     arguments = sampling_arguments(pipeline, args)
     check_steps(pipeline, args.num_inference_steps)

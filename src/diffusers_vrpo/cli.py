@@ -5,8 +5,9 @@ import difflib
 import os
 import sys
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
+
+from . import __version__
 
 
 # Commands and their descriptions. Each calls `main(argv, prog)` of its module; `train` runs `accelerate launch`.
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None):
     if name in ("-h", "--help"):
         print(USAGE.format(commands="\n".join(f"  {name:<10}{what}" for name, what in COMMANDS.items())))
     elif name == "--version":
-        print(version("diffusers-vrpo"))
+        print(__version__)
     elif name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"

@@ -10,7 +10,11 @@ from support.paths import ROOT
 
 
 FOLDERS = [*sorted(ROOT.glob("*/*/README.md")), ROOT / "examples" / "README.md"]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *FOLDERS]
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *FOLDERS,
+]
 # What makes the snippets of docs/python.md short enough for a test.
 SHORTER = {
     "max_train_steps=1400": "max_train_steps=2",

@@ -17,6 +17,7 @@ import yaml
 
 from .config import In, Option, Repeated, VRPOConfig, alternatives, check_complete, expanded, options_of
 from .errors import InputError, TrainingStopped
+from .files import packaged
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -177,12 +178,32 @@ def parse_config(parser: argparse.ArgumentParser, argv: list[str] | None = None)
     return config
 
 
+def recipes() -> dict[str, Path]:
+    """The files of training options that the package has, by name, such as `digits`."""
+    files = [path for path in packaged("configs").rglob("*.yaml") if path.parent.name != "accelerate"]
+    return {path.stem: path for path in sorted(files)}
+
+
+def recipe_or_file(name: str) -> Path:
+    """The file of training options that `--config` names.
+
+    Raises:
+        OSError: if there is neither such a file nor a recipe of that name.
+    """
+    path, known = Path(name), recipes()
+    if not path.is_file() and name in known:  # a folder may have the name of a recipe
+        return known[name]
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise OSError("it is not a file")
+    if not path.exists():
+        raise OSError(f"there is no such file, and the recipes are {', '.join(known)}")
+    return path
+
+
 def file_to_argv(parser: argparse.ArgumentParser, file: str) -> list[str]:
-    """Converts a YAML file of training options to a command line; `parser` reports errors."""
+    """Converts a YAML file of training options, or a recipe, to a command line; `parser` reports errors."""
     try:
-        if Path(file).exists() and not Path(file).is_file():  # a pipe would be waited for
-            raise OSError("it is not a file")
-        values = yaml.safe_load(Path(file).read_text()) or {}
+        values = yaml.safe_load(recipe_or_file(file).read_text()) or {}
     except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         parser.error(f"--config {file} cannot be read: {str(error).splitlines()[0]}")
     if not isinstance(values, dict):

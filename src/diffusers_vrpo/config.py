@@ -27,6 +27,7 @@ DEFAULT_TRAIN_STEPS = 400_000  # where neither max_train_steps nor num_train_epo
 DIGITS = "digits"  # the data set and the encoder that are embedded in the package, where no folder is called so
 EMBEDDED_DIGITS = "embedded:digits"  # their name that no folder can shadow
 EMBEDDED_GRIDS = "embedded:digit-grids"  # a data set: grids of four of these digits
+DTYPES = ("float32", "bfloat16", "float16")  # precisions of a model that is not trained
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1272,8 +1273,7 @@ def check_complete(config: VRPOConfig):
     if [config.dataset_name, config.train_data_dir, config.latents_dir].count(None) == 3:
         raise InputError(
             "dataset_name",
-            "give either `dataset_name` or `train_data_dir` or `latents_dir` (or, for a first run, `config` "
-            "configs/digits.yaml)",
+            "give either `dataset_name` or `train_data_dir` or `latents_dir` (or, for a first run, `config` digits)",
         )
     if config.vae is None and config.latents_dir is None:
         raise InputError("vae", "give `vae`, such as stabilityai/sd-vae-ft-ema, or `vae` none to train on pixels")

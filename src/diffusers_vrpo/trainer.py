@@ -112,7 +112,7 @@ class VRPOTrainer:
         trainer.save_model()
 
     `train` continues from the newest checkpoint in `args.output_dir`. Arguments that are not given are taken from `args`, so
-    that `VRPOTrainer(args=args)` suffices in `train_vrpo.py`.
+    that `VRPOTrainer(args=args)` is what `vrpo train` makes.
 
     Args:
         model (`str`, *optional*): a preset such as `"SiT-B/2"`, or weights to start from: a pipeline or transformer (Hub

@@ -3,7 +3,7 @@ r"""Compare generated images with a reference: FID, sFID, Inception Score, KID, 
 
     vrpo evaluate samples/ --reference VIRTUAL_imagenet256_labeled.npz
     vrpo evaluate samples.npz --reference ILSVRC/imagenet-1k --resolution 256 --encoder facebook/dinov2-base
-    accelerate launch -m diffusers_vrpo.commands.evaluate samples/ --reference path/to/images --encoder inception facebook/dinov2-large
+    vrpo evaluate --multi_gpu -- samples/ --reference path/to/images --encoder inception facebook/dinov2-large
 
 SAMPLES is a folder with PNG or JPEG files at any depth, or an .npz as ADM writes it (arr_0, uint8 [N, H, W, 3]). The
 reference is the same, a data set (Hub name or folder of `datasets`, centre-cropped as for training), one of ADM's reference

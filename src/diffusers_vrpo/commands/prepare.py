@@ -3,7 +3,7 @@ r"""Encode a data set once, for `vrpo train --latents_dir`.
 
     vrpo prepare --dataset ILSVRC/imagenet-1k --vae stabilityai/sd-vae-ft-ema \
         --resolution 256 --flip --output_dir imagenet-256
-    accelerate launch -m diffusers_vrpo.commands.prepare ...          (several GPUs)
+    vrpo prepare --multi_gpu -- --dataset ILSVRC/imagenet-1k ...          (several GPUs)
 
 A command that was stopped continues when it is run again.
 """

@@ -2,9 +2,8 @@
 r"""Sample many images from a pipeline into a folder, as PNG files or an .npz file for ADM's evaluator.
 
     vrpo sample outputs/digits --num_images 100 --output_dir samples
-    accelerate launch --multi_gpu -m diffusers_vrpo.commands.sample sit-xl --num_images 50000 --output_dir samples \
-        --sampler sde --num_inference_steps 250 --guidance_scale 1.8 --guidance_interval 0 0.7 --batch_size 128 \
-        --dtype bfloat16 --compile --output_format npz
+    vrpo sample --multi_gpu -- sit-xl --num_images 50000 --output_dir samples --sampler sde --num_inference_steps 250 \
+        --guidance_scale 1.8 --guidance_interval 0 0.7 --batch_size 128 --dtype bfloat16 --compile --output_format npz
 
 Image i is a function of (seed, i) and the options: one process, several, or a stopped command that is run again write the
 same files. Existing files are kept.
@@ -28,14 +27,13 @@ from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from ..command_line import OneLineErrorParser, as_id, number_in, one_line_errors
-from ..config import BATCH, GUIDANCE, NUM_SAMPLES, SEED, SOLVER_STEPS
+from ..config import BATCH, DTYPES, GUIDANCE, NUM_SAMPLES, SEED, SOLVER_STEPS
 from ..errors import InputError, first_line, hub_problem
 from ..models.official_checkpoints import pipeline_index
 from ..models.start import public_config, weights_checksum
 from ..pipelines.pipeline_vrpo import VRPOPipeline
 from ..pipelines.sample_folder import SampleFolder, cannot_write
 from ..pipelines.sampling import (
-    DTYPES,
     SAMPLERS,
     check_steps,
     image_label,

@@ -17,6 +17,7 @@ COMMANDS = {
     "latents": "verify what prepare has written, export it to the Hub, import it",
     "sample": "draw many images from a pipeline, as PNG files or an .npz",
     "evaluate": "measure FID and other metrics of images against a reference",
+    "fid": "sample and evaluate in one",
     "probe": "measure linear probes and CKNNA of a transformer's blocks",
     "layers": "suggest which block to align with which layer of an encoder",
     "convert": "convert checkpoints of SiT, REPA, iREPA and DiT to pipelines and back",
@@ -25,7 +26,7 @@ COMMANDS = {
     "app": "open a page in the browser that samples from a pipeline",
 }
 # They share their work among several processes.
-LAUNCHED = ("train", "prepare", "sample", "evaluate", "probe")
+LAUNCHED = ("train", "prepare", "sample", "evaluate", "fid", "probe")
 USAGE = """usage: vrpo COMMAND [options]
        vrpo {launched} [options of `accelerate launch`] -- [options]
 

@@ -20,29 +20,126 @@ from .errors import InputError, TrainingStopped
 from .files import packaged
 
 
+# The options of training that `--help` shows. All others are for those who know what they look for.
+COMMON = (
+    "config",
+    "output_dir",
+    "seed",
+    "mixed_precision",
+    "dataset_name",
+    "train_data_dir",
+    "latents_dir",
+    "resolution",
+    "preset",
+    "pretrained_model_name_or_path",
+    "vae",
+    "objective",
+    "encoder",
+    "train_batch_size",
+    "max_train_steps",
+    "num_train_epochs",
+    "learning_rate",
+    "validation_steps",
+    "checkpointing_steps",
+    "push_to_hub",
+)
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Parsers
 
 
+def sentence(text: str) -> str:
+    """A help text with a capital letter and a full stop, before its `(default: ...)` if it has one."""
+    body, mark, default = text.partition(" (default: ")
+    body = body[:1].upper() + body[1:]
+    return body + ("" if body.endswith(".") else ".") + mark + default
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Help with default values, except None and False."""
+    """Help in sentences, with default values except None and False."""
 
     def __init__(self, prog: str, max_help_position: int = 36, width: int = 118):
         super().__init__(prog, max_help_position=max_help_position, width=width)
 
     def _get_help_string(self, action):
-        plain = action.default is None or action.default is False
-        return action.help if plain else super()._get_help_string(action)
+        if action.default is None or action.default is False:
+            return sentence(action.help)
+        text = sentence(super()._get_help_string(action))
+        if isinstance(action.default, list):
+            text = text.replace("%(default)s", " ".join(map(str, action.default)))
+        return text
 
     def _get_default_metavar_for_optional(self, action):
         return action.type.__name__.upper() if action.type else "TEXT"
 
 
-class OneLineErrorParser(argparse.ArgumentParser):
-    """A parser without abbreviated flags, whose errors are one line that names the flag."""
+def in_usage(action: argparse.Action) -> str:
+    """A positional argument, or a required option, as the usage shows it."""
+    name = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
+    if action.nargs in ("*", "+"):
+        name += " ..."
+    if action.option_strings:
+        return f"{action.option_strings[0]} {name}"
+    return f"[{name}]" if action.nargs in ("?", "*") else name
 
-    def __init__(self, *args, formatter_class=HelpFormatter, allow_abbrev: bool = False, **kwargs):
+
+class WholeHelp(argparse._HelpAction):
+    """`--help-all`: prints all options and ends the process."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        print(parser.format_help(whole=True), end="")
+        parser.exit()
+
+
+class OneLineErrorParser(argparse.ArgumentParser):
+    """A parser without abbreviated flags, whose errors are one line that names the flag.
+
+    Args:
+        common (`Sequence[str]`): names of the options that `--help` shows beside the required ones; `--help-all` then shows
+            all. Without them `--help` does.
+    """
+
+    def __init__(
+        self,
+        *args,
+        formatter_class=HelpFormatter,
+        allow_abbrev: bool = False,
+        common: Sequence[str] = (),
+        **kwargs,
+    ):
         super().__init__(*args, formatter_class=formatter_class, allow_abbrev=allow_abbrev, **kwargs)
+        self.common = tuple(common)
+        if self.common:
+            self.add_argument("--help-all", action=WholeHelp, help="show all options and exit")
+
+    def format_help(self, whole: bool = False) -> str:
+        """As argparse, with the common options only, or in the whole help before the others of their group."""
+        whole = whole or not self.common
+
+        def is_common(action) -> bool:
+            needed = action.required or not action.option_strings
+            return needed or action.dest in self.common or isinstance(action, argparse._HelpAction)
+
+        formatter = self._get_formatter()
+        needed = [action for action in self._actions if action.required or not action.option_strings]
+        needed.sort(key=lambda action: bool(action.option_strings))
+        usage = " ".join([self.prog, *map(in_usage, needed), "[options]"])
+        formatter.add_usage(self.usage or usage.replace("%", "%%"), [], [])
+        formatter.add_text(self.description)
+        positionals, helps, *groups = self._action_groups
+        for group in (positionals, *groups, helps):
+            actions = sorted(group._group_actions, key=lambda action: not is_common(action))
+            formatter.start_section(group.title)
+            formatter.add_text(group.description)
+            formatter.add_arguments([action for action in actions if whole or is_common(action)])
+            formatter.end_section()
+        if not whole:
+            number = sum(bool(action.option_strings) for action in self._actions) - 2  # these two
+            formatter.add_text(
+                f"These are the options that most calls need; `{self.prog} --help-all` shows all {number}."
+            )
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
 
     def parse_known_args(self, args=None, namespace=None):
         """As argparse; a `~` that the shell has left, as in `--output_dir=~/x`, becomes the home folder."""
@@ -127,7 +224,7 @@ def add_option(group, option: Option, *spellings: str, suppress: bool = False, *
     if option.many:
         value |= {"action": "append"} if option.marked(Repeated) else {"action": "extend", "nargs": "+"}
     shown = suppress and option.default is not None and option.default is not False
-    help = changes.pop("help", option.help) + (f" (default: {option.default})" if shown else "")
+    help = sentence(changes.pop("help", option.help)) + (f" (default: {option.default})" if shown else "")
     default = argparse.SUPPRESS if suppress else option.default
     action = group.add_argument(f"--{option.name}", *spellings, **{"default": default} | value | changes)
     action.help = help.replace("%", "%%")  # not earlier, since BooleanOptionalAction adds to it
@@ -146,7 +243,7 @@ def training_parser(**arguments) -> argparse.ArgumentParser:
     Args:
         arguments: arguments of `argparse.ArgumentParser`, such as `prog`.
     """
-    parser = OneLineErrorParser(**arguments)
+    parser = OneLineErrorParser(common=COMMON, **arguments)
     for config in VRPOConfig.__bases__:
         group = parser.add_argument_group(config._argument_group_name)
         add_options(group, config, options_of(config), suppress=True)

@@ -274,17 +274,26 @@ class RunConfig(Options):
     _argument_group_name: ClassVar[str] = "run"
 
     config: Machine[str | None] = option(
-        None, "YAML file of options, by their names without dashes; the command line overrides it", "FILE.yaml"
+        None,
+        "read options from a recipe of the package, such as `digits`, or from a YAML file that has them by their names without "
+        "dashes; those on the command line override it",
+        "NAME|FILE.yaml",
     )
     output_dir: Machine[str] = option(
-        "vrpo-model", "folder for checkpoints, metrics, sample grids and the final pipeline"
+        "vrpo-model",
+        "write checkpoints, metrics, sample grids and the final pipeline to this folder; the same command continues the run that "
+        "is there",
     )
     cache_dir: Machine[str | None] = option(None, "folder for downloads; the Hub's own cache if not given")
     seed: Annotated[int, SEED] = option(
-        0, "seed of the starting weights, and of the noise, crops and labels drawn for each sample"
+        0,
+        "draw the starting weights, and the noise, crops and labels of each sample, from this seed; change it to repeat a run with "
+        "other random numbers",
     )
     mixed_precision: Resolved[Literal["no", "fp16", "bf16"] | None] = option(
-        None, "precision of the computation; as accelerate is configured if not given"
+        None,
+        "compute in bfloat16 (bf16: faster, with less memory, on GPUs of the last years), float16 (fp16: for older ones) or float32 "
+        "(no); as `accelerate config` has set it, else in float32, if not given",
     )
     allow_tf32: bool = option(False, "compute float32 matrix products in TF32, on Ampere and later GPUs")
     report_to: Machine[str] = option(
@@ -304,15 +313,18 @@ class DataConfig(Options):
     _argument_group_name: ClassVar[str] = "data"
 
     dataset_name: Annotated[DataName[str | None], OneOf("data")] = option(
-        None, "image data set: Hub name, folder, or `digits` (in the package)"
+        None,
+        "take the images from this data set: its name on the Hub, a folder that `datasets` opens, or `digits`, which is in the package",
     )
     dataset_config_name: Data[str | None] = option(None, "configuration of that data set, where it has several")
     dataset_split: Data[str] = option("train", "split of the data set")
     train_data_dir: Annotated[Resolved[str | None], OneOf("data")] = option(
-        None, "folder with one folder of images per class, instead of --dataset_name"
+        None, "take the images from this folder, which has a folder for each class, instead of --dataset_name"
     )
     latents_dir: Annotated[Resolved[str | None], OneOf("data")] = option(
-        None, "folder of encoded images that `vrpo prepare` has written, instead of --dataset_name"
+        None,
+        "take the encoded images that `vrpo prepare` has written to this folder, instead of --dataset_name, which saves the "
+        "time of the autoencoder in every pass over the data",
     )
     streaming: Resolved[bool] = option(
         False, "read the parquet files of --dataset_name during training, without a copy on the disk"
@@ -323,7 +335,9 @@ class DataConfig(Options):
     allow_changed_data: Free[bool] = option(
         False, "continue a run although the images, labels or class names have changed"
     )
-    resolution: Annotated[int, RESOLUTION] = option(256, "side of the training images in pixels")
+    resolution: Annotated[int, RESOLUTION] = option(
+        256, "crop and scale the images to squares with sides of this many pixels"
+    )
     center_crop: bool = option(True, "crop images in the centre, as ADM does, instead of at random")
     random_flip: bool = option(False, "mirror half of the images, drawn at random")
 
@@ -335,14 +349,17 @@ class ModelConfig(Options):
     _argument_group_name: ClassVar[str] = "model"
 
     preset: Resolved[str | None] = option(
-        None, "size of the transformer, {SiT,DiT}-{XS,S,B,L,XL}/{1,2,4,8}; SiT-B/2 if nothing else names a model"
+        None,
+        "train a transformer of this size, {SiT,DiT}-{XS,S,B,L,XL}/{1,2,4,8}: from 2 to 675 million parameters, and the side of its "
+        "patches, of which smaller ones cost more and give better images; SiT-B/2 if nothing else names a model",
     )
     model_config: Resolved[str | None] = option(
         None, "arguments of the transformer as JSON; those that the data determine are replaced", "FILE.json"
     )
     pretrained_model_name_or_path: Name[str | None] = option(
         None,
-        "weights to start from: a pipeline or transformer, or an official checkpoint of SiT, REPA, iREPA or DiT",
+        "start from these weights instead of random ones: a pipeline or transformer (folder or Hub name), or an official "
+        "checkpoint of SiT, REPA, iREPA or DiT",
         "NAME|FOLDER|FILE.pt",
     )
     keep_labels: bool = option(
@@ -360,7 +377,9 @@ class ModelConfig(Options):
         "also train the variance, of models that predict noise; as the preset or the starting weights have it if not given",
     )
     vae: Resolved[str | None] = option(
-        None, "autoencoder of diffusers that encodes the images, Hub name or folder; `none` trains on pixels"
+        None,
+        "encode the images with this autoencoder of diffusers (Hub name or folder), usually stabilityai/sd-vae-ft-ema; `none` "
+        "trains on pixels, which suits images of up to 64 pixels a side",
     )
     label_dropout: Resolved[Share | None] = option(
         None, "share of samples trained without their class; as the starting weights have it, or 0.1, if not given"
@@ -375,13 +394,14 @@ class AlignmentConfig(Options):
 
     objective: Literal["none", "repa", "irepa", "rare", "repi", "vrpo"] = option(
         "vrpo",
-        "addition to the flow-matching loss: none; REPA's cosine loss, as it was published (repa), with iREPA's projector and "
-        "targets, or with RARE's targets, token weights and release; REPI's scaffold of encoder features; or VRPO's rewards; "
-        "it sets other options that are not given (docs/method.md)",
+        "add this to the flow-matching loss: nothing (none); REPA's cosine loss as it was published (repa), with iREPA's projector "
+        "and targets (irepa), or with RARE's targets, token weights and release (rare); REPI's scaffold of encoder features "
+        "(repi); or VRPO's rewards (vrpo). It also sets options of alignment that are not given (docs/method.md)",
     )
     encoder: Name[list[str] | None] = option(
         None,
-        "frozen vision encoders of transformers, Hub names or folders, or `digits` (in the package); each gets a projector",
+        "align with these frozen vision encoders of transformers (Hub names or folders), usually facebook/dinov2-base, or `digits`, "
+        "which is in the package; every objective but none needs one",
     )
     encoder_layer: list[Layer] | None = option(
         None,
@@ -548,7 +568,11 @@ class OptimizationConfig(Options):
     num_train_epochs: Annotated[Free[Steps | None], OneOf("steps")] = option(
         None, "length of the run in passes over the data, instead of --max_train_steps"
     )
-    learning_rate: LearningRate = option(1e-4, "learning rate of AdamW after the warm-up")
+    learning_rate: LearningRate = option(
+        1e-4,
+        "take AdamW's steps with this learning rate, once --lr_warmup_steps are over; 1e-4 is usual with 256 samples a step, up to "
+        "1e-3 for small models",
+    )
     lr_scheduler: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
     ] = option("constant_with_warmup", "schedule of the learning rate")
@@ -712,7 +736,10 @@ class HubConfig(Options):
 
     _argument_group_name: ClassVar[str] = "Hub"
 
-    push_to_hub: Machine[bool] = option(False, "publish the result, with a model card (docs/publishing.md)")
+    push_to_hub: Machine[bool] = option(
+        False,
+        "publish the result on the Hub, with a model card; log in by `hf auth login` first (docs/publishing.md)",
+    )
     hub_model_id: Annotated[Machine[str | None], PUBLISHED] = option(
         None, "repository to publish in; the name of the output folder if not given", "OWNER/NAME"
     )

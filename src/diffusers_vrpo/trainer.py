@@ -300,6 +300,8 @@ class VRPOTrainer:
                 self.log_if_due()
                 self._call("on_step_end")
                 self.stopwatch.stop()
+                if self.step == self.max_train_steps:
+                    logger.info(self._what_follows())
                 self.save_if_due()
                 self._call("on_evaluate")
                 self.profile.step()
@@ -463,6 +465,8 @@ class VRPOTrainer:
                 plot_metrics(output_dir / "metrics.jsonl", output_dir / "training.png", f"objective {args.objective}")
                 what = "transformer" if self.validation is None else "pipeline"
                 logger.info(f"wrote the {what}{', samples.png' if drawn else ''} and training.png to {output_dir}")
+                if isinstance(self.pipeline, VRPOPipeline):
+                    logger.info(f"to draw from it: vrpo sample {output_dir} --num_images 100 --output_dir samples")
         self.end()
 
     def push_to_hub(self):
@@ -813,6 +817,17 @@ class VRPOTrainer:
     def _flops_of_step(self) -> float:
         own = self.flops_per_image[self.alignment.active] + self.image_rewards.active() * self.image_reward_flops
         return own * self.global_batch_size + sum(callback.flops(self.step) for callback in self.callbacks)
+
+    def _what_follows(self) -> str:
+        """What remains to be done after the last step, in a sentence for the log."""
+        parts = ["a checkpoint", *["samples"] * (self.validation is not None)]
+        parts.append("the transformer" if self.validation is None else "the pipeline")
+        hub = ", which is then published" if self.args.push_to_hub else ""
+        minutes = self.stopwatch.seconds() / 60
+        return (
+            f"all {self.step} steps are done, in {minutes:.1f} minutes of training; {', '.join(parts[:-1])} and {parts[-1]} follow, "
+            f"in {self.output_dir}{hub}"
+        )
 
     def _progress_bar(self) -> tqdm:
         return tqdm(

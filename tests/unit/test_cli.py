@@ -2,6 +2,7 @@
 """`vrpo`: the scripts as one command."""
 
 import contextlib
+import importlib
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from diffusers_vrpo import __version__, cli
-from diffusers_vrpo.command_line import recipes
+from diffusers_vrpo.command_line import recipes, sentence
 from diffusers_vrpo.commands import train
 from support.paths import ROOT, TRAINING_SCRIPT
 from support.processes import no_network_environment
@@ -131,3 +132,24 @@ def test_recipes_are_found_by_name(tmp_path, monkeypatch, capsys):
     assert "vrpo train: error: --config digit cannot be read: there is no such file, and the recipes are digits, " in (
         capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("name", ["train", "prepare", "sample", "evaluate", "fid", "probe", "layers"])
+def test_the_short_help_and_the_whole_one(name, capsys):
+    command = importlib.import_module(f"diffusers_vrpo.commands.{name}")
+    parser = command.build_parser(f"vrpo {name}")
+    texts = []
+    for flag in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as end:
+            parser.parse_args([flag])
+        assert end.value.code == 0
+        texts.append(capsys.readouterr().out)
+    short, whole = texts
+    options = {action.option_strings[0]: action for action in parser._actions if action.option_strings}
+    shown = [flag for flag in options if f"\n  {flag}" in short]
+    assert {action.dest for action in options.values()} >= set(parser.common)
+    assert len(parser.common) + 2 <= len(shown) <= 23 and all(f"\n  {flag}" in whole for flag in options)
+    assert f"`vrpo {name} --help-all` shows all {len(options) - 2}." in " ".join(short.split())
+    for flag in shown:
+        help = sentence(options[flag].help).partition(" (default: ")[0]
+        assert help[0].isupper() and help.endswith("."), help

@@ -430,7 +430,7 @@ def test_an_option_is_one_field(capsys):
     parser = OneLineErrorParser(prog="mine")
     add_options(parser, MineConfig, options_of(MineConfig))
     assert vars(parser.parse_args(["--shift", "2.5"])) == {"shift": 2.5}
-    assert "shift of the noise levels (default: 1.0)" in parser.format_help()
+    assert "Shift of the noise levels. (default: 1.0)" in parser.format_help()
     with pytest.raises(SystemExit):
         parser.parse_args(["--shift", "0"])
     assert "mine: error: --shift 0.0 must be above 0" in capsys.readouterr().err

@@ -149,7 +149,10 @@ def test_throughput_metrics():
     values = {"loss_fm": 0.51234, "images_per_second": 812.3, "tflops_per_device": 310.04, "mfu": 0.3133}
     assert shown_values(values) == {"loss": "0.5123", "images/s": "812", "TFLOP/s": "310", "MFU": "31.3%"}
     values = {"loss_fm": 0.5, "images_per_second": 7.0, "tflops_per_device": 0.01}
-    assert shown_values(values) == {"loss": "0.5000", "images/s": "7"}
+    assert shown_values(values) == {"loss": "0.5000", "images/s": "7.0"}
+    # The reward that repeats the loss is in the metrics only.
+    values |= {"reward/fidelity": -0.5, "reward/semantic": 0.25}
+    assert shown_values(values) == {"loss": "0.5000", "semantic": "0.2500", "images/s": "7.0"}
     assert throughput_metrics(100.0, 2e12) == {"tflops_per_device": 200.0}
     assert throughput_metrics(100.0, 2e12, peak=400e12) == {"tflops_per_device": 200.0, "mfu": 0.5}
     assert throughput_metrics(100.0, 2e12, peak=400e12, num_processes=4)["mfu"] == 0.125

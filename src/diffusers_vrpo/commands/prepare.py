@@ -30,6 +30,8 @@ from ..training.distributed import start_processes
 
 
 logger = logging.getLogger("latents")
+# The options that the short help shows beside the required ones.
+COMMON = ("dataset_name", "train_data_dir", "resolution", "flip", "images", "encoder")
 
 
 def prepare(args: argparse.Namespace):
@@ -150,7 +152,7 @@ def prepare_from_latents(args: argparse.Namespace):
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
-    parser = OneLineErrorParser(prog=prog, description=__doc__)
+    parser = OneLineErrorParser(prog=prog, description=__doc__, common=COMMON)
     g = parser.add_argument_group("data")
     g.add_argument(
         "--from",
@@ -170,7 +172,8 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     g.add_argument(
         "--vae",
         required=True,
-        help="autoencoder of diffusers, Hub name or folder; `none` keeps no latents, but pixels",
+        help="encode the images with this autoencoder of diffusers (Hub name or folder), usually stabilityai/sd-vae-ft-ema; "
+        "`none` keeps no latents, but pixels",
     )
     g.add_argument(
         "--vae_dtype",
@@ -184,18 +187,23 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         help="keep one drawn latent for each image, half the size of mean and deviation",
     )
     g.add_argument("--seed", type=number_in(SEED), default=0, help="seed of --sampled")
-    g.add_argument("--flip", action="store_true", help="also keep every image mirrored, for --random_flip")
+    g.add_argument(
+        "--flip",
+        action="store_true",
+        help="keep every image mirrored, too, for a training with --random_flip; the folder gets twice as large",
+    )
     g.add_argument(
         "--images",
         choices=list(IMAGE_FORMATS),
         default="webp",
-        help="format of the cropped images beside the latents, for encoders: webp is lossless, jpeg (quality 95) half as "
-        "large",
+        help="keep the cropped images beside the latents, which the encoder of alignment sees: without loss (webp), half as "
+        "large (jpeg, quality 95), or not at all (none), which suits --objective none",
     )
     g.add_argument(
         "--encoder",
         nargs="+",
-        help="transformers encoders whose features are kept, too (large); then --images none suffices",
+        help="keep the features of these encoders of transformers, too, which saves their time in training and takes much "
+        "space; then --images none suffices",
     )
     g.add_argument(
         "--encoder_layer",
@@ -210,7 +218,12 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         help="patch size of the model to be trained, which sets the token grid of the features",
     )
     g = parser.add_argument_group("work")
-    g.add_argument("--output_dir", required=True, help="folder of the cache")
+    g.add_argument(
+        "--output_dir",
+        required=True,
+        metavar="DIR",
+        help="write to this folder; an interrupted command continues there",
+    )
     add_options(g, RunConfig, ["dataloader_num_workers"], help="processes that decode images, for each that encodes")
     g.add_argument(
         "--chunk_rows",

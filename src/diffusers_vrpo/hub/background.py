@@ -337,7 +337,8 @@ class HubPublisher(TrainerCallback):
 
     def _failed(self, name: str, why: str):
         self.missing[name] = why
-        logger.warning(f"{name} could not be sent to the Hub: {why}; training is not affected")
+        if name != "the result":  # of which `push_result` tells
+            logger.warning(f"{name} could not be sent to the Hub: {why}; training is not affected")
 
     def _send_checkpoint(self, folder: Path, step: int):
         # The training state comes first, since a run needs it to continue; a failure of one does not block the other.

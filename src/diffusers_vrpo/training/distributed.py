@@ -42,7 +42,26 @@ def start_processes() -> PartialState:
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=level)
     for noisy in ("httpx", "datasets", "PIL", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    plain_lines(state.num_processes)
     return state
+
+
+def plain_lines(num_processes: int):
+    """Takes from the log, once it is set up, what libraries add to it and a user cannot use."""
+    logging.getLogger("accelerate").setLevel(
+        logging.WARNING
+    )  # it names each file of a checkpoint, under its temporary name
+    logging.getLogger("huggingface_hub").handlers.clear()  # its lines would come twice, once by the root's handler
+    if num_processes == 1:
+        for handler in logging.root.handlers:
+            handler.addFilter(without_rank)
+
+
+def without_rank(record: logging.LogRecord) -> bool:
+    """Removes accelerate's mark of the process from a line, and keeps the line."""
+    if isinstance(record.msg, str):
+        record.msg = record.msg.removeprefix("[RANK 0] ")
+    return True
 
 
 def check_distributed(accelerator: Accelerator, lora: bool):

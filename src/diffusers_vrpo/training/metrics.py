@@ -56,8 +56,9 @@ def shown_values(values: dict[str, float]) -> dict[str, str]:
     """Formats loss, rewards and speed for the progress bar."""
     shown = {"loss": f"{values['loss_fm']:.4f}"}
     rewards = {name.removeprefix("reward/"): values[name] for name in values if name.startswith("reward/")}
-    shown |= {name: f"{value:.4f}" for name, value in rewards.items()}
-    shown["images/s"] = f"{values['images_per_second']:.0f}"
+    shown |= {name: f"{value:.4f}" for name, value in rewards.items() if name != "fidelity"}  # which is minus the loss
+    speed = values["images_per_second"]
+    shown["images/s"] = f"{speed:.1f}" if speed < 100 else f"{speed:.0f}"
     if "mfu" in values:
         shown |= {"TFLOP/s": f"{values['tflops_per_device']:.3g}", "MFU": f"{100 * values['mfu']:.1f}%"}
     return shown

@@ -20,7 +20,7 @@ from ..config import OptimizationConfig, VRPOConfig, check_image_rewards, train_
 from ..errors import InputError
 from ..models.transformer_sit import SIT_PRESETS
 from .callbacks import TrainerCallback
-from .distributed import check_distributed
+from .distributed import check_distributed, plain_lines
 
 
 def start_accelerator(args: VRPOConfig, output_dir: Path) -> Accelerator:
@@ -59,6 +59,7 @@ def start_accelerator(args: VRPOConfig, output_dir: Path) -> Accelerator:
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     for noisy in ("httpx", "datasets", "PIL", "matplotlib", "filelock", "DeepSpeed"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    plain_lines(accelerator.num_processes)
     one_thread = os.environ.get("OMP_NUM_THREADS", "1") == "1"
     if (
         accelerator.device.type == "cpu"

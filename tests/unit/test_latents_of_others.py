@@ -167,7 +167,8 @@ def test_a_stopped_command_continues(vae, tmp_path, monkeypatch):
 
 
 def test_latents_of_another_scale_are_a_warning(vae, tmp_path, caplog):
-    small = [{"latents": torch.randn(count, 4, 8, 8)} for count in (3, 2)]  # 0.3 after the autoencoder's scale
+    # 0.3 after the autoencoder's scale
+    small = [{"latents": torch.randn(count, 4, 8, 8), "latents_flip": None} for count in (3, 2)]
     prepare("lightningdit", write_shards(tmp_path / "data", small), vae, tmp_path / "cache")
     assert "standard deviation of" in caplog.text
     shards = write_shards(tmp_path / "more")

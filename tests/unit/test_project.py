@@ -25,6 +25,7 @@ def test_one_version_and_one_address():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == diffusers_vrpo.__version__
     assert citation["repository-code"] == repository()
+    assert f"repo_url: {repository()}\n" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert f"## {diffusers_vrpo.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert not re.search(r"^version =", project_table(), re.M)
 
@@ -48,9 +49,20 @@ def test_the_description_of_the_package_has_links_into_the_repository(monkeypatc
     assert targets and all(target.startswith(("https://", "#")) for target in targets)
 
 
+def test_the_site_has_every_page():
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    named = re.findall(r"^ +- .*: (\w+\.md)$", site, re.M)
+    assert sorted(named) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+    spec = importlib.util.spec_from_file_location("site_links", ROOT / "docs" / "site_links.py")
+    links = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(links)
+    page = "[a](../a/b.md#c) and [d](d.md)"
+    assert links.on_page_markdown(page, None, {"repo_url": "R"}, None) == "[a](R/blob/main/a/b.md#c) and [d](d.md)"
+
+
 def test_forms_and_workflows_are_yaml():
     files = [*ROOT.glob(".github/**/*.yml"), ROOT / ".pre-commit-config.yaml"]
-    assert len(files) == 5 and all(yaml.safe_load(file.read_text(encoding="utf-8")) for file in files)
+    assert len(files) == 6 and all(yaml.safe_load(file.read_text(encoding="utf-8")) for file in files)
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8"))
     steps = workflow["jobs"]["tests"]["steps"]
     assert [step["run"] for step in steps if "run" in step] == [".ci/run"]

@@ -55,7 +55,7 @@ if TYPE_CHECKING:  # type checkers and editors read the names here
     from .training.callbacks import TrainerCallback as TrainerCallback
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # The public names in the order of docs/api.md, which docs/make_api.py makes: for each name the module that defines it.
 _PUBLIC = {

@@ -40,9 +40,10 @@ from ..models.start import (
 )
 from ..models.transformer_sit import SIT_PRESETS, read_config
 from ..models.vision import layers_of_encoders
+from ..training.length import length_of_run
 from ..training.memory import HALF, Timeline, encoding_timeline, training_timeline
 from ..training.output_dir import writing_result
-from ..training.setup import length_of_run, trainable_parameters
+from ..training.setup import trainable_parameters
 from ..training.throughput import counted_flops, forward_flops, peak_flops, step_flops
 
 

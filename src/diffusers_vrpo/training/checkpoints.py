@@ -251,8 +251,24 @@ def choose_checkpoint(accelerator: Accelerator, args: VRPOConfig, output_dir: Pa
     return None if broadcast_object_list(found)[0] is None else Path(found[0])
 
 
-def read_training_state(checkpoint: Path, expected: dict) -> dict:
-    """Reads the JSON state of a checkpoint, and checks that it belongs to the same run.
+def read_training_state(checkpoint: Path) -> dict:
+    """Reads the JSON state of a checkpoint.
+
+    Raises:
+        InputError: if it is damaged.
+    """
+    try:
+        return read_object(checkpoint / "training_state.json", TRAINING_STATE)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            "resume_from_checkpoint",
+            f"`resume_from_checkpoint` {checkpoint} is damaged (training_state.json: {first_line(error)}); remove it to "
+            "continue from the one before",
+        ) from error
+
+
+def check_settings(state: dict, expected: dict, checkpoint: Path):
+    """Checks that the state of a checkpoint belongs to the same run.
 
     Args:
         expected: settings that must not have changed, by name (`run_settings`). Those that the checkpoint does not have,
@@ -261,16 +277,8 @@ def read_training_state(checkpoint: Path, expected: dict) -> dict:
     Raises:
         InputError: if a setting has changed.
     """
-    try:
-        state = read_object(checkpoint / "training_state.json", TRAINING_STATE)
-        # Version 0.1 kept options under the names of their flags.
-        settings = {name.removeprefix("--"): value for name, value in state["settings"].items()}
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise InputError(
-            "resume_from_checkpoint",
-            f"`resume_from_checkpoint` {checkpoint} is damaged (training_state.json: {first_line(error)}); remove it to "
-            "continue from the one before",
-        ) from error
+    # Version 0.1 kept options under the names of their flags.
+    settings = {name.removeprefix("--"): value for name, value in state["settings"].items()}
     if settings.get("reward_weighting") == "equal" and "reward_weightings" not in state:
         # In version 0.1 this was the name of what is `raw` now.
         settings["reward_weighting"] = "raw"
@@ -293,7 +301,6 @@ def read_training_state(checkpoint: Path, expected: dict) -> dict:
                 f"{f'`{name}`' if is_option else name} is {value}, but {checkpoint} was trained with {settings[name]}; keep "
                 "to that, or start a new run in another `output_dir`",
             )
-    return state
 
 
 def run_settings(

@@ -112,6 +112,10 @@ class Resume(enum.Enum):
     RESOLVED = "is not compared itself; `run_settings` compares what it has led to"
 
 
+class Changeable:
+    """A continued run may have another value of this option if `allow_changed` names it: it acts from there on."""
+
+
 T = TypeVar("T")
 Free = Annotated[T, Resume.FREE]
 Watched = Annotated[T, Resume.WATCHED]
@@ -547,12 +551,12 @@ class OptimizationConfig(Options):
 
     _argument_group_name: ClassVar[str] = "optimization"
 
-    train_batch_size: Free[Batch] = option(
+    train_batch_size: Annotated[Free[Batch], Changeable()] = option(
         256,
         "samples for each process and micro-step; a step has as many times the number of processes and "
         "--gradient_accumulation_steps",
     )
-    gradient_accumulation_steps: Free[Batch] = option(1, "micro-steps in an optimizer step")
+    gradient_accumulation_steps: Annotated[Free[Batch], Changeable()] = option(1, "micro-steps in an optimizer step")
     gradient_checkpointing: Free[bool] = option(False, "compute the blocks again in the backward pass, to save memory")
     max_train_steps: Annotated[Free[Steps | None], OneOf("steps")] = option(
         None,
@@ -562,16 +566,21 @@ class OptimizationConfig(Options):
     num_train_epochs: Annotated[Free[Steps | None], OneOf("steps")] = option(
         None, "length of the run in passes over the data, instead of --max_train_steps"
     )
-    learning_rate: LearningRate = option(1e-4, "learning rate of AdamW after the warm-up")
-    lr_scheduler: Literal[
-        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+    learning_rate: Annotated[LearningRate, Changeable()] = option(1e-4, "learning rate of AdamW after the warm-up")
+    lr_scheduler: Annotated[
+        Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"],
+        Changeable(),
     ] = option("constant_with_warmup", "schedule of the learning rate")
-    lr_warmup_steps: Step = option(0, "optimizer steps in which the learning rate rises from 0")
-    adam_beta1: Share = option(0.9, "decay per step of AdamW's average of gradients")
-    adam_beta2: Share = option(0.999, "decay per step of AdamW's average of squared gradients")
-    adam_weight_decay: Coefficient = option(0.0, "weight decay of AdamW")
-    adam_epsilon: Ratio = option(1e-8, "constant in the denominator of AdamW's update")
-    max_grad_norm: Ratio = option(1.0, "norm to which a longer gradient is clipped")
+    lr_warmup_steps: Annotated[Step, Changeable()] = option(
+        0, "optimizer steps in which the learning rate rises from 0"
+    )
+    adam_beta1: Annotated[Share, Changeable()] = option(0.9, "decay per step of AdamW's average of gradients")
+    adam_beta2: Annotated[Share, Changeable()] = option(
+        0.999, "decay per step of AdamW's average of squared gradients"
+    )
+    adam_weight_decay: Annotated[Coefficient, Changeable()] = option(0.0, "weight decay of AdamW")
+    adam_epsilon: Annotated[Ratio, Changeable()] = option(1e-8, "constant in the denominator of AdamW's update")
+    max_grad_norm: Annotated[Ratio, Changeable()] = option(1.0, "norm to which a longer gradient is clipped")
     use_ema: bool = option(True, "average the weights; sample grids and the result use the average")
     ema_decay: Share = option(0.9999, "decay per step of the averaged weights")
     ema_warmup: Free[bool] = option(
@@ -618,6 +627,12 @@ class CheckpointConfig(Options):
         "latest",
         "checkpoint to continue from: the latest if there is one, none, that on the Hub, or a folder",
         "latest|none|hub|DIR",
+    )
+    allow_changed: Free[list[str] | None] = option(
+        None,
+        "options with other values than the checkpoint to continue from was trained with, separated by commas, such as "
+        "learning_rate,lr_scheduler; they act from there on, and starts.jsonl records the change",
+        "NAME,...",
     )
     overwrite_output_dir: Machine[bool] = option(
         False,
@@ -1208,6 +1223,25 @@ def check_scaffold_ends(config: "VRPOConfig", steps: int):
         )
 
 
+def changeable_options() -> list[str]:
+    """The names of the options that `allow_changed` can name."""
+    return [each.name for each in options_of(VRPOConfig).values() if each.marked(Changeable)]
+
+
+def allowed_changes(config: CheckpointConfig) -> set[str]:
+    """The names in `allow_changed`, which commas may separate, too."""
+    return {name.strip() for entry in config.allow_changed or [] for name in entry.split(",") if name.strip()}
+
+
+def check_allowed_changes(config: CheckpointConfig):
+    """Only options whose change a run can follow may change."""
+    for name in sorted(allowed_changes(config).difference(changeable_options())):
+        raise InputError(
+            "allow_changed",
+            f"`allow_changed` {name}: it cannot change within a run; {', '.join(changeable_options())} can",
+        )
+
+
 def check_resume_from_hub(config: "VRPOConfig"):
     """A run that continues from the Hub keeps its training state there."""
     if config.resume_from_checkpoint == "hub" and not config.push_training_state:
@@ -1288,6 +1322,7 @@ CHECKS = (
     check_rollouts,
     check_reward_encoder,
     check_scaffold,
+    check_allowed_changes,
     check_resume_from_hub,
 )
 

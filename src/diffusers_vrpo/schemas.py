@@ -45,6 +45,7 @@ START_FACTS = {
     "adapters_suffice?": bool,
     "local?": [str],
     "torch?": str,
+    "changed?": dict,
 }
 START = {"step": int} | START_FACTS
 RECORDED_OPTIONS = {  # of train_config.yaml, those that a report computes with

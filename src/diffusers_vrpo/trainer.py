@@ -27,6 +27,7 @@ from .alignment.rewards import DEFAULT_REWARDS
 from .alignment.start import build_aligned_transformer
 from .config import (
     VRPOConfig,
+    allowed_changes,
     check_image_rewards_begin,
     check_scaffold_ends,
     data_settings_to_keep,
@@ -68,6 +69,7 @@ from .training.checkpoints import (
     run_settings,
     save_checkpoint,
     save_lora,
+    take_changes,
 )
 from .training.distributed import clip_grad_norm, full_pipeline, prepare
 from .training.given_transformer import align_transformer, check_pipeline, check_transformer, try_call
@@ -185,6 +187,7 @@ class VRPOTrainer:
         self.saved_step = 0
         self.logged_step = 0
         self.logged_seconds = 0.0
+        self.changes: dict[str, list] = {}  # of options since the checkpoint, as `allow_changed` permits
         self.corrupt_rows: set[int] = set()
         self.num_corrupt = 0
 
@@ -691,12 +694,16 @@ class VRPOTrainer:
         of_data = data_settings_to_keep(self.args) | data_settings(self.data)
         if self.checkpoint is not None:
             state = self.saved_state
-            check_settings(state, self.settings, self.checkpoint)
+            self.changes = check_settings(state, self.settings, self.checkpoint, allowed_changes(self.args))
             check_length(self.checkpoint, state["step"], self.max_train_steps)
             check_data_settings(state["settings"], of_data, self.checkpoint, self.args.allow_changed_data)
             check_states(self.checkpoint, state.get("callbacks"), self.callbacks)
             load_checkpoint(self.accelerator, self.checkpoint)
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+            if self.changes:
+                take_changes(self.args, self.changes, self.lr_scheduler)
+                changed = (f"{name} {before} -> {now}" for name, (before, now) in self.changes.items())
+                logger.info(f"changed from here on: {', '.join(changed)}")
             self.step = state["step"]
             self.samples_seen = state["samples_seen"]
             self.flops = state["train_flops"]
@@ -755,6 +762,7 @@ class VRPOTrainer:
                     self.max_train_steps,
                     given,
                     self.adapter.prediction_type,
+                    self.changes,
                 )
             start_trackers(accelerator, self.metrics_file, args, self.step)
         if args.objective != "none":

@@ -4,13 +4,17 @@
 import dataclasses
 import json
 import logging
+import signal
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
-from diffusers_vrpo.config import VRPOConfig
+from diffusers_vrpo.config import VRPOConfig, allowed_changes, changeable_options
+from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.schemas import TRAINING_STATE, check
+from diffusers_vrpo.training.checkpoints import check_settings, list_checkpoints
 from diffusers_vrpo.training.length import (
     BEFORE_IT_WAS_RECORDED,
     RunLength,
@@ -21,6 +25,8 @@ from diffusers_vrpo.training.length import (
     recorded_length,
     resolve_length,
 )
+from diffusers_vrpo.training.metrics import read_metrics
+from support.trainers import assert_same_end
 from support.training import run
 
 
@@ -112,6 +118,81 @@ def test_the_notice_of_the_speed(caplog):
     assert "7200 steps = 100 epochs of 720 images, about 4.0 hours at the measured speed of 2 s a step" in text
     assert "from step 50 on" in text
     assert (duration(20), duration(600), duration(5400)) == ("1 minute(s)", "10 minute(s)", "1.5 hours")
+
+
+def state_of(folder) -> tuple[dict, dict]:
+    """The settings in a run's newest checkpoint, and its last start."""
+    checkpoint = list_checkpoints(folder)[-1]
+    state = json.loads((checkpoint / "training_state.json").read_text())
+    return state, json.loads((folder / "starts.jsonl").read_text().splitlines()[-1])
+
+
+def test_a_changed_option_acts_from_there_on(command, tmp_path):
+    options = {"objective": "none", "encoder": None, "projector_dim": None, "max_train_steps": 2}
+    run(command(**options))
+    options |= {"max_train_steps": 4, "learning_rate": 0.004, "lr_scheduler": "linear", "adam_beta2": 0.9}
+    with pytest.raises(InputError, match="`lr_scheduler` is linear, but .* give `allow_changed` lr_scheduler to"):
+        run(command(**options, allow_changed="learning_rate"))
+    run(command(**options, allow_changed="learning_rate,lr_scheduler,adam_beta2"))
+    rates = [row["learning_rate"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert rates == pytest.approx([0.01, 0.01, 0.001, 0.0])  # a row has the rate of the next step
+    state, start = state_of(tmp_path / "run")
+    assert start["changed"] == {
+        "learning_rate": [0.01, 0.004],
+        "lr_scheduler": ["constant_with_warmup", "linear"],
+        "adam_beta2": [0.999, 0.9],
+    }
+    assert (state["settings"]["learning_rate"], state["settings"]["lr_scheduler"]) == (0.004, "linear")
+    optimizer = torch.load(tmp_path / "run" / "checkpoint-4" / "optimizer.bin", weights_only=True)
+    assert optimizer["param_groups"][0]["betas"] == (0.9, 0.9)
+    # The same command again has nothing to change.
+    run(command(**options, allow_changed="learning_rate,lr_scheduler,adam_beta2"))
+    assert "changed" not in state_of(tmp_path / "run")[1]
+
+
+def test_which_options_may_change(capsys):
+    names = changeable_options()
+    assert {"learning_rate", "lr_scheduler", "lr_warmup_steps", "train_batch_size", "max_grad_norm"} <= set(names)
+    for name in ("seed", "resolution", "objective", "lerning_rate"):
+        with pytest.raises(
+            InputError, match=f"`allow_changed` {name}: it cannot change within a run; .*learning_rate.* can"
+        ):
+            VRPOConfig(allow_changed=[f"learning_rate,{name}"])
+    assert allowed_changes(VRPOConfig(allow_changed=["learning_rate, max_grad_norm", "adam_beta1"])) == {
+        "learning_rate",
+        "max_grad_norm",
+        "adam_beta1",
+    }
+
+
+@pytest.mark.parametrize("option", ["train_batch_size", "gradient_accumulation_steps"])
+def test_the_batch_of_a_stream_may_change(option, tmp_path):
+    state = {"settings": {"the number of samples a step": 16}}
+    expected = {"the number of samples a step": 32}
+    with pytest.raises(
+        InputError, match="is 32, but .* with 16; keep to that, give `allow_changed` train_batch_size to"
+    ):
+        check_settings(state, expected, tmp_path)
+    assert check_settings(state, expected, tmp_path, {option}) == {"the number of samples a step": [16, 32]}
+
+
+@pytest.mark.slow
+def test_a_stopped_run_without_a_length_ends_bit_equal(command, trainers, tmp_path):
+    options = {
+        "max_train_steps": None,
+        "validation_steps": None,
+        "checkpointing_steps": None,
+        "lr_scheduler": "cosine",
+    }
+    options |= {"train_batch_size": 64, "max_train_samples": 8, "learning_rate": 1e-3}
+    trainers(command(**options)).finish()
+    again = command(**options, output_dir=tmp_path / "left")
+    trainer = trainers(again)
+    trainer.wait_for_step(tmp_path / "left", 3)
+    trainer.kill(signal.SIGTERM)
+    assert trainer.wait() == [128 + signal.SIGTERM]
+    trainers(again).finish()
+    assert_same_end(tmp_path / "run", tmp_path / "left", 25)
 
 
 @pytest.mark.slow

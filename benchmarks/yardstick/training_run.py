@@ -2,6 +2,7 @@
 """The command line of one training run, the cache that all runs of a size share, and options of all commands here."""
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import math
@@ -78,6 +79,10 @@ def train_argv(
     options |= recipe.train | arm | (more or {})
     if isinstance(options.get("gradient_scale"), dict):
         options["gradient_scale"] = json.dumps(options["gradient_scale"])
+    if "image_reward_encoder" in options:
+        options["image_reward_encoder"] = packed(work / "packed", options["image_reward_encoder"])
+    if options.get("scaffold_fraction") == 1:
+        options["oracle"] = json.dumps({"recipe": dataclasses.asdict(recipe), "work": str(work)})
     if options["objective"] == "none":  # the script refuses what it would not use
         options.pop("layer_scope", None)
     return to_argv(options)

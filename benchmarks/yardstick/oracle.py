@@ -27,7 +27,9 @@ class OracleSamples(TrainerCallback):
 
     def on_train_end(self, trainer):
         references, recipe = make_references(self.recipe, self.work), self.recipe
-        encoder = load_encoder(packed(self.work / "packed", recipe.encoder), trainer.grid_size, trainer.args.encoder_layer)
+        encoder = load_encoder(
+            packed(self.work / "packed", recipe.encoder), trainer.grid_size, trainer.args.encoder_layer
+        )
         images, labels = references["validation_images"], references["validation_labels"]
         of_class = {label: torch.nonzero(labels == label)[:, 0].tolist() for label in labels.unique().tolist()}
 
@@ -43,4 +45,3 @@ class OracleSamples(TrainerCallback):
         ):
             samples = draw(recipe, averaged, trainer.args.seed, around=told)
         save_file({"samples": samples}, trainer.output_dir / ORACLE_SAMPLES)
-

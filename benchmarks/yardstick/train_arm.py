@@ -14,6 +14,7 @@ from recipe import Recipe
 from training_run import train_script
 
 from diffusers_vrpo.command_line import one_line_errors
+from diffusers_vrpo.training.callbacks import TrainerCallback
 
 
 def split_argv(argv: list[str]) -> tuple[list[str], list]:
@@ -30,10 +31,10 @@ def split_argv(argv: list[str]) -> tuple[list[str], list]:
     return rest, callbacks
 
 
-def main(argv: list[str]):
+def main(argv: list[str], more_callbacks: list[TrainerCallback] = ()):
     rest, callbacks = split_argv(argv)
     script = train_script()
-    script.main(script.parse_args(rest), callbacks)
+    script.main(script.parse_args(rest), [*callbacks, *more_callbacks])
 
 
 if __name__ == "__main__":

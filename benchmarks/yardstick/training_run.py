@@ -12,6 +12,7 @@ import time
 from functools import cache
 from pathlib import Path
 
+import torch
 from accelerate.state import AcceleratorState
 from recipe import HERE, Recipe
 from subset import packed
@@ -76,16 +77,27 @@ def train_argv(
         "seed": seed,
         "output_dir": str(output_dir),
     }
+    if arm.get("scaffold_fraction") == 1:
+        options["oracle"] = json.dumps({"recipe": dataclasses.asdict(recipe), "work": str(work)})
     options |= recipe.train | arm | (more or {})
     if isinstance(options.get("gradient_scale"), dict):
         options["gradient_scale"] = json.dumps(options["gradient_scale"])
     if "image_reward_encoder" in options:
         options["image_reward_encoder"] = packed(work / "packed", options["image_reward_encoder"])
-    if options.get("scaffold_fraction") == 1:
-        options["oracle"] = json.dumps({"recipe": dataclasses.asdict(recipe), "work": str(work)})
-    if options["objective"] == "none":  # the script refuses what it would not use
+    if options["objective"] in ("none", "repi"):  # the script refuses what it would not use
         options.pop("layer_scope", None)
     return to_argv(options)
+
+
+def seconds_now() -> float:
+    """A clock whose differences are costs: the processor's time of this process without a GPU, else the wall's.
+
+    Processes that share the cores stretch the wall's time, and hardly the processor's.
+    """
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def make_cache(recipe: Recipe, work: Path) -> float:
@@ -97,7 +109,7 @@ def make_cache(recipe: Recipe, work: Path) -> float:
     Raises:
         InputError: where the recipe's options cannot work.
     """
-    done, start = work / "cache_seconds.json", time.perf_counter()
+    done, start = work / "cache_seconds.json", seconds_now()
     if done.exists():
         return json.loads(done.read_text())
     args = train_script().parse_args(train_argv(recipe, {"objective": "none"}, ONE_STEP, 0, work, work))
@@ -113,7 +125,7 @@ def make_cache(recipe: Recipe, work: Path) -> float:
         "dataloader_num_workers": args.dataloader_num_workers,
     }
     prepare_latents.prepare(prepare_latents.parse_args(to_argv(options)))
-    seconds = time.perf_counter() - start
+    seconds = seconds_now() - start
     write_atomically(done, json.dumps(seconds).encode())
     return seconds
 

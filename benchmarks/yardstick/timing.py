@@ -105,6 +105,8 @@ def burst(recipe: Recipe, arm: dict, work: Path, steps: int, skipped: int) -> fl
         "num_fd_samples": None,
         "oracle": None,
     }
+    if arm["objective"] == "rare" or arm.get("release") == "plateau":
+        few["release"] = "none"  # so few steps would end the alignment, whose cost is measured
     AcceleratorState._reset_state(reset_partial_state=True)
     clock = Clock()
     train_arm.main(train_argv(recipe, arm, plan, 0, work, folder, few), [clock])

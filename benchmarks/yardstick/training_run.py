@@ -25,6 +25,7 @@ from diffusers_vrpo.models.start import read_start
 ROOT = HERE.parents[1]
 TRAIN_SCRIPT = ROOT / "train_vrpo.py"
 ARM_SCRIPT = HERE / "train_arm.py"
+LOG = "train.log"  # of a run; a training accepts a folder that holds files of that kind
 ONE_STEP = {"steps": 1, "alignment_stop_step": None}
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import yaml
+from huggingface_hub.constants import HF_HOME
 
 from .config import In, Option, Repeated, VRPOConfig, alternatives, check_complete, expanded, names_code, options_of
 from .errors import InputError, TrainingStopped
@@ -227,6 +228,11 @@ def one_line_errors(parser: argparse.ArgumentParser):
             yield
     except (InputError, TrainingStopped) as error:
         sys.exit(f"{parser.prog}: error: {with_flags(error, flags_of(parser))}")
+
+
+def is_configured() -> bool:
+    """Whether `accelerate config` has been run, whose answers `accelerate launch` then takes."""
+    return any((Path(HF_HOME) / "accelerate" / f"default_config.{ending}").is_file() for ending in ("yaml", "json"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

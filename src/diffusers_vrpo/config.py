@@ -868,7 +868,7 @@ class VRPOConfig(
     GenerativeConfig,
     HubConfig,
 ):
-    """All options of training, checked when they are made. `vrpo train --help` explains each.
+    """All options of training, checked when they are made. `vrpo train --help-all` explains each.
 
         VRPOConfig(output_dir="sit-b", objective="repa", max_train_steps=100_000)
 

@@ -73,7 +73,7 @@ from .training.checkpoints import (
     save_lora,
     take_changes,
 )
-from .training.distributed import clip_grad_norm, full_pipeline, prepare
+from .training.distributed import clip_grad_norm, full_pipeline, lines_above_the_bar, prepare
 from .training.given_transformer import align_transformer, check_pipeline, check_transformer, try_call
 from .training.interruption import Interruption, StepGuard, wait_before_exit
 from .training.length import (
@@ -307,7 +307,7 @@ class VRPOTrainer:
         batches = self._batches()
         self._call("on_train_begin")
         self.model.train()
-        with self.interruption, self._progress_bar() as self.progress:
+        with self.interruption, self._progress_bar() as self.progress, lines_above_the_bar():
             self.stopwatch.start()
             while self.step < self.max_train_steps:
                 self.train_step(batches)

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from diffusers_vrpo import cli
+from diffusers_vrpo import VRPOPipeline, cli
 from support.pages import PAGES, blocks, check_command, commands, indented, parse_python
 from support.paths import ROOT
 
@@ -101,7 +101,13 @@ def run_blocks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "1")  # no launcher is started
     monkeypatch.setattr("diffusers_vrpo.trainer.plot_metrics", lambda *arguments: None)
-    done = []
+    draw, done = VRPOPipeline.__call__, []
+
+    def draw_in_two_steps(self, *args, **kwargs):
+        steps = {} if kwargs.keys() & {"num_inference_steps", "sigmas", "timesteps"} else {"num_inference_steps": 2}
+        return draw(self, *args, **steps, **kwargs)
+
+    monkeypatch.setattr(VRPOPipeline, "__call__", draw_in_two_steps)
 
     def run(block, names: dict):
         AcceleratorState._reset_state(reset_partial_state=True)

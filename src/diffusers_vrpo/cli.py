@@ -75,13 +75,16 @@ def run(name: str, argv: list[str]):
     if name in LAUNCHED and "--" in argv:
         split = argv.index("--")
         return launch(name, argv[:split], argv[split + 1 :])
-    command = import_module(f"diffusers_vrpo.commands.{name}")
-    if name == "train":
-        command.parse_args(argv, prog)  # what is wrong or asks for help ends here, before torch is imported
-        launcher = command.launcher_options()
-        if launcher is not None:
-            return launch(name, launcher, argv)
-    command.main(argv, prog=prog)
+    from .command_line import missing_extras
+
+    with missing_extras(prog):
+        command = import_module(f"diffusers_vrpo.commands.{name}")
+        if name == "train":
+            command.parse_args(argv, prog)  # what is wrong or asks for help ends here, before torch is imported
+            launcher = command.launcher_options()
+            if launcher is not None:
+                return launch(name, launcher, argv)
+        command.main(argv, prog=prog)
 
 
 def main(argv: list[str] | None = None):

@@ -194,11 +194,37 @@ def with_flags(error: BaseException | str, flags: dict[str, str]) -> str:
     return re.sub(r"`(\w+)`", lambda match: flags.get(match[1], match[0]), str(error))
 
 
+# What the extras of pyproject.toml install, by the name that Python imports.
+EXTRAS = {
+    "train": ("transformers", "datasets", "pyarrow", "matplotlib", "sklearn", "tensorboard"),
+    "lora": ("peft",),
+    "deepspeed": ("deepspeed",),
+    "app": ("gradio",),
+}
+
+
 @contextlib.contextmanager
-def one_line_errors(parser: argparse.ArgumentParser):
-    """Ends the process with a one-line message if the library raises an InputError or TrainingStopped."""
+def missing_extras(prog: str):
+    """Ends the process with a line that says what to install if a package of an extra is missing."""
     try:
         yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        for extra, packages in EXTRAS.items():
+            if package in packages:
+                name = {"sklearn": "scikit-learn"}.get(package, package)
+                sys.exit(
+                    f"{prog}: error: this needs {name}, which is not installed; run: pip install 'diffusers-vrpo[{extra}]'"
+                )
+        raise
+
+
+@contextlib.contextmanager
+def one_line_errors(parser: argparse.ArgumentParser):
+    """Ends the process with a one-line message if the library raises an InputError or TrainingStopped, or an extra is missing."""
+    try:
+        with missing_extras(parser.prog):
+            yield
     except (InputError, TrainingStopped) as error:
         sys.exit(f"{parser.prog}: error: {with_flags(error, flags_of(parser))}")
 

@@ -10,14 +10,12 @@ import math
 import numbers
 from collections.abc import Iterable
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import nn
-from transformers import MODEL_MAPPING, AutoConfig, AutoModel
-from transformers.image_processing_base import ImageProcessingMixin
 
 from ..config import is_embedded_digits
 from ..errors import InputError, hub_problem
@@ -186,6 +184,7 @@ def load_encoder(
         raise ValueError(f"grid_size must be two whole numbers above 0, rows and columns, not {grid_size!r}")
     grid_size, prefix = sides, f"`encoder` {name_or_path}: "
     source, local = _locate(name_or_path)
+    import_module("transformers")  # not below, where all errors are taken as the checkpoint's
     try:
         with offline_if_out_of_reach(source):
             model, missing = _load_model(source, dtype, cache_dir, local)
@@ -319,16 +318,21 @@ def _locate(name_or_path, option="encoder"):
 @contextmanager
 def _quiet_transformers():
     """Silences the report of a checkpoint's unused weights (classifier, text tower); missing ones are checked here."""
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
+    from transformers import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
-        transformers.logging.set_verbosity(verbosity)
+        transformers_logging.set_verbosity(verbosity)
 
 
 def _load_model(source, dtype, cache_dir, local):
     """Loads the image model of a checkpoint; returns it and the number of missing weights, which are NaN."""
+    # Here, as below, so that other encoders and the metrics of Inception do without transformers.
+    from transformers import MODEL_MAPPING, AutoConfig, AutoModel
+
     # Code from a repository is never run. This is explicit, because transformers would ask on the terminal.
     where = {"cache_dir": cache_dir, "local_files_only": local, "trust_remote_code": False}
     config = AutoConfig.from_pretrained(source, **where)
@@ -358,6 +362,8 @@ def _pixel_format(source, cache_dir, local):
 
     Read from the processor's configuration, since building the processor may need torchvision.
     """
+    from transformers.image_processing_base import ImageProcessingMixin
+
     try:
         config, _ = ImageProcessingMixin.get_image_processor_dict(source, cache_dir=cache_dir, local_files_only=local)
     except OSError as error:

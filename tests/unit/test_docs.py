@@ -33,8 +33,11 @@ SHORT = {
 ALONE = "docs/python.md"
 TOGETHER = ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
 TOGETHER.remove(ALONE)
-# Pages that do not mark their blocks themselves.
-UNMARKED = {"docs/models.md": "its transformers and encoders are the reader's"}
+# Marks of the blocks of pages that do not mark them themselves.
+UNMARKED = {
+    "docs/models.md": "not run: its transformers and encoders are the reader's",
+    "docs/your_images.md": "run by tests/training/test_your_images.py",
+}
 
 page_ids = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -55,9 +58,10 @@ def test_blocks_are_code_and_say_whether_they_run(page):
         if block.language == "python":
             parse_python(block)
         if block.language in ("python", "bash"):
-            assert block.mark or block.page in UNMARKED, f"{block} has no mark; see docs/contributing.md"
-            if block.mark and block.mark.startswith("run by "):
-                assert (ROOT / block.mark.removeprefix("run by ")).is_file(), block.mark
+            mark = block.mark or UNMARKED.get(block.page)
+            assert mark, f"{block} has no mark; see docs/contributing.md"
+            if mark.startswith("run by "):
+                assert (ROOT / mark.removeprefix("run by ")).is_file(), mark
             if block.mark == "run":
                 assert block.page in (ALONE, *TOGETHER) or block.page == "CONTRIBUTING.md", (
                     f"{block} is run by no test"

@@ -31,7 +31,7 @@ SHORT = {
 }
 # Pages whose blocks are run, one after another in one folder.
 ALONE = "docs/python.md"
-TOGETHER = ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
+TOGETHER = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
 TOGETHER.remove(ALONE)
 # Marks of the blocks of pages that do not mark them themselves.
 UNMARKED = {

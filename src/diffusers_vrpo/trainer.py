@@ -16,13 +16,14 @@ import torch
 import yaml
 from accelerate.logging import get_logger
 from datasets import Dataset
+from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
 from .alignment.custom_encoders import load_custom_encoder
 from .alignment.encoders import PatchEncoder, load_encoder
 from .alignment.image_rewards import ImageRewards, image_rewards_from_config
-from .alignment.objective import objective_from_config
+from .alignment.objective import NoAlignment, objective_from_config
 from .alignment.reward_statistics import WEIGHTINGS
 from .alignment.rewards import DEFAULT_REWARDS
 from .alignment.start import build_aligned_transformer
@@ -155,6 +156,13 @@ class VRPOTrainer:
         InputError: if options, data or checkpoints cannot work, before any long work.
     """
 
+    # What is made by the methods that the constructor calls.
+    pipeline: DiffusionPipeline | TransformerAlone
+    transformer: torch.nn.Module
+    model: torch.nn.Module
+    objective: NoAlignment
+    optimizer: torch.optim.Optimizer
+
     def __init__(
         self,
         model: str | None = None,
@@ -172,7 +180,7 @@ class VRPOTrainer:
         check_given(args, train_dataset, rewards, callbacks := as_callbacks(callbacks))
         if transformer is None and adapter is not None:
             raise InputError("adapter", "`adapter` has no effect without `transformer`; remove it")
-        self.adapter = SiTAdapter()
+        self.adapter: ModelAdapter = SiTAdapter()
         if transformer is not None:
             self.adapter = check_transformer(args, transformer, adapter, callbacks)
         self.output_dir = prepare_output_dir(args.output_dir)
@@ -216,13 +224,13 @@ class VRPOTrainer:
             self._register_state()
             self._resources = resources.pop_all()
 
-    def __enter__(self):
+    def __enter__(self) -> "VRPOTrainer":
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception) -> None:
         self.close()
 
-    def close(self):
+    def close(self) -> None:
         """Unlocks the output folder for other runs; the end of the process also does so."""
         self._resources.close()
 
@@ -295,7 +303,7 @@ class VRPOTrainer:
     # ------------------------------------------------------------------------------------------------------------------
     # The loop
 
-    def train(self):
+    def train(self) -> None:
         """Trains until `max_train_steps`, from the checkpoint of `args.resume_from_checkpoint` if it exists.
 
         Raises:
@@ -324,7 +332,7 @@ class VRPOTrainer:
             self.accelerator.wait_for_everyone()
             self._call("on_train_end")
 
-    def train_step(self, batches: Iterator[dict[str, torch.Tensor]]):
+    def train_step(self, batches: Iterator[dict[str, torch.Tensor]]) -> None:
         """Takes one optimizer step on `gradient_accumulation_steps` of the `batches`.
 
         Raises:
@@ -369,7 +377,7 @@ class VRPOTrainer:
             self.image_rewards.update(all_reduce)
             self.progress.update()
 
-    def log_if_due(self):
+    def log_if_due(self) -> None:
         """Reads the metrics and logs them to the trackers, every `logging_steps` and at the end."""
         args = self.args
         if self.step % args.logging_steps and self.step < self.max_train_steps:
@@ -391,11 +399,11 @@ class VRPOTrainer:
         self.log(values)
         self._call("on_log", values)
 
-    def log(self, values: dict[str, float]):
+    def log(self, values: dict[str, float]) -> None:
         """Logs metrics of the current step to `metrics.jsonl` and the trackers."""
         log_values(self.accelerator, values, self.step)
 
-    def save_if_due(self):
+    def save_if_due(self) -> None:
         """Saves a checkpoint every `checkpointing_steps`, at the end, and after a signal.
 
         Raises:
@@ -446,7 +454,7 @@ class VRPOTrainer:
     # ------------------------------------------------------------------------------------------------------------------
     # The result
 
-    def save_model(self):
+    def save_model(self) -> None:
         """Writes the result to the output folder: a pipeline with the averaged weights, a grid of samples, and curves.
 
         `VRPOPipeline.from_pretrained(args.output_dir)` opens it, or the class of the pipeline that a [`ModelAdapter`] has
@@ -485,7 +493,7 @@ class VRPOTrainer:
                     logger.info(f"to draw from it: vrpo sample {output_dir} --num_images 100 --output_dir samples")
         self.end()
 
-    def push_to_hub(self):
+    def push_to_hub(self) -> None:
         """Publishes the output folder, with a model card, as `args.hub_model_id` (the folder's name without it)."""
         publisher = next((callback for callback in self.callbacks if isinstance(callback, HubPublisher)), None)
         if publisher is not None:
@@ -496,7 +504,7 @@ class VRPOTrainer:
             repo_id = args.hub_model_id or self.output_dir.resolve().name
             push_folder(self.output_dir, repo_id, private=args.hub_private_repo or None, license=args.hub_license)
 
-    def end(self):
+    def end(self) -> None:
         """Ends the trackers and waits until the processes may exit."""
         wait_before_exit(self.accelerator)
         end_trackers(self.accelerator)

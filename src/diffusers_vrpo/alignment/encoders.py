@@ -86,7 +86,7 @@ class PatchEncoder(nn.Module):
         self.register_buffer("mean", torch.tensor(mean, device=model.device).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, device=model.device).view(1, 3, 1, 1), persistent=False)
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> "PatchEncoder":
         """Keeps evaluation mode: a teacher's dropout and batch statistics must not follow the student's `train()`."""
         return super().train(False)
 

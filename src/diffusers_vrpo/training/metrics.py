@@ -166,7 +166,7 @@ def write_start(
     max_train_steps: int,
     options: dict,
     prediction_type: str,
-    changes: dict[str, list],
+    changes: dict[str, list] | None = None,
 ):
     """Adds a line to `starts.jsonl`: the first step, the hardware, and the size of the model.
 

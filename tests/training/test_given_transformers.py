@@ -275,7 +275,7 @@ class WrongShape(CaptionedPixArt):
         ("lora_rank", "at most 32, the width", {"lora_rank": 33}),
         (
             "lora_rank",
-            "have no layers called to_q, .* or ff.net.2",
+            "no attention with layers called to_q",
             {"transformer": prx(), "adapter": Captioned(), "lora_rank": 4},
         ),
         ("compile", "no repeated blocks", {"compile": True}),

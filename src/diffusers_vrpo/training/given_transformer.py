@@ -175,7 +175,7 @@ def add_lora(transformer: ModelMixin, rank: int):
     """Freezes a given transformer and adds low-rank adapters to the attention and feed-forward layers of its blocks.
 
     Raises:
-        InputError: if the rank is too high, or no layer has a name by which they are found.
+        InputError: if the rank is too high, or the attention layers have other names.
     """
     name = type(transformer).__name__
     try:
@@ -191,11 +191,11 @@ def add_lora(transformer: ModelMixin, rank: int):
         for layer_name, layer in block.named_modules()
         if isinstance(layer, torch.nn.Linear) and f".{layer_name}".endswith(tuple(f".{kind}" for kind in LORA_TARGETS))
     ]
-    if not targets:
+    if not any(target.endswith(".to_q") for target in targets):
         raise InputError(
             "lora_rank",
-            f"`lora_rank`: the blocks of {name} have no layers called {', '.join(LORA_TARGETS[:-1])} or {LORA_TARGETS[-1]}; "
-            "remove it",
+            f"`lora_rank`: the blocks of {name} have no attention with layers called to_q, to_k and to_v, which the adapters "
+            "are for; remove it",
         )
 
     from peft import LoraConfig, inject_adapter_in_model

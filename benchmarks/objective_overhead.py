@@ -4,12 +4,23 @@ r"""Measure what the VRPO objective costs in time and memory, beside REPA's and 
 
     python benchmarks/objective_overhead.py --preset SiT-B/2 --batch_size 256 --dtype bfloat16 --device cuda
     python benchmarks/objective_overhead.py --preset SiT-S/4 --batch_size 8 --threads 1 --json overhead.json
+    python benchmarks/objective_overhead.py --arms repa rare repi vrpo-repi --threads 1 --clock cpu
+    python benchmarks/objective_overhead.py --arms repa perceptual repa-perceptual --pixels --reward_encoder FOLDER
 
-Four arms, each with its own model of the same seed, take turns step by step in one process:
+Arms, each with its own model of the same seed, take turns step by step in one process:
     none            plain flow matching, without projectors
     repa            REPA's cosine loss
     vrpo            `--objective vrpo` with the defaults of train_vrpo.py: expected estimator, fork, gate, statistics
     vrpo-stopped    the same, after `--alignment_stop_step`: neither encoder nor projectors run
+    irepa, rare     REPA's loss with their projector, targets and token weights
+    repi            a scaffold alone, after its phase: the block's own keys and values, and their distance to the features'
+    repi-scaffold   the same in the scaffold phase
+    vrpo-repi       vrpo with such a scaffold, after its phase
+    perceptual, repa-perceptual
+                    the perceptual reward on the image estimate of every sample with t <= 0.7, alone and beside REPA
+The first four are measured unless `--arms` names others; perceptual ones need `--reward_encoder`, which runs in the step, on
+pixels with `--pixels`, else on what an AutoencoderTiny with random weights decodes.
+
 A step is `VRPOTrainer.train_step`: forward, backward, clipping, AdamW, EMA, running means, the guard against NaN and the
 update of the statistics. Left out is what all arms share (decoding, the autoencoder) and the encoder: its features are given, random unit
 vectors. It costs repa and vrpo the same, so their ratio without it is the larger, the stricter one. On a GPU look at a
@@ -34,10 +45,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 from tqdm.auto import tqdm
 
 from diffusers_vrpo.alignment.rewards import normalize
+from diffusers_vrpo.alignment.whitening import WhitenedEncoder, Whitening
 from diffusers_vrpo.config import VRPOConfig
 from diffusers_vrpo.data.image_source import ImageSource
 from diffusers_vrpo.errors import InputError
@@ -47,23 +59,46 @@ from diffusers_vrpo.training.callbacks import TrainerCallback
 from diffusers_vrpo.training.throughput import hardware_name
 
 
+MAX_TRAIN_STEPS = 400_000  # the gate's window is 2 % of it
+AFTER_ONE_STEP = 1 / MAX_TRAIN_STEPS  # a scaffold phase of one step: those that are timed come after it
 ARMS = {
     "none": {"objective": "none"},
     "repa": {"objective": "repa"},
     "vrpo": {"objective": "vrpo"},
     # Step 0 aligns, as in a run: what the optimizer keeps of the projectors stays.
     "vrpo-stopped": {"objective": "vrpo", "alignment_stop_step": 1},
+    "irepa": {"objective": "irepa"},
+    "rare": {"objective": "rare", "target_norm": "none"},  # its targets are given whitened
+    "repi": {"objective": "repi", "scaffold_fraction": AFTER_ONE_STEP},
+    "repi-scaffold": {"objective": "repi", "scaffold_fraction": 1.0},
+    "vrpo-repi": {"objective": "vrpo", "scaffold_layer": 4, "scaffold_fraction": AFTER_ONE_STEP},
+    "perceptual": {"objective": "none", "image_rewards": ["perceptual"]},
+    "repa-perceptual": {"objective": "repa", "image_rewards": ["perceptual"]},
 }
-# numerator, denominator, at most: of time, and of peak memory.
-TIME_RATIOS = (("vrpo", "repa", 1.03), ("vrpo-stopped", "none", 1.01), ("repa", "none", None))
-MEMORY_RATIOS = (("vrpo", "repa", 1.05), ("vrpo-stopped", "none", None), ("repa", "none", None))
+USUAL = ("none", "repa", "vrpo", "vrpo-stopped")
+# numerator, denominator, at most: of time, and of peak memory. Arms that are not measured are left out.
+BESIDE_REPA = [(name, "repa", None) for name in ("irepa", "rare", "repi", "repi-scaffold", "vrpo-repi", "perceptual")]
+TIME_RATIOS = (
+    ("vrpo", "repa", 1.03),
+    ("vrpo-stopped", "none", 1.01),
+    ("repa", "none", None),
+    ("repa-perceptual", "repa", 1.15),
+    *BESIDE_REPA,
+)
+MEMORY_RATIOS = (
+    ("vrpo", "repa", 1.05),
+    ("vrpo-stopped", "none", None),
+    ("repa", "none", None),
+    ("repa-perceptual", "repa", None),
+    *BESIDE_REPA,
+)
 MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16"}
 NUM_CLASSES = 1000
-MAX_TRAIN_STEPS = 400_000  # the gate's window is 2 % of it
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(USUAL), help="what to measure")
     parser.add_argument("--preset", default="SiT-B/2", help="as of train_vrpo.py (default: SiT-B/2, 256 tokens)")
     parser.add_argument("--latent_size", type=int, default=32, help="side of the four-channel latents (default: 32)")
     parser.add_argument("--embed_dim", type=int, default=768, help="width of the encoder's features (default: 768)")
@@ -80,6 +115,11 @@ def build_parser() -> argparse.ArgumentParser:
         default="wall",
         help="cpu: the process's own processor time; for a CPU that is shared with other work, with --threads 1",
     )
+    parser.add_argument("--pixels", action="store_true", help="no autoencoder: three channels of --latent_size pixels")
+    parser.add_argument(
+        "--reward_encoder", metavar="FOLDER", help="a transformers vision model, for perceptual rewards"
+    )
+    parser.add_argument("--reward_resolution", type=int, default=224, help="side of the images it sees (default: 224)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and the order of the arms")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers, with the time of each step")
     return parser
@@ -114,6 +154,12 @@ class GivenTargets:
         return batch["targets"]
 
 
+def random_whitening(embed_dim: int, num_dims: int = 128) -> Whitening:
+    """The size of RARE's targets: what it projects to does not change the time."""
+    projection = torch.linalg.qr(torch.randn(embed_dim, num_dims, generator=torch.Generator().manual_seed(0)))[0]
+    return Whitening(torch.zeros(embed_dim), projection)
+
+
 class BeforeOptimizer(TrainerCallback):
     """Calls `action`, if there is one, between the backward pass and the clipping of gradients."""
 
@@ -128,10 +174,11 @@ def build_trainer(name: str, settings, encoder, compile: bool = False, callbacks
     """The trainer of one arm, ready for `train_step`. Accelerate has been started on the device and in the precision.
 
     Args:
-        settings: `preset`, `projector_dim`, `latent_size`, `seed`, `dtype`.
+        settings: `preset`, `projector_dim`, `latent_size`, `seed`, `dtype`; for others than the first four arms, also
+            `pixels`, `reward_encoder` and `reward_resolution`.
         encoder: to align with; not used by the arm none.
     """
-    threads = torch.get_num_threads()
+    threads, pixels, arm = torch.get_num_threads(), getattr(settings, "pixels", False), dict(ARMS[name])
     # It is asked for the shape of its latents only: four channels, an eighth of the image's side.
     vae = AutoencoderKL(
         latent_channels=4,
@@ -141,20 +188,29 @@ def build_trainer(name: str, settings, encoder, compile: bool = False, callbacks
         norm_num_groups=1,
     )
     with tempfile.TemporaryDirectory() as folder:  # nothing is written to it: neither logs nor checkpoints are due
+        if "image_rewards" in arm:
+            arm |= {"image_reward_encoder": settings.reward_encoder}
+            arm |= {"image_reward_resolution": settings.reward_resolution}
+            if not pixels:
+                AutoencoderTiny().save_pretrained(f"{folder}/tiny")
+                arm["reward_vae"] = f"{folder}/tiny"
         args = VRPOConfig(
             preset=settings.preset,
             projector_dim=settings.projector_dim,
-            resolution=8 * settings.latent_size,
+            resolution=settings.latent_size * (1 if pixels else 8),
             seed=settings.seed,
             mixed_precision=MIXED_PRECISION[settings.dtype],
             max_train_steps=MAX_TRAIN_STEPS,
             compile=compile,
             report_to="none",
-            output_dir=folder,
-            **ARMS[name],
+            output_dir=f"{folder}/run",
+            **arm | ({"vae": "none"} if pixels else {}),
         )
         encoders = None if args.objective == "none" else [encoder]
-        trainer = VRPOTrainer(args=args, encoders=encoders, vae=vae, train_dataset=GivenLatents(), callbacks=callbacks)
+        if args.objective == "rare":
+            encoders = [WhitenedEncoder(encoder, random_whitening(encoder.embed_dim))]
+        given = {"encoders": encoders, "vae": None if pixels else vae, "train_dataset": GivenLatents()}
+        trainer = VRPOTrainer(args=args, callbacks=callbacks, **given)
         trainer.close()
     torch.set_num_threads(threads)  # on a CPU a trainer takes all cores
 
@@ -167,7 +223,8 @@ def build_trainer(name: str, settings, encoder, compile: bool = False, callbacks
 
 def draw_batch(settings, batch_size: int, num_tokens: int, generator: torch.Generator, device) -> dict:
     """What the loader, the autoencoder and the encoder would give for one step."""
-    shape = (batch_size, 4, settings.latent_size, settings.latent_size)
+    channels = 3 if getattr(settings, "pixels", False) else 4
+    shape = (batch_size, channels, settings.latent_size, settings.latent_size)
     batch = {
         "x0": torch.randn(shape, generator=generator),
         "noise": torch.randn(shape, generator=generator),
@@ -300,9 +357,12 @@ def build_report(settings, batch_size: int, num_tokens: int, seconds: dict, memo
     def ratio(kind, above, below, most, value, low=None, high=None):
         return dict(what=kind, above=above, below=below, ratio=value, low=low, high=high, at_most=most)
 
-    ratios = [ratio("time", a, b, most, *median_ratio(seconds[a], seconds[b])) for a, b, most in TIME_RATIOS]
+    def measured(pairs):
+        return [(a, b, most) for a, b, most in pairs if a in seconds and b in seconds]
+
+    ratios = [ratio("time", a, b, most, *median_ratio(seconds[a], seconds[b])) for a, b, most in measured(TIME_RATIOS)]
     for kind, key in (("peak memory", "peak"), ("forward-backward peak", "gradients")):
-        for a, b, most in MEMORY_RATIOS:
+        for a, b, most in measured(MEMORY_RATIOS):
             ratios.append(ratio(kind, a, b, most, memory[a][key] / memory[b][key]))
     return {
         "hardware": hardware_name(device),
@@ -324,11 +384,11 @@ def print_report(report: dict):
         f"{s['preset']}, {s['num_tokens']} tokens, targets of width {s['embed_dim']}, projectors of width "
         f"{s['projector_dim']}, batch {s['batch_size']}, {s['dtype']}, {s['repeats']} rounds, {s['clock']} clock\n"
     )
-    print(f"{'arm':<14}{'s/step':>10}{'images/s':>10}{'peak MiB':>11}{'in forward and backward':>26}")
+    print(f"{'arm':<16}{'s/step':>10}{'images/s':>10}{'peak MiB':>11}{'in forward and backward':>26}")
     for name, arm in report["arms"].items():
         seconds, speed = arm["median_seconds"], s["batch_size"] / arm["median_seconds"]
         peak, gradients = arm["peak"] / 2**20, arm["gradients"] / 2**20
-        print(f"{name:<14}{seconds:>10.4f}{speed:>10.1f}{peak:>11.1f}{gradients:>26.1f}")
+        print(f"{name:<16}{seconds:>10.4f}{speed:>10.1f}{peak:>11.1f}{gradients:>26.1f}")
     print(f"\n{'ratio':<46}{'value':>9}{'95 % interval':>18}{'target':>13}")
     for r in report["ratios"]:
         label = f"{r['what']}, {r['above']} / {r['below']}"
@@ -344,6 +404,8 @@ def main(settings: argparse.Namespace):
     batch_size = settings.batch_size or (256 if device_type == "cuda" else 2)
     if device_type == "cuda" and settings.clock == "cpu":
         raise InputError(None, "--clock cpu does not see what a GPU does; use wall")
+    if not settings.reward_encoder and any("image_rewards" in ARMS[name] for name in settings.arms):
+        raise InputError(None, "--arms perceptual and repa-perceptual need --reward_encoder")
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = Accelerator(mixed_precision=MIXED_PRECISION[settings.dtype], cpu=device_type == "cpu").device
@@ -357,8 +419,8 @@ def main(settings: argparse.Namespace):
     def next_batch():
         return draw_batch(settings, batch_size, num_tokens, generator, device)
 
-    memory = {name: measure_memory(partial(build, name), next_batch, device) for name in ARMS}
-    arms = {name: build(name) for name in ARMS}
+    memory = {name: measure_memory(partial(build, name), next_batch, device) for name in settings.arms}
+    arms = {name: build(name) for name in settings.arms}
     seconds = measure_seconds(arms, next_batch, device, settings)
     report = build_report(settings, batch_size, num_tokens, seconds, memory, device)
     print_report(report)

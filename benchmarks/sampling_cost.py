@@ -34,9 +34,10 @@ import torch
 from objective_overhead import NUM_CLASSES, hardware_name, median_ratio
 
 from diffusers_vrpo import SiTTransformer2DModel, VRPOPipeline, sit_preset
+from diffusers_vrpo.config import DTYPES
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.models.official_checkpoints import default_scheduler
-from diffusers_vrpo.pipelines.sampling import DTYPES, SAMPLERS, set_sampler, start_noise, step_generator
+from diffusers_vrpo.pipelines.sampling import SAMPLERS, set_sampler, start_noise, step_generator
 
 
 MARGIN = 0.03

@@ -14,6 +14,7 @@ PAGE = Path(__file__).with_name("api.md")
 INTRODUCTION = """# The public API
 
 <!-- made by docs/make_api.py from the docstrings; change those -->
+<!-- every block: not run: signatures -->
 
 Everything on this page is imported as `from diffusers_vrpo import NAME`. These names, their arguments and methods are stable: what must
 change is first deprecated for one version. Everything else, that is every module, every name that is not listed here, and

@@ -13,7 +13,7 @@ import numbers
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -268,7 +268,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         return list(range(self.transformer.config.num_classes)) if known is None else list(known)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "VRPOPipeline":
         """Opens a saved pipeline as diffusers does; an autoencoder of which a folder holds one variant needs no `variant`.
 
         Raises:
@@ -289,7 +289,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
-    def download(cls, pretrained_model_name: str | os.PathLike, **kwargs):
+    def download(cls, pretrained_model_name: str | os.PathLike, **kwargs) -> str:
         """Downloads a pipeline as diffusers does. Raises ValueError if its autoencoder has no weights."""
         folder = super().download(pretrained_model_name, **kwargs)
         if "vae" not in kwargs and not kwargs.get("use_flashpack"):
@@ -309,7 +309,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         return variants
 
     @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "VRPOPipeline":
         """Makes a pipeline of this class from the components of another one, which keeps them too.
 
         Args:
@@ -335,7 +335,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             )
         return super().from_pipe(pipeline, **kwargs)
 
-    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
         """Writes `model_index.json`, and beside it the code that it names: this file and those of the components.
 
         Raises:
@@ -384,7 +384,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         return index
 
     @classmethod
-    def extract_init_dict(cls, config_dict: dict, **kwargs):
+    def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple:
         """Overrides diffusers' method to avoid its warning about `auto_map`, which is for AutoModel."""
         config_dict = {name: value for name, value in config_dict.items() if name != "auto_map"}
         return super().extract_init_dict(config_dict, **kwargs)
@@ -444,7 +444,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 )
         return ids
 
-    def warn_untrained(self, ids: list[int]):
+    def warn_untrained(self, ids: list[int]) -> None:
         """Warns, once of each, of classes that had no images in training."""
         untrained = sorted(set(ids).difference(self.trained_labels, self._warned_labels))
         self._warned_labels.update(untrained)
@@ -457,7 +457,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 "lists the others"
             )
 
-    def warn_one_class(self, guidance_scale: float):
+    def warn_one_class(self, guidance_scale: float) -> None:
         """Warns once if a model of one class is guided."""
         if self.transformer.config.num_classes == 1 and guidance_scale != 1 and not self._warned_guidance:
             self._warned_guidance = True
@@ -478,7 +478,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         """Whether the scheduler uses the transformer's learned variance."""
         return self.scheduler_options.get("variance_type") in ("learned", "learned_range")
 
-    def check_scheduler(self):
+    def check_scheduler(self) -> None:
         """Raises ValueError if the scheduler cannot be combined with what the transformer predicts."""
         config, name = self.transformer.config, type(self.scheduler).__name__
         takers = VELOCITY_SCHEDULERS if config.prediction_type == "velocity" else NOISE_SCHEDULERS
@@ -546,7 +546,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         output_type,
         tensor_inputs,
         callback=None,
-    ):
+    ) -> None:
         self.check_scheduler()
         counts = {"num_images_per_label": num_images_per_label, "num_inference_steps": num_inference_steps}
         for name, value in counts.items():
@@ -831,19 +831,19 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         """The t of the step at hand in the units of `guidance_interval`, 1 being noise; None outside a call."""
         return self._current_flow_time
 
-    def enable_vae_slicing(self):
+    def enable_vae_slicing(self) -> None:
         """Decodes images one by one, which takes less memory. Raises ValueError if the autoencoder cannot do it."""
         self._switch_vae("slicing", "enable")
 
-    def disable_vae_slicing(self):
+    def disable_vae_slicing(self) -> None:
         """Undoes `enable_vae_slicing`."""
         self._switch_vae("slicing", "disable")
 
-    def enable_vae_tiling(self):
+    def enable_vae_tiling(self) -> None:
         """Decodes large images in overlapping tiles. Raises ValueError if the autoencoder cannot do it."""
         self._switch_vae("tiling", "enable")
 
-    def disable_vae_tiling(self):
+    def disable_vae_tiling(self) -> None:
         """Undoes `enable_vae_tiling`."""
         self._switch_vae("tiling", "disable")
 
@@ -868,7 +868,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable | None = None,
-        callback_on_step_end_tensor_inputs: list[str] = ("latents",),
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         num_images_per_prompt: int | None = None,
         height: int | None = None,
         width: int | None = None,

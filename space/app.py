@@ -1,11 +1,12 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 r"""A page to sample from a pipeline, in the browser of a computer or a phone; also a Space.
 
-    python space/app.py --pipeline outputs/digits
+    vrpo app outputs/digits
 
-In a Space the variable VRPO_PIPELINE names the pipeline: a repository of the Hub. docs/app.md says more.
+It is `app.py` of a Space, too, where the variable VRPO_PIPELINE names the pipeline: a repository of the Hub. docs/app.md says more.
 """
 
+import argparse
 import html
 import logging
 import os
@@ -40,10 +41,10 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
 from diffusers_vrpo import VRPOPipeline
-from diffusers_vrpo.command_line import OneLineErrorParser
+from diffusers_vrpo.commands.app import build_parser, parse_args
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.models.autoencoder import side_factor
-from diffusers_vrpo.pipelines.sampling import DTYPES, SAMPLERS
+from diffusers_vrpo.pipelines.sampling import SAMPLERS
 
 
 SAMPLER_NAMES = {
@@ -313,18 +314,8 @@ def build_app(pipeline: VRPOPipeline, title: str, name: str | None = None) -> gr
     return app.queue(max_size=MAX_RUNS)
 
 
-def main(argv: list[str] | None = None):
-    parser = OneLineErrorParser(prog="app.py", description=__doc__)
-    add = parser.add_argument
-    add("--pipeline", default=os.environ.get("VRPO_PIPELINE"), help="folder or Hub repository (or set VRPO_PIPELINE)")
-    add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
-    add("--server_name", help="0.0.0.0 to be reached by a phone in the same network")
-    add("--server_port", type=int, help="default: the first free one from 7860 on")
-    args = parser.parse_args(argv)
-    if not args.pipeline:
-        parser.error(
-            "--pipeline is missing: name a folder or Hub repository, or set VRPO_PIPELINE (a Space's variable)"
-        )
+def serve(args: argparse.Namespace, parser: argparse.ArgumentParser):
+    """Opens the page of a pipeline and serves it until the process ends; `parser` reports errors."""
     try:
         pipeline = open_pipeline(args.pipeline, args.dtype)
     except InputError as error:
@@ -341,6 +332,10 @@ def main(argv: list[str] | None = None):
         )
     except OSError as error:
         parser.error(f"{str(error).split('. ')[0]}; choose another --server_port or --server_name")
+
+
+def main(argv: list[str] | None = None):
+    serve(parse_args(argv, "app.py"), build_parser("app.py"))
 
 
 if __name__ == "__main__":

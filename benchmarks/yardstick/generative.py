@@ -32,6 +32,7 @@ from run import Workers, append_result, commit, read_results, versions
 from subset import pack, packed, show_smaller
 from timing import one_core
 from training_run import (
+    LOG,
     add_common_options,
     make_cache,
     make_moments,
@@ -150,11 +151,11 @@ def make_base(comparison: Comparison, recipe: Recipe, work: Path, workers: Worke
         shutil.copyfile(make_moments(recipe, work), folder / "fd_reference.safetensors")
         plan = {"steps": comparison.base_steps, "alignment_stop_step": None}
         argv = train_argv(recipe, comparison.base, plan, comparison.base_seed, work, folder)
-        workers.train(argv, folder / "log.txt")
+        workers.train(argv, folder / LOG)
         for checkpoint in list_checkpoints(folder):
             shutil.rmtree(checkpoint)
     if not (folder / "model_index.json").exists():
-        raise InputError(None, f"the base was not trained to its end; see {folder / 'log.txt'}")
+        raise InputError(None, f"the base was not trained to its end; see {folder / LOG}")
     return folder
 
 
@@ -168,7 +169,7 @@ def train_arm(
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(make_moments(recipe, work), folder / "fd_reference.safetensors")
     argv = arm_argv(comparison, recipe, comparison.arms[name], steps, seed, work, folder, {"num_fd_samples": 2})
-    if not workers.train(argv, folder / "log.txt"):
+    if not workers.train(argv, folder / LOG):
         return False
     for checkpoint in list_checkpoints(folder):
         shutil.rmtree(checkpoint)
@@ -273,7 +274,7 @@ def run_job(job: dict, comparison: Comparison, recipe: Recipe, work: Path, resul
     """Trains one arm, judges it, and writes its line."""
     folder = runs_folder(comparison, work) / run_name(job["arm"], job["steps"], job["seed"])
     folder.mkdir(parents=True, exist_ok=True)
-    log, judged = folder / "log.txt", folder / "judged.json"
+    log, judged = folder / LOG, folder / "judged.json"
     if job["arm"] != "base" and not train_arm(
         comparison, recipe, job["arm"], job["steps"], job["seed"], work, workers
     ):

@@ -40,7 +40,7 @@ from PIL import ImageDraw
 from recipe import HERE, read_yaml
 from run import Workers, append_result, commit, read_results, versions
 from table import markdown
-from training_run import ROOT
+from training_run import LOG, ROOT
 
 from diffusers_vrpo.assets.digit_grids import grid_images
 from diffusers_vrpo.command_line import OneLineErrorParser, number_in
@@ -309,8 +309,8 @@ def run_all(args: argparse.Namespace, study: Study) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         places = ["--study", str(args.study), "--work", str(args.work), "--results", str(args.results)]
         own = ["one", "--arms", name, "--seeds", str(seed), "--threads", str(args.threads), *places]
-        if workers.call([sys.executable, str(HERE / "grids.py"), *own], folder / "log.txt"):
-            print((folder / "log.txt").read_text(errors="replace").strip().splitlines()[-1], flush=True)
+        if workers.call([sys.executable, str(HERE / "grids.py"), *own], folder / LOG):
+            print((folder / LOG).read_text(errors="replace").strip().splitlines()[-1], flush=True)
 
     try:
         with ThreadPoolExecutor(args.workers) as pool:

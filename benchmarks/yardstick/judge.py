@@ -13,9 +13,11 @@ and a linear probe reads the class off the block that the recipe aligns.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +48,9 @@ from diffusers_vrpo.models.flow import flow_matching_loss, forward_process
 from diffusers_vrpo.pipelines.pipeline_vrpo import VRPOPipeline
 from diffusers_vrpo.pipelines.sampling import sample_batch
 from diffusers_vrpo.random_streams import NOISE, random_stream
+
+
+ORACLE_SAMPLES = "oracle_samples.safetensors"  # of a run that is told what to draw (oracle.py)
 
 
 def sliced_wasserstein(x: torch.Tensor, y: torch.Tensor, projections: int = 512, seed: int = 0) -> float:
@@ -110,9 +115,18 @@ def default_device() -> torch.device:
 
 
 def draw(
-    recipe: Recipe, pipeline: VRPOPipeline, seed: int, guidance_scale: float = 1.0, count: int | None = None
+    recipe: Recipe,
+    pipeline: VRPOPipeline,
+    seed: int,
+    guidance_scale: float = 1.0,
+    count: int | None = None,
+    around: Callable = lambda indices, labels: contextlib.nullcontext(),
 ) -> torch.Tensor:
-    """Samples, uint8 `[N,3,R,R]` on the CPU. Their noise is not that of the curve's."""
+    """Samples, uint8 `[N,3,R,R]` on the CPU. Their noise is not that of the curve's.
+
+    Args:
+        around: gives the context in which the samples of these indices and classes are drawn.
+    """
     pipeline.set_progress_bar_config(disable=True)
     count, classes = count or recipe.final_samples, pipeline.trained_labels
     options = {"num_inference_steps": recipe.train["num_inference_steps"], "guidance_scale": guidance_scale}
@@ -120,7 +134,8 @@ def draw(
     for start in range(0, count, size):
         indices = range(start, min(start + size, count))
         labels = [classes[i * len(classes) // count] for i in indices]
-        parts.append(torch.from_numpy(sample_batch(pipeline, indices, labels, 10**6 + seed, options)))
+        with around(indices, labels):
+            parts.append(torch.from_numpy(sample_batch(pipeline, indices, labels, 10**6 + seed, options)))
     return torch.cat(parts).permute(0, 3, 1, 2).contiguous()
 
 
@@ -191,7 +206,8 @@ def judge(
     references, device = make_references(recipe, work), default_device()
     pipeline = VRPOPipeline.from_pretrained(run)
     pipeline.transformer.eval().requires_grad_(False).to(device)
-    images = draw(recipe, pipeline, seed)
+    kept = run / ORACLE_SAMPLES
+    images = load_file(kept)["samples"] if kept.exists() else draw(recipe, pipeline, seed)
     encoder = load_image_encoder(packed(work / "packed", recipe.judge), device=device, option="judge")
     features = pooled_features(encoder, images).cpu()
     moments = mean_and_covariance(features)

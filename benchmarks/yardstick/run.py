@@ -38,6 +38,7 @@ from timing import build_parser as build_timing_parser
 from timing import read_timing, time_arms
 from training_run import (
     ARM_SCRIPT,
+    LOG,
     ROOT,
     add_common_options,
     make_cache,
@@ -251,7 +252,7 @@ class Workers:
         """Trains, judges and records; whether it came to its end."""
         folder = self.work / "runs" / f"{job['arm']}-{job['hash']}-{job['seed']}"
         folder.mkdir(parents=True, exist_ok=True)
-        log, trained, judged = folder / "log.txt", folder / "trained", folder / "judged.json"
+        log, trained, judged = folder / LOG, folder / "trained", folder / "judged.json"
         if not trained.exists():
             moments = make_moments(self.recipe, self.work)
             shutil.copyfile(moments, folder / moments.name)
@@ -295,8 +296,8 @@ def make_base(recipe: Recipe, work: Path, workers: Workers):
     shutil.copyfile(make_moments(recipe, work), folder / "fd_reference.safetensors")
     plan = {"steps": recipe.base["steps"], "alignment_stop_step": None}
     argv = train_argv(recipe, {"objective": "none"}, plan, recipe.base["seed"], work, folder)
-    if not workers.train(argv, folder / "log.txt") or not wanted.exists():
-        raise InputError(None, f"the base was not trained to its end; see {folder / 'log.txt'}, and run this again")
+    if not workers.train(argv, folder / LOG) or not wanted.exists():
+        raise InputError(None, f"the base was not trained to its end; see {folder / LOG}, and run this again")
 
 
 def build_parser() -> argparse.ArgumentParser:

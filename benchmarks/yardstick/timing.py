@@ -7,6 +7,7 @@ r"""Measure what a training step of each arm costs, in steps of the reference ar
 Each round trains every arm for a few steps by train_vrpo.py itself, in random order in one process; a round's ratio is that
 arm's seconds a step over the reference's in the same round, and the median over rounds is kept. So what slows the machine
 for minutes slows both. The first steps of a burst are left out. Arms that have a time, and the same options, are kept.
+Without a GPU the seconds are those of the one core that the process has used, to which other processes add little.
 """
 
 import argparse
@@ -24,12 +25,13 @@ import train_arm
 from accelerate.state import AcceleratorState
 from recipe import HERE, Recipe, aligned_flags, choose_arms, cost_flags, load_recipe, recorded_options, step_ratio
 from subset import pack
-from training_run import add_common_options, make_cache, resolve_folders, train_argv
+from training_run import add_common_options, make_cache, resolve_folders, seconds_now, train_argv
 
 from diffusers_vrpo.command_line import OneLineErrorParser, number_in
 from diffusers_vrpo.config import In
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.files import write_atomically
+from diffusers_vrpo.training.callbacks import TrainerCallback
 from diffusers_vrpo.training.metrics import read_metrics
 from diffusers_vrpo.training.throughput import hardware_name
 
@@ -77,6 +79,16 @@ def one_core():
         torch.set_num_threads(threads)
 
 
+class Clock(TrainerCallback):
+    """Notes the time after every step."""
+
+    def __init__(self):
+        self.after = {}
+
+    def on_step_end(self, trainer):
+        self.after[trainer.step] = seconds_now()
+
+
 def burst(recipe: Recipe, arm: dict, work: Path, steps: int, skipped: int) -> float:
     """Seconds a step, without the first `skipped` steps."""
     folder = work / "timing"
@@ -91,17 +103,20 @@ def burst(recipe: Recipe, arm: dict, work: Path, steps: int, skipped: int) -> fl
         "num_inference_steps": 1,
         "fd_encoder": None,
         "num_fd_samples": None,
+        "oracle": None,
     }
+    if arm["objective"] == "rare" or arm.get("release") == "plateau":
+        few["release"] = "none"  # so few steps would end the alignment, whose cost is measured
     AcceleratorState._reset_state(reset_partial_state=True)
-    train_arm.main(train_argv(recipe, arm, plan, 0, work, folder, few))
+    clock = Clock()
+    train_arm.main(train_argv(recipe, arm, plan, 0, work, folder, few), [clock])
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if "train_seconds" in row]
-    seconds = {row["step"]: row["train_seconds"] for row in rows}
     shutil.rmtree(folder)
     if rows[-1].get("alignment_coeff") == 0:
         raise InputError(
             None, f"--steps {steps}: the gate closed within so few, and steps became cheaper; take another number"
         )
-    return (seconds[skipped + steps] - seconds[skipped]) / steps
+    return (clock.after[skipped + steps] - clock.after[skipped]) / steps
 
 
 def measure(recipe: Recipe, arms: dict[str, dict], work: Path, rounds: int, steps: int, skipped: int) -> dict:

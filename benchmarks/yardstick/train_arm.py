@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""train_vrpo.py with the callbacks of the yardsticks: `--fork_from CHECKPOINT` and `--gradient_scale JSON`."""
+"""train_vrpo.py with the callbacks of the yardsticks: `--fork_from CHECKPOINT`, `--gradient_scale JSON`, `--oracle JSON`."""
 
 import argparse
 import json
@@ -9,9 +9,12 @@ from pathlib import Path
 
 from fork import Fork
 from gradient_scale import GradientScale
+from oracle import OracleSamples
+from recipe import Recipe
 from training_run import train_script
 
 from diffusers_vrpo.command_line import one_line_errors
+from diffusers_vrpo.training.callbacks import TrainerCallback
 
 
 def split_argv(argv: list[str]) -> tuple[list[str], list]:
@@ -19,16 +22,19 @@ def split_argv(argv: list[str]) -> tuple[list[str], list]:
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--fork_from", type=Path)
     own.add_argument("--gradient_scale", type=json.loads)
+    own.add_argument("--oracle", type=json.loads)
     found, rest = own.parse_known_args(argv)
     callbacks = [Fork(found.fork_from)] if found.fork_from else []
     callbacks += [GradientScale(**found.gradient_scale)] if found.gradient_scale else []
+    if found.oracle:
+        callbacks.append(OracleSamples(Recipe(**found.oracle["recipe"]), Path(found.oracle["work"])))
     return rest, callbacks
 
 
-def main(argv: list[str]):
+def main(argv: list[str], more_callbacks: list[TrainerCallback] = ()):
     rest, callbacks = split_argv(argv)
     script = train_script()
-    script.main(script.parse_args(rest), callbacks)
+    script.main(script.parse_args(rest), [*callbacks, *more_callbacks])
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 """The command line of one training run, the cache that all runs of a size share, and options of all commands here."""
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import math
@@ -11,6 +12,7 @@ import time
 from functools import cache
 from pathlib import Path
 
+import torch
 from accelerate.state import AcceleratorState
 from recipe import HERE, Recipe
 from subset import packed
@@ -23,6 +25,7 @@ from diffusers_vrpo.models.start import read_start
 ROOT = HERE.parents[1]
 TRAIN_SCRIPT = ROOT / "train_vrpo.py"
 ARM_SCRIPT = HERE / "train_arm.py"
+LOG = "train.log"  # of a run; a training accepts a folder that holds files of that kind
 ONE_STEP = {"steps": 1, "alignment_stop_step": None}
 
 
@@ -75,12 +78,27 @@ def train_argv(
         "seed": seed,
         "output_dir": str(output_dir),
     }
+    if arm.get("scaffold_fraction") == 1:
+        options["oracle"] = json.dumps({"recipe": dataclasses.asdict(recipe), "work": str(work)})
     options |= recipe.train | arm | (more or {})
     if isinstance(options.get("gradient_scale"), dict):
         options["gradient_scale"] = json.dumps(options["gradient_scale"])
-    if options["objective"] == "none":  # the script refuses what it would not use
+    if "image_reward_encoder" in options:
+        options["image_reward_encoder"] = packed(work / "packed", options["image_reward_encoder"])
+    if options["objective"] in ("none", "repi"):  # the script refuses what it would not use
         options.pop("layer_scope", None)
     return to_argv(options)
+
+
+def seconds_now() -> float:
+    """A clock whose differences are costs: the processor's time of this process without a GPU, else the wall's.
+
+    Processes that share the cores stretch the wall's time, and hardly the processor's.
+    """
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def make_cache(recipe: Recipe, work: Path) -> float:
@@ -92,7 +110,7 @@ def make_cache(recipe: Recipe, work: Path) -> float:
     Raises:
         InputError: where the recipe's options cannot work.
     """
-    done, start = work / "cache_seconds.json", time.perf_counter()
+    done, start = work / "cache_seconds.json", seconds_now()
     if done.exists():
         return json.loads(done.read_text())
     args = train_script().parse_args(train_argv(recipe, {"objective": "none"}, ONE_STEP, 0, work, work))
@@ -108,7 +126,7 @@ def make_cache(recipe: Recipe, work: Path) -> float:
         "dataloader_num_workers": args.dataloader_num_workers,
     }
     prepare_latents.prepare(prepare_latents.parse_args(to_argv(options)))
-    seconds = time.perf_counter() - start
+    seconds = seconds_now() - start
     write_atomically(done, json.dumps(seconds).encode())
     return seconds
 

@@ -5,25 +5,31 @@ import difflib
 import os
 import sys
 from importlib import import_module
-from importlib.metadata import version
-from pathlib import Path
+
+from . import __version__
+from .files import packaged
 
 
-# Commands and their descriptions. Each calls `main(argv, prog)` of its module; `train` runs `accelerate launch`.
+# Commands and their descriptions. Each calls `main(argv, prog)` of its module in `commands`.
 COMMANDS = {
-    "train": "train a transformer, with or without alignment (train_vrpo.py)",
+    "train": "train a transformer, with or without alignment",
+    "plan": "compute memory, disk and time of a training, without a GPU",
     "prepare": "encode a data set once, for train --latents_dir",
     "latents": "verify what prepare has written, export it to the Hub, import it",
     "sample": "draw many images from a pipeline, as PNG files or an .npz",
     "evaluate": "measure FID and other metrics of images against a reference",
+    "fid": "sample and evaluate in one",
     "probe": "measure linear probes and CKNNA of a transformer's blocks",
     "layers": "suggest which block to align with which layer of an encoder",
     "convert": "convert checkpoints of SiT, REPA, iREPA and DiT to pipelines and back",
     "report": "compare training runs: quality against steps, time and FLOPs",
     "push": "publish a run or a pipeline on the Hub",
+    "app": "open a page in the browser that samples from a pipeline",
 }
+# They share their work among several processes.
+LAUNCHED = ("train", "prepare", "sample", "evaluate", "fid", "probe")
 USAGE = """usage: vrpo COMMAND [options]
-       vrpo train [options of `accelerate launch` --] [options]
+       vrpo {launched} [options of `accelerate launch`] -- [options]
 
 Train, sample, measure and publish class-conditional diffusion transformers with representation alignment.
 
@@ -32,44 +38,77 @@ commands:
 
 `vrpo COMMAND --help` shows the options of a command, `vrpo --version` the version.
 
-    vrpo train --config configs/digits.yaml
-    vrpo train --multi_gpu --num_processes 8 -- --dataset_name ILSVRC/imagenet-1k --vae stabilityai/sd-vae-ft-ema ...
-    vrpo sample outputs/digits --num_images 100 --output_dir samples"""
+A first run, on a CPU in about five minutes, and images of it:
+
+    pip install 'diffusers-vrpo[train]'
+    vrpo train --config digits
+    vrpo sample outputs/digits --num_images 100 --output_dir samples
+
+`train` uses all GPUs of the machine. What stands before a -- are options of `accelerate launch`:
+
+    vrpo train --num_processes 1 -- --config digits
+    vrpo train --config_file fsdp2 --num_processes 8 -- --config sit-xl-2-vrpo
+    vrpo sample --multi_gpu -- sit-xl --num_images 50000 --output_dir samples"""
 
 
-def train_script() -> Path:
-    """The path of `train_vrpo.py`: in the package if installed from a wheel, else at the top of the checkout."""
-    beside = Path(__file__).with_name("train_vrpo.py")
-    return beside if beside.is_file() else Path(__file__).parents[2] / "train_vrpo.py"
+def launch(name: str, launcher: list[str], argv: list[str]):
+    """Replaces this process by `accelerate launch`, so that signals and exit codes are those of the launcher.
 
+    Args:
+        launcher: options of `accelerate launch`; its `--config_file` may also name a file of `configs/accelerate`.
+        argv: the options of the command.
+    """
+    from .command_line import is_configured
 
-def train(argv: list[str]):
-    """Replaces this process by `accelerate launch`, so that signals and exit codes are those of the launcher."""
-    split = argv.index("--") if "--" in argv else 0
-    launcher, options = argv[:split], argv[split + ("--" in argv) :]
-    command = [sys.executable, str(train_script()), *options]
-    if not {"-h", "--help"} & set(options):
-        # `-q` suppresses the launcher's traceback after the trainer's error message.
-        command[1:1] = ["-m", "accelerate.commands.launch", "-q", *launcher]
+    launcher = list(launcher)
+    for i, word in enumerate(launcher[1:], 1):
+        known = packaged("configs") / "accelerate" / f"{word}.yaml"
+        if launcher[i - 1] == "--config_file" and not os.path.isfile(word) and known.is_file():
+            launcher[i] = str(known)
+    given = {word.split("=")[0].replace("-", "_").strip("_") for word in launcher}
+    if "config_file" not in given and not is_configured():
+        # Its own defaults, of each of which it would warn.
+        for option, value in {"num_machines": "1", "mixed_precision": "no", "dynamo_backend": "no"}.items():
+            launcher += [] if option in given else [f"--{option}", value]
+    # `-q` suppresses the launcher's traceback after the command's error message.
+    module = ["-m", f"diffusers_vrpo.commands.{name}"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "-q", *launcher, *module, *argv]
     sys.stdout.flush()
     os.execv(command[0], command)
+
+
+def run(name: str, argv: list[str]):
+    """Runs a command in this process, or as many processes as are asked for."""
+    prog = f"vrpo {name}"
+    if name in LAUNCHED and "--" in argv:
+        split = argv.index("--")
+        return launch(name, argv[:split], argv[split + 1 :])
+    from .command_line import missing_extras
+
+    with missing_extras(prog):
+        command = import_module(f"diffusers_vrpo.commands.{name}")
+        if name == "train":
+            command.parse_args(argv, prog)  # what is wrong or asks for help ends here, before torch is imported
+            launcher = command.launcher_options()
+            if launcher is not None:
+                return launch(name, launcher, argv)
+        command.main(argv, prog=prog)
 
 
 def main(argv: list[str] | None = None):
     argv = sys.argv[1:] if argv is None else argv
     name, *rest = argv or ["--help"]
     if name in ("-h", "--help"):
-        print(USAGE.format(commands="\n".join(f"  {name:<10}{what}" for name, what in COMMANDS.items())))
+        commands = "\n".join(f"  {name:<10}{what}" for name, what in COMMANDS.items())
+        print(USAGE.format(commands=commands, launched="|".join(LAUNCHED)))
     elif name == "--version":
-        print(version("diffusers-vrpo"))
+        print(__version__)
     elif name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
         sys.exit(f"vrpo: error: no command is named {name!r}; {hint}")
-    elif name == "train":
-        train(rest)
     else:
-        import_module(f"diffusers_vrpo.commands.{name}").main(rest, prog=f"vrpo {name}")
+        run(name, rest)
 
 
 if __name__ == "__main__":

@@ -14,34 +14,133 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import yaml
+from huggingface_hub.constants import HF_HOME
 
 from .config import In, Option, Repeated, VRPOConfig, alternatives, check_complete, expanded, names_code, options_of
 from .errors import InputError, TrainingStopped
+from .files import packaged
 
+
+# The options of training that `--help` shows. All others are for those who know what they look for.
+COMMON = (
+    "config",
+    "output_dir",
+    "seed",
+    "mixed_precision",
+    "dataset_name",
+    "train_data_dir",
+    "latents_dir",
+    "resolution",
+    "preset",
+    "pretrained_model_name_or_path",
+    "vae",
+    "objective",
+    "encoder",
+    "train_batch_size",
+    "max_train_steps",
+    "num_train_epochs",
+    "learning_rate",
+    "validation_steps",
+    "checkpointing_steps",
+    "push_to_hub",
+)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Parsers
 
 
+def sentence(text: str) -> str:
+    """A help text with a capital letter and a full stop, before its `(default: ...)` if it has one."""
+    body, mark, default = text.partition(" (default: ")
+    body = body[:1].upper() + body[1:]
+    return body + ("" if body.endswith(".") else ".") + mark + default
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Help with default values, except None and False."""
+    """Help in sentences, with default values except None and False."""
 
     def __init__(self, prog: str, max_help_position: int = 36, width: int = 118):
         super().__init__(prog, max_help_position=max_help_position, width=width)
 
     def _get_help_string(self, action):
-        plain = action.default is None or action.default is False
-        return action.help if plain else super()._get_help_string(action)
+        if action.default is None or action.default is False:
+            return sentence(action.help)
+        text = sentence(super()._get_help_string(action))
+        if isinstance(action.default, list):
+            text = text.replace("%(default)s", " ".join(map(str, action.default)))
+        return text
 
     def _get_default_metavar_for_optional(self, action):
         return action.type.__name__.upper() if action.type else "TEXT"
 
 
-class OneLineErrorParser(argparse.ArgumentParser):
-    """A parser without abbreviated flags, whose errors are one line that names the flag."""
+def in_usage(action: argparse.Action) -> str:
+    """A positional argument, or a required option, as the usage shows it."""
+    name = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
+    if action.nargs in ("*", "+"):
+        name += " ..."
+    if action.option_strings:
+        return f"{action.option_strings[0]} {name}"
+    return f"[{name}]" if action.nargs in ("?", "*") else name
 
-    def __init__(self, *args, formatter_class=HelpFormatter, allow_abbrev: bool = False, **kwargs):
+
+class WholeHelp(argparse._HelpAction):
+    """`--help-all`: prints all options and ends the process."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        print(parser.format_help(whole=True), end="")
+        parser.exit()
+
+
+class OneLineErrorParser(argparse.ArgumentParser):
+    """A parser without abbreviated flags, whose errors are one line that names the flag.
+
+    Args:
+        common (`Sequence[str]`): names of the options that `--help` shows beside the required ones; `--help-all` then shows
+            all. Without them `--help` does.
+    """
+
+    def __init__(
+        self,
+        *args,
+        formatter_class=HelpFormatter,
+        allow_abbrev: bool = False,
+        common: Sequence[str] = (),
+        **kwargs,
+    ):
         super().__init__(*args, formatter_class=formatter_class, allow_abbrev=allow_abbrev, **kwargs)
+        self.common = tuple(common)
+        if self.common:
+            self.add_argument("--help-all", action=WholeHelp, help="show all options and exit")
+
+    def format_help(self, whole: bool = False) -> str:
+        """As argparse, with the common options only, or in the whole help before the others of their group."""
+        whole = whole or not self.common
+
+        def is_common(action) -> bool:
+            needed = action.required or not action.option_strings
+            return needed or action.dest in self.common or isinstance(action, argparse._HelpAction)
+
+        formatter = self._get_formatter()
+        needed = [action for action in self._actions if action.required or not action.option_strings]
+        needed.sort(key=lambda action: bool(action.option_strings))
+        usage = " ".join([self.prog, *map(in_usage, needed), "[options]"])
+        formatter.add_usage(self.usage or usage.replace("%", "%%"), [], [])
+        formatter.add_text(self.description)
+        positionals, helps, *groups = self._action_groups
+        for group in (positionals, *groups, helps):
+            actions = sorted(group._group_actions, key=lambda action: not is_common(action))
+            formatter.start_section(group.title)
+            formatter.add_text(group.description)
+            formatter.add_arguments([action for action in actions if whole or is_common(action)])
+            formatter.end_section()
+        if not whole:
+            number = sum(bool(action.option_strings) for action in self._actions) - 2  # these two
+            formatter.add_text(
+                f"These are the options that most calls need; `{self.prog} --help-all` shows all {number}."
+            )
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
 
     def parse_known_args(self, args=None, namespace=None):
         """As argparse; a `~` that the shell has left, as in `--output_dir=~/x`, becomes the home folder."""
@@ -96,13 +195,44 @@ def with_flags(error: BaseException | str, flags: dict[str, str]) -> str:
     return re.sub(r"`(\w+)`", lambda match: flags.get(match[1], match[0]), str(error))
 
 
+# What the extras of pyproject.toml install, by the name that Python imports.
+EXTRAS = {
+    "train": ("transformers", "datasets", "pyarrow", "matplotlib", "sklearn", "tensorboard"),
+    "lora": ("peft",),
+    "deepspeed": ("deepspeed",),
+    "app": ("gradio",),
+}
+
+
 @contextlib.contextmanager
-def one_line_errors(parser: argparse.ArgumentParser):
-    """Ends the process with a one-line message if the library raises an InputError or TrainingStopped."""
+def missing_extras(prog: str):
+    """Ends the process with a line that says what to install if a package of an extra is missing."""
     try:
         yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        for extra, packages in EXTRAS.items():
+            if package in packages:
+                name = {"sklearn": "scikit-learn"}.get(package, package)
+                sys.exit(
+                    f"{prog}: error: this needs {name}, which is not installed; run: pip install 'diffusers-vrpo[{extra}]'"
+                )
+        raise
+
+
+@contextlib.contextmanager
+def one_line_errors(parser: argparse.ArgumentParser):
+    """Ends the process with a one-line message if the library raises an InputError or TrainingStopped, or an extra is missing."""
+    try:
+        with missing_extras(parser.prog):
+            yield
     except (InputError, TrainingStopped) as error:
         sys.exit(f"{parser.prog}: error: {with_flags(error, flags_of(parser))}")
+
+
+def is_configured() -> bool:
+    """Whether `accelerate config` has been run, whose answers `accelerate launch` then takes."""
+    return any((Path(HF_HOME) / "accelerate" / f"default_config.{ending}").is_file() for ending in ("yaml", "json"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -126,7 +256,7 @@ def add_option(group, option: Option, *spellings: str, suppress: bool = False, *
     if option.many:
         value |= {"action": "append"} if option.marked(Repeated) else {"action": "extend", "nargs": "+"}
     shown = suppress and option.default is not None and option.default is not False
-    help = changes.pop("help", option.help) + (f" (default: {option.default})" if shown else "")
+    help = sentence(changes.pop("help", option.help)) + (f" (default: {option.default})" if shown else "")
     default = argparse.SUPPRESS if suppress else option.default
     action = group.add_argument(f"--{option.name}", *spellings, **{"default": default} | value | changes)
     action.help = help.replace("%", "%%")  # not earlier, since BooleanOptionalAction adds to it
@@ -145,7 +275,7 @@ def training_parser(**arguments) -> argparse.ArgumentParser:
     Args:
         arguments: arguments of `argparse.ArgumentParser`, such as `prog`.
     """
-    parser = OneLineErrorParser(**arguments)
+    parser = OneLineErrorParser(common=COMMON, **arguments)
     for config in VRPOConfig.__bases__:
         group = parser.add_argument_group(config._argument_group_name)
         add_options(group, config, options_of(config), suppress=True)
@@ -159,6 +289,21 @@ def parse_config(parser: argparse.ArgumentParser, argv: list[str] | None = None)
 
     Args:
         parser: the result of `training_parser`.
+        argv: the command line; by default that of the process.
+    """
+    try:
+        config = VRPOConfig(**given_options(parser, argv))
+        check_complete(config)
+    except InputError as error:
+        parser.error(error)
+    return config
+
+
+def given_options(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> dict:
+    """The options of a command line and of the file of its `--config`, which it overrides, by name.
+
+    Args:
+        parser: the result of `training_parser`, possibly with flags of another command added.
         argv: the command line; by default that of the process.
     """
     given = vars(parser.parse_args(argv))
@@ -176,20 +321,35 @@ def parse_config(parser: argparse.ArgumentParser, argv: list[str] | None = None)
                 f"--config {given['config']}: encoder {code[0]} names code to run, which only the command line may do; give it "
                 "as --encoder"
             )
-    try:
-        config = VRPOConfig(**given)
-        check_complete(config)
-    except InputError as error:
-        parser.error(error)
-    return config
+    return given
+
+
+def recipes() -> dict[str, Path]:
+    """The files of training options that the package has, by name, such as `digits`."""
+    files = [path for path in packaged("configs").rglob("*.yaml") if path.parent.name != "accelerate"]
+    return {path.stem: path for path in sorted(files)}
+
+
+def recipe_or_file(name: str) -> Path:
+    """The file of training options that `--config` names.
+
+    Raises:
+        OSError: if there is neither such a file nor a recipe of that name.
+    """
+    path, known = Path(name), recipes()
+    if not path.is_file() and name in known:  # a folder may have the name of a recipe
+        return known[name]
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise OSError("it is not a file")
+    if not path.exists():
+        raise OSError(f"there is no such file, and the recipes are {', '.join(known)}")
+    return path
 
 
 def file_to_argv(parser: argparse.ArgumentParser, file: str) -> list[str]:
-    """Converts a YAML file of training options to a command line; `parser` reports errors."""
+    """Converts a YAML file of training options, or a recipe, to a command line; `parser` reports errors."""
     try:
-        if Path(file).exists() and not Path(file).is_file():  # a pipe would be waited for
-            raise OSError("it is not a file")
-        values = yaml.safe_load(Path(file).read_text()) or {}
+        values = yaml.safe_load(recipe_or_file(file).read_text()) or {}
     except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         parser.error(f"--config {file} cannot be read: {str(error).splitlines()[0]}")
     if not isinstance(values, dict):

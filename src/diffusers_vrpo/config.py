@@ -25,10 +25,20 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, 
 from .errors import InputError
 
 
-DEFAULT_TRAIN_STEPS = 400_000  # where neither max_train_steps nor num_train_epochs is given
+# Where neither max_train_steps nor num_train_epochs is given, a run sees this many images (400,000 steps of 256, or 80 epochs
+# of ImageNet), in at most this many epochs.
+DEFAULT_IMAGES_SEEN = 102_400_000
+MOST_EPOCHS = 200
+# Where checkpointing_steps or validation_steps is not given: this part of the run, and at least this many steps; and the steps
+# after which a first sample grid is drawn.
+DEFAULT_INTERVALS = 20
+SHORTEST_INTERVAL = 100
+EARLY_GRIDS = (1, 100, 500)
+CHECKPOINTS_TO_KEEP = 3
 DIGITS = "digits"  # the data set and the encoder that are embedded in the package, where no folder is called so
 EMBEDDED_DIGITS = "embedded:digits"  # their name that no folder can shadow
 EMBEDDED_GRIDS = "embedded:digit-grids"  # a data set: grids of four of these digits
+DTYPES = ("float32", "bfloat16", "float16")  # precisions of a model that is not trained
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -103,6 +113,10 @@ class Resume(enum.Enum):
     DATA = "must keep its value unless `allow_changed_data` is given"
     DATA_NAME = "must keep the last part of its name unless `allow_changed_data` is given"
     RESOLVED = "is not compared itself; `run_settings` compares what it has led to"
+
+
+class Changeable:
+    """A continued run may have another value of this option if `allow_changed` names it: it acts from there on."""
 
 
 T = TypeVar("T")
@@ -278,17 +292,26 @@ class RunConfig(Options):
     _argument_group_name: ClassVar[str] = "run"
 
     config: Machine[str | None] = option(
-        None, "YAML file of options, by their names without dashes; the command line overrides it", "FILE.yaml"
+        None,
+        "read options from a recipe of the package, such as `digits`, or from a YAML file that has them by their names without "
+        "dashes; those on the command line override it",
+        "NAME|FILE.yaml",
     )
     output_dir: Machine[str] = option(
-        "vrpo-model", "folder for checkpoints, metrics, sample grids and the final pipeline"
+        "vrpo-model",
+        "write checkpoints, metrics, sample grids and the final pipeline to this folder; the same command continues the run that "
+        "is there",
     )
     cache_dir: Machine[str | None] = option(None, "folder for downloads; the Hub's own cache if not given")
     seed: Annotated[int, SEED] = option(
-        0, "seed of the starting weights, and of the noise, crops and labels drawn for each sample"
+        0,
+        "draw the starting weights, and the noise, crops and labels of each sample, from this seed; change it to repeat a run with "
+        "other random numbers",
     )
     mixed_precision: Resolved[Literal["no", "fp16", "bf16"] | None] = option(
-        None, "precision of the computation; as accelerate is configured if not given"
+        None,
+        "compute in bfloat16 (bf16: faster, with less memory, on GPUs of the last years), float16 (fp16: for older ones) or float32 "
+        "(no); as `accelerate config` has set it, else in float32, if not given",
     )
     allow_tf32: bool = option(False, "compute float32 matrix products in TF32, on Ampere and later GPUs")
     report_to: Machine[str] = option(
@@ -313,15 +336,18 @@ class DataConfig(Options):
     _argument_group_name: ClassVar[str] = "data"
 
     dataset_name: Annotated[DataName[str | None], OneOf("data")] = option(
-        None, "image data set: Hub name, folder, or `digits` (in the package)"
+        None,
+        "take the images from this data set: its name on the Hub, a folder that `datasets` opens, or `digits`, which is in the package",
     )
     dataset_config_name: Data[str | None] = option(None, "configuration of that data set, where it has several")
     dataset_split: Data[str] = option("train", "split of the data set")
     train_data_dir: Annotated[Resolved[str | None], OneOf("data")] = option(
-        None, "folder with one folder of images per class, instead of --dataset_name"
+        None, "take the images from this folder, which has a folder for each class, instead of --dataset_name"
     )
     latents_dir: Annotated[Resolved[str | None], OneOf("data")] = option(
-        None, "folder of encoded images that `vrpo prepare` has written, instead of --dataset_name"
+        None,
+        "take the encoded images that `vrpo prepare` has written to this folder, instead of --dataset_name, which saves the "
+        "time of the autoencoder in every pass over the data",
     )
     streaming: Resolved[bool] = option(
         False, "read the parquet files of --dataset_name during training, without a copy on the disk"
@@ -332,7 +358,9 @@ class DataConfig(Options):
     allow_changed_data: Free[bool] = option(
         False, "continue a run although the images, labels or class names have changed"
     )
-    resolution: Annotated[int, RESOLUTION] = option(256, "side of the training images in pixels")
+    resolution: Annotated[int, RESOLUTION] = option(
+        256, "crop and scale the images to squares with sides of this many pixels"
+    )
     center_crop: bool = option(True, "crop images in the centre, as ADM does, instead of at random")
     random_flip: bool = option(False, "mirror half of the images, drawn at random")
 
@@ -344,14 +372,17 @@ class ModelConfig(Options):
     _argument_group_name: ClassVar[str] = "model"
 
     preset: Resolved[str | None] = option(
-        None, "size of the transformer, {SiT,DiT}-{XS,S,B,L,XL}/{1,2,4,8}; SiT-B/2 if nothing else names a model"
+        None,
+        "train a transformer of this size, {SiT,DiT}-{XS,S,B,L,XL}/{1,2,4,8}: from 2 to 675 million parameters, and the side of its "
+        "patches, of which smaller ones cost more and give better images; SiT-B/2 if nothing else names a model",
     )
     model_config: Resolved[str | None] = option(
         None, "arguments of the transformer as JSON; those that the data determine are replaced", "FILE.json"
     )
     pretrained_model_name_or_path: Name[str | None] = option(
         None,
-        "weights to start from: a pipeline or transformer, or an official checkpoint of SiT, REPA, iREPA or DiT",
+        "start from these weights instead of random ones: a pipeline or transformer (folder or Hub name), or an official "
+        "checkpoint of SiT, REPA, iREPA or DiT",
         "NAME|FOLDER|FILE.pt",
     )
     keep_labels: bool = option(
@@ -386,7 +417,9 @@ class ModelConfig(Options):
         "runs; starting weights keep what they have",
     )
     vae: Resolved[str | None] = option(
-        None, "autoencoder of diffusers that encodes the images, Hub name or folder; `none` trains on pixels"
+        None,
+        "encode the images with this autoencoder of diffusers (Hub name or folder), usually stabilityai/sd-vae-ft-ema; `none` "
+        "trains on pixels, which suits images of up to 64 pixels a side",
     )
     label_dropout: Resolved[Share | None] = option(
         None, "share of samples trained without their class; as the starting weights have it, or 0.1, if not given"
@@ -401,14 +434,15 @@ class AlignmentConfig(Options):
 
     objective: Literal["none", "repa", "irepa", "rare", "repi", "vrpo"] = option(
         "vrpo",
-        "addition to the flow-matching loss: none; REPA's cosine loss, as it was published (repa), with iREPA's projector and "
-        "targets, or with RARE's targets, token weights and release; REPI's scaffold of encoder features; or VRPO's rewards; "
-        "it sets other options that are not given (docs/method.md)",
+        "add this to the flow-matching loss: nothing (none); REPA's cosine loss as it was published (repa), with iREPA's projector "
+        "and targets (irepa), or with RARE's targets, token weights and release (rare); REPI's scaffold of encoder features "
+        "(repi); or VRPO's rewards (vrpo). It also sets options of alignment that are not given (docs/method.md)",
     )
     encoder: Name[list[str] | None] = option(
         None,
-        "frozen vision encoders of transformers, Hub names or folders, or `digits` (in the package), or code of your own as "
-        "package.module:name or FILE.py:name (docs/inputs.md); each gets a projector",
+        "align with these frozen vision encoders of transformers (Hub names or folders), usually facebook/dinov2-base, with `digits`, "
+        "which is in the package, or with code of your own, as package.module:name or FILE.py:name (docs/inputs.md); every "
+        "objective but none needs one",
     )
     encoder_layer: list[Layer] | None = option(
         None,
@@ -566,11 +600,17 @@ class OptimizationConfig(Options):
 
     _argument_group_name: ClassVar[str] = "optimization"
 
-    train_batch_size: Free[Batch] = option(256, "samples for each process and micro-step")
-    gradient_accumulation_steps: Free[Batch] = option(1, "micro-steps in an optimizer step")
+    train_batch_size: Annotated[Free[Batch], Changeable()] = option(
+        256,
+        "samples for each process and micro-step; a step has as many times the number of processes and "
+        "--gradient_accumulation_steps",
+    )
+    gradient_accumulation_steps: Annotated[Free[Batch], Changeable()] = option(1, "micro-steps in an optimizer step")
     gradient_checkpointing: Free[bool] = option(False, "compute the blocks again in the backward pass, to save memory")
     max_train_steps: Annotated[Free[Steps | None], OneOf("steps")] = option(
-        None, f"length of the run in optimizer steps; {DEFAULT_TRAIN_STEPS} if --num_train_epochs is not given either"
+        None,
+        f"length of the run in optimizer steps; if --num_train_epochs is not given either, {MOST_EPOCHS} epochs, or as many "
+        f"steps as see {DEFAULT_IMAGES_SEEN:,} images if that is less, but one epoch at least",
     )
     num_train_epochs: Annotated[Free[Steps | None], OneOf("steps")] = option(
         None, "length of the run in passes over the data, instead of --max_train_steps"
@@ -594,16 +634,25 @@ class OptimizationConfig(Options):
         "further arguments of the optimizer as JSON, such as '{\"momentum\": 0.9}'; the class's own defaults if not given",
         "JSON",
     )
-    learning_rate: LearningRate = option(1e-4, "learning rate of AdamW after the warm-up")
-    lr_scheduler: Literal[
-        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+    learning_rate: Annotated[LearningRate, Changeable()] = option(
+        1e-4,
+        "take the optimizer's steps with this learning rate, once --lr_warmup_steps are over; 1e-4 is usual with 256 samples a step, up to "
+        "1e-3 for small models",
+    )
+    lr_scheduler: Annotated[
+        Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"],
+        Changeable(),
     ] = option("constant_with_warmup", "schedule of the learning rate")
-    lr_warmup_steps: Step = option(0, "optimizer steps in which the learning rate rises from 0")
-    adam_beta1: Annotated[Share, ADAMW] = option(0.9, "decay per step of AdamW's average of gradients")
-    adam_beta2: Annotated[Share, ADAMW] = option(0.999, "decay per step of AdamW's average of squared gradients")
-    adam_weight_decay: Annotated[Coefficient, ADAMW] = option(0.0, "weight decay of AdamW")
-    adam_epsilon: Annotated[Ratio, ADAMW] = option(1e-8, "constant in the denominator of AdamW's update")
-    max_grad_norm: Ratio = option(1.0, "norm to which a longer gradient is clipped")
+    lr_warmup_steps: Annotated[Step, Changeable()] = option(
+        0, "optimizer steps in which the learning rate rises from 0"
+    )
+    adam_beta1: Annotated[Share, ADAMW, Changeable()] = option(0.9, "decay per step of AdamW's average of gradients")
+    adam_beta2: Annotated[Share, ADAMW, Changeable()] = option(
+        0.999, "decay per step of AdamW's average of squared gradients"
+    )
+    adam_weight_decay: Annotated[Coefficient, ADAMW, Changeable()] = option(0.0, "weight decay of AdamW")
+    adam_epsilon: Annotated[Ratio, ADAMW, Changeable()] = option(1e-8, "constant in the denominator of AdamW's update")
+    max_grad_norm: Annotated[Ratio, Changeable()] = option(1.0, "norm to which a longer gradient is clipped")
     use_ema: bool = option(True, "average the weights; sample grids and the result use the average")
     ema_decay: Share = option(0.9999, "decay per step of the averaged weights")
     ema_warmup: Free[bool] = option(
@@ -647,14 +696,25 @@ class CheckpointConfig(Options):
 
     _argument_group_name: ClassVar[str] = "checkpoints and samples"
 
-    checkpointing_steps: Watched[Steps] = option(10000, "optimizer steps between two checkpoints")
-    checkpoints_total_limit: Watched[Steps | None] = option(
-        None, "number of checkpoints to keep, the newest; all if not given"
+    checkpointing_steps: Watched[Steps | None] = option(
+        None,
+        f"optimizer steps between two checkpoints; 1/{DEFAULT_INTERVALS} of the run, at least {SHORTEST_INTERVAL}, if not "
+        "given",
+    )
+    checkpoints_total_limit: Watched[Step | None] = option(
+        None,
+        f"number of checkpoints to keep, the newest; 0 keeps all, and {CHECKPOINTS_TO_KEEP} are kept if this is not given",
     )
     resume_from_checkpoint: Machine[str] = option(
         "latest",
         "checkpoint to continue from: the latest if there is one, none, that on the Hub, or a folder",
         "latest|none|hub|DIR",
+    )
+    allow_changed: Free[list[str] | None] = option(
+        None,
+        "options with other values than the checkpoint to continue from was trained with, separated by commas, such as "
+        "learning_rate,lr_scheduler; they act from there on, and starts.jsonl records the change",
+        "NAME,...",
     )
     overwrite_output_dir: Machine[bool] = option(
         False,
@@ -667,7 +727,11 @@ class CheckpointConfig(Options):
     skip_nonfinite: Free[bool] = option(
         False, "skip steps whose loss or gradient is NaN or infinite, instead of stopping there"
     )
-    validation_steps: Watched[Steps] = option(10000, "optimizer steps between two sample grids")
+    validation_steps: Watched[Steps | None] = option(
+        None,
+        f"optimizer steps between two sample grids; 1/{DEFAULT_INTERVALS} of the run, at least {SHORTEST_INTERVAL}, and steps "
+        f"{', '.join(map(str, EARLY_GRIDS))} if not given",
+    )
     validation_labels: Watched[list[str] | None] = option(
         None, "class names or ids of the columns of the grid; ten ids if not given"
     )
@@ -768,7 +832,10 @@ class HubConfig(Options):
 
     _argument_group_name: ClassVar[str] = "Hub"
 
-    push_to_hub: Machine[bool] = option(False, "publish the result, with a model card (docs/publishing.md)")
+    push_to_hub: Machine[bool] = option(
+        False,
+        "publish the result on the Hub, with a model card; log in by `hf auth login` first (docs/publishing.md)",
+    )
     hub_model_id: Annotated[Machine[str | None], PUBLISHED] = option(
         None, "repository to publish in; the name of the output folder if not given", "OWNER/NAME"
     )
@@ -801,7 +868,7 @@ class VRPOConfig(
     GenerativeConfig,
     HubConfig,
 ):
-    """All options of training, checked when they are made. `vrpo train --help` explains each.
+    """All options of training, checked when they are made. `vrpo train --help-all` explains each.
 
         VRPOConfig(output_dir="sit-b", objective="repa", max_train_steps=100_000)
 
@@ -940,11 +1007,6 @@ def is_default(config: Options, name: str) -> bool:
     """Whether an option has the value that it has when it is not given."""
     of_objective = set_by_objective(config.objective) if isinstance(config, AlignmentConfig) else {}
     return getattr(config, name) == of_objective.get(name, options_of(type(config))[name].default)
-
-
-def train_steps(config: OptimizationConfig) -> int | None:
-    """The optimizer steps of a run; None where they depend on the number of images."""
-    return config.max_train_steps or (None if config.num_train_epochs else DEFAULT_TRAIN_STEPS)
 
 
 def optimizer_arguments(config: OptimizationConfig) -> dict[str, Any]:
@@ -1146,7 +1208,7 @@ def check_clip_ranges(config: "VRPOConfig"):
 
 def check_policy_epochs(config: "VRPOConfig"):
     """Steps that share drawn actions are saved together."""
-    steps = {"checkpointing_steps": config.checkpointing_steps, "max_train_steps": train_steps(config)}
+    steps = {"checkpointing_steps": config.checkpointing_steps, "max_train_steps": config.max_train_steps}
     for name, value in steps.items():
         if (value or 0) % config.policy_epochs:
             raise InputError(
@@ -1193,7 +1255,7 @@ def check_rollouts(config: "VRPOConfig"):
     steps = {
         "generative_policy_start_step": config.generative_policy_start_step,
         "checkpointing_steps": config.checkpointing_steps,
-        "max_train_steps": train_steps(config),
+        "max_train_steps": config.max_train_steps,
     }
     for name, value in steps.items():
         if epochs > 1 and (value or 0) % every:
@@ -1249,8 +1311,18 @@ def check_scaffold(config: "VRPOConfig"):
                     f"`{name}` {getattr(config, name)} has no effect with `scaffold_fraction` 1: it begins after the scaffold "
                     "phase, which never ends; remove it",
                 )
-    start, steps = config.generative_policy_start_step, train_steps(config)
-    if start is None or steps is None:
+    if config.max_train_steps is not None:
+        check_scaffold_ends(config, config.max_train_steps)
+
+
+def check_scaffold_ends(config: "VRPOConfig", steps: int):
+    """Checks that in a run of `steps` optimizer steps the scaffold phase ends before anything is drawn.
+
+    Raises:
+        InputError: if it does not.
+    """
+    start = config.generative_policy_start_step
+    if start is None or not has_scaffold(config):
         return
     end = steps if config.scaffold_fraction == 1 else config.scaffold_fraction * steps
     if start < end:
@@ -1258,6 +1330,25 @@ def check_scaffold(config: "VRPOConfig"):
             "generative_policy_start_step",
             f"`generative_policy_start_step` {start} must be at least {math.ceil(end)}, the end of the scaffold phase: before "
             "it nothing can be drawn",
+        )
+
+
+def changeable_options() -> list[str]:
+    """The names of the options that `allow_changed` can name."""
+    return [each.name for each in options_of(VRPOConfig).values() if each.marked(Changeable)]
+
+
+def allowed_changes(config: CheckpointConfig) -> set[str]:
+    """The names in `allow_changed`, which commas may separate, too."""
+    return {name.strip() for entry in config.allow_changed or [] for name in entry.split(",") if name.strip()}
+
+
+def check_allowed_changes(config: CheckpointConfig):
+    """Only options whose change a run can follow may change."""
+    for name in sorted(allowed_changes(config).difference(changeable_options())):
+        raise InputError(
+            "allow_changed",
+            f"`allow_changed` {name}: it cannot change within a run; {', '.join(changeable_options())} can",
         )
 
 
@@ -1341,6 +1432,7 @@ CHECKS = (
     check_rollouts,
     check_reward_encoder,
     check_scaffold,
+    check_allowed_changes,
     check_resume_from_hub,
 )
 
@@ -1354,8 +1446,7 @@ def check_complete(config: VRPOConfig):
     if [config.dataset_name, config.train_data_dir, config.latents_dir].count(None) == 3:
         raise InputError(
             "dataset_name",
-            "give either `dataset_name` or `train_data_dir` or `latents_dir` (or, for a first run, `config` "
-            "configs/digits.yaml)",
+            "give either `dataset_name` or `train_data_dir` or `latents_dir` (or, for a first run, `config` digits)",
         )
     if config.vae is None and config.latents_dir is None:
         raise InputError("vae", "give `vae`, such as stabilityai/sd-vae-ft-ema, or `vae` none to train on pixels")

@@ -144,3 +144,9 @@ def default_permissions(*paths: Path):
     for path in paths:
         for file in path.rglob("*.safetensors") if path.is_dir() else [path]:
             file.chmod(0o666 & ~umask)
+
+
+def packaged(name: str) -> Path:
+    """The path of a file or folder that a wheel carries inside the package, and a checkout at its top, such as `configs`."""
+    inside = Path(__file__).with_name(name)
+    return inside if inside.exists() else Path(__file__).parents[2] / name

@@ -6,6 +6,7 @@ run is done. What happens around the steps (validation, publishing, the generati
 """
 
 import contextlib
+import dataclasses
 import math
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,19 +16,22 @@ import torch
 import yaml
 from accelerate.logging import get_logger
 from datasets import Dataset
+from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
 from .alignment.custom_encoders import load_custom_encoder
 from .alignment.encoders import PatchEncoder, load_encoder
 from .alignment.image_rewards import ImageRewards, image_rewards_from_config
-from .alignment.objective import objective_from_config
+from .alignment.objective import NoAlignment, objective_from_config
 from .alignment.reward_statistics import WEIGHTINGS
 from .alignment.rewards import DEFAULT_REWARDS
 from .alignment.start import build_aligned_transformer
 from .config import (
     VRPOConfig,
+    allowed_changes,
     check_image_rewards_begin,
+    check_scaffold_ends,
     data_settings_to_keep,
     names_code,
     objective_in_full,
@@ -60,6 +64,7 @@ from .pipelines.adapters import ModelAdapter, ModelCall, SiTAdapter, Transformer
 from .reporting.curves import plot_metrics
 from .training.callbacks import TrainerCallback, check_states, stateful
 from .training.checkpoints import (
+    check_settings,
     choose_checkpoint,
     load_checkpoint,
     read_training_state,
@@ -67,10 +72,19 @@ from .training.checkpoints import (
     run_settings,
     save_checkpoint,
     save_lora,
+    take_changes,
 )
-from .training.distributed import clip_grad_norm, full_pipeline, prepare
+from .training.distributed import clip_grad_norm, full_pipeline, lines_above_the_bar, prepare
 from .training.given_transformer import align_transformer, check_pipeline, check_transformer, try_call
 from .training.interruption import Interruption, StepGuard, wait_before_exit
+from .training.length import (
+    SpeedNotice,
+    check_length,
+    num_epochs,
+    passes_notice,
+    recorded_length,
+    resolve_length,
+)
 from .training.metrics import (
     MetricsFile,
     RunningMeans,
@@ -84,8 +98,6 @@ from .training.setup import (
     as_list,
     build_optimizer,
     check_given,
-    check_length,
-    length_of_run,
     start_accelerator,
     trainable_parameters,
     with_given,
@@ -113,7 +125,7 @@ class VRPOTrainer:
         trainer.save_model()
 
     `train` continues from the newest checkpoint in `args.output_dir`. Arguments that are not given are taken from `args`, so
-    that `VRPOTrainer(args=args)` suffices in `train_vrpo.py`.
+    that `VRPOTrainer(args=args)` is what `vrpo train` makes.
 
     Args:
         model (`str`, *optional*): a preset such as `"SiT-B/2"`, or weights to start from: a pipeline or transformer (Hub
@@ -144,6 +156,13 @@ class VRPOTrainer:
         InputError: if options, data or checkpoints cannot work, before any long work.
     """
 
+    # What is made by the methods that the constructor calls.
+    pipeline: DiffusionPipeline | TransformerAlone
+    transformer: torch.nn.Module
+    model: torch.nn.Module
+    objective: NoAlignment
+    optimizer: torch.optim.Optimizer
+
     def __init__(
         self,
         model: str | None = None,
@@ -161,7 +180,7 @@ class VRPOTrainer:
         check_given(args, train_dataset, rewards, callbacks := as_callbacks(callbacks))
         if transformer is None and adapter is not None:
             raise InputError("adapter", "`adapter` has no effect without `transformer`; remove it")
-        self.adapter = SiTAdapter()
+        self.adapter: ModelAdapter = SiTAdapter()
         if transformer is not None:
             self.adapter = check_transformer(args, transformer, adapter, callbacks)
         self.output_dir = prepare_output_dir(args.output_dir)
@@ -177,6 +196,7 @@ class VRPOTrainer:
         self.saved_step = 0
         self.logged_step = 0
         self.logged_seconds = 0.0
+        self.changes: dict[str, list] = {}  # of options since the checkpoint, as `allow_changed` permits
         self.corrupt_rows: set[int] = set()
         self.num_corrupt = 0
 
@@ -190,6 +210,7 @@ class VRPOTrainer:
             if args.push_to_hub:
                 publisher = [HubPublisher(args, self.accelerator, self.output_dir, self.interruption)]
             self.checkpoint = choose_checkpoint(self.accelerator, args, self.output_dir)
+            self.saved_state = None if self.checkpoint is None else read_training_state(self.checkpoint)
             self.data = self._open_data(train_dataset)
             self.vae = self._open_vae(vae)
             if isinstance(self.data, LatentCache):
@@ -198,18 +219,18 @@ class VRPOTrainer:
             self._check_reconstruction()
             self.validation = self._make_validation()
             validation = [] if self.validation is None else [self.validation]
-            self.callbacks = [*publisher, *validation, *callbacks]
+            self.callbacks = [*publisher, SpeedNotice(), *validation, *callbacks]
             self._call("on_init_end")
             self._register_state()
             self._resources = resources.pop_all()
 
-    def __enter__(self):
+    def __enter__(self) -> "VRPOTrainer":
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception) -> None:
         self.close()
 
-    def close(self):
+    def close(self) -> None:
         """Unlocks the output folder for other runs; the end of the process also does so."""
         self._resources.close()
 
@@ -282,7 +303,7 @@ class VRPOTrainer:
     # ------------------------------------------------------------------------------------------------------------------
     # The loop
 
-    def train(self):
+    def train(self) -> None:
         """Trains until `max_train_steps`, from the checkpoint of `args.resume_from_checkpoint` if it exists.
 
         Raises:
@@ -294,13 +315,15 @@ class VRPOTrainer:
         batches = self._batches()
         self._call("on_train_begin")
         self.model.train()
-        with self.interruption, self._progress_bar() as self.progress:
+        with self.interruption, self._progress_bar() as self.progress, lines_above_the_bar():
             self.stopwatch.start()
             while self.step < self.max_train_steps:
                 self.train_step(batches)
                 self.log_if_due()
                 self._call("on_step_end")
                 self.stopwatch.stop()
+                if self.step == self.max_train_steps:
+                    logger.info(self._what_follows())
                 self.save_if_due()
                 self._call("on_evaluate")
                 self.profile.step()
@@ -309,7 +332,7 @@ class VRPOTrainer:
             self.accelerator.wait_for_everyone()
             self._call("on_train_end")
 
-    def train_step(self, batches: Iterator[dict[str, torch.Tensor]]):
+    def train_step(self, batches: Iterator[dict[str, torch.Tensor]]) -> None:
         """Takes one optimizer step on `gradient_accumulation_steps` of the `batches`.
 
         Raises:
@@ -354,7 +377,7 @@ class VRPOTrainer:
             self.image_rewards.update(all_reduce)
             self.progress.update()
 
-    def log_if_due(self):
+    def log_if_due(self) -> None:
         """Reads the metrics and logs them to the trackers, every `logging_steps` and at the end."""
         args = self.args
         if self.step % args.logging_steps and self.step < self.max_train_steps:
@@ -376,11 +399,11 @@ class VRPOTrainer:
         self.log(values)
         self._call("on_log", values)
 
-    def log(self, values: dict[str, float]):
+    def log(self, values: dict[str, float]) -> None:
         """Logs metrics of the current step to `metrics.jsonl` and the trackers."""
         log_values(self.accelerator, values, self.step)
 
-    def save_if_due(self):
+    def save_if_due(self) -> None:
         """Saves a checkpoint every `checkpointing_steps`, at the end, and after a signal.
 
         Raises:
@@ -389,7 +412,7 @@ class VRPOTrainer:
         """
         last = self.step == self.max_train_steps
         leaving = self.guard.signum and self.can_save()
-        if self.step % self.args.checkpointing_steps == 0 or last or leaving:
+        if self.step % self.length.checkpointing_steps == 0 or last or leaving:
             self.save_checkpoint()
             if self.saved_step != self.step and (last or leaving or self.args.stop_on_failed_checkpoint):
                 raise not_saved(self.output_dir, self.step)
@@ -413,6 +436,7 @@ class VRPOTrainer:
             "settings": self.settings,
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "alignment": self.objective.release_state(),
+            "length": dataclasses.asdict(self.length),
             "reward_weightings": list(WEIGHTINGS),  # among them `raw`, which version 0.1 called `equal`
             "callbacks": [name for name, callback in stateful(self.callbacks).items() if callback.state_dict()],
             "train_seconds": self.stopwatch.seconds(),
@@ -420,7 +444,7 @@ class VRPOTrainer:
         }
         if self.metrics_file is not None:
             self.metrics_file.sync()
-        limit = self.args.checkpoints_total_limit
+        limit = self.length.checkpoints_total_limit
         saved = save_checkpoint(self.accelerator, self.output_dir, self.step, state, limit)
         if saved:
             self.saved_step = self.step
@@ -430,7 +454,7 @@ class VRPOTrainer:
     # ------------------------------------------------------------------------------------------------------------------
     # The result
 
-    def save_model(self):
+    def save_model(self) -> None:
         """Writes the result to the output folder: a pipeline with the averaged weights, a grid of samples, and curves.
 
         `VRPOPipeline.from_pretrained(args.output_dir)` opens it, or the class of the pipeline that a [`ModelAdapter`] has
@@ -465,9 +489,11 @@ class VRPOTrainer:
                 plot_metrics(output_dir / "metrics.jsonl", output_dir / "training.png", f"objective {args.objective}")
                 what = "transformer" if self.validation is None else "pipeline"
                 logger.info(f"wrote the {what}{', samples.png' if drawn else ''} and training.png to {output_dir}")
+                if isinstance(self.pipeline, VRPOPipeline):
+                    logger.info(f"to draw from it: vrpo sample {output_dir} --num_images 100 --output_dir samples")
         self.end()
 
-    def push_to_hub(self):
+    def push_to_hub(self) -> None:
         """Publishes the output folder, with a model card, as `args.hub_model_id` (the folder's name without it)."""
         publisher = next((callback for callback in self.callbacks if isinstance(callback, HubPublisher)), None)
         if publisher is not None:
@@ -478,7 +504,7 @@ class VRPOTrainer:
             repo_id = args.hub_model_id or self.output_dir.resolve().name
             push_folder(self.output_dir, repo_id, private=args.hub_private_repo or None, license=args.hub_license)
 
-    def end(self):
+    def end(self) -> None:
         """Ends the trackers and waits until the processes may exit."""
         wait_before_exit(self.accelerator)
         end_trackers(self.accelerator)
@@ -623,8 +649,11 @@ class VRPOTrainer:
         speed_up(transformer, self.encoders, args.compile, args.attention_backend)
 
         self.global_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-        self.max_train_steps = length_of_run(args, len(data), self.global_batch_size)
+        recorded = None if self.saved_state is None else recorded_length(self.saved_state)
+        self.length = resolve_length(args, len(data), self.global_batch_size, recorded)
+        self.max_train_steps = self.length.max_train_steps
         check_image_rewards_begin(args, self.max_train_steps)
+        check_scaffold_ends(args, self.max_train_steps)
         optimizer = build_optimizer(args, trainable_parameters(self.aligned))
         self.lr_scheduler = get_scheduler(
             args.lr_scheduler,
@@ -687,12 +716,17 @@ class VRPOTrainer:
         """Loads the checkpoint to continue from, if there is one."""
         of_data = data_settings_to_keep(self.args) | data_settings(self.data)
         if self.checkpoint is not None:
-            state = read_training_state(self.checkpoint, self.settings)
+            state = self.saved_state
+            self.changes = check_settings(state, self.settings, self.checkpoint, allowed_changes(self.args))
             check_length(self.checkpoint, state["step"], self.max_train_steps)
             check_data_settings(state["settings"], of_data, self.checkpoint, self.args.allow_changed_data)
             check_states(self.checkpoint, state.get("callbacks"), self.callbacks)
             load_checkpoint(self.accelerator, self.checkpoint)
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+            if self.changes:
+                take_changes(self.args, self.changes, self.lr_scheduler)
+                changed = (f"{name} {before} -> {now}" for name, (before, now) in self.changes.items())
+                logger.info(f"changed from here on: {', '.join(changed)}")
             self.step = state["step"]
             self.samples_seen = state["samples_seen"]
             self.flops = state["train_flops"]
@@ -736,6 +770,9 @@ class VRPOTrainer:
         args, accelerator = self.args, self.accelerator
         if accelerator.is_main_process:
             given = args.to_dict() | {"vae": args.vae or self.data.vae or "none"}
+            given |= {name: getattr(self.length, name) for name in ("checkpointing_steps", "validation_steps")}
+            if not args.num_train_epochs:
+                given["max_train_steps"] = self.max_train_steps
             with writing(f"train_config.yaml or metrics.jsonl in {self.output_dir}"):
                 write_atomically(self.output_dir / "train_config.yaml", yaml.safe_dump(given).encode())
                 self.metrics_file = MetricsFile(self.output_dir / "metrics.jsonl", self.step)
@@ -748,6 +785,7 @@ class VRPOTrainer:
                     self.max_train_steps,
                     given,
                     self.adapter.prediction_type,
+                    self.changes,
                 )
             start_trackers(accelerator, self.metrics_file, args, self.output_dir, self.step)
         if args.objective != "none":
@@ -760,6 +798,13 @@ class VRPOTrainer:
             f"{math.prod(self.grid_size)} tokens; {self.global_batch_size} samples a step on "
             f"{accelerator.num_processes} process(es), steps {self.step} to {self.max_train_steps}"
         )
+        logger.info(
+            f"global batch {self.global_batch_size} = `train_batch_size` {args.train_batch_size} x {accelerator.num_processes} "
+            f"process(es) x {args.gradient_accumulation_steps} micro-step(s); a checkpoint every "
+            f"{self.length.checkpointing_steps} steps, samples every {self.length.validation_steps}"
+        )
+        if notice := passes_notice(num_epochs(self), len(self.data)):
+            logger.warning(notice)
 
     def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
         """Yields the micro-batches of this process, starting after the last example of the checkpoint."""
@@ -829,6 +874,17 @@ class VRPOTrainer:
     def _flops_of_step(self) -> float:
         own = self.flops_per_image[self.alignment.active] + self.image_rewards.active() * self.image_reward_flops
         return own * self.global_batch_size + sum(callback.flops(self.step) for callback in self.callbacks)
+
+    def _what_follows(self) -> str:
+        """What remains to be done after the last step, in a sentence for the log."""
+        parts = ["a checkpoint", *["samples"] * (self.validation is not None)]
+        parts.append("the transformer" if self.validation is None else "the pipeline")
+        hub = ", which is then published" if self.args.push_to_hub else ""
+        minutes = self.stopwatch.seconds() / 60
+        return (
+            f"all {self.step} steps are done, in {minutes:.1f} minutes of training; {', '.join(parts[:-1])} and {parts[-1]} follow, "
+            f"in {self.output_dir}{hub}"
+        )
 
     def _progress_bar(self) -> tqdm:
         return tqdm(

@@ -1,7 +1,9 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """The training script from its command line to the saved pipeline, on real images (handwritten digits)."""
 
+import io
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -356,6 +358,10 @@ def test_another_seed_or_model_does_not_continue_the_run(command):
     run(command())
     with pytest.raises(InputError, match="`seed` is 1, but .*checkpoint-4 was trained with 0"):
         run(command(seed=1, max_train_steps=8))
+    with pytest.raises(
+        InputError, match="trained with 0.01; keep to that, give `allow_changed` learning_rate to change"
+    ):
+        run(command(max_train_steps=8, learning_rate=0.1))
     for option, value in (("learning_rate", 0.1), ("label_dropout", 0.5), ("reward_weighting", "equal")):
         with pytest.raises(InputError, match=f"`{option}` is {value}, but .*checkpoint-4 was trained with"):
             run(command(max_train_steps=8, **{option: value}))
@@ -375,6 +381,26 @@ def test_few_corrupt_images_are_skipped_and_many_are_an_error(command, tmp_path,
     folder = write_parquet(tmp_path / "many", [i % 2 for i in range(200)], images=images)
     with pytest.raises(InputError, match="4 of 200 images tried cannot be decoded, which is over 1 %"):
         run(command(dataset_name=folder, output_dir=tmp_path / "run2", **options))
+
+
+def test_what_the_log_says(command, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    output = io.StringIO()
+    handler = logging.StreamHandler(output)
+    logging.root.addHandler(handler)
+    of_the_hub = logging.StreamHandler(output)
+    logging.getLogger("huggingface_hub").addHandler(of_the_hub)
+    try:
+        run(command(max_train_steps=2))
+        logging.getLogger("huggingface_hub").warning("a line of the Hub")
+    finally:
+        logging.root.removeHandler(handler)
+        logging.getLogger("huggingface_hub").removeHandler(of_the_hub)
+    text = output.getvalue()
+    assert "RANK" not in text and "Saving current state" not in text and text.count("a line of the Hub") == 1
+    end = text[text.index("all 2 steps are done") :]
+    assert f"a checkpoint, samples and the pipeline follow, in {tmp_path / 'run'}\n" in end
+    assert f"vrpo sample {tmp_path / 'run'} --num_images 100" in end
 
 
 # Configuration files and help
@@ -411,7 +437,7 @@ def test_the_embedded_configuration_opens():
 
 def test_help_explains_every_option(capsys):
     with pytest.raises(SystemExit) as exit_info:
-        train_vrpo.parse_args(["--help"])
+        train_vrpo.parse_args(["--help-all"])
     text = capsys.readouterr().out
     assert exit_info.value.code == 0
     for action in train_vrpo.build_parser()._actions:

@@ -17,7 +17,9 @@ import torch
 import yaml
 
 from diffusers_vrpo import SiTTransformer2DModel
+from diffusers_vrpo.config import VRPOConfig
 from diffusers_vrpo.errors import InputError
+from diffusers_vrpo.training.output_dir import claim_output_dir
 from support.paths import ROOT
 from support.yardstick import MODEL, TIMING, YARDSTICK
 
@@ -243,6 +245,13 @@ def test_runs_side_by_side_have_cores_of_their_own(yardstick, tmp_path, monkeypa
     ]
     assert workers.call(command, tmp_path / "log.txt") and workers.cores.qsize() == 1
     assert (tmp_path / "log.txt").read_text() == f"[{min(os.sched_getaffinity(0))}] 1\n"
+
+
+def test_training_accepts_a_folder_with_the_log_of_the_yardstick(yardstick, tmp_path):
+    """The log of a run begins before the run does."""
+    (tmp_path / yardstick.run.LOG).write_text("")
+    (tmp_path / "fd_reference.safetensors").write_bytes(b"")
+    claim_output_dir(VRPOConfig(output_dir=str(tmp_path)), tmp_path, None)
 
 
 def test_none_trains_without_the_block_of_the_others(yardstick, tiny_yardstick, tmp_path):

@@ -28,6 +28,12 @@ def test_the_page_is_up_to_date():
     assert make_api.PAGE.read_text(encoding="utf-8") == make_api.render(), "run python docs/make_api.py"
 
 
+def test_the_typed_program_uses_every_public_name():
+    text = (ROOT / "tests" / "support" / "typed_program.py").read_text(encoding="utf-8")
+    (names,) = [node.names for node in ast.parse(text).body if getattr(node, "module", None) == "diffusers_vrpo"]
+    assert sorted(alias.name for alias in names) == diffusers_vrpo.__all__
+
+
 def test_the_page_has_what_the_package_offers():
     assert sorted(NAMES) == diffusers_vrpo.__all__
     for name in NAMES:
@@ -57,5 +63,5 @@ def test_every_public_name_is_documented_and_typed(name):
         if isinstance(part, ast.FunctionDef) and part.name == "__init__":
             assert not untyped(part)
     for method in make_api.methods_of(node):
-        assert not untyped(method), method.name
+        assert not untyped(method) and method.returns is not None, method.name
         assert not make_api.first_sentence(ast.get_docstring(method)).startswith(("Args:", ".")), method.name

@@ -10,7 +10,7 @@ from PIL import Image
 from diffusers_vrpo.command_line import OneLineErrorParser, parse_config, training_parser
 from diffusers_vrpo.config import VRPOConfig, kept_value, options_of
 from diffusers_vrpo.data.image_datasets import load_image_dataset
-from diffusers_vrpo.data.image_folders import IMAGE_SUFFIXES, list_images
+from diffusers_vrpo.data.image_files import IMAGE_SUFFIXES, list_images
 from diffusers_vrpo.data.sources import differing_names
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.evaluation.image_sets import open_images

@@ -323,7 +323,7 @@ def test_input_that_cannot_work(tmp_path, capsys):
         ),
         ([tmp_path / "empty"], "empty is not the folder of a run"),
         ([new], "metrics.jsonl has no whole line; let the run reach"),
-        ([foreign], "train_config.yaml is not what train_vrpo.py wrote"),
+        ([foreign], "train_config.yaml is not what `vrpo train` wrote"),
         (
             [run_a, "--metric", "kid"],
             f"--metric kid is in none of these runs; they have {FD}, train_seconds, train_flops",

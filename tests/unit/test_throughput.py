@@ -2,7 +2,9 @@
 """FLOPs, peaks, the step's profile; no wait for the device in a step; the benchmark of the step."""
 
 import importlib
+import io
 import json
+import logging
 import sys
 
 import pytest
@@ -12,11 +14,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
 
 from diffusers_vrpo.alignment.attach import AlignedTransformer
 from diffusers_vrpo.config import SpeedConfig
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.models.transformer_sit import SiTTransformer2DModel, sit_preset
+from diffusers_vrpo.training.distributed import lines_above_the_bar
 from diffusers_vrpo.training.metrics import shown_values
 from diffusers_vrpo.training.throughput import (
     ForeachEMA,
@@ -145,11 +149,26 @@ def test_encoder_and_step_flops(train_step):
     assert step_flops(model)[0] == 2 * forward_flops(config)
 
 
+def test_log_lines_stand_above_the_progress_bar(monkeypatch):
+    output = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", output)
+    handler = logging.StreamHandler(output)
+    monkeypatch.setattr(logging.root, "handlers", [handler])
+    with tqdm(total=2, file=output), lines_above_the_bar():
+        logging.getLogger("a").warning("a line")
+    assert handler.stream is output
+    before, after = output.getvalue().split("a line")
+    assert before.endswith("\r") and after.startswith("\n")
+
+
 def test_throughput_metrics():
     values = {"loss_fm": 0.51234, "images_per_second": 812.3, "tflops_per_device": 310.04, "mfu": 0.3133}
     assert shown_values(values) == {"loss": "0.5123", "images/s": "812", "TFLOP/s": "310", "MFU": "31.3%"}
     values = {"loss_fm": 0.5, "images_per_second": 7.0, "tflops_per_device": 0.01}
-    assert shown_values(values) == {"loss": "0.5000", "images/s": "7"}
+    assert shown_values(values) == {"loss": "0.5000", "images/s": "7.0"}
+    # The reward that repeats the loss is in the metrics only.
+    values |= {"reward/fidelity": -0.5, "reward/semantic": 0.25}
+    assert shown_values(values) == {"loss": "0.5000", "semantic": "0.2500", "images/s": "7.0"}
     assert throughput_metrics(100.0, 2e12) == {"tflops_per_device": 200.0}
     assert throughput_metrics(100.0, 2e12, peak=400e12) == {"tflops_per_device": 200.0, "mfu": 0.5}
     assert throughput_metrics(100.0, 2e12, peak=400e12, num_processes=4)["mfu"] == 0.125

@@ -15,7 +15,7 @@ import copy
 import inspect
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -193,8 +193,8 @@ class AlignedTransformer(nn.Module):
     def __init__(
         self,
         transformer: nn.Module,
-        layers: list[int] = (),
-        encoders: list = (),
+        layers: Sequence[int] = (),
+        encoders: Sequence = (),
         projector: str = "mlp",
         projector_dim: int = 2048,
         hidden_dim: int | None = None,
@@ -271,7 +271,7 @@ class AlignedTransformer(nn.Module):
 
     def forward(
         self, *args, fork: Callable | None = None, align: bool = True, scaffold: ScaffoldStep | None = None, **kwargs
-    ):
+    ) -> tuple:
         """Calls the transformer, and the projectors on the tokens of the aligned blocks.
 
         Args:
@@ -336,7 +336,7 @@ class AlignedTransformer(nn.Module):
         return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
 
     @contextlib.contextmanager
-    def oracle(self, images: torch.Tensor | dict[str, torch.Tensor]):
+    def oracle(self, images: torch.Tensor | dict[str, torch.Tensor]) -> Iterator[None]:
         """The scaffolded block gets keys and values from real images also where a pipeline calls the transformer.
 
             with aligned.oracle(images):
@@ -369,7 +369,7 @@ class AlignedTransformer(nn.Module):
         finally:
             self._attachment.oracle = self._attachment.current = None
 
-    def end(self):
+    def end(self) -> None:
         """Ends alignment: frees the encoders and stops running the projectors in `forward`.
 
         The prediction then carries zero gradients for the projectors, which DDP needs; `clear_resting_gradients` removes
@@ -378,7 +378,7 @@ class AlignedTransformer(nn.Module):
         self.encoders, self.ended = [], True
         self._attachment.current = None
 
-    def clear_resting_gradients(self):
+    def clear_resting_gradients(self) -> None:
         """Removes the zero gradients of the parameters that the last call did not train; called after backward.
 
         These are the projectors after the end of alignment, the scaffold's maps after the scaffold phase, and during it the

@@ -436,23 +436,23 @@ class ImageRewards:
     # ------------------------------------------------------------------------------------------------------------------
     # Steps, checks, and what a checkpoint holds
 
-    def update(self, all_reduce: Callable | None = None):
+    def update(self, all_reduce: Callable | None = None) -> None:
         """Updates the norms after an optimizer step; `all_reduce(tensor)` sums over processes."""
         if self.active():
             self.norms.update(all_reduce)
         self.step_number += 1
 
-    def resume(self, step_number: int):
+    def resume(self, step_number: int) -> None:
         """Continues at an optimizer step, after the state was loaded."""
         self.step_number = step_number
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return self.norms.state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, torch.Tensor]):
+    def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
         self.norms.load_state_dict(state_dict)
 
-    def check(self, latent_shape: tuple[int, int, int], resolution: int):
+    def check(self, latent_shape: tuple[int, int, int], resolution: int) -> None:
         """Tries the rewards on noise, so that those that cannot work fail before the training.
 
         Args:

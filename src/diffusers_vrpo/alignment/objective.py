@@ -184,17 +184,20 @@ class NoAlignment:
         projections: tuple[torch.Tensor, ...],
         images: torch.Tensor | dict[str, torch.Tensor],
         loss_fm: torch.Tensor,
-        **kwargs,
+        *,
+        subset: torch.Tensor | None = None,
+        index: torch.Tensor | None = None,
+        inputs: tuple | dict = (),
     ) -> torch.Tensor:
         """The alignment loss, which is 0."""
         return torch.zeros((), device=loss_fm.device)
 
-    def observe(self, step: AlignmentStep):
+    def observe(self, step: AlignmentStep) -> None:
         """Updates statistics after the backward pass of a micro-batch."""
         if self.aligned is not None:
             self.aligned.clear_resting_gradients()
 
-    def update(self, all_reduce: Callable | None = None):
+    def update(self, all_reduce: Callable | None = None) -> None:
         """Updates statistics after an optimizer step."""
         self.step_number += 1
 
@@ -214,7 +217,7 @@ class NoAlignment:
         ends = 0 < self.scaffold_steps < math.inf
         return {"scaffold_steps": self.scaffold_steps} if ends else {}
 
-    def resume(self, step_number: int, release_state: dict | None = None):
+    def resume(self, step_number: int, release_state: dict | None = None) -> None:
         """Continues at an optimizer step, after `stateful()` was loaded.
 
         Args:
@@ -476,7 +479,7 @@ class REPA(NoAlignment):
         for name, value in values.items():
             logs.setdefault(name, []).append(value.detach().mean())
 
-    def observe(self, step: AlignmentStep):
+    def observe(self, step: AlignmentStep) -> None:
         """Records cosine and ratio of the two gradients, which are the gradient of the probe after backward."""
         if step.probe is not None and self._release_counts():
             self.gate.observe(step.t, *step.probe.grad)
@@ -489,7 +492,7 @@ class REPA(NoAlignment):
         """
         return not self.scaffolding(self.step_number)
 
-    def update(self, all_reduce: Callable | None = None):
+    def update(self, all_reduce: Callable | None = None) -> None:
         """Updates statistics after an optimizer step; `all_reduce(tensor)` sums over processes."""
         aligned, counts = self.active(self.step_number), self._release_counts()
         self.step_number += 1
@@ -519,7 +522,7 @@ class REPA(NoAlignment):
     def release_state(self) -> dict:
         return self.release.state() | self._scaffold_state()
 
-    def resume(self, step_number: int, release_state: dict | None = None):
+    def resume(self, step_number: int, release_state: dict | None = None) -> None:
         super().resume(step_number, release_state)
         if release_state is None or not self.release.restore(release_state):
             self.release.look_ahead(step_number)

@@ -26,7 +26,7 @@ def load_digits_dataset() -> DatasetDict:
     """1,437 training and 360 held-out grey images of 8x8 pixels with their labels (every fifth image is held out).
 
     Raises:
-        ImportError: without scikit-learn, which carries the images.
+        ModuleNotFoundError: without scikit-learn, which carries the images.
     """
     return DatasetDict({name: copy.copy(split) for name, split in digits_splits().items()})
 
@@ -37,7 +37,8 @@ def digits_splits() -> dict[str, Dataset]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError("the embedded digits need scikit-learn: pip install scikit-learn") from error
+        text = "the embedded digits need scikit-learn: pip install 'diffusers-vrpo[train]'"
+        raise ModuleNotFoundError(text, name="sklearn") from error
     from PIL import Image as PILImage
 
     digits = load_digits()

@@ -3,7 +3,7 @@ r"""Compare generated images with a reference: FID, sFID, Inception Score, KID, 
 
     vrpo evaluate samples/ --reference VIRTUAL_imagenet256_labeled.npz
     vrpo evaluate samples.npz --reference ILSVRC/imagenet-1k --resolution 256 --encoder facebook/dinov2-base
-    accelerate launch -m diffusers_vrpo.commands.evaluate samples/ --reference path/to/images --encoder inception facebook/dinov2-large
+    vrpo evaluate --multi_gpu -- samples/ --reference path/to/images --encoder inception facebook/dinov2-large
 
 SAMPLES is a folder with PNG or JPEG files at any depth, or an .npz as ADM writes it (arr_0, uint8 [N, H, W, 3]). The
 reference is the same, a data set (Hub name or folder of `datasets`, centre-cropped as for training), one of ADM's reference
@@ -39,6 +39,8 @@ from ..training.output_dir import check_writable, writing_result
 
 
 logger = logging.getLogger("evaluate")
+# The options that the short help shows.
+COMMON = ("reference", "resolution", "encoder", "metrics", "output_file", "plot_file")
 SETTINGS = (
     "pooling",
     "resolution",
@@ -60,10 +62,7 @@ def evaluate(args: argparse.Namespace) -> dict | None:
         InputError: if the input cannot work.
     """
     state = start_processes()
-    check_output_files(args, "output_file", "plot_file", "save_reference")
-    if args.output_file:
-        refuse_other_report(args.output_file)
-    check_reference_cache(args.reference_cache)
+    check_files(args)
     started = time.perf_counter()
     with state.main_process_first():
         samples, reference = open_images("SAMPLES", args.samples), None
@@ -119,6 +118,18 @@ def evaluate(args: argparse.Namespace) -> dict | None:
     elif args.plot_file:
         logger.warning("--plot_file needs features of a reference; nothing is drawn")
     return report
+
+
+def check_files(args: argparse.Namespace):
+    """Checks the files that the options name for results and statistics.
+
+    Raises:
+        InputError: if one cannot be written, or would replace something else.
+    """
+    check_output_files(args, "output_file", "plot_file", "save_reference")
+    if args.output_file:
+        refuse_other_report(args.output_file)
+    check_reference_cache(args.reference_cache)
 
 
 def write_report(path: Path, text: str):
@@ -239,17 +250,24 @@ def check_plot_format(file: str):
         raise InputError("plot_file", f"`plot_file` {file} must end in one of .{', .'.join(known)}")
 
 
-def build_parser(prog: str) -> argparse.ArgumentParser:
-    parser = OneLineErrorParser(prog=prog, description=__doc__)
-    neighbour = number_in(In(1, most=10_000))
-    parser.add_argument("samples", metavar="SAMPLES", help="folder of images, or .npz of ADM")
+def add_reference_options(parser: argparse.ArgumentParser, **reference):
+    """Adds the group of options of the reference.
+
+    Args:
+        reference: arguments of `add_argument` for --reference, such as `required`.
+    """
     g = parser.add_argument_group("reference")
-    g.add_argument("--reference", help="folder, .npz, data set or statistics file; not needed for the Inception Score")
+    g.add_argument(
+        "--reference",
+        help="compare with these images: a folder, an .npz, one of ADM's reference batches, a data set (`datasets` name or "
+        "folder), or the file that --save_reference wrote; the Inception Score alone needs none",
+        **reference,
+    )
     g.add_argument(
         "--resolution",
         type=number_in(RESOLUTION),
-        help="side in pixels to which the reference's images are cropped in the centre; that of the samples, for a data "
-        "set, if not given",
+        help="crop the reference's images in the centre, to squares with sides of this many pixels; as the samples have it, "
+        "for a data set, if not given",
     )
     g.add_argument("--dataset_config_name", help="configuration of a data set given as --reference")
     g.add_argument("--reference_split", default="train", help="split of a data set given as --reference")
@@ -265,19 +283,25 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         help="additional file for the reference's statistics, which --reference takes; with one --encoder",
     )
     add_options(g, RunConfig, ["cache_dir"])
+
+
+def add_metric_options(parser: argparse.ArgumentParser):
+    """Adds the group of options of the metrics, but --seed."""
+    neighbour = number_in(In(1, most=10_000))
     g = parser.add_argument_group("metrics")
     g.add_argument(
         "--metrics",
         nargs="+",
         choices=METRICS,
-        help="metrics to compute; all that encoder and reference allow if not given",
+        metavar="METRIC",
+        help=f"compute only these of {', '.join(METRICS)}; all that encoder and reference allow if not given",
     )
     g.add_argument(
         "--encoder",
         nargs="+",
         default=["inception"],
-        help="feature extractors: `inception`, or Hub names or folders of transformers vision models; facebook/dinov2-large "
-        "gives FD-DINOv2",
+        help="compare the images in the features of these networks: `inception` gives FID, a vision model of transformers "
+        "(Hub name or folder) a Fréchet distance, facebook/dinov2-large FD-DINOv2",
     )
     g.add_argument(
         "--pooling",
@@ -331,26 +355,42 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         default=5,
         help="neighbour that sets the radius of density and coverage",
     )
-    g.add_argument(
-        "--seed", type=number_in(SEED), default=0, help="seed of KID's subsets and the Inception Score's parts"
-    )
+
+
+def add_output_options(parser: argparse.ArgumentParser):
+    """Adds the group of options of the result's files."""
     g = parser.add_argument_group("work and output")
-    g.add_argument(
-        "--batch_size", type=number_in(BATCH), help="images in a batch, on each process (default: 64, on a CPU 4)"
-    )
     add_options(g, RunConfig, ["dataloader_num_workers"], help="processes that decode images, for each that encodes")
-    g.add_argument("--output_file", metavar="FILE.json", help="file for all numbers and settings")
+    g.add_argument("--output_file", metavar="FILE.json", help="write all numbers and settings to this file")
     g.add_argument(
         "--plot_file",
         metavar="FILE.png",
-        help="file for a plot of both sets in two dimensions, and of nearest-neighbour distances",
+        help="draw both sets in two dimensions, and the distances to nearest neighbours, in this file",
+    )
+    return g
+
+
+def build_parser(prog: str) -> argparse.ArgumentParser:
+    parser = OneLineErrorParser(prog=prog, description=__doc__, common=(*COMMON, "batch_size"))
+    parser.add_argument(
+        "samples", metavar="SAMPLES", help="measure these images: a folder of them, or an .npz as ADM writes it"
+    )
+    add_reference_options(parser)
+    add_metric_options(parser)
+    g = add_output_options(parser)
+    g.add_argument(
+        "--batch_size",
+        type=number_in(BATCH),
+        help="encode this many images together on each process (default: 64, on a CPU 4)",
+    )
+    g.add_argument(
+        "--seed", type=number_in(SEED), default=0, help="seed of KID's subsets and the Inception Score's parts"
     )
     return parser
 
 
-def parse_args(argv: list[str] | None = None, prog: str = "vrpo evaluate") -> argparse.Namespace:
-    parser = build_parser(prog)
-    args = parser.parse_args(argv)
+def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace):
+    """Ends the process with a one-line message if options of reference and metrics contradict each other."""
     if args.reference is None and args.metrics != ["is"]:
         parser.error("--reference is missing: a folder, an .npz or a data set (only `--metrics is` needs none)")
     if args.save_reference and (len(args.encoder) > 1 or args.reference is None):
@@ -371,6 +411,12 @@ def parse_args(argv: list[str] | None = None, prog: str = "vrpo evaluate") -> ar
             parser.error(f"--{name} {value} has no effect without --reference; remove it")
     if (args.reference or "").endswith(".safetensors") and len(args.encoder) > 1:
         parser.error(f"--reference {args.reference} holds the statistics of one encoder; name that --encoder alone")
+
+
+def parse_args(argv: list[str] | None = None, prog: str = "vrpo evaluate") -> argparse.Namespace:
+    parser = build_parser(prog)
+    args = parser.parse_args(argv)
+    check_args(parser, args)
     return args
 
 

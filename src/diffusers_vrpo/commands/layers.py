@@ -42,6 +42,8 @@ from .probe import LabelledImages, image_side, open_pipeline, recorded_blocks, s
 
 
 logger = logging.getLogger("layers")
+# The options that the short help shows beside the required ones.
+COMMON = ("num_train", "num_test", "encoder_layer", "timesteps", "output_file")
 SEVERAL = In(2, most=10**7)  # images that differ from one another
 
 
@@ -221,33 +223,44 @@ def format_layers(report: dict) -> str:
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
-    parser = OneLineErrorParser(prog=prog, description=__doc__)
+    parser = OneLineErrorParser(prog=prog, description=__doc__, common=COMMON)
     parser.add_argument(
-        "model", metavar="MODEL", help="folder of a run or a checkpoint, or a pipeline's folder or Hub name"
+        "model",
+        metavar="MODEL",
+        help="read this transformer: the folder of a run or of a checkpoint-N, or a pipeline (folder or Hub name)",
     )
     parser.add_argument("--vae", help="autoencoder of a checkpoint; that of its run if not given, `none` for pixels")
     g = parser.add_argument_group("data")
     add_options(g, DataConfig, ["dataset_name"], required=True)
     add_options(g, DataConfig, ["dataset_config_name", "dataset_split", "image_column", "label_column"])
     g.add_argument(
-        "--num_train", type=number_in(SEVERAL), default=1024, help="number of images to fit on, drawn at random"
+        "--num_train",
+        type=number_in(SEVERAL),
+        default=1024,
+        help="fit the read-outs on this many images, drawn at random",
     )
-    g.add_argument("--num_test", type=number_in(SEVERAL), default=256, help="number of other images to score on")
+    g.add_argument("--num_test", type=number_in(SEVERAL), default=256, help="score them on this many other images")
     add_options(g, RunConfig, ["cache_dir"])
     g = parser.add_argument_group("what is measured")
-    g.add_argument("--encoder", required=True, help="vision encoder of transformers, Hub name or folder, or `digits`")
+    g.add_argument(
+        "--encoder",
+        required=True,
+        help="look for layers of this vision encoder of transformers (Hub name or folder, usually facebook/dinov2-base), or of "
+        "`digits`, which is in the package",
+    )
     g.add_argument(
         "--encoder_layer",
         type=number_in(LAYER),
         nargs="+",
-        help="hidden states of the encoder; all of them but 0, and its output, if not given",
+        help="look at these hidden states of the encoder only; at all of them but 0, and its output, if not given",
     )
     g.add_argument(
         "--timesteps",
         type=number_in(In(0, 1), float),
         nargs="+",
         default=[0.1, 0.3, 0.5, 0.7, 0.9],
-        help="noise levels t; 1 is noise (of a model that predicts noise, the share of its 1000 timesteps)",
+        help="measure at these noise levels t, between 0 (the image) and 1 (noise); of a model that predicts noise, shares of "
+        "its 1000 timesteps",
     )
     g.add_argument(
         "--l2",
@@ -259,7 +272,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     g = parser.add_argument_group("work and output")
     g.add_argument("--batch_size", type=number_in(BATCH), default=32, help="images in a batch")
     add_options(g, RunConfig, ["dataloader_num_workers"], help="processes that decode images")
-    g.add_argument("--output_file", metavar="FILE.json", help="file for all numbers")
+    g.add_argument("--output_file", metavar="FILE.json", help="write all numbers to this file")
     return parser
 
 

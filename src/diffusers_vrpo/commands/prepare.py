@@ -3,7 +3,7 @@ r"""Encode a data set once, for `vrpo train --latents_dir`.
 
     vrpo prepare --dataset ILSVRC/imagenet-1k --vae stabilityai/sd-vae-ft-ema \
         --resolution 256 --flip --output_dir imagenet-256
-    accelerate launch -m diffusers_vrpo.commands.prepare ...          (several GPUs)
+    vrpo prepare --multi_gpu -- --dataset ILSVRC/imagenet-1k ...          (several GPUs)
 
 A command that was stopped continues when it is run again.
 """
@@ -21,13 +21,17 @@ from ..data.image_source import class_names
 from ..data.latent_cache import num_chunks
 from ..data.latent_cache_writer import CacheWriter
 from ..data.latent_encoding import IMAGE_FORMATS, BatchEncoder, cache_config, write_chunks
+from ..data.latents_of_others import FORMATS, scale_problem, write_latents
 from ..data.sources import classes_notice, load_images
+from ..errors import InputError
 from ..models.autoencoder import latent_layout, load_vae, reconstruction_problem
 from ..models.vision import layers_of_encoders
 from ..training.distributed import start_processes
 
 
 logger = logging.getLogger("latents")
+# The options that the short help shows beside the required ones.
+COMMON = ("dataset_name", "train_data_dir", "resolution", "flip", "images", "encoder")
 
 
 def prepare(args: argparse.Namespace):
@@ -94,9 +98,70 @@ def prepare(args: argparse.Namespace):
     logger.info(f"wrote {len(data)} images to {args.output_dir}; train with --latents_dir {args.output_dir}")
 
 
+def prepare_from_latents(args: argparse.Namespace):
+    """Writes the cache from what another repository has encoded, on all processes.
+
+    Raises:
+        InputError: if files, labels or shapes are wrong, or the folder holds another cache.
+    """
+    state = start_processes()
+    kind, path = args.from_latents
+    source = FORMATS[kind](path)
+    images = args.images if source.has_images else "none"
+    if images == "none" and state.is_main_process:
+        logger.info(f"the cache has no images ({path}): it can be used only with --objective none")
+    vae = load_vae(args.vae, args.cache_dir)
+    shape, has_posterior = latent_layout(vae, args.resolution, args.patch_size)
+    if shape != source.shape:
+        raise InputError(
+            "from_latents",
+            f"`from_latents` {path} has latents of {list(source.shape)}, but `vae` makes {list(shape)} of images with "
+            f"`resolution` {args.resolution}; give the autoencoder and the resolution that made them",
+        )
+    if state.is_main_process and (problem := scale_problem(source, vae)):
+        logger.warning(f"--from {kind} {path}: {problem}")
+    config = cache_config(
+        source,
+        vae,
+        shape,
+        has_posterior,
+        args.resolution,
+        sampled=source.kind == "sampled",
+        seed=None,
+        flip=source.flip,
+        images=images,
+        chunk_rows=args.chunk_rows,
+        checksum=source.checksum(),
+    )
+    about = {
+        "vae": os.path.abspath(args.vae) if os.path.isdir(args.vae) else args.vae,
+        "dataset": os.path.abspath(path),
+        "split": "train",
+        "num_classes": int(source.labels.max()) + 1,
+        "class_names": None,
+    }
+    writer = CacheWriter(args.output_dir, config, about, state, args.verify)
+    if writer.complete:
+        logger.info(f"{args.output_dir} is complete already: {len(source)} images")
+        return
+    if writer.num_done:
+        logger.info(f"continuing: {writer.num_done} of {num_chunks(config)} chunks are written")
+    write_latents(writer, source, vae)
+    writer.finish()
+    logger.info(f"wrote {len(source)} images to {args.output_dir}; train with --latents_dir {args.output_dir}")
+
+
 def build_parser(prog: str) -> argparse.ArgumentParser:
-    parser = OneLineErrorParser(prog=prog, description=__doc__)
+    parser = OneLineErrorParser(prog=prog, description=__doc__, common=COMMON)
     g = parser.add_argument_group("data")
+    g.add_argument(
+        "--from",
+        dest="from_latents",
+        nargs=2,
+        metavar=("FORMAT", "PATH"),
+        help="read latents that another repository has encoded, instead of images: repa-zip and the folder with REPA's "
+        "vae-sd and images, or lightningdit and the folder with LightningDiT's safetensors files",
+    )
     add_options(g, DataConfig, ["dataset_name"], spellings=["--dataset"])
     add_options(
         g, DataConfig, ["dataset_config_name", "dataset_split", "train_data_dir", "image_column", "label_column"]
@@ -107,7 +172,8 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     g.add_argument(
         "--vae",
         required=True,
-        help="autoencoder of diffusers, Hub name or folder; `none` keeps no latents, but pixels",
+        help="encode the images with this autoencoder of diffusers (Hub name or folder), usually stabilityai/sd-vae-ft-ema; "
+        "`none` keeps no latents, but pixels",
     )
     g.add_argument(
         "--vae_dtype",
@@ -121,18 +187,23 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         help="keep one drawn latent for each image, half the size of mean and deviation",
     )
     g.add_argument("--seed", type=number_in(SEED), default=0, help="seed of --sampled")
-    g.add_argument("--flip", action="store_true", help="also keep every image mirrored, for --random_flip")
+    g.add_argument(
+        "--flip",
+        action="store_true",
+        help="keep every image mirrored, too, for a training with --random_flip; the folder gets twice as large",
+    )
     g.add_argument(
         "--images",
         choices=list(IMAGE_FORMATS),
         default="webp",
-        help="format of the cropped images beside the latents, for encoders: webp is lossless, jpeg (quality 95) half as "
-        "large",
+        help="keep the cropped images beside the latents, which the encoder of alignment sees: without loss (webp), half as "
+        "large (jpeg, quality 95), or not at all (none), which suits --objective none",
     )
     g.add_argument(
         "--encoder",
         nargs="+",
-        help="transformers encoders whose features are kept, too (large); then --images none suffices",
+        help="keep the features of these encoders of transformers, too, which saves their time in training and takes much "
+        "space; then --images none suffices",
     )
     g.add_argument(
         "--encoder_layer",
@@ -147,7 +218,12 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         help="patch size of the model to be trained, which sets the token grid of the features",
     )
     g = parser.add_argument_group("work")
-    g.add_argument("--output_dir", required=True, help="folder of the cache")
+    g.add_argument(
+        "--output_dir",
+        required=True,
+        metavar="DIR",
+        help="write to this folder; an interrupted command continues there",
+    )
     add_options(g, RunConfig, ["dataloader_num_workers"], help="processes that decode images, for each that encodes")
     g.add_argument(
         "--chunk_rows",
@@ -164,8 +240,11 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None = None, prog: str = "vrpo prepare") -> argparse.Namespace:
     parser = build_parser(prog)
     args = parser.parse_args(argv)
+    if args.from_latents is not None:
+        check_from(parser, args)
+        return args
     if (args.dataset_name is None) == (args.train_data_dir is None):
-        parser.error("give either --dataset_name or --train_data_dir")
+        parser.error("give either --dataset_name, --train_data_dir or --from")
     if args.vae == "none" and not args.encoder:
         parser.error("--vae none: a cache of pixels is for encoder features; give --encoder, or train from the images")
     if args.vae == "none" and args.vae_dtype != "float32":
@@ -182,12 +261,35 @@ def parse_args(argv: list[str] | None = None, prog: str = "vrpo prepare") -> arg
     return args
 
 
+def check_from(parser: argparse.ArgumentParser, args: argparse.Namespace):
+    """Ends with a message if `--from` names no known format, or is given with options that concern images to encode."""
+    kind = args.from_latents[0]
+    if kind not in FORMATS:
+        parser.error(f"--from {kind}: the format must be {' or '.join(FORMATS)}")
+    if args.vae == "none":
+        parser.error("--vae none cannot be combined with --from: give the autoencoder that made the latents")
+    concerned = ["dataset_name", "train_data_dir", "dataset_config_name", "dataset_split", "image_column"]
+    concerned += [
+        "label_column",
+        "max_train_samples",
+        "vae_dtype",
+        "sampled",
+        "seed",
+        "flip",
+        "encoder",
+        "encoder_layer",
+    ]
+    for name in concerned:
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"`{name}` cannot be combined with --from; remove it")
+
+
 def main(argv: list[str] | None = None, prog: str = "vrpo prepare"):
     """Runs the command; `prog` is its name in errors."""
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     args = parse_args(argv, prog)
     with one_line_errors(build_parser(prog)):
-        prepare(args)
+        (prepare_from_latents if args.from_latents else prepare)(args)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,8 @@ from .evaluate import check_output_files, write_report
 
 
 logger = logging.getLogger("probe")
+# The options that the short help shows beside the required ones.
+COMMON = ("test_split", "num_train", "num_test", "timesteps", "encoder", "batch_size", "output_file", "plot_file")
 
 
 def pooled_blocks(transformer: nn.Module):
@@ -369,21 +371,31 @@ def plot_probe(report: dict, file: Path):
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
-    parser = OneLineErrorParser(prog=prog, description=__doc__)
-    parser.add_argument("pipeline", metavar="PIPELINE", help="folder or Hub name of a VRPOPipeline")
+    parser = OneLineErrorParser(prog=prog, description=__doc__, common=COMMON)
+    parser.add_argument(
+        "pipeline",
+        metavar="PIPELINE",
+        help="measure the transformer of this pipeline: the output folder of a run, what `vrpo convert` wrote, or a name on "
+        "the Hub",
+    )
     g = parser.add_argument_group("data")
     add_options(g, DataConfig, ["dataset_name"], required=True)
     add_options(g, DataConfig, ["dataset_config_name", "dataset_split"])
-    g.add_argument("--test_split", help="split of the test images; other images of --dataset_split if not given")
+    g.add_argument(
+        "--test_split", help="take the test images from this split; from others of --dataset_split if not given"
+    )
     add_options(g, DataConfig, ["image_column", "label_column"])
     g.add_argument(
-        "--num_train", type=number_in(NUM_SAMPLES), default=10_000, help="number of training images, drawn at random"
+        "--num_train",
+        type=number_in(NUM_SAMPLES),
+        default=10_000,
+        help="train the probes on this many images, drawn at random; more take longer and raise the accuracies",
     )
     g.add_argument(
         "--num_test",
         type=number_in(NUM_SAMPLES),
         default=2000,
-        help="number of test images, drawn at random; CKNNA depends on it",
+        help="test on this many images, drawn at random; compare CKNNA only at equal numbers",
     )
     add_options(g, RunConfig, ["cache_dir"])
     g = parser.add_argument_group("what is measured")
@@ -392,9 +404,13 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         type=number_in(In(0, 1), float),
         nargs="+",
         default=[0.1, 0.3, 0.5, 0.7, 0.9],
-        help="noise levels t; 1 is noise",
+        help="measure at these noise levels t, between 0 (the image) and 1 (noise)",
     )
-    g.add_argument("--encoder", nargs="+", help="encoders to compare with: `inception`, Hub names or folders")
+    g.add_argument(
+        "--encoder",
+        nargs="+",
+        help="compare the blocks with these encoders: `inception`, or vision models of transformers (Hub names or folders)",
+    )
     g.add_argument(
         "--pooling",
         choices=POOLINGS,
@@ -411,10 +427,12 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     )
     g.add_argument("--seed", type=number_in(SEED), default=0, help="seed of the drawn images and the noise")
     g = parser.add_argument_group("work and output")
-    g.add_argument("--batch_size", type=number_in(BATCH), default=32, help="images in a batch, on each process")
+    g.add_argument(
+        "--batch_size", type=number_in(BATCH), default=32, help="compute this many images together on each process"
+    )
     add_options(g, RunConfig, ["dataloader_num_workers"], help="processes that decode images, for each that encodes")
-    g.add_argument("--output_file", metavar="FILE.json", help="file for all numbers")
-    g.add_argument("--plot_file", metavar="FILE.png", help="file for the plots by block")
+    g.add_argument("--output_file", metavar="FILE.json", help="write all numbers to this file")
+    g.add_argument("--plot_file", metavar="FILE.png", help="draw accuracies and alignment by block in this file")
     return parser
 
 

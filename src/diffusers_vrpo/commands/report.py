@@ -346,7 +346,7 @@ def page(report: dict, plots: list[str], grids: str) -> str:
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
     parser = OneLineErrorParser(prog=prog, description=__doc__)
-    parser.add_argument("runs", nargs="*", metavar="RUN_DIR", help="output folders of train_vrpo.py")
+    parser.add_argument("runs", nargs="*", metavar="RUN_DIR", help="output folders of `vrpo train`")
     parser.add_argument(
         "--arms",
         nargs="+",

@@ -2,9 +2,8 @@
 r"""Sample many images from a pipeline into a folder, as PNG files or an .npz file for ADM's evaluator.
 
     vrpo sample outputs/digits --num_images 100 --output_dir samples
-    accelerate launch --multi_gpu -m diffusers_vrpo.commands.sample sit-xl --num_images 50000 --output_dir samples \
-        --sampler sde --num_inference_steps 250 --guidance_scale 1.8 --guidance_interval 0 0.7 --batch_size 128 \
-        --dtype bfloat16 --compile --output_format npz
+    vrpo sample --multi_gpu -- sit-xl --num_images 50000 --output_dir samples --sampler sde --num_inference_steps 250 \
+        --guidance_scale 1.8 --guidance_interval 0 0.7 --batch_size 128 --dtype bfloat16 --compile --output_format npz
 
 Image i is a function of (seed, i) and the options: one process, several, or a stopped command that is run again write the
 same files. Existing files are kept.
@@ -28,14 +27,13 @@ from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from ..command_line import OneLineErrorParser, as_id, number_in, one_line_errors
-from ..config import BATCH, GUIDANCE, NUM_SAMPLES, SEED, SOLVER_STEPS
+from ..config import BATCH, DTYPES, GUIDANCE, NUM_SAMPLES, SEED, SOLVER_STEPS
 from ..errors import InputError, first_line, hub_problem
 from ..models.official_checkpoints import pipeline_index
 from ..models.start import public_config, weights_checksum
 from ..pipelines.pipeline_vrpo import VRPOPipeline
 from ..pipelines.sample_folder import SampleFolder, cannot_write
 from ..pipelines.sampling import (
-    DTYPES,
     SAMPLERS,
     check_steps,
     image_label,
@@ -48,6 +46,10 @@ from ..training.distributed import start_processes
 
 
 logger = logging.getLogger("sample")
+# The options that the short help shows beside the required ones.
+COMMON = ("labels", "seed", "sampler", "num_inference_steps", "guidance_scale", "batch_size", "dtype")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Pipeline and sampler
 
@@ -100,15 +102,23 @@ def checksum(pipeline: VRPOPipeline) -> int:
     return value
 
 
-def sample(args: argparse.Namespace):
+def open_pipeline(args: argparse.Namespace, state: PartialState) -> VRPOPipeline:
+    """`load_pipeline` of the options, on all processes; one of them downloads."""
+    with state.main_process_first():
+        return load_pipeline(args.pipeline, args.revision, args.variant, args.cache_dir)
+
+
+def sample(args: argparse.Namespace, pipeline: VRPOPipeline | None = None):
     """Writes the samples that the options describe, on all processes.
+
+    Args:
+        pipeline: that of the options, if it is open.
 
     Raises:
         InputError: if options cannot work, or the folder holds something else.
     """
     state = start_processes()
-    with state.main_process_first():
-        pipeline = load_pipeline(args.pipeline, args.revision, args.variant, args.cache_dir)
+    pipeline = pipeline or open_pipeline(args, state)
     set_sampler(pipeline, args.sampler, args.pipeline)
     arguments = sampling_arguments(pipeline, args)
     check_steps(pipeline, args.num_inference_steps)
@@ -229,16 +239,24 @@ def channels(text: str) -> int | str:
     return text if text == "all" else int(text)
 
 
-def build_parser(prog: str) -> argparse.ArgumentParser:
-    parser = OneLineErrorParser(prog=prog, description=__doc__)
-    parser.add_argument("pipeline", metavar="PIPELINE", help="folder or Hub name of a saved VRPOPipeline")
+def add_sampling_options(parser: argparse.ArgumentParser, **num_images):
+    """Adds PIPELINE and the options of what is sampled and how, but those of the files.
+
+    Args:
+        num_images: arguments of `add_argument` for --num_images, such as `default`.
+    """
+    parser.add_argument(
+        "pipeline",
+        metavar="PIPELINE",
+        help="sample from this pipeline: the output folder of a run, what `vrpo convert` wrote, or a name on the Hub",
+    )
     g = parser.add_argument_group("what is sampled")
-    g.add_argument("--num_images", type=number_in(NUM_SAMPLES), required=True, help="number of images")
+    g.add_argument("--num_images", type=number_in(NUM_SAMPLES), metavar="N", **num_images)
     g.add_argument(
         "--labels",
         nargs="+",
         metavar="LABEL",
-        help="class names or ids; all classes that had images in training if not given",
+        help="sample these classes, by name or id, in turn; all classes that had images in training if not given",
     )
     g.add_argument(
         "--class_balance",
@@ -246,21 +264,32 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         default="balanced",
         help="labels in turn, image by image, or drawn at random",
     )
-    g.add_argument("--seed", type=number_in(SEED), default=0, help="seed of the noise and of drawn labels")
+    g.add_argument(
+        "--seed",
+        type=number_in(SEED),
+        default=0,
+        help="draw noise and random labels from this seed; the same seed and options give the same images",
+    )
     g = parser.add_argument_group("how")
     names = list(dict.fromkeys(("default", *SAMPLERS["velocity"], *SAMPLERS["epsilon"])))
     g.add_argument(
         "--sampler",
         choices=names,
         default="default",
-        help="scheduler: the pipeline's own; ode (Euler), heun or sde for models that predict velocity; ddim or ddpm for "
-        "those that predict noise; dpmsolver++ or unipc for both",
+        help="sample with this scheduler: the pipeline's own (`default`); ode (Euler), heun or sde for SiT, which predicts "
+        "velocity; ddim or ddpm for DiT, which predicts noise; dpmsolver++ or unipc, which need fewer steps, for both",
     )
-    g.add_argument("--num_inference_steps", type=number_in(SOLVER_STEPS), default=50, help="steps of the sampler")
+    g.add_argument(
+        "--num_inference_steps",
+        type=number_in(SOLVER_STEPS),
+        default=50,
+        help="solve in this many steps, each a pass of the transformer (two for heun); published FIDs use 250",
+    )
     g.add_argument(
         "--guidance_scale",
         type=number_in(GUIDANCE, float),
-        help="classifier-free guidance; 1 turns it off (default: 1.5; 1 for a model with one class or without a null class)",
+        help="push images towards their class by this much (classifier-free guidance): 1 turns it off and takes half the "
+        "time, 4 gives typical images of little variety (default: 1.5; 1 for a model with one class or without a null class)",
     )
     g.add_argument(
         "--guidance_interval",
@@ -278,38 +307,56 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         "given",
     )
     g = parser.add_argument_group("computation")
-    g.add_argument("--batch_size", type=number_in(BATCH), default=32, help="images that a process computes together")
     g.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="precision of the transformer; latents are float32"
+        "--batch_size",
+        type=number_in(BATCH),
+        default=32,
+        help="compute this many images together on each process; raise it on a GPU until its memory is used",
+    )
+    g.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="compute the transformer in this precision; bfloat16 is several times as fast on a GPU",
     )
     g.add_argument("--vae_dtype", choices=DTYPES, default="float32", help="precision of the autoencoder")
     g.add_argument("--compile", action="store_true", help="compile the transformer blocks")
+    g.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub repository")
+    g.add_argument("--variant", metavar="NAME", help="variant of the weights' files, such as fp16")
+
+
+def build_parser(prog: str) -> argparse.ArgumentParser:
+    parser = OneLineErrorParser(prog=prog, description=__doc__, common=(*COMMON, "output_format"))
+    add_sampling_options(parser, required=True, help="sample this many images")
     g = parser.add_argument_group("files")
     g.add_argument(
         "--output_dir",
         required=True,
         metavar="DIR",
-        help="folder of the images: a new or empty one, or that of an interrupted call",
+        help="write the images to this folder, a new or empty one; an interrupted command continues in its own",
     )
     g.add_argument(
         "--output_format",
         choices=["png", "npz", "both"],
         default="png",
-        help="files: 000000.png and so on, samples.npz as ADM writes it, or both",
+        help="write 000000.png and so on (png), samples.npz as ADM's evaluator reads it (npz), or both",
     )
     g.add_argument("--overwrite", action="store_true", help="remove the samples in DIR first")
-    g.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub repository")
-    g.add_argument("--variant", metavar="NAME", help="variant of the weights' files, such as fp16")
     g.add_argument("--cache_dir", metavar="DIR", help="folder for downloads")
     return parser
+
+
+def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace):
+    """Ends the process with a one-line message if options of `add_sampling_options` contradict each other."""
+    low, high = args.guidance_interval
+    if not 0 <= low <= high <= 1:
+        parser.error(f"--guidance_interval {low} {high} must be LOW HIGH with 0 <= LOW <= HIGH <= 1 (t = 1 is noise)")
 
 
 def parse_args(argv: list[str] | None = None, prog: str = "vrpo sample") -> argparse.Namespace:
     parser = build_parser(prog)
     args = parser.parse_args(argv)
-    low, high = args.guidance_interval
-    if not 0 <= low <= high <= 1:
-        parser.error(f"--guidance_interval {low} {high} must be LOW HIGH with 0 <= LOW <= HIGH <= 1 (t = 1 is noise)")
+    check_args(parser, args)
     return args
 
 

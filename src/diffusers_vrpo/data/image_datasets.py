@@ -20,9 +20,9 @@ from ..errors import UNKNOWN_TO_THE_HUB, InputError, first_line, gated, hub_prob
 from ..random_streams import ORDER, random_stream
 from ..reach import offline_if_out_of_reach
 from .image_decoding import PixelRange, decode_image
+from .image_files import IMAGE_SUFFIXES
 from .image_folders import (
     IMAGE_FOLDER,
-    IMAGE_SUFFIXES,
     LABEL_COLUMN,
     METADATA_FILES,
     NO_CLASSES,

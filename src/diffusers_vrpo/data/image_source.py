@@ -3,7 +3,7 @@
 
 import os
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -71,7 +71,7 @@ class ImageSource:
         """The rows that decide `pixel_range`, evenly spaced."""
         return sample_rows(len(self))
 
-    def check(self):
+    def check(self) -> None:
         """Decodes a fixed random sample of the images.
 
         Raises:
@@ -109,7 +109,7 @@ class ImageSource:
         random_flip: bool = False,
         sample_posterior: bool = False,
         num_tokens: int | None = None,
-        encoders: list = (),
+        encoders: Sequence = (),
         global_batch_size: int | None = None,
     ) -> SampleStreams:
         """`TrainingSamples` of the images."""
@@ -127,7 +127,9 @@ class ImageSource:
             self.pixel_range,
         )
 
-    def loader(self, samples: SampleStreams, batch_sampler: Iterable[list[int]], num_workers: int, pin_memory: bool):
+    def loader(
+        self, samples: SampleStreams, batch_sampler: Iterable[list[int]], num_workers: int, pin_memory: bool
+    ) -> torch.utils.data.DataLoader:
         """A `DataLoader` with worker processes."""
         return worker_loader(samples, batch_sampler, num_workers, pin_memory)
 
@@ -149,10 +151,10 @@ class ImageSource:
             labels.append(label)
         return np.stack(images), np.array(labels, dtype=np.int64)
 
-    def give_up_when(self, interrupted: Callable[[], bool]):
+    def give_up_when(self, interrupted: Callable[[], bool]) -> None:
         """Has no effect: nothing here waits for a server."""
 
-    def release(self):
+    def release(self) -> None:
         """Has no effect: no images are kept in memory."""
 
 

@@ -44,24 +44,26 @@ def cache_config(
     layers: list[int | None] = (),
     vae_dtype: str = "float32",
     sampled: bool = False,
-    seed: int = 0,
+    seed: int | None = 0,
     flip: bool = False,
     images: str = "webp",
     chunk_rows: int = 1024,
+    checksum: int | None = None,
 ) -> dict:
     """Everything that the content of a cache depends on, as JSON values.
 
     Args:
-        data: an `ImageDataset`.
+        data: an `ImageDataset`, or, with `checksum`, anything that has a length.
         vae: the autoencoder; None keeps the pixels.
         latent_shape, has_posterior: what `latent_layout` has measured.
         resolution: side of the centre crop in pixels.
         encoders, encoder_names, layers: the encoders of the features; a layer of None is the encoder's default.
         vae_dtype: the dtype of the autoencoder's computation.
-        sampled: keep one latent, drawn with `seed`, in place of mean and standard deviation.
+        sampled: keep one latent, drawn with `seed` (None for others' draws), in place of mean and standard deviation.
         flip: also encode every image mirrored.
         images: how the images are kept, one of `IMAGE_FORMATS`.
         chunk_rows: the number of images in a chunk.
+        checksum: of the labels and a sample of the content; computed from the images if not given.
 
     Raises:
         InputError: if `sampled` is set and the autoencoder has no posterior.
@@ -74,7 +76,7 @@ def cache_config(
     statistics = {} if vae is None else latent_statistics(vae)
     return {
         "count": len(data),
-        "dataset_checksum": dataset_checksum(data),
+        "dataset_checksum": dataset_checksum(data) if checksum is None else checksum,
         "resolution": resolution,
         "crop": "center",
         "vae_checksum": None if vae is None else weights_checksum(vae.parameters()),

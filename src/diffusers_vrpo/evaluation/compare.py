@@ -8,6 +8,7 @@
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -330,7 +331,7 @@ def compute_metrics(
 def compare_images(
     samples: ImageSet,
     reference: Reference | None = None,
-    encoders: list[str] = ("inception",),
+    encoders: Sequence[str] = ("inception",),
     metrics: list[str] | None = None,
     settings: MetricSettings | None = None,
     pooling: str = "auto",

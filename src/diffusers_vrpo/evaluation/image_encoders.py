@@ -7,11 +7,11 @@ pooled map of a conv net, and the mean of the tokens of models without a class t
 """
 
 from collections.abc import Iterable
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import CLIPVisionModelWithProjection
 
 from ..alignment.encoders import (
     REMEDY,
@@ -182,6 +182,7 @@ def load_image_encoder(
         raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, not {pooling!r}")
     prefix = f"`{option}` {name_or_path}: "
     source, local = _locate(name_or_path, option)
+    import_module("transformers")  # not below, where all errors are taken as the checkpoint's
     try:
         with offline_if_out_of_reach(source):
             model, _ = _load_model(source, dtype, cache_dir, local)
@@ -211,6 +212,8 @@ def load_image_encoder(
 
 def _with_projection(source, dtype, cache_dir, local):
     """Loads CLIP's image tower with its projection; returns None if the checkpoint has none."""
+    from transformers import CLIPVisionModelWithProjection
+
     with _quiet_transformers():
         model, info = CLIPVisionModelWithProjection.from_pretrained(
             source, dtype=dtype, output_loading_info=True, cache_dir=cache_dir, local_files_only=local

@@ -6,25 +6,28 @@ import os
 import struct
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from datasets import Dataset, Image
 
 from ..arrays import map_array, num_bytes, read_header
 from ..config import is_embedded_dataset
-from ..data.image_datasets import load_embedded_dataset, open_named, refuse_config_name
 from ..data.image_decoding import PixelRange, decode_image, find_pixel_range, resize_and_crop, sample_rows
-from ..data.image_folders import list_images, reason_without_images
+from ..data.image_files import list_images, reason_without_images
 from ..errors import InputError, first_line
 from ..files import open_image
 from ..pipelines.sample_folder import unfinished_samples
 from ..random_streams import ORDER, random_stream
 
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 # A compressed array is unpacked into memory: at most 50,000 images of 256 x 256 pixels, and, beyond 256 MB, at most 100
@@ -118,7 +121,7 @@ class ArrayReader:
 class DatasetReader:
     """Reads images of a data set of `datasets`, cropped to `resolution` as for training."""
 
-    data: Dataset
+    data: "Dataset"
     image_column: str
     resolution: int
     pixel_range: PixelRange
@@ -137,6 +140,8 @@ def folder_images(name: str, folder: str | Path, resolution: int | None = None) 
     listing = list_images(folder)
     if not listing.images:
         raise InputError(None, f"{name}: {reason_without_images(os.fspath(folder), listing)}")
+    if (Path(folder) / "manifest.json").is_file():  # which `vrpo sample` writes beside its images
+        listing.others -= Counter({".json": 1})
     if left_out := listing.left_out():
         logger.warning(f"{name}: not used: {'; '.join(left_out)}")
     paths = sorted(Path(folder, image) for image in listing.images)
@@ -282,6 +287,11 @@ def dataset_images(
         InputError: if the data set, split or column of images does not exist, or the values of the pixels have no known
             range.
     """
+    # Here, so that folders and files of images can be measured without `datasets`.
+    from datasets import Image
+
+    from ..data.image_datasets import load_embedded_dataset, open_named, refuse_config_name
+
     if is_embedded_dataset(source):
         refuse_config_name(config_name, option, source)
         data = load_embedded_dataset(source)

@@ -76,7 +76,7 @@ def stage_pipeline(pipeline: VRPOPipeline, checkpoint: Path, folder: Path):
                 component.save_pretrained(folder / name)
         link_tree(checkpoint / averaged, folder / "transformer")
     else:
-        if not pipeline.transformer.adapters_suffice:
+        if not getattr(pipeline.transformer, "adapters_suffice", False):
             raise InputError(
                 None, "its adapters alone cannot be used by others; the result will be the whole pipeline"
             )
@@ -337,7 +337,8 @@ class HubPublisher(TrainerCallback):
 
     def _failed(self, name: str, why: str):
         self.missing[name] = why
-        logger.warning(f"{name} could not be sent to the Hub: {why}; training is not affected")
+        if name != "the result":  # of which `push_result` tells
+            logger.warning(f"{name} could not be sent to the Hub: {why}; training is not affected")
 
     def _send_checkpoint(self, folder: Path, step: int):
         # The training state comes first, since a run needs it to continue; a failure of one does not block the other.

@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..config import Resume, VRPOConfig, checked_value, names_marked, options_of
 from ..errors import InputError
+from ..files import packaged
 from ..markup import code, one_line, quoted, shown
 from ..schemas import METRICS_ROW, START_FACTS, merge_steps, read_rows
 
@@ -46,12 +47,6 @@ CITATIONS = {
     "repi": "scaffold: [REPI](https://arxiv.org/abs/2609.35292)",
     "vrpo": "alignment: [REPA](https://arxiv.org/abs/2410.06940)",
 }
-
-
-def template_file(name: str) -> Path:
-    """Finds a file of `model_cards/`, in the checkout or in the installed package."""
-    installed = Path(__file__).parents[1] / "model_cards" / name
-    return installed if installed.is_file() else Path(__file__).parents[3] / "model_cards" / name
 
 
 def is_hub_id(name) -> bool:
@@ -395,7 +390,7 @@ def render_card(folder: str | Path, repo_id: str, license: str | None = None, **
         "fence": "`" * max([3, *(1 + len(ticks) for ticks in re.findall("`+", options_as_yaml))]),
         "card_data": card_data(run, repo_id, license).to_yaml(),
     }
-    template = template_file("template.md").read_text(encoding="utf-8")
+    template = (packaged("model_cards") / "template.md").read_text(encoding="utf-8")
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"shown": shown, "code": code, "quoted": quoted}
     card = environment.from_string(template).render(**run | extra)

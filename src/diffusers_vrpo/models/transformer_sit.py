@@ -494,7 +494,7 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         self.gradient_checkpointing = False
         self.initialize_weights()
 
-    def initialize_weights(self, others: Iterable[nn.Module] = ()):
+    def initialize_weights(self, others: Iterable[nn.Module] = ()) -> None:
         """SiT's initialisation: Xavier linears, N(0, 0.02) embedders, zeros where adaLN-zero wants the identity.
 
         Args:
@@ -514,7 +514,7 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
             nn.init.zeros_(linear.bias)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "SiTTransformer2DModel":
         """Opens a saved model as diffusers does, but refuses one whose weights are not whole.
 
         A folder that holds a single variant of the weights, such as `fp16`, opens without `variant`.
@@ -550,7 +550,7 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
 
     # Pipelines ask for the arguments of this method by its signature, and pass only those on.
     @functools.wraps(ModelMixin.save_pretrained)
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         super().save_pretrained(save_directory, *args, **kwargs)
         folder = Path(save_directory)
         # safetensors writes files that only their owner can read; config.json has the permissions of the umask.
@@ -558,13 +558,13 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
             file.chmod((folder / self.config_name).stat().st_mode & 0o777)
 
     @classmethod
-    def extract_init_dict(cls, config_dict: dict, **kwargs):
+    def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple:
         """Overrides diffusers' method to avoid its warnings about `auto_map` and the projector arguments of version 0.1."""
         unused = (*REMOVED_ARGUMENTS, "auto_map")
         config_dict = {name: value for name, value in config_dict.items() if name not in unused}
         return super().extract_init_dict(config_dict, **kwargs)
 
-    def enable_cache(self, config: object):
+    def enable_cache(self, config: object) -> None:
         """Enables caching at inference (`FirstBlockCacheConfig`, ...); registers the blocks' output for diffusers' hooks."""
         from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 

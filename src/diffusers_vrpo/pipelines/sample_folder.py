@@ -86,7 +86,7 @@ class SampleFolder:
             if problem := irregular_problem(self.folder):
                 raise InputError("output_dir", f"`output_dir` {self.folder}: {problem}")
             if found is not None and overwrite:
-                self._remove()
+                remove_samples(self.folder)
                 found = None
             if found is not None:
                 self._refuse_another(found)
@@ -152,13 +152,6 @@ class SampleFolder:
                 "or give `overwrite`",
             )
 
-    def _remove(self):
-        """Removes the files of this class, the manifest last: it marks the folder as one of samples until then."""
-        for path in [*self.folder.glob("[0-9]*.png"), *self.folder.glob("parts/[0-9]*.npy"), self.npz]:
-            if path == self.npz or path.stem.isdigit():
-                path.unlink(missing_ok=True)
-        (self.folder / "manifest.json").unlink()
-
     def _write_manifest(self, complete: bool):
         manifest = {"format": FORMAT, "complete": complete, **self.manifest}
         labels = json.dumps(manifest.pop("labels"))
@@ -206,6 +199,15 @@ class SampleFolder:
             self._write_manifest(complete=True)
         except OSError as error:
             raise cannot_write(self.folder, error) from error
+
+
+def remove_samples(folder: Path):
+    """Removes the files of a `SampleFolder`, the manifest last: it marks the folder as one of samples until then."""
+    npz = folder / "samples.npz"
+    for path in [*folder.glob("[0-9]*.png"), *folder.glob("parts/[0-9]*.npy"), npz]:
+        if path == npz or path.stem.isdigit():
+            path.unlink(missing_ok=True)
+    (folder / "manifest.json").unlink()
 
 
 def unfinished_samples(folder: Path) -> int | None:

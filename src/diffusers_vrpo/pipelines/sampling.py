@@ -24,9 +24,6 @@ from .pipeline_vrpo import VRPOPipeline
 from .scheduling_sit_sde import SiTSDEScheduler
 
 
-DTYPES = ("float32", "bfloat16", "float16")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Random numbers of image i
 

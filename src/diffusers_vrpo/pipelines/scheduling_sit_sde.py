@@ -40,7 +40,7 @@ class SiTSDEScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"`num_train_timesteps` must be an integer and at least 2, not {num_train_timesteps!r}")
         self.set_timesteps(num_train_timesteps)
 
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None):
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Sets `sigmas` (t and a final 0, float32 on the CPU) and `timesteps` (on `device`), before sampling.
 
         Args:
@@ -72,7 +72,7 @@ class SiTSDEScheduler(SchedulerMixin, ConfigMixin):
         """The step to start at, if `set_begin_index` has set it."""
         return self._begin_index
 
-    def set_begin_index(self, begin_index: int = 0):
+    def set_begin_index(self, begin_index: int = 0) -> None:
         """Starts at this step instead of looking up the first `timestep`."""
         self._begin_index = begin_index
 

@@ -65,7 +65,7 @@ class Run:
             raise InputError(
                 None,
                 f"{folder} is not the folder of a run (no {' and no '.join(missing)} in it); give an `output_dir` of "
-                "train_vrpo.py",
+                "`vrpo train`",
             )
         try:
             self.options = yaml.safe_load(read_regular(files[0]))
@@ -75,11 +75,9 @@ class Run:
         except (OSError, RecursionError, yaml.YAMLError) as error:
             raise InputError(None, f"{folder} cannot be read ({first_line(error)}); give another run") from error
         if not isinstance(self.options, dict):
-            raise InputError(
-                None, f"{files[0]} is not what train_vrpo.py wrote: it holds no options; give another run"
-            )
+            raise InputError(None, f"{files[0]} is not what `vrpo train` wrote: it holds no options; give another run")
         if problem := mismatch(self.options, RECORDED_OPTIONS):
-            raise InputError(None, f"{files[0]} is not what train_vrpo.py wrote ({problem}); give another run")
+            raise InputError(None, f"{files[0]} is not what `vrpo train` wrote ({problem}); give another run")
         if damaged:
             warn(f"{files[1]}: {damaged} damaged line(s) skipped")
         self.rows = merge_rows(rows)

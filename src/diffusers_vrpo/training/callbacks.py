@@ -30,31 +30,31 @@ class TrainerCallback:
 
     state_name = ""
 
-    def on_init_end(self, trainer: VRPOTrainer):
+    def on_init_end(self, trainer: VRPOTrainer) -> None:
         """Called when model and data are loaded, before a checkpoint is; raises InputError for what cannot work."""
 
-    def on_train_begin(self, trainer: VRPOTrainer):
+    def on_train_begin(self, trainer: VRPOTrainer) -> None:
         """Called after a checkpoint was loaded, before the first step."""
 
-    def before_optimizer_step(self, trainer: VRPOTrainer):
+    def before_optimizer_step(self, trainer: VRPOTrainer) -> None:
         """Called with the gradients of all micro-batches, before they are clipped and `trainer.step` is counted."""
 
-    def on_step_end(self, trainer: VRPOTrainer):
+    def on_step_end(self, trainer: VRPOTrainer) -> None:
         """Called after a step and before its checkpoint: update here what a checkpoint must hold."""
 
-    def on_save(self, trainer: VRPOTrainer, checkpoint: Path):
+    def on_save(self, trainer: VRPOTrainer, checkpoint: Path) -> None:
         """Called after a checkpoint is on the disk."""
 
-    def on_evaluate(self, trainer: VRPOTrainer):
+    def on_evaluate(self, trainer: VRPOTrainer) -> None:
         """Called at the end of a step, after its checkpoint if one was due, for long work such as validation.
 
         Its time does not count as training time.
         """
 
-    def on_log(self, trainer: VRPOTrainer, values: dict[str, float]):
+    def on_log(self, trainer: VRPOTrainer, values: dict[str, float]) -> None:
         """Called after metrics of a step were written."""
 
-    def on_train_end(self, trainer: VRPOTrainer):
+    def on_train_end(self, trainer: VRPOTrainer) -> None:
         """Called after the last step and its checkpoint."""
 
     def can_save(self, step: int, begun: bool = False) -> bool:

@@ -5,9 +5,11 @@ import contextlib
 import copy
 import logging
 import os
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
+from typing import TextIO
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,6 +18,7 @@ from accelerate.utils import DistributedType, convert_outputs_to_fp32, gather_ob
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
+from tqdm.auto import tqdm
 
 from ..errors import InputError
 from .interruption import wait_before_exit
@@ -42,7 +45,51 @@ def start_processes() -> PartialState:
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=level)
     for noisy in ("httpx", "datasets", "PIL", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    plain_lines(state.num_processes)
     return state
+
+
+def plain_lines(num_processes: int):
+    """Takes from the log, once it is set up, what libraries add to it and a user cannot use."""
+    logging.getLogger("accelerate").setLevel(
+        logging.WARNING
+    )  # it names each file of a checkpoint, under its temporary name
+    logging.getLogger("huggingface_hub").handlers.clear()  # its lines would come twice, once by the root's handler
+    if num_processes == 1:
+        for handler in logging.root.handlers:
+            handler.addFilter(without_rank)
+
+
+def without_rank(record: logging.LogRecord) -> bool:
+    """Removes accelerate's mark of the process from a line, and keeps the line."""
+    if isinstance(record.msg, str):
+        record.msg = record.msg.removeprefix("[RANK 0] ")
+    return True
+
+
+class AboveTheBar:
+    """A stream that writes above the progress bars of tqdm, in the place of one that would write into them."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str):
+        tqdm.write(text, file=self.stream, end="")
+
+    def flush(self):
+        self.stream.flush()
+
+
+@contextlib.contextmanager
+def lines_above_the_bar():
+    """Log lines on the console stand above the progress bar inside the `with` block."""
+    consoles = [each for each in logging.root.handlers if getattr(each, "stream", None) in (sys.stderr, sys.stdout)]
+    streams = [handler.setStream(AboveTheBar(handler.stream)) for handler in consoles]
+    try:
+        yield
+    finally:
+        for handler, stream in zip(consoles, streams):
+            handler.setStream(stream)
 
 
 def check_distributed(accelerator: Accelerator, lora: bool):

@@ -26,8 +26,9 @@ def shown_values(values: dict[str, float]) -> dict[str, str]:
     """Formats loss, rewards and speed for the progress bar."""
     shown = {"loss": f"{values['loss_fm']:.4f}"}
     rewards = {name.removeprefix("reward/"): values[name] for name in values if name.startswith("reward/")}
-    shown |= {name: f"{value:.4f}" for name, value in rewards.items()}
-    shown["images/s"] = f"{values['images_per_second']:.0f}"
+    shown |= {name: f"{value:.4f}" for name, value in rewards.items() if name != "fidelity"}  # which is minus the loss
+    speed = values["images_per_second"]
+    shown["images/s"] = f"{speed:.1f}" if speed < 100 else f"{speed:.0f}"
     if "mfu" in values:
         shown |= {"TFLOP/s": f"{values['tflops_per_device']:.3g}", "MFU": f"{100 * values['mfu']:.1f}%"}
     return shown
@@ -165,12 +166,14 @@ def write_start(
     max_train_steps: int,
     options: dict,
     prediction_type: str,
+    changes: dict[str, list] | None = None,
 ):
     """Adds a line to `starts.jsonl`: the first step, the hardware, and the size of the model.
 
     Args:
         options: the given options; the line lists those whose values are local files or folders.
         prediction_type: what the transformer predicts.
+        changes: options that have changed since the checkpoint, `{name: [before, now]}`.
     """
     names = [name for value in options.values() for name in (value if isinstance(value, list) else [value])]
     start = {
@@ -186,12 +189,22 @@ def write_start(
         "adapters_suffice": getattr(aligned.transformer, "adapters_suffice", False),
         "local": sorted({name for name in names if isinstance(name, str) and os.path.exists(name)}),
         "torch": torch.__version__,
-    }
+    } | ({"changed": changes} if changes else {})
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
     with contextlib.suppress(OSError), os.fdopen(open_regular(output_dir / "starts.jsonl", flags), "a") as file:
         file.write(json.dumps(start) + "\n")
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """Reads a `metrics.jsonl` into one row per step, without lines that are damaged, as a crash leaves the last one."""
+    """Reads what a run has logged, one row per step, without lines that are damaged, as a crash leaves the last one.
+
+    Args:
+        path: the `metrics.jsonl` of an output folder.
+
+    Returns:
+        the rows in the order of their steps: numbers by name, among them `step`.
+
+    Raises:
+        OSError: if the file cannot be read.
+    """
     return merge_steps(read_rows(Path(path), METRICS_ROW)[0])

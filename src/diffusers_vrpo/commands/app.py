@@ -1,0 +1,65 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+r"""Open a page that samples from a pipeline, in the browser of a computer or a phone.
+
+    vrpo app outputs/digits
+    vrpo app me/digits-vrpo --server_name 0.0.0.0          (a phone in the same network can open it)
+
+The page prints its address. It is also a Space of the Hub, where the variable VRPO_PIPELINE names the pipeline.
+"""
+
+import argparse
+import os
+import sys
+from importlib import import_module
+
+from ..command_line import OneLineErrorParser
+from ..config import DTYPES
+from ..files import packaged
+
+
+def build_parser(prog: str) -> argparse.ArgumentParser:
+    parser = OneLineErrorParser(prog=prog, description=__doc__)
+    parser.add_argument(
+        "pipeline",
+        nargs="?",
+        metavar="PIPELINE",
+        default=argparse.SUPPRESS,
+        help="output folder of a run, any other folder of a VRPOPipeline, or its name on the Hub; VRPO_PIPELINE if not given",
+    )
+    parser.add_argument("--pipeline", default=os.environ.get("VRPO_PIPELINE"), help="another way to give PIPELINE")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="precision of the transformer; bfloat16 on a GPU and float32 on a CPU if not given",
+    )
+    parser.add_argument(
+        "--server_name",
+        metavar="HOST",
+        help="address to listen on; this computer alone if not given, 0.0.0.0 for all in the same network",
+    )
+    parser.add_argument(
+        "--server_port",
+        type=int,
+        metavar="PORT",
+        help="port of the page; the first free one from 7860 on if not given",
+    )
+    return parser
+
+
+def parse_args(argv: list[str] | None = None, prog: str = "vrpo app") -> argparse.Namespace:
+    parser = build_parser(prog)
+    args = parser.parse_args(argv)
+    if not args.pipeline:
+        parser.error("PIPELINE is missing: name a folder or Hub repository, or set VRPO_PIPELINE (a Space's variable)")
+    return args
+
+
+def main(argv: list[str] | None = None, prog: str = "vrpo app"):
+    """Runs the command; `prog` is its name in errors."""
+    args = parse_args(argv, prog)
+    sys.path.insert(0, str(packaged("space")))  # whose modules lie side by side in a Space
+    import_module("app").serve(args, build_parser(prog))
+
+
+if __name__ == "__main__":
+    main()

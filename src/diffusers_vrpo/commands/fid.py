@@ -1,0 +1,123 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+r"""Sample from a pipeline and compare the images with a reference: `vrpo sample` and `vrpo evaluate` in one.
+
+    vrpo fid outputs/digits --reference path/to/images --num_images 1000
+    vrpo fid --multi_gpu -- sit-xl --reference VIRTUAL_imagenet256_labeled.npz --sampler sde --num_inference_steps 250 \
+        --batch_size 128 --dtype bfloat16
+
+A command that was stopped continues with the images that are there when it is run again. They are removed once they are
+measured, unless --keep_images is given or a whole set was in --output_dir before.
+
+Compare values only at equal numbers of images and equal options of sampling.
+"""
+
+import argparse
+import contextlib
+import logging
+from pathlib import Path
+
+from accelerate import PartialState
+
+from ..command_line import OneLineErrorParser, one_line_errors
+from ..evaluation.compare import open_reference
+from ..evaluation.image_encoders import load_image_encoder
+from ..evaluation.image_sets import ImageSet
+from ..models.autoencoder import decoded_side
+from ..pipelines.pipeline_vrpo import VRPOPipeline
+from ..pipelines.sample_folder import remove_samples, unfinished_samples
+from ..training.distributed import start_processes
+from . import evaluate, sample
+
+
+logger = logging.getLogger("fid")
+# The options that the short help shows beside the required ones.
+COMMON = (*sample.COMMON, *evaluate.COMMON, "num_images", "output_dir", "keep_images")
+
+
+def fid(args: argparse.Namespace) -> dict | None:
+    """Samples and measures; the main process returns the content of the JSON file of `vrpo evaluate`, the others None.
+
+    Raises:
+        InputError: if options cannot work, before anything is sampled where that can be known.
+    """
+    state = start_processes()
+    folder = Path(args.output_dir or f"{Path(args.pipeline).resolve().name}-fid")
+    # Whole sets in a folder that was named may be those of `vrpo sample`.
+    were_there = (folder / "manifest.json").is_file() and unfinished_samples(folder) is None
+    keep = args.keep_images or (args.output_dir is not None and were_there)
+    evaluate.check_files(args)
+    pipeline = sample.open_pipeline(args, state)
+    check_measurable(args, pipeline, state)
+    given = vars(args) | {"output_dir": str(folder), "samples": str(folder), "output_format": "png"}
+    sample.sample(argparse.Namespace(**given), pipeline)
+    report = evaluate.evaluate(argparse.Namespace(**given | {"batch_size": None}))  # encoders have one of their own
+    if state.is_main_process and not keep:
+        remove_samples(folder)
+        with contextlib.suppress(OSError):  # other files stay, and the folder with them
+            folder.rmdir()
+        logger.info(f"removed the {args.num_images} images of {folder}; --keep_images keeps them")
+    state.wait_for_everyone()
+    return report
+
+
+def check_measurable(args: argparse.Namespace, pipeline: VRPOPipeline, state: PartialState):
+    """Opens the encoders, and the reference for images of the pipeline's size, since sampling can take hours.
+
+    Raises:
+        InputError: if one cannot be opened or used.
+    """
+    config = pipeline.transformer.config
+    size = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
+    if pipeline.vae is not None:
+        size = [decoded_side(pipeline.vae, config.in_channels, side) for side in size]
+    with state.main_process_first():
+        for name in args.encoder:
+            load_image_encoder(name, args.pooling, args.inception_weights, cache_dir=args.cache_dir)
+        open_reference(
+            args.reference,
+            ImageSet("SAMPLES", "folder", args.num_images, tuple(size), read=None, origin=None),
+            args.resolution,
+            args.dataset_config_name,
+            args.reference_split,
+            args.image_column,
+            args.cache_dir,
+            args.save_reference,
+        )
+
+
+def build_parser(prog: str) -> argparse.ArgumentParser:
+    parser = OneLineErrorParser(prog=prog, description=__doc__, common=COMMON)
+    sample.add_sampling_options(
+        parser, default=50_000, help="sample this many images; published values are of 50000, and fewer raise FID"
+    )
+    evaluate.add_reference_options(parser, required=True)
+    evaluate.add_metric_options(parser)
+    g = evaluate.add_output_options(parser)
+    g.add_argument(
+        "--output_dir",
+        metavar="DIR",
+        help="write the images to this folder, a new or empty one, or that of an earlier call; the name of PIPELINE with "
+        "-fid, in the current folder, if not given",
+    )
+    g.add_argument("--keep_images", action="store_true", help="keep the images instead of removing them at the end")
+    g.add_argument("--overwrite", action="store_true", help="remove samples that are in DIR first")
+    return parser
+
+
+def parse_args(argv: list[str] | None = None, prog: str = "vrpo fid") -> argparse.Namespace:
+    parser = build_parser(prog)
+    args = parser.parse_args(argv)
+    sample.check_args(parser, args)
+    evaluate.check_args(parser, args)
+    return args
+
+
+def main(argv: list[str] | None = None, prog: str = "vrpo fid") -> dict | None:
+    """Runs the command; `prog` is its name in errors."""
+    args = parse_args(argv, prog)
+    with one_line_errors(build_parser(prog)):
+        return fid(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -27,6 +27,7 @@ from diffusers_vrpo.hub.background import stage_pipeline
 from diffusers_vrpo.hub.card import render_card
 from diffusers_vrpo.hub.publish import published_files
 from diffusers_vrpo.pipelines.adapters import DiTAdapter, adapter_for
+from diffusers_vrpo.training.given_transformer import add_lora
 from diffusers_vrpo.training.metrics import read_metrics
 from support.data import write_files
 from support.models import digits_model
@@ -191,6 +192,20 @@ def test_an_adapter_in_a_script_trains_continues_and_saves_without_a_pipeline(tr
     assert torch.equal(trainer.ema.shadow_params[0], next(saved.parameters()))
     with pytest.raises(InputError, match="no pipeline"):
         published_files(tmp_path / "run")
+
+
+def test_adapters_of_given_transformers_have_scale_dropout_and_targets():
+    pytest.importorskip("peft")
+    transformer = dit()
+    add_lora(
+        transformer, VRPOConfig(lora_rank=2, lora_alpha=6, lora_dropout=0.5, lora_target=["to_v", r".*1\.ff\.net\.2"])
+    )
+    adapted = {name for name, module in transformer.named_modules() if hasattr(module, "lora_A")}
+    assert adapted == {*(f"transformer_blocks.{i}.attn1.to_v" for i in range(2)), "transformer_blocks.1.ff.net.2"}
+    layer = transformer.transformer_blocks[0].attn1.to_v
+    assert layer.scaling["default"] == 3 and layer.lora_dropout["default"].p == 0.5
+    with pytest.raises(InputError, match="`lora_target` query names no linear layer; give names out of .*attn1.to_q"):
+        add_lora(dit(), VRPOConfig(lora_rank=2, lora_target=["query"]))
 
 
 @pytest.mark.slow

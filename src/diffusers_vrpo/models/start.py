@@ -406,11 +406,11 @@ def lora_layers(model: torch.nn.Module, targets: list[str]) -> list[str]:
         except re.error:
             found = []
         if not found:
-            ends = sorted({re.sub(r"^transformer_blocks\.\d+\.(attn\.)?", "", name) for name in linear})
+            ends = sorted({re.sub(r"^\w+\.\d+\.(attn\.)?", "", name) for name in linear})
             raise InputError(
                 "lora_target",
                 f"`lora_target` {target} names no linear layer; give names out of {', '.join(ends)}, or a regular expression of "
-                f"whole names such as {linear[-2]}",
+                f"whole names such as {'.*' + ends[0]}",
             )
         layers += found
     return list(dict.fromkeys(layers))

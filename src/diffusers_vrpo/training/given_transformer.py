@@ -15,7 +15,7 @@ from ..alignment.start import scaffold_layer
 from ..config import VRPOConfig
 from ..data.sources import TrainingData
 from ..errors import InputError, first_line
-from ..models.start import LORA_TARGETS, check_lora_rank, check_peft
+from ..models.start import LORA_TARGETS, check_lora_rank, check_peft, lora_layers
 from ..pipelines.adapters import ModelAdapter, TransformerAlone, adapter_for
 from .callbacks import TrainerCallback
 from .throughput import counted_flops
@@ -163,7 +163,7 @@ def align_transformer(
     if aligned.scaffold is not None:
         aligned.scaffold.draw_weights()
     if args.lora_rank:
-        add_lora(transformer, args.lora_rank)
+        add_lora(transformer, args)
     if args.gradient_checkpointing and not transformer._supports_gradient_checkpointing:
         raise InputError("gradient_checkpointing", f"`gradient_checkpointing` is not supported by {name}; remove it")
     if args.compile and not getattr(transformer, "_repeated_blocks", None):
@@ -171,18 +171,39 @@ def align_transformer(
     return aligned
 
 
-def add_lora(transformer: ModelMixin, rank: int):
-    """Freezes a given transformer and adds low-rank adapters to the attention and feed-forward layers of its blocks.
+def add_lora(transformer: ModelMixin, args: VRPOConfig):
+    """Freezes a given transformer and adds the low-rank adapters of `lora_rank` to the layers of `lora_target`.
+
+    By default these are the attention and feed-forward layers of its blocks.
 
     Raises:
-        InputError: if the rank is too high, or the attention layers have other names.
+        InputError: if the rank is too high, a target names no linear layer, or the attention layers have other names.
     """
     name = type(transformer).__name__
     try:
         width = hidden_width(transformer)
     except ValueError as error:
         raise InputError("lora_rank", f"`lora_rank`: {first_line(error)}") from error
-    check_lora_rank(rank, name, width)
+    check_lora_rank(args.lora_rank, name, width)
+    targets = lora_layers(transformer, args.lora_target) if args.lora_target else usual_lora_layers(transformer)
+
+    from peft import LoraConfig, inject_adapter_in_model
+
+    alpha = args.lora_rank if args.lora_alpha is None else args.lora_alpha
+    config = LoraConfig(r=args.lora_rank, lora_alpha=alpha, lora_dropout=args.lora_dropout, target_modules=targets)
+    transformer.requires_grad_(False)
+    if isinstance(transformer, PeftAdapterMixin):
+        transformer.add_adapter(config)
+    else:  # as diffusers' DiT and PixArt
+        inject_adapter_in_model(config, transformer)
+
+
+def usual_lora_layers(transformer: ModelMixin) -> list[str]:
+    """The names of the attention and feed-forward layers in the blocks of a given transformer.
+
+    Raises:
+        InputError: if its attention layers have other names.
+    """
     blocks = set(transformer_blocks(transformer))
     targets = [
         f"{block_name}.{layer_name}"
@@ -194,18 +215,10 @@ def add_lora(transformer: ModelMixin, rank: int):
     if not any(target.endswith(".to_q") for target in targets):
         raise InputError(
             "lora_rank",
-            f"`lora_rank`: the blocks of {name} have no attention with layers called to_q, to_k and to_v, which the adapters "
-            "are for; remove it",
+            f"`lora_rank`: the blocks of {type(transformer).__name__} have no attention with layers called to_q, to_k and to_v, "
+            "which the adapters are for by default; name others as `lora_target`, or remove it",
         )
-
-    from peft import LoraConfig, inject_adapter_in_model
-
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
-    transformer.requires_grad_(False)
-    if isinstance(transformer, PeftAdapterMixin):
-        transformer.add_adapter(config)
-    else:  # as diffusers' DiT and PixArt
-        inject_adapter_in_model(config, transformer)
+    return targets
 
 
 def try_call(

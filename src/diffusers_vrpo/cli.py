@@ -13,6 +13,7 @@ from .files import packaged
 # Commands and their descriptions. Each calls `main(argv, prog)` of its module in `commands`.
 COMMANDS = {
     "train": "train a transformer, with or without alignment",
+    "plan": "compute memory, disk and time of a training, without a GPU",
     "prepare": "encode a data set once, for train --latents_dir",
     "latents": "verify what prepare has written, export it to the Hub, import it",
     "sample": "draw many images from a pipeline, as PNG files or an .npz",

@@ -23,7 +23,16 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, 
 from .errors import InputError
 
 
-DEFAULT_TRAIN_STEPS = 400_000  # where neither max_train_steps nor num_train_epochs is given
+# Where neither max_train_steps nor num_train_epochs is given, a run sees this many images (400,000 steps of 256, or 80 epochs
+# of ImageNet), in at most this many epochs.
+DEFAULT_IMAGES_SEEN = 102_400_000
+MOST_EPOCHS = 200
+# Where checkpointing_steps or validation_steps is not given: this part of the run, and at least this many steps; and the steps
+# after which a first sample grid is drawn.
+DEFAULT_INTERVALS = 20
+SHORTEST_INTERVAL = 100
+EARLY_GRIDS = (1, 100, 500)
+CHECKPOINTS_TO_KEEP = 3
 DIGITS = "digits"  # the data set and the encoder that are embedded in the package, where no folder is called so
 EMBEDDED_DIGITS = "embedded:digits"  # their name that no folder can shadow
 EMBEDDED_GRIDS = "embedded:digit-grids"  # a data set: grids of four of these digits
@@ -102,6 +111,10 @@ class Resume(enum.Enum):
     DATA = "must keep its value unless `allow_changed_data` is given"
     DATA_NAME = "must keep the last part of its name unless `allow_changed_data` is given"
     RESOLVED = "is not compared itself; `run_settings` compares what it has led to"
+
+
+class Changeable:
+    """A continued run may have another value of this option if `allow_changed` names it: it acts from there on."""
 
 
 T = TypeVar("T")
@@ -559,29 +572,40 @@ class OptimizationConfig(Options):
 
     _argument_group_name: ClassVar[str] = "optimization"
 
-    train_batch_size: Free[Batch] = option(256, "samples for each process and micro-step")
-    gradient_accumulation_steps: Free[Batch] = option(1, "micro-steps in an optimizer step")
+    train_batch_size: Annotated[Free[Batch], Changeable()] = option(
+        256,
+        "train each process on this many samples in a micro-step, of which a step has --gradient_accumulation_steps; lower it if "
+        "the memory does not suffice",
+    )
+    gradient_accumulation_steps: Annotated[Free[Batch], Changeable()] = option(1, "micro-steps in an optimizer step")
     gradient_checkpointing: Free[bool] = option(False, "compute the blocks again in the backward pass, to save memory")
     max_train_steps: Annotated[Free[Steps | None], OneOf("steps")] = option(
-        None, f"length of the run in optimizer steps; {DEFAULT_TRAIN_STEPS} if --num_train_epochs is not given either"
+        None,
+        f"train for this many optimizer steps; if --num_train_epochs is not given either, for {MOST_EPOCHS} epochs, or until "
+        f"{DEFAULT_IMAGES_SEEN:,} images were seen if that is less, but one epoch at least",
     )
     num_train_epochs: Annotated[Free[Steps | None], OneOf("steps")] = option(
-        None, "length of the run in passes over the data, instead of --max_train_steps"
+        None, "train for this many passes over the data, instead of --max_train_steps"
     )
-    learning_rate: LearningRate = option(
+    learning_rate: Annotated[LearningRate, Changeable()] = option(
         1e-4,
         "take AdamW's steps with this learning rate, once --lr_warmup_steps are over; 1e-4 is usual with 256 samples a step, up to "
         "1e-3 for small models",
     )
-    lr_scheduler: Literal[
-        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+    lr_scheduler: Annotated[
+        Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"],
+        Changeable(),
     ] = option("constant_with_warmup", "schedule of the learning rate")
-    lr_warmup_steps: Step = option(0, "optimizer steps in which the learning rate rises from 0")
-    adam_beta1: Share = option(0.9, "decay per step of AdamW's average of gradients")
-    adam_beta2: Share = option(0.999, "decay per step of AdamW's average of squared gradients")
-    adam_weight_decay: Coefficient = option(0.0, "weight decay of AdamW")
-    adam_epsilon: Ratio = option(1e-8, "constant in the denominator of AdamW's update")
-    max_grad_norm: Ratio = option(1.0, "norm to which a longer gradient is clipped")
+    lr_warmup_steps: Annotated[Step, Changeable()] = option(
+        0, "optimizer steps in which the learning rate rises from 0"
+    )
+    adam_beta1: Annotated[Share, Changeable()] = option(0.9, "decay per step of AdamW's average of gradients")
+    adam_beta2: Annotated[Share, Changeable()] = option(
+        0.999, "decay per step of AdamW's average of squared gradients"
+    )
+    adam_weight_decay: Annotated[Coefficient, Changeable()] = option(0.0, "weight decay of AdamW")
+    adam_epsilon: Annotated[Ratio, Changeable()] = option(1e-8, "constant in the denominator of AdamW's update")
+    max_grad_norm: Annotated[Ratio, Changeable()] = option(1.0, "norm to which a longer gradient is clipped")
     use_ema: bool = option(True, "average the weights; sample grids and the result use the average")
     ema_decay: Share = option(0.9999, "decay per step of the averaged weights")
     ema_warmup: Free[bool] = option(
@@ -615,14 +639,25 @@ class CheckpointConfig(Options):
 
     _argument_group_name: ClassVar[str] = "checkpoints and samples"
 
-    checkpointing_steps: Watched[Steps] = option(10000, "optimizer steps between two checkpoints")
-    checkpoints_total_limit: Watched[Steps | None] = option(
-        None, "number of checkpoints to keep, the newest; all if not given"
+    checkpointing_steps: Watched[Steps | None] = option(
+        None,
+        f"save a checkpoint whenever this many optimizer steps are done; 1/{DEFAULT_INTERVALS} of the run, at least {SHORTEST_INTERVAL}, if not "
+        "given",
+    )
+    checkpoints_total_limit: Watched[Step | None] = option(
+        None,
+        f"number of checkpoints to keep, the newest; 0 keeps all, and {CHECKPOINTS_TO_KEEP} are kept if this is not given",
     )
     resume_from_checkpoint: Machine[str] = option(
         "latest",
         "checkpoint to continue from: the latest if there is one, none, that on the Hub, or a folder",
         "latest|none|hub|DIR",
+    )
+    allow_changed: Free[list[str] | None] = option(
+        None,
+        "options with other values than the checkpoint to continue from was trained with, separated by commas, such as "
+        "learning_rate,lr_scheduler; they act from there on, and starts.jsonl records the change",
+        "NAME,...",
     )
     overwrite_output_dir: Machine[bool] = option(
         False,
@@ -635,7 +670,11 @@ class CheckpointConfig(Options):
     skip_nonfinite: Free[bool] = option(
         False, "skip steps whose loss or gradient is NaN or infinite, instead of stopping there"
     )
-    validation_steps: Watched[Steps] = option(10000, "optimizer steps between two sample grids")
+    validation_steps: Watched[Steps | None] = option(
+        None,
+        f"draw a grid of samples whenever this many optimizer steps are done; 1/{DEFAULT_INTERVALS} of the run, at least {SHORTEST_INTERVAL}, and steps "
+        f"{', '.join(map(str, EARLY_GRIDS))} if not given",
+    )
     validation_labels: Watched[list[str] | None] = option(
         None, "class names or ids of the columns of the grid; ten ids if not given"
     )
@@ -908,11 +947,6 @@ def is_default(config: Options, name: str) -> bool:
     return getattr(config, name) == of_objective.get(name, options_of(type(config))[name].default)
 
 
-def train_steps(config: OptimizationConfig) -> int | None:
-    """The optimizer steps of a run; None where they depend on the number of images."""
-    return config.max_train_steps or (None if config.num_train_epochs else DEFAULT_TRAIN_STEPS)
-
-
 def check_alternatives(config: "VRPOConfig"):
     """At most one of the options that exclude each other is given."""
     for names in alternatives(type(config)):
@@ -1092,7 +1126,7 @@ def check_clip_ranges(config: "VRPOConfig"):
 
 def check_policy_epochs(config: "VRPOConfig"):
     """Steps that share drawn actions are saved together."""
-    steps = {"checkpointing_steps": config.checkpointing_steps, "max_train_steps": train_steps(config)}
+    steps = {"checkpointing_steps": config.checkpointing_steps, "max_train_steps": config.max_train_steps}
     for name, value in steps.items():
         if (value or 0) % config.policy_epochs:
             raise InputError(
@@ -1139,7 +1173,7 @@ def check_rollouts(config: "VRPOConfig"):
     steps = {
         "generative_policy_start_step": config.generative_policy_start_step,
         "checkpointing_steps": config.checkpointing_steps,
-        "max_train_steps": train_steps(config),
+        "max_train_steps": config.max_train_steps,
     }
     for name, value in steps.items():
         if epochs > 1 and (value or 0) % every:
@@ -1195,8 +1229,18 @@ def check_scaffold(config: "VRPOConfig"):
                     f"`{name}` {getattr(config, name)} has no effect with `scaffold_fraction` 1: it begins after the scaffold "
                     "phase, which never ends; remove it",
                 )
-    start, steps = config.generative_policy_start_step, train_steps(config)
-    if start is None or steps is None:
+    if config.max_train_steps is not None:
+        check_scaffold_ends(config, config.max_train_steps)
+
+
+def check_scaffold_ends(config: "VRPOConfig", steps: int):
+    """Checks that in a run of `steps` optimizer steps the scaffold phase ends before anything is drawn.
+
+    Raises:
+        InputError: if it does not.
+    """
+    start = config.generative_policy_start_step
+    if start is None or not has_scaffold(config):
         return
     end = steps if config.scaffold_fraction == 1 else config.scaffold_fraction * steps
     if start < end:
@@ -1204,6 +1248,25 @@ def check_scaffold(config: "VRPOConfig"):
             "generative_policy_start_step",
             f"`generative_policy_start_step` {start} must be at least {math.ceil(end)}, the end of the scaffold phase: before "
             "it nothing can be drawn",
+        )
+
+
+def changeable_options() -> list[str]:
+    """The names of the options that `allow_changed` can name."""
+    return [each.name for each in options_of(VRPOConfig).values() if each.marked(Changeable)]
+
+
+def allowed_changes(config: CheckpointConfig) -> set[str]:
+    """The names in `allow_changed`, which commas may separate, too."""
+    return {name.strip() for entry in config.allow_changed or [] for name in entry.split(",") if name.strip()}
+
+
+def check_allowed_changes(config: CheckpointConfig):
+    """Only options whose change a run can follow may change."""
+    for name in sorted(allowed_changes(config).difference(changeable_options())):
+        raise InputError(
+            "allow_changed",
+            f"`allow_changed` {name}: it cannot change within a run; {', '.join(changeable_options())} can",
         )
 
 
@@ -1287,6 +1350,7 @@ CHECKS = (
     check_rollouts,
     check_reward_encoder,
     check_scaffold,
+    check_allowed_changes,
     check_resume_from_hub,
 )
 

@@ -6,6 +6,7 @@ run is done. What happens around the steps (validation, publishing, the generati
 """
 
 import contextlib
+import dataclasses
 import math
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,7 +27,9 @@ from .alignment.rewards import DEFAULT_REWARDS
 from .alignment.start import build_aligned_transformer
 from .config import (
     VRPOConfig,
+    allowed_changes,
     check_image_rewards_begin,
+    check_scaffold_ends,
     data_settings_to_keep,
     objective_in_full,
     options_without_effect,
@@ -58,6 +61,7 @@ from .pipelines.adapters import ModelAdapter, ModelCall, SiTAdapter, Transformer
 from .reporting.curves import plot_metrics
 from .training.callbacks import TrainerCallback, check_states, stateful
 from .training.checkpoints import (
+    check_settings,
     choose_checkpoint,
     load_checkpoint,
     read_training_state,
@@ -65,10 +69,19 @@ from .training.checkpoints import (
     run_settings,
     save_checkpoint,
     save_lora,
+    take_changes,
 )
 from .training.distributed import clip_grad_norm, full_pipeline, lines_above_the_bar, prepare
 from .training.given_transformer import align_transformer, check_pipeline, check_transformer, try_call
 from .training.interruption import Interruption, StepGuard, wait_before_exit
+from .training.length import (
+    SpeedNotice,
+    check_length,
+    num_epochs,
+    passes_notice,
+    recorded_length,
+    resolve_length,
+)
 from .training.metrics import (
     MetricsFile,
     RunningMeans,
@@ -84,8 +97,6 @@ from .training.setup import (
     as_list,
     build_optimizer,
     check_given,
-    check_length,
-    length_of_run,
     start_accelerator,
     trainable_parameters,
     with_given,
@@ -176,6 +187,7 @@ class VRPOTrainer:
         self.saved_step = 0
         self.logged_step = 0
         self.logged_seconds = 0.0
+        self.changes: dict[str, list] = {}  # of options since the checkpoint, as `allow_changed` permits
         self.corrupt_rows: set[int] = set()
         self.num_corrupt = 0
 
@@ -189,6 +201,7 @@ class VRPOTrainer:
             if args.push_to_hub:
                 publisher = [HubPublisher(args, self.accelerator, self.output_dir, self.interruption)]
             self.checkpoint = choose_checkpoint(self.accelerator, args, self.output_dir)
+            self.saved_state = None if self.checkpoint is None else read_training_state(self.checkpoint)
             self.data = self._open_data(train_dataset)
             self.vae = self._open_vae(vae)
             if isinstance(self.data, LatentCache):
@@ -197,7 +210,7 @@ class VRPOTrainer:
             self._check_reconstruction()
             self.validation = self._make_validation()
             validation = [] if self.validation is None else [self.validation]
-            self.callbacks = [*publisher, *validation, *callbacks]
+            self.callbacks = [*publisher, SpeedNotice(), *validation, *callbacks]
             self._call("on_init_end")
             self._register_state()
             self._resources = resources.pop_all()
@@ -389,7 +402,7 @@ class VRPOTrainer:
         """
         last = self.step == self.max_train_steps
         leaving = self.guard.signum and self.can_save()
-        if self.step % self.args.checkpointing_steps == 0 or last or leaving:
+        if self.step % self.length.checkpointing_steps == 0 or last or leaving:
             self.save_checkpoint()
             if self.saved_step != self.step and (last or leaving or self.args.stop_on_failed_checkpoint):
                 raise not_saved(self.output_dir, self.step)
@@ -413,6 +426,7 @@ class VRPOTrainer:
             "settings": self.settings,
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "alignment": self.objective.release_state(),
+            "length": dataclasses.asdict(self.length),
             "reward_weightings": list(WEIGHTINGS),  # among them `raw`, which version 0.1 called `equal`
             "callbacks": [name for name, callback in stateful(self.callbacks).items() if callback.state_dict()],
             "train_seconds": self.stopwatch.seconds(),
@@ -420,7 +434,7 @@ class VRPOTrainer:
         }
         if self.metrics_file is not None:
             self.metrics_file.sync()
-        limit = self.args.checkpoints_total_limit
+        limit = self.length.checkpoints_total_limit
         saved = save_checkpoint(self.accelerator, self.output_dir, self.step, state, limit)
         if saved:
             self.saved_step = self.step
@@ -616,8 +630,11 @@ class VRPOTrainer:
         speed_up(transformer, self.encoders, args.compile, args.attention_backend)
 
         self.global_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-        self.max_train_steps = length_of_run(args, len(data), self.global_batch_size)
+        recorded = None if self.saved_state is None else recorded_length(self.saved_state)
+        self.length = resolve_length(args, len(data), self.global_batch_size, recorded)
+        self.max_train_steps = self.length.max_train_steps
         check_image_rewards_begin(args, self.max_train_steps)
+        check_scaffold_ends(args, self.max_train_steps)
         optimizer = build_optimizer(args, trainable_parameters(self.aligned))
         self.lr_scheduler = get_scheduler(
             args.lr_scheduler,
@@ -680,12 +697,17 @@ class VRPOTrainer:
         """Loads the checkpoint to continue from, if there is one."""
         of_data = data_settings_to_keep(self.args) | data_settings(self.data)
         if self.checkpoint is not None:
-            state = read_training_state(self.checkpoint, self.settings)
+            state = self.saved_state
+            self.changes = check_settings(state, self.settings, self.checkpoint, allowed_changes(self.args))
             check_length(self.checkpoint, state["step"], self.max_train_steps)
             check_data_settings(state["settings"], of_data, self.checkpoint, self.args.allow_changed_data)
             check_states(self.checkpoint, state.get("callbacks"), self.callbacks)
             load_checkpoint(self.accelerator, self.checkpoint)
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+            if self.changes:
+                take_changes(self.args, self.changes, self.lr_scheduler)
+                changed = (f"{name} {before} -> {now}" for name, (before, now) in self.changes.items())
+                logger.info(f"changed from here on: {', '.join(changed)}")
             self.step = state["step"]
             self.samples_seen = state["samples_seen"]
             self.flops = state["train_flops"]
@@ -729,6 +751,9 @@ class VRPOTrainer:
         args, accelerator = self.args, self.accelerator
         if accelerator.is_main_process:
             given = args.to_dict() | {"vae": args.vae or self.data.vae or "none"}
+            given |= {name: getattr(self.length, name) for name in ("checkpointing_steps", "validation_steps")}
+            if not args.num_train_epochs:
+                given["max_train_steps"] = self.max_train_steps
             with writing(f"train_config.yaml or metrics.jsonl in {self.output_dir}"):
                 write_atomically(self.output_dir / "train_config.yaml", yaml.safe_dump(given).encode())
                 self.metrics_file = MetricsFile(self.output_dir / "metrics.jsonl", self.step)
@@ -741,6 +766,7 @@ class VRPOTrainer:
                     self.max_train_steps,
                     given,
                     self.adapter.prediction_type,
+                    self.changes,
                 )
             start_trackers(accelerator, self.metrics_file, args, self.step)
         if args.objective != "none":
@@ -753,6 +779,13 @@ class VRPOTrainer:
             f"{math.prod(self.grid_size)} tokens; {self.global_batch_size} samples a step on "
             f"{accelerator.num_processes} process(es), steps {self.step} to {self.max_train_steps}"
         )
+        logger.info(
+            f"global batch {self.global_batch_size} = `train_batch_size` {args.train_batch_size} x {accelerator.num_processes} "
+            f"process(es) x {args.gradient_accumulation_steps} micro-step(s); a checkpoint every "
+            f"{self.length.checkpointing_steps} steps, samples every {self.length.validation_steps}"
+        )
+        if notice := passes_notice(num_epochs(self), len(self.data)):
+            logger.warning(notice)
 
     def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
         """Yields the micro-batches of this process, starting after the last example of the checkpoint."""

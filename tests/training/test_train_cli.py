@@ -358,6 +358,10 @@ def test_another_seed_or_model_does_not_continue_the_run(command):
     run(command())
     with pytest.raises(InputError, match="`seed` is 1, but .*checkpoint-4 was trained with 0"):
         run(command(seed=1, max_train_steps=8))
+    with pytest.raises(
+        InputError, match="trained with 0.01; keep to that, give `allow_changed` learning_rate to change"
+    ):
+        run(command(max_train_steps=8, learning_rate=0.1))
     for option, value in (("learning_rate", 0.1), ("label_dropout", 0.5), ("reward_weighting", "equal")):
         with pytest.raises(InputError, match=f"`{option}` is {value}, but .*checkpoint-4 was trained with"):
             run(command(max_train_steps=8, **{option: value}))

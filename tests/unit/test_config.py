@@ -183,7 +183,7 @@ def test_paths_and_tuples_are_taken():
             "`clip_range` 0.1 has no effect without `policy_epochs` above 1",
         ),
         (
-            {"estimator": "sampled", "policy_epochs": 3},
+            {"estimator": "sampled", "policy_epochs": 3, "checkpointing_steps": 10000},
             "`checkpointing_steps` 10000 must be a multiple of `policy_epochs` 3",
         ),
         ({"lr_scheduler": "constant", "lr_warmup_steps": 5}, "`lr_scheduler` constant has no warm-up"),

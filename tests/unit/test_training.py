@@ -12,6 +12,7 @@ from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.pipelines.sampling import image_grid
 from diffusers_vrpo.reporting.curves import plot_metrics
 from diffusers_vrpo.training.checkpoints import (
+    check_settings,
     find_checkpoint,
     list_checkpoints,
     read_training_state,
@@ -63,6 +64,12 @@ def test_checkpoints_are_ordered_by_step_and_half_made_ones_do_not_count(tmp_pat
     assert find_checkpoint(str(tmp_path / "checkpoint-900"), tmp_path / "other").name == "checkpoint-900"
 
 
+def checked_state(checkpoint, expected):
+    state = read_training_state(checkpoint)
+    check_settings(state, expected, checkpoint)
+    return state
+
+
 def test_what_resume_refuses(tmp_path):
     assert find_checkpoint("latest", tmp_path) is None and find_checkpoint("none", tmp_path) is None
     fake_checkpoint(tmp_path, 5)
@@ -74,39 +81,39 @@ def test_what_resume_refuses(tmp_path):
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     path = fake_checkpoint(tmp_path, 5, {"seed": 1})
-    assert read_training_state(path, {"seed": 1})["step"] == 5
+    assert checked_state(path, {"seed": 1})["step"] == 5
     with pytest.raises(InputError, match="`seed` is 2, but .*checkpoint-5 was trained with 1"):
-        read_training_state(path, {"seed": 2})
+        checked_state(path, {"seed": 2})
     (path / "training_state.json").write_text("{")
     with pytest.raises(InputError, match="damaged"):
-        read_training_state(path, {"seed": 1})
+        checked_state(path, {"seed": 1})
 
 
 def test_what_earlier_versions_did_before_there_was_an_option(tmp_path):
     old = fake_checkpoint(tmp_path, 5, {"--seed": 1})
-    assert read_training_state(old, {"token_weighting": "uniform"})["step"] == 5
+    assert checked_state(old, {"token_weighting": "uniform"})["step"] == 5
     with pytest.raises(InputError, match="`token_weighting` is residual, but .* was trained with uniform; keep to"):
-        read_training_state(old, {"token_weighting": "residual"})
+        checked_state(old, {"token_weighting": "residual"})
     ends = (("gate", 5, "gate"), ("project", 5, "stop"), ("none", None, "none"))
     for step, (conflict, stop_step, release) in enumerate(ends):
         old = fake_checkpoint(tmp_path, step, {"--conflict": conflict, "--alignment_stop_step": stop_step})
-        assert read_training_state(old, {"release": release})["step"] == step
+        assert checked_state(old, {"release": release})["step"] == step
         with pytest.raises(InputError, match=f"`release` is plateau, but .* was trained with {release}"):
-            read_training_state(old, {"release": "plateau"})
+            checked_state(old, {"release": "plateau"})
 
 
 def test_what_equal_meant_in_earlier_versions(tmp_path):
     old = fake_checkpoint(tmp_path, 5, {"--reward_weighting": "equal"})
-    assert read_training_state(old, {"reward_weighting": "raw"})["step"] == 5
+    assert checked_state(old, {"reward_weighting": "raw"})["step"] == 5
     with pytest.raises(InputError, match="is called raw now; give `reward_weighting` raw to continue"):
-        read_training_state(old, {"reward_weighting": "equal"})
+        checked_state(old, {"reward_weighting": "equal"})
     with pytest.raises(InputError, match="`reward_weighting` is inverse_std, but .* was trained with raw"):
-        read_training_state(old, {"reward_weighting": "inverse_std"})
+        checked_state(old, {"reward_weighting": "inverse_std"})
     new = json.loads((old / "training_state.json").read_text()) | {"reward_weightings": ["equal", "raw"]}
     (old / "training_state.json").write_text(json.dumps(new))
-    assert read_training_state(old, {"reward_weighting": "equal"})["step"] == 5
+    assert checked_state(old, {"reward_weighting": "equal"})["step"] == 5
     with pytest.raises(InputError, match="`reward_weighting` is raw, but .* was trained with equal"):
-        read_training_state(old, {"reward_weighting": "raw"})
+        checked_state(old, {"reward_weighting": "raw"})
 
 
 def test_save_keeps_the_newest_and_leaves_nothing_half_made(tmp_path, accelerator):
@@ -115,7 +122,7 @@ def test_save_keeps_the_newest_and_leaves_nothing_half_made(tmp_path, accelerato
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-3"]
     # Saving a step again replaces it.
     save_checkpoint(accelerator, tmp_path, 3, STATE | {"step": 3, "settings": {"again": True}}, limit=2)
-    assert read_training_state(tmp_path / "checkpoint-3", {})["settings"] == {"again": True}
+    assert read_training_state(tmp_path / "checkpoint-3")["settings"] == {"again": True}
 
 
 def test_running_means(accelerator):

@@ -196,12 +196,14 @@ def write_start(
     max_train_steps: int,
     options: dict,
     prediction_type: str,
+    changes: dict[str, list] | None = None,
 ):
     """Adds a line to `starts.jsonl`: the first step, the hardware, and the size of the model.
 
     Args:
         options: the given options; the line lists those whose values are local files or folders.
         prediction_type: what the transformer predicts.
+        changes: options that have changed since the checkpoint, `{name: [before, now]}`.
     """
     names = [name for value in options.values() for name in (value if isinstance(value, list) else [value])]
     start = {
@@ -217,7 +219,7 @@ def write_start(
         "adapters_suffice": getattr(aligned.transformer, "adapters_suffice", False),
         "local": sorted({name for name in names if isinstance(name, str) and os.path.exists(name)}),
         "torch": torch.__version__,
-    }
+    } | ({"changed": changes} if changes else {})
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
     with contextlib.suppress(OSError), os.fdopen(open_regular(output_dir / "starts.jsonl", flags), "a") as file:
         file.write(json.dumps(start) + "\n")

@@ -3,7 +3,6 @@
 
 import dataclasses
 import logging
-import math
 import numbers
 import os
 from collections.abc import Iterable
@@ -16,7 +15,7 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
 from ..alignment.image_rewards import ImageReward
 from ..alignment.rewards import TokenReward
-from ..config import OptimizationConfig, VRPOConfig, check_image_rewards, train_steps
+from ..config import OptimizationConfig, VRPOConfig, check_image_rewards
 from ..errors import InputError
 from ..models.transformer_sit import SIT_PRESETS
 from .callbacks import TrainerCallback
@@ -98,29 +97,6 @@ def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
 def as_list(value) -> list | None:
     """Converts a single value, several or None to a list or None."""
     return value if value is None else list(value) if isinstance(value, list | tuple) else [value]
-
-
-def length_of_run(args: VRPOConfig, num_images: int, global_batch_size: int) -> int:
-    """The optimizer steps of a run; with `num_train_epochs`, rounded to whole draws of actions and rollouts."""
-    if not args.num_train_epochs:
-        return train_steps(args)
-    draws = math.ceil(args.num_train_epochs * num_images / global_batch_size)
-    shared = math.lcm(args.policy_epochs, args.rollout_every if args.rollout_epochs > 1 else 1)
-    return math.ceil(draws * args.policy_epochs / shared) * shared
-
-
-def check_length(checkpoint: Path, step: int, max_train_steps: int):
-    """Checks that a checkpoint is not beyond the end of the run that continues from it.
-
-    Raises:
-        InputError: if it is.
-    """
-    if step > max_train_steps:
-        raise InputError(
-            "max_train_steps",
-            f"`max_train_steps` {max_train_steps} is below the step {step} of {checkpoint}; give at least {step}, or start a "
-            "new run in another `output_dir`",
-        )
 
 
 def name_of(component) -> str:

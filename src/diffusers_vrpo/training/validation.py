@@ -35,7 +35,7 @@ REFERENCE_IMAGES = 10_000  # training images behind the Fréchet distance; all o
 
 
 class Validation(TrainerCallback):
-    """Draws samples of the averaged model every `validation_steps` and at the end.
+    """Draws samples of the averaged model every `validation_steps` and at the end, and grids alone in the first steps.
 
     The grid has one column per class, from the noise of the seed. With `fd_encoder`, `num_fd_samples` unguided samples,
     each time of the same classes from the same noise, are compared with training images by the Fréchet distance of their
@@ -94,30 +94,32 @@ class Validation(TrainerCallback):
 
     def on_train_begin(self, trainer):
         """Validates the step of the checkpoint if the run was interrupted before its validation."""
-        step, missing = trainer.step, False
-        if step > 0 and step % self.args.validation_steps == 0 and self.accelerator.is_main_process:
+        step, length, missing = trainer.step, trainer.length, False
+        if self.accelerator.is_main_process and (length.validates(step) or length.draws_early(step)):
             rows = read_metrics(trainer.metrics_file.path)
-            judged = self.fd_encoder is None or any(row["step"] == step and self.name in row for row in rows)
+            measured = any(row["step"] == step and self.name in row for row in rows)
+            judged = self.fd_encoder is None or length.draws_early(step) or measured
             missing = not (judged and grid_file(self.output_dir, step).exists())
         if broadcast_object_list([missing])[0]:
             self.validate(trainer)
 
     def on_evaluate(self, trainer):
-        if trainer.step % self.args.validation_steps == 0 and trainer.step < trainer.max_train_steps:
+        due = trainer.length.validates(trainer.step) or trainer.length.draws_early(trainer.step)
+        if due and trainer.step < trainer.max_train_steps:
             self.validate(trainer)
 
     def on_train_end(self, trainer):
         self.validate(trainer)
 
     def validate(self, trainer):
-        """Draws the grid of the trainer's step, and measures the distance; for all processes."""
+        """Draws the grid of the trainer's step, and measures the distance unless it is an early one; for all processes."""
         accelerator, step = self.accelerator, trainer.step
-        with full_pipeline(
-            accelerator, self.pipeline, trainer.ema, everywhere=self.fd_encoder is not None
-        ) as averaged:
+        early = trainer.length.draws_early(step) and step < trainer.max_train_steps
+        measures = self.fd_encoder is not None and not early
+        with full_pipeline(accelerator, self.pipeline, trainer.ema, everywhere=measures) as averaged:
             if accelerator.is_main_process:
                 self.grid = self.draw(step, averaged)
-            if self.fd_encoder is not None:
+            if measures:
                 values = {self.name: self.distance(averaged)}
                 # An interrupted validation has no result; the continued run repeats it.
                 if accelerator.is_main_process and not self.interruption.signum:

@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub.constants import HF_HOME
 
-from .config import In, Option, Repeated, VRPOConfig, alternatives, check_complete, expanded, options_of
+from .config import In, Option, Repeated, VRPOConfig, alternatives, check_complete, expanded, names_code, options_of
 from .errors import InputError, TrainingStopped
 from .files import packaged
 
@@ -315,6 +315,13 @@ def given_options(parser: argparse.ArgumentParser, argv: list[str] | None = None
             if not given.keys().isdisjoint(names):
                 of_file = {name: value for name, value in of_file.items() if name not in names}
         given = of_file | given
+        # A file may have come with other people's weights, and must not decide which code runs.
+        code = [name for name in of_file.get("encoder") or [] if names_code(name)]
+        if code and given["encoder"] is of_file["encoder"]:
+            parser.error(
+                f"--config {given['config']}: encoder {code[0]} names code to run, which only the command line may do; give it "
+                "as --encoder"
+            )
     return given
 
 

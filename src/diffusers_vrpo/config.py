@@ -12,10 +12,12 @@ This module imports neither torch nor transformers nor diffusers.
 import dataclasses
 import enum
 import functools
+import json
 import math
 import numbers
 import os
 import types
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -179,6 +181,9 @@ ENCODED = Needs("objective", (*REPA_LOSS, "repi", "vrpo"))
 VRPO = Needs("objective", ("vrpo",))
 SAMPLED = Needs("estimator", ("sampled",))
 GENERATIVE = Needs("generative_policy_start_step")
+ADAPTED = Needs("lora_rank")
+ADAMW = Needs("optimizer", ("adamw", "adamw8bit"))
+LOGIT_NORMAL = Needs("timestep_sampling", ("logit_normal",))
 PUBLISHED = Needs("push_to_hub")
 MEASURED = Needs("fd_encoder")
 
@@ -312,6 +317,11 @@ class RunConfig(Options):
     report_to: Machine[str] = option(
         "tensorboard", "experiment trackers, separated by commas (tensorboard, wandb, ...), or none"
     )
+    tracker_project_name: Machine[str] = option("vrpo", "project of the run in the trackers (TensorBoard: its folder)")
+    tracker_run_name: Machine[str | None] = option(
+        None,
+        "name of the run in the trackers that name runs (wandb, mlflow, ...); that of the output folder if not given",
+    )
     logging_dir: Machine[str] = option("logs", "folder for the trackers' files, inside the output folder")
     logging_steps: Watched[Steps] = option(50, "optimizer steps between two rows of metrics")
     dataloader_num_workers: Machine[Annotated[int, NUM_WORKERS]] = option(
@@ -381,6 +391,18 @@ class ModelConfig(Options):
     lora_rank: Thousands | None = option(
         None, "rank of the LoRA adapters to train, with the projectors, on frozen weights; all is trained if not given"
     )
+    lora_alpha: Annotated[Ratio | None, ADAPTED] = option(
+        None, "scale of the LoRA adapters: their output is multiplied by lora_alpha / lora_rank; by 1 if not given"
+    )
+    lora_dropout: Annotated[Share, ADAPTED] = option(
+        0.0, "probability with which an input of a LoRA adapter is set to 0 in training"
+    )
+    lora_target: Annotated[list[str] | None, ADAPTED] = option(
+        None,
+        "linear layers with LoRA adapters: ends of their names such as to_q to_v modulation, or a regular expression of whole "
+        "names; all of attention and feed-forward if not given",
+        "NAME|REGEX",
+    )
     prediction_type: Resolved[Literal["velocity", "epsilon"] | None] = option(
         None,
         "output of the model: velocity (SiT) or epsilon, the noise (DiT); as the preset or the starting weights have it if not given",
@@ -388,6 +410,11 @@ class ModelConfig(Options):
     learn_sigma: Resolved[bool | None] = option(
         None,
         "also train the variance, of models that predict noise; as the preset or the starting weights have it if not given",
+    )
+    qk_norm: Resolved[bool] = option(
+        False,
+        "normalise the queries and keys of each attention head (RMSNorm), which keeps attention stable in large models and long "
+        "runs; starting weights keep what they have",
     )
     vae: Resolved[str | None] = option(
         None,
@@ -413,8 +440,9 @@ class AlignmentConfig(Options):
     )
     encoder: Name[list[str] | None] = option(
         None,
-        "align with these frozen vision encoders of transformers (Hub names or folders), usually facebook/dinov2-base, or `digits`, "
-        "which is in the package; every objective but none needs one",
+        "align with these frozen vision encoders: transformers models (Hub names or folders), usually facebook/dinov2-base, `digits`, "
+        "which is in the package, or code of your own as package.module:name or FILE.py:name (docs/inputs.md); every objective but "
+        "none needs one",
     )
     encoder_layer: list[Layer] | None = option(
         None,
@@ -587,9 +615,28 @@ class OptimizationConfig(Options):
     num_train_epochs: Annotated[Free[Steps | None], OneOf("steps")] = option(
         None, "train for this many passes over the data, instead of --max_train_steps"
     )
+    timestep_sampling: Literal["uniform", "logit_normal"] = option(
+        "uniform",
+        "distribution of the noise levels in training: uniform, or logit_normal (Stable Diffusion 3), which prefers the middle",
+    )
+    logit_mean: Annotated[Annotated[float, In(-10, most=10)], LOGIT_NORMAL] = option(
+        0.0, "mean of log(t / (1 - t)) of the noise level t; above 0 prefers noise, below 0 the data"
+    )
+    logit_std: Annotated[Annotated[float, In(0, most=10, exclusive=True)], LOGIT_NORMAL] = option(
+        1.0, "standard deviation of log(t / (1 - t))"
+    )
+    optimizer: str = option(
+        "adamw",
+        "optimizer: adamw, adamw8bit (of bitsandbytes), or a class of torch.optim such as SGD, NAdam or Adafactor",
+    )
+    optimizer_args: str | None = option(
+        None,
+        "further arguments of the optimizer as JSON, such as '{\"momentum\": 0.9}'; the class's own defaults if not given",
+        "JSON",
+    )
     learning_rate: Annotated[LearningRate, Changeable()] = option(
         1e-4,
-        "take AdamW's steps with this learning rate, once --lr_warmup_steps are over; 1e-4 is usual with 256 samples a step, up to "
+        "take the optimizer's steps with this learning rate, once --lr_warmup_steps are over; 1e-4 is usual with 256 samples a step, up to "
         "1e-3 for small models",
     )
     lr_scheduler: Annotated[
@@ -599,12 +646,12 @@ class OptimizationConfig(Options):
     lr_warmup_steps: Annotated[Step, Changeable()] = option(
         0, "optimizer steps in which the learning rate rises from 0"
     )
-    adam_beta1: Annotated[Share, Changeable()] = option(0.9, "decay per step of AdamW's average of gradients")
-    adam_beta2: Annotated[Share, Changeable()] = option(
+    adam_beta1: Annotated[Share, ADAMW, Changeable()] = option(0.9, "decay per step of AdamW's average of gradients")
+    adam_beta2: Annotated[Share, ADAMW, Changeable()] = option(
         0.999, "decay per step of AdamW's average of squared gradients"
     )
-    adam_weight_decay: Annotated[Coefficient, Changeable()] = option(0.0, "weight decay of AdamW")
-    adam_epsilon: Annotated[Ratio, Changeable()] = option(1e-8, "constant in the denominator of AdamW's update")
+    adam_weight_decay: Annotated[Coefficient, ADAMW, Changeable()] = option(0.0, "weight decay of AdamW")
+    adam_epsilon: Annotated[Ratio, ADAMW, Changeable()] = option(1e-8, "constant in the denominator of AdamW's update")
     max_grad_norm: Annotated[Ratio, Changeable()] = option(1.0, "norm to which a longer gradient is clipped")
     use_ema: bool = option(True, "average the weights; sample grids and the result use the average")
     ema_decay: Share = option(0.9999, "decay per step of the averaged weights")
@@ -613,6 +660,16 @@ class OptimizationConfig(Options):
         "lower the decay in the first steps, to (1 + n) / (10 + n) after n steps, so that a short run does not publish its "
         "starting weights; a resumed run goes on as it began",
     )
+
+    def __post_init__(self):
+        # Python may give the arguments as a dictionary; one spelling of the same options lets a run be resumed.
+        if isinstance(self.optimizer_args, Mapping):
+            self.optimizer_args = json.dumps(dict(self.optimizer_args))
+        super().__post_init__()
+        if self.optimizer.lower() in ADAMW.values:
+            self.optimizer = self.optimizer.lower()
+        if self.optimizer_args is not None:
+            self.optimizer_args = json.dumps(optimizer_arguments(self), sort_keys=True)
 
 
 @dataclass(kw_only=True)
@@ -869,6 +926,11 @@ def is_embedded_dataset(name: str | None) -> bool:
     return name == EMBEDDED_GRIDS or is_embedded_digits(name)
 
 
+def names_code(name: str) -> bool:
+    """Whether the name of an encoder is `package.module:name` or `FILE.py:name`, whose code runs when it is loaded."""
+    return ":" in name and name not in (EMBEDDED_DIGITS, EMBEDDED_GRIDS) and not os.path.exists(name)
+
+
 def checked_item(option: Option, value):
     """`checked_value` of an option that is not a list, or of an item of one that is."""
     name = option.name
@@ -945,6 +1007,26 @@ def is_default(config: Options, name: str) -> bool:
     """Whether an option has the value that it has when it is not given."""
     of_objective = set_by_objective(config.objective) if isinstance(config, AlignmentConfig) else {}
     return getattr(config, name) == of_objective.get(name, options_of(type(config))[name].default)
+
+
+def optimizer_arguments(config: OptimizationConfig) -> dict[str, Any]:
+    """The further arguments of the optimizer by name.
+
+    Raises:
+        InputError: if `optimizer_args` is not a JSON object.
+    """
+    text = config.optimizer_args or "{}"
+    try:
+        arguments = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise InputError("optimizer_args", f"`optimizer_args` {text} is not JSON: {reason}") from error
+    if not isinstance(arguments, dict):
+        raise InputError(
+            "optimizer_args",
+            f'`optimizer_args` {text} must map names of arguments to values, such as {{"momentum": 0.9}}',
+        )
+    return arguments
 
 
 def check_alternatives(config: "VRPOConfig"):

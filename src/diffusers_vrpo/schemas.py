@@ -33,6 +33,7 @@ TRAINING_STATE = {
     "train_flops": NUMBER,
 }
 METRICS_ROW = {"step": int}
+TRACKERS = {"wandb": str}
 START_FACTS = {
     "hardware?": (str, type(None)),
     "num_processes?": int,

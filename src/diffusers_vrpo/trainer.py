@@ -19,6 +19,7 @@ from datasets import Dataset
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
+from .alignment.custom_encoders import load_custom_encoder
 from .alignment.encoders import PatchEncoder, load_encoder
 from .alignment.image_rewards import ImageRewards, image_rewards_from_config
 from .alignment.objective import objective_from_config
@@ -31,6 +32,7 @@ from .config import (
     check_image_rewards_begin,
     check_scaffold_ends,
     data_settings_to_keep,
+    names_code,
     objective_in_full,
     options_without_effect,
 )
@@ -53,7 +55,7 @@ from .hub.background import HubPublisher
 from .hub.publish import push_folder
 from .models.autoencoder import check_vae, latent_shape, load_vae, reconstruction_problem
 from .models.ddpm import variational_bound
-from .models.flow import flow_matching_loss, flow_time, forward_process
+from .models.flow import flow_matching_loss, flow_time, forward_process, sample_time, typical_flow_times
 from .models.start import read_start
 from .models.vision import layers_of_encoders
 from .pipelines import VRPOPipeline
@@ -86,9 +88,7 @@ from .training.metrics import (
     MetricsFile,
     RunningMeans,
     Stopwatch,
-    log_values,
     shown_values,
-    start_trackers,
     write_start,
 )
 from .training.output_dir import locked, not_saved, prepare_output_dir, writing
@@ -103,6 +103,7 @@ from .training.setup import (
 )
 from .training.targets import target_encoders
 from .training.throughput import ForeachEMA, StepProfile, speed_up, step_flops, throughput_meter
+from .training.trackers import end_trackers, log_values, start_trackers
 from .training.validation import AdapterValidation, Validation
 
 
@@ -231,12 +232,12 @@ class VRPOTrainer:
     def compute_loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Computes the loss of a micro-batch, `L = L_FM + lambda L_rep` (docs/method.md), a scalar.
 
-        Models that learn the variance of their diffusion also get its variational bound, and image rewards have a term of
-        their own.
+                Models that learn the variance of their diffusion also get its variational bound, and image rewards have a term of
+                their own.
 
-        Args:
-            batch: tensors on the device: `pixels [B,3,R,R]` in [-1, 1] or the entries of a latent cache; `class_labels [B]`;
-                `noise`; `timestep [B]`, uniform in [0, 1); and further inputs of the objective.
+                Args:
+                    batch: tensors on the device: `pixels [B,3,R,R]` in [-1, 1] or the entries of a latent cache; `class_labels [B]`;
+        XX further inputs of the objective.
         """
         channels, learns_variance = self.latent_shape[0], self.adapter.learns_variance
 
@@ -345,7 +346,8 @@ class VRPOTrainer:
                     self.guard.ask(grad_norm)
                 # Between two optimizer steps both do nothing.
                 with self.profile("optimizer"):
-                    self.optimizer.step()
+                    if not accelerator.sync_gradients or self.guard.may_step():
+                        self.optimizer.step()
                     self.optimizer.zero_grad()
 
         # A step that is not finite has changed nothing: the optimizer left weights and moments as they were.
@@ -497,6 +499,7 @@ class VRPOTrainer:
     def end(self):
         """Ends the trackers and waits until the processes may exit."""
         wait_before_exit(self.accelerator)
+        end_trackers(self.accelerator)
         self.accelerator.end_training()
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -546,12 +549,14 @@ class VRPOTrainer:
             layers = layers_of_encoders(encoders, args.encoder_layer)
         half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
         dtype = torch.float32 if accelerator.device.type == "cpu" else half
-        return [
-            load_encoder(encoder, grid_size, layer, dtype, accelerator.device, args.cache_dir)
-            if isinstance(encoder, str | Path)
-            else encoder
-            for encoder, layer in zip(encoders, layers)
-        ]
+        loaded = []
+        for encoder, layer in zip(encoders, layers):
+            if isinstance(encoder, str | Path) and names_code(str(encoder)):
+                encoder = load_custom_encoder(str(encoder), grid_size, layer, args.resolution, accelerator.device)
+            elif isinstance(encoder, str | Path):
+                encoder = load_encoder(encoder, grid_size, layer, dtype, accelerator.device, args.cache_dir)
+            loaded.append(encoder)
+        return loaded
 
     def _load_image_rewards(self, rewards: list | None, encoders: list) -> ImageRewards:
         """Builds the rewards of estimated images, and counts what a sample costs on average."""
@@ -574,7 +579,13 @@ class VRPOTrainer:
                 accelerator.autocast if half else contextlib.nullcontext,
                 torch.bfloat16 if half else torch.float32,
             )
-        self.image_reward_flops = image_rewards.flops_per_sample(self.latent_shape) if image_rewards.rewards else 0.0
+        self.image_reward_flops = 0.0
+        if image_rewards.rewards:
+            times = None
+            if args.timestep_sampling != "uniform":
+                logit = (args.timestep_sampling, args.logit_mean, args.logit_std)
+                times = typical_flow_times(self.adapter.prediction_type, *logit)
+            self.image_reward_flops = image_rewards.flops_per_sample(self.latent_shape, times)
         return image_rewards
 
     def _make_validation(self) -> Validation | None:
@@ -768,7 +779,7 @@ class VRPOTrainer:
                     self.adapter.prediction_type,
                     self.changes,
                 )
-            start_trackers(accelerator, self.metrics_file, args, self.step)
+            start_trackers(accelerator, self.metrics_file, args, self.output_dir, self.step)
         if args.objective != "none":
             logger.info(objective_in_full(args))
         for sentence in options_without_effect(args):
@@ -813,7 +824,10 @@ class VRPOTrainer:
             repeats=args.policy_epochs,
         )
         pin_memory = accelerator.device.type == "cuda"
-        return iter(self.data.loader(samples, sampler, args.dataloader_num_workers, pin_memory))
+        loader = self.data.loader(samples, sampler, args.dataloader_num_workers, pin_memory)
+        # A new iterator draws a number from torch's generator, whose state is that of the checkpoint.
+        with torch.random.fork_rng(devices=[], enabled=self.checkpoint is not None):
+            return iter(loader)
 
     def _next_batch(self, batches: Iterator) -> dict[str, torch.Tensor]:
         """Moves the next micro-batch to the device, with pixels in [-1, 1]; example indices stay on the CPU."""
@@ -823,6 +837,8 @@ class VRPOTrainer:
         if len(self.corrupt_rows) > 0.01 * len(self.data):
             raise too_many_corrupt(self.corrupt_rows, len(self.data))
         index = batch.pop("index")
+        times = (self.args.timestep_sampling, self.args.logit_mean, self.args.logit_std)
+        batch["timestep"] = sample_time(batch["timestep"], *times)
         if self.image_rewards.active():
             # Chosen on the CPU, where it does not wait for the device.
             batch["rewarded"] = self.image_rewards.rows(flow_time(batch["timestep"], self.adapter), index)

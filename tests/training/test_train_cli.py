@@ -60,7 +60,7 @@ def test_each_objective_trains_saves_and_samples_by_name(command, tmp_path, obje
     assert image.size == (8, 8)
     assert [path.name for path in sorted((folder / "samples").iterdir())] == ["step-0000015.png", "step-0000030.png"]
     with Image.open(folder / "samples.png") as grid:
-        assert grid.size == (10 * 66 - 2, 64)
+        assert grid.size == (10 * 66 - 2, 17 + 64)  # a line of captions above one row
     with Image.open(folder / "training.png") as curves:
         assert curves.width >= 1000
     assert list((folder / "logs").rglob("events.out.tfevents*"))
@@ -131,7 +131,7 @@ def test_latents_conv_encoder_and_images_of_a_folder(command, tmp_path):
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline("cat", num_inference_steps=1).images[0].size == (32, 32)
     with Image.open(tmp_path / "run" / "samples.png") as grid:
-        assert grid.size == (2 * 66 - 2, 64)
+        assert grid.size == (2 * 66 - 2, 17 + 64)
 
 
 @pytest.mark.slow

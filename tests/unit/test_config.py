@@ -405,6 +405,7 @@ def test_resolved_options_are_compared_by_what_they_became():
         "model_config",
         "prediction_type",
         "learn_sigma",
+        "qk_norm",
         "projector_dim",
     }  # by the model's arguments
     of_data = {"train_data_dir", "latents_dir"}  # by the content of the data

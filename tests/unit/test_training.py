@@ -1,6 +1,9 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 import json
+import math
+import random
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -10,7 +13,7 @@ from PIL import Image
 
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.pipelines.sampling import image_grid
-from diffusers_vrpo.reporting.curves import plot_metrics
+from diffusers_vrpo.reporting.curves import chosen_panels, plot_metrics, smoothed
 from diffusers_vrpo.training.checkpoints import (
     check_settings,
     find_checkpoint,
@@ -22,6 +25,7 @@ from diffusers_vrpo.training.checkpoints import (
 from diffusers_vrpo.training.distributed import ema_weights
 from diffusers_vrpo.training.metrics import MetricsFile, RunningMeans, read_metrics
 from diffusers_vrpo.training.output_dir import prepare_output_dir
+from diffusers_vrpo.training.validation import captions_of
 
 
 @pytest.fixture
@@ -182,3 +186,51 @@ def test_plot_and_grid(tmp_path):
     assert grid.size == (2 * 64 + 2, 2 * 64 + 2)
     assert grid.getpixel((0, 0)) == (255, 0, 0) and grid.getpixel((66, 0)) == (0, 255, 0)
     assert grid.getpixel((0, 66)) == (0, 0, 255) and grid.getpixel((100, 100)) == (255, 255, 255)
+
+
+def test_captions_of_a_grid():
+    images = [Image.new("RGB", (8, 8), "blue")] * 4
+    for names, lines in ((["zero", "class 207"], 1), (["zero", "golden retriever"], 2), (["x" * 99, "a b " * 99], 2)):
+        grid = image_grid(images, columns=2, captions=names)
+        top = 3 + 14 * lines
+        assert grid.size == (2 * 64 + 2, top + 2 * 64 + 2)
+        # Dark letters on white, whole within their column, and below them the images.
+        head = np.asarray(grid.convert("L"))[:top]
+        assert (head[:, :64] < 90).any() and (head[:, 66:] < 90).any() and (head[:, 64:66] == 255).all()
+        assert grid.getpixel((0, top)) == grid.getpixel((129, grid.height - 1)) == (0, 0, 255)
+    assert captions_of([3, 1], {"1": "shark, great white shark", 3: "tench"}) == ["tench", "shark"]
+    assert captions_of([3, 1], {"1": "shark"}) == ["class 3", "shark"] and captions_of([0, 1], None)[0] == "class 0"
+    assert captions_of([0], None) is None
+
+
+def test_curves_have_five_panels_that_are_neither_flat_nor_empty():
+    generator = random.Random(0)
+    rows = [
+        {
+            "step": step,
+            "loss_fm": 2 / step + 0.01 * generator.random(),
+            "reward/fidelity": -2 / step,
+            "reward/semantic": 1 - 1 / step,
+            "reward/colour": math.nan,
+            "share/semantic": 0.5,
+            "cosine/0.0-0.1": 0.1 / step,
+            "cosine/0.1-0.2": math.nan,
+            "alignment_coeff": 0.5,
+            "grad_norm": 1 + generator.random(),
+            "gradient_ratio/0.0-0.1": generator.random(),
+            "images_per_second": 100 + generator.random(),
+        }
+        for step in range(1, 101)
+    ]
+    panels = chosen_panels(rows)
+    assert len(panels) == 5 and panels[0][0].logarithmic
+    assert [list(panel.lines.values())[0] for panel, _ in panels] == [
+        *("loss_fm", "reward/colour", "mean:cosine/", "grad_norm", "mean:gradient_ratio/")
+    ]
+    assert panels[0][1][""] == ([*range(1, 101)], [row["loss_fm"] for row in rows])
+    assert list(panels[1][1]) == ["semantic"]  # without the reward that has no value, and without the loss again
+    loss = [row["loss_fm"] for row in rows]
+    for logarithmic, mean in ((False, np.mean), (True, lambda part: math.exp(np.mean(np.log(part))))):
+        smooth = smoothed(loss, logarithmic)
+        assert smooth[0] == pytest.approx(loss[0]) and smooth[50] == pytest.approx(mean(loss[47:54]))
+    assert smoothed([1.0, 5.0]) == [1.0, 5.0] and smoothed([]) == []

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..config import is_embedded_digits
+from ..config import is_embedded_digits, names_code
 from ..errors import InputError, hub_problem
 from ..reach import offline_if_out_of_reach
 
@@ -349,6 +349,12 @@ def _locate(name_or_path, option="encoder"):
     """Resolves a name to a folder or Hub name, and returns whether it is a folder."""
     if not isinstance(name_or_path, str | Path):
         raise InputError(option, f"`{option}` {name_or_path!r} is not a name; {REMEDY}")
+    if names_code(str(name_or_path)):
+        raise InputError(
+            option,
+            f"`{option}` {name_or_path} names code to run, which only `encoder` of training may do, given on the command line or in "
+            f"Python; {REMEDY}",
+        )
     path = Path(name_or_path).expanduser()
     if is_embedded_digits(name_or_path):
         from ..assets.digits import DIGITS_ENCODER  # here, because it imports datasets

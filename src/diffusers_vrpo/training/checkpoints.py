@@ -45,7 +45,16 @@ from .setup import trainable_parameters
 
 logger = get_logger(__name__)
 # What version 0.1 did where there are options now, so that its runs are not continued with other values of them.
-BEFORE_IT_WAS_AN_OPTION = {"token_weighting": "uniform", "target_norm": "none"}
+BEFORE_IT_WAS_AN_OPTION = {
+    "token_weighting": "uniform",
+    "target_norm": "none",
+    "timestep_sampling": "uniform",
+    "lora_alpha": None,
+    "lora_dropout": 0.0,
+    "lora_target": None,
+    "optimizer": "adamw",
+    "optimizer_args": None,
+}
 SAMPLES_A_STEP = "the number of samples a step"
 OPTIONS_OF_A_STEP = ("train_batch_size", "gradient_accumulation_steps")
 MANIFEST = "manifest.json"  # in a checkpoint: size and CRC-32 of every other file

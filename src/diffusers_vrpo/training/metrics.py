@@ -1,11 +1,10 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Metrics of a run: running means, `metrics.jsonl`, trackers, and the record of its starts."""
+"""Metrics of a run: running means, `metrics.jsonl`, and the record of its starts."""
 
 import contextlib
 import json
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,35 +20,6 @@ from .throughput import hardware_name
 
 
 logger = get_logger(__name__)
-
-
-def use_trackers(accelerator: Accelerator, action: Callable):
-    """Calls `action` with each tracker; one that cannot write (such as on a full disk) is logged and not used again."""
-    for tracker in list(accelerator.trackers):
-        try:
-            action(tracker)
-        except OSError as error:
-            accelerator.trackers.remove(tracker)
-            logger.error(
-                f"{tracker.name} cannot be written ({error.strerror or error}); it is not used again in this run"
-            )
-
-
-def log_values(accelerator: Accelerator, values: dict[str, float], step: int):
-    """Logs numbers to the trackers."""
-    use_trackers(accelerator, lambda tracker: tracker.log(values, step=step))
-
-
-def start_trackers(accelerator: Accelerator, metrics_file: "MetricsFile", args, step: int):
-    """Starts the trackers of `report_to`, and adds `metrics.jsonl` to them; on the main process.
-
-    Args:
-        args (`VRPOConfig`): the options, which the trackers record.
-        step: the step of the checkpoint that is continued. Later values in TensorBoard are replaced by the continued run.
-    """
-    purge = {"tensorboard": {"purge_step": step + 1}} if step else {}
-    accelerator.init_trackers("vrpo", {name: str(value) for name, value in vars(args).items()}, purge)
-    accelerator.trackers.append(metrics_file)
 
 
 def shown_values(values: dict[str, float]) -> dict[str, str]:

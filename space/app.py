@@ -43,6 +43,7 @@ from starlette.responses import PlainTextResponse
 from diffusers_vrpo import VRPOPipeline
 from diffusers_vrpo.commands.app import build_parser, parse_args
 from diffusers_vrpo.errors import InputError
+from diffusers_vrpo.models.autoencoder import side_factor
 from diffusers_vrpo.pipelines.sampling import SAMPLERS
 
 
@@ -57,8 +58,16 @@ SAMPLER_NAMES = {
     "unipc": "UniPC",
 }
 # The fonts of the device: those of gradio's themes would be fetched from Google.
+# Small text and the main button have a contrast of at least 4.5 to 1, which gradio's own greys and indigo miss.
 THEME = gr.themes.Default(
     primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+).set(
+    body_text_color_subdued="*neutral_600",
+    body_text_color_subdued_dark="*neutral_300",
+    button_primary_background_fill="*primary_600",
+    button_primary_background_fill_dark="*primary_600",
+    button_primary_background_fill_hover="*primary_700",
+    button_primary_background_fill_hover_dark="*primary_500",
 )
 STYLE = Path(__file__).parent / "style.css"
 MAX_BODY = 64 * 1024  # bytes of a request; the largest that the page sends has a few hundred
@@ -160,8 +169,36 @@ def write_files(images: list, pipeline: VRPOPipeline, folder: Path) -> tuple[lis
     return shown, str(archive)
 
 
-def build_app(pipeline: VRPOPipeline, title: str) -> gr.Blocks:
-    """The page; `main` starts it."""
+def examples(pipeline: VRPOPipeline) -> list[tuple[str, list[int], int]]:
+    """What the row of examples has: for each its text, its classes and the images of a class."""
+    ids, found = pipeline.trained_labels, []
+    spread = [ids[i * len(ids) // 4] for i in range(min(4, len(ids)))]
+    for class_id in dict.fromkeys([spread[0], spread[-1]]):
+        found.append((f"8 × {class_name(pipeline, class_id)}", [class_id], 8))
+    if len(spread) > 2:
+        found.append((f"{len(spread)} classes", spread, 2))
+    return found
+
+
+def introduction(pipeline: VRPOPipeline, title: str, name: str | None) -> str:
+    """The head of the page as Markdown: the title, what the page is for, facts about the model, and its card on the Hub."""
+    config, side = pipeline.transformer.config, pipeline.transformer.config.sample_size
+    height, width = (side, side) if isinstance(side, int) else side
+    factor = 1 if pipeline.vae is None else side_factor(pipeline.vae)
+    pixels = "" if factor is None else f"{width * factor} × {height * factor} pixels · "
+    kind = "SiT (it predicts velocities)" if config.prediction_type == "velocity" else "DiT (it predicts noise)"
+    facts = f"{len(pipeline.trained_labels)} classes · {pixels}{kind}"
+    on_hub = name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
+    card = f" · [model card](https://huggingface.co/{name})" if on_hub else ""
+    return f"# {html.escape(title)}\nNew images of the classes that you choose, drawn by a diffusion transformer.\n\n{facts}{card}"
+
+
+def build_app(pipeline: VRPOPipeline, title: str, name: str | None = None) -> gr.Blocks:
+    """The page; `main` starts it.
+
+    Args:
+        name: the folder or Hub repository of the pipeline, whose model card is linked if it is one of the Hub.
+    """
     config, turn, turns = pipeline.transformer.config, threading.Lock(), Turns()
     choices = class_choices(pipeline)
     samplers = [(SAMPLER_NAMES.get(key, key), key) for key in ("default", *SAMPLERS[config.prediction_type])]
@@ -200,13 +237,14 @@ def build_app(pipeline: VRPOPipeline, title: str) -> gr.Blocks:
             yield status, shown, archive, seed
 
     with Page(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as app:
-        info = f"the model predicts {'velocities' if config.prediction_type == 'velocity' else 'noise'}"
-        gr.Markdown(f"# {html.escape(title)}\n{len(choices)} classes, {info}")
+        gr.Markdown(introduction(pipeline, title, name), elem_id="head")
         with gr.Row(elem_id="page"):
             with gr.Column(elem_id="pick"):
                 info = "Type a part of a name, or an id."
                 classes = gr.Dropdown(choices, value=[choices[0][1]], multiselect=True, label="Classes", info=info)
                 count = gr.Slider(1, MAX_IMAGES_PER_CLASS, 4, step=1, label="Images per class", buttons=[])
+                with gr.Row(elem_id="examples"):
+                    tried = [gr.Button(text, size="sm", min_width=80) for text, *_ in examples(pipeline)]
                 with gr.Row():
                     start = gr.Button("Generate", variant="primary", min_width=120)
                     stop = gr.Button("Stop", variant="stop", min_width=120, interactive=False)
@@ -252,6 +290,8 @@ def build_app(pipeline: VRPOPipeline, title: str) -> gr.Blocks:
         # An event for each press of Generate, kept with the session: the run looks at it after every step.
         stopped = gr.State(None)
         quick = {"queue": False, "api_visibility": "private"}
+        for button, (_, of_classes, each) in zip(tried, examples(pipeline)):
+            button.click(lambda chosen=of_classes, each=each: (chosen, each), None, [classes, count], **quick)
         busy = start.click(on_press, count, [start, stop, stopped, gallery], **quick)
         running = busy.then(
             on_generate,
@@ -280,7 +320,7 @@ def serve(args: argparse.Namespace, parser: argparse.ArgumentParser):
         pipeline = open_pipeline(args.pipeline, args.dtype)
     except InputError as error:
         parser.error(str(error))
-    app = build_app(pipeline, title=Path(args.pipeline).resolve().name)
+    app = build_app(pipeline, title=Path(args.pipeline).resolve().name, name=args.pipeline)
     try:
         app.launch(
             server_name=args.server_name,

@@ -13,6 +13,7 @@ from .files import packaged
 # Commands and their descriptions. Each calls `main(argv, prog)` of its module in `commands`.
 COMMANDS = {
     "train": "train a transformer, with or without alignment",
+    "plan": "compute memory, disk and time of a training, without a GPU",
     "prepare": "encode a data set once, for train --latents_dir",
     "latents": "verify what prepare has written, export it to the Hub, import it",
     "sample": "draw many images from a pipeline, as PNG files or an .npz",
@@ -57,11 +58,18 @@ def launch(name: str, launcher: list[str], argv: list[str]):
         launcher: options of `accelerate launch`; its `--config_file` may also name a file of `configs/accelerate`.
         argv: the options of the command.
     """
+    from .command_line import is_configured
+
     launcher = list(launcher)
     for i, word in enumerate(launcher[1:], 1):
         known = packaged("configs") / "accelerate" / f"{word}.yaml"
         if launcher[i - 1] == "--config_file" and not os.path.isfile(word) and known.is_file():
             launcher[i] = str(known)
+    given = {word.split("=")[0].replace("-", "_").strip("_") for word in launcher}
+    if "config_file" not in given and not is_configured():
+        # Its own defaults, of each of which it would warn.
+        for option, value in {"num_machines": "1", "mixed_precision": "no", "dynamo_backend": "no"}.items():
+            launcher += [] if option in given else [f"--{option}", value]
     # `-q` suppresses the launcher's traceback after the command's error message.
     module = ["-m", f"diffusers_vrpo.commands.{name}"]
     command = [sys.executable, "-m", "accelerate.commands.launch", "-q", *launcher, *module, *argv]

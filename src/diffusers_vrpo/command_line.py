@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import yaml
+from huggingface_hub.constants import HF_HOME
 
-from .config import In, Option, Repeated, VRPOConfig, alternatives, check_complete, expanded, options_of
+from .config import In, Option, Repeated, VRPOConfig, alternatives, check_complete, expanded, names_code, options_of
 from .errors import InputError, TrainingStopped
 from .files import packaged
 
@@ -229,6 +230,11 @@ def one_line_errors(parser: argparse.ArgumentParser):
         sys.exit(f"{parser.prog}: error: {with_flags(error, flags_of(parser))}")
 
 
+def is_configured() -> bool:
+    """Whether `accelerate config` has been run, whose answers `accelerate launch` then takes."""
+    return any((Path(HF_HOME) / "accelerate" / f"default_config.{ending}").is_file() for ending in ("yaml", "json"))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Flags from fields
 
@@ -263,13 +269,14 @@ def add_options(group, config: type, names: Iterable[str], spellings: Sequence[s
         add_option(group, options[name], *spellings, **changes)
 
 
-def training_parser(**arguments) -> argparse.ArgumentParser:
+def training_parser(common: Sequence[str] = COMMON, **arguments) -> argparse.ArgumentParser:
     """Creates the parser of all options of `VRPOConfig`, for `parse_config`; it returns only the given options.
 
     Args:
+        common: names of the options that the short help shows.
         arguments: arguments of `argparse.ArgumentParser`, such as `prog`.
     """
-    parser = OneLineErrorParser(common=COMMON, **arguments)
+    parser = OneLineErrorParser(common=common, **arguments)
     for config in VRPOConfig.__bases__:
         group = parser.add_argument_group(config._argument_group_name)
         add_options(group, config, options_of(config), suppress=True)
@@ -285,6 +292,21 @@ def parse_config(parser: argparse.ArgumentParser, argv: list[str] | None = None)
         parser: the result of `training_parser`.
         argv: the command line; by default that of the process.
     """
+    try:
+        config = VRPOConfig(**given_options(parser, argv))
+        check_complete(config)
+    except InputError as error:
+        parser.error(error)
+    return config
+
+
+def given_options(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> dict:
+    """The options of a command line and of the file of its `--config`, which it overrides, by name.
+
+    Args:
+        parser: the result of `training_parser`, possibly with flags of another command added.
+        argv: the command line; by default that of the process.
+    """
     given = vars(parser.parse_args(argv))
     if "config" in given:
         of_file = vars(parser.parse_args(file_to_argv(parser, given["config"])))
@@ -293,12 +315,14 @@ def parse_config(parser: argparse.ArgumentParser, argv: list[str] | None = None)
             if not given.keys().isdisjoint(names):
                 of_file = {name: value for name, value in of_file.items() if name not in names}
         given = of_file | given
-    try:
-        config = VRPOConfig(**given)
-        check_complete(config)
-    except InputError as error:
-        parser.error(error)
-    return config
+        # A file may have come with other people's weights, and must not decide which code runs.
+        code = [name for name in of_file.get("encoder") or [] if names_code(name)]
+        if code and given["encoder"] is of_file["encoder"]:
+            parser.error(
+                f"--config {given['config']}: encoder {code[0]} names code to run, which only the command line may do; give it "
+                "as --encoder"
+            )
+    return given
 
 
 def recipes() -> dict[str, Path]:

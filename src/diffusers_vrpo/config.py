@@ -12,10 +12,12 @@ This module imports neither torch nor transformers nor diffusers.
 import dataclasses
 import enum
 import functools
+import json
 import math
 import numbers
 import os
 import types
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -23,7 +25,16 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, 
 from .errors import InputError
 
 
-DEFAULT_TRAIN_STEPS = 400_000  # where neither max_train_steps nor num_train_epochs is given
+# Where neither max_train_steps nor num_train_epochs is given, a run sees this many images (400,000 steps of 256, or 80 epochs
+# of ImageNet), in at most this many epochs.
+DEFAULT_IMAGES_SEEN = 102_400_000
+MOST_EPOCHS = 200
+# Where checkpointing_steps or validation_steps is not given: this part of the run, and at least this many steps; and the steps
+# after which a first sample grid is drawn.
+DEFAULT_INTERVALS = 20
+SHORTEST_INTERVAL = 100
+EARLY_GRIDS = (1, 100, 500)
+CHECKPOINTS_TO_KEEP = 3
 DIGITS = "digits"  # the data set and the encoder that are embedded in the package, where no folder is called so
 EMBEDDED_DIGITS = "embedded:digits"  # their name that no folder can shadow
 EMBEDDED_GRIDS = "embedded:digit-grids"  # a data set: grids of four of these digits
@@ -104,6 +115,10 @@ class Resume(enum.Enum):
     RESOLVED = "is not compared itself; `run_settings` compares what it has led to"
 
 
+class Changeable:
+    """A continued run may have another value of this option if `allow_changed` names it: it acts from there on."""
+
+
 T = TypeVar("T")
 Free = Annotated[T, Resume.FREE]
 Watched = Annotated[T, Resume.WATCHED]
@@ -166,6 +181,9 @@ ENCODED = Needs("objective", (*REPA_LOSS, "repi", "vrpo"))
 VRPO = Needs("objective", ("vrpo",))
 SAMPLED = Needs("estimator", ("sampled",))
 GENERATIVE = Needs("generative_policy_start_step")
+ADAPTED = Needs("lora_rank")
+ADAMW = Needs("optimizer", ("adamw", "adamw8bit"))
+LOGIT_NORMAL = Needs("timestep_sampling", ("logit_normal",))
 PUBLISHED = Needs("push_to_hub")
 MEASURED = Needs("fd_encoder")
 
@@ -299,6 +317,11 @@ class RunConfig(Options):
     report_to: Machine[str] = option(
         "tensorboard", "experiment trackers, separated by commas (tensorboard, wandb, ...), or none"
     )
+    tracker_project_name: Machine[str] = option("vrpo", "project of the run in the trackers (TensorBoard: its folder)")
+    tracker_run_name: Machine[str | None] = option(
+        None,
+        "name of the run in the trackers that name runs (wandb, mlflow, ...); that of the output folder if not given",
+    )
     logging_dir: Machine[str] = option("logs", "folder for the trackers' files, inside the output folder")
     logging_steps: Watched[Steps] = option(50, "optimizer steps between two rows of metrics")
     dataloader_num_workers: Machine[Annotated[int, NUM_WORKERS]] = option(
@@ -368,6 +391,18 @@ class ModelConfig(Options):
     lora_rank: Thousands | None = option(
         None, "rank of the LoRA adapters to train, with the projectors, on frozen weights; all is trained if not given"
     )
+    lora_alpha: Annotated[Ratio | None, ADAPTED] = option(
+        None, "scale of the LoRA adapters: their output is multiplied by lora_alpha / lora_rank; by 1 if not given"
+    )
+    lora_dropout: Annotated[Share, ADAPTED] = option(
+        0.0, "probability with which an input of a LoRA adapter is set to 0 in training"
+    )
+    lora_target: Annotated[list[str] | None, ADAPTED] = option(
+        None,
+        "linear layers with LoRA adapters: ends of their names such as to_q to_v modulation, or a regular expression of whole "
+        "names; all of attention and feed-forward if not given",
+        "NAME|REGEX",
+    )
     prediction_type: Resolved[Literal["velocity", "epsilon"] | None] = option(
         None,
         "output of the model: velocity (SiT) or epsilon, the noise (DiT); as the preset or the starting weights have it if not given",
@@ -375,6 +410,11 @@ class ModelConfig(Options):
     learn_sigma: Resolved[bool | None] = option(
         None,
         "also train the variance, of models that predict noise; as the preset or the starting weights have it if not given",
+    )
+    qk_norm: Resolved[bool] = option(
+        False,
+        "normalise the queries and keys of each attention head (RMSNorm), which keeps attention stable in large models and long "
+        "runs; starting weights keep what they have",
     )
     vae: Resolved[str | None] = option(
         None,
@@ -400,8 +440,9 @@ class AlignmentConfig(Options):
     )
     encoder: Name[list[str] | None] = option(
         None,
-        "align with these frozen vision encoders of transformers (Hub names or folders), usually facebook/dinov2-base, or `digits`, "
-        "which is in the package; every objective but none needs one",
+        "align with these frozen vision encoders: transformers models (Hub names or folders), usually facebook/dinov2-base, `digits`, "
+        "which is in the package, or code of your own as package.module:name or FILE.py:name (docs/inputs.md); every objective but "
+        "none needs one",
     )
     encoder_layer: list[Layer] | None = option(
         None,
@@ -559,29 +600,59 @@ class OptimizationConfig(Options):
 
     _argument_group_name: ClassVar[str] = "optimization"
 
-    train_batch_size: Free[Batch] = option(256, "samples for each process and micro-step")
-    gradient_accumulation_steps: Free[Batch] = option(1, "micro-steps in an optimizer step")
+    train_batch_size: Annotated[Free[Batch], Changeable()] = option(
+        256,
+        "train each process on this many samples in a micro-step, of which a step has --gradient_accumulation_steps; lower it if "
+        "the memory does not suffice",
+    )
+    gradient_accumulation_steps: Annotated[Free[Batch], Changeable()] = option(1, "micro-steps in an optimizer step")
     gradient_checkpointing: Free[bool] = option(False, "compute the blocks again in the backward pass, to save memory")
     max_train_steps: Annotated[Free[Steps | None], OneOf("steps")] = option(
-        None, f"length of the run in optimizer steps; {DEFAULT_TRAIN_STEPS} if --num_train_epochs is not given either"
+        None,
+        f"train for this many optimizer steps; if --num_train_epochs is not given either, for {MOST_EPOCHS} epochs, or until "
+        f"{DEFAULT_IMAGES_SEEN:,} images were seen if that is less, but one epoch at least",
     )
     num_train_epochs: Annotated[Free[Steps | None], OneOf("steps")] = option(
-        None, "length of the run in passes over the data, instead of --max_train_steps"
+        None, "train for this many passes over the data, instead of --max_train_steps"
     )
-    learning_rate: LearningRate = option(
+    timestep_sampling: Literal["uniform", "logit_normal"] = option(
+        "uniform",
+        "distribution of the noise levels in training: uniform, or logit_normal (Stable Diffusion 3), which prefers the middle",
+    )
+    logit_mean: Annotated[Annotated[float, In(-10, most=10)], LOGIT_NORMAL] = option(
+        0.0, "mean of log(t / (1 - t)) of the noise level t; above 0 prefers noise, below 0 the data"
+    )
+    logit_std: Annotated[Annotated[float, In(0, most=10, exclusive=True)], LOGIT_NORMAL] = option(
+        1.0, "standard deviation of log(t / (1 - t))"
+    )
+    optimizer: str = option(
+        "adamw",
+        "optimizer: adamw, adamw8bit (of bitsandbytes), or a class of torch.optim such as SGD, NAdam or Adafactor",
+    )
+    optimizer_args: str | None = option(
+        None,
+        "further arguments of the optimizer as JSON, such as '{\"momentum\": 0.9}'; the class's own defaults if not given",
+        "JSON",
+    )
+    learning_rate: Annotated[LearningRate, Changeable()] = option(
         1e-4,
-        "take AdamW's steps with this learning rate, once --lr_warmup_steps are over; 1e-4 is usual with 256 samples a step, up to "
+        "take the optimizer's steps with this learning rate, once --lr_warmup_steps are over; 1e-4 is usual with 256 samples a step, up to "
         "1e-3 for small models",
     )
-    lr_scheduler: Literal[
-        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+    lr_scheduler: Annotated[
+        Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"],
+        Changeable(),
     ] = option("constant_with_warmup", "schedule of the learning rate")
-    lr_warmup_steps: Step = option(0, "optimizer steps in which the learning rate rises from 0")
-    adam_beta1: Share = option(0.9, "decay per step of AdamW's average of gradients")
-    adam_beta2: Share = option(0.999, "decay per step of AdamW's average of squared gradients")
-    adam_weight_decay: Coefficient = option(0.0, "weight decay of AdamW")
-    adam_epsilon: Ratio = option(1e-8, "constant in the denominator of AdamW's update")
-    max_grad_norm: Ratio = option(1.0, "norm to which a longer gradient is clipped")
+    lr_warmup_steps: Annotated[Step, Changeable()] = option(
+        0, "optimizer steps in which the learning rate rises from 0"
+    )
+    adam_beta1: Annotated[Share, ADAMW, Changeable()] = option(0.9, "decay per step of AdamW's average of gradients")
+    adam_beta2: Annotated[Share, ADAMW, Changeable()] = option(
+        0.999, "decay per step of AdamW's average of squared gradients"
+    )
+    adam_weight_decay: Annotated[Coefficient, ADAMW, Changeable()] = option(0.0, "weight decay of AdamW")
+    adam_epsilon: Annotated[Ratio, ADAMW, Changeable()] = option(1e-8, "constant in the denominator of AdamW's update")
+    max_grad_norm: Annotated[Ratio, Changeable()] = option(1.0, "norm to which a longer gradient is clipped")
     use_ema: bool = option(True, "average the weights; sample grids and the result use the average")
     ema_decay: Share = option(0.9999, "decay per step of the averaged weights")
     ema_warmup: Free[bool] = option(
@@ -589,6 +660,16 @@ class OptimizationConfig(Options):
         "lower the decay in the first steps, to (1 + n) / (10 + n) after n steps, so that a short run does not publish its "
         "starting weights; a resumed run goes on as it began",
     )
+
+    def __post_init__(self):
+        # Python may give the arguments as a dictionary; one spelling of the same options lets a run be resumed.
+        if isinstance(self.optimizer_args, Mapping):
+            self.optimizer_args = json.dumps(dict(self.optimizer_args))
+        super().__post_init__()
+        if self.optimizer.lower() in ADAMW.values:
+            self.optimizer = self.optimizer.lower()
+        if self.optimizer_args is not None:
+            self.optimizer_args = json.dumps(optimizer_arguments(self), sort_keys=True)
 
 
 @dataclass(kw_only=True)
@@ -615,14 +696,25 @@ class CheckpointConfig(Options):
 
     _argument_group_name: ClassVar[str] = "checkpoints and samples"
 
-    checkpointing_steps: Watched[Steps] = option(10000, "optimizer steps between two checkpoints")
-    checkpoints_total_limit: Watched[Steps | None] = option(
-        None, "number of checkpoints to keep, the newest; all if not given"
+    checkpointing_steps: Watched[Steps | None] = option(
+        None,
+        f"save a checkpoint whenever this many optimizer steps are done; 1/{DEFAULT_INTERVALS} of the run, at least {SHORTEST_INTERVAL}, if not "
+        "given",
+    )
+    checkpoints_total_limit: Watched[Step | None] = option(
+        None,
+        f"number of checkpoints to keep, the newest; 0 keeps all, and {CHECKPOINTS_TO_KEEP} are kept if this is not given",
     )
     resume_from_checkpoint: Machine[str] = option(
         "latest",
         "checkpoint to continue from: the latest if there is one, none, that on the Hub, or a folder",
         "latest|none|hub|DIR",
+    )
+    allow_changed: Free[list[str] | None] = option(
+        None,
+        "options with other values than the checkpoint to continue from was trained with, separated by commas, such as "
+        "learning_rate,lr_scheduler; they act from there on, and starts.jsonl records the change",
+        "NAME,...",
     )
     overwrite_output_dir: Machine[bool] = option(
         False,
@@ -635,7 +727,11 @@ class CheckpointConfig(Options):
     skip_nonfinite: Free[bool] = option(
         False, "skip steps whose loss or gradient is NaN or infinite, instead of stopping there"
     )
-    validation_steps: Watched[Steps] = option(10000, "optimizer steps between two sample grids")
+    validation_steps: Watched[Steps | None] = option(
+        None,
+        f"draw a grid of samples whenever this many optimizer steps are done; 1/{DEFAULT_INTERVALS} of the run, at least {SHORTEST_INTERVAL}, and steps "
+        f"{', '.join(map(str, EARLY_GRIDS))} if not given",
+    )
     validation_labels: Watched[list[str] | None] = option(
         None, "class names or ids of the columns of the grid; ten ids if not given"
     )
@@ -772,7 +868,7 @@ class VRPOConfig(
     GenerativeConfig,
     HubConfig,
 ):
-    """All options of training, checked when they are made. `vrpo train --help` explains each.
+    """All options of training, checked when they are made. `vrpo train --help-all` explains each.
 
         VRPOConfig(output_dir="sit-b", objective="repa", max_train_steps=100_000)
 
@@ -828,6 +924,11 @@ def is_embedded_digits(name: str | None) -> bool:
 def is_embedded_dataset(name: str | None) -> bool:
     """Whether a name of a data set means one of the package: the digits, or the grids of them."""
     return name == EMBEDDED_GRIDS or is_embedded_digits(name)
+
+
+def names_code(name: str) -> bool:
+    """Whether the name of an encoder is `package.module:name` or `FILE.py:name`, whose code runs when it is loaded."""
+    return ":" in name and name not in (EMBEDDED_DIGITS, EMBEDDED_GRIDS) and not os.path.exists(name)
 
 
 def checked_item(option: Option, value):
@@ -908,9 +1009,24 @@ def is_default(config: Options, name: str) -> bool:
     return getattr(config, name) == of_objective.get(name, options_of(type(config))[name].default)
 
 
-def train_steps(config: OptimizationConfig) -> int | None:
-    """The optimizer steps of a run; None where they depend on the number of images."""
-    return config.max_train_steps or (None if config.num_train_epochs else DEFAULT_TRAIN_STEPS)
+def optimizer_arguments(config: OptimizationConfig) -> dict[str, Any]:
+    """The further arguments of the optimizer by name.
+
+    Raises:
+        InputError: if `optimizer_args` is not a JSON object.
+    """
+    text = config.optimizer_args or "{}"
+    try:
+        arguments = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise InputError("optimizer_args", f"`optimizer_args` {text} is not JSON: {reason}") from error
+    if not isinstance(arguments, dict):
+        raise InputError(
+            "optimizer_args",
+            f'`optimizer_args` {text} must map names of arguments to values, such as {{"momentum": 0.9}}',
+        )
+    return arguments
 
 
 def check_alternatives(config: "VRPOConfig"):
@@ -1092,7 +1208,7 @@ def check_clip_ranges(config: "VRPOConfig"):
 
 def check_policy_epochs(config: "VRPOConfig"):
     """Steps that share drawn actions are saved together."""
-    steps = {"checkpointing_steps": config.checkpointing_steps, "max_train_steps": train_steps(config)}
+    steps = {"checkpointing_steps": config.checkpointing_steps, "max_train_steps": config.max_train_steps}
     for name, value in steps.items():
         if (value or 0) % config.policy_epochs:
             raise InputError(
@@ -1139,7 +1255,7 @@ def check_rollouts(config: "VRPOConfig"):
     steps = {
         "generative_policy_start_step": config.generative_policy_start_step,
         "checkpointing_steps": config.checkpointing_steps,
-        "max_train_steps": train_steps(config),
+        "max_train_steps": config.max_train_steps,
     }
     for name, value in steps.items():
         if epochs > 1 and (value or 0) % every:
@@ -1195,8 +1311,18 @@ def check_scaffold(config: "VRPOConfig"):
                     f"`{name}` {getattr(config, name)} has no effect with `scaffold_fraction` 1: it begins after the scaffold "
                     "phase, which never ends; remove it",
                 )
-    start, steps = config.generative_policy_start_step, train_steps(config)
-    if start is None or steps is None:
+    if config.max_train_steps is not None:
+        check_scaffold_ends(config, config.max_train_steps)
+
+
+def check_scaffold_ends(config: "VRPOConfig", steps: int):
+    """Checks that in a run of `steps` optimizer steps the scaffold phase ends before anything is drawn.
+
+    Raises:
+        InputError: if it does not.
+    """
+    start = config.generative_policy_start_step
+    if start is None or not has_scaffold(config):
         return
     end = steps if config.scaffold_fraction == 1 else config.scaffold_fraction * steps
     if start < end:
@@ -1204,6 +1330,25 @@ def check_scaffold(config: "VRPOConfig"):
             "generative_policy_start_step",
             f"`generative_policy_start_step` {start} must be at least {math.ceil(end)}, the end of the scaffold phase: before "
             "it nothing can be drawn",
+        )
+
+
+def changeable_options() -> list[str]:
+    """The names of the options that `allow_changed` can name."""
+    return [each.name for each in options_of(VRPOConfig).values() if each.marked(Changeable)]
+
+
+def allowed_changes(config: CheckpointConfig) -> set[str]:
+    """The names in `allow_changed`, which commas may separate, too."""
+    return {name.strip() for entry in config.allow_changed or [] for name in entry.split(",") if name.strip()}
+
+
+def check_allowed_changes(config: CheckpointConfig):
+    """Only options whose change a run can follow may change."""
+    for name in sorted(allowed_changes(config).difference(changeable_options())):
+        raise InputError(
+            "allow_changed",
+            f"`allow_changed` {name}: it cannot change within a run; {', '.join(changeable_options())} can",
         )
 
 
@@ -1287,6 +1432,7 @@ CHECKS = (
     check_rollouts,
     check_reward_encoder,
     check_scaffold,
+    check_allowed_changes,
     check_resume_from_hub,
 )
 

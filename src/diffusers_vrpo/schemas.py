@@ -21,11 +21,19 @@ TRAINING_STATE = {
     "alignment": (dict, type(None)),
     "callbacks?": [str],
     "reward_weightings?": [str],
+    "length?": {
+        "max_train_steps": int,
+        "checkpointing_steps": int,
+        "validation_steps": int,
+        "early_grids": bool,
+        "checkpoints_total_limit": int,
+    },
     "skipped": int,
     "train_seconds": NUMBER,
     "train_flops": NUMBER,
 }
 METRICS_ROW = {"step": int}
+TRACKERS = {"wandb": str}
 START_FACTS = {
     "hardware?": (str, type(None)),
     "num_processes?": int,
@@ -38,6 +46,7 @@ START_FACTS = {
     "adapters_suffice?": bool,
     "local?": [str],
     "torch?": str,
+    "changed?": dict,
 }
 START = {"step": int} | START_FACTS
 RECORDED_OPTIONS = {  # of train_config.yaml, those that a report computes with

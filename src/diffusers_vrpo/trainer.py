@@ -6,6 +6,7 @@ run is done. What happens around the steps (validation, publishing, the generati
 """
 
 import contextlib
+import dataclasses
 import math
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,6 +20,7 @@ from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
+from .alignment.custom_encoders import load_custom_encoder
 from .alignment.encoders import PatchEncoder, load_encoder
 from .alignment.image_rewards import ImageRewards, image_rewards_from_config
 from .alignment.objective import NoAlignment, objective_from_config
@@ -27,8 +29,11 @@ from .alignment.rewards import DEFAULT_REWARDS
 from .alignment.start import build_aligned_transformer
 from .config import (
     VRPOConfig,
+    allowed_changes,
     check_image_rewards_begin,
+    check_scaffold_ends,
     data_settings_to_keep,
+    names_code,
     objective_in_full,
     options_without_effect,
 )
@@ -51,7 +56,7 @@ from .hub.background import HubPublisher
 from .hub.publish import push_folder
 from .models.autoencoder import check_vae, latent_shape, load_vae, reconstruction_problem
 from .models.ddpm import variational_bound
-from .models.flow import flow_matching_loss, flow_time, forward_process
+from .models.flow import flow_matching_loss, flow_time, forward_process, sample_time, typical_flow_times
 from .models.start import read_start
 from .models.vision import layers_of_encoders
 from .pipelines import VRPOPipeline
@@ -59,6 +64,7 @@ from .pipelines.adapters import ModelAdapter, ModelCall, SiTAdapter, Transformer
 from .reporting.curves import plot_metrics
 from .training.callbacks import TrainerCallback, check_states, stateful
 from .training.checkpoints import (
+    check_settings,
     choose_checkpoint,
     load_checkpoint,
     read_training_state,
@@ -66,17 +72,24 @@ from .training.checkpoints import (
     run_settings,
     save_checkpoint,
     save_lora,
+    take_changes,
 )
-from .training.distributed import clip_grad_norm, full_pipeline, prepare
+from .training.distributed import clip_grad_norm, full_pipeline, lines_above_the_bar, prepare
 from .training.given_transformer import align_transformer, check_pipeline, check_transformer, try_call
 from .training.interruption import Interruption, StepGuard, wait_before_exit
+from .training.length import (
+    SpeedNotice,
+    check_length,
+    num_epochs,
+    passes_notice,
+    recorded_length,
+    resolve_length,
+)
 from .training.metrics import (
     MetricsFile,
     RunningMeans,
     Stopwatch,
-    log_values,
     shown_values,
-    start_trackers,
     write_start,
 )
 from .training.output_dir import locked, not_saved, prepare_output_dir, writing
@@ -85,14 +98,13 @@ from .training.setup import (
     as_list,
     build_optimizer,
     check_given,
-    check_length,
-    length_of_run,
     start_accelerator,
     trainable_parameters,
     with_given,
 )
 from .training.targets import target_encoders
 from .training.throughput import ForeachEMA, StepProfile, speed_up, step_flops, throughput_meter
+from .training.trackers import end_trackers, log_values, start_trackers
 from .training.validation import AdapterValidation, Validation
 
 
@@ -184,6 +196,7 @@ class VRPOTrainer:
         self.saved_step = 0
         self.logged_step = 0
         self.logged_seconds = 0.0
+        self.changes: dict[str, list] = {}  # of options since the checkpoint, as `allow_changed` permits
         self.corrupt_rows: set[int] = set()
         self.num_corrupt = 0
 
@@ -197,6 +210,7 @@ class VRPOTrainer:
             if args.push_to_hub:
                 publisher = [HubPublisher(args, self.accelerator, self.output_dir, self.interruption)]
             self.checkpoint = choose_checkpoint(self.accelerator, args, self.output_dir)
+            self.saved_state = None if self.checkpoint is None else read_training_state(self.checkpoint)
             self.data = self._open_data(train_dataset)
             self.vae = self._open_vae(vae)
             if isinstance(self.data, LatentCache):
@@ -205,7 +219,7 @@ class VRPOTrainer:
             self._check_reconstruction()
             self.validation = self._make_validation()
             validation = [] if self.validation is None else [self.validation]
-            self.callbacks = [*publisher, *validation, *callbacks]
+            self.callbacks = [*publisher, SpeedNotice(), *validation, *callbacks]
             self._call("on_init_end")
             self._register_state()
             self._resources = resources.pop_all()
@@ -226,12 +240,12 @@ class VRPOTrainer:
     def compute_loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Computes the loss of a micro-batch, `L = L_FM + lambda L_rep` (docs/method.md), a scalar.
 
-        Models that learn the variance of their diffusion also get its variational bound, and image rewards have a term of
-        their own.
+                Models that learn the variance of their diffusion also get its variational bound, and image rewards have a term of
+                their own.
 
-        Args:
-            batch: tensors on the device: `pixels [B,3,R,R]` in [-1, 1] or the entries of a latent cache; `class_labels [B]`;
-                `noise`; `timestep [B]`, uniform in [0, 1); and further inputs of the objective.
+                Args:
+                    batch: tensors on the device: `pixels [B,3,R,R]` in [-1, 1] or the entries of a latent cache; `class_labels [B]`;
+        XX further inputs of the objective.
         """
         channels, learns_variance = self.latent_shape[0], self.adapter.learns_variance
 
@@ -301,7 +315,7 @@ class VRPOTrainer:
         batches = self._batches()
         self._call("on_train_begin")
         self.model.train()
-        with self.interruption, self._progress_bar() as self.progress:
+        with self.interruption, self._progress_bar() as self.progress, lines_above_the_bar():
             self.stopwatch.start()
             while self.step < self.max_train_steps:
                 self.train_step(batches)
@@ -340,7 +354,8 @@ class VRPOTrainer:
                     self.guard.ask(grad_norm)
                 # Between two optimizer steps both do nothing.
                 with self.profile("optimizer"):
-                    self.optimizer.step()
+                    if not accelerator.sync_gradients or self.guard.may_step():
+                        self.optimizer.step()
                     self.optimizer.zero_grad()
 
         # A step that is not finite has changed nothing: the optimizer left weights and moments as they were.
@@ -397,7 +412,7 @@ class VRPOTrainer:
         """
         last = self.step == self.max_train_steps
         leaving = self.guard.signum and self.can_save()
-        if self.step % self.args.checkpointing_steps == 0 or last or leaving:
+        if self.step % self.length.checkpointing_steps == 0 or last or leaving:
             self.save_checkpoint()
             if self.saved_step != self.step and (last or leaving or self.args.stop_on_failed_checkpoint):
                 raise not_saved(self.output_dir, self.step)
@@ -421,6 +436,7 @@ class VRPOTrainer:
             "settings": self.settings,
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "alignment": self.objective.release_state(),
+            "length": dataclasses.asdict(self.length),
             "reward_weightings": list(WEIGHTINGS),  # among them `raw`, which version 0.1 called `equal`
             "callbacks": [name for name, callback in stateful(self.callbacks).items() if callback.state_dict()],
             "train_seconds": self.stopwatch.seconds(),
@@ -428,7 +444,7 @@ class VRPOTrainer:
         }
         if self.metrics_file is not None:
             self.metrics_file.sync()
-        limit = self.args.checkpoints_total_limit
+        limit = self.length.checkpoints_total_limit
         saved = save_checkpoint(self.accelerator, self.output_dir, self.step, state, limit)
         if saved:
             self.saved_step = self.step
@@ -491,6 +507,7 @@ class VRPOTrainer:
     def end(self) -> None:
         """Ends the trackers and waits until the processes may exit."""
         wait_before_exit(self.accelerator)
+        end_trackers(self.accelerator)
         self.accelerator.end_training()
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -540,12 +557,14 @@ class VRPOTrainer:
             layers = layers_of_encoders(encoders, args.encoder_layer)
         half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
         dtype = torch.float32 if accelerator.device.type == "cpu" else half
-        return [
-            load_encoder(encoder, grid_size, layer, dtype, accelerator.device, args.cache_dir)
-            if isinstance(encoder, str | Path)
-            else encoder
-            for encoder, layer in zip(encoders, layers)
-        ]
+        loaded = []
+        for encoder, layer in zip(encoders, layers):
+            if isinstance(encoder, str | Path) and names_code(str(encoder)):
+                encoder = load_custom_encoder(str(encoder), grid_size, layer, args.resolution, accelerator.device)
+            elif isinstance(encoder, str | Path):
+                encoder = load_encoder(encoder, grid_size, layer, dtype, accelerator.device, args.cache_dir)
+            loaded.append(encoder)
+        return loaded
 
     def _load_image_rewards(self, rewards: list | None, encoders: list) -> ImageRewards:
         """Builds the rewards of estimated images, and counts what a sample costs on average."""
@@ -568,7 +587,13 @@ class VRPOTrainer:
                 accelerator.autocast if half else contextlib.nullcontext,
                 torch.bfloat16 if half else torch.float32,
             )
-        self.image_reward_flops = image_rewards.flops_per_sample(self.latent_shape) if image_rewards.rewards else 0.0
+        self.image_reward_flops = 0.0
+        if image_rewards.rewards:
+            times = None
+            if args.timestep_sampling != "uniform":
+                logit = (args.timestep_sampling, args.logit_mean, args.logit_std)
+                times = typical_flow_times(self.adapter.prediction_type, *logit)
+            self.image_reward_flops = image_rewards.flops_per_sample(self.latent_shape, times)
         return image_rewards
 
     def _make_validation(self) -> Validation | None:
@@ -624,8 +649,11 @@ class VRPOTrainer:
         speed_up(transformer, self.encoders, args.compile, args.attention_backend)
 
         self.global_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-        self.max_train_steps = length_of_run(args, len(data), self.global_batch_size)
+        recorded = None if self.saved_state is None else recorded_length(self.saved_state)
+        self.length = resolve_length(args, len(data), self.global_batch_size, recorded)
+        self.max_train_steps = self.length.max_train_steps
         check_image_rewards_begin(args, self.max_train_steps)
+        check_scaffold_ends(args, self.max_train_steps)
         optimizer = build_optimizer(args, trainable_parameters(self.aligned))
         self.lr_scheduler = get_scheduler(
             args.lr_scheduler,
@@ -688,12 +716,17 @@ class VRPOTrainer:
         """Loads the checkpoint to continue from, if there is one."""
         of_data = data_settings_to_keep(self.args) | data_settings(self.data)
         if self.checkpoint is not None:
-            state = read_training_state(self.checkpoint, self.settings)
+            state = self.saved_state
+            self.changes = check_settings(state, self.settings, self.checkpoint, allowed_changes(self.args))
             check_length(self.checkpoint, state["step"], self.max_train_steps)
             check_data_settings(state["settings"], of_data, self.checkpoint, self.args.allow_changed_data)
             check_states(self.checkpoint, state.get("callbacks"), self.callbacks)
             load_checkpoint(self.accelerator, self.checkpoint)
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+            if self.changes:
+                take_changes(self.args, self.changes, self.lr_scheduler)
+                changed = (f"{name} {before} -> {now}" for name, (before, now) in self.changes.items())
+                logger.info(f"changed from here on: {', '.join(changed)}")
             self.step = state["step"]
             self.samples_seen = state["samples_seen"]
             self.flops = state["train_flops"]
@@ -737,6 +770,9 @@ class VRPOTrainer:
         args, accelerator = self.args, self.accelerator
         if accelerator.is_main_process:
             given = args.to_dict() | {"vae": args.vae or self.data.vae or "none"}
+            given |= {name: getattr(self.length, name) for name in ("checkpointing_steps", "validation_steps")}
+            if not args.num_train_epochs:
+                given["max_train_steps"] = self.max_train_steps
             with writing(f"train_config.yaml or metrics.jsonl in {self.output_dir}"):
                 write_atomically(self.output_dir / "train_config.yaml", yaml.safe_dump(given).encode())
                 self.metrics_file = MetricsFile(self.output_dir / "metrics.jsonl", self.step)
@@ -749,8 +785,9 @@ class VRPOTrainer:
                     self.max_train_steps,
                     given,
                     self.adapter.prediction_type,
+                    self.changes,
                 )
-            start_trackers(accelerator, self.metrics_file, args, self.step)
+            start_trackers(accelerator, self.metrics_file, args, self.output_dir, self.step)
         if args.objective != "none":
             logger.info(objective_in_full(args))
         for sentence in options_without_effect(args):
@@ -761,6 +798,13 @@ class VRPOTrainer:
             f"{math.prod(self.grid_size)} tokens; {self.global_batch_size} samples a step on "
             f"{accelerator.num_processes} process(es), steps {self.step} to {self.max_train_steps}"
         )
+        logger.info(
+            f"global batch {self.global_batch_size} = `train_batch_size` {args.train_batch_size} x {accelerator.num_processes} "
+            f"process(es) x {args.gradient_accumulation_steps} micro-step(s); a checkpoint every "
+            f"{self.length.checkpointing_steps} steps, samples every {self.length.validation_steps}"
+        )
+        if notice := passes_notice(num_epochs(self), len(self.data)):
+            logger.warning(notice)
 
     def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
         """Yields the micro-batches of this process, starting after the last example of the checkpoint."""
@@ -788,7 +832,10 @@ class VRPOTrainer:
             repeats=args.policy_epochs,
         )
         pin_memory = accelerator.device.type == "cuda"
-        return iter(self.data.loader(samples, sampler, args.dataloader_num_workers, pin_memory))
+        loader = self.data.loader(samples, sampler, args.dataloader_num_workers, pin_memory)
+        # A new iterator draws a number from torch's generator, whose state is that of the checkpoint.
+        with torch.random.fork_rng(devices=[], enabled=self.checkpoint is not None):
+            return iter(loader)
 
     def _next_batch(self, batches: Iterator) -> dict[str, torch.Tensor]:
         """Moves the next micro-batch to the device, with pixels in [-1, 1]; example indices stay on the CPU."""
@@ -798,6 +845,8 @@ class VRPOTrainer:
         if len(self.corrupt_rows) > 0.01 * len(self.data):
             raise too_many_corrupt(self.corrupt_rows, len(self.data))
         index = batch.pop("index")
+        times = (self.args.timestep_sampling, self.args.logit_mean, self.args.logit_std)
+        batch["timestep"] = sample_time(batch["timestep"], *times)
         if self.image_rewards.active():
             # Chosen on the CPU, where it does not wait for the device.
             batch["rewarded"] = self.image_rewards.rows(flow_time(batch["timestep"], self.adapter), index)

@@ -421,6 +421,23 @@ def test_a_client_has_few_runs_at_a_time(client):
     assert "4 images" in call(client)[0]
 
 
+def test_the_head_of_the_page_and_its_examples(monkeypatch, pipeline, tmp_path):
+    pytest.importorskip("gradio", reason="the page needs gradio: pip install -e '.[app]'")
+    monkeypatch.syspath_prepend(SPACE)
+    app = load_module("app")
+    monkeypatch.chdir(tmp_path)
+    head = app.introduction(pipeline, "flowers <1>", "me/flowers")
+    assert head.startswith("# flowers &lt;1&gt;\nNew images of the classes that you choose")
+    assert "5 classes · 8 × 8 pixels · SiT (it predicts velocities)" in head
+    assert head.endswith(" · [model card](https://huggingface.co/me/flowers)")
+    (tmp_path / "me" / "flowers").mkdir(parents=True)  # a folder has no page on the Hub
+    assert all("model card" not in app.introduction(pipeline, "x", name) for name in ("me/flowers", "run", None))
+    expected = [("8 × goldfish", [0], 8), ("8 × class 3", [3], 8), ("4 classes", [0, 1, 2, 3], 2)]
+    assert app.examples(pipeline) == expected
+    # Both ends of a slider are shown on a phone, where gradio's own style hides them.
+    assert "#page .min_value, #page .max_value { display: inline; }" in (SPACE / "style.css").read_text()
+
+
 def test_the_command_line_answers_in_a_line(capsys, monkeypatch, tmp_path, folder):
     pytest.importorskip("gradio", reason="the page needs gradio: pip install -e '.[app]'")
     monkeypatch.syspath_prepend(SPACE)

@@ -367,6 +367,7 @@ def test_adapters_suffice_where_all_else_is_the_bases(change):
     args = Namespace(
         pretrained_model_name_or_path="org/base", vae=None, keep_labels=False, label_dropout=0.1, layer_scope="early",
         projector="mlp", projector_dim=16, model_config=None, preset=None, lora_rank=change.get("lora_rank", 2),
+        lora_alpha=None, lora_dropout=0.0, lora_target=None,
     )  # fmt: skip
     size = change.get("size", base.config.sample_size)
     model, difference = build_transformer(args, start, (4, size, size), 5, change.get("labels", labels))

@@ -43,6 +43,8 @@ def options_in(folder: Path):
         "learning_rate": 0.01,
         "ema_decay": 0.5,
         "logging_steps": 1,
+        "checkpointing_steps": 10000,
+        "validation_steps": 10000,
         "num_inference_steps": 2,
         "num_validation_images": 1,
         "dataloader_num_workers": 0,

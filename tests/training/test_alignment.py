@@ -604,7 +604,7 @@ def test_no_nan_from_degenerate_features_in_half_precision(dtype, case):
             "--clip_range 0.1 has no effect without --policy_epochs above 1",
         ),
         (
-            {"estimator": "sampled", "policy_epochs": 3, "checkpointing_steps": 3, "max_train_steps": None},
+            {"estimator": "sampled", "policy_epochs": 3, "checkpointing_steps": 3, "max_train_steps": 400000},
             "400000 must be",
         ),
         ({"policy_epochs": 2}, "--policy_epochs 2 has no effect without --estimator sampled"),

@@ -57,4 +57,4 @@ def test_the_embedded_default_makes_digits(tmp_path):
     for reward in ("semantic", "structural"):
         assert rows[-1][f"reward/{reward}"] > rows[0][f"reward/{reward}"]
     with Image.open(tmp_path / "samples.png") as grid:
-        assert grid.size == (10 * 66 - 2, 4 * 66 - 2)
+        assert grid.size == (10 * 66 - 2, 17 + 4 * 66 - 2)

@@ -583,7 +583,7 @@ def test_a_sample_that_is_not_finite_stops_the_run(command, monkeypatch):
             {
                 "rollout_every": 3,
                 "rollout_epochs": 2,
-                "max_train_steps": None,
+                "max_train_steps": 400000,
                 "generative_policy_start_step": 3,
                 "checkpointing_steps": 3,
             },

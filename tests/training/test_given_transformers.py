@@ -85,6 +85,7 @@ def train(tmp_path):
             "learning_rate": 0.01,
             "ema_decay": 0.5,
             "logging_steps": 1,
+            "validation_steps": 10000,
             "checkpointing_steps": 1,
             "num_inference_steps": 2,
             "num_validation_images": 1,

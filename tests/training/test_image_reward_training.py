@@ -52,6 +52,7 @@ def config(tmp_path):
             "max_train_steps": 3,
             "learning_rate": 0.001,
             "logging_steps": 1,
+            "validation_steps": 10000,
             "num_inference_steps": 2,
             "num_validation_images": 1,
             "dataloader_num_workers": 0,

@@ -60,7 +60,7 @@ def test_each_objective_trains_saves_and_samples_by_name(command, tmp_path, obje
     assert image.size == (8, 8)
     assert [path.name for path in sorted((folder / "samples").iterdir())] == ["step-0000015.png", "step-0000030.png"]
     with Image.open(folder / "samples.png") as grid:
-        assert grid.size == (10 * 66 - 2, 64)
+        assert grid.size == (10 * 66 - 2, 17 + 64)  # a line of captions above one row
     with Image.open(folder / "training.png") as curves:
         assert curves.width >= 1000
     assert list((folder / "logs").rglob("events.out.tfevents*"))
@@ -131,7 +131,7 @@ def test_latents_conv_encoder_and_images_of_a_folder(command, tmp_path):
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline("cat", num_inference_steps=1).images[0].size == (32, 32)
     with Image.open(tmp_path / "run" / "samples.png") as grid:
-        assert grid.size == (2 * 66 - 2, 64)
+        assert grid.size == (2 * 66 - 2, 17 + 64)
 
 
 @pytest.mark.slow
@@ -358,6 +358,10 @@ def test_another_seed_or_model_does_not_continue_the_run(command):
     run(command())
     with pytest.raises(InputError, match="`seed` is 1, but .*checkpoint-4 was trained with 0"):
         run(command(seed=1, max_train_steps=8))
+    with pytest.raises(
+        InputError, match="trained with 0.01; keep to that, give `allow_changed` learning_rate to change"
+    ):
+        run(command(max_train_steps=8, learning_rate=0.1))
     for option, value in (("learning_rate", 0.1), ("label_dropout", 0.5), ("reward_weighting", "equal")):
         with pytest.raises(InputError, match=f"`{option}` is {value}, but .*checkpoint-4 was trained with"):
             run(command(max_train_steps=8, **{option: value}))

@@ -48,6 +48,7 @@ def config(tmp_path):
             "learning_rate": 0.01,
             "ema_decay": 0.5,
             "logging_steps": 1,
+            "validation_steps": 10000,
             "num_inference_steps": 2,
             "num_validation_images": 1,
             "dataloader_num_workers": 0,

@@ -23,7 +23,8 @@ from diffusers_vrpo.evaluation.image_encoders import load_image_encoder, pooled_
 from diffusers_vrpo.evaluation.metrics import frechet_distance, mean_and_covariance
 from diffusers_vrpo.pipelines.sampling import sample_batch
 from diffusers_vrpo.training import validation
-from diffusers_vrpo.training.metrics import log_values, read_metrics
+from diffusers_vrpo.training.metrics import read_metrics
+from diffusers_vrpo.training.trackers import log_values
 from support.data import write_files
 from support.training import run
 

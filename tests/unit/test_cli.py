@@ -52,24 +52,42 @@ def started_by(monkeypatch, argv: list[str]) -> list[str] | None:
     return found[0] if found else None
 
 
-def test_what_stands_before_two_dashes_is_the_launchers(monkeypatch):
+def test_what_stands_before_two_dashes_is_the_launchers(monkeypatch, tmp_path):
     launcher = ["-m", "accelerate.commands.launch", "-q"]
     module = ["-m", "diffusers_vrpo.commands.{}"]
+    defaults = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    monkeypatch.setattr("diffusers_vrpo.command_line.HF_HOME", str(tmp_path))
     fsdp = str(ROOT / "configs" / "accelerate" / "fsdp2.yaml")
     for argv, expected in {
-        ("train", "--num_processes", "2", "--", "--seed", "1"): ["--num_processes", "2", *module, "--seed", "1"],
-        ("train", "--", "--seed", "1"): [*module, "--seed", "1"],
+        ("train", "--num_processes", "2", "--", "--seed", "1"): [
+            "--num_processes",
+            "2",
+            *defaults,
+            *module,
+            "--seed",
+            "1",
+        ],
+        ("train", "--", "--seed", "1"): [*defaults, *module, "--seed", "1"],
+        ("train", "--mixed-precision=bf16", "--"): ["--mixed-precision=bf16", *defaults[:2], *defaults[4:], *module],
         ("train", "--config_file", "fsdp2", "--"): ["--config_file", fsdp, *module],
         ("train", "--config_file", "mine.yaml", "--"): ["--config_file", "mine.yaml", *module],
-        ("sample", "--multi_gpu", "--", "run"): ["--multi_gpu", *module, "run"],
+        ("sample", "--multi_gpu", "--", "run"): ["--multi_gpu", *defaults, *module, "run"],
     }.items():
         expected = [word.format(argv[0]) for word in expected]
         assert started_by(monkeypatch, list(argv)) == [*launcher, *expected]
+    (tmp_path / "accelerate").mkdir()
+    (tmp_path / "accelerate" / "default_config.yaml").write_text("")  # as `accelerate config` writes it
+    assert started_by(monkeypatch, ["evaluate", "--", "x"]) == [
+        *launcher,
+        "-m",
+        "diffusers_vrpo.commands.evaluate",
+        "x",
+    ]
 
 
 def test_training_starts_a_launcher_where_several_devices_are(monkeypatch, tmp_path):
     options = ["--dataset_name", "digits", "--vae", "none", "--objective", "none"]
-    monkeypatch.setattr("accelerate.commands.config.config_args.default_config_file", str(tmp_path / "none.yaml"))
+    monkeypatch.setattr("diffusers_vrpo.command_line.HF_HOME", str(tmp_path))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert started_by(monkeypatch, ["train", *options]) is None
@@ -134,7 +152,7 @@ def test_recipes_are_found_by_name(tmp_path, monkeypatch, capsys):
     )
 
 
-@pytest.mark.parametrize("name", ["train", "prepare", "sample", "evaluate", "fid", "probe", "layers"])
+@pytest.mark.parametrize("name", ["train", "plan", "prepare", "sample", "evaluate", "fid", "probe", "layers"])
 def test_the_short_help_and_the_whole_one(name, capsys):
     command = importlib.import_module(f"diffusers_vrpo.commands.{name}")
     parser = command.build_parser(f"vrpo {name}")

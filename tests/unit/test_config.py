@@ -183,7 +183,7 @@ def test_paths_and_tuples_are_taken():
             "`clip_range` 0.1 has no effect without `policy_epochs` above 1",
         ),
         (
-            {"estimator": "sampled", "policy_epochs": 3},
+            {"estimator": "sampled", "policy_epochs": 3, "checkpointing_steps": 10000},
             "`checkpointing_steps` 10000 must be a multiple of `policy_epochs` 3",
         ),
         ({"lr_scheduler": "constant", "lr_warmup_steps": 5}, "`lr_scheduler` constant has no warm-up"),
@@ -405,6 +405,7 @@ def test_resolved_options_are_compared_by_what_they_became():
         "model_config",
         "prediction_type",
         "learn_sigma",
+        "qk_norm",
         "projector_dim",
     }  # by the model's arguments
     of_data = {"train_data_dir", "latents_dir"}  # by the content of the data

@@ -10,7 +10,7 @@ from diffusers_vrpo import SiTTransformer2DModel, VRPOPipeline
 from support.models import aligned_with, inputs, needs_compiler, tiny_model
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("qk_norm", [False, True, "rms_norm"])
 @torch.no_grad()
 def test_fused_projections_give_the_same(qk_norm):
     model = tiny_model(qk_norm=qk_norm)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from diffusers_vrpo.commands.report import build_parser, collect, main, number
 from diffusers_vrpo.models.transformer_sit import SiTTransformer2DModel
+from diffusers_vrpo.reporting.figures import metric_label
 from diffusers_vrpo.reporting.runs import Run, first_crossing
 from diffusers_vrpo.schemas import START, read_rows
 from diffusers_vrpo.training.metrics import MetricsFile, read_metrics
@@ -441,6 +442,24 @@ def test_one_run_with_one_evaluation_and_names_that_are_markup(tmp_path, capsys)
     assert "&lt;b&gt;$5&lt;/b&gt;" in text and "<b>" not in text
     found = report(tmp_path, folder)
     assert found["sentences"] == [] and found["speed_up"] is None and found["options"] == {} and found["grids"] is None
+
+
+def test_the_page_says_what_it_shows(tmp_path):
+    runs = [
+        write_run(tmp_path / f"{name}-{i}", {100: 5 + i}, objective=name, seed=i)
+        for name in ("repa", "vrpo")
+        for i in (0, 1)
+    ]
+    found = report(tmp_path, *runs, "--baseline", "repa")
+    text = (tmp_path / "report" / "report.html").read_text()
+    assert (
+        "This page compares 4 training runs of 2 kinds by their Fréchet distance (digits), where lower is better, against training "
+        "steps, training time and training compute." in text
+    )
+    assert "An arm is the runs that differ only in the seed" in text and "last Fréchet distance (digits)</th>" in text
+    assert found["metric"] == FD and text.count(FD) == 1  # its name in metrics.jsonl, once
+    labels = {"loss_fm": "flow-matching loss", "reward/semantic": "semantic reward", "guard/fd_x": "guard: fd x"}
+    assert {name: metric_label(name) for name in labels} == labels
 
 
 def test_only_options_are_shown_and_nothing_moves_the_cursor(tmp_path, capsys):

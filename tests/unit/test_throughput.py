@@ -2,7 +2,9 @@
 """FLOPs, peaks, the step's profile; no wait for the device in a step; the benchmark of the step."""
 
 import importlib
+import io
 import json
+import logging
 import sys
 
 import pytest
@@ -12,11 +14,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
 
 from diffusers_vrpo.alignment.attach import AlignedTransformer
 from diffusers_vrpo.config import SpeedConfig
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.models.transformer_sit import SiTTransformer2DModel, sit_preset
+from diffusers_vrpo.training.distributed import lines_above_the_bar
 from diffusers_vrpo.training.metrics import shown_values
 from diffusers_vrpo.training.throughput import (
     ForeachEMA,
@@ -143,6 +147,18 @@ def test_encoder_and_step_flops(train_step):
     assert list(throughput_meter((1, 2), setup.accelerator)(1.0, True)) == ["tflops_per_device"]
     model.transformer.patch_embed.requires_grad_(False)  # adapters
     assert step_flops(model)[0] == 2 * forward_flops(config)
+
+
+def test_log_lines_stand_above_the_progress_bar(monkeypatch):
+    output = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", output)
+    handler = logging.StreamHandler(output)
+    monkeypatch.setattr(logging.root, "handlers", [handler])
+    with tqdm(total=2, file=output), lines_above_the_bar():
+        logging.getLogger("a").warning("a line")
+    assert handler.stream is output
+    before, after = output.getvalue().split("a line")
+    assert before.endswith("\r") and after.startswith("\n")
 
 
 def test_throughput_metrics():

@@ -1,6 +1,9 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 import json
+import math
+import random
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -10,8 +13,9 @@ from PIL import Image
 
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.pipelines.sampling import image_grid
-from diffusers_vrpo.reporting.curves import plot_metrics
+from diffusers_vrpo.reporting.curves import chosen_panels, plot_metrics, smoothed
 from diffusers_vrpo.training.checkpoints import (
+    check_settings,
     find_checkpoint,
     list_checkpoints,
     read_training_state,
@@ -21,6 +25,7 @@ from diffusers_vrpo.training.checkpoints import (
 from diffusers_vrpo.training.distributed import ema_weights
 from diffusers_vrpo.training.metrics import MetricsFile, RunningMeans, read_metrics
 from diffusers_vrpo.training.output_dir import prepare_output_dir
+from diffusers_vrpo.training.validation import captions_of
 
 
 @pytest.fixture
@@ -63,6 +68,12 @@ def test_checkpoints_are_ordered_by_step_and_half_made_ones_do_not_count(tmp_pat
     assert find_checkpoint(str(tmp_path / "checkpoint-900"), tmp_path / "other").name == "checkpoint-900"
 
 
+def checked_state(checkpoint, expected):
+    state = read_training_state(checkpoint)
+    check_settings(state, expected, checkpoint)
+    return state
+
+
 def test_what_resume_refuses(tmp_path):
     assert find_checkpoint("latest", tmp_path) is None and find_checkpoint("none", tmp_path) is None
     fake_checkpoint(tmp_path, 5)
@@ -74,39 +85,39 @@ def test_what_resume_refuses(tmp_path):
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     path = fake_checkpoint(tmp_path, 5, {"seed": 1})
-    assert read_training_state(path, {"seed": 1})["step"] == 5
+    assert checked_state(path, {"seed": 1})["step"] == 5
     with pytest.raises(InputError, match="`seed` is 2, but .*checkpoint-5 was trained with 1"):
-        read_training_state(path, {"seed": 2})
+        checked_state(path, {"seed": 2})
     (path / "training_state.json").write_text("{")
     with pytest.raises(InputError, match="damaged"):
-        read_training_state(path, {"seed": 1})
+        checked_state(path, {"seed": 1})
 
 
 def test_what_earlier_versions_did_before_there_was_an_option(tmp_path):
     old = fake_checkpoint(tmp_path, 5, {"--seed": 1})
-    assert read_training_state(old, {"token_weighting": "uniform"})["step"] == 5
+    assert checked_state(old, {"token_weighting": "uniform"})["step"] == 5
     with pytest.raises(InputError, match="`token_weighting` is residual, but .* was trained with uniform; keep to"):
-        read_training_state(old, {"token_weighting": "residual"})
+        checked_state(old, {"token_weighting": "residual"})
     ends = (("gate", 5, "gate"), ("project", 5, "stop"), ("none", None, "none"))
     for step, (conflict, stop_step, release) in enumerate(ends):
         old = fake_checkpoint(tmp_path, step, {"--conflict": conflict, "--alignment_stop_step": stop_step})
-        assert read_training_state(old, {"release": release})["step"] == step
+        assert checked_state(old, {"release": release})["step"] == step
         with pytest.raises(InputError, match=f"`release` is plateau, but .* was trained with {release}"):
-            read_training_state(old, {"release": "plateau"})
+            checked_state(old, {"release": "plateau"})
 
 
 def test_what_equal_meant_in_earlier_versions(tmp_path):
     old = fake_checkpoint(tmp_path, 5, {"--reward_weighting": "equal"})
-    assert read_training_state(old, {"reward_weighting": "raw"})["step"] == 5
+    assert checked_state(old, {"reward_weighting": "raw"})["step"] == 5
     with pytest.raises(InputError, match="is called raw now; give `reward_weighting` raw to continue"):
-        read_training_state(old, {"reward_weighting": "equal"})
+        checked_state(old, {"reward_weighting": "equal"})
     with pytest.raises(InputError, match="`reward_weighting` is inverse_std, but .* was trained with raw"):
-        read_training_state(old, {"reward_weighting": "inverse_std"})
+        checked_state(old, {"reward_weighting": "inverse_std"})
     new = json.loads((old / "training_state.json").read_text()) | {"reward_weightings": ["equal", "raw"]}
     (old / "training_state.json").write_text(json.dumps(new))
-    assert read_training_state(old, {"reward_weighting": "equal"})["step"] == 5
+    assert checked_state(old, {"reward_weighting": "equal"})["step"] == 5
     with pytest.raises(InputError, match="`reward_weighting` is raw, but .* was trained with equal"):
-        read_training_state(old, {"reward_weighting": "raw"})
+        checked_state(old, {"reward_weighting": "raw"})
 
 
 def test_save_keeps_the_newest_and_leaves_nothing_half_made(tmp_path, accelerator):
@@ -115,7 +126,7 @@ def test_save_keeps_the_newest_and_leaves_nothing_half_made(tmp_path, accelerato
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-3"]
     # Saving a step again replaces it.
     save_checkpoint(accelerator, tmp_path, 3, STATE | {"step": 3, "settings": {"again": True}}, limit=2)
-    assert read_training_state(tmp_path / "checkpoint-3", {})["settings"] == {"again": True}
+    assert read_training_state(tmp_path / "checkpoint-3")["settings"] == {"again": True}
 
 
 def test_running_means(accelerator):
@@ -175,3 +186,51 @@ def test_plot_and_grid(tmp_path):
     assert grid.size == (2 * 64 + 2, 2 * 64 + 2)
     assert grid.getpixel((0, 0)) == (255, 0, 0) and grid.getpixel((66, 0)) == (0, 255, 0)
     assert grid.getpixel((0, 66)) == (0, 0, 255) and grid.getpixel((100, 100)) == (255, 255, 255)
+
+
+def test_captions_of_a_grid():
+    images = [Image.new("RGB", (8, 8), "blue")] * 4
+    for names, lines in ((["zero", "class 207"], 1), (["zero", "golden retriever"], 2), (["x" * 99, "a b " * 99], 2)):
+        grid = image_grid(images, columns=2, captions=names)
+        top = 3 + 14 * lines
+        assert grid.size == (2 * 64 + 2, top + 2 * 64 + 2)
+        # Dark letters on white, whole within their column, and below them the images.
+        head = np.asarray(grid.convert("L"))[:top]
+        assert (head[:, :64] < 90).any() and (head[:, 66:] < 90).any() and (head[:, 64:66] == 255).all()
+        assert grid.getpixel((0, top)) == grid.getpixel((129, grid.height - 1)) == (0, 0, 255)
+    assert captions_of([3, 1], {"1": "shark, great white shark", 3: "tench"}) == ["tench", "shark"]
+    assert captions_of([3, 1], {"1": "shark"}) == ["class 3", "shark"] and captions_of([0, 1], None)[0] == "class 0"
+    assert captions_of([0], None) is None
+
+
+def test_curves_have_five_panels_that_are_neither_flat_nor_empty():
+    generator = random.Random(0)
+    rows = [
+        {
+            "step": step,
+            "loss_fm": 2 / step + 0.01 * generator.random(),
+            "reward/fidelity": -2 / step,
+            "reward/semantic": 1 - 1 / step,
+            "reward/colour": math.nan,
+            "share/semantic": 0.5,
+            "cosine/0.0-0.1": 0.1 / step,
+            "cosine/0.1-0.2": math.nan,
+            "alignment_coeff": 0.5,
+            "grad_norm": 1 + generator.random(),
+            "gradient_ratio/0.0-0.1": generator.random(),
+            "images_per_second": 100 + generator.random(),
+        }
+        for step in range(1, 101)
+    ]
+    panels = chosen_panels(rows)
+    assert len(panels) == 5 and panels[0][0].logarithmic
+    assert [list(panel.lines.values())[0] for panel, _ in panels] == [
+        *("loss_fm", "reward/colour", "mean:cosine/", "grad_norm", "mean:gradient_ratio/")
+    ]
+    assert panels[0][1][""] == ([*range(1, 101)], [row["loss_fm"] for row in rows])
+    assert list(panels[1][1]) == ["semantic"]  # without the reward that has no value, and without the loss again
+    loss = [row["loss_fm"] for row in rows]
+    for logarithmic, mean in ((False, np.mean), (True, lambda part: math.exp(np.mean(np.log(part))))):
+        smooth = smoothed(loss, logarithmic)
+        assert smooth[0] == pytest.approx(loss[0]) and smooth[50] == pytest.approx(mean(loss[47:54]))
+    assert smoothed([1.0, 5.0]) == [1.0, 5.0] and smoothed([]) == []

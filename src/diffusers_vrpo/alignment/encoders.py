@@ -12,12 +12,13 @@ from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..config import is_embedded_digits
+from ..config import is_embedded_digits, names_code
 from ..errors import InputError, hub_problem
 from ..reach import offline_if_out_of_reach
 
@@ -31,6 +32,18 @@ DEFAULT_STRIDE = 16
 # At this input side, every stage of a conv net still has several rows and columns, so that its stride can be measured.
 PROBE_SIDE = 256
 REMEDY = "give the folder or the Hub name of a ViT or conv net, such as facebook/dinov2-base"
+# Shapes of usual encoders, for `encoder_without_weights`; patches of 14 pixels, trained on images of 518.
+DINOV2_SHAPES = {
+    "facebook/dinov2-small": {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6},
+    "facebook/dinov2-base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "facebook/dinov2-large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "facebook/dinov2-giant": {
+        "hidden_size": 1536,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 24,
+        "use_swiglu_ffn": True,
+    },
+}
 
 
 class PatchEncoder(nn.Module):
@@ -213,6 +226,44 @@ def load_encoder(
     return PatchEncoder(model, features.shape[1], grid_size, input_size, layer, pixel_format, resize)
 
 
+def encoder_without_weights(
+    name_or_path: str,
+    grid_size: tuple[int, int],
+    layer: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    cache_dir: str | None = None,
+) -> PatchEncoder:
+    """Builds the encoder that `load_encoder` would load on the meta device, without weights and without a download.
+
+    Args:
+        name_or_path (`str`): a folder, a name that the Hub's cache holds, or one of `DINOV2_SHAPES`.
+        grid_size, layer, dtype, cache_dir: as for `load_encoder`.
+
+    Raises:
+        InputError: if the shape is not known without a download, or the model does not provide patch embeddings.
+    """
+    from transformers import AutoModel, Dinov2Config, PreTrainedModel
+
+    source, _ = _locate(name_or_path)
+    try:
+        config = _image_config(source, cache_dir=cache_dir, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        if source not in DINOV2_SHAPES:
+            raise InputError(
+                "encoder",
+                f"`encoder` {name_or_path}: its shape is not known without a download; give its folder, or one of "
+                f"{', '.join(DINOV2_SHAPES)}",
+            ) from error
+        config = Dinov2Config(image_size=518, patch_size=14, **DINOV2_SHAPES[source])
+
+    # Drawing weights may read numbers, which tensors on this device do not have.
+    with patch.object(PreTrainedModel, "init_weights"), torch.device("meta"):
+        model = AutoModel.from_config(config, dtype=dtype).requires_grad_(False).eval()
+    layer, input_size, features = _plan(model, name_or_path, grid_size, layer)
+    pixel_format = (IMAGENET_MEAN, IMAGENET_STD, False)
+    return PatchEncoder(model, features.shape[1], grid_size, input_size, layer, pixel_format)
+
+
 def features_of_layers(encoder: PatchEncoder, images) -> dict[int | None, torch.Tensor]:
     """Patch embeddings `[B, N, E]` of all hidden states that are token maps, by their index; a ViT's output has None.
 
@@ -298,6 +349,12 @@ def _locate(name_or_path, option="encoder"):
     """Resolves a name to a folder or Hub name, and returns whether it is a folder."""
     if not isinstance(name_or_path, str | Path):
         raise InputError(option, f"`{option}` {name_or_path!r} is not a name; {REMEDY}")
+    if names_code(str(name_or_path)):
+        raise InputError(
+            option,
+            f"`{option}` {name_or_path} names code to run, which only `encoder` of training may do, given on the command line or in "
+            f"Python; {REMEDY}",
+        )
     path = Path(name_or_path).expanduser()
     if is_embedded_digits(name_or_path):
         from ..assets.digits import DIGITS_ENCODER  # here, because it imports datasets
@@ -328,15 +385,16 @@ def _quiet_transformers():
         transformers_logging.set_verbosity(verbosity)
 
 
-def _load_model(source, dtype, cache_dir, local):
-    """Loads the image model of a checkpoint; returns it and the number of missing weights, which are NaN."""
-    # Here, as below, so that other encoders and the metrics of Inception do without transformers.
-    from transformers import MODEL_MAPPING, AutoConfig, AutoModel
+def _image_config(source, **where):
+    """Reads the configuration of a checkpoint; of CLIP, SigLIP and similar models, that of the image tower.
 
-    # Code from a repository is never run. This is explicit, because transformers would ask on the terminal.
-    where = {"cache_dir": cache_dir, "local_files_only": local, "trust_remote_code": False}
+    Raises:
+        InputError: if the model does not take images.
+    """
+    # Here, as below, so that other encoders and the metrics of Inception do without transformers.
+    from transformers import MODEL_MAPPING, AutoConfig
+
     config = AutoConfig.from_pretrained(source, **where)
-    # For CLIP, SigLIP and similar models, load only the image tower.
     tower = getattr(config, "vision_config", None)
     config = tower if type(tower) in MODEL_MAPPING else config
     model_class = MODEL_MAPPING.get(type(config), None)
@@ -344,6 +402,16 @@ def _load_model(source, dtype, cache_dir, local):
         raise InputError(
             "encoder", f"`encoder` {source}: a {config.model_type} model does not encode images; {REMEDY}"
         )
+    return config
+
+
+def _load_model(source, dtype, cache_dir, local):
+    """Loads the image model of a checkpoint; returns it and the number of missing weights, which are NaN."""
+    from transformers import AutoModel
+
+    # Code from a repository is never run. This is explicit, because transformers would ask on the terminal.
+    where = {"cache_dir": cache_dir, "local_files_only": local, "trust_remote_code": False}
+    config = _image_config(source, **where)
     with _quiet_transformers():
         model, info = AutoModel.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True, **where)
     if config.model_type == "vit_mae":

@@ -23,7 +23,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..config import image_reward_names
+from ..config import image_reward_names, names_code
 from ..errors import InputError, first_line
 from ..models import ddpm
 from ..models.autoencoder import decode_latents, load_vae
@@ -486,8 +486,12 @@ class ImageRewards:
                 f"`image_rewards` {', '.join(self.names)}: two images cannot be rewarded ({first_line(error)})",
             ) from error
 
-    def flops_per_sample(self, latent_shape: tuple[int, int, int]) -> float:
-        """Mean FLOPs that a step with rewards adds for a sample of the batch; call it before anything is compiled."""
+    def flops_per_sample(self, latent_shape: tuple[int, int, int], flow_times: torch.Tensor | None = None) -> float:
+        """Mean FLOPs that a step with rewards adds for a sample of the batch; call it before anything is compiled.
+
+        Args:
+            flow_times: times that stand for those of the training, of any shape; by default those of `timestep_sampling` uniform.
+        """
         device = self.shares.device
         blank = torch.zeros(1, *latent_shape, device=device)
         timestep = torch.zeros(1, dtype=torch.long, device=device)
@@ -497,8 +501,10 @@ class ImageRewards:
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             self.values_and_gradients(*arguments)
         share = self.max_t
-        if self.config.prediction_type == "epsilon":
-            share = (ddpm.flow_time(torch.arange(ddpm.NUM_TIMESTEPS)) <= self.max_t).float().mean().item()
+        if flow_times is None and self.config.prediction_type == "epsilon":
+            flow_times = ddpm.flow_time(torch.arange(ddpm.NUM_TIMESTEPS))
+        if flow_times is not None:
+            share = (flow_times <= self.max_t).float().mean().item()
         return counter.get_total_flops() * share * self.fraction
 
 
@@ -594,7 +600,7 @@ def _reward_encoder(args, encoders, grid_size, device, dtype) -> PatchEncoder:
     if name == first and encoders:
         if isinstance(encoders[0], PatchEncoder):
             return encoders[0]
-        if args.image_reward_encoder is None and not isinstance(encoders[0], str):
+        if args.image_reward_encoder is None and (not isinstance(encoders[0], str) or names_code(encoders[0])):
             raise InputError(
                 "image_reward_encoder",
                 f"`image_rewards` need hidden states, which the encoder {name} does not give; name a model of transformers "

@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from ..config import REPA_LOSS, alignment_end_of, end_of_alignment
 from ..errors import InputError
 from ..models import ddpm
+from ..models.flow import typical_flow_times
 from .attach import AlignedTransformer
 from .encoders import on_grid, spatial_normalize
 from .gradient_fork import CONFLICTS, alignment_fork, measuring_probe
@@ -287,6 +288,8 @@ class REPA(NoAlignment):
             are those of DDPM's noise levels; by default that of the transformer's config, or `"velocity"`.
         device (*optional*): device of the statistics; by default the transformer's.
         scaffold_fraction, scaffold_coeff: as of `REPI`, if `aligned` has a scaffold.
+        timestep_sampling, logit_mean, logit_std: how the times of the training are drawn (`models.flow.sample_time`), over which
+            the mean of w(t) is 1.
 
     Raises:
         InputError: if `conflict`, `release` and `alignment_stop_step` contradict each other.
@@ -310,6 +313,9 @@ class REPA(NoAlignment):
         release: str | None = None,
         scaffold_fraction: float = 0.05,
         scaffold_coeff: float = 2.0,
+        timestep_sampling: str = "uniform",
+        logit_mean: float = 0.0,
+        logit_std: float = 1.0,
     ):
         super().__init__(aligned)
         self._set_scaffold(max_train_steps, scaffold_fraction, scaffold_coeff, alignment_stop_step)
@@ -336,14 +342,17 @@ class REPA(NoAlignment):
         self.release = Release(self.plateau or self.gate, alignment_stop_step)
         config = getattr(aligned.transformer, "config", {})
         prediction_type = prediction_type or config.get("prediction_type", "velocity")
-        self.mean_weight = self._mean_timestep_weight(prediction_type)
+        self.mean_weight = self._mean_timestep_weight(prediction_type, timestep_sampling, logit_mean, logit_std)
         self._micro_steps = 0
 
-    def _mean_timestep_weight(self, prediction_type: str) -> float:
-        """`E[w]` relative to the analytic one for uniform t; the flow times of a diffusion are not uniform."""
-        if prediction_type == "velocity":
+    def _mean_timestep_weight(self, prediction_type: str, timestep_sampling: str, *logit: float) -> float:
+        """`E[w]` over the flow times of the training, relative to the analytic one for uniform t."""
+        if timestep_sampling != "uniform":
+            t = typical_flow_times(prediction_type, timestep_sampling, *logit)
+        elif prediction_type == "velocity":
             return 1.0
-        t = ddpm.flow_time(torch.arange(ddpm.NUM_TIMESTEPS))
+        else:
+            t = ddpm.flow_time(torch.arange(ddpm.NUM_TIMESTEPS))
         return timestep_weight(t, self.timestep_weighting).mean().item()
 
     def active(self, step_number: int) -> bool:
@@ -538,6 +547,7 @@ class VRPO(REPA):
         kl_coeff (`float`): weight of the divergence from the model at the start.
         seed (`int`): of the actions' noise.
         scaffold_fraction, scaffold_coeff: as of `REPI`, if `aligned` has a scaffold.
+        timestep_sampling, logit_mean, logit_std: as of `REPA`.
         autocast: returns the autocast context for the reference model of `kl_coeff`.
 
     Raises:
@@ -571,6 +581,9 @@ class VRPO(REPA):
         release: str | None = None,
         scaffold_fraction: float = 0.05,
         scaffold_coeff: float = 2.0,
+        timestep_sampling: str = "uniform",
+        logit_mean: float = 0.0,
+        logit_std: float = 1.0,
     ):
         super().__init__(
             aligned,
@@ -586,6 +599,9 @@ class VRPO(REPA):
             release=release,
             scaffold_fraction=scaffold_fraction,
             scaffold_coeff=scaffold_coeff,
+            timestep_sampling=timestep_sampling,
+            logit_mean=logit_mean,
+            logit_std=logit_std,
         )
         if estimator not in ("expected", "sampled"):
             raise ValueError(f"estimator {estimator!r} must be one of expected, sampled")
@@ -728,6 +744,9 @@ def objective_from_config(
         "conflict": conflict,
         "release": release,
         "prediction_type": prediction_type,
+        "timestep_sampling": config.timestep_sampling,
+        "logit_mean": config.logit_mean,
+        "logit_std": config.logit_std,
     }
     if config.objective in REPA_LOSS:
         return REPA(aligned, max_train_steps, **shared, log_gradients=config.log_gradients)

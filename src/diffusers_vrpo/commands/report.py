@@ -29,7 +29,7 @@ from ..command_line import OneLineErrorParser, number_in, one_line_errors
 from ..config import FINITE
 from ..errors import InputError
 from ..files import open_image, write_atomically
-from ..reporting.figures import curves, draw, final_values, flop_unit
+from ..reporting.figures import COST_WORDS, curves, draw, final_values, flop_unit, metric_label
 from ..reporting.runs import COSTS, Run, choose_metric, compare, group_runs
 from ..schemas import read_object
 from ..training.output_dir import check_writable, prepare_output_dir, writing_result
@@ -145,7 +145,15 @@ def speed_up_table(report: dict) -> tuple[list[str], list[list[str]]]:
 def main_table(report: dict) -> tuple[list[str], list[list[str]]]:
     """Heading and rows of the table of arms."""
     base, costs = report["baseline"], report["costs"]
-    head = ["arm", "seeds", "steps", "training time", "FLOPs", f"last {report['metric']}", "best (of the mean)"]
+    head = [
+        "arm",
+        "seeds",
+        "steps",
+        "training time",
+        "FLOPs",
+        f"last {metric_label(report['metric'])}",
+        "best (of the mean)",
+    ]
     head += [f"against {base}", "in std over seeds"] if base else []
     rows = []
     for arm in report["arms"]:
@@ -267,28 +275,44 @@ def html_grids(grids: dict, warn: Callable[[str], None]) -> str:
     return "\n".join(parts)
 
 
+def first_sentence(report: dict) -> str:
+    """What the page shows, in one sentence."""
+    label, costs = metric_label(report["metric"]), listing([COST_WORDS[cost] for cost in report["costs"]])
+    direction = "higher is better" if report["higher_is_better"] else "lower is better"
+    count, kinds = sum(arm["n"] for arm in report["arms"]), len(report["arms"])
+    runs = "one training run" if count == 1 else f"{count} training runs"
+    what = f"shows {runs}" if kinds == 1 else f"compares {runs} of {kinds} kinds"
+    return f"This page {what} by {'its' if count == 1 else 'their'} {label}, where {direction}, against {costs}."
+
+
 def page(report: dict, plots: list[str], grids: str) -> str:
     """Renders `report.html`."""
-    direction = "higher is better" if report["higher_is_better"] else "lower is better"
-    names = ", ".join(arm["name"] for arm in report["arms"])
+    metric, label = report["metric"], metric_label(report["metric"])
+    names = listing([arm["name"] for arm in report["arms"]])
     title = f"Training runs: {names}"
-    parts = [f"<h1>{html.escape(title)}</h1>"]
-    parts.append(f'<p class="faint">Quality is <code>{html.escape(report["metric"])}</code>; {direction}.</p>')
+    parts = [f"<h1>{html.escape(title)}</h1>", f"<p>{html.escape(first_sentence(report))}</p>"]
+    several = any(arm["n"] > 1 for arm in report["arms"])
+    about_arms = " An arm is the runs that differ only in the seed; curves are their mean." if several else ""
+    parts.append(
+        f'<p class="faint">The metric is <code>{html.escape(metric)}</code> in metrics.jsonl.{about_arms}</p>'
+    )
     if report["warnings"]:
         items = "".join(f"<li>{html.escape(text)}</li>" for text in report["warnings"])
         parts.append(f'<div class="warnings"><strong>To keep in mind</strong><ul>{items}</ul></div>')
     if report["sentences"]:
         parts.append("<h2>Speed-up</h2>")
-        parts += [f"<p>{html.escape(text)}</p>" for text in report["sentences"]]
+        parts += [f"<p>{html.escape(text.replace(metric, label))}</p>" for text in report["sentences"]]
     if report["speed_up"] and report["speed_up"]["reference"]:
         parts.append(html_table(*speed_up_table(report)))
         parts.append(
             '<p class="faint">Between evaluations quality is taken as linear in steps. The last columns compare like with '
             "like: what the baseline's mean needs until it first is that good, over what the arm's mean needs.</p>"
         )
-    parts.append(f'<h2>Quality against cost</h2>\n<div class="figures">{"".join(plots)}</div>')
     parts.append(
-        '<p class="faint">Lines are means over seeds, bands one standard deviation; markers are evaluations. Training time '
+        f'<h2>{html.escape(label[0].upper() + label[1:])} against cost</h2>\n<div class="figures">{"".join(plots)}</div>'
+    )
+    parts.append(
+        '<p class="faint">Lines are means over seeds, bands one standard deviation; markers are evaluations, of many only some. Training time '
         "leaves out checkpoints, sample grids and evaluations. FLOPs are those of transformer, projectors and encoders on "
         "all devices; the autoencoder, losses and optimizer are not counted.</p>"
     )
@@ -385,7 +409,7 @@ def write_report(report: dict, grids: dict | None, output_dir: Path):
         light = draw(plot, *arguments, theme="light", kinds=("png", "svg"))
         dark = draw(plot, *arguments, theme="dark", kinds=("svg",))
         files |= {f"{name}.{kind}": data for kind, data in light.items()}
-        inline.append(html_plot(light["svg"], dark["svg"], f"{metric}: {name.replace('_', ' ')}"))
+        inline.append(html_plot(light["svg"], dark["svg"], f"{metric_label(metric)}: {name.replace('_', ' ')}"))
     pictures = html_grids(grids, report["warnings"].append) if grids else ""
     files["report.html"] = page(report, inline, pictures).encode()
     # First, since it tells that the others are those of a report.

@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Iterable
 
-from ..command_line import one_line_errors, parse_config, training_parser
+from ..command_line import is_configured, one_line_errors, parse_config, training_parser
 from ..config import VRPOConfig
 from ..errors import TrainingInterrupted
 
@@ -66,16 +66,13 @@ def launcher_options() -> list[str] | None:
     if "WORLD_SIZE" in os.environ:  # a launcher has started this process
         return None
 
-    import torch
-    from accelerate.commands.config.config_args import default_config_file
-
-    if os.path.isfile(default_config_file):
+    if is_configured():
         return []
+
+    import torch
+
     devices = torch.accelerator.device_count()
-    if devices < 2:
-        return None
-    # All that the launcher would otherwise warn of.
-    return f"--multi_gpu --num_processes {devices} --num_machines 1 --mixed_precision no --dynamo_backend no".split()
+    return ["--multi_gpu", "--num_processes", str(devices)] if devices > 1 else None
 
 
 def main(argv: list[str] | None = None, prog: str = "vrpo train"):

@@ -333,7 +333,8 @@ def trained_labels(index: dict) -> list[int]:
 def optimizer(run: dict) -> str:
     """The optimizer's settings, as a line of the table."""
     options, start = run["options"], run["start"]
-    text = f"AdamW, learning rate {options.get('learning_rate')}"
+    name = shown(options.get("optimizer") or "adamw")
+    text = f"{'AdamW' if name == 'adamw' else name}, learning rate {options.get('learning_rate')}"
     if start.get("global_batch_size"):
         text += f", {number(start['global_batch_size'])} samples a step"
     if start.get("mixed_precision") not in (None, "no"):

@@ -27,7 +27,7 @@ def forward_process(
 
     Args:
         x0, noise: `[B, ...]`.
-        u: uniform in [0, 1), `[B]`.
+        u: what `sample_time` returns, in [0, 1), `[B]`.
         config: `prediction_type` and `time_direction` of the transformer's config.
 
     Returns:
@@ -41,6 +41,34 @@ def forward_process(
     if config.time_direction == "noise_to_data":
         return x_t, 1 - u, -v, u
     return x_t, u, v, u
+
+
+def sample_time(
+    u: torch.Tensor, timestep_sampling: str = "uniform", logit_mean: float = 0.0, logit_std: float = 1.0
+) -> torch.Tensor:
+    """Maps uniform numbers to the times that a run trains on, in [0, 1), by the inverse of their distribution function.
+
+    Args:
+        u: uniform in [0, 1), `[B]`.
+        timestep_sampling: `"uniform"`, which returns `u`, or `"logit_normal"` (Stable Diffusion 3, arXiv 2403.03206): the logit
+            `log(t / (1 - t))` is normal with `logit_mean` and `logit_std`. A mean above 0 prefers noise.
+
+    Returns:
+        float32 `[B]`: t of a flow, or the place n / 1000 in the schedule of a diffusion, for `forward_process`.
+    """
+    if timestep_sampling == "uniform":
+        return u
+    t = torch.sigmoid(logit_mean + logit_std * torch.special.ndtri(u.double()))
+    return t.float().clamp(max=1 - 2**-24)  # the largest float32 below 1
+
+
+def typical_flow_times(
+    prediction_type: str, timestep_sampling: str = "uniform", logit_mean: float = 0.0, logit_std: float = 1.0
+) -> torch.Tensor:
+    """Flow times that stand for those of a run with equal weights, for means over them, float32."""
+    u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    t = sample_time(u, timestep_sampling, logit_mean, logit_std).float()
+    return ddpm.flow_time(ddpm.discrete_timestep(t)) if prediction_type == "epsilon" else t
 
 
 def x0_estimate(

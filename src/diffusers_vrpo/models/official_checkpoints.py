@@ -27,6 +27,7 @@ from ..schemas import check_model_index
 from . import ddpm
 from .checkpoint_files import read_checkpoint
 from .transformer_sit import (
+    RMS_NORM,
     SIT_SIZES,
     SiTTransformer2DModel,
     check_headers,
@@ -730,6 +731,11 @@ def export_checkpoint(
         )
     if model.grid_size[0] != model.grid_size[1]:
         raise InputError("to", f"`to` {layout}: the official models are square, this one has {config.sample_size}")
+    if config.qk_norm == RMS_NORM:
+        raise InputError(
+            "to",
+            f"`to` {layout}: this model has an RMSNorm on queries and keys, which the official code cannot compute",
+        )
     if config.qk_norm and layout != "repa":
         raise InputError("to", f"`to` {layout}: this model has qk-norm, which only REPA's code has; use `to` repa")
     if model.null_class_id not in (None, config.num_classes):

@@ -5,6 +5,7 @@ import contextlib
 import inspect
 import json
 import logging
+import re
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from ..errors import InputError, first_line
 from ..reach import offline_if_out_of_reach
 from ..schemas import argument_problem
 from .official_checkpoints import SavedProjectors, convert_with_projectors, pipeline_index
-from .transformer_sit import REMOVED_ARGUMENTS, SiTTransformer2DModel, check_sizes, sit_preset
+from .transformer_sit import REMOVED_ARGUMENTS, RMS_NORM, SiTTransformer2DModel, check_sizes, sit_preset
 
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,9 @@ def transformer_config(preset: str | None, model_config: str | None) -> dict:
         raise InputError(
             "model_config", f"`model_config` {model_config} has {unknown[0]!r}, which is none of {', '.join(known)}"
         )
-    if problem := argument_problem(config, {name: known[name].default for name in config}):
+    # `qk_norm` is a truth value or a name, which the constructor checks.
+    defaults = {name: known[name].default for name in config if name != "qk_norm"}
+    if problem := argument_problem(config, defaults):
         raise InputError("model_config", f"`model_config` {model_config}: {problem}")
     try:
         check_sizes(**config)
@@ -101,6 +104,8 @@ def read_start(args) -> Start:
         labels, trained_labels = index.get("id2label"), index.get("trained_labels")
         start = Start(public_config(source.config), source, projectors, labels, trained_labels, on_hub)
     choose_prediction(start.config, args.prediction_type, args.learn_sigma, name)
+    if args.qk_norm:
+        choose_qk_norm(start.config, name, args.model_config)
     patch_size = start.config.setdefault("patch_size", 2)
     if not isinstance(patch_size, int) or patch_size < 1:
         raise InputError(
@@ -243,7 +248,8 @@ def load_start(transformer: SiTTransformer2DModel, args, start: Start, differenc
         for note in notes:
             logger.info(f"{name}: {note}")
     if args.lora_rank:
-        add_lora(transformer, args.lora_rank, train_labels=difference is not None)
+        settings = (args.lora_alpha, args.lora_dropout, args.lora_target)
+        add_lora(transformer, args.lora_rank, difference is not None, *settings)
     keeps_rows = source is not None and difference is None
     transformer.learned_labels = []
     if keeps_rows:
@@ -288,6 +294,27 @@ def choose_prediction(config: dict, prediction_type: str | None, learn_sigma: bo
         )
 
 
+def choose_qk_norm(config: dict, pretrained: str | None, model_config: str | None):
+    """Writes the RMSNorm of queries and keys into a config.
+
+    Raises:
+        InputError: if the starting weights were trained without it, or the file of arguments has another `qk_norm`.
+    """
+    found = config.get("qk_norm", RMS_NORM)
+    if pretrained and found != RMS_NORM:
+        norm = "LayerNorm on" if found else "a norm of"
+        without = "with a" if found else "without"
+        raise InputError(
+            "qk_norm", f"`qk_norm`: {pretrained} was trained {without} {norm} queries and keys; remove it"
+        )
+    if found != RMS_NORM:
+        raise InputError(
+            "qk_norm",
+            f"`qk_norm` cannot be combined with qk_norm {json.dumps(found)} in `model_config` {model_config}",
+        )
+    config["qk_norm"] = RMS_NORM
+
+
 def fit_transformer(
     transformer: SiTTransformer2DModel, pretrained: SiTTransformer2DModel, same_classes: bool = True
 ) -> list[str]:
@@ -320,18 +347,64 @@ def fit_transformer(
     return notes
 
 
-def add_lora(model: SiTTransformer2DModel, rank: int, train_labels: bool):
-    """Freezes the model and adds low-rank adapters (arXiv 2106.09685) to its blocks.
+def add_lora(
+    model: SiTTransformer2DModel,
+    rank: int,
+    train_labels: bool,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    targets: list[str] | None = None,
+):
+    """Freezes the model and adds low-rank adapters (arXiv 2106.09685) to its layers.
 
     Args:
-        rank: rank of the adapters on the attention and feed-forward layers; their scale is 1.
+        rank: rank of the adapters.
         train_labels: also train the label table, because it is new.
+        alpha: the adapters' output is multiplied by `alpha / rank`; by default by 1.
+        dropout: probability with which an input of an adapter is 0 in training.
+        targets: linear layers to adapt, as for `lora_layers`; by default those of attention and feed-forward.
+
+    Raises:
+        InputError: if a target names no linear layer.
     """
     from peft import LoraConfig
 
     model.requires_grad_(False)
-    model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS))
+    layers = LORA_TARGETS if targets is None else lora_layers(model, targets)
+    scale = rank if alpha is None else alpha
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=scale, lora_dropout=dropout, target_modules=layers))
     model.label_embedding.requires_grad_(train_labels)
+
+
+def lora_layers(model: torch.nn.Module, targets: list[str]) -> list[str]:
+    """The names of linear layers that `lora_target` means, as peft takes them.
+
+    Args:
+        targets: ends of names such as `to_q` or `ff.net.2`, and regular expressions of whole names such as
+            `transformer_blocks\\.[0-5]\\.attn\\..*`.
+
+    Raises:
+        InputError: if one of them names no linear layer.
+    """
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    layers = []
+    for target in targets:
+        if any(name == target or name.endswith(f".{target}") for name in linear):
+            layers.append(target)
+            continue
+        try:
+            found = [name for name in linear if re.fullmatch(target, name)]
+        except re.error:
+            found = []
+        if not found:
+            ends = sorted({re.sub(r"^transformer_blocks\.\d+\.(attn\.)?", "", name) for name in linear})
+            raise InputError(
+                "lora_target",
+                f"`lora_target` {target} names no linear layer; give names out of {', '.join(ends)}, or a regular expression of "
+                f"whole names such as {linear[-2]}",
+            )
+        layers += found
+    return list(dict.fromkeys(layers))
 
 
 def weights_checksum(parameters: Iterable[torch.Tensor]) -> int:

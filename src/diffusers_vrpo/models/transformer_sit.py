@@ -59,6 +59,7 @@ LARGEST_MODEL = 20e9  # parameters: 80 GB in float32
 LARGEST_POSITIONS = 2**28  # numbers in the position table: 2 GB while it is computed
 
 WEIGHTS = "diffusion_pytorch_model"
+RMS_NORM = "rms_norm"  # a value of `qk_norm`
 
 
 def check_sizes(
@@ -309,11 +310,25 @@ class SiTAttnProcessor:
         return attn.to_out[0](hidden_states.flatten(2, 3).to(query.dtype))
 
 
+class QKRMSNorm(nn.RMSNorm):
+    """RMSNorm of queries or keys in the dtype of its weight, which under autocast is float32."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
+def make_qk_norm(kind: bool | str, dim_head: int) -> nn.Module | None:
+    """The norm of queries or keys of width `dim_head` that `qk_norm` of the model names; None for False."""
+    if kind == RMS_NORM:
+        return QKRMSNorm(dim_head, eps=1e-6)
+    return nn.LayerNorm(dim_head) if kind else None
+
+
 class SiTAttention(nn.Module, AttentionModuleMixin):
     _default_processor_cls = SiTAttnProcessor
     _available_processors = [SiTAttnProcessor]
 
-    def __init__(self, dim: int, heads: int, dim_head: int, qk_norm: bool = False):
+    def __init__(self, dim: int, heads: int, dim_head: int, qk_norm: bool | str = False):
         super().__init__()
         inner_dim = heads * dim_head
         self.heads = heads
@@ -323,8 +338,8 @@ class SiTAttention(nn.Module, AttentionModuleMixin):
         self.to_k = nn.Linear(dim, inner_dim)
         self.to_v = nn.Linear(dim, inner_dim)
         self.to_out = nn.ModuleList([nn.Linear(inner_dim, dim)])
-        self.norm_q = nn.LayerNorm(dim_head) if qk_norm else None
-        self.norm_k = nn.LayerNorm(dim_head) if qk_norm else None
+        self.norm_q = make_qk_norm(qk_norm, dim_head)
+        self.norm_k = make_qk_norm(qk_norm, dim_head)
         self.set_processor(self._default_processor_cls())
 
     def set_processor(self, processor):
@@ -351,7 +366,7 @@ def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch
 class SiTTransformerBlock(nn.Module):
     """Pre-norm attention and feed-forward, each shifted, scaled and gated by the conditioning (adaLN-zero)."""
 
-    def __init__(self, dim: int, heads: int, dim_head: int, mlp_ratio: float, qk_norm: bool, norm2_eps: float):
+    def __init__(self, dim: int, heads: int, dim_head: int, mlp_ratio: float, qk_norm: bool | str, norm2_eps: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.attn = SiTAttention(dim, heads, dim_head, qk_norm)
@@ -392,7 +407,8 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         learn_sigma (`bool`): the last layer also has variance channels; they are removed from the output unless requested.
         guidance_channels (`int`, *optional*): how many channels the official sampler guides (3 of 4 in SiT and DiT);
             all when not given.
-        qk_norm (`bool`): LayerNorm on queries and keys of each head.
+        qk_norm (`bool` or `str`): norm of the queries and keys of each head: False for none, True for LayerNorm (REPA's
+            code), `"rms_norm"` for RMSNorm (Stable Diffusion 3, LightningDiT).
         downscale_freq_shift (`float`): the timestep's frequencies are `10000 ** (-i / (128 - downscale_freq_shift))`; 0
             officially, 1 in diffusers' DiT.
         norm2_eps (`float`): of the norm before the feed-forward; 1e-6 officially, 1e-5 in diffusers' DiT.
@@ -424,7 +440,7 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         time_direction: str = "data_to_noise",
         learn_sigma: bool = False,
         guidance_channels: int | None = None,
-        qk_norm: bool = False,
+        qk_norm: bool | str = False,
         downscale_freq_shift: float = 0.0,
         norm2_eps: float = 1e-6,
     ):
@@ -449,9 +465,10 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         for name, value, choices in (
             ("prediction_type", prediction_type, ("velocity", "epsilon")),
             ("time_direction", time_direction, ("data_to_noise", "noise_to_data")),
+            ("qk_norm", qk_norm, (False, True, RMS_NORM)),
         ):
             if value not in choices:
-                raise ValueError(f"{name} {value!r} must be one of {', '.join(choices)}")
+                raise ValueError(f"{name} {value!r} must be one of {', '.join(map(str, choices))}")
         if prediction_type == "epsilon" and time_direction != "data_to_noise":
             raise ValueError(f"time_direction {time_direction!r} cannot be combined with prediction_type 'epsilon'")
         self.null_class_id = null_class_id

@@ -3,7 +3,7 @@
 
 import argparse
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from ..errors import InputError, first_line
 from ..models import ddpm
@@ -245,14 +245,55 @@ def decoded_images(pipeline: VRPOPipeline, latents: torch.Tensor) -> tuple[torch
     return (images * 255).round().to(torch.uint8).expand(-1, 3, -1, -1), finite
 
 
-def image_grid(images: list[Image.Image], columns: int, min_size: int = 64, gap: int = 2) -> Image.Image:
-    """Arranges images of one size in rows of `columns`; small ones are enlarged smoothly to at least `min_size`."""
+def image_grid(
+    images: list[Image.Image],
+    columns: int,
+    min_size: int = 64,
+    gap: int = 2,
+    captions: Sequence[str] | None = None,
+) -> Image.Image:
+    """Arranges images of one size in rows of `columns`; small ones are enlarged smoothly to at least `min_size`.
+
+    Args:
+        captions: the names of the columns, which stand above them in up to two lines.
+    """
     width, height = images[0].size
     factor = max(1, -(-min_size // min(width, height)))
     width, height = width * factor, height * factor
     rows = -(-len(images) // columns)
-    grid = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    head = [] if captions is None else column_heads(captions, width + gap)
+    top = max((part.height for part in head), default=0)
+    grid = Image.new("RGB", (columns * (width + gap) - gap, top + rows * (height + gap) - gap), "white")
+    for i, part in enumerate(head):
+        grid.paste(part, (i * (width + gap), top - part.height))
     for i, image in enumerate(images):
         image = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
-        grid.paste(image, (i % columns * (width + gap), i // columns * (height + gap)))
+        grid.paste(image, (i % columns * (width + gap), top + i // columns * (height + gap)))
     return grid
+
+
+def column_heads(captions: Sequence[str], width: int) -> list[Image.Image]:
+    """Draws captions, each on an image of this width: in one line or two, shortened where they do not fit."""
+    size = min(16, max(11, width // 8))
+    font = ImageFont.load_default(size)
+
+    def shortened(text: str) -> str:
+        while font.getlength(text) > width - 4 and len(text) > 1:
+            text = text.rstrip("…")[:-1].rstrip() + "…"
+        return text
+
+    heads = []
+    for caption in captions:
+        lines = [""]
+        for word in caption.split():
+            longer = f"{lines[-1]} {word}".strip()
+            if len(lines) == 2 or not lines[-1] or font.getlength(longer) <= width - 4:
+                lines[-1] = longer
+            else:
+                lines.append(word)
+        head = Image.new("RGB", (width, (size + 3) * len(lines) + 3), "white")
+        draw = ImageDraw.Draw(head)
+        for number, line in enumerate(lines):
+            draw.text((width / 2, 1 + number * (size + 3)), shortened(line), fill="#1b1b1b", font=font, anchor="ma")
+        heads.append(head)
+    return heads

@@ -49,10 +49,25 @@ def flop_unit(flops: float) -> tuple[float, str]:
     return 1000.0**power, ["", "k", "M", "G", "T", "P", "E", "Z"][power] + "FLOP"
 
 
+def metric_label(metric: str) -> str:
+    """A metric of `metrics.jsonl` in words: `Fréchet distance (digits)` for `validation/fd_digits`."""
+    group, _, name = metric.rpartition("/")
+    if metric == "loss_fm":
+        return "flow-matching loss"
+    if group == "validation" and name.startswith("fd_"):
+        return f"Fréchet distance ({name.removeprefix('fd_')})"
+    if group == "reward":
+        return f"{name.replace('_', ' ')} reward"
+    return metric.replace("_", " ").replace("/", ": ")
+
+
+COST_WORDS = {"steps": "training steps", "seconds": "training time", "flops": "training compute"}
+
+
 def scale_of(axis: str, largest: float) -> tuple[float, str]:
     """The divisor for a cost, and the label of the axis; `axis` is `steps`, `seconds` or `flops`."""
     if axis == "steps":
-        return 1.0, "training steps"
+        return 1.0, COST_WORDS["steps"]
     if axis == "seconds":
         for size, unit in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
             if largest >= 3 * size:
@@ -87,8 +102,8 @@ def curves(arms: list[dict], axis: str, metric: str, target: tuple[float, str] |
         value for arm in arms for value in arm["curve"]["mean"] or sum((run["values"] for run in arm["runs"]), [])
     ]
     shown += [target[0]] if target else []
-    # Frechet distances fall by orders of magnitude early on.
-    logarithmic = min(shown) > 0 and max(shown) > 8 * min(shown)
+    # Fréchet distances and losses fall by large factors early on.
+    logarithmic = min(shown) > 0 and max(shown) > 4 * min(shown)
     size, label = scale_of(axis, max(max(run[axis]) for arm in arms for run in arm["runs"]))
     for i, arm in enumerate(arms):
         look = {"color": COLORS[theme][i % 7], "linestyle": LINES[i % 4], "marker": MARKERS[i % 5]}
@@ -99,7 +114,7 @@ def curves(arms: list[dict], axis: str, metric: str, target: tuple[float, str] |
                 axes.plot(np.array(run[axis]) / size, run["values"], label=None if j else name, **look)
             continue
         x, mean = np.array(curve[axis]) / size, np.array(curve["mean"])
-        axes.plot(x, mean, label=name, **look)
+        axes.plot(x, mean, label=name, markevery=max(1, len(x) // 15), **look)
         if curve["std"]:
             std = np.array(curve["std"])
             # A logarithmic axis has no values below zero: the band ends at half the mean.
@@ -112,8 +127,9 @@ def curves(arms: list[dict], axis: str, metric: str, target: tuple[float, str] |
     if logarithmic:
         logarithmic_quality(axes)
     axes.set_xlim(left=0)
+    axes.set_title(f"by {COST_WORDS[axis]}", fontsize=11.5, fontweight="bold", loc="left")
     axes.set_xlabel(label)
-    axes.set_ylabel(metric)
+    axes.set_ylabel(metric_label(metric))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=axis == "steps"))
     if axis == "steps":
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -141,7 +157,8 @@ def final_values(arms: list[dict], metric: str, theme: str) -> Figure:
         )
     axes.set_yticks(range(len(arms)), [f"{arm['name']} (n = {arm['n']})" for arm in arms])
     axes.set_ylim(len(arms) - 0.5, -0.5)
-    figure.supxlabel(f"{metric}, last evaluation", fontsize="medium")
+    axes.set_title("at the last evaluation", fontsize=11.5, fontweight="bold", loc="left")
+    figure.supxlabel(metric_label(metric), fontsize="medium")
     axes.xaxis.set_major_locator(MaxNLocator(5))
     return figure
 

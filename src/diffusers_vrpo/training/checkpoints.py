@@ -9,7 +9,7 @@ import re
 import shutil
 import time
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Set
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from pickle import UnpicklingError
 
@@ -26,6 +26,7 @@ from ..config import (
     GenerativeConfig,
     VRPOConfig,
     alignment_end_of,
+    changeable_options,
     end_of_alignment,
     options_of,
     settings_to_keep,
@@ -44,7 +45,18 @@ from .setup import trainable_parameters
 
 logger = get_logger(__name__)
 # What version 0.1 did where there are options now, so that its runs are not continued with other values of them.
-BEFORE_IT_WAS_AN_OPTION = {"token_weighting": "uniform", "target_norm": "none"}
+BEFORE_IT_WAS_AN_OPTION = {
+    "token_weighting": "uniform",
+    "target_norm": "none",
+    "timestep_sampling": "uniform",
+    "lora_alpha": None,
+    "lora_dropout": 0.0,
+    "lora_target": None,
+    "optimizer": "adamw",
+    "optimizer_args": None,
+}
+SAMPLES_A_STEP = "the number of samples a step"
+OPTIONS_OF_A_STEP = ("train_batch_size", "gradient_accumulation_steps")
 MANIFEST = "manifest.json"  # in a checkpoint: size and CRC-32 of every other file
 
 
@@ -251,26 +263,39 @@ def choose_checkpoint(accelerator: Accelerator, args: VRPOConfig, output_dir: Pa
     return None if broadcast_object_list(found)[0] is None else Path(found[0])
 
 
-def read_training_state(checkpoint: Path, expected: dict) -> dict:
-    """Reads the JSON state of a checkpoint, and checks that it belongs to the same run.
-
-    Args:
-        expected: settings that must not have changed, by name (`run_settings`). Those that the checkpoint does not have,
-            because an older version made it, are compared with what that did, or not at all.
+def read_training_state(checkpoint: Path) -> dict:
+    """Reads the JSON state of a checkpoint.
 
     Raises:
-        InputError: if a setting has changed.
+        InputError: if it is damaged.
     """
     try:
-        state = read_object(checkpoint / "training_state.json", TRAINING_STATE)
-        # Version 0.1 kept options under the names of their flags.
-        settings = {name.removeprefix("--"): value for name, value in state["settings"].items()}
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        return read_object(checkpoint / "training_state.json", TRAINING_STATE)
+    except (OSError, ValueError) as error:
         raise InputError(
             "resume_from_checkpoint",
             f"`resume_from_checkpoint` {checkpoint} is damaged (training_state.json: {first_line(error)}); remove it to "
             "continue from the one before",
         ) from error
+
+
+def check_settings(state: dict, expected: dict, checkpoint: Path, allowed: Set[str] = frozenset()) -> dict[str, list]:
+    """Checks that the state of a checkpoint belongs to the same run.
+
+    Args:
+        expected: settings that must not have changed, by name (`run_settings`). Those that the checkpoint does not have,
+            because an older version made it, are compared with what that did, or not at all.
+        allowed: names of options that may have changed.
+
+    Returns:
+        what has changed, `{name: [before, now]}`.
+
+    Raises:
+        InputError: if another setting has changed.
+    """
+    changes = {}
+    # Version 0.1 kept options under the names of their flags.
+    settings = {name.removeprefix("--"): value for name, value in state["settings"].items()}
     if settings.get("reward_weighting") == "equal" and "reward_weightings" not in state:
         # In version 0.1 this was the name of what is `raw` now.
         settings["reward_weighting"] = "raw"
@@ -286,14 +311,40 @@ def read_training_state(checkpoint: Path, expected: dict) -> dict:
         stop_step = settings.get("alignment_stop_step")
         settings["release"] = end_of_alignment(settings["conflict"], None, stop_step, False)[1]
     for name, value in expected.items():
-        if name in settings and settings[name] != value:
-            is_option = name in options_of(VRPOConfig)
-            raise InputError(
-                name if is_option else None,
-                f"{f'`{name}`' if is_option else name} is {value}, but {checkpoint} was trained with {settings[name]}; keep "
-                "to that, or start a new run in another `output_dir`",
-            )
-    return state
+        if name not in settings or settings[name] == value:
+            continue
+        options = OPTIONS_OF_A_STEP if name == SAMPLES_A_STEP else (name,)
+        if not allowed.isdisjoint(options):
+            changes[name] = [settings[name], value]
+            continue
+        is_option = name in options_of(VRPOConfig)
+        permit = f", give `allow_changed` {options[0]} to change it here" if options[0] in changeable_options() else ""
+        raise InputError(
+            name if is_option else None,
+            f"{f'`{name}`' if is_option else name} is {value}, but {checkpoint} was trained with {settings[name]}; keep to "
+            f"that{permit}, or start a new run in another `output_dir`",
+        )
+    return changes
+
+
+def take_changes(args: VRPOConfig, changes: dict[str, list], scheduler: torch.optim.lr_scheduler.LambdaLR):
+    """Gives the loaded optimizer and schedule the values of the options that have changed.
+
+    A learning rate that is not the run's own, such as that of the generative policy once it has begun, stays.
+
+    Args:
+        changes: what `check_settings` returned.
+        scheduler: the schedule, with its optimizer.
+    """
+    before, now = changes.get("learning_rate", (None, None))
+    scheduler.base_lrs = [now if rate == before else rate for rate in scheduler.base_lrs]
+    for group, rate, factor in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas):
+        group["lr"] = rate * factor(scheduler.last_epoch)
+        if not changes.keys().isdisjoint(("adam_beta1", "adam_beta2")):
+            group["betas"] = (args.adam_beta1, args.adam_beta2)
+        for name, entry in {"adam_weight_decay": "weight_decay", "adam_epsilon": "eps"}.items():
+            if name in changes:
+                group[entry] = changes[name][1]
 
 
 def run_settings(
@@ -327,7 +378,7 @@ def run_settings(
     settings["label_dropout"] = label_dropout
     settings["streaming"] = config.streaming or None  # as version 0.1 wrote it
     if config.streaming:
-        settings["the number of samples a step"] = global_batch_size  # the order of the images depends on it
+        settings[SAMPLES_A_STEP] = global_batch_size  # the order of the images depends on it
     if config.lora_rank:
         # Adapters can continue only on the same weights.
         frozen = (parameter for parameter in transformer.parameters() if not parameter.requires_grad)

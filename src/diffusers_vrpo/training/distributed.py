@@ -5,9 +5,11 @@ import contextlib
 import copy
 import logging
 import os
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
+from typing import TextIO
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,6 +18,7 @@ from accelerate.utils import DistributedType, convert_outputs_to_fp32, gather_ob
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
+from tqdm.auto import tqdm
 
 from ..errors import InputError
 from .interruption import wait_before_exit
@@ -62,6 +65,31 @@ def without_rank(record: logging.LogRecord) -> bool:
     if isinstance(record.msg, str):
         record.msg = record.msg.removeprefix("[RANK 0] ")
     return True
+
+
+class AboveTheBar:
+    """A stream that writes above the progress bars of tqdm, in the place of one that would write into them."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str):
+        tqdm.write(text, file=self.stream, end="")
+
+    def flush(self):
+        self.stream.flush()
+
+
+@contextlib.contextmanager
+def lines_above_the_bar():
+    """Log lines on the console stand above the progress bar inside the `with` block."""
+    consoles = [each for each in logging.root.handlers if getattr(each, "stream", None) in (sys.stderr, sys.stdout)]
+    streams = [handler.setStream(AboveTheBar(handler.stream)) for handler in consoles]
+    try:
+        yield
+    finally:
+        for handler, stream in zip(consoles, streams):
+            handler.setStream(stream)
 
 
 def check_distributed(accelerator: Accelerator, lora: bool):

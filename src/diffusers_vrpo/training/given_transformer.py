@@ -27,6 +27,7 @@ OF_OWN_MODELS = (
     "lora_rank",
     "prediction_type",
     "learn_sigma",
+    "qk_norm",
 )
 
 

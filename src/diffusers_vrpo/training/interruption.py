@@ -73,7 +73,10 @@ class StepGuard:
     host is never more than one step ahead. With fp16, `found_inf` is the scaler's: an infinite gradient is normal there,
     unless there are `OVERFLOWS_IN_A_ROW`.
 
-    A micro-step calls `watch(loss)`, then backward; an optimizer step `ask(grad_norm)`, `optimizer.step()`, `answer()`.
+    Optimizers other than the fused ones cannot skip a step themselves: for them the host reads the result before it.
+
+    A micro-step calls `watch(loss)`, then backward; an optimizer step `ask(grad_norm)`, `optimizer.step()` if `may_step()`,
+    and `answer()`.
 
     Attributes:
         signum (`int`): a signal that any process has received, or 0.
@@ -87,6 +90,8 @@ class StepGuard:
         while hasattr(optimizer, "optimizer"):  # unwrap accelerate's and DeepSpeed's optimizers
             optimizer = optimizer.optimizer
         self.optimizer = optimizer
+        # Fused optimizers of torch say so to the scaler of fp16, which asks the same of them.
+        self.skips_on_device = getattr(optimizer, "_step_supports_amp_scaling", False)
         self.signum = 0
         self.skipped = 0
         self.skipped_in_a_row = 0
@@ -107,17 +112,27 @@ class StepGuard:
         self._bad_loss = torch.zeros_like(self._bad_loss)
         if self.accelerator.num_processes > 1:
             torch.distributed.all_reduce(self._flags, torch.distributed.ReduceOp.MAX)
-        if self.accelerator.scaler is None:
+        if self.accelerator.scaler is None and self.skips_on_device:
             self.optimizer.found_inf = self._flags[1:].amax()
         if self._host is not None:
             self._host.copy_(self._flags, non_blocking=True)
             self._event.record()
 
-    def answer(self) -> str | None:
-        """Returns what was not finite, the same on every process, or None; called after the optimizer's step."""
+    def may_step(self) -> bool:
+        """Whether the optimizer is to step: always, if it can skip a step itself; others wait for the result here."""
+        if self.skips_on_device or self.accelerator.scaler is not None:
+            return True
+        return not any(self._read()[1:])
+
+    def _read(self) -> list[float]:
+        """The signal, and whether the loss and the gradient were not finite; waits for the device."""
         if self._host is not None:
             self._event.synchronize()
-        signum, bad_loss, bad_gradient = (self._flags if self._host is None else self._host).tolist()
+        return (self._flags if self._host is None else self._host).tolist()
+
+    def answer(self) -> str | None:
+        """Returns what was not finite, the same on every process, or None; called after the optimizer's step."""
+        signum, bad_loss, bad_gradient = self._read()
         self.signum = int(signum)
         if self.accelerator.scaler is not None:
             self._overflows = self._overflows + 1 if bad_gradient else 0

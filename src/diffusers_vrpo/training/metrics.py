@@ -1,11 +1,10 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Metrics of a run: running means, `metrics.jsonl`, trackers, and the record of its starts."""
+"""Metrics of a run: running means, `metrics.jsonl`, and the record of its starts."""
 
 import contextlib
 import json
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,35 +20,6 @@ from .throughput import hardware_name
 
 
 logger = get_logger(__name__)
-
-
-def use_trackers(accelerator: Accelerator, action: Callable):
-    """Calls `action` with each tracker; one that cannot write (such as on a full disk) is logged and not used again."""
-    for tracker in list(accelerator.trackers):
-        try:
-            action(tracker)
-        except OSError as error:
-            accelerator.trackers.remove(tracker)
-            logger.error(
-                f"{tracker.name} cannot be written ({error.strerror or error}); it is not used again in this run"
-            )
-
-
-def log_values(accelerator: Accelerator, values: dict[str, float], step: int):
-    """Logs numbers to the trackers."""
-    use_trackers(accelerator, lambda tracker: tracker.log(values, step=step))
-
-
-def start_trackers(accelerator: Accelerator, metrics_file: "MetricsFile", args, step: int):
-    """Starts the trackers of `report_to`, and adds `metrics.jsonl` to them; on the main process.
-
-    Args:
-        args (`VRPOConfig`): the options, which the trackers record.
-        step: the step of the checkpoint that is continued. Later values in TensorBoard are replaced by the continued run.
-    """
-    purge = {"tensorboard": {"purge_step": step + 1}} if step else {}
-    accelerator.init_trackers("vrpo", {name: str(value) for name, value in vars(args).items()}, purge)
-    accelerator.trackers.append(metrics_file)
 
 
 def shown_values(values: dict[str, float]) -> dict[str, str]:
@@ -196,12 +166,14 @@ def write_start(
     max_train_steps: int,
     options: dict,
     prediction_type: str,
+    changes: dict[str, list] | None = None,
 ):
     """Adds a line to `starts.jsonl`: the first step, the hardware, and the size of the model.
 
     Args:
         options: the given options; the line lists those whose values are local files or folders.
         prediction_type: what the transformer predicts.
+        changes: options that have changed since the checkpoint, `{name: [before, now]}`.
     """
     names = [name for value in options.values() for name in (value if isinstance(value, list) else [value])]
     start = {
@@ -217,7 +189,7 @@ def write_start(
         "adapters_suffice": getattr(aligned.transformer, "adapters_suffice", False),
         "local": sorted({name for name in names if isinstance(name, str) and os.path.exists(name)}),
         "torch": torch.__version__,
-    }
+    } | ({"changed": changes} if changes else {})
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
     with contextlib.suppress(OSError), os.fdopen(open_regular(output_dir / "starts.jsonl", flags), "a") as file:
         file.write(json.dumps(start) + "\n")

@@ -29,7 +29,7 @@ except ImportError:  # Windows
 
 
 # What training writes into its folder, beside its checkpoints and the trackers' files in `logging_dir`.
-RECORDS = ("train_config.yaml", "metrics.jsonl", "starts.jsonl")
+RECORDS = ("train_config.yaml", "metrics.jsonl", "starts.jsonl", "trackers.json")
 RESULTS = (
     "model_index.json",
     "*.py",  # the pipeline's code, in a folder with a model_index.json

@@ -2,8 +2,9 @@
 """Sets up accelerate, the optimizer and the trainable parameters, and checks the trainer's arguments."""
 
 import dataclasses
+import inspect
+import json
 import logging
-import math
 import numbers
 import os
 from collections.abc import Iterable
@@ -12,12 +13,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
 
 from ..alignment.image_rewards import ImageReward
 from ..alignment.rewards import TokenReward
-from ..config import OptimizationConfig, VRPOConfig, check_image_rewards, train_steps
-from ..errors import InputError
+from ..config import ADAMW, OptimizationConfig, VRPOConfig, check_image_rewards, optimizer_arguments
+from ..errors import InputError, first_line
 from ..models.transformer_sit import SIT_PRESETS
 from .callbacks import TrainerCallback
 from .distributed import check_distributed, plain_lines
@@ -56,6 +57,12 @@ def start_accelerator(args: VRPOConfig, output_dir: Path) -> Accelerator:
     # The launcher's environment would override the option.
     accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
     check_distributed(accelerator, bool(args.lora_rank))
+    if args.optimizer != "adamw" and accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise InputError(
+            "optimizer",
+            f"`optimizer` {args.optimizer} cannot be combined with {accelerator.distributed_type.value}, whose parts of the "
+            "weights are updated by adamw only; use configs/accelerate/ddp.yaml",
+        )
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     for noisy in ("httpx", "datasets", "PIL", "matplotlib", "filelock", "DeepSpeed"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -75,15 +82,72 @@ def start_accelerator(args: VRPOConfig, output_dir: Path) -> Accelerator:
 
 
 def build_optimizer(args: OptimizationConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """Builds AdamW according to the options; the fused version can skip a step without waiting for the host."""
-    return torch.optim.AdamW(
-        parameters,
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-        fused=True,
-    )
+    """Builds the optimizer that `optimizer` names; AdamW is fused, which can skip a step without waiting for the host.
+
+    Raises:
+        InputError: if there is none of that name, it cannot train a transformer, or `optimizer_args` do not fit it.
+    """
+    kind = optimizer_class(args.optimizer)
+    of_options = {"lr": args.learning_rate}
+    if args.optimizer in ADAMW.values:
+        betas = (args.adam_beta1, args.adam_beta2)
+        of_options |= {"betas": betas, "weight_decay": args.adam_weight_decay, "eps": args.adam_epsilon}
+    if args.optimizer == "adamw":
+        of_options["fused"] = True
+    given, known = optimizer_arguments(args), inspect.signature(kind).parameters
+    for name in given:
+        if name in of_options or name not in known or name == "params":
+            free = [name for name in known if name not in ("params", *of_options)]
+            raise InputError(
+                "optimizer_args",
+                f"`optimizer_args` has {name!r}, which {args.optimizer} does not take there; its further arguments are "
+                f"{', '.join(free)}",
+            )
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    try:
+        return kind(parameters, **of_options, **given)
+    except Exception as error:  # each class checks its arguments in its own way
+        raise InputError(
+            "optimizer_args" if given else "optimizer",
+            f"`optimizer` {args.optimizer} does not take {json.dumps(of_options | given)}: {first_line(error)}",
+        ) from error
+
+
+# Classes of torch.optim that cannot train a transformer here, and why.
+UNSUITABLE_OPTIMIZERS = {
+    "LBFGS": "it computes the loss several times in a step",
+    "SparseAdam": "it takes sparse gradients only",
+    "Muon": "it updates matrices only, and the transformer also has vectors and convolutions",
+}
+
+
+def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    """The class of an optimizer, by the name that `optimizer` has for it; case does not matter.
+
+    Raises:
+        InputError: if there is none, or it cannot train a transformer.
+    """
+    if name == "adamw8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except Exception as error:  # besides ImportError, what its libraries raise on a machine without a GPU
+            raise InputError(
+                "optimizer",
+                f"`optimizer` adamw8bit needs bitsandbytes, which cannot be imported ({first_line(error)}); pip install "
+                "bitsandbytes, or take adamw",
+            ) from error
+        return AdamW8bit
+    classes = {
+        key: value
+        for key, value in vars(torch.optim).items()
+        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
+    }
+    found = next((key for key in classes if key.lower() == name.lower()), None)
+    if found is None or found in UNSUITABLE_OPTIMIZERS:
+        usable = ", ".join(["adamw8bit", *(key for key in classes if key not in UNSUITABLE_OPTIMIZERS)])
+        reason = f": {UNSUITABLE_OPTIMIZERS[found]}" if found else " is not known"
+        raise InputError("optimizer", f"`optimizer` {name}{reason}; give one of {usable}")
+    return classes[found]
 
 
 def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -98,29 +162,6 @@ def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
 def as_list(value) -> list | None:
     """Converts a single value, several or None to a list or None."""
     return value if value is None else list(value) if isinstance(value, list | tuple) else [value]
-
-
-def length_of_run(args: VRPOConfig, num_images: int, global_batch_size: int) -> int:
-    """The optimizer steps of a run; with `num_train_epochs`, rounded to whole draws of actions and rollouts."""
-    if not args.num_train_epochs:
-        return train_steps(args)
-    draws = math.ceil(args.num_train_epochs * num_images / global_batch_size)
-    shared = math.lcm(args.policy_epochs, args.rollout_every if args.rollout_epochs > 1 else 1)
-    return math.ceil(draws * args.policy_epochs / shared) * shared
-
-
-def check_length(checkpoint: Path, step: int, max_train_steps: int):
-    """Checks that a checkpoint is not beyond the end of the run that continues from it.
-
-    Raises:
-        InputError: if it is.
-    """
-    if step > max_train_steps:
-        raise InputError(
-            "max_train_steps",
-            f"`max_train_steps` {max_train_steps} is below the step {step} of {checkpoint}; give at least {step}, or start a "
-            "new run in another `output_dir`",
-        )
 
 
 def name_of(component) -> str:
@@ -223,6 +264,7 @@ def check_given(args: VRPOConfig, train_dataset, rewards: list | None, callbacks
     if rewards is not None and not isinstance(rewards, list | tuple):
         raise InputError("rewards", f"`rewards` must be a list of names and functions, not {rewards!r:.80}")
     check_image_rewards(args)
+    build_optimizer(args, [torch.nn.Parameter(torch.zeros(2, 2))])
     if rewards is not None and args.objective != "vrpo":
         raise InputError("rewards", f"`rewards` cannot be combined with `objective` {args.objective}, only with vrpo")
     start = args.generative_policy_start_step

@@ -26,7 +26,8 @@ from ..pipelines.sampling import check_steps, image_grid, sample_batch, step_gen
 from .callbacks import TrainerCallback
 from .distributed import full_pipeline
 from .interruption import Interruption
-from .metrics import read_metrics, use_trackers
+from .metrics import read_metrics
+from .trackers import log_image
 
 
 logger = get_logger(__name__)
@@ -35,7 +36,7 @@ REFERENCE_IMAGES = 10_000  # training images behind the Fréchet distance; all o
 
 
 class Validation(TrainerCallback):
-    """Draws samples of the averaged model every `validation_steps` and at the end.
+    """Draws samples of the averaged model every `validation_steps` and at the end, and grids alone in the first steps.
 
     The grid has one column per class, from the noise of the seed. With `fd_encoder`, `num_fd_samples` unguided samples,
     each time of the same classes from the same noise, are compared with training images by the Fréchet distance of their
@@ -94,30 +95,32 @@ class Validation(TrainerCallback):
 
     def on_train_begin(self, trainer):
         """Validates the step of the checkpoint if the run was interrupted before its validation."""
-        step, missing = trainer.step, False
-        if step > 0 and step % self.args.validation_steps == 0 and self.accelerator.is_main_process:
+        step, length, missing = trainer.step, trainer.length, False
+        if self.accelerator.is_main_process and (length.validates(step) or length.draws_early(step)):
             rows = read_metrics(trainer.metrics_file.path)
-            judged = self.fd_encoder is None or any(row["step"] == step and self.name in row for row in rows)
+            measured = any(row["step"] == step and self.name in row for row in rows)
+            judged = self.fd_encoder is None or length.draws_early(step) or measured
             missing = not (judged and grid_file(self.output_dir, step).exists())
         if broadcast_object_list([missing])[0]:
             self.validate(trainer)
 
     def on_evaluate(self, trainer):
-        if trainer.step % self.args.validation_steps == 0 and trainer.step < trainer.max_train_steps:
+        due = trainer.length.validates(trainer.step) or trainer.length.draws_early(trainer.step)
+        if due and trainer.step < trainer.max_train_steps:
             self.validate(trainer)
 
     def on_train_end(self, trainer):
         self.validate(trainer)
 
     def validate(self, trainer):
-        """Draws the grid of the trainer's step, and measures the distance; for all processes."""
+        """Draws the grid of the trainer's step, and measures the distance unless it is an early one; for all processes."""
         accelerator, step = self.accelerator, trainer.step
-        with full_pipeline(
-            accelerator, self.pipeline, trainer.ema, everywhere=self.fd_encoder is not None
-        ) as averaged:
+        early = trainer.length.draws_early(step) and step < trainer.max_train_steps
+        measures = self.fd_encoder is not None and not early
+        with full_pipeline(accelerator, self.pipeline, trainer.ema, everywhere=measures) as averaged:
             if accelerator.is_main_process:
                 self.grid = self.draw(step, averaged)
-            if self.fd_encoder is not None:
+            if measures:
                 values = {self.name: self.distance(averaged)}
                 # An interrupted validation has no result; the continued run repeats it.
                 if accelerator.is_main_process and not self.interruption.signum:
@@ -227,7 +230,7 @@ class AdapterValidation(Validation):
         Raises:
             InputError: if the data do not have a label, or the scheduler does not accept the number of steps.
         """
-        args = self.args
+        args, self.id2label = self.args, data.id2label
         ids = {name.strip().lower(): label for label, name in (data.id2label or {}).items()}
         labels = args.validation_labels or spread_classes(self.classes)
         self.columns = [ids.get(str(label).strip().lower(), as_id(label)) for label in labels]
@@ -255,7 +258,7 @@ class AdapterValidation(Validation):
         """Draws the grid of a pipeline, always from the same noise."""
         labels = self.columns * self.args.num_validation_images
         images = self.draw_images(averaged, range(len(labels)), labels, self.args.guidance_scale)
-        return image_grid(images, columns=len(self.columns))
+        return image_grid(images, len(self.columns), captions=captions_of(self.columns, self.id2label))
 
     def draw_batch(self, pipeline, indices: range, labels: list[int]) -> np.ndarray:
         """Draws the unguided images `indices` of these classes: uint8 `[B,H,W,3]`."""
@@ -304,7 +307,15 @@ def draw_samples(
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale if transformer.null_class_id is not None else 1.0,
     ).images
-    return image_grid(images, columns=len(labels))
+    return image_grid(images, len(labels), captions=captions_of(labels, pipeline.config.get("id2label")))
+
+
+def captions_of(labels: list[int], id2label: dict | None) -> list[str] | None:
+    """What stands above the columns of a grid: the first of each class's names, or its id; None for a single class without one."""
+    names = {int(label): str(name).split(",")[0].strip() for label, name in (id2label or {}).items()}
+    if not names and len(labels) == 1:
+        return None
+    return [names.get(label) or f"class {label}" for label in labels]
 
 
 def grid_file(output_dir: Path, step: int) -> Path:
@@ -320,12 +331,4 @@ def save_samples(accelerator: Accelerator, output_dir: Path, step: int, grid: Im
     except OSError as error:  # a full disk must not end a run because of a grid
         logger.error(f"{path} could not be written ({error.strerror or error})")
 
-    def show(tracker):
-        if tracker.name == "tensorboard":
-            tracker.writer.add_image("samples", np.asarray(grid), step, dataformats="HWC")
-        elif tracker.name == "wandb":
-            import wandb
-
-            tracker.log({"samples": wandb.Image(grid)}, step=step)
-
-    use_trackers(accelerator, show)
+    log_image(accelerator, "samples", grid, step)

@@ -23,8 +23,7 @@ from PIL import ImageOps
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from diffusers_vrpo import VRPOConfig, VRPOTrainer
-from diffusers_vrpo.assets.digits import load_digits_dataset
+from diffusers_vrpo import VRPOConfig, VRPOTrainer, load_digits_dataset
 
 
 class PatchNetwork(nn.Module):

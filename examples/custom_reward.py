@@ -11,8 +11,7 @@
 import argparse
 from pathlib import Path
 
-from diffusers_vrpo import VRPOConfig, VRPOTrainer
-from diffusers_vrpo.training.metrics import read_metrics
+from diffusers_vrpo import VRPOConfig, VRPOTrainer, read_metrics
 
 
 def contrast(action, mu, y, subset):

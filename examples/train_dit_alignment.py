@@ -26,8 +26,7 @@ from diffusers.utils import make_image_grid, numpy_to_pil
 from PIL import ImageOps
 from tqdm.auto import tqdm
 
-from diffusers_vrpo import REPA, VRPO, AlignedTransformer, load_encoder
-from diffusers_vrpo.assets.digits import load_digits_dataset
+from diffusers_vrpo import REPA, VRPO, AlignedTransformer, load_digits_dataset, load_encoder
 
 
 OBJECTIVES = {"repa": REPA, "vrpo": VRPO}

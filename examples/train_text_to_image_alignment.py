@@ -29,8 +29,7 @@ from PIL import ImageOps
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, ByT5Tokenizer, T5Config, T5EncoderModel
 
-from diffusers_vrpo import REPA, VRPO, AlignedTransformer, load_encoder
-from diffusers_vrpo.assets.digits import load_digits_dataset
+from diffusers_vrpo import REPA, VRPO, AlignedTransformer, load_digits_dataset, load_encoder
 
 
 OBJECTIVES = {"repa": REPA, "vrpo": VRPO}

@@ -26,6 +26,8 @@ if TYPE_CHECKING:  # type checkers and editors read the names here
     from .alignment.rewards import semantic_reward as semantic_reward
     from .alignment.rewards import structural_reward as structural_reward
     from .alignment.whitening import whiten_encoder as whiten_encoder
+    from .assets.digits import digits_pixels as digits_pixels
+    from .assets.digits import load_digits_dataset as load_digits_dataset
     from .config import VRPOConfig as VRPOConfig
     from .data.image_source import ImageSource as ImageSource
     from .errors import InputError as InputError
@@ -53,6 +55,7 @@ if TYPE_CHECKING:  # type checkers and editors read the names here
     from .pipelines.scheduling_sit_sde import SiTSDEScheduler as SiTSDEScheduler
     from .trainer import VRPOTrainer as VRPOTrainer
     from .training.callbacks import TrainerCallback as TrainerCallback
+    from .training.metrics import read_metrics as read_metrics
 
 
 __version__ = "0.2.0"
@@ -67,6 +70,9 @@ _PUBLIC = {
         "SiTAdapter": "pipelines.adapters",
         "ImageSource": "data.image_source",
         "TrainerCallback": "training.callbacks",
+        "read_metrics": "training.metrics",
+        "load_digits_dataset": "assets.digits",
+        "digits_pixels": "assets.digits",
         "InputError": "errors",
         "TrainingStopped": "errors",
         "TrainingInterrupted": "errors",

@@ -7,11 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import AutoencoderKL, DiffusionPipeline, DiTPipeline, DiTTransformer2DModel, PixArtTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    PixArtTransformer2DModel,
+    PRXTransformer2DModel,
+)
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 
 from diffusers_vrpo import ModelAdapter, VRPOConfig, VRPOTrainer
 from diffusers_vrpo import trainer as trainer_module
+from diffusers_vrpo.commands import prepare as prepare_latents
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.experimental.generative.callback import GenerativePolicy
 from diffusers_vrpo.hub.background import stage_pipeline
@@ -19,10 +28,11 @@ from diffusers_vrpo.hub.card import render_card
 from diffusers_vrpo.hub.publish import published_files
 from diffusers_vrpo.pipelines.adapters import DiTAdapter, adapter_for
 from diffusers_vrpo.training.metrics import read_metrics
+from support.data import write_files
 from support.models import digits_model
 from support.official import tiny_dit
 from support.trainers import assert_same_end
-from support.training import no_curves
+from support.training import losses, no_curves
 
 
 SAMPLED = {"kl_coeff": 0.1, "policy_epochs": 1, "estimator": "sampled"}
@@ -67,6 +77,18 @@ def pixart(**changes) -> PixArtTransformer2DModel:
     sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32, "caption_channels": 12}
     sizes |= {"in_channels": 3, "out_channels": 3, "sample_size": 8, "num_layers": 2}
     return PixArtTransformer2DModel(**{**sizes, "use_additional_conditions": False, **changes})
+
+
+class Captioned(ModelAdapter):
+    """A model that is called with a caption of random vectors."""
+
+    def call(self, model, x_t, timestep, batch):
+        return model(x_t, timestep=timestep, encoder_hidden_states=torch.randn(len(x_t), 3, 12))
+
+
+def prx() -> PRXTransformer2DModel:
+    sizes = {"hidden_size": 32, "num_heads": 2, "depth": 2, "axes_dim": [8, 8], "context_in_dim": 12}
+    return PRXTransformer2DModel(in_channels=4, **sizes)
 
 
 @pytest.fixture
@@ -171,6 +193,53 @@ def test_an_adapter_in_a_script_trains_continues_and_saves_without_a_pipeline(tr
         published_files(tmp_path / "run")
 
 
+@pytest.mark.slow
+def test_adapters_train_continue_and_are_merged(train, tmp_path):
+    trainer = train(dit(), vae=vae(), lora_rank=2)
+    assert not [name for name in trainer.transformer.state_dict() if "lora" in name]
+    state = load_file(tmp_path / "run" / "checkpoint-2" / "transformer.safetensors")
+    assert len(state) == 2 * 2 * 6 and all(".lora_" in name for name in state)
+    train(dit(), vae=vae(), lora_rank=2, output_dir=str(tmp_path / "parts"), max_train_steps=1)
+    train(dit(), vae=vae(), lora_rank=2, output_dir=str(tmp_path / "parts"))
+    parts = load_file(tmp_path / "parts" / "checkpoint-2" / "transformer.safetensors")
+    assert all(torch.equal(parts[name], state[name]) for name in state)
+
+    # The result is a plain DiT whose attention and feed-forward layers have moved; the adapters are there, too.
+    base, saved = dit().state_dict(), DiTPipeline.from_pretrained(tmp_path / "run").transformer.state_dict()
+    moved = {name.split(".", 2)[2] for name in base if not torch.equal(base[name], saved[name])}
+    assert moved == {f"attn1.{name}.weight" for name in ("to_q", "to_k", "to_v", "to_out.0")} | {
+        "ff.net.0.proj.weight",
+        "ff.net.2.weight",
+    }
+    assert len(load_file(tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors")) == len(state)
+
+    other = dit()
+    torch.nn.init.zeros_(other.transformer_blocks[0].ff.net[2].bias)
+    with pytest.raises(InputError, match="the checksum of the frozen weights"):
+        train(other, vae=vae(), lora_rank=2, max_train_steps=3)
+
+
+@pytest.mark.slow
+def test_a_latent_cache_gives_the_losses_of_its_images(train, tmp_path):
+    vae().save_pretrained(tmp_path / "vae")
+    argv = ["--dataset_name", "digits", "--vae", str(tmp_path / "vae"), "--resolution", "8", "--encoder", "digits"]
+    prepare_latents.main([*argv, "--output_dir", str(tmp_path / "cache"), "--dataloader_num_workers", "0"])
+    train(dit(), vae=vae(), output_dir=str(tmp_path / "images"))
+    trainer = train(dit(), vae=None, dataset_name=None, latents_dir=str(tmp_path / "cache"))
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "images"), abs=2e-3)
+    assert trainer.data.vae == str(tmp_path / "vae")
+    assert (tmp_path / "run" / "samples" / "step-0000002.png").is_file()
+
+
+@pytest.mark.slow
+def test_streamed_files_train_and_continue(train, tmp_path):
+    data = {"dataset_name": write_files(tmp_path / "files"), "streaming": True}
+    train(pixart(), CaptionedPixArt(), **data)
+    train(pixart(), CaptionedPixArt(), **data, output_dir=str(tmp_path / "parts"), max_train_steps=1)
+    train(pixart(), CaptionedPixArt(), **data, output_dir=str(tmp_path / "parts"))
+    assert_same_end(tmp_path / "run", tmp_path / "parts", 2)
+
+
 def test_the_distance_to_images_is_measured_with_the_adapters_samples(train, tmp_path):
     measured = {"fd_encoder": "embedded:digits", "num_fd_samples": 8, "max_train_samples": 32}
     train(dit(), vae=vae(), objective="none", max_train_steps=1, **measured)
@@ -203,7 +272,12 @@ class WrongShape(CaptionedPixArt):
         ("vae", "shift_factor", {"vae": vae(shift_factor=0.1)}),
         ("resolution", "sample_size", {"transformer": dit(sample_size=16)}),
         ("preset", "a model already", {"preset": "SiT-XS/2"}),
-        ("lora_rank", "a model already", {"lora_rank": 4}),
+        ("lora_rank", "at most 32, the width", {"lora_rank": 33}),
+        (
+            "lora_rank",
+            "no attention with layers called to_q",
+            {"transformer": prx(), "adapter": Captioned(), "lora_rank": 4},
+        ),
         ("compile", "no repeated blocks", {"compile": True}),
         ("push_to_hub", "pipeline", {"transformer": pixart(), "adapter": CaptionedPixArt(), "vae": "none", "push": 1}),
         ("fd_encoder", "pipeline", {"transformer": pixart(), "adapter": CaptionedPixArt(), "vae": "none", "fd": 1}),

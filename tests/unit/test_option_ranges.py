@@ -132,13 +132,12 @@ def test_a_target_that_is_not_finite(capsys):
 
 
 def test_a_rank_above_the_width():
-    config = {"num_attention_heads": 6, "attention_head_dim": 64}
     for rank in (None, 1, 384):
-        check_lora_rank(rank, "sit-s", config)
+        check_lora_rank(rank, "sit-s", 384)
     with pytest.raises(
         InputError, match="^`lora_rank` 385 must be at most 384, the width of the layers of sit-s"
     ) as error:
-        check_lora_rank(385, "sit-s", config)
+        check_lora_rank(385, "sit-s", 384)
     assert error.value.field == "lora_rank"
 
 

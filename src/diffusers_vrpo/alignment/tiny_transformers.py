@@ -45,7 +45,7 @@ def _packed(id_width: int, **others) -> dict:
 
 
 def _sit():
-    model = SiTTransformer2DModel(sample_size=8, num_layers=4, num_classes=5, **HEADS)
+    model = SiTTransformer2DModel(sample_size=8, num_layers=4, num_classes=10, **HEADS)
     arguments = _latents(class_labels=torch.tensor([1, 2]))
     del arguments["encoder_hidden_states"]
     return model, arguments
@@ -53,7 +53,7 @@ def _sit():
 
 def _dit():
     model = diffusers.DiTTransformer2DModel(
-        sample_size=8, num_layers=4, num_embeds_ada_norm=5, in_channels=4, out_channels=8, **HEADS
+        sample_size=8, num_layers=4, num_embeds_ada_norm=10, in_channels=4, out_channels=8, **HEADS
     )
     arguments = _latents(class_labels=torch.tensor([1, 2]), timestep=torch.tensor([300, 600]))
     del arguments["encoder_hidden_states"]

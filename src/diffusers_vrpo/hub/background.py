@@ -76,7 +76,7 @@ def stage_pipeline(pipeline: VRPOPipeline, checkpoint: Path, folder: Path):
                 component.save_pretrained(folder / name)
         link_tree(checkpoint / averaged, folder / "transformer")
     else:
-        if not pipeline.transformer.adapters_suffice:
+        if not getattr(pipeline.transformer, "adapters_suffice", False):
             raise InputError(
                 None, "its adapters alone cannot be used by others; the result will be the whole pipeline"
             )

@@ -85,8 +85,7 @@ def read_start(args) -> Start:
     name = args.pretrained_model_name_or_path
     if args.lora_rank is not None and not name:
         raise InputError("lora_rank", "`lora_rank` adapts trained weights; it needs `pretrained_model_name_or_path`")
-    if args.lora_rank is not None and not is_peft_available():
-        raise InputError("lora_rank", "`lora_rank` needs peft: pip install 'diffusers-vrpo[lora]'")
+    check_peft(args.lora_rank)
     if name is None:
         start = Start(transformer_config(args.preset, args.model_config))
     else:
@@ -97,7 +96,8 @@ def read_start(args) -> Start:
                 raise InputError(
                     "pretrained_model_name_or_path", f"`pretrained_model_name_or_path` {error}"
                 ) from error
-            check_lora_rank(args.lora_rank, name, source.config)
+            width = source.config.num_attention_heads * source.config.attention_head_dim
+            check_lora_rank(args.lora_rank, name, width)
             index = pipeline_index(name, args.cache_dir) or {}
         ours = index.get("transformer", [None, None])[1] == "SiTTransformer2DModel"
         on_hub = ours and not Path(name).exists()
@@ -115,17 +115,26 @@ def read_start(args) -> Start:
     return start
 
 
-def check_lora_rank(rank: int | None, name: str, config: dict):
+def check_peft(rank: int | None):
+    """Checks that adapters can be made, if a rank is given.
+
+    Raises:
+        InputError: without peft.
+    """
+    if rank is not None and not is_peft_available():
+        raise InputError("lora_rank", "`lora_rank` needs peft: pip install 'diffusers-vrpo[lora]'")
+
+
+def check_lora_rank(rank: int | None, name: str, width: int):
     """Checks that adapters have a lower rank than the layers they adapt can have.
 
     Args:
         name: of the starting weights.
-        config: of their transformer.
+        width: of their transformer.
 
     Raises:
         InputError: if the rank is above the width.
     """
-    width = config["num_attention_heads"] * config["attention_head_dim"]
     if rank is not None and rank > width:
         raise InputError(
             "lora_rank",

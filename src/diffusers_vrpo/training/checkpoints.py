@@ -17,7 +17,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.training_utils import EMAModel
+from diffusers.utils import recurse_remove_peft_layers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -478,14 +480,23 @@ def save_checkpoint(
 def save_lora(model: torch.nn.Module, folder: Path):
     """Writes the adapters, and then merges them into the model's weights.
 
-    `VRPOPipeline.load_lora_weights(folder)` and `transformer.load_lora_adapter` load what it writes.
+    `VRPOPipeline.load_lora_weights(folder)` and `transformer.load_lora_adapter`, where the class has it, load what it writes.
     """
     from peft import get_peft_model_state_dict
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers, config = get_peft_model_state_dict(model), model.peft_config["default"].to_dict()
     VRPOPipeline.save_lora_weights(folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=config)
-    model.fuse_lora()
-    model.unload_lora()
+    if isinstance(model, PeftAdapterMixin):
+        model.fuse_lora()
+        model.unload_lora()
+        return
+    # Some classes of diffusers have no methods for adapters.
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge()
+    recurse_remove_peft_layers(model)
+    del model.peft_config
 
 
 def register_model_hooks(

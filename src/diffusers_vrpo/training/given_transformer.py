@@ -7,12 +7,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from diffusers import ModelMixin
+from diffusers.loaders import PeftAdapterMixin
 
-from ..alignment.attach import AlignedTransformer, alignment_layers, transformer_blocks
+from ..alignment.attach import AlignedTransformer, alignment_layers
+from ..alignment.image_tokens import hidden_width, transformer_blocks
 from ..alignment.start import scaffold_layer
 from ..config import VRPOConfig
 from ..data.sources import TrainingData
 from ..errors import InputError, first_line
+from ..models.start import LORA_TARGETS, check_lora_rank, check_peft
 from ..pipelines.adapters import ModelAdapter, TransformerAlone, adapter_for
 from .callbacks import TrainerCallback
 from .throughput import counted_flops
@@ -24,7 +27,6 @@ OF_OWN_MODELS = (
     "model_config",
     "pretrained_model_name_or_path",
     "keep_labels",
-    "lora_rank",
     "prediction_type",
     "learn_sigma",
     "qk_norm",
@@ -62,8 +64,11 @@ def check_transformer(
         )
     if frozen := [name for name, parameter in transformer.named_parameters() if not parameter.requires_grad]:
         raise InputError(
-            "transformer", f"`transformer` has frozen parameters such as {frozen[0]}; the trainer trains all of them"
+            "transformer",
+            f"`transformer` has frozen parameters such as {frozen[0]}; the trainer trains all of them, or freezes them itself "
+            "for `lora_rank`",
         )
+    check_peft(args.lora_rank)
     if adapter is not None and not isinstance(adapter, ModelAdapter):
         raise InputError("adapter", f"`adapter` is a {type(adapter).__name__}; give an object of a ModelAdapter class")
     adapter = adapter or adapter_for(transformer)
@@ -105,9 +110,9 @@ def align_transformer(
     grid_size: tuple[int, int],
     encoders: list,
 ) -> AlignedTransformer:
-    """Attaches the alignment of the options to a given transformer, which keeps its weights.
+    """Attaches the alignment of the options to a given transformer, which keeps its weights, and adapters for `lora_rank`.
 
-    All processes get the weights of the first one. Projectors and scaffold are drawn from torch's generator.
+    All processes get the weights of the first one. Projectors, scaffold and adapters are drawn from torch's generator.
 
     Args:
         latent_shape: channels, height and width of the training input.
@@ -157,11 +162,50 @@ def align_transformer(
         raise InputError("transformer", f"`transformer`: {first_line(error)}") from error
     if aligned.scaffold is not None:
         aligned.scaffold.draw_weights()
+    if args.lora_rank:
+        add_lora(transformer, args.lora_rank)
     if args.gradient_checkpointing and not transformer._supports_gradient_checkpointing:
         raise InputError("gradient_checkpointing", f"`gradient_checkpointing` is not supported by {name}; remove it")
     if args.compile and not getattr(transformer, "_repeated_blocks", None):
         raise InputError("compile", f"`compile`: diffusers names no repeated blocks of {name}; remove it")
     return aligned
+
+
+def add_lora(transformer: ModelMixin, rank: int):
+    """Freezes a given transformer and adds low-rank adapters to the attention and feed-forward layers of its blocks.
+
+    Raises:
+        InputError: if the rank is too high, or the attention layers have other names.
+    """
+    name = type(transformer).__name__
+    try:
+        width = hidden_width(transformer)
+    except ValueError as error:
+        raise InputError("lora_rank", f"`lora_rank`: {first_line(error)}") from error
+    check_lora_rank(rank, name, width)
+    blocks = set(transformer_blocks(transformer))
+    targets = [
+        f"{block_name}.{layer_name}"
+        for block_name, block in transformer.named_modules()
+        if block in blocks
+        for layer_name, layer in block.named_modules()
+        if isinstance(layer, torch.nn.Linear) and f".{layer_name}".endswith(tuple(f".{kind}" for kind in LORA_TARGETS))
+    ]
+    if not any(target.endswith(".to_q") for target in targets):
+        raise InputError(
+            "lora_rank",
+            f"`lora_rank`: the blocks of {name} have no attention with layers called to_q, to_k and to_v, which the adapters "
+            "are for; remove it",
+        )
+
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
+    transformer.requires_grad_(False)
+    if isinstance(transformer, PeftAdapterMixin):
+        transformer.add_adapter(config)
+    else:  # as diffusers' DiT and PixArt
+        inject_adapter_in_model(config, transformer)
 
 
 def try_call(

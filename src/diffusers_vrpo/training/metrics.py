@@ -196,5 +196,15 @@ def write_start(
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """Reads a `metrics.jsonl` into one row per step, without lines that are damaged, as a crash leaves the last one."""
+    """Reads what a run has logged, one row per step, without lines that are damaged, as a crash leaves the last one.
+
+    Args:
+        path: the `metrics.jsonl` of an output folder.
+
+    Returns:
+        the rows in the order of their steps: numbers by name, among them `step`.
+
+    Raises:
+        OSError: if the file cannot be read.
+    """
     return merge_steps(read_rows(Path(path), METRICS_ROW)[0])

@@ -269,13 +269,14 @@ def add_options(group, config: type, names: Iterable[str], spellings: Sequence[s
         add_option(group, options[name], *spellings, **changes)
 
 
-def training_parser(**arguments) -> argparse.ArgumentParser:
+def training_parser(common: Sequence[str] = COMMON, **arguments) -> argparse.ArgumentParser:
     """Creates the parser of all options of `VRPOConfig`, for `parse_config`; it returns only the given options.
 
     Args:
+        common: names of the options that the short help shows.
         arguments: arguments of `argparse.ArgumentParser`, such as `prog`.
     """
-    parser = OneLineErrorParser(common=COMMON, **arguments)
+    parser = OneLineErrorParser(common=common, **arguments)
     for config in VRPOConfig.__bases__:
         group = parser.add_argument_group(config._argument_group_name)
         add_options(group, config, options_of(config), suppress=True)

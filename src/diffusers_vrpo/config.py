@@ -440,9 +440,9 @@ class AlignmentConfig(Options):
     )
     encoder: Name[list[str] | None] = option(
         None,
-        "align with these frozen vision encoders of transformers (Hub names or folders), usually facebook/dinov2-base, with `digits`, "
-        "which is in the package, or with code of your own, as package.module:name or FILE.py:name (docs/inputs.md); every "
-        "objective but none needs one",
+        "align with these frozen vision encoders: transformers models (Hub names or folders), usually facebook/dinov2-base, `digits`, "
+        "which is in the package, or code of your own as package.module:name or FILE.py:name (docs/inputs.md); every objective but "
+        "none needs one",
     )
     encoder_layer: list[Layer] | None = option(
         None,
@@ -602,18 +602,18 @@ class OptimizationConfig(Options):
 
     train_batch_size: Annotated[Free[Batch], Changeable()] = option(
         256,
-        "samples for each process and micro-step; a step has as many times the number of processes and "
-        "--gradient_accumulation_steps",
+        "train each process on this many samples in a micro-step, of which a step has --gradient_accumulation_steps; lower it if "
+        "the memory does not suffice",
     )
     gradient_accumulation_steps: Annotated[Free[Batch], Changeable()] = option(1, "micro-steps in an optimizer step")
     gradient_checkpointing: Free[bool] = option(False, "compute the blocks again in the backward pass, to save memory")
     max_train_steps: Annotated[Free[Steps | None], OneOf("steps")] = option(
         None,
-        f"length of the run in optimizer steps; if --num_train_epochs is not given either, {MOST_EPOCHS} epochs, or as many "
-        f"steps as see {DEFAULT_IMAGES_SEEN:,} images if that is less, but one epoch at least",
+        f"train for this many optimizer steps; if --num_train_epochs is not given either, for {MOST_EPOCHS} epochs, or until "
+        f"{DEFAULT_IMAGES_SEEN:,} images were seen if that is less, but one epoch at least",
     )
     num_train_epochs: Annotated[Free[Steps | None], OneOf("steps")] = option(
-        None, "length of the run in passes over the data, instead of --max_train_steps"
+        None, "train for this many passes over the data, instead of --max_train_steps"
     )
     timestep_sampling: Literal["uniform", "logit_normal"] = option(
         "uniform",
@@ -698,7 +698,7 @@ class CheckpointConfig(Options):
 
     checkpointing_steps: Watched[Steps | None] = option(
         None,
-        f"optimizer steps between two checkpoints; 1/{DEFAULT_INTERVALS} of the run, at least {SHORTEST_INTERVAL}, if not "
+        f"save a checkpoint whenever this many optimizer steps are done; 1/{DEFAULT_INTERVALS} of the run, at least {SHORTEST_INTERVAL}, if not "
         "given",
     )
     checkpoints_total_limit: Watched[Step | None] = option(
@@ -729,7 +729,7 @@ class CheckpointConfig(Options):
     )
     validation_steps: Watched[Steps | None] = option(
         None,
-        f"optimizer steps between two sample grids; 1/{DEFAULT_INTERVALS} of the run, at least {SHORTEST_INTERVAL}, and steps "
+        f"draw a grid of samples whenever this many optimizer steps are done; 1/{DEFAULT_INTERVALS} of the run, at least {SHORTEST_INTERVAL}, and steps "
         f"{', '.join(map(str, EARLY_GRIDS))} if not given",
     )
     validation_labels: Watched[list[str] | None] = option(

@@ -22,7 +22,7 @@ FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 MARK = re.compile(r"<!-- (test command|run|run by \S+|not run: .+?) -->\n$")
 WHOLE_PAGE = re.compile(r"^<!-- every block: (run|run by \S+|not run: .+?) -->$", re.MULTILINE)
 # Programs of others, whose options are not looked at.
-OTHERS = {"pip", "python3", "hf", "bash", "cd", "ruff", "evaluator.py", "pytest"}
+OTHERS = {"pip", "python3", "hf", "bash", "cd", "ruff", "mkdocs", "evaluator.py", "pytest"}
 
 
 @dataclass

@@ -37,11 +37,13 @@ from diffusers_vrpo import (
     cka,
     cknna,
     density_coverage,
+    digits_pixels,
     fid,
     frechet_distance,
     image_semantic_reward,
     inception_score,
     kernel_distance,
+    load_digits_dataset,
     load_encoder,
     load_image_encoder,
     mean_and_covariance,
@@ -49,6 +51,7 @@ from diffusers_vrpo import (
     pooled_features,
     precision_recall,
     push_folder,
+    read_metrics,
     semantic_reward,
     sit_preset,
     structural_reward,
@@ -144,6 +147,12 @@ def evaluate(a: torch.Tensor, b: torch.Tensor, pixels: torch.Tensor) -> float:
     total += frechet_distance(*mean_and_covariance(a), *mean_and_covariance(features))
     total += sum(precision_recall(a, b)) + sum(density_coverage(a, b)) + inception_score(a)[0]
     return total + cka(a, b) + cknna(a, b)
+
+
+def digits(run: Path) -> int:
+    images, labels = digits_pixels("train")
+    rows: list[dict] = read_metrics(run / "metrics.jsonl")
+    return len(load_digits_dataset()["train"]) + len(images) + len(labels) + len(rows)
 
 
 def models() -> SiTTransformer2DModel:

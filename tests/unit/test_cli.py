@@ -153,7 +153,7 @@ def test_recipes_are_found_by_name(tmp_path, monkeypatch, capsys):
     )
 
 
-@pytest.mark.parametrize("name", ["train", "prepare", "sample", "evaluate", "fid", "probe", "layers"])
+@pytest.mark.parametrize("name", ["train", "plan", "prepare", "sample", "evaluate", "fid", "probe", "layers"])
 def test_the_short_help_and_the_whole_one(name, capsys):
     command = importlib.import_module(f"diffusers_vrpo.commands.{name}")
     parser = command.build_parser(f"vrpo {name}")

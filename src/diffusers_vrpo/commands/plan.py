@@ -48,6 +48,12 @@ from ..training.setup import trainable_parameters
 from ..training.throughput import counted_flops, forward_flops, peak_flops, step_flops
 
 
+# The options that the short help shows.
+COMMON = (
+    *("config", "dataset_name", "latents_dir", "resolution", "preset", "pretrained_model_name_or_path", "vae"),
+    *("objective", "encoder", "mixed_precision", "train_batch_size", "max_train_steps", "num_train_epochs"),
+    *("num_images", "num_processes", "gpus", "json"),
+)
 # The name of a device, as `torch.cuda.get_device_name` returns it, and its memory in MiB, as nvidia-smi shows it.
 GPUS = {
     "RTX-4090-24GB": ("NVIDIA GeForce RTX 4090", 24_564),
@@ -464,23 +470,28 @@ def table(args: VRPOConfig, found: dict) -> str:
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
-    parser = training_parser(prog=prog, description=__doc__)
+    parser = training_parser(COMMON, prog=prog, description=__doc__)
     group = parser.add_argument_group("plan")
     missing = argparse.SUPPRESS
     group.add_argument(
         "--num_images",
         type=number_in(NUM_IMAGES),
         default=missing,
-        help="number of training images; counted if the data are on this machine",
+        help="train on this many images; as many as the data set has, if it is on this machine, if not given",
     )
     group.add_argument(
         "--num_processes",
         type=number_in(In(1, most=100_000)),
         default=missing,
-        help="GPUs that train together, each with all weights (default: 1)",
+        help="train on this many GPUs together, each with all weights (default: 1)",
     )
     group.add_argument(
-        "--gpu", nargs="+", choices=[*GPUS], dest="gpus", default=missing, help="GPUs of the table; all if not given"
+        "--gpu",
+        nargs="+",
+        choices=[*GPUS],
+        dest="gpus",
+        default=missing,
+        help="show these GPUs in the table; all if not given",
     )
     group.add_argument(
         "--mfu",
@@ -494,7 +505,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         default=missing,
         help="share of a GPU's memory to keep free for the CUDA context, workspaces and fragmentation (default: 0.1)",
     )
-    group.add_argument("--json", metavar="FILE", default=missing, help="also write all numbers to this file")
+    group.add_argument("--json", metavar="FILE", default=missing, help="write all numbers to this file, too")
     return parser
 
 

@@ -20,7 +20,7 @@ from diffusers_vrpo.alignment.policy import timestep_weight
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.evaluation.image_encoders import load_image_encoder
 from diffusers_vrpo.models.flow import flow_time, sample_time
-from diffusers_vrpo.models.start import lora_layers
+from diffusers_vrpo.models.start import lora_layers, read_start
 from diffusers_vrpo.training.checkpoints import write_manifest
 from diffusers_vrpo.training.interruption import Interruption, StepGuard
 from diffusers_vrpo.training.metrics import read_metrics
@@ -145,6 +145,18 @@ def test_qk_norm_and_noise_levels_train_resume_and_open(command, tmp_path):
         start["pretrained_model_name_or_path"] = tmp_path / "other"
         with pytest.raises(InputError, match=f"`qk_norm`: .*other was trained {message} queries and keys; remove it"):
             run([*command(**start, output_dir=tmp_path / "third"), "--qk_norm"])
+
+
+def test_qk_norm_in_a_file_of_arguments(tmp_path):
+    file = tmp_path / "model.json"
+    file.write_text('{"qk_norm": "rms_norm", "num_layers": 2}')
+    assert read_start(VRPOConfig(model_config=file)).config["qk_norm"] == "rms_norm"
+    file.write_text('{"num_layers": 2}')
+    assert read_start(VRPOConfig(model_config=file, qk_norm=True)).config["qk_norm"] == "rms_norm"
+    assert "qk_norm" not in read_start(VRPOConfig(model_config=file)).config
+    file.write_text('{"qk_norm": true}')
+    with pytest.raises(InputError, match="`qk_norm` cannot be combined with qk_norm true in `model_config`"):
+        read_start(VRPOConfig(model_config=file, qk_norm=True))
 
 
 @torch.no_grad()

@@ -385,6 +385,11 @@ def test_files_that_are_refused(tmp_path, capsys):
         export_checkpoint(tiny_model(prediction_type="epsilon", downscale_freq_shift=1.0), "dit")
     for changes, layout, message in (
         ({"qk_norm": True}, "sit", "which only REPA's code has"),
+        (
+            {"qk_norm": "rms_norm"},
+            "repa",
+            "has an RMSNorm on queries and keys, which the official code cannot compute",
+        ),
         ({"null_class_id": 9}, "repa", "the null class is 9, the official code has it at 5"),
         ({"sample_size": (8, 4)}, "repa", "the official models are square"),
     ):

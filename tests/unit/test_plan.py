@@ -144,10 +144,18 @@ def test_the_command(capsys, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ("--vae org/vae", "--vae org/vae: its shape is not known without a download; give its folder"),
+        ("--objective none", "give --vae, such as stabilityai/sd-vae-ft-ema, or --vae none to train on pixels"),
+        ("--vae none", "--objective vrpo needs --encoder, such as facebook/dinov2-base"),
+        (
+            "--vae org/vae --objective none",
+            "--vae org/vae: its shape is not known without a download; give its folder",
+        ),
         ("--vae none --encoder org/vit", "--encoder org/vit: its shape is not known without a download"),
-        ("--vae none --pretrained_model_name_or_path SiT.pt", "--preset is missing: the size of --pretrained"),
-        ("--vae none --lora_rank 4", "--lora_rank adapts trained weights; it needs --pretrained"),
+        (
+            "--vae none --objective none --pretrained_model_name_or_path SiT.pt",
+            "--preset is missing: the size of --pretrained",
+        ),
+        ("--vae none --objective none --lora_rank 4", "--lora_rank adapts trained weights; it needs --pretrained"),
         ("--vae none --objective none --resolution 16 --num_train_epochs 3", "--num_train_epochs needs --num_images"),
     ],
 )

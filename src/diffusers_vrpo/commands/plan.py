@@ -11,6 +11,7 @@ tensors without content (docs/speed.md says what is not in it).
 import argparse
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
@@ -156,8 +157,6 @@ def planned_encoders(args: VRPOConfig, data: TrainingData | None, grid_size: tup
     """The encoders that targets come from, on fake tensors; called under `FakeTensorMode`."""
     if args.objective == "none":
         return []
-    if not args.encoder:
-        raise InputError("encoder", f"`objective` {args.objective} needs `encoder`, such as facebook/dinov2-base")
     layers = layers_of_encoders(args.encoder, args.encoder_layer)
     dtype = HALF.get(args.mixed_precision, torch.float32)
     encoders = [FeaturesOfCache(cached) for cached in (data.features(args.encoder, layers, grid_size) if data else [])]
@@ -228,6 +227,80 @@ def disk_bytes(args: VRPOConfig, latent_shape: tuple, has_posterior: bool, encod
     return sizes["latents"], sum(size for name, size in sizes.items() if name.startswith("features"))
 
 
+@dataclass
+class CountedStep:
+    """A training step on tensors without content, counted.
+
+    Attributes:
+        aligned, vae: model and autoencoder, on fake tensors.
+        latent_shape (`tuple`): channels, height and width.
+        tokens (`int`): N.
+        timelines (`dict[str, Timeline]`): of a micro-step, without (`plain`) and with `gradient_checkpointing`.
+        encoding (`Timeline`, *optional*): of the autoencoder, if images are encoded in training.
+        flops, vae_flops (`float`): of one image, through what is trained with its encoders, and through the autoencoder.
+        disk (`tuple[int, int]`): bytes of an image's latents and features in a latent cache.
+    """
+
+    aligned: AlignedTransformer
+    vae: torch.nn.Module | None
+    latent_shape: tuple[int, int, int]
+    tokens: int
+    timelines: dict[str, Timeline]
+    encoding: Timeline | None
+    flops: float
+    vae_flops: float
+    disk: tuple[int, int]
+
+    def peak(self, name: str, images: int) -> int:
+        """The largest number of bytes of a micro-step, which encodes its images first."""
+        encoded = 0 if self.encoding is None else self.encoding.peak(min(images, ENCODED_AT_A_TIME))
+        return max(self.timelines[name].peak(images), encoded)
+
+    def most_images(self, name: str, memory: float) -> int:
+        """The largest number of images whose micro-step stays within `memory` bytes."""
+        images = self.timelines[name].most_images(memory)
+        if self.encoding is None or self.encoding.peak(min(images, ENCODED_AT_A_TIME)) <= memory:
+            return images
+        return min(images, self.encoding.most_images(memory))
+
+
+def count_step(args: VRPOConfig, data: TrainingData | None, start: Start, num_classes: int) -> CountedStep:
+    """Builds all parts of a training without weights, and counts a step of it."""
+    vae_name = args.vae or (None if data is None else data.vae) or "none"
+    from_images, patch_size = args.latents_dir is None, start.config["patch_size"]
+
+    # Shapes first, on the meta device.
+    with init_empty_weights():
+        vae = None if vae_name == "none" else autoencoder_without_weights(vae_name, args.cache_dir)
+    latent_shape, has_posterior = latent_layout(vae, args.resolution, patch_size)
+    grid_size = tuple(side // patch_size for side in latent_shape[1:])
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake:
+        encoders = planned_encoders(args, data, grid_size)
+    aligned = planned_model(args, start, latent_shape, num_classes, encoders)
+
+    # Then the work of a step.
+    with fake:
+        make_fake(aligned)
+        with_pixels = from_images or not all(isinstance(without_whitening(e), FeaturesOfCache) for e in encoders)
+        timelines = {"plain": training_timeline(args, aligned, latent_shape, with_pixels)}
+        aligned.transformer.enable_gradient_checkpointing()
+        timelines["gradient_checkpointing"] = training_timeline(args, aligned, latent_shape, with_pixels)
+        flops = step_flops(aligned, tokens=math.prod(grid_size))[1]
+        encoding, vae_flops = None, 0
+        if vae is not None:
+            make_fake(vae)
+        if vae is not None and from_images:
+            encoding = encoding_timeline(vae, args.resolution)
+            pixels = torch.zeros(1, 3, args.resolution, args.resolution)
+            vae_flops = counted_flops(lambda: encode_images(vae, pixels))
+    if args.gradient_checkpointing:
+        flops += forward_flops(aligned.transformer.config, math.prod(grid_size))
+    disk = disk_bytes(args, latent_shape, has_posterior, encoders)
+    tokens = math.prod(grid_size)
+    return CountedStep(aligned, vae, latent_shape, tokens, timelines, encoding, flops, vae_flops, disk)
+
+
 def plan(
     args: VRPOConfig,
     num_images: int | None = None,
@@ -252,105 +325,77 @@ def plan(
     Raises:
         InputError: if the size of a part cannot be known, or options contradict each other.
     """
-    if args.lora_rank and not args.pretrained_model_name_or_path:
-        raise InputError("lora_rank", "`lora_rank` adapts trained weights; it needs `pretrained_model_name_or_path`")
+    check_planned(args)
     data = open_local_data(args)
     num_images = num_images or (None if data is None else len(data))
     if args.num_train_epochs and num_images is None:
         raise InputError("num_images", "`num_train_epochs` needs `num_images`, since the data are not on this machine")
     start = planned_start(args)
     num_classes = start.config.get("num_classes", 1000) if data is None else data.num_classes
-    vae_name = args.vae or (data.vae if data is not None else None) or "none"
-    from_images = args.latents_dir is None
+    step = count_step(args, data, start, num_classes)
+    found = sizes(args, step, num_processes)
 
-    # Shapes first, on the meta device; then the work of a step.
-    with init_empty_weights():
-        vae = None if vae_name == "none" else autoencoder_without_weights(vae_name, args.cache_dir)
-    latent_shape, has_posterior = latent_layout(vae, args.resolution, start.config["patch_size"])
-    grid_size = tuple(side // start.config["patch_size"] for side in latent_shape[1:])
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake:
-        encoders = planned_encoders(args, data, grid_size)
-    aligned = planned_model(args, start, latent_shape, num_classes, encoders)
-    with fake:
-        make_fake(aligned)
-        with_pixels = from_images or not all(isinstance(without_whitening(e), FeaturesOfCache) for e in encoders)
-        timelines = {}
-        for checkpointed in (False, True):
-            if checkpointed:
-                aligned.transformer.enable_gradient_checkpointing()
-            timelines[checkpointed] = training_timeline(args, aligned, latent_shape, with_pixels)
-        flops = step_flops(aligned, tokens=math.prod(grid_size))[1]
-        encoding, vae_flops, vae_bytes = None, 0, 0
-        if vae is not None:
-            make_fake(vae)
-            vae_bytes = size_of(vae)
-            if from_images:
-                encoding = encoding_timeline(vae, args.resolution)
-                pixels = torch.zeros(1, 3, args.resolution, args.resolution)
-                vae_flops = counted_flops(lambda: encode_images(vae, pixels))
-        found = sizes(args, aligned, vae, num_processes)
-        disk = disk_bytes(args, latent_shape, has_posterior, encoders)
-    found["bytes"]["autoencoder"] = vae_bytes
-    held = sum(found["bytes"].values()) - found["bytes"]["gradients"]  # gradients are in the timelines
-
-    def fits(timeline: Timeline, memory: float) -> int:
-        images = timeline.most_images(memory - held)
-        if encoding is not None and images and held + encoding.peak(min(images, ENCODED_AT_A_TIME)) > memory:
-            return min(images, encoding.most_images(memory - held))
-        return images
-
-    def peak(timeline: Timeline) -> int:
-        batch = args.train_batch_size
-        encoded = 0 if encoding is None else encoding.peak(min(batch, ENCODED_AT_A_TIME))
-        return held + max(timeline.peak(batch), encoded)
-
-    names = ("plain", "gradient_checkpointing")
-    found["activations"] = {name: timelines[name != "plain"].saved[1] for name in names}
-    found["peak_bytes"] = {name: peak(timelines[name != "plain"]) for name in names}
+    # Memory: the gradients are in the timelines already.
+    held = sum(found["bytes"].values()) - found["bytes"]["gradients"]
     chosen = {name: GPUS[name] for name in gpus or GPUS}
-    usable = {name: (1 - memory_reserve) * mib * 2**20 for name, (_, mib) in chosen.items()}
-    found["largest_batch"] = {
-        gpu: {name: fits(timelines[name != "plain"], memory) for name in names} for gpu, memory in usable.items()
-    }
-    found["disk_bytes_per_image"] = {"latents": disk[0], "features": disk[1]}
+    found["activations"] = {name: timeline.saved[1] for name, timeline in step.timelines.items()}
+    found["peak_bytes"] = {name: held + step.peak(name, args.train_batch_size) for name in step.timelines}
+    found["largest_batch"] = {}
+    for gpu, (_, mib) in chosen.items():
+        memory = (1 - memory_reserve) * mib * 2**20 - held
+        found["largest_batch"][gpu] = {name: step.most_images(name, memory) for name in step.timelines}
+    found["disk_bytes_per_image"] = dict(zip(("latents", "features"), step.disk))
     # The trained weights, two moments, and the averages.
     found["checkpoint_bytes"] = FLOAT32 * (3 * found["parameters"]["trained"] + found["parameters"]["average"])
 
+    # Time: of all images that steps process.
     global_batch_size = args.train_batch_size * num_processes * args.gradient_accumulation_steps
     steps = length_of_run(args, num_images, global_batch_size)
     images = steps * global_batch_size
-    if args.gradient_checkpointing:
-        flops += forward_flops(aligned.transformer.config, math.prod(grid_size))
-    half = HALF.get(args.mixed_precision, torch.float32)
-    hours = {}
+    dtype, hours = HALF.get(args.mixed_precision, torch.float32), {}
     for gpu, (device, _) in chosen.items():
-        seconds = flops / peak_flops(device, half, args.allow_tf32)
-        # It runs in float32, whose convolutions are TF32 products by default.
-        seconds += vae_flops / peak_flops(device, torch.float32, tf32=True)
+        seconds = step.flops / peak_flops(device, dtype, args.allow_tf32)
+        # The autoencoder runs in float32, whose convolutions are TF32 products by default.
+        seconds += step.vae_flops / peak_flops(device, torch.float32, tf32=True)
         hours[gpu] = images * seconds / mfu / num_processes / 3600
-    found["flops_per_image"] = {"training": flops, "autoencoder": vae_flops}
+    found["flops_per_image"] = {"training": step.flops, "autoencoder": step.vae_flops}
     found["run"] = {
         "max_train_steps": steps,
         "global_batch_size": global_batch_size,
         "images": images,
         "num_images": num_images,
-        "epochs": None if num_images is None else images / num_images,
+        "epochs": None if num_images is None else images / args.policy_epochs / num_images,
         "hours": hours,
     }
     found["assumed"] = {"mfu": mfu, "memory_reserve": memory_reserve, "num_processes": num_processes}
+    config = step.aligned.transformer.config
     found["model"] = {
-        "tokens": math.prod(grid_size),
-        "width": aligned.transformer.config.num_attention_heads * aligned.transformer.config.attention_head_dim,
-        "blocks": aligned.transformer.config.num_layers,
-        "latent_shape": list(latent_shape),
+        "tokens": step.tokens,
+        "width": config.num_attention_heads * config.attention_head_dim,
+        "blocks": config.num_layers,
+        "latent_shape": list(step.latent_shape),
         "num_classes": num_classes,
     }
     return found
 
 
-def sizes(args: VRPOConfig, aligned: AlignedTransformer, vae, num_processes: int) -> dict:
-    """The parameters of each part, and the bytes that are held in every step, but for the autoencoder's."""
+def check_planned(args: VRPOConfig):
+    """Checks that the options name what a plan needs.
+
+    Raises:
+        InputError: if one is missing.
+    """
+    if args.vae is None and args.latents_dir is None:
+        raise InputError("vae", "give `vae`, such as stabilityai/sd-vae-ft-ema, or `vae` none to train on pixels")
+    if args.lora_rank and not args.pretrained_model_name_or_path:
+        raise InputError("lora_rank", "`lora_rank` adapts trained weights; it needs `pretrained_model_name_or_path`")
+    if args.objective != "none" and not args.encoder:
+        raise InputError("encoder", f"`objective` {args.objective} needs `encoder`, such as facebook/dinov2-base")
+
+
+def sizes(args: VRPOConfig, step: CountedStep, num_processes: int) -> dict:
+    """The parameters of each part, and the bytes that are held in every step."""
+    aligned, vae = step.aligned, step.vae
     trained = count(trainable_parameters(aligned))
     transformer, projectors = count(aligned.transformer.parameters()), count(aligned.projectors.parameters())
     scaffold = 0 if aligned.scaffold is None else count(aligned.scaffold.parameters())
@@ -375,6 +420,7 @@ def sizes(args: VRPOConfig, aligned: AlignedTransformer, vae, num_processes: int
             "gradient_buckets": FLOAT32 * trained if num_processes > 1 else 0,
             "reference_model": FLOAT32 * weights if args.kl_coeff else 0,
             "encoders": sum(size_of(encoder) for encoder in encoders),
+            "autoencoder": 0 if vae is None else size_of(vae),
         },
     }
 

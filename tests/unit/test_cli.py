@@ -6,6 +6,7 @@ import importlib
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -171,3 +172,24 @@ def test_the_short_help_and_the_whole_one(name, capsys):
     for flag in shown:
         help = sentence(options[flag].help).partition(" (default: ")[0]
         assert help[0].isupper() and help.endswith("."), help
+
+
+def test_the_page_gets_the_pipeline_in_each_way(monkeypatch, capsys):
+    served = []
+    page = SimpleNamespace(serve=lambda args, parser: served.append((args.pipeline, args.dtype, parser.prog)))
+    monkeypatch.setitem(sys.modules, "app", page)  # the real one needs gradio
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delenv("VRPO_PIPELINE", raising=False)
+    cli.main(["app", "run"])
+    cli.main(["app", "--pipeline", "me/run", "--dtype", "bfloat16"])
+    assert (ROOT / "space" / "app.py").parent.samefile(sys.path[0])
+    with pytest.raises(SystemExit):
+        cli.main(["app"])
+    assert "vrpo app: error: PIPELINE is missing" in capsys.readouterr().err
+    monkeypatch.setenv("VRPO_PIPELINE", "of/a-space")
+    cli.main(["app"])
+    assert served == [
+        ("run", None, "vrpo app"),
+        ("me/run", "bfloat16", "vrpo app"),
+        ("of/a-space", None, "vrpo app"),
+    ]

@@ -26,7 +26,7 @@ TRAINING_STATE = {
         "checkpointing_steps": int,
         "validation_steps": int,
         "early_grids": bool,
-        "checkpoints_total_limit": int,
+        "checkpoints_to_keep": int,
     },
     "skipped": int,
     "train_seconds": NUMBER,

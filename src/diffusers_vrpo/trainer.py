@@ -444,7 +444,8 @@ class VRPOTrainer:
         }
         if self.metrics_file is not None:
             self.metrics_file.sync()
-        limit = self.length.checkpoints_total_limit
+        limit = self.args.checkpoints_total_limit
+        limit = self.length.checkpoints_to_keep if limit is None else limit
         saved = save_checkpoint(self.accelerator, self.output_dir, self.step, state, limit)
         if saved:
             self.saved_step = self.step

@@ -65,8 +65,8 @@ def test_intervals():
     length = resolve_length(VRPOConfig(max_train_steps=4200, **SAMPLED), 500, 32)
     assert (length.checkpointing_steps, length.validation_steps) == (210, 210)
     assert resolve_length(VRPOConfig(max_train_steps=42, **SAMPLED), 500, 32).checkpointing_steps == 102
-    given = VRPOConfig(max_train_steps=4000, checkpointing_steps=7, validation_steps=9, checkpoints_total_limit=0)
-    assert resolve_length(given, 500, 32) == RunLength(4000, 7, 9, False, 0)
+    given = VRPOConfig(max_train_steps=4000, checkpointing_steps=7, validation_steps=9)
+    assert resolve_length(given, 500, 32) == RunLength(4000, 7, 9, False, 3)
 
 
 def test_a_continued_run_keeps_what_it_is_not_given():

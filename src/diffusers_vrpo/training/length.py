@@ -34,14 +34,14 @@ class RunLength:
         checkpointing_steps (`int`): optimizer steps between two checkpoints.
         validation_steps (`int`): optimizer steps between two validations.
         early_grids (`bool`): whether sample grids are also drawn after the steps of `EARLY_GRIDS`.
-        checkpoints_total_limit (`int`): number of checkpoints to keep; all if 0.
+        checkpoints_to_keep (`int`): number of checkpoints to keep where `checkpoints_total_limit` is not given; all if 0.
     """
 
     max_train_steps: int
     checkpointing_steps: int
     validation_steps: int
     early_grids: bool
-    checkpoints_total_limit: int
+    checkpoints_to_keep: int
 
     def validates(self, step: int) -> bool:
         """Whether there is a validation after this step, between the first and the last one."""
@@ -53,7 +53,7 @@ class RunLength:
 
 
 # What version 0.1 did where an option was not given; its checkpoints do not say it.
-BEFORE_IT_WAS_RECORDED = RunLength(400_000, 10_000, 10_000, early_grids=False, checkpoints_total_limit=0)
+BEFORE_IT_WAS_RECORDED = RunLength(400_000, 10_000, 10_000, early_grids=False, checkpoints_to_keep=0)
 
 
 def shared_steps(args: VRPOConfig) -> int:
@@ -98,7 +98,6 @@ def resolve_length(
         "checkpointing_steps": args.checkpointing_steps,
         "validation_steps": args.validation_steps,
         "early_grids": None if args.validation_steps is None else False,
-        "checkpoints_total_limit": args.checkpoints_total_limit,
     }
     if recorded is None or args.num_train_epochs:
         given["max_train_steps"] = length_of_run(args, num_images, global_batch_size)
@@ -106,7 +105,7 @@ def resolve_length(
         shared, steps = shared_steps(args), given["max_train_steps"]
         interval = max(SHORTEST_INTERVAL, math.ceil(steps / DEFAULT_INTERVALS))
         interval = math.ceil(interval / shared) * shared
-        recorded = RunLength(steps, interval, interval, early_grids=True, checkpoints_total_limit=CHECKPOINTS_TO_KEEP)
+        recorded = RunLength(steps, interval, interval, early_grids=True, checkpoints_to_keep=CHECKPOINTS_TO_KEEP)
     return dataclasses.replace(recorded, **{name: value for name, value in given.items() if value is not None})
 
 

@@ -108,17 +108,9 @@ def split_options(words: list[str]) -> tuple[list[str], dict[str, list[str]]]:
 
 def run_command(case: Case):
     """Runs a command in this process, as its program does."""
-    from diffusers_vrpo.cli import main, train_script
+    from diffusers_vrpo.cli import main
 
-    words = command_line(case)
-    name = case.command.split()
-    if name[0] != "train":
-        main([*name, *words])
-        return
-    import runpy
-
-    sys.argv = [str(train_script()), *words]
-    runpy.run_path(str(train_script()), run_name="__main__")
+    main([*case.command.split(), *command_line(case)])
 
 
 def run_python(case: Case):

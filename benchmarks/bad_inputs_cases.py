@@ -47,6 +47,9 @@ BASES = {
     "convert": "official.pt out --vae none --num_attention_heads 2",
     "push": "run --hub_model_id me/x",
     "report": "run --output_dir out --metric loss_fm",
+    "plan": "--preset SiT-S/4 --vae none --resolution 8 --objective none --train_batch_size 2 --num_images 10",
+    "fid": "pipe --num_images 2 --num_inference_steps 2 --batch_size 2 --reference flat2 --encoder encoder --output_dir out",
+    "app": "pipe",
     "latents verify": "--latents_dir cache",
     "latents export": "--latents_dir cache --output_dir out",
     "latents import": "--dataset export --output_dir out",
@@ -68,6 +71,8 @@ WHOLE = {
     "density_coverage_k seed batch_size dataloader_num_workers",
     "probe": "num_train num_test cknna_k seed batch_size dataloader_num_workers",
     "layers": "num_train num_test encoder_layer seed batch_size dataloader_num_workers",
+    "plan": "num_images num_processes train_batch_size resolution",
+    "fid": "num_images seed num_inference_steps batch_size",
     "convert": "num_attention_heads num_classes alignment_layer",
 }
 NUMBERS = {
@@ -892,6 +897,31 @@ MORE = [
 ]
 
 # Right to work with a warning: the output must match the expression.
+PLAN = [
+    ("--gpu no-such", "gpu"),
+    ("--mfu 2", "mfu"),
+    ("--mfu 0", "mfu"),
+    ("--memory_reserve -1", "memory_reserve"),
+    ("--preset SiT-Z/2", "preset"),
+    ("~--vae", "vae"),
+    ("--objective vrpo", "encoder"),
+    ("--objective repa --encoder nowhere", "encoder"),
+    ("--json nowhere/plan.json", "json|nowhere"),
+]
+FID = [
+    ("nowhere", "nowhere"),
+    ("~--reference", "reference"),
+    ("--reference nowhere", "reference|nowhere"),
+    ("--encoder nowhere", "encoder"),
+    ("--sampler no-such", "sampler"),
+    ("--guidance_scale a", "guidance_scale"),
+]
+APP = [
+    ("--dtype float7", "dtype"),
+    ("--server_port a", "server_port"),
+    ("--server_port 2.5", "server_port"),
+]
+
 WARNED = [
     ("train", "--dataset_name table_gaps", "class|label"),
     (
@@ -924,6 +954,9 @@ TABLES = {
     "probe": PROBE,
     "layers": LAYERS,
     "convert": CONVERT,
+    "plan": PLAN,
+    "fid": FID,
+    "app": APP,
     "push": PUSH,
     "report": REPORT,
     "latents verify": LATENTS_VERIFY,

@@ -237,7 +237,7 @@ def train(output_dir, repo_id, steps, *more, start=("--model_config", "model.jso
     options = f"--dataset_name digits --resolution 8 --vae none --objective vrpo --encoder digits --projector_dim 16"
     options += f" --train_batch_size 8 --max_train_steps {steps} --checkpointing_steps 2 --checkpoints_total_limit 1"
     options += " --learning_rate 0.01 --ema_decay 0.5 --logging_steps 1 --num_inference_steps 1 --num_validation_images 1"
-    options += " --dataloader_num_workers 0 --report_to tensorboard --push_to_hub"
+    options += " --validation_steps 10000 --dataloader_num_workers 0 --report_to tensorboard --push_to_hub"
     options = options.split() + ["--output_dir", output_dir, "--hub_model_id", repo_id, *start, *more]
     train_vrpo.main(train_vrpo.parse_args(options))
 

@@ -44,6 +44,7 @@ def options_in(folder: Path):
         "ema_decay": 0.5,
         "logging_steps": 1,
         "checkpointing_steps": 10000,
+        "checkpoints_total_limit": 0,
         "validation_steps": 10000,
         "num_inference_steps": 2,
         "num_validation_images": 1,

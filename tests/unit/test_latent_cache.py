@@ -309,7 +309,7 @@ def test_folders_with_something_else(tmp_path, vae_folder, monkeypatch):
     [
         ({"vae": "none", "encoder": None}, "--vae none: a cache of pixels is for encoder features"),
         ({"vae": "none", "vae_dtype": "float16"}, "--vae_dtype float16 has no effect with --vae none; remove it"),
-        ({"dataset_name": None}, "give either --dataset_name or --train_data_dir"),
+        ({"dataset_name": None}, "give either --dataset_name, --train_data_dir or --from"),
         ({"chunk_rows": 0}, "--chunk_rows 0 must be at least 1"),
         ({"encoder": None, "encoder_layer": 3}, "--encoder_layer has no effect without --encoder"),
         ({"seed": 3}, "--seed has no effect without --sampled"),

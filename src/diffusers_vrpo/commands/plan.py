@@ -517,6 +517,8 @@ def main(argv: list[str] | None = None, prog: str = "vrpo plan"):
     of_plan = {name: value for name, value in given.items() if name not in options_of(VRPOConfig)}
     with one_line_errors(parser):
         args = VRPOConfig(**{name: value for name, value in given.items() if name not in of_plan})
+        if file is not None and not Path(file).absolute().parent.is_dir():
+            raise InputError("json", f"`json` {file}: the folder does not exist; create it, or name another")
         found = plan(args, **of_plan)
         print(table(args, found))
         if file is not None:

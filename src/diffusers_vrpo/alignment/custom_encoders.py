@@ -134,7 +134,7 @@ def load_custom_encoder(
         resolution: side of the training images in pixels.
 
     Raises:
-        InputError: if there is no such object, or it does not give patch embeddings.
+        InputError: if the object does not exist, or does not give patch embeddings.
     """
     if layer is not None:
         raise InputError(
@@ -156,7 +156,7 @@ def import_object(name: str):
     """Imports the object of `package.module:name` or `FILE.py:name`.
 
     Raises:
-        InputError: if there is none.
+        InputError: if it does not exist or cannot be imported.
     """
     source, _, attribute = name.rpartition(":")
     if not source or not attribute.isidentifier():
@@ -175,7 +175,7 @@ def import_object(name: str):
 
 def import_file(file: Path):
     """Imports a Python file that is not part of a package."""
-    spec = importlib.util.spec_from_file_location(f"encoder_{file.stem}", file)
+    spec = importlib.util.spec_from_file_location(f"imported_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickle look there
     spec.loader.exec_module(module)

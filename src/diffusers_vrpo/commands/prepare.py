@@ -11,6 +11,7 @@ A command that was stopped continues when it is run again.
 import argparse
 import logging
 import os
+from collections.abc import Callable
 
 import torch
 
@@ -88,14 +89,12 @@ def prepare(args: argparse.Namespace):
         "class_names": class_names(data),
     }
     writer = CacheWriter(args.output_dir, config, about, state, args.verify)
-    if writer.complete:
-        logger.info(f"{args.output_dir} is complete already: {len(data)} images")
-        return
-    if writer.num_done:
-        logger.info(f"continuing: {writer.num_done} of {num_chunks(config)} chunks are written")
-    write_chunks(writer, data, BatchEncoder(vae, encoders, config, state.device), args.dataloader_num_workers)
-    writer.finish()
-    logger.info(f"wrote {len(data)} images to {args.output_dir}; train with --latents_dir {args.output_dir}")
+
+    def write():
+        encoder = BatchEncoder(vae, encoders, config, state.device)
+        write_chunks(writer, data, encoder, args.dataloader_num_workers)
+
+    fill(writer, len(data), write)
 
 
 def prepare_from_latents(args: argparse.Namespace):
@@ -141,14 +140,19 @@ def prepare_from_latents(args: argparse.Namespace):
         "class_names": None,
     }
     writer = CacheWriter(args.output_dir, config, about, state, args.verify)
+    fill(writer, len(source), lambda: write_latents(writer, source, vae))
+
+
+def fill(writer: CacheWriter, num_images: int, write: Callable[[], None]):
+    """Writes a cache to its end, unless it is complete already."""
     if writer.complete:
-        logger.info(f"{args.output_dir} is complete already: {len(source)} images")
+        logger.info(f"{writer.folder} is complete already: {num_images} images")
         return
     if writer.num_done:
-        logger.info(f"continuing: {writer.num_done} of {num_chunks(config)} chunks are written")
-    write_latents(writer, source, vae)
+        logger.info(f"continuing: {writer.num_done} of {num_chunks(writer.config)} chunks are written")
+    write()
     writer.finish()
-    logger.info(f"wrote {len(source)} images to {args.output_dir}; train with --latents_dir {args.output_dir}")
+    logger.info(f"wrote {num_images} images to {writer.folder}; train with --latents_dir {writer.folder}")
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:

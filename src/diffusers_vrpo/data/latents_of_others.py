@@ -247,7 +247,7 @@ class RepaLatents:
 class LightningLatents:
     """LightningDiT's shards: one drawn latent for each image and its mirrored copy, in safetensors files.
 
-    The order is that of the shards by name and of the rows in each. There are no images.
+    The order is that of the shards by name and of the rows in each. The shards have no images.
 
     Args:
         path: the folder with the shards: tensors `latents [n, C, h, w]`, `labels [n]` and, in all shards or in none,

@@ -81,7 +81,7 @@ def varies(values: Sequence[float]) -> bool:
 
 
 def smoothed(values: Sequence[float], logarithmic: bool = False) -> list[float]:
-    """The mean of the values around each, over a fifteenth of all of them and fewer at both ends, where there are no more.
+    """The mean of the values around each, over a fifteenth of all of them, and over fewer near both ends.
 
     Args:
         logarithmic: take the geometric mean, which does not lift a loss that falls fast.

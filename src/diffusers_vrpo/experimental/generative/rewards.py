@@ -7,13 +7,12 @@ The built-in ones are of this form, and so are those of `reward_function` FILE.p
 """
 
 import importlib
-import importlib.util
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+from ...alignment.custom_encoders import import_file
 from ...errors import InputError, first_line
 from ...evaluation.metrics import RunningMoments
 from .objective import (
@@ -160,15 +159,6 @@ def import_reward(entry: str) -> Reward:
     if not callable(function):
         raise InputError("reward_function", f"`reward_function` {entry}: {source} has no function {name!r}")
     return function
-
-
-def import_file(file: Path):
-    """Imports a Python file that is not part of a package."""
-    spec = importlib.util.spec_from_file_location(f"reward_{file.stem}", file)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickle look there
-    spec.loader.exec_module(module)
-    return module
 
 
 def parse_reward_weights(text: str | None, names: list[str]) -> list[float]:

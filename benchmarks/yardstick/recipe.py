@@ -79,7 +79,10 @@ def load_recipe(name: str) -> Recipe:
 
 
 def load_arms(path: Path = HERE / "arms.yaml") -> dict[str, dict]:
-    """Options of each arm by its name; `stop` is a share of the budget, all others are those of `train_vrpo.py`."""
+    """Options of each arm by its name: those of `train_vrpo.py`, `stop`, a share of the budget, and `from_base`.
+
+    `from_base: false` trains an arm of a recipe with a base from scratch, for the time of the base and the arm together.
+    """
     return read_yaml(path)
 
 
@@ -102,8 +105,13 @@ def aligned_flags(arm: dict) -> dict:
     return {name: value for name, value in arm.items() if name != "stop"}
 
 
+def starts_from_base(recipe: Recipe, arm: dict) -> bool:
+    """Whether an arm continues the recipe's base."""
+    return recipe.base is not None and arm.get("from_base", True)
+
+
 # Numbers that an arm computes with: other ones take as long.
-FREE = ("alignment_coeff", "reward_weighting", "timestep_weighting", "gradient_scale")
+FREE = ("alignment_coeff", "reward_weighting", "timestep_weighting", "gradient_scale", "from_base")
 
 
 def cost_flags(arm: dict) -> dict:
@@ -122,7 +130,7 @@ def equal_compute(recipe: Recipe, arm: dict, name: str, timing: dict) -> dict:
     With r a step's time in steps of the reference, F the features' and B = N (+ F) the budget:
     N_arm = (B - F [aligned]) / r_arm; with a stop after the share f of that, f (B - F) / r_arm + (1 - f) (B - F) / r_none.
 
-    The time of a base comes before that, the same for all.
+    The time of a base comes before that, the same for all; an arm without it gets the base's steps of its own, in its own time.
 
     Args:
         timing: of the size, as `timing.py` writes it.
@@ -143,11 +151,14 @@ def equal_compute(recipe: Recipe, arm: dict, name: str, timing: dict) -> dict:
     features = timing["features_seconds"] / second if recipe.charge_features else 0.0
     spent = features if arm["objective"] != "none" else 0.0
     budget = recipe.reference_steps + features - spent
+    base = recipe.base["steps"] * plain if recipe.base is not None else 0.0
+    if starts_from_base(recipe, arm):
+        spent += base
+    else:
+        budget += base
     share = arm.get("stop", 1.0)
     aligned = round(share * budget / ratio)
     after = round((1 - share) * budget / plain) if "stop" in arm else 0
-    if recipe.base is not None:
-        spent += recipe.base["steps"] * plain
     points = [(0, spent * second), (aligned, (spent + aligned * ratio) * second)]
     if after:
         points.append((aligned + after, points[-1][1] + after * plain * second))

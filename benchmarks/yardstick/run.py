@@ -32,7 +32,17 @@ import numpy as np
 import torch
 import train_arm
 from accelerate.state import AcceleratorState
-from recipe import HERE, Recipe, aligned_flags, choose_arms, equal_compute, load_recipe, recipe_hash, step_ratio
+from recipe import (
+    HERE,
+    Recipe,
+    aligned_flags,
+    choose_arms,
+    equal_compute,
+    load_recipe,
+    recipe_hash,
+    starts_from_base,
+    step_ratio,
+)
 from subset import pack
 from timing import build_parser as build_timing_parser
 from timing import read_timing, time_arms
@@ -256,7 +266,9 @@ class Workers:
         if not trained.exists():
             moments = make_moments(self.recipe, self.work)
             shutil.copyfile(moments, folder / moments.name)
-            fork = {"fork_from": str(base_checkpoint(self.recipe, self.work))} if self.recipe.base else {}
+            fork = {}
+            if starts_from_base(self.recipe, job["flags"]):
+                fork["fork_from"] = str(base_checkpoint(self.recipe, self.work))
             argv = train_argv(self.recipe, job["flags"], job["plan"], job["seed"], self.work, folder, fork)
             if not self.train(argv, log):
                 return False

@@ -81,6 +81,7 @@ def train_argv(
     if arm.get("scaffold_fraction") == 1:
         options["oracle"] = json.dumps({"recipe": dataclasses.asdict(recipe), "work": str(work)})
     options |= recipe.train | arm | (more or {})
+    options.pop("from_base", None)
     if isinstance(options.get("gradient_scale"), dict):
         options["gradient_scale"] = json.dumps(options["gradient_scale"])
     if "image_reward_encoder" in options:

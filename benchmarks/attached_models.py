@@ -42,6 +42,11 @@ RESULTS = {"training": "results-attached-models.jsonl", "overhead": "results-att
 NUM_CLASSES = 10
 BATCH_SIZE, LAYER, PROJECTOR_DIM = 16, 2, 256
 REWARDS = ["fidelity", "semantic", "structural"]
+PAPER = {
+    "alignment_coeff": 0.5,
+    "reward_weighting": "inverse_variance",
+    "release": "gate",
+}  # VRPO as arXiv 2606.00583 has it
 LAST = 50  # steps whose mean is the end of a training
 LEAST_RISE, MOST_LOSS = 0.2, 1.02  # the aims
 VERSIONS = {"diffusers": diffusers.__version__, "torch": torch.__version__}
@@ -132,7 +137,7 @@ def train(
         encoder = load_encoder("embedded:digits", grid_size=(4, 4))
         options = {"grid_size": (4, 4), **tiny.options}
         model = AlignedTransformer(tiny.model, [LAYER], [encoder], projector_dim=PROJECTOR_DIM, **options)
-        objective = VRPO(model, max_train_steps=steps, rewards=rewards)
+        objective = VRPO(model, max_train_steps=steps, rewards=rewards, **PAPER)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0)
 
     losses, semantic = [], []
@@ -383,7 +388,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="of AdamW (default: 0.001)")
     parser.add_argument(
-        "--heads", type=int, help="attention heads of a block, of 16 channels each (default: the tiny configuration's, 2)"
+        "--heads",
+        type=int,
+        help="attention heads of a block, of 16 channels each (default: the tiny configuration's, 2)",
     )
     parser.add_argument("--rounds", type=int, default=60, help="of overhead: steps of each arm (default: 60)")
     parser.add_argument("--results", type=Path, help="lines of JSON (default: beside this file)")

@@ -162,7 +162,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "irepa": {"projector": "conv", "spatial_norm": 0.6},
     "rare": {"target_norm": "whiten:128", "token_weighting": "residual", "release": "plateau"},
     "repi": {},
-    "vrpo": {},
+    "vrpo": {"alignment_coeff": 4.0},
 }
 UNLESS_THE_OBJECTIVE_SETS_IT: dict[str, Any] = {
     "alignment_coeff": 0.5,
@@ -172,7 +172,7 @@ UNLESS_THE_OBJECTIVE_SETS_IT: dict[str, Any] = {
     "target_norm": "none",
     "token_weighting": "uniform",
     "release": None,
-    "reward_weighting": "inverse_variance",
+    "reward_weighting": "auto",
 }
 REPA_LOSS = ("repa", "irepa", "rare")
 
@@ -453,7 +453,7 @@ class AlignmentConfig(Options):
         "early", "transformer blocks to align: early (2/7 of the depth), mid, all, or a list such as 4,8"
     )
     alignment_coeff: Annotated[Coefficient | None, ALIGNED] = option(
-        None, "weight of the alignment loss; 0.5 if not given"
+        None, "weight of the alignment loss; 4 for vrpo and 0.5 for others if not given"
     )
     alignment_stop_step: Annotated[Step | None, ENCODED] = option(
         None, "step at which alignment ends at the latest; it lasts for the whole run if not given"
@@ -461,8 +461,8 @@ class AlignmentConfig(Options):
     release: Annotated[Resolved[Literal["none", "stop", "gate", "plateau"] | None], ALIGNED] = option(
         None,
         "what ends alignment: nothing, --alignment_stop_step, the gate (at each noise level where it opposes flow matching), or a "
-        "plateau of the distance to the targets; plateau for rare if this is not given; gate for vrpo, and none or stop for repa "
-        "and irepa, if neither this nor --conflict is given",
+        "plateau of the distance to the targets; plateau for rare, and none or stop for others, if neither this nor --conflict is "
+        "given",
     )
     timestep_weighting: Annotated[Literal["uniform", "low_noise"] | None, ALIGNED] = option(
         None,
@@ -526,9 +526,9 @@ class PolicyConfig(Options):
 
     reward_weighting: Annotated[str | None, VRPO] = option(
         None,
-        "weights of the rewards: inverse_variance, equal (inverse variance in one unit: equal shares), inverse_std (the "
-        "same), raw (each as large as it is), or fixed shares of fidelity, semantic and structural such as 0.2,0.5,0.3; "
-        "inverse_variance if not given",
+        "weights of the rewards: auto, inverse_variance (the paper's), equal (inverse variance in one unit: equal shares), "
+        "inverse_std (the same), raw (each as large as it is), or fixed shares of fidelity, semantic and structural such as "
+        "0.2,0.5,0.3; auto if not given, which is 0,2,1, and equal for rewards that are given from Python",
     )
     estimator: Annotated[Literal["expected", "sampled"], VRPO] = option(
         "expected", "policy update: expected, in closed form for small noise, or sampled, from drawn actions"
@@ -1105,13 +1105,8 @@ def whitened_dims(target_norm: str) -> int | None:
     return int(number)
 
 
-def end_of_alignment(
-    conflict: str | None, release: str | None, alignment_stop_step: int | None, gate_by_default: bool
-) -> tuple[str, str]:
+def end_of_alignment(conflict: str | None, release: str | None, alignment_stop_step: int | None) -> tuple[str, str]:
     """Resolves `conflict` and `release`, of which each may be None: the gate belongs to both.
-
-    Args:
-        gate_by_default: whether the gate acts if neither is given.
 
     Returns:
         the treatment of opposing gradients, `"none"`, `"gate"` or `"project"`; what ends alignment, `"none"`, `"stop"`,
@@ -1121,7 +1116,7 @@ def end_of_alignment(
         InputError: if the options contradict each other.
     """
     if release is None:
-        conflict = conflict or ("gate" if gate_by_default else "none")
+        conflict = conflict or "none"
         by_step = "none" if alignment_stop_step is None else "stop"
         return conflict, "gate" if conflict == "gate" else by_step
     if release == "none" and alignment_stop_step is not None:
@@ -1143,7 +1138,7 @@ def end_of_alignment(
 
 def alignment_end_of(config: AlignmentConfig) -> tuple[str, str]:
     """`end_of_alignment` of the options of a run."""
-    return end_of_alignment(config.conflict, config.release, config.alignment_stop_step, config.objective == "vrpo")
+    return end_of_alignment(config.conflict, config.release, config.alignment_stop_step)
 
 
 def objective_in_full(config: "VRPOConfig") -> str:

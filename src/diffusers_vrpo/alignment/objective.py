@@ -295,8 +295,6 @@ class REPA(NoAlignment):
         InputError: if `conflict`, `release` and `alignment_stop_step` contradict each other.
     """
 
-    gate_by_default = False
-
     def __init__(
         self,
         aligned: AlignedTransformer,
@@ -319,7 +317,7 @@ class REPA(NoAlignment):
     ):
         super().__init__(aligned)
         self._set_scaffold(max_train_steps, scaffold_fraction, scaffold_coeff, alignment_stop_step)
-        conflict, release = end_of_alignment(conflict, release, alignment_stop_step, self.gate_by_default)
+        conflict, release = end_of_alignment(conflict, release, alignment_stop_step)
         for name, value, choices in (
             ("conflict", conflict, CONFLICTS),
             ("release", release, RELEASES),
@@ -532,13 +530,12 @@ class VRPO(REPA):
     """Group-relative rewards instead of REPA's loss: a policy on the projected tokens (docs/method.md).
 
     Args:
-        aligned, max_train_steps, alignment_coeff, alignment_stop_step, timestep_weighting, spatial_norm, prediction_type,
-            device, token_weighting, release: as of `REPA`.
-        conflict (`str`, *optional*): as of `REPA`, but `"gate"` if `release` is not given either.
+        aligned, max_train_steps, alignment_coeff, alignment_stop_step, timestep_weighting, spatial_norm, conflict,
+            prediction_type, device, token_weighting, release: as of `REPA`.
         rewards (`list`): `"fidelity"`, first or not at all; `"semantic"`, `"structural"`; functions of (action, mu, y,
             subset), `TokenReward`s, or `"package.module:name"` of either.
-        reward_weighting (`str`): `"inverse_variance"`, `"equal"`, `"inverse_std"`, `"raw"`, or fixed shares with commas, one for
-            each of `rewards`.
+        reward_weighting (`str`): `"auto"` (`"0,2,1"` for VRPO's own three rewards, `"equal"` for others),
+            `"inverse_variance"`, `"equal"`, `"inverse_std"`, `"raw"`, or fixed shares with commas, one for each of `rewards`.
         estimator (`str`): `"expected"`, the limit of small noise in closed form, or `"sampled"` groups of actions.
         policy_noise (`float`): sigma of the actions.
         group_size (`int`): G, actions per token.
@@ -554,13 +551,11 @@ class VRPO(REPA):
         InputError: if rewards or their weighting are not valid, or options of the end of alignment contradict each other.
     """
 
-    gate_by_default = True
-
     def __init__(
         self,
         aligned: AlignedTransformer,
         max_train_steps: int,
-        alignment_coeff: float = 0.5,
+        alignment_coeff: float = 4.0,
         alignment_stop_step: int | None = None,
         timestep_weighting: str = "uniform",
         spatial_norm: float = 0.0,
@@ -568,7 +563,7 @@ class VRPO(REPA):
         prediction_type: str | None = None,
         device: torch.device | None = None,
         rewards: Sequence = DEFAULT_REWARDS,
-        reward_weighting: str = "inverse_variance",
+        reward_weighting: str = "auto",
         estimator: str = "expected",
         policy_noise: float = 0.1,
         group_size: int = 8,
@@ -615,7 +610,7 @@ class VRPO(REPA):
         self.kl_coeff = kl_coeff
         self.seed, self.autocast = seed, autocast
         self.forks = True  # fidelity has its share there, and the conflict is measured
-        weighting = parse_reward_weighting(reward_weighting, len(self.reward_names))
+        weighting = parse_reward_weighting(reward_weighting, self.reward_names)
         # One row per projector, ordered by block and then by encoder.
         self.statistics = RewardStatistics(len(aligned.projectors), len(self.reward_names), weighting, self.device)
         if kl_coeff and aligned.scaffold is not None:

@@ -6,6 +6,8 @@ loss uses unit gradients, which absorb one sigma, so the share of reward k is `s
 sigma_j`. The same rule on rewards in one unit, each divided by its sigma_k, has equal weights, and so equal shares.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from ..errors import InputError
@@ -16,15 +18,27 @@ DECAY = 0.99  # of the rewards' variance, per optimizer step in which the bin ha
 GRADIENT_DECAY = 0.9999  # of the gradients' size
 FLOOR_STEP = 1000  # tau never falls under its value at this step
 MIN_SAMPLES = 32  # a bin with fewer has no variance worth using: equal shares
-WEIGHTINGS = ("equal", "inverse_variance", "inverse_std", "raw")
+WEIGHTINGS = ("auto", "equal", "inverse_variance", "inverse_std", "raw")
+# What `auto` gives to VRPO's own rewards: the best of the mixtures on both yardsticks (docs/results.md).
+AUTO_SHARES = {"fidelity": 0.0, "semantic": 2.0, "structural": 1.0}
 
 
-def parse_reward_weighting(text: str, num_rewards: int) -> str | tuple[float, ...]:
-    """One of `WEIGHTINGS`, or `"a,b"`: fixed shares, one per reward, made to sum to 1.
+def parse_reward_weighting(text: str, names: Sequence[str]) -> str | tuple[float, ...]:
+    """One of `WEIGHTINGS` but `auto`, or fixed shares, one per reward, made to sum to 1.
+
+    Args:
+        text: the name of a weighting, shares such as `"0,2,1"`, or `"auto"`: `AUTO_SHARES` of VRPO's own three rewards, and
+            equal shares of any others.
+        names: of the rewards, in the order of the shares.
 
     Raises:
         InputError: if the text is neither.
     """
+    num_rewards = len(names)
+    if text == "auto":
+        text = (
+            ",".join(str(share) for share in AUTO_SHARES.values()) if tuple(names) == tuple(AUTO_SHARES) else "equal"
+        )
     if text in WEIGHTINGS:
         return text
     try:

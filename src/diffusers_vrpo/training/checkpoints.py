@@ -311,7 +311,7 @@ def check_settings(state: dict, expected: dict, checkpoint: Path, allowed: Set[s
         settings.setdefault(name, value)
     if "conflict" in settings and "release" not in settings:
         stop_step = settings.get("alignment_stop_step")
-        settings["release"] = end_of_alignment(settings["conflict"], None, stop_step, False)[1]
+        settings["release"] = end_of_alignment(settings["conflict"], None, stop_step)[1]
     for name, value in expected.items():
         if name not in settings or settings[name] == value:
             continue

@@ -75,7 +75,13 @@ from .training.checkpoints import (
     take_changes,
 )
 from .training.distributed import clip_grad_norm, full_pipeline, lines_above_the_bar, prepare
-from .training.given_transformer import align_transformer, check_pipeline, check_transformer, try_call
+from .training.given_transformer import (
+    align_transformer,
+    check_pipeline,
+    check_transformer,
+    keep_first_block,
+    try_call,
+)
 from .training.interruption import Interruption, StepGuard, wait_before_exit
 from .training.length import (
     SpeedNotice,
@@ -684,6 +690,8 @@ class VRPOTrainer:
 
         # FSDP replaces the weights: the averages are of the new ones.
         self.model, self.optimizer = prepare(accelerator, self.aligned, optimizer)
+        if given is not None:
+            keep_first_block(accelerator, self.transformer)
         self.ema = None
         if args.use_ema:
             self.ema = ForeachEMA(trainable_parameters(self.aligned), decay=args.ema_decay)

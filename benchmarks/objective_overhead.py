@@ -10,7 +10,7 @@ r"""Measure what the VRPO objective costs in time and memory, beside REPA's and 
 Arms, each with its own model of the same seed, take turns step by step in one process:
     none            plain flow matching, without projectors
     repa            REPA's cosine loss
-    vrpo            `--objective vrpo` with the defaults of train_vrpo.py: expected estimator, fork, gate, statistics
+    vrpo            `--objective vrpo` with the defaults of train_vrpo.py: expected estimator, fork, statistics
     vrpo-stopped    the same, after `--alignment_stop_step`: neither encoder nor projectors run
     irepa, rare     REPA's loss with their projector, targets and token weights
     repi            a scaffold alone, after its phase: the block's own keys and values, and their distance to the features'

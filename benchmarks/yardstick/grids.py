@@ -37,7 +37,7 @@ from grids_judge import grid_judge
 from grids_model import GreyImages, GridEncoder
 from PIL import Image as PILImage
 from PIL import ImageDraw
-from recipe import HERE, read_yaml
+from recipe import HERE, in_full, read_yaml
 from run import Workers, append_result, commit, read_results, versions
 from table import markdown
 from training_run import LOG, ROOT
@@ -153,7 +153,7 @@ def starting_weights(study: Study, seed: int, work: Path) -> Path:
 
 def make_trainer(study: Study, arm: dict, steps: int, seed: int, work: Path, output_dir: Path, callbacks=()):
     """The trainer of a run, which continues what is in `output_dir`."""
-    options = dict(arm)
+    options = dict(in_full(arm))
     scale = options.pop("gradient_scale", None)
     aligned = options["objective"] != "none"
     every = {"checkpointing_steps": study.evaluate_every, "checkpoints_total_limit": 1, "validation_steps": 10**9}

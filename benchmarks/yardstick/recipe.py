@@ -100,6 +100,18 @@ def choose_arms(wanted: list[str] | None, recipe: Recipe) -> dict[str, dict]:
     return {name: arms[name] for name in wanted or arms}
 
 
+# What `objective: vrpo` alone stands for in an arm: the defaults of version 0.1, of which each arm names what it changes.
+VRPO_ARM = {"alignment_coeff": 0.5, "reward_weighting": "inverse_variance"}
+
+
+def in_full(arm: dict) -> dict:
+    """The options of an arm, with those that all arms of VRPO have unless they name others."""
+    if arm["objective"] != "vrpo":
+        return arm
+    gate = {} if {"release", "conflict"} & set(arm) else {"conflict": "gate"}
+    return VRPO_ARM | gate | arm
+
+
 def aligned_flags(arm: dict) -> dict:
     """Options of an arm while it aligns."""
     return {name: value for name, value in arm.items() if name != "stop"}

@@ -45,6 +45,13 @@ COMMON = (
     "push_to_hub",
 )
 
+# Options whose values may name code, and whether a value does.
+CODE_OPTIONS: dict[str, Callable[[str], bool]] = {
+    "encoder": names_code,
+    "image_rewards": lambda value: ":" in value,
+    "reward_function": lambda value: ":" in value,
+}
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Parsers
 
@@ -316,12 +323,14 @@ def given_options(parser: argparse.ArgumentParser, argv: list[str] | None = None
                 of_file = {name: value for name, value in of_file.items() if name not in names}
         given = of_file | given
         # A file may have come with other people's weights, and must not decide which code runs.
-        code = [name for name in of_file.get("encoder") or [] if names_code(name)]
-        if code and given["encoder"] is of_file["encoder"]:
-            parser.error(
-                f"--config {given['config']}: encoder {code[0]} names code to run, which only the command line may do; give it "
-                "as --encoder"
-            )
+        for name, is_code in CODE_OPTIONS.items():
+            values = of_file.get(name) or []
+            code = [value for value in values if is_code(value)]
+            if code and given[name] is values:
+                parser.error(
+                    f"--config {given['config']}: {name} {code[0]} names code to run, which only the command line may do; "
+                    f"give it as --{name}"
+                )
     return given
 
 

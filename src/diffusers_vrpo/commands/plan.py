@@ -458,9 +458,9 @@ def table(args: VRPOConfig, found: dict) -> str:
         lines.append(f"  {gpu:<16}{numbers}")
     lines += [
         "",
-        f"The largest batch leaves {assumed['memory_reserve']:.0%} of the memory free. The hours are those of "
-        f"{assumed['num_processes']} GPU(s)",
-        f"at {assumed['mfu']:.0%} of the peak in {precision}, which is assumed (--mfu).",
+        f"The largest batch leaves {assumed['memory_reserve']:.0%} of the memory free. Hours are for "
+        f"{assumed['num_processes']} GPU(s), assuming",
+        f"{assumed['mfu']:.0%} of the peak FLOP/s in {precision} (--mfu).",
         "",
         *section(f"disk, for {images:,} images", "GB", disk | {"a checkpoint": found["checkpoint_bytes"]}, 1e9),
         *section("a training step, for each image", "GFLOPs", found["flops_per_image"], 1e9),

@@ -65,7 +65,7 @@ def latents_of(pixels: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 
 class Conditions:
-    """What a transformer is called with beside the noisy latents, for a batch of times and classes.
+    """What a transformer is called with in addition to the noisy latents, for a batch of times and classes.
 
     Args:
         arguments: those of the tiny transformer, for a batch of two.
@@ -374,7 +374,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="of AdamW (default: 0.001)")
     parser.add_argument("--rounds", type=int, default=60, help="of overhead: steps of each arm (default: 60)")
-    parser.add_argument("--results", type=Path, help="lines of JSON (default: beside this file)")
+    parser.add_argument("--results", type=Path, help="lines of JSON (default: next to this file)")
     return parser
 
 

@@ -103,7 +103,7 @@ class OneLineErrorParser(argparse.ArgumentParser):
     """A parser without abbreviated flags, whose errors are one line that names the flag.
 
     Args:
-        common (`Sequence[str]`): names of the options that `--help` shows beside the required ones; `--help-all` then shows
+        common (`Sequence[str]`): names of the options that `--help` shows in addition to the required ones; `--help-all` then shows
             all. Without them `--help` does.
     """
 

@@ -139,7 +139,7 @@ class VRPOTrainer:
             token rewards of your own: callables `reward(action, mu, y, subset) -> [B,N]` or `"package.module:name"`.
         image_rewards (`list`, *optional*): with any objective: `"perceptual"`, `"image_semantic"`, and rewards of estimated
             images of your own: callables `reward(x0_hat, x0) -> [B]` or `"package.module:name"`.
-        transformer (`diffusers.ModelMixin`, *optional*): in the place of `model`, the transformer to train, with its weights.
+        transformer (`diffusers.ModelMixin`, *optional*): instead of `model`, the transformer to train, with its weights.
         adapter ([`ModelAdapter`], *optional*): how to call, sample and save that transformer; diffusers'
             `DiTTransformer2DModel` needs none.
         args (`VRPOConfig`, *optional*): all options; the defaults without it.
@@ -491,7 +491,7 @@ class VRPOTrainer:
                 what = "transformer" if self.validation is None else "pipeline"
                 logger.info(f"wrote the {what}{', samples.png' if drawn else ''} and training.png to {output_dir}")
                 if isinstance(self.pipeline, VRPOPipeline):
-                    logger.info(f"to draw from it: vrpo sample {output_dir} --num_images 100 --output_dir samples")
+                    logger.info(f"to sample from it: vrpo sample {output_dir} --num_images 100 --output_dir samples")
         self.end()
 
     def push_to_hub(self) -> None:
@@ -758,7 +758,7 @@ class VRPOTrainer:
         self.settings["ema_warmup"] = warmup
         ema.min_decay = 0.0 if warmup else ema.decay
         if warmup != self.args.ema_warmup:
-            logger.info(f"the averaged weights go on {'with' if warmup else 'without'} warm-up, as the run began")
+            logger.info(f"the averaged weights continue {'with' if warmup else 'without'} warm-up, as the run began")
         share = ema.share_of_start(self.max_train_steps)
         if share > 0.01:
             logger.warning(

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Rewards of the clean image that a prediction implies, `x0_hat = x_t - t v`: a term of its own beside any objective.
+"""Rewards of the clean image that a prediction implies, `x0_hat = x_t - t v`: a separate term of the loss, with any objective.
 
     image_rewards = ImageRewards(["perceptual"], encoder, share=0.5)
     ...
@@ -543,7 +543,7 @@ def image_rewards_from_config(
             `image_reward_encoder` names another.
         vae: the run's autoencoder, or None.
         latent_shape, grid_size: shape of the latents, and rows and columns of the transformer's tokens.
-        rewards: in the place of `image_rewards`, if they are Python objects.
+        rewards: used instead of `image_rewards`, if they are Python objects.
         autocast: as for `ImageRewards`.
         dtype: of an encoder that is loaded.
 

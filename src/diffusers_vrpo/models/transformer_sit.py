@@ -3,7 +3,7 @@
 
 Patches, adaLN-zero blocks, one timestep and one label embedder shared by all blocks; the differences between checkpoints
 of the two (the prediction and the direction of time) are in the config. This file imports torch and diffusers only, so that it
-can be published beside the weights.
+can be published together with the weights.
 """
 
 import difflib
@@ -414,7 +414,7 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         norm2_eps (`float`): of the norm before the feed-forward; 1e-6 officially, 1e-5 in diffusers' DiT.
     """
 
-    # Written into config.json, so that `AutoModel.from_pretrained` finds the code beside the weights.
+    # Written into config.json, so that `AutoModel.from_pretrained` finds the code next to the weights.
     _auto_class = "AutoModel"
     _supports_gradient_checkpointing = True
     _no_split_modules = ["SiTTransformerBlock"]
@@ -498,7 +498,7 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         """SiT's initialisation: Xavier linears, N(0, 0.02) embedders, zeros where adaLN-zero wants the identity.
 
         Args:
-            others: modules trained beside this one. Their linear layers are drawn right after this model's.
+            others: modules trained together with this one. Their linear layers are drawn right after this model's.
         """
         for module in itertools.chain(self.modules(), *(other.modules() for other in others)):
             if isinstance(module, nn.Linear):

@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -231,7 +232,9 @@ def missing_extras(prog: str):
 def one_line_errors(parser: argparse.ArgumentParser):
     """Ends the process with a one-line message if the library raises an InputError or TrainingStopped, or an extra is missing."""
     try:
-        with missing_extras(parser.prog):
+        with missing_extras(parser.prog), warnings.catch_warnings():
+            # diffusers passes this argument with every file that it fetches; users can do nothing about it.
+            warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument is deprecated")
             yield
     except (InputError, TrainingStopped) as error:
         sys.exit(f"{parser.prog}: error: {with_flags(error, flags_of(parser))}")

@@ -883,11 +883,20 @@ class VRPOConfig(
 ):
     """All options of training, checked when they are made. `vrpo train --help-all` explains each.
 
-        VRPOConfig(output_dir="sit-b", objective="repa", max_train_steps=100_000)
-
     Attributes are those of the groups above, under the names of the flags of `vrpo train`. Data set, autoencoder and
     encoders may be missing: [`VRPOTrainer`] also takes them as objects. Options that the objective sets (`OBJECTIVES`) have
     their values from the beginning, which `dataclasses.replace` keeps, also with another objective.
+
+    Example:
+
+    ```python
+    from dataclasses import replace
+
+    from diffusers_vrpo import VRPOConfig
+
+    args = VRPOConfig(output_dir="sit-b", objective="repa", max_train_steps=100_000)
+    longer = replace(args, max_train_steps=400_000)
+    ```
 
     Raises:
         InputError: if a value has the wrong type or is out of range, or options contradict each other.

@@ -114,18 +114,21 @@ logger = get_logger(__name__)
 class VRPOTrainer:
     """Trains a class-conditional diffusion transformer (SiT, DiT, or one of diffusers) with representation alignment.
 
-        trainer = VRPOTrainer(
-            model="SiT-B/2",
-            encoders="facebook/dinov2-base",
-            vae="stabilityai/sd-vae-ft-ema",
-            train_dataset=dataset,
-            args=VRPOConfig(output_dir="sit-b", max_train_steps=100_000),
-        )
-        trainer.train()
-        trainer.save_model()
-
     `train` continues from the newest checkpoint in `args.output_dir`. Arguments that are not given are taken from `args`, so
     that `VRPOTrainer(args=args)` is what `vrpo train` makes.
+
+    Example:
+
+    ```python
+    from diffusers_vrpo import VRPOConfig, VRPOPipeline, VRPOTrainer
+
+    args = VRPOConfig(output_dir="digits-vrpo", dataset_name="embedded:digits", resolution=8, projector_dim=256,
+                      train_batch_size=64, max_train_steps=1400, learning_rate=1e-3, ema_decay=0.995)
+    with VRPOTrainer(model="SiT-XS/2", encoders="embedded:digits", vae="none", args=args) as trainer:
+        trainer.train()
+        trainer.save_model()
+    VRPOPipeline.from_pretrained("digits-vrpo")("three").images[0].save("three.png")
+    ```
 
     Args:
         model (`str`, *optional*): a preset such as `"SiT-B/2"`, or weights to start from: a pipeline or transformer (Hub

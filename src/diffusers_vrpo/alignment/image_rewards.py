@@ -48,6 +48,19 @@ VELOCITY = SimpleNamespace(prediction_type="velocity", time_direction="data_to_n
 class ImageReward:
     """A reward of estimated images.
 
+    Example:
+
+    ```python
+    from diffusers_vrpo import ImageReward
+
+
+    def colour(x0_hat, x0):
+        return -(x0_hat.mean((2, 3)) - x0.mean((2, 3))).square().sum(1)
+
+
+    reward = ImageReward("colour", colour)  # for VRPOTrainer(image_rewards=["perceptual", reward], ...)
+    ```
+
     Attributes:
         name (`str`): in logs, `reward/{name}`.
         function: `f(x0_hat, x0) -> reward [B]`. Both are images `[B,3,H,W]`, about [-1, 1]; `x0_hat` is not clamped. An
@@ -207,6 +220,28 @@ class ImageRewards:
 
     The rewards' gradients are computed on a detached copy of the prediction, a few images at a time, so that memory is
     bounded and the transformer is passed once. An example has the same gradient in any division of the batch.
+
+    Example:
+
+    ```python
+    import torch
+
+    from diffusers_vrpo import ImageRewards
+
+
+    def brightness(x0_hat, x0):
+        return -(x0_hat.mean((1, 2, 3)) - x0.mean((1, 2, 3))).square()
+
+
+    image_rewards = ImageRewards([brightness], share=0.5)
+    x0, noise, t = torch.rand(4, 3, 8, 8) * 2 - 1, torch.randn(4, 3, 8, 8), torch.full((4,), 0.3)
+    x_t = 0.7 * x0 + 0.3 * noise
+    prediction = (noise - x0 + 0.1 * torch.randn_like(x0)).requires_grad_()
+    loss_fm = (prediction - (noise - x0)).square().mean((1, 2, 3))
+    loss = loss_fm.mean() + image_rewards(prediction, noise - x0, x0, x_t, t)
+    loss.backward()
+    image_rewards.update()
+    ```
 
     Args:
         rewards (`list`): as for `load_image_rewards`; without any the term is never active.

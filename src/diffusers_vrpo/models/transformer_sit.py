@@ -391,6 +391,18 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
       trains); `"noise_to_data"`: t = 0 is noise, the velocity is `x0 - noise` (the SiT repository).
     - `prediction_type="epsilon"`: integer timesteps 0 ... 999 of the linear DDPM schedule, output the noise (DiT).
 
+    Example:
+
+    ```python
+    import torch
+
+    from diffusers_vrpo import SiTTransformer2DModel, sit_preset
+
+    model = SiTTransformer2DModel(sample_size=8, in_channels=3, num_classes=10, **sit_preset("SiT-XS/2"))
+    x_t, t, labels = torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([3, 7])
+    velocity = model(x_t, t, labels).sample  # [2, 3, 8, 8]
+    ```
+
     Args:
         sample_size (`int` or `(int, int)`): height and width of the latents (or pixels) it is trained on. Other sizes
             run too: the position table is stretched over them.

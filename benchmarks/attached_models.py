@@ -69,7 +69,7 @@ def latents_of(pixels: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 
 class Conditions:
-    """What a transformer is called with beside the noisy latents, for a batch of times and classes.
+    """What a transformer is called with in addition to the noisy latents, for a batch of times and classes.
 
     Args:
         arguments: those of the tiny transformer, for a batch of two.
@@ -393,7 +393,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="attention heads of a block, of 16 channels each (default: the tiny configuration's, 2)",
     )
     parser.add_argument("--rounds", type=int, default=60, help="of overhead: steps of each arm (default: 60)")
-    parser.add_argument("--results", type=Path, help="lines of JSON (default: beside this file)")
+    parser.add_argument("--results", type=Path, help="lines of JSON (default: next to this file)")
     return parser
 
 

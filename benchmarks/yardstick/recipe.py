@@ -66,7 +66,7 @@ def load_recipe(name: str) -> Recipe:
     """A size by its name (`cpu`, `gpu`) or its file.
 
     Raises:
-        InputError: for a file that is no recipe.
+        InputError: if the file is not a recipe.
     """
     path = Path(name) if name.endswith(".yaml") else HERE / f"{name}.yaml"
     values = {"name": path.stem} | read_yaml(path)
@@ -90,13 +90,13 @@ def choose_arms(wanted: list[str] | None, recipe: Recipe) -> dict[str, dict]:
     """The arms that are named, or all.
 
     Raises:
-        InputError: for a name that is none.
+        InputError: if a name is not an arm's.
     """
     arms = load_arms()
     if unknown := [name for name in wanted or [] if name not in arms]:
-        raise InputError(None, f"--arms {unknown[0]} is none of {', '.join(arms)}")
+        raise InputError(None, f"--arms {unknown[0]} is not one of {', '.join(arms)}")
     if recipe.reference not in arms:
-        raise InputError(None, f"{recipe.name}: reference {recipe.reference} is none of {', '.join(arms)}")
+        raise InputError(None, f"{recipe.name}: reference {recipe.reference} is not one of {', '.join(arms)}")
     return {name: arms[name] for name in wanted or arms}
 
 

@@ -6,7 +6,7 @@ r"""Does VRPO beat REPA at equal compute? Train arms x seeds of a size, judge th
     python benchmarks/yardstick/table.py cpu
 
 Arms without a time in `timing-SIZE.json` are timed first, as `timing.py` does. Runs that are in `results-SIZE.jsonl` are
-left out; what was stopped (Ctrl-C, SIGTERM, `--time_limit_s`) goes on when the same command is given again. How equal compute is meant: README.md.
+skipped; a run that was stopped (Ctrl-C, SIGTERM, `--time_limit_s`) continues when the same command is given again. How equal compute is meant: README.md.
 """
 
 import argparse
@@ -72,7 +72,7 @@ GRACE = 60  # seconds for a run to save where it is
 
 
 def read_results(path: Path) -> list[dict]:
-    """The lines of a results file; one that a kill cut short is left out."""
+    """The lines of a results file; an incomplete line, left by a kill, is skipped."""
     lines = []
     for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
@@ -175,7 +175,7 @@ def share_cores(workers: int, threads: int | None) -> list[list[int]]:
 
 
 def untimed(args: argparse.Namespace, recipe: Recipe, arms: dict[str, dict]) -> list[str]:
-    """The arms whose steps have no time yet; an arm that stops to align goes on as `none`, and a base is one."""
+    """The arms whose steps have no time yet; an arm that stops aligning continues as `none`, and a base is one."""
     known, plain = read_timing(recipe, args.results), {"none": {"objective": "none"}}
     needed = arms | (plain if recipe.base or any("stop" in arm for arm in arms.values()) else {})
     return [name for name, arm in needed.items() if step_ratio(arm, known) is None]

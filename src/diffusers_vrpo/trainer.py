@@ -120,18 +120,21 @@ logger = get_logger(__name__)
 class VRPOTrainer:
     """Trains a class-conditional diffusion transformer (SiT, DiT, or one of diffusers) with representation alignment.
 
-        trainer = VRPOTrainer(
-            model="SiT-B/2",
-            encoders="facebook/dinov2-base",
-            vae="stabilityai/sd-vae-ft-ema",
-            train_dataset=dataset,
-            args=VRPOConfig(output_dir="sit-b", max_train_steps=100_000),
-        )
-        trainer.train()
-        trainer.save_model()
-
     `train` continues from the newest checkpoint in `args.output_dir`. Arguments that are not given are taken from `args`, so
     that `VRPOTrainer(args=args)` is what `vrpo train` makes.
+
+    Example:
+
+    ```python
+    from diffusers_vrpo import VRPOConfig, VRPOPipeline, VRPOTrainer
+
+    args = VRPOConfig(output_dir="digits-vrpo", dataset_name="embedded:digits", resolution=8, projector_dim=256,
+                      train_batch_size=64, max_train_steps=1400, learning_rate=1e-3, ema_decay=0.995)
+    with VRPOTrainer(model="SiT-XS/2", encoders="embedded:digits", vae="none", args=args) as trainer:
+        trainer.train()
+        trainer.save_model()
+    VRPOPipeline.from_pretrained("digits-vrpo")("three").images[0].save("three.png")
+    ```
 
     Args:
         model (`str`, *optional*): a preset such as `"SiT-B/2"`, or weights to start from: a pipeline or transformer (Hub
@@ -145,7 +148,7 @@ class VRPOTrainer:
             token rewards of your own: callables `reward(action, mu, y, subset) -> [B,N]` or `"package.module:name"`.
         image_rewards (`list`, *optional*): with any objective: `"perceptual"`, `"image_semantic"`, and rewards of estimated
             images of your own: callables `reward(x0_hat, x0) -> [B]` or `"package.module:name"`.
-        transformer (`diffusers.ModelMixin`, *optional*): in the place of `model`, the transformer to train, with its weights.
+        transformer (`diffusers.ModelMixin`, *optional*): instead of `model`, the transformer to train, with its weights.
         adapter ([`ModelAdapter`], *optional*): how to call, sample and save that transformer; diffusers'
             `DiTTransformer2DModel` needs none.
         args (`VRPOConfig`, *optional*): all options; the defaults without it.
@@ -497,7 +500,7 @@ class VRPOTrainer:
                 what = "transformer" if self.validation is None else "pipeline"
                 logger.info(f"wrote the {what}{', samples.png' if drawn else ''} and training.png to {output_dir}")
                 if isinstance(self.pipeline, VRPOPipeline):
-                    logger.info(f"to draw from it: vrpo sample {output_dir} --num_images 100 --output_dir samples")
+                    logger.info(f"to sample from it: vrpo sample {output_dir} --num_images 100 --output_dir samples")
         self.end()
 
     def push_to_hub(self) -> None:
@@ -766,7 +769,7 @@ class VRPOTrainer:
         self.settings["ema_warmup"] = warmup
         ema.min_decay = 0.0 if warmup else ema.decay
         if warmup != self.args.ema_warmup:
-            logger.info(f"the averaged weights go on {'with' if warmup else 'without'} warm-up, as the run began")
+            logger.info(f"the averaged weights continue {'with' if warmup else 'without'} warm-up, as the run began")
         share = ema.share_of_start(self.max_train_steps)
         if share > 0.01:
             logger.warning(

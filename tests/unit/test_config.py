@@ -11,7 +11,14 @@ from typing import Annotated
 import pytest
 import yaml
 
-from diffusers_vrpo.command_line import OneLineErrorParser, add_options, file_to_argv, parse_config, training_parser
+from diffusers_vrpo.command_line import (
+    OneLineErrorParser,
+    add_options,
+    file_to_argv,
+    given_options,
+    parse_config,
+    training_parser,
+)
 from diffusers_vrpo.config import (
     DataConfig,
     GenerativeConfig,
@@ -349,6 +356,14 @@ def test_values_of_a_file_as_a_command_line(tmp_path):
     file.write_text("mixed_precision: no\nuse_ema: false\nreward_function: [a.py:b, c.py:d]\nvae:\n")
     argv = file_to_argv(training_parser(), str(file))
     assert argv == ["--mixed_precision=no", "--no-use_ema", "--reward_function=a.py:b", "--reward_function=c.py:d"]
+
+
+def test_code_that_the_command_line_names_replaces_that_of_a_file(tmp_path):
+    file = tmp_path / "options.yaml"
+    file.write_text("image_rewards: [package.module:one]\nreward_function: [a.py:b]\n")
+    argv = ["--config", str(file), "--image_rewards", "package.module:one", "--reward_function", "c.py:d"]
+    given = given_options(training_parser(), argv)
+    assert (given["image_rewards"], given["reward_function"]) == (["package.module:one"], ["c.py:d"])
 
 
 # What a resumed run must keep

@@ -3,7 +3,7 @@
 
 The fidelity reward is the example's own flow-matching loss, whose gradient reaches the aligned block anyway. The fork sits
 after that block, sees both gradients, and gives fidelity its share of the reward gradient. It also measures how much
-the two conflict, and how long one is beside the other. The fidelity reward comes from arXiv 2606.00583; the formulas are ours (docs/method.md).
+the two conflict, and how long one is relative to the other. The fidelity reward comes from arXiv 2606.00583; the formulas are ours (docs/method.md).
 """
 
 from collections.abc import Callable

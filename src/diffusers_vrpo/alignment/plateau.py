@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """The end of alignment where the distance to the targets has stopped falling (docs/method.md).
 
-Among the quantities that were measured beside the benefit of alignment, this distance follows it best; the cosine between the
+Of the quantities that were compared with the benefit of alignment, this distance follows it best; the cosine between the
 gradients does not (RARE, arXiv 2609.34732).
 """
 

@@ -171,7 +171,7 @@ def sampled_policy_loss(
 
 
 def kl_penalty(mu: torch.Tensor, mu_ref: torch.Tensor, noise_scale: float = 0.1) -> torch.Tensor:
-    """The divergence from a reference policy, `E ||mu - mu_ref||^2 / (2 sigma^2)`, as it stands beside either estimator.
+    """The divergence from a reference policy, `E ||mu - mu_ref||^2 / (2 sigma^2)`, which either estimator may add.
 
     That is the token mean times `sigma / sqrt(E)`, by which the objective is multiplied; `[B]`, float32. `mu_ref [B,N,E]`
     gets no gradient.

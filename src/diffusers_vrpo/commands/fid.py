@@ -30,7 +30,7 @@ from . import evaluate, sample
 
 
 logger = logging.getLogger("fid")
-# The options that the short help shows beside the required ones.
+# The options that the short help shows in addition to the required ones.
 COMMON = (*sample.COMMON, *evaluate.COMMON, "num_images", "output_dir", "keep_images")
 
 

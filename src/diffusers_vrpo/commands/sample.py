@@ -46,7 +46,7 @@ from ..training.distributed import start_processes
 
 
 logger = logging.getLogger("sample")
-# The options that the short help shows beside the required ones.
+# The options that the short help shows in addition to the required ones.
 COMMON = ("labels", "seed", "sampler", "num_inference_steps", "guidance_scale", "batch_size", "dtype")
 
 
@@ -303,8 +303,8 @@ def add_sampling_options(parser: argparse.ArgumentParser, **num_images):
         "--guidance_channels",
         type=channels,
         metavar="N",
-        help="latent channels that guidance changes: the first N (SiT, DiT: 3) or `all` (REPA); as the model has it if not "
-        "given",
+        help="latent channels that guidance changes: the first N (SiT, DiT: 3) or `all` (REPA); as the config of the "
+        "model says if not given",
     )
     g = parser.add_argument_group("computation")
     g.add_argument(

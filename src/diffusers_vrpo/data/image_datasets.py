@@ -146,7 +146,7 @@ def image_and_label(
         option, name: what errors call the data set.
 
     Raises:
-        InputError: if the columns do not hold images and class ids, or name files in the place of images.
+        InputError: if the columns do not hold images and class ids, or name files instead of images.
     """
     classless = is_classless(data.features, option, name, label_column)
     check_columns(data.features, option, name, image_column, None if classless else label_column, text=True)
@@ -346,7 +346,7 @@ def open_named(option: str, name: str, config_name: str | None, cache_dir: str |
 
 
 def refuse_paths(data: Dataset, option: str, name: str):
-    """Refuses a table with paths in the place of images, which could name any file of this machine.
+    """Refuses a table with paths instead of images, which could name any file of this machine.
 
     The paths of image files that `datasets` or `load_image_folder` has listed itself are taken. Only the bitmaps of missing
     values are read, not the images.

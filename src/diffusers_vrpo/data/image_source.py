@@ -41,6 +41,28 @@ class ImageSource:
     `{"image": [...], "label": [...]}`, as a `datasets.Dataset` does. An image is a PIL image, or
     `{"bytes": ..., "path": ...}` of an image file.
 
+    Example:
+
+    ```python
+    from PIL import Image
+
+    from diffusers_vrpo import ImageSource
+
+
+    class Squares(ImageSource):
+        num_classes, id2label = 2, {0: "black", 1: "white"}
+
+        def __len__(self):
+            return 100
+
+        def __getitem__(self, rows):
+            labels = [row % 2 for row in rows]
+            return {"image": [Image.new("RGB", (8, 8), (255 * label,) * 3) for label in labels], "label": labels}
+
+
+    source = Squares()  # for VRPOTrainer(train_dataset=source, ...)
+    ```
+
     Attributes:
         num_classes (`int`): the number of classes.
         id2label (`dict[int, str]`, *optional*): the names of the classes.

@@ -241,7 +241,7 @@ def as_training_data(dataset, image_column: str = "image", label_column: str = "
     """Turns a Python object, a `TrainingData` or a `Dataset` of `datasets`, into training data.
 
     Raises:
-        InputError: if it is something else, the columns do not hold images and class ids, or rows name files in the place of
+        InputError: if it is something else, the columns do not hold images and class ids, or rows name files instead of
             images.
     """
     if isinstance(dataset, Dataset):

@@ -3,7 +3,7 @@
 
 Patches, adaLN-zero blocks, one timestep and one label embedder shared by all blocks; the differences between checkpoints
 of the two (the prediction and the direction of time) are in the config. This file imports torch and diffusers only, so that it
-can be published beside the weights.
+can be published together with the weights.
 """
 
 import difflib
@@ -391,6 +391,18 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
       trains); `"noise_to_data"`: t = 0 is noise, the velocity is `x0 - noise` (the SiT repository).
     - `prediction_type="epsilon"`: integer timesteps 0 ... 999 of the linear DDPM schedule, output the noise (DiT).
 
+    Example:
+
+    ```python
+    import torch
+
+    from diffusers_vrpo import SiTTransformer2DModel, sit_preset
+
+    model = SiTTransformer2DModel(sample_size=8, in_channels=3, num_classes=10, **sit_preset("SiT-XS/2"))
+    x_t, t, labels = torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([3, 7])
+    velocity = model(x_t, t, labels).sample  # [2, 3, 8, 8]
+    ```
+
     Args:
         sample_size (`int` or `(int, int)`): height and width of the latents (or pixels) it is trained on. Other sizes
             run too: the position table is stretched over them.
@@ -414,7 +426,7 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         norm2_eps (`float`): of the norm before the feed-forward; 1e-6 officially, 1e-5 in diffusers' DiT.
     """
 
-    # Written into config.json, so that `AutoModel.from_pretrained` finds the code beside the weights.
+    # Written into config.json, so that `AutoModel.from_pretrained` finds the code next to the weights.
     _auto_class = "AutoModel"
     _supports_gradient_checkpointing = True
     _no_split_modules = ["SiTTransformerBlock"]
@@ -498,7 +510,7 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         """SiT's initialisation: Xavier linears, N(0, 0.02) embedders, zeros where adaLN-zero wants the identity.
 
         Args:
-            others: modules trained beside this one. Their linear layers are drawn right after this model's.
+            others: modules trained together with this one. Their linear layers are drawn right after this model's.
         """
         for module in itertools.chain(self.modules(), *(other.modules() for other in others)):
             if isinstance(module, nn.Linear):

@@ -176,7 +176,7 @@ def choose_metric(runs: list[Run], metric: str) -> str:
     matches = matches or [key for key in every if key.split("/")[-1].startswith(metric)]
     matches = matches or [key for key in every if metric in key]
     if not matches:
-        raise InputError("metric", f"`metric` {metric} is in none of these runs; they have {', '.join(every)}")
+        raise InputError("metric", f"`metric` {metric} is not in these runs; they have {', '.join(every)}")
     for key in matches:
         if all(key in keys for keys in known):
             return key

@@ -509,7 +509,7 @@ def register_model_hooks(
     """Registers hooks with accelerate that save and load the weights, their averages, and further tensors.
 
     The transformer's weights are in `transformer/` and `transformer_ema/`, which `from_pretrained` opens, the projectors'
-    beside them in `projectors.safetensors` and `projectors_ema.safetensors`, a scaffold's in `scaffold.safetensors` and
+    next to them in `projectors.safetensors` and `projectors_ema.safetensors`, a scaffold's in `scaffold.safetensors` and
     `scaffold_ema.safetensors`. If most of the transformer is frozen, only its
     trained weights are saved, in `transformer.safetensors` and `transformer_ema.safetensors`. Checkpoints of version 0.1,
     which has the projectors among the transformer's weights, can also be loaded.
@@ -588,7 +588,7 @@ def save_aligned(
 
 
 def attached_parts(aligned: AlignedTransformer) -> dict[str, torch.nn.Module]:
-    """What is trained beside the transformer, by the name of its file, in the order of the parameters."""
+    """The modules trained together with the transformer, by the names of their files, in the order of the parameters."""
     parts = {"projectors": aligned.projectors, "scaffold": aligned.scaffold}
     return {name: part for name, part in parts.items() if part is not None and part.state_dict()}
 

@@ -54,7 +54,8 @@ def check_transformer(
     for name in OF_OWN_MODELS:
         if getattr(args, name) not in (None, False):
             raise InputError(
-                name, f"`{name}` {getattr(args, name)} cannot be combined with `transformer`, which is a model already"
+                name,
+                f"`{name}` {getattr(args, name)} cannot be combined with `transformer`, which already is the model",
             )
     if any(callback.state_name == "generative_policy" for callback in callbacks):
         raise InputError(

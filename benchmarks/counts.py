@@ -241,14 +241,16 @@ def count_step(objective: str, preset: str, batch_size: int, depth: int | None =
         step.take(StepCounter())  # makes moments and averages, and the first step is unlike the others
         counter = StepCounter()
         step.take(counter)
+    on_device = [o for o in counter.operations if o.part != "host"]
     by_part = {name: totals([o for o in counter.operations if o.part == name]) for name in PARTS}
     for name, part in by_part.items():
         part["syncs"] = counter.syncs[name]
     return {
         "parts": by_part,
-        "step": totals(counter.operations) | {"syncs": sum(counter.syncs.values()), "saved": saved},
-        "fused": fused_counts(counter.operations),
-        "roofline": {gpu: roofline(counter.operations, *GPUS[gpu]) for gpu in GPUS},
+        "step": totals(on_device) | {"syncs": sum(counter.syncs.values()), "saved": saved},
+        "host": len(counter.operations) - len(on_device),
+        "fused": fused_counts(on_device),
+        "roofline": {gpu: roofline(on_device, *GPUS[gpu]) for gpu in GPUS},
     }
 
 
@@ -271,10 +273,15 @@ class TrainingStep:
         args, objective = self.args, self.objective
         names = {"objective": "loss", "forward": "forward"}
         mix_gradients, begin = gradient_fork.mix_gradients, objective.begin
+        tables = getattr(objective, "_tables", None)
 
         def counted_mix(*arguments):
             with counter.part("loss"):
                 return mix_gradients(*arguments)
+
+        def counted_tables():
+            with counter.part("host"):
+                return tables()
 
         def counted_begin(*arguments):
             step = begin(*arguments)
@@ -293,6 +300,7 @@ class TrainingStep:
             counter,
             mock.patch.object(gradient_fork, "mix_gradients", counted_mix),
             mock.patch.object(objective, "begin", counted_begin),
+            mock.patch.object(objective, "_tables", counted_tables, create=True),
             mock.patch.object(self.aligned, "forward", forward),
         ):
             loss, step = micro_step(args, self.aligned, objective, self.batch, lambda name: counter.part(names[name]))
@@ -305,6 +313,7 @@ class TrainingStep:
                 loss.backward()
             with counter.part("statistics"):
                 objective.observe(step)
+                objective.collect()
             with counter.part("optimizer"):
                 norm = torch.nn.utils.clip_grad_norm_(self.parameters, args.max_grad_norm, foreach=True)
                 self.guard.ask(norm)
@@ -314,6 +323,7 @@ class TrainingStep:
                 self.average.step(self.parameters)
             with counter.part("statistics"):
                 self.metrics.add(grad_norm=norm)
+            with counter.part("host"):
                 objective.update()
             counter.syncs["optimizer"] += 1  # the guard's answer, which is read here
 

@@ -12,6 +12,7 @@ import torch
 
 
 CONFLICTS = ("none", "gate", "project")
+SMALLEST = 2**-149  # positive number of float32
 
 
 def _per_sample(x: torch.Tensor, ndim: int) -> torch.Tensor:
@@ -37,14 +38,12 @@ def mix_gradients(
         `||g_align|| / ||g_main||`, both float32 `[B]`, 0 where one of them is exactly zero.
     """
     main, align, ndim = g_main.float(), g_align.float(), g_main.ndim
-    norm_main = torch.linalg.vector_norm(main.flatten(1), dim=1)
-    norm_align = torch.linalg.vector_norm(align.flatten(1), dim=1)
-    both = (norm_main > 0) & (norm_align > 0)
-    # One division after the other: the product of two small norms would underflow.
-    dot = (main * align).flatten(1).sum(1)
-    cosine = dot / torch.where(both, norm_main, 1.0) / torch.where(both, norm_align, 1.0)
-    cosine = torch.where(both, cosine, 0.0)
-    ratio = torch.where(both, norm_align / torch.where(both, norm_main, 1.0), 0.0)
+    norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in (main, align)])
+    norm_main, norm_align = norms
+    # One division after the other: the product of two small norms would underflow. Where one is zero, so is the product.
+    above_zero, above_zero_align = norms.clamp_min(SMALLEST)
+    cosine = (main * align).flatten(1).sum(1) / above_zero / above_zero_align
+    ratio = torch.where(norm_main > 0, norm_align / above_zero, 0.0)
     if conflict == "project":
         against = cosine.clamp(max=0) * norm_align / norm_main.clamp_min(1e-12)
         align = align - _per_sample(against, ndim) * main
@@ -58,6 +57,8 @@ def mix_gradients(
 class _Fork(torch.autograd.Function):
     @staticmethod
     def forward(hidden_states, fidelity_share, probe, conflict):
+        if not torch.compiler.is_compiling():
+            return hidden_states.view_as(hidden_states), hidden_states.view_as(hidden_states)
         # Neither views nor equal copies: where a compiled graph ends here, AOT autograd rebuilds views from their base,
         # past this backward, and Inductor makes equal copies one tensor, whose gradients add up. The probe is zero.
         zeros = _per_sample(probe.sum(0), hidden_states.ndim).to(hidden_states.dtype)

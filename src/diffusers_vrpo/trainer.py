@@ -672,6 +672,8 @@ class VRPOTrainer:
             autocast=accelerator.autocast,
             prediction_type=self.adapter.prediction_type,
         )
+        if args.compile:
+            self.objective.compile()
         # Both are logged by name; names in the options are those of modules.
         if both := sorted({*self.objective.reward_names} & {*self.image_rewards.names}):
             raise InputError(

@@ -47,6 +47,7 @@ class ConflictGate:
         names = ("mean", "square", "count", "row", "closing", "ratio", "ratio_count")
         # Samples, cosines, squares of cosines; samples, ratios.
         self.sums = DeviceSums((5, NUM_BINS), device)
+        self._add = add_gradient_rows
         self.state = {name: torch.zeros(NUM_BINS, dtype=self.sums.dtype) for name in names}
 
     @property
@@ -64,7 +65,11 @@ class ConflictGate:
 
     def observe_measures(self, bins: torch.Tensor, measures: torch.Tensor):
         """As `observe`, of the bins of the timesteps `[B]`, and of cosine and ratio in one tensor `[2,B]`."""
-        self.sums.sums.index_add_(1, bins, gradient_rows(measures.detach(), self.sums.dtype))
+        self._add(self.sums.sums, bins, measures.detach())
+
+    def compile(self) -> None:
+        """Compiles what `observe_measures` does."""
+        self._add = torch.compile(add_gradient_rows, fullgraph=True, dynamic=False)
 
     def collect(self, all_reduce=None):
         """Starts the copy of the sums to the host, which `update` then need not wait for; `all_reduce(tensor)` adds up processes."""
@@ -162,15 +167,15 @@ class ConflictGate:
         self.state["closing"].mul_(self.window / int(state_dict["window"])).ceil_().clamp_(max=self.window)
 
 
-def gradient_rows(measures: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What `ConflictGate` adds up of cosine and ratio `[2,B]`: 1, the cosine, its square; 1, the ratio; `[5,B]`.
+def add_gradient_rows(sums: torch.Tensor, bins: torch.Tensor, measures: torch.Tensor) -> None:
+    """Adds to the `sums [5,bins]` of a `ConflictGate`, of cosine and ratio `[2,B]`: 1, the cosine, its square; 1, the ratio.
 
     What does not count, exact zeros, NaN and inf, is 0 in all of its rows.
     """
     known = finite(measures) & (measures != 0)
-    cosine, ratio = torch.where(known, measures, 0).to(dtype)
-    has_cosine, has_ratio = known.to(dtype)
-    return torch.stack([has_cosine, cosine, cosine.square(), has_ratio, ratio])
+    cosine, ratio = torch.where(known, measures, 0).to(sums.dtype)
+    has_cosine, has_ratio = known.to(sums.dtype)
+    sums.index_add_(1, bins, torch.stack([has_cosine, cosine, cosine.square(), has_ratio, ratio]))
 
 
 class Release:

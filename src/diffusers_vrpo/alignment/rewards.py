@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from ..errors import InputError, first_line
 
@@ -28,7 +29,7 @@ def normalize(x: torch.Tensor) -> torch.Tensor:
     x = x.float()
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     # Divided by infinity, a vector and its gradient are zero: cheaper than to choose for each of its numbers.
-    return x / torch.where(norm > 1e-6, norm, float("inf"))
+    return x / F.threshold(norm, 1e-6, float("inf"))
 
 
 def tangent(mu: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:

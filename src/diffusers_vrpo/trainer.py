@@ -212,6 +212,7 @@ class VRPOTrainer:
         with contextlib.ExitStack() as resources:
             resources.enter_context(locked(self.output_dir))
             self.accelerator = start_accelerator(args, self.output_dir)
+            self.all_reduce = self.accelerator.reduce if self.accelerator.num_processes > 1 else None
             self.profile = StepProfile(args.profile, self.accelerator.device, logger.info)
 
             # What cannot work fails here: the Hub, the checkpoint to continue from, data, autoencoder, encoders.
@@ -357,6 +358,8 @@ class VRPOTrainer:
                     accelerator.backward(loss)
                 self.objective.observe(self.alignment)
                 if accelerator.sync_gradients:
+                    # The guard, which is asked later, waits for this copy, too.
+                    self.objective.collect(self.all_reduce)
                     self._call("before_optimizer_step")
                     grad_norm = clip_grad_norm(accelerator, self.model, args.max_grad_norm)
                     self.metrics.add(grad_norm=grad_norm)
@@ -381,9 +384,8 @@ class VRPOTrainer:
             with self.profile("average"):
                 self.ema.step(trainable_parameters(self.aligned))
         with self.profile("statistics"):
-            all_reduce = accelerator.reduce if accelerator.num_processes > 1 else None
-            self.objective.update(all_reduce)
-            self.image_rewards.update(all_reduce)
+            self.objective.update(self.all_reduce)
+            self.image_rewards.update(self.all_reduce)
             self.progress.update()
 
     def log_if_due(self) -> None:
@@ -679,6 +681,8 @@ class VRPOTrainer:
             autocast=accelerator.autocast,
             prediction_type=self.adapter.prediction_type,
         )
+        if args.compile:
+            self.objective.compile()
         # Both are logged by name; names in the options are those of modules.
         if both := sorted({*self.objective.reward_names} & {*self.image_rewards.names}):
             raise InputError(

@@ -297,6 +297,10 @@ class SiTAttnProcessor:
     _parallel_config = None
 
     def __call__(self, attn: "SiTAttention", hidden_states: torch.Tensor) -> torch.Tensor:
+        # Autocast would cast the input once for each of the three layers, and save all three copies for the backward pass.
+        device = hidden_states.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
         if attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:

@@ -399,6 +399,7 @@ def test_resolved_options_are_compared_by_what_they_became():
         "conflict",
         "release",
         "label_dropout",
+        "random_streams",
         "streaming",
     }  # by their names, in `run_settings`
     of_model = {

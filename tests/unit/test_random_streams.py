@@ -37,10 +37,17 @@ def test_words_are_those_of_the_generator():
     words = random_words(5, [2**40, 2**40 + 1], 301, 5)
     generator = np.random.Philox(key=[5, 301], counter=[2 * 2**40, 0, 0, 0])
     assert words.shape == (2, 8) and np.array_equal(words.ravel(), generator.random_raw(16))
-    assert random_uniforms(0, [0], 301, 1)[0, 0] == pytest.approx(0.1600113, abs=1e-7)
-    assert random_normals(0, [0], 302, (2,))[0] == pytest.approx([-0.8135, 0.4317], abs=1e-3)
-    assert random_subsets(0, [0], 304, 4, 1000).tolist() == [[0, 0, 0, 0]]
-    assert permuted(np.arange(6), 10**7, permutation_keys(0, 0, 300)).tolist() == [0] * 6
+    assert random_uniforms(0, [0], 301, 1)[0, 0] == pytest.approx(0.4839476, abs=1e-7)
+    assert random_normals(0, [0], 302, (2,))[0] == pytest.approx([0.66021, 0.16052], abs=1e-4)
+    assert random_subsets(0, [0], 304, 4, 1000).tolist() == [[718, 573, 671, 557]]
+    assert permuted(np.arange(6), 10**7, permutation_keys(0, 0, 300)).tolist() == [
+        8818436,
+        9357353,
+        1250081,
+        8116478,
+        185844,
+        4878999,
+    ]
 
 
 def test_normal_numbers_are_normal():
@@ -63,7 +70,7 @@ def test_normal_numbers_are_normal():
 def test_subsets_are_uniform(total):
     subsets = random_subsets(2, list(range(4000)), 304, 64, total)
     assert subsets.shape == (4000, 64) and all(len(set(row)) == 64 for row in subsets.tolist())
-    assert 0 <= subsets.min() and subsets.max() < total
+    assert subsets.min() >= 0 and subsets.max() < total
     counts = np.bincount(subsets.ravel(), minlength=total)
     share = 64 / total
     chi_square = ((counts - 4000 * share) ** 2).sum() / (4000 * share * (1 - share))
@@ -88,10 +95,10 @@ def test_permutations_are_bijections():
     assert len(np.unique(order)) == len(places) and order.min() >= 0 and order.max() < 10**12
 
 
-@pytest.mark.parametrize("total", [2, 5, 7, 24, 101])
+@pytest.mark.parametrize("total", [2, 5, 24])
 def test_permutations_are_uniform(total):
     """Over keys, each number is as often at each place as at any other, and so is each pair of numbers at two places."""
-    tries = 3000
+    tries = 1000
     orders = np.stack([permuted(np.arange(total), total, permutation_keys(0, i, 300)) for i in range(tries)])
     table = np.stack([np.bincount(column, minlength=total) for column in orders.T])
     chi_square = ((table - tries / total) ** 2).sum() / (tries / total)
@@ -120,7 +127,7 @@ def test_large_permutations_are_mixed():
 def test_work_does_not_grow_with_rows_or_tokens():
     """Neither an order of all rows nor one of all tokens is made: allocations stay, whatever their number."""
     peaks = []
-    for num_rows, num_tokens in ((1000, 256), (10**9, 65_536)):
+    for num_rows, num_tokens in ((1000, 1024), (10**9, 65_536)):
         samples = SampleStreams(num_rows, 0, (4, 8, 8), 10, sample_posterior=True, num_tokens=num_tokens)
         indices = list(range(num_rows // 2, num_rows // 2 + 64))
         tracemalloc.start()

@@ -308,6 +308,11 @@ class RunConfig(Options):
         "draw the starting weights, and the noise, crops and labels of each sample, from this seed; change it to repeat a run with "
         "other random numbers",
     )
+    random_streams: Resolved[Literal[1, 2] | None] = option(
+        None,
+        "version of the random draws of samples: 2 draws faster and without work that grows with rows or tokens, 1 repeats runs from "
+        "before it; 2 for a new run, and that of the run for a continued one, if not given",
+    )
     mixed_precision: Resolved[Literal["no", "fp16", "bf16"] | None] = option(
         None,
         "compute in bfloat16 (bf16: faster and with less memory, on recent GPUs), float16 (fp16: for older GPUs) or float32 (no); "

@@ -68,6 +68,7 @@ from .training.checkpoints import (
     choose_checkpoint,
     load_checkpoint,
     read_training_state,
+    recorded_streams,
     register_model_hooks,
     run_settings,
     save_checkpoint,
@@ -710,6 +711,8 @@ class VRPOTrainer:
         self.settings = run_settings(
             self.args, self.data, self.aligned, self.global_batch_size, precision, self.label_dropout
         )
+        if self.args.random_streams is None and self.saved_state is not None:
+            self.settings["random_streams"] = recorded_streams(self.saved_state)
         if not isinstance(self.adapter, SiTAdapter):  # whose model has these in its config
             self.settings["the model's class"] = type(self.transformer).__name__
             for name in ("prediction_type", "time_direction", "learns_variance", "null_class_id"):
@@ -837,6 +840,7 @@ class VRPOTrainer:
             num_tokens=math.prod(self.grid_size) if args.objective == "vrpo" else None,
             encoders=self.encoders,
             global_batch_size=self.global_batch_size,
+            stream_version=self.settings["random_streams"],
         )
         sampler = StreamBatchSampler(
             self.samples_seen,

@@ -249,6 +249,7 @@ OPTIONS = {
     "ema_decay": 0.9,
     "ema_warmup": False,  # version 0.1 had none
     "seed": 7,
+    "random_streams": 1,  # version 0.1 had no other
     "logging_steps": 1,
     "num_inference_steps": 2,
     "num_validation_images": 1,
@@ -397,7 +398,10 @@ def run_row(name: str, folder: Path, launch: Callable = launch) -> dict:
 # Folders of version 0.1
 
 
-RESUMED = OPTIONS | VRPO | {"projector_dim": 16, "layer_scope": "1,2", "checkpointing_steps": 10}
+# The version of the random draws follows from the run.
+RESUMED = (
+    OPTIONS | VRPO | {"projector_dim": 16, "layer_scope": "1,2", "checkpointing_steps": 10, "random_streams": None}
+)
 SAMPLED_LABELS = [0, 3, 5, 9]
 
 

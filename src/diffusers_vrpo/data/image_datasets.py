@@ -209,7 +209,7 @@ def with_text_classes(data: Dataset, label_column: str, column: str) -> Dataset:
     names = text_classes(pc.unique(values.drop_null()).to_pylist(), values.null_count, len(values), column)
     labels = pc.index_in(values, value_set=pa.array(names, pa.string())).cast(pa.int64())
     columns = [name for name in data.column_names if name != label_column]
-    return data.select_columns(columns).add_column(label_column, labels.to_pylist(), feature=ClassLabel(names=names))
+    return data.select_columns(columns).add_column(label_column, labels.to_numpy(), feature=ClassLabel(names=names))
 
 
 def text_classes(texts: Iterable[str], nulls: int, count: int, column: str) -> list[str]:

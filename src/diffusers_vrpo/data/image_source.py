@@ -14,7 +14,7 @@ from datasets import Dataset
 from PIL import Image as PILImage
 
 from ..models.autoencoder import encode_images
-from ..random_streams import ORDER, random_stream
+from ..random_streams import NEWEST_STREAMS, ORDER, random_stream
 from .image_datasets import check_images, column_values, first_readable
 from .image_decoding import PixelRange, find_pixel_range, resize_and_crop, sample_rows
 from .samples import SampleStreams, TrainingSamples, ignore_signals
@@ -133,6 +133,7 @@ class ImageSource:
         num_tokens: int | None = None,
         encoders: Sequence = (),
         global_batch_size: int | None = None,
+        stream_version: int = NEWEST_STREAMS,
     ) -> SampleStreams:
         """`TrainingSamples` of the images."""
         return TrainingSamples(
@@ -147,6 +148,7 @@ class ImageSource:
             sample_posterior,
             num_tokens,
             self.pixel_range,
+            stream_version,
         )
 
     def loader(

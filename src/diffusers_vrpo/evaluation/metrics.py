@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from ..errors import InputError
 
 
-# Elements of a block of distances: 2**26 in float64 are 512 MB, independent of the size of the sets.
-BLOCK_ELEMENTS = 2**26
+# Elements of a block of distances: 2**24 in float64 are 128 MB, independent of the size of the sets. The k-th smallest of its
+# rows take a copy of it and as many indices.
+BLOCK_ELEMENTS = 2**24
 
 
 def as_float64(features: torch.Tensor) -> torch.Tensor:
@@ -272,19 +273,21 @@ def inception_score(logits: torch.Tensor, splits: int = 10, seed: int | None = N
 def distance_blocks(x: torch.Tensor, y: torch.Tensor, block_elements: int = BLOCK_ELEMENTS):
     """Squared distances between all rows of `x [M, D]` and `y [N, D]`, in blocks of rows of x.
 
+    Beside a block, y is kept in float64, and x is converted block by block.
+
     Yields:
         slice of the rows, and float64 `[rows, N]`.
     """
-    x, y = as_float64(x), as_float64(y)
+    y = as_float64(y)
     # Centred features have small products, so that little precision is lost to cancellation.
     centre = y.mean(0)
-    x, y = x - centre, y - centre
-    norms = y.square().sum(1)
+    y = y - centre
+    norms = torch.cat([part.square().sum(1) for part in y.split(4096)])
     # The distance of equal features is only rounding error, which must not decide whether they are neighbours.
     rounding = 16 * torch.finfo(torch.float64).eps * norms.max()
     rows = max(1, block_elements // len(y))
     for start in range(0, len(x), rows):
-        part = x[start : start + rows]
+        part = as_float64(x[start : start + rows]) - centre
         squares = torch.addmm(part.square().sum(1, keepdim=True) + norms, part, y.T, alpha=-2)
         yield slice(start, start + len(part)), squares.masked_fill_(squares < rounding, 0)
 

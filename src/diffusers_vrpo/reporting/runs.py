@@ -33,12 +33,16 @@ COSTS = {"steps": "steps", "seconds": "training time", "flops": "FLOPs"}
 
 def merge_rows(rows: list[dict]) -> list[dict]:
     """Merges the rows of each step. If steps go back, the run was continued there, and the later rows are dropped."""
-    merged: dict[int, dict] = {}
+    merged: list[dict] = []
     for row in rows:
-        if merged and row["step"] < max(merged):
-            merged = {step: kept for step, kept in merged.items() if step < row["step"]}
-        merged[row["step"]] = merged.get(row["step"], {}) | row
-    return [merged[step] for step in sorted(merged)]
+        if merged and row["step"] < merged[-1]["step"]:
+            while merged and merged[-1]["step"] >= row["step"]:
+                merged.pop()
+        if merged and merged[-1]["step"] == row["step"]:
+            merged[-1] = merged[-1] | row
+        else:
+            merged.append(row)
+    return merged
 
 
 def is_number(value) -> bool:

@@ -37,6 +37,7 @@ from ..errors import InputError, first_line
 from ..files import default_permissions, find_irregular, sync_to_disk
 from ..models.start import weights_checksum
 from ..pipelines.pipeline_vrpo import VRPOPipeline
+from ..random_streams import NEWEST_STREAMS, STREAM_VERSIONS
 from ..schemas import MANIFEST as MANIFEST_SCHEMA
 from ..schemas import TRAINING_STATE, read_object
 from .distributed import copy_tensors, full_model, full_tensor, original_class, run_and_share_errors
@@ -56,6 +57,7 @@ BEFORE_IT_WAS_AN_OPTION = {
     "lora_target": None,
     "optimizer": "adamw",
     "optimizer_args": None,
+    "random_streams": 1,
 }
 SAMPLES_A_STEP = "the number of samples a step"
 OPTIONS_OF_A_STEP = ("train_batch_size", "gradient_accumulation_steps")
@@ -329,6 +331,22 @@ def check_settings(state: dict, expected: dict, checkpoint: Path, allowed: Set[s
     return changes
 
 
+def recorded_streams(state: dict) -> int:
+    """The version of the random draws of the run that the state of a checkpoint belongs to.
+
+    Raises:
+        InputError: if this version of the package does not know it.
+    """
+    version = state["settings"].get("random_streams", BEFORE_IT_WAS_AN_OPTION["random_streams"])
+    if version not in STREAM_VERSIONS:
+        raise InputError(
+            "resume_from_checkpoint",
+            f"`resume_from_checkpoint`: the run draws its samples by version {version} of the random draws, and this version "
+            f"of the package knows {', '.join(map(str, STREAM_VERSIONS))}; continue it with the one that began it",
+        )
+    return version
+
+
 def take_changes(args: VRPOConfig, changes: dict[str, list], scheduler: torch.optim.lr_scheduler.LambdaLR):
     """Gives the loaded optimizer and schedule the values of the options that have changed.
 
@@ -378,6 +396,7 @@ def run_settings(
     settings["vae"] = Path(config.vae or data.vae or "none").name
     settings["conflict"], settings["release"] = alignment_end_of(config)
     settings["label_dropout"] = label_dropout
+    settings["random_streams"] = config.random_streams or NEWEST_STREAMS
     settings["streaming"] = config.streaming or None  # as version 0.1 wrote it
     if config.streaming:
         settings[SAMPLES_A_STEP] = global_batch_size  # the order of the images depends on it

@@ -17,7 +17,18 @@ from pathlib import Path
 import yaml
 from huggingface_hub.constants import HF_HOME
 
-from .config import In, Option, Repeated, VRPOConfig, alternatives, check_complete, expanded, names_code, options_of
+from .config import (
+    In,
+    Option,
+    Repeated,
+    Switch,
+    VRPOConfig,
+    alternatives,
+    check_complete,
+    expanded,
+    names_code,
+    options_of,
+)
 from .errors import InputError, TrainingStopped
 from .files import packaged
 
@@ -164,6 +175,20 @@ class OneLineErrorParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {text}\n")
 
 
+class SwitchAction(argparse.Action):
+    """A flag that stands alone, is negated by `--no-`, or has a value."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs):
+        negated = [f"--no-{text[2:]}" for text in option_strings]
+        super().__init__([*option_strings, *negated], dest, nargs="?", **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        negated = option_string.startswith("--no-")
+        if negated and values is not None:
+            parser.error(f"{option_string} takes no value, but {values} follows it")
+        setattr(namespace, self.dest, False if negated else True if values is None else values)
+
+
 def number_in(limits: In, kind: type = int) -> Callable[[str], float]:
     """Returns a `type=` for argparse: an `int` or `float` within limits."""
 
@@ -261,6 +286,8 @@ def add_option(group, option: Option, *spellings: str, suppress: bool = False, *
     value: dict = {"metavar": option.metavar, "choices": option.choices}
     if option.kind is bool:
         value = {"action": argparse.BooleanOptionalAction}
+    elif option.marked(Switch):
+        value["action"] = SwitchAction
     elif option.kind is not str:
         value["type"] = number_in(limits[0], option.kind) if limits else option.kind
     if option.many:
@@ -377,14 +404,15 @@ def file_to_argv(parser: argparse.ArgumentParser, file: str) -> list[str]:
             value = "no"  # YAML reads it as false
         if value is None:
             continue
-        if isinstance(value, bool) != (option.kind is bool):
+        is_switch = option.kind is bool or (isinstance(value, bool) and option.marked(Switch))
+        if isinstance(value, bool) != bool(is_switch):
             wanted = "is true or false" if option.kind is bool else "takes a value"
             parser.error(f"--config {file}: {name} {wanted}, not {str(value).lower()}")
         if isinstance(value, dict) or (isinstance(value, list) and not option.many):
             parser.error(f"--config {file}: {name} takes one value, not {value}")
         if isinstance(value, list) and any(isinstance(item, dict | list) or item is None for item in value):
             parser.error(f"--config {file}: {name} takes a list of values, not {value}")
-        if option.kind is bool:
+        if is_switch:
             argv.append(f"--{name}" if value else f"--no-{name}")
         elif isinstance(value, list) and not option.marked(Repeated):
             argv += [f"--{name}", *map(str, value)]

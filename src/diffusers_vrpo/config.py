@@ -103,6 +103,13 @@ class Repeated:
     """The flag of a list takes one value and may be given several times."""
 
 
+@dataclass(frozen=True)
+class Switch:
+    """The option is off (False), on (True, which means the value `on`), or names a way of being on."""
+
+    on: str
+
+
 class Resume(enum.Enum):
     """What happens to an option when a run is resumed; one without this mark must keep its value."""
 
@@ -238,9 +245,11 @@ def read_annotation(hint) -> tuple[type, bool, bool, tuple | None, tuple]:
         kind, many, optional, choices, marks = read_annotation(arguments[0])
         return kind, many, optional, choices, (*marks, *arguments[1:])
     if origin in (Union, types.UnionType):
-        (inner,) = (argument for argument in arguments if argument is not type(None))
-        kind, many, _, choices, marks = read_annotation(inner)
-        return kind, many, True, choices, marks
+        inner = [argument for argument in arguments if argument is not type(None)]
+        if len(inner) == 2 and bool in inner:  # a `Switch`, whose other value is text
+            inner.remove(bool)
+        kind, many, _, choices, marks = read_annotation(*inner)
+        return kind, many, type(None) in arguments, choices, marks
     if origin is list:
         kind, _, _, choices, marks = read_annotation(arguments[0])
         return kind, True, False, choices, marks
@@ -619,7 +628,12 @@ class OptimizationConfig(Options):
         "the GPU runs out of memory",
     )
     gradient_accumulation_steps: Annotated[Free[Batch], Changeable()] = option(1, "micro-steps in an optimizer step")
-    gradient_checkpointing: Free[bool] = option(False, "compute the blocks again in the backward pass, to save memory")
+    gradient_checkpointing: Annotated[Free[bool | str], Switch("full")] = option(
+        False,
+        "compute activations again in the backward pass instead of keeping them, which saves memory: those of whole blocks (full, "
+        "or the flag alone), of the attention or the mlp of each block, or of every k-th block (every:k)",
+        "full|attention|mlp|every:K",
+    )
     max_train_steps: Annotated[Free[Steps | None], OneOf("steps")] = option(
         None,
         f"train for this many optimizer steps; if --num_train_epochs is not given either, for {MOST_EPOCHS} epochs, but not "
@@ -673,6 +687,11 @@ class OptimizationConfig(Options):
         True,
         "lower the decay in the first steps, to (1 + n) / (10 + n) after n steps, so that the average of a short run does not "
         "consist of its starting weights; a resumed run continues as it began",
+    )
+    ema_every: Steps = option(
+        1,
+        "move the average only in every so many steps, with the decay of them all (--ema_decay to that power), which saves memory "
+        "traffic; the steps between are not in it",
     )
 
     def __post_init__(self):
@@ -925,6 +944,8 @@ def checked_value(option: Option, value):
         InputError: if it has the wrong type or is out of range.
     """
     name = option.name
+    if isinstance(value, bool) and (switch := option.marked(Switch)):
+        return switch[0].on if value else False
     if value is None:
         if not option.optional:
             raise InputError(name, f"`{name}` cannot be None; its default is {option.default}")
@@ -1248,6 +1269,46 @@ def check_warmup(config: OptimizationConfig):
         )
 
 
+def recomputed_part(gradient_checkpointing: str) -> tuple[str, int]:
+    """What `gradient_checkpointing` computes again: `attention`, `mlp` or `block`, and in every how many-th block.
+
+    Raises:
+        InputError: if it is none of its values.
+    """
+    if gradient_checkpointing in ("attention", "mlp"):
+        return gradient_checkpointing, 1
+    if gradient_checkpointing == "full":
+        return "block", 1
+    kind, _, number = gradient_checkpointing.partition(":")
+    if kind != "every" or not (number.isascii() and number.isdigit()) or int(number) < 1:
+        raise InputError(
+            "gradient_checkpointing",
+            f"`gradient_checkpointing` {gradient_checkpointing!r} is neither full, attention, mlp nor every:K with a number K of "
+            "blocks, at least 1, such as every:2",
+        )
+    return "block", int(number)
+
+
+def check_gradient_checkpointing(config: OptimizationConfig):
+    """What is computed again is a known part."""
+    if config.gradient_checkpointing:
+        recomputed_part(config.gradient_checkpointing)
+
+
+def check_ema_every(config: OptimizationConfig):
+    """The average moves within the run, and exists."""
+    if is_default(config, "ema_every"):
+        return
+    if not config.use_ema:
+        raise InputError("ema_every", f"`ema_every` {config.ema_every} has no effect without `use_ema`; remove it")
+    if config.max_train_steps is not None and config.ema_every > config.max_train_steps:
+        raise InputError(
+            "ema_every",
+            f"`ema_every` {config.ema_every}: the average would never move in the {config.max_train_steps} steps of "
+            "`max_train_steps`; give a lower number",
+        )
+
+
 def check_generative_start(config: "VRPOConfig"):
     """The generative policy begins before the run ends."""
     start, steps = config.generative_policy_start_step, config.max_train_steps
@@ -1451,6 +1512,8 @@ CHECKS = (
     check_clip_ranges,
     check_policy_epochs,
     check_warmup,
+    check_gradient_checkpointing,
+    check_ema_every,
     check_generative_start,
     check_rollouts,
     check_reward_encoder,

@@ -100,6 +100,7 @@ from .training.metrics import (
     write_start,
 )
 from .training.output_dir import locked, not_saved, prepare_output_dir, writing
+from .training.recomputation import recompute
 from .training.setup import (
     as_callbacks,
     as_list,
@@ -648,8 +649,7 @@ class VRPOTrainer:
         # A given transformer without a null class drops no labels.
         label_dropout = self.adapter.label_dropout if args.label_dropout is None else args.label_dropout
         self.label_dropout = 0.0 if self.adapter.null_class_id is None else label_dropout
-        if args.gradient_checkpointing:
-            transformer.enable_gradient_checkpointing()
+        recompute(transformer, args.gradient_checkpointing)
         self.aligned.to(accelerator.device)
 
         # FLOPs are counted before anything is compiled.
@@ -702,7 +702,7 @@ class VRPOTrainer:
             keep_first_block(accelerator, self.transformer)
         self.ema = None
         if args.use_ema:
-            self.ema = ForeachEMA(trainable_parameters(self.aligned), decay=args.ema_decay)
+            self.ema = ForeachEMA(trainable_parameters(self.aligned), args.ema_every, decay=args.ema_decay)
 
     def _register_state(self):
         """Registers the contents of checkpoints, and the settings that a resumed run must keep."""

@@ -398,6 +398,31 @@ def test_the_average_in_one_pass_is_diffusers():
     assert averages[1].optimization_step == 5 and averages[1].cur_decay_value == 0.9
 
 
+def test_an_average_that_moves_every_few_steps():
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(5, 3))]
+    for min_decay in (0.0, 0.9):  # with and without warm-up
+        rare, always = (ForeachEMA(parameters, every, decay=0.9, min_decay=min_decay) for every in (3, 1))
+        start = before = parameters[0].detach().clone()
+        for step in range(1, 11):
+            if step % 3 == 1:  # the weights stay in between: then both are the same average
+                parameters[0].data += 1
+            if step == 8:  # as a checkpoint and its continuation
+                saved, rare = rare, ForeachEMA(parameters, 3, decay=0.9, min_decay=min_decay)
+                rare.shadow_params, rare.optimization_step = saved.shadow_params, 7
+            rare.step(parameters)
+            always.step(parameters)
+            if step in (1, 3, 6, 9):
+                torch.testing.assert_close(rare.shadow_params[0], always.shadow_params[0])
+            else:
+                assert torch.equal(rare.shadow_params[0], before)
+            before = rare.shadow_params[0].clone()
+        assert rare.share_of_start(10) == pytest.approx(always.share_of_start(9))
+        assert rare.share_of_start(2) == always.share_of_start(1) == 1
+        parameters[0].data = start
+    assert rare.cur_decay_value == pytest.approx(0.9**3)
+
+
 def test_speed_up():
     model = SiTTransformer2DModel(num_layers=2, num_attention_heads=2, attention_head_dim=16)
     names = list(model.state_dict())

@@ -44,8 +44,9 @@ from ..models.vision import layers_of_encoders
 from ..training.length import length_of_run
 from ..training.memory import HALF, Timeline, encoding_timeline, training_timeline
 from ..training.output_dir import writing_result
+from ..training.recomputation import recompute
 from ..training.setup import trainable_parameters
-from ..training.throughput import counted_flops, forward_flops, peak_flops, step_flops
+from ..training.throughput import counted_flops, peak_flops, recomputed_flops, step_flops
 
 
 # The options that the short help shows.
@@ -235,9 +236,11 @@ class CountedStep:
         aligned, vae: model and autoencoder, on fake tensors.
         latent_shape (`tuple`): channels, height and width.
         tokens (`int`): N.
-        timelines (`dict[str, Timeline]`): of a micro-step, without (`plain`) and with `gradient_checkpointing`.
+        timelines (`dict[str, Timeline]`): of a micro-step, without (`plain`) and with `gradient_checkpointing`, whole blocks
+            if the option is not given.
         encoding (`Timeline`, *optional*): of the autoencoder, if images are encoded in training.
-        flops, vae_flops (`float`): of one image, through what is trained with its encoders, and through the autoencoder.
+        flops, recomputed, vae_flops (`float`): of one image, through what is trained with its encoders, again in the backward
+            pass with `gradient_checkpointing`, and through the autoencoder.
         disk (`tuple[int, int]`): bytes of an image's latents and features in a latent cache.
     """
 
@@ -248,6 +251,7 @@ class CountedStep:
     timelines: dict[str, Timeline]
     encoding: Timeline | None
     flops: float
+    recomputed: float
     vae_flops: float
     disk: tuple[int, int]
 
@@ -284,7 +288,7 @@ def count_step(args: VRPOConfig, data: TrainingData | None, start: Start, num_cl
         make_fake(aligned)
         with_pixels = from_images or not all(isinstance(without_whitening(e), FeaturesOfCache) for e in encoders)
         timelines = {"plain": training_timeline(args, aligned, latent_shape, with_pixels)}
-        aligned.transformer.enable_gradient_checkpointing()
+        recompute(aligned.transformer, args.gradient_checkpointing or "full")
         timelines["gradient_checkpointing"] = training_timeline(args, aligned, latent_shape, with_pixels)
         flops = step_flops(aligned, tokens=math.prod(grid_size))[1]
         encoding, vae_flops = None, 0
@@ -294,11 +298,10 @@ def count_step(args: VRPOConfig, data: TrainingData | None, start: Start, num_cl
             encoding = encoding_timeline(vae, args.resolution)
             pixels = torch.zeros(1, 3, args.resolution, args.resolution)
             vae_flops = counted_flops(lambda: encode_images(vae, pixels))
-    if args.gradient_checkpointing:
-        flops += forward_flops(aligned.transformer.config, math.prod(grid_size))
+    recomputed = recomputed_flops(aligned.transformer.config, args.gradient_checkpointing, math.prod(grid_size))
     disk = disk_bytes(args, latent_shape, has_posterior, encoders)
     tokens = math.prod(grid_size)
-    return CountedStep(aligned, vae, latent_shape, tokens, timelines, encoding, flops, vae_flops, disk)
+    return CountedStep(aligned, vae, latent_shape, tokens, timelines, encoding, flops, recomputed, vae_flops, disk)
 
 
 def plan(
@@ -354,11 +357,15 @@ def plan(
     images = steps * global_batch_size
     dtype, hours = HALF.get(args.mixed_precision, torch.float32), {}
     for gpu, (device, _) in chosen.items():
-        seconds = step.flops / peak_flops(device, dtype, args.allow_tf32)
+        seconds = (step.flops + step.recomputed) / peak_flops(device, dtype, args.allow_tf32)
         # The autoencoder runs in float32, whose convolutions are TF32 products by default.
         seconds += step.vae_flops / peak_flops(device, torch.float32, tf32=True)
         hours[gpu] = images * seconds / mfu / num_processes / 3600
-    found["flops_per_image"] = {"training": step.flops, "autoencoder": step.vae_flops}
+    found["flops_per_image"] = {
+        "training": step.flops,
+        "recomputed": step.recomputed,
+        "autoencoder": step.vae_flops,
+    }
     found["run"] = {
         "max_train_steps": steps,
         "global_batch_size": global_batch_size,

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
@@ -368,7 +369,13 @@ def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch
 
 
 class SiTTransformerBlock(nn.Module):
-    """Pre-norm attention and feed-forward, each shifted, scaled and gated by the conditioning (adaLN-zero)."""
+    """Pre-norm attention and feed-forward, each shifted, scaled and gated by the conditioning (adaLN-zero).
+
+    With `recomputed = "attention"` or `"mlp"` the backward pass computes that part, its norm and gate included, a second time
+    instead of keeping its activations.
+    """
+
+    recomputed: str | None = None
 
     def __init__(self, dim: int, heads: int, dim_head: int, mlp_ratio: float, qk_norm: bool | str, norm2_eps: float):
         super().__init__()
@@ -380,10 +387,20 @@ class SiTTransformerBlock(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(conditioning).chunk(6, dim=1)
-        hidden_states = hidden_states + gate1.unsqueeze(1) * self.attn(
-            modulate(self.norm1(hidden_states), shift1, scale1)
-        )
-        return hidden_states + gate2.unsqueeze(1) * self.ff(modulate(self.norm2(hidden_states), shift2, scale2))
+        hidden_states = hidden_states + self._run("attention", hidden_states, shift1, scale1, gate1)
+        return hidden_states + self._run("mlp", hidden_states, shift2, scale2, gate2)
+
+    def _run(self, name: str, *inputs: torch.Tensor) -> torch.Tensor:
+        part = self._attend if name == "attention" else self._feed_forward
+        if self.recomputed == name and torch.is_grad_enabled():
+            return torch.utils.checkpoint.checkpoint(part, *inputs, use_reentrant=False)
+        return part(*inputs)
+
+    def _attend(self, hidden_states, shift, scale, gate) -> torch.Tensor:
+        return gate.unsqueeze(1) * self.attn(modulate(self.norm1(hidden_states), shift, scale))
+
+    def _feed_forward(self, hidden_states, shift, scale, gate) -> torch.Tensor:
+        return gate.unsqueeze(1) * self.ff(modulate(self.norm2(hidden_states), shift, scale))
 
 
 class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):

@@ -58,6 +58,7 @@ BEFORE_IT_WAS_AN_OPTION = {
     "optimizer": "adamw",
     "optimizer_args": None,
     "random_streams": 1,
+    "ema_every": 1,
 }
 SAMPLES_A_STEP = "the number of samples a step"
 OPTIONS_OF_A_STEP = ("train_batch_size", "gradient_accumulation_steps")

@@ -14,7 +14,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, convert_outputs_to_fp32, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    convert_outputs_to_fp32,
+    gather_object,
+)
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
@@ -164,7 +169,21 @@ def prepare(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.o
         model.forward = convert_outputs_to_fp32(torch.autocast(accelerator.device.type, torch.bfloat16)(model.forward))
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return prepare_deepspeed(accelerator, model, optimizer)
+    if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.NO):
+        accelerator.ddp_handler = ddp_options(model)
     return accelerator.prepare(model, optimizer)
+
+
+def ddp_options(model: torch.nn.Module) -> DistributedDataParallelKwargs:
+    """How DDP treats gradients and buffers.
+
+    Gradients are views of the buckets that are summed, which saves a copy of all of them. Buffers are the same on all processes
+    from the beginning (position tables) and are not sent in every forward pass, unless a norm changes its own in training.
+    The graph is not static: projectors and a scaffold take part in some steps only.
+    """
+    norms = (module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._NormBase))
+    changes = any(norm.track_running_stats for norm in norms)
+    return DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=changes)
 
 
 def prepare_deepspeed(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer):

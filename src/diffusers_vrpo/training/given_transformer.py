@@ -165,8 +165,6 @@ def align_transformer(
         aligned.scaffold.draw_weights()
     if args.lora_rank:
         add_lora(transformer, args)
-    if args.gradient_checkpointing and not transformer._supports_gradient_checkpointing:
-        raise InputError("gradient_checkpointing", f"`gradient_checkpointing` is not supported by {name}; remove it")
     if args.compile and not getattr(transformer, "_repeated_blocks", None):
         raise InputError("compile", f"`compile`: diffusers names no repeated blocks of {name}; remove it")
     return aligned

@@ -7,6 +7,7 @@ step is that of the mathematics: recomputation with gradient checkpointing takes
 
 import contextlib
 import inspect
+import math
 import platform
 import re
 import time
@@ -22,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..alignment.attach import AlignedTransformer
 from ..alignment.encoders import PatchEncoder
 from ..alignment.whitening import WhitenedEncoder
+from ..config import recomputed_part
 from ..errors import InputError, first_line
 from ..models.transformer_sit import SiTTransformer2DModel
 
@@ -56,13 +58,30 @@ def forward_flops(config: dict, tokens: int | None = None) -> int:
     tokens = tokens or num_tokens(config)
     dim = config["num_attention_heads"] * config["attention_head_dim"]
     pixels = config["patch_size"] ** 2 * config["in_channels"]
-    attention = tokens * 4 * dim**2 + 2 * tokens**2 * dim  # q, k, v and out; scores and values
-    feed_forward = tokens * 2 * dim * int(dim * config["mlp_ratio"])
-    modulation = 6 * dim**2  # once per image
-    block = attention + feed_forward + modulation
+    block = sum(block_products(config, tokens).values())
     embedding = tokens * pixels * dim + 256 * dim + dim**2
     output = tokens * dim * pixels * (2 if config["learn_sigma"] else 1) + 2 * dim**2
     return 2 * (embedding + config["num_layers"] * block + output)
+
+
+def block_products(config: dict, tokens: int) -> dict[str, int]:
+    """Multiply-adds of one image through the parts of a block, for a config with all arguments."""
+    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    return {
+        "attention": tokens * 4 * dim**2 + 2 * tokens**2 * dim,  # q, k, v and out; scores and values
+        "mlp": tokens * 2 * dim * int(dim * config["mlp_ratio"]),
+        "modulation": 6 * dim**2,  # once per image
+    }
+
+
+def recomputed_flops(config: dict, gradient_checkpointing: bool | str, tokens: int | None = None) -> int:
+    """FLOPs of one image that the backward pass computes a second time with this value of the option."""
+    if not gradient_checkpointing:
+        return 0
+    config = MODEL_DEFAULTS | dict(config)
+    part, every = recomputed_part(gradient_checkpointing)
+    products = block_products(config, tokens or num_tokens(config))
+    return 2 * (config["num_layers"] // every) * products.get(part, sum(products.values()))
 
 
 def projector_flops(
@@ -354,11 +373,21 @@ class ForeachEMA(EMAModel):
 
     The first step copies the weights. After n further steps the decay is `min(decay, (1 + n) / (10 + n))`, or `decay` from
     the second step on if `min_decay` is `decay` too, which turns the warm-up off.
+
+    With `every` above 1 the average moves in the first step and in those whose number is a multiple of it, by the product of
+    the decays of all steps since it moved last. If the weights did not change in between, that would be the same average.
+
+    Args:
+        every (`int`): steps between two moves.
     """
+
+    def __init__(self, parameters, every: int = 1, **kwargs):
+        super().__init__(parameters, **kwargs)
+        self.every = every
 
     def share_of_start(self, step: int) -> float:
         """How much of the average after `step` steps are the weights after the first one: the product of all decays."""
-        share = 1.0
+        share, step = 1.0, step - step % self.every
         for number in range(2, step + 1):
             decay = self.get_decay(number)
             share *= decay
@@ -368,6 +397,10 @@ class ForeachEMA(EMAModel):
 
     @torch.no_grad()
     def step(self, parameters):
-        self.optimization_step += 1
-        self.cur_decay_value = self.get_decay(self.optimization_step)
+        self.optimization_step = step = self.optimization_step + 1
+        if step > 1 and step % self.every:
+            return
+        # The first step copies the weights, whatever `every` is.
+        since = min(step, max(1, step - self.every) + 1)
+        self.cur_decay_value = math.prod(self.get_decay(number) for number in range(since, step + 1))
         torch._foreach_lerp_(self.shadow_params, list(parameters), 1 - self.cur_decay_value)

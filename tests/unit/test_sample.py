@@ -26,7 +26,7 @@ from diffusers import (
 from PIL import Image
 
 from diffusers_vrpo import SiTSDEScheduler, SiTTransformer2DModel, VRPOPipeline
-from diffusers_vrpo.commands import sample
+from diffusers_vrpo.commands import sample, sample_options
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.models import ddpm
 from diffusers_vrpo.models.official_checkpoints import default_scheduler
@@ -212,9 +212,15 @@ def test_the_shift_of_the_pipelines_scheduler_is_kept():
         assert scheduler.config.beta_schedule == "scaled_linear" and scheduler.config.beta_end == 0.012
 
 
-def test_a_sampler_is_one_row(models, tmp_path, monkeypatch):
+def test_the_command_line_names_the_samplers():
+    names = dict.fromkeys(("default", *sampling.SAMPLERS["velocity"], *sampling.SAMPLERS["epsilon"]))
+    assert tuple(names) == sample_options.SAMPLER_NAMES
+
+
+def test_a_sampler_is_a_name_and_a_row(models, tmp_path, monkeypatch):
     row = {"euler_with_shift": lambda config, own: FlowMatchEulerDiscreteScheduler(shift=2.0)}
     monkeypatch.setitem(sampling.SAMPLERS, "velocity", sampling.SAMPLERS["velocity"] | row)
+    monkeypatch.setattr(sample_options, "SAMPLER_NAMES", (*sample_options.SAMPLER_NAMES, *row))
     run(models / "velocity", tmp_path / "mine", sampler="euler_with_shift", num_images=2)
     run(models / "velocity", tmp_path / "ode", sampler="ode", num_images=2)
     assert not np.array_equal(pngs(tmp_path / "mine"), pngs(tmp_path / "ode"))

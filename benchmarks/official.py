@@ -240,9 +240,10 @@ def build_ours(settings, preset: str, objective: str, compiled: bool) -> SimpleN
 
 
 def official_model(settings, repa: types.ModuleType, preset: str, **options) -> torch.nn.Module:
-    """REPA's model of a preset's size."""
+    """REPA's model of a preset's size; its projectors stand after block 8 unless `encoder_depth` says otherwise."""
     size = sit_preset(preset)
     dim = size["num_attention_heads"] * size["attention_head_dim"]
+    options.setdefault("encoder_depth", min(8, size["num_layers"]))
     return repa.SiT(
         input_size=settings.latent_size,
         patch_size=size["patch_size"],

@@ -406,6 +406,32 @@ def test_compile_compiles_the_blocks_alone(models, tmp_path, monkeypatch):
     assert np.abs(images - exact).max() <= 1
 
 
+def test_the_first_block_cache_skips_blocks(models, tmp_path, monkeypatch, capsys):
+    """A tiny threshold skips nothing and changes no byte; a large one computes the last block in the first step alone."""
+    options = {"num_inference_steps": 6, "num_images": 4}
+    whole = run(models / "velocity", tmp_path / "whole", **options)
+    assert "first_block_cache" not in json.loads((whole / "manifest.json").read_text())["options"]
+    same = run(models / "velocity", tmp_path / "same", first_block_cache=1e-9, **options)
+    assert np.array_equal(pngs(same), pngs(whole))
+
+    rows, load = [], sample.load_pipeline
+
+    def counting(*arguments):
+        pipeline = load(*arguments)
+        pipeline.transformer.transformer_blocks[-1].attn.register_forward_pre_hook(lambda *_: rows.append(1))
+        return pipeline
+
+    monkeypatch.setattr(sample, "load_pipeline", counting)
+    cached = run(models / "velocity", tmp_path / "cached", first_block_cache=10, **options)
+    assert len(rows) == 1 and not np.array_equal(pngs(cached), pngs(whole))
+    assert json.loads((cached / "manifest.json").read_text())["options"]["first_block_cache"] == 10
+    assert "--first_block_cache was 10.0 and is None" in refused(models / "velocity", cached, **options)
+    assert refused(models / "velocity", tmp_path / "none", first_block_cache=0, **options) == "2"
+    assert "--first_block_cache 0.0 must be above 0" in capsys.readouterr().err
+    assert refused(models / "velocity", tmp_path / "none", first_block_cache=0.1, compile=True, **options) == "2"
+    assert "--first_block_cache 0.1 cannot be combined with --compile" in capsys.readouterr().err
+
+
 def test_a_variant_of_the_weights(models, tmp_path):
     pipeline = VRPOPipeline.from_pretrained(models / "velocity")
     pipeline.save_pretrained(tmp_path / "variant", variant="fp16")

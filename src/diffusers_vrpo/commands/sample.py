@@ -16,6 +16,7 @@ import PIL
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from diffusers import FirstBlockCacheConfig
 from tqdm.auto import tqdm
 
 from ..command_line import as_id, one_line_errors
@@ -141,6 +142,8 @@ def sample(args: argparse.Namespace, pipeline: VRPOPipeline | None = None):
     for model, dtype in ((pipeline.transformer, args.dtype), (pipeline.vae, args.vae_dtype)):
         if model is not None and model.dtype != getattr(torch, dtype):
             model.to(getattr(torch, dtype))
+    if args.first_block_cache is not None:
+        pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=args.first_block_cache))
     if args.compile:
         pipeline.transformer.compile_repeated_blocks(dynamic=False)
     pipeline.set_progress_bar_config(disable=True)
@@ -176,6 +179,8 @@ def sample(args: argparse.Namespace, pipeline: VRPOPipeline | None = None):
 def build_manifest(pipeline, args, arguments: dict, classes: list[int], state: PartialState) -> dict:
     """Describes everything that the images depend on, and the label of each, as JSON."""
     device = torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else state.device.type
+    # An option that version 0.1 did not have stands in the manifest only where it is given.
+    cache = {} if args.first_block_cache is None else {"first_block_cache": args.first_block_cache}
     # Some kernels split sums by threads, which changes their rounding.
     threads = f", {torch.get_num_threads()} thread(s)" if state.device.type == "cpu" else ""
     manifest = {
@@ -195,6 +200,7 @@ def build_manifest(pipeline, args, arguments: dict, classes: list[int], state: P
             "dtype": args.dtype,
             "vae_dtype": args.vae_dtype if pipeline.vae is not None else None,
             "compile": args.compile,
+            **cache,
             "output_format": args.output_format,
         },
         "versions": {

@@ -14,13 +14,14 @@ same files. Existing files are kept.
 import argparse
 
 from ..command_line import OneLineErrorParser, number_in
-from ..config import BATCH, DTYPES, GUIDANCE, NUM_SAMPLES, SEED, SOLVER_STEPS
+from ..config import BATCH, DTYPES, GUIDANCE, NUM_SAMPLES, SEED, SOLVER_STEPS, In
 
 
 # The options that the short help shows beside the required ones.
 COMMON = ("labels", "seed", "sampler", "num_inference_steps", "guidance_scale", "batch_size", "dtype")
 # The names in `SAMPLERS` of `pipelines/sampling.py`, of both kinds of prediction.
 SAMPLER_NAMES = ("default", "ode", "heun", "dpmsolver++", "unipc", "sde", "ddim", "ddpm")
+CACHE_THRESHOLD = In(0, most=10, exclusive=True)
 
 
 def channels(text: str) -> int | str:
@@ -112,6 +113,13 @@ def add_sampling_options(parser: argparse.ArgumentParser, **num_images):
     )
     g.add_argument("--vae_dtype", choices=DTYPES, default="float32", help="precision of the autoencoder")
     g.add_argument("--compile", action="store_true", help="compile the transformer blocks")
+    g.add_argument(
+        "--first_block_cache",
+        type=number_in(CACHE_THRESHOLD, float),
+        metavar="THRESHOLD",
+        help="compute the first transformer block alone in steps in which its output changed, since the last whole step, by "
+        "less than this share (0.05 to 0.2), and add what the other blocks added then: faster, and other images",
+    )
     g.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub repository")
     g.add_argument("--variant", metavar="NAME", help="variant of the weights' files, such as fp16")
 
@@ -142,6 +150,11 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace):
     low, high = args.guidance_interval
     if not 0 <= low <= high <= 1:
         parser.error(f"--guidance_interval {low} {high} must be LOW HIGH with 0 <= LOW <= HIGH <= 1 (t = 1 is noise)")
+    if args.compile and args.first_block_cache is not None:
+        parser.error(
+            f"--first_block_cache {args.first_block_cache} cannot be combined with --compile: what it computes depends on the "
+            "step, so that torch compiles again and again, and then gives up"
+        )
 
 
 def parse_args(argv: list[str] | None = None, prog: str = "vrpo sample") -> argparse.Namespace:

@@ -31,6 +31,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState
+from differences import difference, with_error
 from diffusers.utils import make_image_grid
 from gradient_scale import GradientScale
 from grids_judge import grid_judge
@@ -386,32 +387,6 @@ class StepClock(TrainerCallback):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The table
-
-
-def paired(values: list[float]) -> dict[str, float]:
-    """Mean, standard error and two-sided t-test against 0 of differences seed by seed."""
-    from scipy import stats
-
-    error = statistics.stdev(values) / len(values) ** 0.5
-    p = 2 * stats.t.sf(abs(statistics.mean(values)) / error, len(values) - 1) if error else float("nan")
-    return {"mean": statistics.mean(values), "error": error, "p": float(p)}
-
-
-def with_error(values: list[float]) -> str:
-    """`mean ± standard error`; the mean alone of one value."""
-    digits = 2 if max(map(abs, values)) >= 2 else 3
-    text = f"{statistics.mean(values):.{digits}f}"
-    return text + (f" ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else "")
-
-
-def difference(own: dict[int, dict], base: dict[int, dict], key: str) -> str:
-    """The paired difference to the reference with its standard error, p and number of seeds."""
-    values = [own[seed][key] - base[seed][key] for seed in sorted(own) if seed in base]
-    if len(values) < 2:
-        return f"{values[0]:+.3f} (one seed)" if values else "–"
-    found = paired(values)
-    p = "p < 0.001" if found["p"] < 0.001 else f"p {found['p']:.3f}"
-    return f"{found['mean']:+.3f} ± {found['error']:.3f} ({p}, n {len(values)})"
 
 
 def steps_to(line: dict, target: float) -> float | None:

@@ -3,10 +3,14 @@
 r"""The table and the plots of a yardstick, from its results file alone.
 
     python benchmarks/yardstick/table.py cpu
+    python benchmarks/yardstick/table.py fork --against repa-4 --seeds 1 2 3 4
 
 Prints the table and writes it, `report.html` and the plots (quality against steps, time and FLOPs; last values) to
 `outputs/yardstick/SIZE/report`. Seconds are nominal ones: steps times what `timing.py` measured, since runs side by side slow
 one another down; those that were spent are in the results file.
+
+`--against ARM` prints two other tables, of the seeds that are named: the means over seeds with their standard errors, and the
+differences to this arm seed by seed, with a two-sided t-test.
 """
 
 import argparse
@@ -19,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import yaml
+from differences import difference, with_error
 from recipe import choose_arms, equal_compute, load_recipe, recipe_hash
 from run import read_results
 from timing import read_timing
@@ -40,6 +45,18 @@ COLUMNS = {
     "plain_train": "FD, gradients, colours, frequencies",
     "kid_train": "KID",
     "probe_accuracy": "probe",
+}
+
+# What `--against` shows, and with how many decimals.
+MEASURES = {
+    "hog_train": ("gradients", 4),
+    "fd_train": ("judge", 1),
+    "colour_train": ("colours", 3),
+    "dct_train": ("frequencies", 3),
+    "sliced_wasserstein_train": ("sliced Wasserstein", 4),
+    "kid_train": ("KID", 3),
+    "coverage": ("coverage", 3),
+    "probe_accuracy": ("probe", 3),
 }
 
 
@@ -105,6 +122,37 @@ def table_rows(arms: dict[str, list[dict]], reference: str) -> tuple[list[str], 
     return head, rows
 
 
+def tables_against(arms: dict[str, list[dict]], reference: str, seeds: list[int] | None) -> str:
+    """Means with standard errors, and differences to an arm seed by seed, each as a table of `MEASURES`.
+
+    Raises:
+        InputError: if the arm has none of the seeds.
+    """
+    runs = {
+        name: {line["seed"]: line for line in lines if not seeds or line["seed"] in seeds}
+        for name, lines in arms.items()
+    }
+    runs = {name: of_seeds for name, of_seeds in runs.items() if of_seeds}
+    if reference not in runs:
+        raise InputError(None, f"--against {reference} has no run with these seeds; {', '.join(runs) or 'no arm'} has")
+    titles = [title for title, _ in MEASURES.values()]
+    means = [
+        [name, str(len(own)), f"{next(iter(own.values()))['steps']:,}"]
+        + [with_error([line[key] for line in own.values()], digits) for key, (_, digits) in MEASURES.items()]
+        for name, own in runs.items()
+    ]
+    differences = [
+        [name, *(difference(own, runs[reference], key, digits) for key, (_, digits) in MEASURES.items())]
+        for name, own in runs.items()
+        if name != reference
+    ]
+    tables = (
+        markdown(["arm", "seeds", "steps", *titles], means),
+        markdown([f"against {reference}", *titles], differences),
+    )
+    return "\n".join(tables)
+
+
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -150,8 +198,12 @@ def write_plots(arms: dict[str, list[dict]], reference: str, output_dir: Path) -
 def main(argv: list[str] | None = None):
     parser = OneLineErrorParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_options(parser)
+    parser.add_argument("--against", metavar="ARM", help="print means and differences to this arm instead")
+    parser.add_argument("--seeds", nargs="+", type=int, help="of --against (default: all)")
     args = parser.parse_args(argv)
     resolve_folders(args)
+    if args.seeds and not args.against:
+        parser.error("--seeds needs --against ARM")
     recipe = load_recipe(args.size)
     timing, hashes = read_timing(recipe, args.results), {}
     for name, arm in choose_arms(args.arms, recipe).items():
@@ -162,6 +214,9 @@ def main(argv: list[str] | None = None):
         raise InputError(
             None, f"results-{recipe.name}.jsonl has no run of this recipe; `run.py {args.size}` makes them"
         )
+    if args.against:
+        print(tables_against(arms, args.against, args.seeds), end="")
+        return
     text = markdown(*table_rows(arms, recipe.reference))
     output_dir = args.work / recipe.name / "report"
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -162,7 +162,9 @@ def test_arms_of_a_seed_start_from_the_same_weights(grids, study, capsys):
 
 def test_the_table_by_hand(grids):
     pytest.importorskip("scipy")
-    found = grids.paired([0.05, 0.03, 0.07, 0.01])
+    import differences
+
+    found = differences.paired([0.05, 0.03, 0.07, 0.01])
     assert found["mean"] == pytest.approx(0.04) and found["error"] == pytest.approx(0.02581989 / 2)
     assert found["p"] == pytest.approx(0.0533, abs=1e-3)  # t = 3.098 with 3 degrees of freedom
     line = {"curve": [{"step": 100, "pairs": 0.2}, {"step": 200, "pairs": 0.4}]}

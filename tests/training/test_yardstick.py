@@ -207,6 +207,21 @@ def test_difference_in_pooled_std_by_hand(yardstick):
     assert rows[0][-3:] == ["–", "–", "–"] and len(head) == len(rows[0])
 
 
+def test_tables_against_an_arm(yardstick):
+    pytest.importorskip("scipy")
+    measures = dict.fromkeys(yardstick.table.MEASURES, 0.5)
+    arms = {
+        name: [{"seed": seed, "steps": 9, **measures, "hog_train": value} for seed, value in enumerate(values)]
+        for name, values in (("repa", (1.0, 2.0, 4.0)), ("vrpo", (0.9, 1.8, 9.0)), ("none", (3.0,)))
+    }
+    text = yardstick.table.tables_against(arms, "repa", [0, 1])
+    assert "| vrpo | 2 | 9 | 1.3500 ± 0.4500 | 0.5 ± 0.0 |" in text
+    assert "| vrpo | -0.1500 ± 0.0500 (p 0.205, n 2) | +0.0 ± 0.0 (p nan, n 2) |" in text
+    assert "| none | +2.0000 (one seed) |" in text
+    with pytest.raises(InputError, match="--against repa has no run with these seeds"):
+        yardstick.table.tables_against(arms, "repa", [7])
+
+
 def test_sliced_wasserstein_of_a_shift(yardstick):
     generator = torch.Generator().manual_seed(0)
     x, shift = torch.randn(400, 3, generator=generator), torch.tensor([3.0, 0.0, 0.0])
@@ -293,5 +308,5 @@ def test_cost_of_a_recipe_by_hand(tmp_path, capsys):
     with pytest.raises(InputError, match="is not of facebook/dinov2-base and 32x32 latents"):
         recipe_cost.recipe_cost(other, 0)
     other.write_text("objective: repa")
-    with pytest.raises(InputError, match="is no recipe with a preset"):
+    with pytest.raises(InputError, match="is not a recipe with a preset"):
         recipe_cost.recipe_cost(other, 0)

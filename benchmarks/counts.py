@@ -12,7 +12,8 @@ the targets are given, as in objective_overhead.py; autoencoder, encoder and loa
 
 Parts: `forward` of the transformer and its projectors; `loss` is what the objective computes between them and in the backward
 pass, with its fork; `backward` is the rest of it; `optimizer` is clipping and fused AdamW, `average` the EMA, `statistics` the
-objective's and those of the log. REPI is counted after its scaffold phase.
+objective's and those of the log. REPI is counted after its scaffold phase. What the objective computes on the host, of numbers
+that one copy brings there, launches nothing and is counted by itself.
 
 The roofline is the least time on a GPU: an operation takes its FLOPs over the peak or its bytes over the bandwidth, whichever is
 longer. `eager` adds all operations up. `compiled` takes runs of operations between two matrix products or attentions as one
@@ -228,8 +229,9 @@ def count_step(objective: str, preset: str, batch_size: int, depth: int | None =
     """Counts a training step.
 
     Returns:
-        by part, `launches`, `read`, `written` and `flops` of the batch, and `syncs`; in the whole, also `saved` (activations of
-        an image) and the seconds of the roofline, `eager` and `compiled`, for each of `GPUS`.
+        by part, `launches`, `read`, `written` and `flops` of the batch, `syncs`, and launches and bytes if all is `fused` that
+        can be; in the whole, also `saved` (activations of an image), operations on the `host`, and the seconds of the roofline,
+        `eager` and `compiled`, for each of `GPUS`.
     """
     shape = (4, latent_size, latent_size)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -245,6 +247,7 @@ def count_step(objective: str, preset: str, batch_size: int, depth: int | None =
     by_part = {name: totals([o for o in counter.operations if o.part == name]) for name in PARTS}
     for name, part in by_part.items():
         part["syncs"] = counter.syncs[name]
+        part["fused"] = fused_counts(on_device, name)
     return {
         "parts": by_part,
         "step": totals(on_device) | {"syncs": sum(counter.syncs.values()), "saved": saved},
@@ -344,9 +347,9 @@ def totals(operations: list[Operation]) -> dict[str, int]:
     return {name: sum(getattr(o, name) for o in operations) for name in ("launches", "read", "written", "flops")}
 
 
-def fused_counts(operations: list[Operation]) -> dict[str, int]:
-    """Launches and bytes where every run of operations between two matrix products is one kernel."""
-    runs = fused_runs(operations)
+def fused_counts(operations: list[Operation], part: str | None = None) -> dict[str, int]:
+    """Launches and bytes, of a part or of all, where every run of operations between two matrix products is one kernel."""
+    runs = [run for run in fused_runs(operations) if part in (None, run["part"])]
     return {"launches": sum(run["launches"] for run in runs), "bytes": sum(run["bytes"] for run in runs)}
 
 
@@ -365,7 +368,7 @@ def fused_runs(operations: list[Operation]) -> list[dict]:
         end = start + 1
         if alone(operations[start]):
             operation = operations[start]
-            runs.append({"launches": operation.launches, "bytes": operation.bytes, "flops": operation.flops})
+            run = {"launches": operation.launches, "bytes": operation.bytes, "flops": operation.flops}
         else:
             while (
                 end < len(operations) and not alone(operations[end]) and operations[end].part == operations[start].part
@@ -376,7 +379,8 @@ def fused_runs(operations: list[Operation]) -> list[dict]:
                 read |= {number: size for number, size in operation.inputs.items() if number not in made}
                 made |= operation.outputs
             kept = sum(size for number, size in made.items() if last_use.get(number, len(operations)) >= end)
-            runs.append({"launches": 1, "bytes": sum(read.values()) + kept, "flops": 0})
+            run = {"launches": 1, "bytes": sum(read.values()) + kept, "flops": 0}
+        runs.append(run | {"part": operations[start].part})
         start = end
     return runs
 
@@ -456,6 +460,14 @@ def print_counts(counts: dict, batch_size: int):
             print(
                 f"{name:<12}{step['flops'] / 1e12:>12.2f}{step['saved'] / 2**20:>12.1f}{fused['bytes'] / 1e9:>12.2f}"
                 f"{fused['launches']:>12,}" + "".join(f"{ms:>13.1f} ms" for ms in times)
+            )
+        print(f"{'the loss':<12}{'launches':>12}{'fused':>12}{'GB':>12}{'fused GB':>12}{'on the host':>12}")
+        for name, found in by_objective.items():
+            loss = found["parts"]["loss"]
+            fused, size = loss["fused"], loss["read"] + loss["written"]
+            print(
+                f"{name:<12}{loss['launches']:>12,}{fused['launches']:>12,}{size / 1e9:>12.2f}{fused['bytes'] / 1e9:>12.2f}"
+                f"{found['host']:>12,}"
             )
     for gpu, (name, bandwidth) in GPUS.items():
         peak = peak_flops(name, torch.bfloat16)

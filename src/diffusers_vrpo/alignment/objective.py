@@ -9,7 +9,6 @@
     loss = loss_fm.mean() + objective.alignment_coeff * objective(step, projections, images, loss_fm)
     loss.backward()
     objective.observe(step)
-    objective.collect()
     optimizer.step()
     objective.update()
 
@@ -20,8 +19,9 @@ With a scaffold (REPI, alone or beside REPA and VRPO) three lines have more:
     prediction, projections = aligned(x_t, ..., fork=step.fork, align=step.active, scaffold=step.scaffold)
     loss = ... + objective.scaffold_coeff * step.scaffold_distance()
 
-`begin` to `observe` belong to a micro-batch, `collect` and `update` to an optimizer step. The objective counts both. Formulas:
-docs/method.md.
+`begin` to `observe` belong to a micro-batch, `update` to an optimizer step. The objective counts both. Formulas:
+docs/method.md. Statistics are updated on the host: `update` waits for the device, unless `collect` was called before
+`optimizer.step()`, which starts their copy.
 """
 
 import contextlib
@@ -203,12 +203,12 @@ class NoAlignment:
         """Compiles the objective's computation; there is none to compile here."""
 
     def collect(self, all_reduce: Callable | None = None) -> None:
-        """Starts the copy of what was observed to the host, after the last `observe` before an optimizer step.
+        """Starts the copy of what was observed to the host; called between the last `observe` and the optimizer's step.
 
         It may be omitted; `update` then waits for the device.
 
         Args:
-            all_reduce: called as `all_reduce(tensor)`, sums over processes.
+            all_reduce: as of `update`, which then adds up nothing itself.
         """
 
     def update(self, all_reduce: Callable | None = None) -> None:

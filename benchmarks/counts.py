@@ -240,7 +240,6 @@ def count_step(objective: str, preset: str, batch_size: int, depth: int | None =
         for parameter in aligned.parameters():
             parameter.grad = None
         step = TrainingStep(args, aligned, blank_batch(args, aligned, shape, False, batch_size))
-        step.take(StepCounter())  # makes moments and averages, and the first step is unlike the others
         counter = StepCounter()
         step.take(counter)
     on_device = [o for o in counter.operations if o.part != "host"]
@@ -269,6 +268,12 @@ class TrainingStep:
         self.optimizer = build_optimizer(args, self.parameters)
         self.average = ForeachEMA(self.parameters, decay=args.ema_decay)
         self.metrics = RunningMeans()
+        # The first step is unlike the others: it makes the moments.
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.average.step(self.parameters)
         process = SimpleNamespace(device=torch.device("cpu"), num_processes=1, scaler=None)
         self.guard = StepGuard(process, self.optimizer, SimpleNamespace(signum=0), False)
 
@@ -439,39 +444,35 @@ def count_breaks(objective: str) -> dict[str, int]:
 # Report
 
 
-def print_counts(counts: dict, batch_size: int):
-    for preset, by_objective in counts.items():
-        print(f"\n{preset}, batch {batch_size}, bf16 autocast")
-        print(f"{'launches':<12}" + "".join(f"{part:>12}" for part in (*PARTS, "step")) + f"{'syncs':>8}")
-        for name, found in by_objective.items():
-            numbers = [found["parts"][part]["launches"] for part in PARTS] + [found["step"]["launches"]]
-            print(f"{name:<12}" + "".join(f"{n:>12,}" for n in numbers) + f"{found['step']['syncs']:>8}")
-        print(f"{'GB':<12}" + "".join(f"{part:>12}" for part in (*PARTS, "step")))
-        for name, found in by_objective.items():
-            parts = [found["parts"][part] for part in PARTS] + [found["step"]]
-            print(f"{name:<12}" + "".join(f"{(p['read'] + p['written']) / 1e9:>12.2f}" for p in parts))
+def print_counts(preset: str, by_objective: dict, batch_size: int):
+    print(f"\n{preset}, batch {batch_size}, bf16 autocast")
+    print(f"{'launches':<12}" + "".join(f"{part:>12}" for part in (*PARTS, "step")) + f"{'syncs':>8}")
+    for name, found in by_objective.items():
+        numbers = [found["parts"][part]["launches"] for part in PARTS] + [found["step"]["launches"]]
+        print(f"{name:<12}" + "".join(f"{n:>12,}" for n in numbers) + f"{found['step']['syncs']:>8}")
+    print(f"{'GB':<12}" + "".join(f"{part:>12}" for part in (*PARTS, "step")))
+    for name, found in by_objective.items():
+        parts = [found["parts"][part] for part in PARTS] + [found["step"]]
+        print(f"{name:<12}" + "".join(f"{(p['read'] + p['written']) / 1e9:>12.2f}" for p in parts))
+    print(
+        f"{'':<12}{'TFLOP':>12}{'saved MiB':>12}{'fused GB':>12}{'fused':>12}"
+        + "".join(f"{gpu + ' ' + kind:>16}" for gpu in GPUS for kind in ("eager", "compiled"))
+    )
+    for name, found in by_objective.items():
+        step, fused = found["step"], found["fused"]
+        times = [found["roofline"][gpu][kind] * 1000 for gpu in GPUS for kind in ("eager", "compiled")]
         print(
-            f"{'':<12}{'TFLOP':>12}{'saved MiB':>12}{'fused GB':>12}{'fused':>12}"
-            + "".join(f"{gpu + ' ' + kind:>16}" for gpu in GPUS for kind in ("eager", "compiled"))
+            f"{name:<12}{step['flops'] / 1e12:>12.2f}{step['saved'] / 2**20:>12.1f}{fused['bytes'] / 1e9:>12.2f}"
+            f"{fused['launches']:>12,}" + "".join(f"{ms:>13.1f} ms" for ms in times)
         )
-        for name, found in by_objective.items():
-            step, fused = found["step"], found["fused"]
-            times = [found["roofline"][gpu][kind] * 1000 for gpu in GPUS for kind in ("eager", "compiled")]
-            print(
-                f"{name:<12}{step['flops'] / 1e12:>12.2f}{step['saved'] / 2**20:>12.1f}{fused['bytes'] / 1e9:>12.2f}"
-                f"{fused['launches']:>12,}" + "".join(f"{ms:>13.1f} ms" for ms in times)
-            )
-        print(f"{'the loss':<12}{'launches':>12}{'fused':>12}{'GB':>12}{'fused GB':>12}{'on the host':>12}")
-        for name, found in by_objective.items():
-            loss = found["parts"]["loss"]
-            fused, size = loss["fused"], loss["read"] + loss["written"]
-            print(
-                f"{name:<12}{loss['launches']:>12,}{fused['launches']:>12,}{size / 1e9:>12.2f}{fused['bytes'] / 1e9:>12.2f}"
-                f"{found['host']:>12,}"
-            )
-    for gpu, (name, bandwidth) in GPUS.items():
-        peak = peak_flops(name, torch.bfloat16)
-        print(f"{gpu}: {peak / 1e12:.1f} TFLOP/s in bf16, {bandwidth / 1e12:.2f} TB/s")
+    print(f"{'the loss':<12}{'launches':>12}{'fused':>12}{'GB':>12}{'fused GB':>12}{'on the host':>12}")
+    for name, found in by_objective.items():
+        loss = found["parts"]["loss"]
+        fused, size = loss["fused"], loss["read"] + loss["written"]
+        print(
+            f"{name:<12}{loss['launches']:>12,}{fused['launches']:>12,}{size / 1e9:>12.2f}{fused['bytes'] / 1e9:>12.2f}"
+            f"{found['host']:>12,}"
+        )
 
 
 def print_operations(objective: str, preset: str, batch_size: int, part: str):
@@ -479,7 +480,6 @@ def print_operations(objective: str, preset: str, batch_size: int, part: str):
     with FakeTensorMode(allow_non_fake_inputs=True):
         args, aligned = build(objective, preset)
         step = TrainingStep(args, aligned, blank_batch(args, aligned, (4, 32, 32), False, batch_size))
-        step.take(StepCounter())
         counter = StepCounter()
         step.take(counter)
     rows = collections.defaultdict(lambda: [0, 0])
@@ -510,8 +510,12 @@ def main(settings: argparse.Namespace):
                 print(f"{preset}, {name}, {settings.operations}")
                 print_operations(name, preset, settings.batch_size, settings.operations)
         return
-    counts = {p: {o: count_step(o, p, settings.batch_size) for o in settings.objectives} for p in settings.presets}
-    print_counts(counts, settings.batch_size)
+    counts = {}
+    for preset in settings.presets:
+        counts[preset] = {name: count_step(name, preset, settings.batch_size) for name in settings.objectives}
+        print_counts(preset, counts[preset], settings.batch_size)
+    for gpu, (name, bandwidth) in GPUS.items():
+        print(f"{gpu}: {peak_flops(name, torch.bfloat16) / 1e12:.1f} TFLOP/s in bf16, {bandwidth / 1e12:.2f} TB/s")
     breaks = {}
     if settings.breaks:
         breaks = {name: count_breaks(name) for name in settings.objectives}

@@ -12,7 +12,8 @@ the targets are given, as in objective_overhead.py; autoencoder, encoder and loa
 
 Parts: `forward` of the transformer and its projectors; `loss` is what the objective computes between them and in the backward
 pass, with its fork; `backward` is the rest of it; `optimizer` is clipping and fused AdamW, `average` the EMA, `statistics` the
-objective's and those of the log. REPI is counted after its scaffold phase.
+objective's and those of the log. REPI is counted after its scaffold phase. What the objective computes on the host, of numbers
+that one copy brings there, launches nothing and is counted by itself.
 
 The roofline is the least time on a GPU: an operation takes its FLOPs over the peak or its bytes over the bandwidth, whichever is
 longer. `eager` adds all operations up. `compiled` takes runs of operations between two matrix products or attentions as one
@@ -228,8 +229,9 @@ def count_step(objective: str, preset: str, batch_size: int, depth: int | None =
     """Counts a training step.
 
     Returns:
-        by part, `launches`, `read`, `written` and `flops` of the batch, and `syncs`; in the whole, also `saved` (activations of
-        an image) and the seconds of the roofline, `eager` and `compiled`, for each of `GPUS`.
+        by part, `launches`, `read`, `written` and `flops` of the batch, `syncs`, and launches and bytes if all is `fused` that
+        can be; in the whole, also `saved` (activations of an image), operations on the `host`, and the seconds of the roofline,
+        `eager` and `compiled`, for each of `GPUS`.
     """
     shape = (4, latent_size, latent_size)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -238,13 +240,13 @@ def count_step(objective: str, preset: str, batch_size: int, depth: int | None =
         for parameter in aligned.parameters():
             parameter.grad = None
         step = TrainingStep(args, aligned, blank_batch(args, aligned, shape, False, batch_size))
-        step.take(StepCounter())  # makes moments and averages, and the first step is unlike the others
         counter = StepCounter()
         step.take(counter)
     on_device = [o for o in counter.operations if o.part != "host"]
     by_part = {name: totals([o for o in counter.operations if o.part == name]) for name in PARTS}
     for name, part in by_part.items():
         part["syncs"] = counter.syncs[name]
+        part["fused"] = fused_counts(on_device, name)
     return {
         "parts": by_part,
         "step": totals(on_device) | {"syncs": sum(counter.syncs.values()), "saved": saved},
@@ -266,6 +268,12 @@ class TrainingStep:
         self.optimizer = build_optimizer(args, self.parameters)
         self.average = ForeachEMA(self.parameters, decay=args.ema_decay)
         self.metrics = RunningMeans()
+        # The first step is unlike the others: it makes the moments.
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.average.step(self.parameters)
         process = SimpleNamespace(device=torch.device("cpu"), num_processes=1, scaler=None)
         self.guard = StepGuard(process, self.optimizer, SimpleNamespace(signum=0), False)
 
@@ -344,9 +352,9 @@ def totals(operations: list[Operation]) -> dict[str, int]:
     return {name: sum(getattr(o, name) for o in operations) for name in ("launches", "read", "written", "flops")}
 
 
-def fused_counts(operations: list[Operation]) -> dict[str, int]:
-    """Launches and bytes where every run of operations between two matrix products is one kernel."""
-    runs = fused_runs(operations)
+def fused_counts(operations: list[Operation], part: str | None = None) -> dict[str, int]:
+    """Launches and bytes, of a part or of all, where every run of operations between two matrix products is one kernel."""
+    runs = [run for run in fused_runs(operations) if part in (None, run["part"])]
     return {"launches": sum(run["launches"] for run in runs), "bytes": sum(run["bytes"] for run in runs)}
 
 
@@ -365,7 +373,7 @@ def fused_runs(operations: list[Operation]) -> list[dict]:
         end = start + 1
         if alone(operations[start]):
             operation = operations[start]
-            runs.append({"launches": operation.launches, "bytes": operation.bytes, "flops": operation.flops})
+            run = {"launches": operation.launches, "bytes": operation.bytes, "flops": operation.flops}
         else:
             while (
                 end < len(operations) and not alone(operations[end]) and operations[end].part == operations[start].part
@@ -376,7 +384,8 @@ def fused_runs(operations: list[Operation]) -> list[dict]:
                 read |= {number: size for number, size in operation.inputs.items() if number not in made}
                 made |= operation.outputs
             kept = sum(size for number, size in made.items() if last_use.get(number, len(operations)) >= end)
-            runs.append({"launches": 1, "bytes": sum(read.values()) + kept, "flops": 0})
+            run = {"launches": 1, "bytes": sum(read.values()) + kept, "flops": 0}
+        runs.append(run | {"part": operations[start].part})
         start = end
     return runs
 
@@ -435,31 +444,35 @@ def count_breaks(objective: str) -> dict[str, int]:
 # Report
 
 
-def print_counts(counts: dict, batch_size: int):
-    for preset, by_objective in counts.items():
-        print(f"\n{preset}, batch {batch_size}, bf16 autocast")
-        print(f"{'launches':<12}" + "".join(f"{part:>12}" for part in (*PARTS, "step")) + f"{'syncs':>8}")
-        for name, found in by_objective.items():
-            numbers = [found["parts"][part]["launches"] for part in PARTS] + [found["step"]["launches"]]
-            print(f"{name:<12}" + "".join(f"{n:>12,}" for n in numbers) + f"{found['step']['syncs']:>8}")
-        print(f"{'GB':<12}" + "".join(f"{part:>12}" for part in (*PARTS, "step")))
-        for name, found in by_objective.items():
-            parts = [found["parts"][part] for part in PARTS] + [found["step"]]
-            print(f"{name:<12}" + "".join(f"{(p['read'] + p['written']) / 1e9:>12.2f}" for p in parts))
+def print_counts(preset: str, by_objective: dict, batch_size: int):
+    print(f"\n{preset}, batch {batch_size}, bf16 autocast")
+    print(f"{'launches':<12}" + "".join(f"{part:>12}" for part in (*PARTS, "step")) + f"{'syncs':>8}")
+    for name, found in by_objective.items():
+        numbers = [found["parts"][part]["launches"] for part in PARTS] + [found["step"]["launches"]]
+        print(f"{name:<12}" + "".join(f"{n:>12,}" for n in numbers) + f"{found['step']['syncs']:>8}")
+    print(f"{'GB':<12}" + "".join(f"{part:>12}" for part in (*PARTS, "step")))
+    for name, found in by_objective.items():
+        parts = [found["parts"][part] for part in PARTS] + [found["step"]]
+        print(f"{name:<12}" + "".join(f"{(p['read'] + p['written']) / 1e9:>12.2f}" for p in parts))
+    print(
+        f"{'':<12}{'TFLOP':>12}{'saved MiB':>12}{'fused GB':>12}{'fused':>12}"
+        + "".join(f"{gpu + ' ' + kind:>16}" for gpu in GPUS for kind in ("eager", "compiled"))
+    )
+    for name, found in by_objective.items():
+        step, fused = found["step"], found["fused"]
+        times = [found["roofline"][gpu][kind] * 1000 for gpu in GPUS for kind in ("eager", "compiled")]
         print(
-            f"{'':<12}{'TFLOP':>12}{'saved MiB':>12}{'fused GB':>12}{'fused':>12}"
-            + "".join(f"{gpu + ' ' + kind:>16}" for gpu in GPUS for kind in ("eager", "compiled"))
+            f"{name:<12}{step['flops'] / 1e12:>12.2f}{step['saved'] / 2**20:>12.1f}{fused['bytes'] / 1e9:>12.2f}"
+            f"{fused['launches']:>12,}" + "".join(f"{ms:>13.1f} ms" for ms in times)
         )
-        for name, found in by_objective.items():
-            step, fused = found["step"], found["fused"]
-            times = [found["roofline"][gpu][kind] * 1000 for gpu in GPUS for kind in ("eager", "compiled")]
-            print(
-                f"{name:<12}{step['flops'] / 1e12:>12.2f}{step['saved'] / 2**20:>12.1f}{fused['bytes'] / 1e9:>12.2f}"
-                f"{fused['launches']:>12,}" + "".join(f"{ms:>13.1f} ms" for ms in times)
-            )
-    for gpu, (name, bandwidth) in GPUS.items():
-        peak = peak_flops(name, torch.bfloat16)
-        print(f"{gpu}: {peak / 1e12:.1f} TFLOP/s in bf16, {bandwidth / 1e12:.2f} TB/s")
+    print(f"{'the loss':<12}{'launches':>12}{'fused':>12}{'GB':>12}{'fused GB':>12}{'on the host':>12}")
+    for name, found in by_objective.items():
+        loss = found["parts"]["loss"]
+        fused, size = loss["fused"], loss["read"] + loss["written"]
+        print(
+            f"{name:<12}{loss['launches']:>12,}{fused['launches']:>12,}{size / 1e9:>12.2f}{fused['bytes'] / 1e9:>12.2f}"
+            f"{found['host']:>12,}"
+        )
 
 
 def print_operations(objective: str, preset: str, batch_size: int, part: str):
@@ -467,7 +480,6 @@ def print_operations(objective: str, preset: str, batch_size: int, part: str):
     with FakeTensorMode(allow_non_fake_inputs=True):
         args, aligned = build(objective, preset)
         step = TrainingStep(args, aligned, blank_batch(args, aligned, (4, 32, 32), False, batch_size))
-        step.take(StepCounter())
         counter = StepCounter()
         step.take(counter)
     rows = collections.defaultdict(lambda: [0, 0])
@@ -498,8 +510,12 @@ def main(settings: argparse.Namespace):
                 print(f"{preset}, {name}, {settings.operations}")
                 print_operations(name, preset, settings.batch_size, settings.operations)
         return
-    counts = {p: {o: count_step(o, p, settings.batch_size) for o in settings.objectives} for p in settings.presets}
-    print_counts(counts, settings.batch_size)
+    counts = {}
+    for preset in settings.presets:
+        counts[preset] = {name: count_step(name, preset, settings.batch_size) for name in settings.objectives}
+        print_counts(preset, counts[preset], settings.batch_size)
+    for gpu, (name, bandwidth) in GPUS.items():
+        print(f"{gpu}: {peak_flops(name, torch.bfloat16) / 1e12:.1f} TFLOP/s in bf16, {bandwidth / 1e12:.2f} TB/s")
     breaks = {}
     if settings.breaks:
         breaks = {name: count_breaks(name) for name in settings.objectives}

@@ -711,7 +711,7 @@ class SpeedConfig(Options):
 
     _argument_group_name: ClassVar[str] = "speed"
 
-    compile: Free[bool] = option(False, "compile the transformer blocks and the encoders")
+    compile: Free[bool] = option(False, "compile the transformer blocks, the encoders and the objective")
     attention_backend: Free[str | None] = option(
         None,
         "attention backend of diffusers: native, flash, _flash_3, _native_cudnn, sage, ...; diffusers' default if not given",

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffusers_vrpo.alignment.encoders import load_encoder
-from diffusers_vrpo.alignment.gradient_fork import alignment_fork, measuring_probe
+from diffusers_vrpo.alignment.gradient_fork import alignment_fork, compiled_mix_gradients, measuring_probe
 from diffusers_vrpo.alignment.objective import REPA, VRPO
 from diffusers_vrpo.alignment.policy import action_noise, timestep_weight
 from diffusers_vrpo.alignment.release import ConflictGate
@@ -24,6 +25,7 @@ from diffusers_vrpo.data.samples import TrainingSamples
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.models import ddpm
 from diffusers_vrpo.models.flow import forward_process
+from diffusers_vrpo.trainer import VRPOTrainer
 from diffusers_vrpo.training.metrics import read_metrics
 from support.models import aligned_with, digits_model, inputs, needs_compiler, tiny_model
 from support.paths import TRAINING_SCRIPT
@@ -181,6 +183,50 @@ def test_compiled_and_checkpointed_blocks_give_the_same_gradients(layers):
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=[needs_compiler, pytest.mark.slow])])
+def test_a_compiled_objective_is_one_graph_with_the_same_numbers(backend, monkeypatch):
+    """Loss, fork and sums of three steps, with everything on that a run can have; nothing is compiled twice."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    results = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        compiled_mix_gradients.cache_clear()
+        torch._dynamo.utils.counters.clear()
+        aligned = aligned_with(tiny_model(), [1, 3]).train()
+        objective = VRPO(aligned, 100, release="plateau", token_weighting="residual", timestep_weighting="low_noise")
+        if compiled:
+            objective.compile()
+        x, t, labels = inputs()
+        found = []
+        for seed in range(3):
+            generator = torch.Generator().manual_seed(seed)
+            step = objective.begin(t)
+            prediction, projections = aligned(x, t, labels, fork=step.fork)
+            loss_fm = prediction.square().flatten(1).mean(1)
+            step.targets = [normalize(torch.randn(2, 16, 12, generator=generator))]
+            subset = torch.stack([torch.randperm(16, generator=generator)[:8] for _ in range(2)])
+            loss = objective(step, projections, None, loss_fm, subset=subset)
+            (loss_fm.mean() + 0.5 * loss).backward()
+            objective.observe(step)
+            objective.collect()
+            objective.update()
+            found += [step.probe.grad, *step.logs.values()]
+        found += [p.grad for p in aligned.parameters()]
+        found += [x for holder in objective.stateful().values() for x in holder.state_dict().values()]
+        results.append(found)
+    for plain, ours in zip(*results, strict=True):
+        torch.testing.assert_close(plain, ours, atol=1e-6, rtol=1e-4)
+    counters = torch._dynamo.utils.counters
+    # The loss, the fork's backward pass, and the sums of the gate.
+    assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"] and not counters["recompiles"]
+    compiled_mix_gradients.cache_clear()
+
+
+def test_the_option_compiles_the_objective_too(command):
+    with VRPOTrainer(args=train_vrpo.parse_args(command() + ["--compile"])) as trainer:
+        assert trainer.objective.compiled  # nothing is compiled before the first step
 
 
 @pytest.mark.parametrize("objective", ["repa", "vrpo"])

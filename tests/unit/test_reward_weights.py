@@ -162,6 +162,28 @@ def test_micro_batches_and_processes_do_not_change_the_result():
             torch.testing.assert_close(statistics.state[name], tensor)
 
 
+@pytest.mark.parametrize("kind", [lambda: RewardStatistics(1, 2, "equal"), lambda: ConflictGate(100)])
+def test_sums_that_are_collected_before_the_optimizer_are_those_of_the_step(kind):
+    """What is observed after the copy has begun belongs to the next step; sums of several processes need one reduction."""
+    plain, collected = kind(), kind()
+    t, values = torch.tensor([0.1, 0.12, 0.9]), torch.tensor([[0.3, 0.5], [0.2, 0.1], [0.4, 0.2]])
+
+    def observe(statistics):
+        statistics.observe(*((0, t, values, values) if isinstance(statistics, RewardStatistics) else (t, *values.mT)))
+
+    for statistics in (plain, collected):
+        observe(statistics)
+    collected.collect(lambda sums: 2 * sums)
+    observe(collected)
+    collected.update(lambda sums: 3 * sums)
+    plain.update(lambda sums: 2 * sums)
+    for name, tensor in plain.state.items():
+        assert torch.equal(tensor, collected.state[name]), name
+    collected.collect()
+    with pytest.raises(ValueError, match="`collect` was called without `all_reduce`"):
+        collected.update(lambda sums: sums)
+
+
 def test_a_sample_that_is_not_finite_does_not_spoil_its_bin():
     clean, spoilt = (RewardStatistics(1, 2, "inverse_variance") for _ in range(2))
     t, rewards, squares = torch.full((40,), 0.3), torch.randn(40, 2), torch.rand(40, 2)

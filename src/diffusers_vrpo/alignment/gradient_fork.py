@@ -13,7 +13,7 @@ import torch
 
 
 CONFLICTS = ("none", "gate", "project")
-SMALLEST = 2**-149  # positive number of float32
+SMALLEST = 1e-30  # below every norm that is not zero: a square is at least 1.4e-45 in float32, or it is zero
 
 
 def _per_sample(x: torch.Tensor, ndim: int) -> torch.Tensor:

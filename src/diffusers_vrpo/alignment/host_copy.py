@@ -34,22 +34,32 @@ class DeviceSums:
         on_gpu = device.type == "cuda"
         self._host = torch.zeros(shape, dtype=self.dtype, pin_memory=on_gpu)
         self._copied = torch.cuda.Event() if on_gpu else None
-        self.collected = False
+        self.collected = self._reduced = False
 
     @torch.no_grad()
     def collect(self, all_reduce: Callable | None = None) -> None:
         """Starts the copy of the sums, added up over processes by `all_reduce(tensor)`, and resets them."""
         sums = self.sums if all_reduce is None else all_reduce(self.sums)
-        self._host.copy_(sums.view_as(self._host), non_blocking=True)
+        self._reduced = all_reduce is not None
+        self._host.copy_(sums.view_as(self._host), non_blocking=self._copied is not None)
         if self._copied is not None:
             self._copied.record()
         self.sums.zero_()
         self.collected = True
 
     def read(self, all_reduce: Callable | None = None) -> torch.Tensor:
-        """The sums since the last call, on the host, until the next call of `collect`; arguments as of `collect`."""
+        """The sums since the last call, on the host, until the next call of `collect`.
+
+        Args:
+            all_reduce: as of `collect`.
+
+        Raises:
+            ValueError: if `all_reduce` is given here, and was not given to `collect`.
+        """
         if not self.collected:
             self.collect(all_reduce)
+        elif all_reduce is not None and not self._reduced:
+            raise ValueError("`collect` was called without `all_reduce`: the processes' statistics would differ")
         if self._copied is not None:
             self._copied.synchronize()
         self.collected = False

@@ -9,7 +9,6 @@
     loss = loss_fm.mean() + objective.alignment_coeff * objective(step, projections, images, loss_fm)
     loss.backward()
     objective.observe(step)
-    objective.collect()
     optimizer.step()
     objective.update()
 
@@ -20,8 +19,9 @@ With a scaffold (REPI, alone or beside REPA and VRPO) three lines have more:
     prediction, projections = aligned(x_t, ..., fork=step.fork, align=step.active, scaffold=step.scaffold)
     loss = ... + objective.scaffold_coeff * step.scaffold_distance()
 
-`begin` to `observe` belong to a micro-batch, `collect` and `update` to an optimizer step. The objective counts both. Formulas:
-docs/method.md.
+`begin` to `observe` belong to a micro-batch, `update` to an optimizer step. The objective counts both. Formulas:
+docs/method.md. Statistics are updated on the host: `update` waits for the device, unless `collect` was called before
+`optimizer.step()`, which starts their copy.
 """
 
 import contextlib
@@ -203,12 +203,12 @@ class NoAlignment:
         """Compiles the objective's computation; there is none to compile here."""
 
     def collect(self, all_reduce: Callable | None = None) -> None:
-        """Starts the copy of what was observed to the host, after the last `observe` before an optimizer step.
+        """Starts the copy of what was observed to the host; called between the last `observe` and the optimizer's step.
 
         It may be omitted; `update` then waits for the device.
 
         Args:
-            all_reduce: called as `all_reduce(tensor)`, sums over processes.
+            all_reduce: as of `update`, which then adds up nothing itself.
         """
 
     def update(self, all_reduce: Callable | None = None) -> None:
@@ -488,17 +488,19 @@ class REPA(NoAlignment):
         logs = {name: each[0] if len(each) == 1 else torch.stack(each).mean() for name, each in logs.items()}
         return sum(terms[1:], terms[0]), logs
 
-    def compile(self, fullgraph: bool = True) -> None:
+    def compile(self) -> None:
         """Compiles the loss, the backward pass of the fork and what the gate adds up, each as one graph of fixed shapes.
 
         Call it before the first step. Numbers agree up to the rounding of float32.
-
-        Args:
-            fullgraph: whether the loss must be one graph; otherwise it may be several.
         """
-        self._losses = torch.compile(self._losses, fullgraph=fullgraph, dynamic=False)
+        if self._compiles_loss():
+            self._losses = torch.compile(self._losses, fullgraph=True, dynamic=False)
         self.gate.compile()
         self.compiled = True
+
+    def _compiles_loss(self) -> bool:
+        """Whether the loss is one graph."""
+        return True
 
     def _weight(self, step: AlignmentStep) -> torch.Tensor:
         """The weight of the samples in the loss, `[B]`: w(t), the gate, and the plateau's."""
@@ -715,10 +717,9 @@ class VRPO(REPA):
         order = torch.rand(projection.shape[:2], device=projection.device).argsort(dim=1)
         return order[:, : min(SUBSET_SIZE, projection.shape[1])]
 
-    def compile(self) -> None:
-        """As of `REPA`; with the sampled estimator, whose actions are drawn in between, and rewards of your own in pieces."""
-        built_in = all(reward in BUILT_IN.values() for reward in self.rewards)
-        super().compile(fullgraph=self.estimator == "expected" and built_in)
+    def _compiles_loss(self) -> bool:
+        # Sampled actions are drawn and kept in between, and rewards from outside may do anything.
+        return self.estimator == "expected" and all(reward in BUILT_IN.values() for reward in self.rewards)
 
     def _loss(self, step, i, mu, y, loss_fm, draws, logs) -> torch.Tensor:
         subset, index, references = draws

@@ -199,7 +199,7 @@ class RewardStatistics:
         """
         if not self.sums.collected:
             self.collect(all_reduce)
-        pending = self._by_name(self.sums.read())
+        pending = self._by_name(self.sums.read(all_reduce))
         count = pending["count"][0]
         divisor = count.clamp_min(1)
         state = self.state

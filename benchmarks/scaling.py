@@ -298,16 +298,15 @@ def fitted_exponent(sizes: list[int], costs: list[float]) -> float:
     return float(np.polyfit(np.log(sizes[first:]), np.log(np.maximum(costs[first:], 1e-9)), 1)[0])
 
 
-def print_table(results: list[dict]):
-    for result in results:
-        print(f"\n{result['name']}: seconds by {result['unit']}")
-        for size, seconds, memory in zip(result["sizes"], result["seconds"], result["memory_mib"]):
-            print(f"{size:>14,}{seconds:>14.6f} s" + ("" if memory is None else f"{memory:>10.1f} MiB"))
-        if result["quadratic"]:
-            bound = "(compares all pairs, so 2 by definition)"
-        else:
-            bound = "" if result["exponent"] <= MOST else f"(above {MOST})"
-        print(f"{'exponent':>14}{result['exponent']:>14.2f} {bound}")
+def print_result(result: dict):
+    print(f"\n{result['name']}: seconds by {result['unit']}")
+    for size, seconds, memory in zip(result["sizes"], result["seconds"], result["memory_mib"]):
+        print(f"{size:>14,}{seconds:>14.6f} s" + ("" if memory is None else f"{memory:>10.1f} MiB"))
+    if result["quadratic"]:
+        bound = "(compares all pairs, so 2 by definition)"
+    else:
+        bound = "" if result["exponent"] <= MOST else f"(above {MOST})"
+    print(f"{'exponent':>14}{result['exponent']:>14.2f} {bound}", flush=True)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -325,8 +324,10 @@ def main(argv: list[str] | None = None) -> list[dict]:
     args = build_parser().parse_args(argv)
     torch.set_num_threads(1)
     groups = scales(args.quick, args.full)
-    results = [measure(scale) for name in args.only or groups for scale in groups[name]]
-    print_table(results)
+    results = []
+    for scale in (scale for name in args.only or groups for scale in groups[name]):
+        results.append(measure(scale))
+        print_result(results[-1])
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
     return results

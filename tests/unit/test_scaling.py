@@ -19,6 +19,7 @@ def scaling():
     return module
 
 
+@pytest.mark.slow
 def test_every_cost_is_measured(scaling, tmp_path, capsys):
     threads = torch.get_num_threads()
     try:

@@ -4,6 +4,7 @@ r"""Measure how fast the latent cache is read, compared with other stores of the
 
     python benchmarks/cache_reading.py
     python benchmarks/cache_reading.py --prepare --json cache.json
+    python benchmarks/cache_reading.py --draws
 
 Reading: random latents of 4x32x32 in float16 (8 KB) with their labels, 256 random rows at a time, by one process without
 workers, from files that are in the page cache (every store is read once before):
@@ -13,6 +14,9 @@ workers, from files that are in the page cache (every store is read once before)
     one file per image   `.npy` files in folders of 1,000, as in REPA's repository
     cache, all draws    `CachedSamples`: moments, noise, posterior noise, timestep and the rest of a batch
 The stores take turns; a figure is the median over rounds.
+
+Draws (`--draws`, alone): whole batches of 256 in the order of an epoch, moments read and everything drawn, for 64 to 4,096 tokens, by
+both versions of the random draws in turn; samples/s of processor time of one thread.
 
 Preparing: `prepare` with lossless images as well as latents, against decoding, cropping and encoding the same images by
 the same VAE and throwing the result away. The VAE is of Stable Diffusion's size with random weights.
@@ -39,6 +43,7 @@ from diffusers_vrpo.data.latent_cache import CachedSamples, LatentCache, chunk_r
 from diffusers_vrpo.data.latent_cache_writer import CacheWriter
 from diffusers_vrpo.data.latent_encoding import BATCH_SIZE, BatchEncoder, ImageRows, write_chunks
 from diffusers_vrpo.models.autoencoder import encode_moments
+from diffusers_vrpo.random_streams import STREAM_VERSIONS
 
 
 FLOOR, TIMES = 300_000, 10  # samples/s of the cache, and times the store with one file per image
@@ -119,6 +124,23 @@ def read_speed(folder: Path, rows: int, rounds: int) -> dict[str, list[float]]:
     return speeds
 
 
+def draw_speed(folder: Path, rows: int, rounds: int) -> dict[tuple[int, int], list[float]]:
+    """Samples per second of processor time by (number of tokens, version of the draws), in every round."""
+    cache, size = write_cache(folder / "drawn", rows, "moments"), 256
+    keys = [(tokens, version) for tokens in (64, 256, 1024, 4096) for version in STREAM_VERSIONS]
+    readers = {(n, v): CachedSamples(cache, 0, 1000, num_tokens=n, stream_version=v) for n, v in keys}
+    generator, speeds = np.random.default_rng(2), {key: [] for key in keys}
+    for round_ in range(rounds + 1):
+        for key in map(tuple, generator.permutation(keys).tolist()):
+            first = round_ * 4 * size
+            start = time.process_time()
+            for batch in range(4):
+                readers[key][list(range(first + batch * size, first + (batch + 1) * size))]
+            if round_:  # the first one warms the page cache and shuffles the epoch of version 1
+                speeds[key].append(4 * size / (time.process_time() - start))
+    return speeds
+
+
 def prepare_cost(folder: Path, images: int, resolution: int, rounds: int) -> tuple[list[float], list[float]]:
     """Seconds of decoding and encoding alone, and of preparing, in every round."""
     generator = np.random.default_rng(0)
@@ -165,6 +187,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=20_000, help="images in the stores (default: 20000)")
     parser.add_argument("--rounds", type=int, default=5, help="(default: 5)")
+    parser.add_argument(
+        "--draws", action="store_true", help="measure both versions of the random draws, and nothing else"
+    )
     parser.add_argument("--prepare", action="store_true", help="also measure what preparing costs")
     parser.add_argument("--prepare_images", type=int, default=64, help="(default: 64)")
     parser.add_argument("--resolution", type=int, default=64, help="of preparing, in pixels (default: 64)")
@@ -174,6 +199,13 @@ def main():
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
     result = {"machine": f"{platform.processor() or platform.machine()}, {platform.system()}", "rows": args.rows}
+    if args.draws:
+        with tempfile.TemporaryDirectory(dir=args.dir) as folder:
+            speeds = draw_speed(Path(folder), args.rows, args.rounds)
+        print(f"{'tokens':>8}{'version':>9}{'samples/s':>12}{'lowest':>12}{'highest':>12}")
+        for (tokens, version), values in speeds.items():
+            print(f"{tokens:8,}{version:9}{np.median(values):12,.0f}{min(values):12,.0f}{max(values):12,.0f}")
+        return
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         speeds = read_speed(Path(folder), args.rows, args.rounds)
         medians = {name: float(np.median(values)) for name, values in speeds.items()}

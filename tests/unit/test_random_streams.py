@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from diffusers_vrpo.data.samples import SampleStreams
+from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.random_streams import (
     permutation_keys,
     permuted,
@@ -15,6 +16,7 @@ from diffusers_vrpo.random_streams import (
     random_uniforms,
     random_words,
 )
+from diffusers_vrpo.training.checkpoints import check_settings, recorded_streams
 
 
 INDICES = [7, 8, 9, 3, 4, 100_000_000_000, 0]
@@ -136,3 +138,27 @@ def test_work_does_not_grow_with_rows_or_tokens():
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.2 * peaks[0] < 4e6
+
+
+def test_a_run_keeps_its_version(tmp_path):
+    """Runs from before there were versions have the first one; the golden records continue such a run to the bit."""
+    old, new = {"settings": {}}, {"settings": {"random_streams": 2}}
+    assert recorded_streams(old) == 1 and recorded_streams(new) == 2
+    with pytest.raises(InputError, match="version 7 of the random draws"):
+        recorded_streams({"settings": {"random_streams": 7}})
+    with pytest.raises(InputError, match="`random_streams` is 2, but .* was trained with 1"):
+        check_settings(old, {"random_streams": 2}, tmp_path)
+    check_settings(new, {"random_streams": 2}, tmp_path)
+
+
+def test_version_1_is_what_it_was():
+    samples = SampleStreams(100, 3, (1, 2, 2), 10, sample_posterior=True, num_tokens=100, stream_version=1)
+    generators = [
+        np.random.Generator(np.random.Philox(key=[3, k], counter=[0, 0, 207 if k else 2, 0])) for k in range(5)
+    ]
+    batch = samples.drawn([207], samples.uniforms([207]), [4])
+    assert samples.rows_of([207])[0] == generators[0].permutation(100)[7]
+    assert samples.uniforms([207])[0].tolist() == generators[1].random(5).tolist()
+    for name, generator in (("noise", generators[2]), ("posterior_noise", generators[3])):
+        assert np.array_equal(batch[name][0], generator.standard_normal((1, 2, 2), dtype=np.float32))
+    assert batch["tokens"][0].tolist() == generators[4].permutation(100)[:64].tolist()

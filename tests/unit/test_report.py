@@ -15,7 +15,7 @@ from PIL import Image
 from diffusers_vrpo.commands.report import build_parser, collect, main, number
 from diffusers_vrpo.models.transformer_sit import SiTTransformer2DModel
 from diffusers_vrpo.reporting.figures import metric_label
-from diffusers_vrpo.reporting.runs import Run, first_crossing
+from diffusers_vrpo.reporting.runs import Run, first_crossing, merge_rows
 from diffusers_vrpo.schemas import START, read_rows
 from diffusers_vrpo.training.metrics import MetricsFile, read_metrics
 from diffusers_vrpo.training.throughput import projector_flops, step_flops
@@ -490,3 +490,27 @@ def test_grids_that_do_not_compare(tmp_path, capsys):
     text = (tmp_path / "report" / "report.html").read_text()
     assert text.count("data:image/jpeg") == 1 and text.count("data:image/png") == 4
     assert "not from the same noise" in text
+
+
+class CountedRow(dict):
+    """A row of a log that counts how often it is looked at."""
+
+    looks = 0
+
+    def __getitem__(self, name):
+        CountedRow.looks += 1
+        return super().__getitem__(name)
+
+
+def test_rows_are_merged_in_one_pass():
+    """Each row is looked at a few times, however many there are, also if the run was continued again and again."""
+    steps = [step for start in range(0, 5000, 10) for step in range(start, start + 20)]
+    rows = [CountedRow(step=step, part=number) for number, step in enumerate(steps)]
+    CountedRow.looks = 0
+    merged = merge_rows(rows)
+    assert CountedRow.looks < 8 * len(rows)
+    # What the continued run wrote again replaces the rest.
+    assert [row["step"] for row in merged] == list(range(5010))
+    assert [merged[step]["part"] for step in (0, 9, 10, 25)] == [0, 9, 20, 45]
+    both = merge_rows([{"step": 1, "a": 1}, {"step": 1, "b": 2}, {"step": 3}, {"step": 2, "a": 5}])
+    assert both == [{"step": 1, "a": 1, "b": 2}, {"step": 2, "a": 5}]

@@ -30,7 +30,7 @@ from ..config import NUM_IMAGES, In, VRPOConfig, is_embedded_dataset, options_of
 from ..data.latent_cache import array_layout
 from ..data.sources import TrainingData, load_training_data
 from ..errors import InputError, first_line
-from ..models.autoencoder import check_class, encode_images, latent_layout
+from ..models.autoencoder import check_class, encode_images, encoding_in, latent_layout
 from ..models.start import (
     Start,
     build_transformer,
@@ -295,7 +295,7 @@ def count_step(args: VRPOConfig, data: TrainingData | None, start: Start, num_cl
         if vae is not None:
             make_fake(vae)
         if vae is not None and from_images:
-            encoding = encoding_timeline(vae, args.resolution)
+            encoding = encoding_timeline(encoding_in(vae, args.vae_dtype), args.resolution)
             pixels = torch.zeros(1, 3, args.resolution, args.resolution)
             vae_flops = counted_flops(lambda: encode_images(vae, pixels))
     recomputed = recomputed_flops(aligned.transformer.config, args.gradient_checkpointing, math.prod(grid_size))
@@ -357,9 +357,9 @@ def plan(
     images = steps * global_batch_size
     dtype, hours = HALF.get(args.mixed_precision, torch.float32), {}
     for gpu, (device, _) in chosen.items():
-        seconds = (step.flops + step.recomputed) / peak_flops(device, dtype, args.allow_tf32)
-        # The autoencoder runs in float32, whose convolutions are TF32 products by default.
-        seconds += step.vae_flops / peak_flops(device, torch.float32, tf32=True)
+        seconds = (step.flops + step.recomputed) / peak_flops(device, dtype, args.allow_tf32 is not False)
+        # In float32 the convolutions of the autoencoder are TF32 products by default.
+        seconds += step.vae_flops / peak_flops(device, getattr(torch, args.vae_dtype), tf32=True)
         hours[gpu] = images * seconds / mfu / num_processes / 3600
     found["flops_per_image"] = {
         "training": step.flops,

@@ -87,9 +87,12 @@ ENCODED_AT_A_TIME = 32  # images, by the autoencoder
 
 
 def open_local_data(args: VRPOConfig) -> TrainingData | None:
-    """The data of a training if they are on this machine; None otherwise, also if none are named."""
+    """The data of a training if they are on this machine; None otherwise, also if none are named.
+
+    A latent cache that is not here yet has the shapes of its autoencoder, and images for encoders.
+    """
     is_local = is_embedded_dataset(args.dataset_name) or Path(args.dataset_name or "").is_dir()
-    if args.latents_dir or args.train_data_dir or (args.dataset_name and is_local):
+    if (args.latents_dir and Path(args.latents_dir).is_dir()) or args.train_data_dir or (args.dataset_name and is_local):
         return load_training_data(args)
     return None
 
@@ -392,7 +395,8 @@ def check_planned(args: VRPOConfig):
     Raises:
         InputError: if one is missing.
     """
-    if args.vae is None and args.latents_dir is None:
+    here = args.latents_dir is not None and Path(args.latents_dir).is_dir()  # a cache names its autoencoder
+    if args.vae is None and not here:
         raise InputError("vae", "give `vae`, such as stabilityai/sd-vae-ft-ema, or `vae` none to train on pixels")
     if args.lora_rank and not args.pretrained_model_name_or_path:
         raise InputError("lora_rank", "`lora_rank` adapts trained weights; it needs `pretrained_model_name_or_path`")

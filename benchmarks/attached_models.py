@@ -6,8 +6,7 @@ r"""Trains every transformer of docs/models.md with and without alignment, and t
     python benchmarks/attached_models.py overhead
 
 The first trains the tiny configurations of `alignment/tiny_transformers.py` on the embedded digits by flow matching, with
-VRPO's semantic and structural reward attached and without: the same weights, batches and noise. Classes are ids, or texts
-whose embeddings are drawn at random, one text for each class. The table says how much the semantic reward rises, from the
+VRPO's rewards attached and without: the same weights, batches and noise. Classes are ids, or texts whose embeddings are drawn at random, one text for each class. The table says how much the semantic reward rises, from the
 first step to the mean of the last 50, and what alignment does to the loss of flow matching in those 50. A training that has a
 line in `--results` is not repeated.
 
@@ -42,7 +41,12 @@ FOLDER = Path(__file__).parent
 RESULTS = {"training": "results-attached-models.jsonl", "overhead": "results-attached-overhead.jsonl"}
 NUM_CLASSES = 10
 BATCH_SIZE, LAYER, PROJECTOR_DIM = 16, 2, 256
-REWARDS = ["semantic", "structural"]
+REWARDS = ["fidelity", "semantic", "structural"]
+PAPER = {
+    "alignment_coeff": 0.5,
+    "reward_weighting": "inverse_variance",
+    "release": "gate",
+}  # VRPO as arXiv 2606.00583 has it
 LAST = 50  # steps whose mean is the end of a training
 LEAST_RISE, MOST_LOSS = 0.2, 1.02  # the aims
 VERSIONS = {"diffusers": diffusers.__version__, "torch": torch.__version__}
@@ -65,7 +69,7 @@ def latents_of(pixels: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 
 class Conditions:
-    """What a transformer is called with beside the noisy latents, for a batch of times and classes.
+    """What a transformer is called with in addition to the noisy latents, for a batch of times and classes.
 
     Args:
         arguments: those of the tiny transformer, for a batch of two.
@@ -108,14 +112,21 @@ def build(name: str, seed: int) -> TinyTransformer:
 
 
 def train(
-    name: str, seed: int, steps: int, rewards: list[str], learning_rate: float
+    name: str, seed: int, steps: int, rewards: list[str], learning_rate: float, heads: int | None
 ) -> tuple[list[float], list[float]]:
     """Trains one transformer on digits, with these rewards of VRPO; without any it is alone.
+
+    Args:
+        heads: attention heads of a block, in the place of those of the tiny configuration.
 
     Returns:
         the loss of flow matching in each step; the semantic reward in each aligned step.
     """
     tiny, generator = build(name, seed), torch.Generator().manual_seed(seed)
+    if heads is not None:
+        torch.manual_seed(seed)
+        wider = type(tiny.model).from_config({**tiny.model.config, "num_attention_heads": heads}).train()
+        tiny = tiny._replace(model=wider)
     conditions = Conditions(tiny.arguments, generator)
     pixels, labels = digits_pixels("train")
     latents = latents_of(pixels, conditions.shape)
@@ -126,7 +137,7 @@ def train(
         encoder = load_encoder("embedded:digits", grid_size=(4, 4))
         options = {"grid_size": (4, 4), **tiny.options}
         model = AlignedTransformer(tiny.model, [LAYER], [encoder], projector_dim=PROJECTOR_DIM, **options)
-        objective = VRPO(model, max_train_steps=steps, rewards=rewards)
+        objective = VRPO(model, max_train_steps=steps, rewards=rewards, **PAPER)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0)
 
     losses, semantic = [], []
@@ -162,11 +173,13 @@ def train(
     return losses, semantic
 
 
-def compare(model: str, seed: int, steps: int, rewards: list[str], learning_rate: float) -> dict:
+def compare(
+    model: str, seed: int, steps: int, rewards: list[str], learning_rate: float, heads: int | None = None
+) -> dict:
     """Trains with and without alignment, and returns the line of the results."""
     start = time.process_time()
-    aligned, semantic = train(model, seed, steps, rewards, learning_rate)
-    alone, _ = train(model, seed, steps, [], learning_rate)
+    aligned, semantic = train(model, seed, steps, rewards, learning_rate, heads)
+    alone, _ = train(model, seed, steps, [], learning_rate, heads)
     loss_aligned, loss_alone = (statistics.fmean(losses[-LAST:]) for losses in (aligned, alone))
     reward_end = statistics.fmean(semantic[-LAST:])
     return {
@@ -175,6 +188,7 @@ def compare(model: str, seed: int, steps: int, rewards: list[str], learning_rate
         "learning_rate": learning_rate,
         "seed": seed,
         "steps": steps,
+        "heads": heads,
         "aligned_steps": len(semantic),
         "reward_start": semantic[0],
         "reward_end": reward_end,
@@ -370,11 +384,16 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=("fidelity", "semantic", "structural"),
         default=REWARDS,
-        help="of VRPO, semantic among them (default: semantic structural)",
+        help="of VRPO, semantic among them (default: all)",
     )
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="of AdamW (default: 0.001)")
+    parser.add_argument(
+        "--heads",
+        type=int,
+        help="attention heads of a block, of 16 channels each (default: the tiny configuration's, 2)",
+    )
     parser.add_argument("--rounds", type=int, default=60, help="of overhead: steps of each arm (default: 60)")
-    parser.add_argument("--results", type=Path, help="lines of JSON (default: beside this file)")
+    parser.add_argument("--results", type=Path, help="lines of JSON (default: next to this file)")
     return parser
 
 
@@ -393,7 +412,7 @@ def main(args: argparse.Namespace):
         print(overhead_table([write_line(path, line) for line in lines]))
         return
 
-    shared = {"rewards": args.rewards, "learning_rate": args.learning_rate, "steps": args.steps}
+    shared = {name: getattr(args, name) for name in ("rewards", "learning_rate", "steps", "heads")}
     wanted = [{"model": name, "seed": seed, **shared} for seed in args.seeds for name in args.models or TRANSFORMERS]
     found = read_lines(path)
     lines = []

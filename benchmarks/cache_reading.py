@@ -1,20 +1,20 @@
 #!/usr/bin/env python
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-r"""Measure how fast the latent cache is read, beside other stores of the same latents, and what preparing it costs.
+r"""Measure how fast the latent cache is read, compared with other stores of the same latents, and what preparing it costs.
 
     python benchmarks/cache_reading.py
     python benchmarks/cache_reading.py --prepare --json cache.json
 
 Reading: random latents of 4x32x32 in float16 (8 KB) with their labels, 256 random rows at a time, by one process without
 workers, from files that are in the page cache (every store is read once before):
-    cache, latents      `LatentCache.read` of one latent an image
+    cache, latents      `LatentCache.read` of one latent per image
     cache, moments      the same of mean and standard deviation, 16 KB an image
     arrow               `datasets` with a `binary` column, as `export` writes it
-    one file an image   `.npy` files in folders of 1,000, as in REPA's repository
+    one file per image   `.npy` files in folders of 1,000, as in REPA's repository
     cache, all draws    `CachedSamples`: moments, noise, posterior noise, timestep and the rest of a batch
 The stores take turns; a figure is the median over rounds.
 
-Preparing: `prepare` with lossless images beside the latents, against decoding, cropping and encoding the same images by
+Preparing: `prepare` with lossless images as well as latents, against decoding, cropping and encoding the same images by
 the same VAE and throwing the result away. The VAE is of Stable Diffusion's size with random weights.
 """
 
@@ -41,7 +41,7 @@ from diffusers_vrpo.data.latent_encoding import BATCH_SIZE, BatchEncoder, ImageR
 from diffusers_vrpo.models.autoencoder import encode_moments
 
 
-FLOOR, TIMES = 300_000, 10  # samples/s of the cache, and times the store with one file an image
+FLOOR, TIMES = 300_000, 10  # samples/s of the cache, and times the store with one file per image
 MOST = 1.05  # of the time of decoding and encoding
 
 
@@ -90,7 +90,7 @@ def stores(folder: Path, rows: int) -> dict:
         "cache, latents": lambda rows: (cache.read("latents", rows), cache["label"][rows]),
         "cache, moments": lambda rows: (moments.read("latents", rows), moments["label"][rows]),
         "arrow": from_arrow,
-        "one file an image": lambda rows: (
+        "one file per image": lambda rows: (
             torch.from_numpy(np.stack([np.load(paths[r]) for r in rows])),
             labels[rows],
         ),
@@ -101,7 +101,7 @@ def stores(folder: Path, rows: int) -> dict:
 def read_speed(folder: Path, rows: int, rounds: int) -> dict[str, list[float]]:
     """Samples/s of every store in every round."""
     readers = stores(folder, rows)
-    a, b = readers["cache, latents"](np.arange(300)), readers["one file an image"](np.arange(300))
+    a, b = readers["cache, latents"](np.arange(300)), readers["one file per image"](np.arange(300))
     c = readers["arrow"](np.arange(300))
     if not (torch.equal(a[0], b[0]) and torch.equal(a[0], c[0]) and (a[1] == b[1]).all() and (a[1] == c[1]).all()):
         raise AssertionError("the stores do not hold the same")
@@ -177,13 +177,13 @@ def main():
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         speeds = read_speed(Path(folder), args.rows, args.rounds)
         medians = {name: float(np.median(values)) for name, values in speeds.items()}
-        ratio = medians["cache, latents"] / medians["one file an image"]
+        ratio = medians["cache, latents"] / medians["one file per image"]
         result |= {"samples_per_second": speeds, "times_one_file_an_image": ratio}
         print(f"{'store':20}{'samples/s':>12}{'lowest':>12}{'highest':>12}")
         for name, values in speeds.items():
             print(f"{name:20}{medians[name]:12,.0f}{min(values):12,.0f}{max(values):12,.0f}")
         reached = medians["cache, latents"] >= FLOOR and ratio >= TIMES
-        print(f"the cache is {ratio:.0f} times one file an image (wanted {TIMES} times, and {FLOOR:,} samples/s)")
+        print(f"the cache is {ratio:.0f} times one file per image (wanted {TIMES} times, and {FLOOR:,} samples/s)")
         if args.prepare:
             alone, whole = prepare_cost(Path(folder), args.prepare_images, args.resolution, args.rounds)
             ratios = np.array(whole) / np.array(alone)

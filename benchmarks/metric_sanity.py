@@ -142,7 +142,7 @@ def main(input_args: list[str] | None = None):
         sys.exit(f"metric_sanity.py: error: {error}")
     if args.input_size is not None:
         if not isinstance(encoder, ImageEncoder):
-            parser.error("--input_size does not go with --encoder inception, which always sees 299 pixels")
+            parser.error("--input_size cannot be combined with --encoder inception, which always sees 299 pixels")
         encoder.input_size = (args.input_size, args.input_size)
     rows = compare(encoder, sets, args.seed)
     print_table(rows)

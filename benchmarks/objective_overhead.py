@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-r"""Measure what the VRPO objective costs in time and memory, beside REPA's and plain flow matching.
+r"""Measure what the VRPO objective costs in time and memory, compared with REPA's and plain flow matching.
 
     python benchmarks/objective_overhead.py --preset SiT-B/2 --batch_size 256 --dtype bfloat16 --device cuda
     python benchmarks/objective_overhead.py --preset SiT-S/4 --batch_size 8 --threads 1 --json overhead.json
@@ -10,14 +10,14 @@ r"""Measure what the VRPO objective costs in time and memory, beside REPA's and 
 Arms, each with its own model of the same seed, take turns step by step in one process:
     none            plain flow matching, without projectors
     repa            REPA's cosine loss
-    vrpo            `--objective vrpo` with the defaults of train_vrpo.py: expected estimator, fork, gate, statistics
+    vrpo            `--objective vrpo` with the defaults of train_vrpo.py: expected estimator, fork, statistics
     vrpo-stopped    the same, after `--alignment_stop_step`: neither encoder nor projectors run
     irepa, rare     REPA's loss with their projector, targets and token weights
     repi            a scaffold alone, after its phase: the block's own keys and values, and their distance to the features'
     repi-scaffold   the same in the scaffold phase
     vrpo-repi       vrpo with such a scaffold, after its phase
     perceptual, repa-perceptual
-                    the perceptual reward on the image estimate of every sample with t <= 0.7, alone and beside REPA
+                    the perceptual reward on the image estimate of every sample with t <= 0.7, alone and together with REPA
 The first four are measured unless `--arms` names others; perceptual ones need `--reward_encoder`, which runs in the step, on
 pixels with `--pixels`, else on what an AutoencoderTiny with random weights decodes.
 
@@ -130,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class GivenLatents(ImageSource):
-    """Training data whose batches have latents, `x0`, in the place of images."""
+    """Training data whose batches have latents, `x0`, instead of images."""
 
     num_classes = NUM_CLASSES
 

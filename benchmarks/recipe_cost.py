@@ -44,13 +44,13 @@ def recipe_cost(path: Path, encoder_flops: int) -> dict[str, float]:
     """Parameters, those of the projectors, FLOPs of an image and of the whole training.
 
     Raises:
-        InputError: for a file that is no recipe with a preset.
+        InputError: if the file is not a recipe with a preset.
     """
     try:
         options = yaml.safe_load(path.read_text())
         config, steps = sit_preset(options["preset"]), options.get("max_train_steps", 400_000)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        raise InputError(None, f"{path} is no recipe with a preset ({error})") from error
+        raise InputError(None, f"{path} is not a recipe with a preset ({error})") from error
     if (
         options.get("encoder", ENCODER) != ENCODER
         or options.get("resolution", 256) != 256

@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-r"""Measure how fast `--streaming` reads, beside the same images from the disk.
+r"""Measure how fast `--streaming` reads, compared with the same images from the disk.
 
     python benchmarks/streaming.py path/to/parquet-folder --resolution 256
     python benchmarks/streaming.py --imagenet

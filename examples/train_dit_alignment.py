@@ -8,7 +8,7 @@
         --resolution 256 --learning_rate 1e-4 --random_flip
 
 This is a plain loop of accelerate. The six lines that end in `# alignment` attach the encoder to it, and the call of the
-model returns the projected tokens beside the prediction.
+model returns the projected tokens along with the prediction.
 """
 
 import argparse

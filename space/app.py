@@ -81,7 +81,7 @@ class BodyTooLong(Exception):
 
 
 class Guard:
-    """Middleware that refuses long requests and uploads, of which the page has none, and logs what fails in one line.
+    """Middleware that refuses long requests and uploads, which the page does not use, and logs what fails in one line.
 
     The line has nothing that the sender wrote: neither the address that was asked for nor the content.
     """

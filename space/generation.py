@@ -61,7 +61,7 @@ def class_name(pipeline: VRPOPipeline, class_id: int) -> str:
 
 
 def check_number(name: str, value, low: int, high: int, is_whole: bool = True):
-    """An InputError when `value` is no number in `low ... high`."""
+    """An InputError if `value` is not a number in `low ... high`."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
     if not is_number or not low <= value <= high or (is_whole and value != int(value)):
         raise InputError(

@@ -16,7 +16,7 @@ class Fork(TrainerCallback):
 
     `resume_from_checkpoint` would refuse another objective, and starting from weights alone would lose the moments of AdamW
     and the average. The checkpoint's run trains without alignment, so that projectors, which it does not have, begin
-    anew in every arm. The run counts its steps from 0, but takes the examples that follow those of the base.
+    again in every arm. The run counts its steps from 0, but takes the examples that follow those of the base.
 
     Args:
         checkpoint: of a run of one process with the same transformer and batch size.

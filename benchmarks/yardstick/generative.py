@@ -88,7 +88,7 @@ def load_comparison(name: str) -> Comparison:
     """A comparison by its name, or its file.
 
     Raises:
-        InputError: for a file that is none.
+        InputError: if the file is not a comparison.
     """
     path = Path(name) if name.endswith(".yaml") else HERE / f"generative-{name}.yaml"
     try:
@@ -115,7 +115,7 @@ def run_name(arm: str, steps: int, seed: int) -> str:
 
 
 def arm_options(comparison: Comparison, arm: dict, reward_encoder: str) -> dict:
-    """Options of `train_vrpo.py` beside those of the size."""
+    """Options of `train_vrpo.py` in addition to those of the size."""
     options = {"objective": "none"} | comparison.train
     if arm.get("policy"):
         options |= comparison.policy | {"reward_encoder": reward_encoder}
@@ -410,7 +410,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{table(lines)}\nplot and samples are in {report}")
         return 0
     if unknown := [name for name in args.arms or [] if name not in comparison.arms]:
-        raise InputError(None, f"--arms {unknown[0]} is none of {', '.join(comparison.arms)}")
+        raise InputError(None, f"--arms {unknown[0]} is not one of {', '.join(comparison.arms)}")
     if args.threads:
         torch.set_num_threads(args.threads)
     arms = {name: comparison.arms[name] for name in args.arms or comparison.arms}

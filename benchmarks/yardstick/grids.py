@@ -7,7 +7,7 @@ r"""Digit grids: train arms x seeds on images whose digits obey a rule, and coun
     python benchmarks/yardstick/grids.py table
     python benchmarks/yardstick/grids.py picture --arms none repa-4-b3 vrpo-4-b3-equal --seeds 1
 
-Runs that have a line in `results-grids.jsonl` are left out, and what was stopped goes on from its checkpoint. All arms of a
+Runs that have a line in `results-grids.jsonl` are skipped, and a stopped run continues from its checkpoint. All arms of a
 seed start from the same weights and see the same images and noise; all runs are judged on samples from the same noise.
 `time` measures what a step of each arm costs, `picture` shows samples of each. Arms are in grids.yaml: options of `VRPOConfig` that differ from the others'.
 """
@@ -37,7 +37,7 @@ from grids_judge import grid_judge
 from grids_model import GreyImages, GridEncoder
 from PIL import Image as PILImage
 from PIL import ImageDraw
-from recipe import HERE, read_yaml
+from recipe import HERE, in_full, read_yaml
 from run import Workers, append_result, commit, read_results, versions
 from table import markdown
 from training_run import LOG, ROOT
@@ -99,7 +99,7 @@ def load_study(path: Path) -> Study:
     """Reads a study.
 
     Raises:
-        InputError: if the file is none.
+        InputError: if the file is not a study.
     """
     values = {"name": path.stem} | read_yaml(path)
     known = {field.name for field in fields(Study)}
@@ -112,10 +112,10 @@ def chosen_arms(study: Study, names: list[str] | None) -> dict[str, dict]:
     """The arms that are named, or all.
 
     Raises:
-        InputError: for a name that is none.
+        InputError: if a name is not an arm's.
     """
     if unknown := [name for name in names or [] if name not in study.arms]:
-        raise InputError(None, f"--arms {unknown[0]} is none of {', '.join(study.arms)}")
+        raise InputError(None, f"--arms {unknown[0]} is not one of {', '.join(study.arms)}")
     return {name: study.arms[name] for name in names or study.arms}
 
 
@@ -153,7 +153,7 @@ def starting_weights(study: Study, seed: int, work: Path) -> Path:
 
 def make_trainer(study: Study, arm: dict, steps: int, seed: int, work: Path, output_dir: Path, callbacks=()):
     """The trainer of a run, which continues what is in `output_dir`."""
-    options = dict(arm)
+    options = dict(in_full(arm))
     scale = options.pop("gradient_scale", None)
     aligned = options["objective"] != "none"
     every = {"checkpointing_steps": study.evaluate_every, "checkpoints_total_limit": 1, "validation_steps": 10**9}

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""What training on digit grids needs beside the package: the encoder on each cell, and images of one channel."""
+"""What training on digit grids needs in addition to the package: the encoder on each cell, and images of one channel."""
 
 from types import SimpleNamespace
 

@@ -66,7 +66,7 @@ def load_recipe(name: str) -> Recipe:
     """A size by its name (`cpu`, `gpu`) or its file.
 
     Raises:
-        InputError: for a file that is no recipe.
+        InputError: if the file is not a recipe.
     """
     path = Path(name) if name.endswith(".yaml") else HERE / f"{name}.yaml"
     values = {"name": path.stem} | read_yaml(path)
@@ -79,7 +79,10 @@ def load_recipe(name: str) -> Recipe:
 
 
 def load_arms(path: Path = HERE / "arms.yaml") -> dict[str, dict]:
-    """Options of each arm by its name; `stop` is a share of the budget, all others are those of `train_vrpo.py`."""
+    """Options of each arm by its name: those of `train_vrpo.py`, `stop`, a share of the budget, and `from_base`.
+
+    `from_base: false` trains an arm of a recipe with a base from scratch, for the time of the base and the arm together.
+    """
     return read_yaml(path)
 
 
@@ -87,14 +90,26 @@ def choose_arms(wanted: list[str] | None, recipe: Recipe) -> dict[str, dict]:
     """The arms that are named, or all.
 
     Raises:
-        InputError: for a name that is none.
+        InputError: if a name is not an arm's.
     """
     arms = load_arms()
     if unknown := [name for name in wanted or [] if name not in arms]:
-        raise InputError(None, f"--arms {unknown[0]} is none of {', '.join(arms)}")
+        raise InputError(None, f"--arms {unknown[0]} is not one of {', '.join(arms)}")
     if recipe.reference not in arms:
-        raise InputError(None, f"{recipe.name}: reference {recipe.reference} is none of {', '.join(arms)}")
+        raise InputError(None, f"{recipe.name}: reference {recipe.reference} is not one of {', '.join(arms)}")
     return {name: arms[name] for name in wanted or arms}
+
+
+# What `objective: vrpo` alone stands for in an arm: the defaults of version 0.1, of which each arm names what it changes.
+VRPO_ARM = {"alignment_coeff": 0.5, "reward_weighting": "inverse_variance"}
+
+
+def in_full(arm: dict) -> dict:
+    """The options of an arm, with those that all arms of VRPO have unless they name others."""
+    if arm["objective"] != "vrpo":
+        return arm
+    gate = {} if {"release", "conflict"} & set(arm) else {"conflict": "gate"}
+    return VRPO_ARM | gate | arm
 
 
 def aligned_flags(arm: dict) -> dict:
@@ -102,8 +117,13 @@ def aligned_flags(arm: dict) -> dict:
     return {name: value for name, value in arm.items() if name != "stop"}
 
 
+def starts_from_base(recipe: Recipe, arm: dict) -> bool:
+    """Whether an arm continues the recipe's base."""
+    return recipe.base is not None and arm.get("from_base", True)
+
+
 # Numbers that an arm computes with: other ones take as long.
-FREE = ("alignment_coeff", "reward_weighting", "timestep_weighting", "gradient_scale")
+FREE = ("alignment_coeff", "reward_weighting", "timestep_weighting", "gradient_scale", "from_base")
 
 
 def cost_flags(arm: dict) -> dict:
@@ -122,7 +142,7 @@ def equal_compute(recipe: Recipe, arm: dict, name: str, timing: dict) -> dict:
     With r a step's time in steps of the reference, F the features' and B = N (+ F) the budget:
     N_arm = (B - F [aligned]) / r_arm; with a stop after the share f of that, f (B - F) / r_arm + (1 - f) (B - F) / r_none.
 
-    The time of a base comes before that, the same for all.
+    The time of a base comes before that, the same for all; an arm without it gets the base's steps of its own, in its own time.
 
     Args:
         timing: of the size, as `timing.py` writes it.
@@ -143,11 +163,14 @@ def equal_compute(recipe: Recipe, arm: dict, name: str, timing: dict) -> dict:
     features = timing["features_seconds"] / second if recipe.charge_features else 0.0
     spent = features if arm["objective"] != "none" else 0.0
     budget = recipe.reference_steps + features - spent
+    base = recipe.base["steps"] * plain if recipe.base is not None else 0.0
+    if starts_from_base(recipe, arm):
+        spent += base
+    else:
+        budget += base
     share = arm.get("stop", 1.0)
     aligned = round(share * budget / ratio)
     after = round((1 - share) * budget / plain) if "stop" in arm else 0
-    if recipe.base is not None:
-        spent += recipe.base["steps"] * plain
     points = [(0, spent * second), (aligned, (spent + aligned * ratio) * second)]
     if after:
         points.append((aligned + after, points[-1][1] + after * plain * second))

@@ -6,7 +6,7 @@ r"""Does VRPO beat REPA at equal compute? Train arms x seeds of a size, judge th
     python benchmarks/yardstick/table.py cpu
 
 Arms without a time in `timing-SIZE.json` are timed first, as `timing.py` does. Runs that are in `results-SIZE.jsonl` are
-left out; what was stopped (Ctrl-C, SIGTERM, `--time_limit_s`) goes on when the same command is given again. How equal compute is meant: README.md.
+skipped; a run that was stopped (Ctrl-C, SIGTERM, `--time_limit_s`) continues when the same command is given again. How equal compute is meant: README.md.
 """
 
 import argparse
@@ -32,7 +32,17 @@ import numpy as np
 import torch
 import train_arm
 from accelerate.state import AcceleratorState
-from recipe import HERE, Recipe, aligned_flags, choose_arms, equal_compute, load_recipe, recipe_hash, step_ratio
+from recipe import (
+    HERE,
+    Recipe,
+    aligned_flags,
+    choose_arms,
+    equal_compute,
+    load_recipe,
+    recipe_hash,
+    starts_from_base,
+    step_ratio,
+)
 from subset import pack
 from timing import build_parser as build_timing_parser
 from timing import read_timing, time_arms
@@ -62,7 +72,7 @@ GRACE = 60  # seconds for a run to save where it is
 
 
 def read_results(path: Path) -> list[dict]:
-    """The lines of a results file; one that a kill cut short is left out."""
+    """The lines of a results file; an incomplete line, left by a kill, is skipped."""
     lines = []
     for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
@@ -165,7 +175,7 @@ def share_cores(workers: int, threads: int | None) -> list[list[int]]:
 
 
 def untimed(args: argparse.Namespace, recipe: Recipe, arms: dict[str, dict]) -> list[str]:
-    """The arms whose steps have no time yet; an arm that stops to align goes on as `none`, and a base is one."""
+    """The arms whose steps have no time yet; an arm that stops aligning continues as `none`, and a base is one."""
     known, plain = read_timing(recipe, args.results), {"none": {"objective": "none"}}
     needed = arms | (plain if recipe.base or any("stop" in arm for arm in arms.values()) else {})
     return [name for name, arm in needed.items() if step_ratio(arm, known) is None]
@@ -256,7 +266,9 @@ class Workers:
         if not trained.exists():
             moments = make_moments(self.recipe, self.work)
             shutil.copyfile(moments, folder / moments.name)
-            fork = {"fork_from": str(base_checkpoint(self.recipe, self.work))} if self.recipe.base else {}
+            fork = {}
+            if starts_from_base(self.recipe, job["flags"]):
+                fork["fork_from"] = str(base_checkpoint(self.recipe, self.work))
             argv = train_argv(self.recipe, job["flags"], job["plan"], job["seed"], self.work, folder, fork)
             if not self.train(argv, log):
                 return False

@@ -7,7 +7,7 @@ r"""Measure what a training step of each arm costs, in steps of the reference ar
 Each round trains every arm for a few steps by train_vrpo.py itself, in random order in one process; a round's ratio is that
 arm's seconds a step over the reference's in the same round, and the median over rounds is kept. So what slows the machine
 for minutes slows both. The first steps of a burst are left out. Arms that have a time, and the same options, are kept.
-Without a GPU the seconds are those of the one core that the process has used, to which other processes add little.
+Without a GPU the seconds are processor time of the process on one core, which other processes change little.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def timed_options(recipe: Recipe) -> dict:
 
 
 def read_timing(recipe: Recipe, folder: Path = HERE) -> dict:
-    """The file of a size; one without any time where there is none yet.
+    """The file of a size; without any times if there is no such file yet.
 
     Raises:
         InputError: where its times are of other options.

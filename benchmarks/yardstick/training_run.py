@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState
-from recipe import HERE, Recipe
+from recipe import HERE, Recipe, in_full
 from subset import packed
 
 from diffusers_vrpo.commands import prepare as prepare_latents
@@ -80,7 +80,8 @@ def train_argv(
     }
     if arm.get("scaffold_fraction") == 1:
         options["oracle"] = json.dumps({"recipe": dataclasses.asdict(recipe), "work": str(work)})
-    options |= recipe.train | arm | (more or {})
+    options |= recipe.train | in_full(arm) | (more or {})
+    options.pop("from_base", None)
     if isinstance(options.get("gradient_scale"), dict):
         options["gradient_scale"] = json.dumps(options["gradient_scale"])
     if "image_reward_encoder" in options:

@@ -28,6 +28,8 @@ COMMANDS = {
 }
 # They share their work among several processes.
 LAUNCHED = ("train", "prepare", "sample", "evaluate", "fid", "probe")
+# Commands whose options are read by a module that does not import torch.
+PARSED_FIRST = {"train": "train", "sample": "sample_options"}
 USAGE = """usage: vrpo COMMAND [options]
        vrpo {launched} [options of `accelerate launch`] -- [options]
 
@@ -86,9 +88,11 @@ def run(name: str, argv: list[str]):
     from .command_line import missing_extras
 
     with missing_extras(prog):
+        # What is wrong or asks for help ends here, before torch is imported.
+        if name in PARSED_FIRST:
+            import_module(f"diffusers_vrpo.commands.{PARSED_FIRST[name]}").parse_args(argv, prog)
         command = import_module(f"diffusers_vrpo.commands.{name}")
         if name == "train":
-            command.parse_args(argv, prog)  # what is wrong or asks for help ends here, before torch is imported
             launcher = command.launcher_options()
             if launcher is not None:
                 return launch(name, launcher, argv)

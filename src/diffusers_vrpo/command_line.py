@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -55,6 +56,13 @@ COMMON = (
     "checkpointing_steps",
     "push_to_hub",
 )
+
+# Options whose values may name code, and whether a value does.
+CODE_OPTIONS: dict[str, Callable[[str], bool]] = {
+    "encoder": names_code,
+    "image_rewards": lambda value: ":" in value,
+    "reward_function": lambda value: ":" in value,
+}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Parsers
@@ -107,7 +115,7 @@ class OneLineErrorParser(argparse.ArgumentParser):
     """A parser without abbreviated flags, whose errors are one line that names the flag.
 
     Args:
-        common (`Sequence[str]`): names of the options that `--help` shows beside the required ones; `--help-all` then shows
+        common (`Sequence[str]`): names of the options that `--help` shows in addition to the required ones; `--help-all` then shows
             all. Without them `--help` does.
     """
 
@@ -249,7 +257,9 @@ def missing_extras(prog: str):
 def one_line_errors(parser: argparse.ArgumentParser):
     """Ends the process with a one-line message if the library raises an InputError or TrainingStopped, or an extra is missing."""
     try:
-        with missing_extras(parser.prog):
+        with missing_extras(parser.prog), warnings.catch_warnings():
+            # diffusers passes this argument with every file that it fetches; users can do nothing about it.
+            warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument is deprecated")
             yield
     except (InputError, TrainingStopped) as error:
         sys.exit(f"{parser.prog}: error: {with_flags(error, flags_of(parser))}")
@@ -343,12 +353,14 @@ def given_options(parser: argparse.ArgumentParser, argv: list[str] | None = None
                 of_file = {name: value for name, value in of_file.items() if name not in names}
         given = of_file | given
         # A file may have come with other people's weights, and must not decide which code runs.
-        code = [name for name in of_file.get("encoder") or [] if names_code(name)]
-        if code and given["encoder"] is of_file["encoder"]:
-            parser.error(
-                f"--config {given['config']}: encoder {code[0]} names code to run, which only the command line may do; give it "
-                "as --encoder"
-            )
+        for name, is_code in CODE_OPTIONS.items():
+            values = of_file.get(name) or []
+            code = [value for value in values if is_code(value)]
+            if code and given[name] is values:
+                parser.error(
+                    f"--config {given['config']}: {name} {code[0]} names code to run, which only the command line may do; "
+                    f"give it as --{name}"
+                )
     return given
 
 

@@ -169,7 +169,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "irepa": {"projector": "conv", "spatial_norm": 0.6},
     "rare": {"target_norm": "whiten:128", "token_weighting": "residual", "release": "plateau"},
     "repi": {},
-    "vrpo": {},
+    "vrpo": {"alignment_coeff": 4.0},
 }
 UNLESS_THE_OBJECTIVE_SETS_IT: dict[str, Any] = {
     "alignment_coeff": 0.5,
@@ -179,7 +179,7 @@ UNLESS_THE_OBJECTIVE_SETS_IT: dict[str, Any] = {
     "target_norm": "none",
     "token_weighting": "uniform",
     "release": None,
-    "reward_weighting": "inverse_variance",
+    "reward_weighting": "auto",
 }
 REPA_LOSS = ("repa", "irepa", "rare")
 
@@ -302,8 +302,8 @@ class RunConfig(Options):
 
     config: Machine[str | None] = option(
         None,
-        "read options from a recipe of the package, such as `digits`, or from a YAML file that has them by their names without "
-        "dashes; those on the command line override it",
+        "read options from a recipe of the package, such as `digits`, or from a YAML file with lines such as `seed: 0`; options "
+        "on the command line override it",
         "NAME|FILE.yaml",
     )
     output_dir: Machine[str] = option(
@@ -317,10 +317,15 @@ class RunConfig(Options):
         "draw the starting weights, and the noise, crops and labels of each sample, from this seed; change it to repeat a run with "
         "other random numbers",
     )
+    random_streams: Resolved[Literal[1, 2] | None] = option(
+        None,
+        "version of the random draws of samples: 2 draws faster and without work that grows with rows or tokens, 1 repeats runs from "
+        "before it; 2 for a new run, and that of the run for a continued one, if not given",
+    )
     mixed_precision: Resolved[Literal["no", "fp16", "bf16"] | None] = option(
         None,
-        "compute in bfloat16 (bf16: faster, with less memory, on GPUs of the last years), float16 (fp16: for older ones) or float32 "
-        "(no); as `accelerate config` has set it, else in float32, if not given",
+        "compute in bfloat16 (bf16: faster and with less memory, on recent GPUs), float16 (fp16: for older GPUs) or float32 (no); "
+        "if not given, as set by `accelerate config`, or else in float32",
     )
     allow_tf32: Resolved[bool | None] = option(
         None,
@@ -333,7 +338,7 @@ class RunConfig(Options):
     tracker_project_name: Machine[str] = option("vrpo", "project of the run in the trackers (TensorBoard: its folder)")
     tracker_run_name: Machine[str | None] = option(
         None,
-        "name of the run in the trackers that name runs (wandb, mlflow, ...); that of the output folder if not given",
+        "name of the run in trackers that name runs (wandb, mlflow, ...); the name of the output folder if not given",
     )
     logging_dir: Machine[str] = option("logs", "folder for the trackers' files, inside the output folder")
     logging_steps: Watched[Steps] = option(50, "optimizer steps between two rows of metrics")
@@ -386,11 +391,13 @@ class ModelConfig(Options):
 
     preset: Resolved[str | None] = option(
         None,
-        "train a transformer of this size, {SiT,DiT}-{XS,S,B,L,XL}/{1,2,4,8}: from 2 to 675 million parameters, and the side of its "
-        "patches, of which smaller ones cost more and give better images; SiT-B/2 if nothing else names a model",
+        "train a transformer of this size, {SiT,DiT}-{XS,S,B,L,XL}/{1,2,4,8}: XS to XL have 2 to 675 million parameters, and the number "
+        "is the side of a patch (smaller patches cost more and give better images); SiT-B/2 if no option names a model",
     )
     model_config: Resolved[str | None] = option(
-        None, "arguments of the transformer as JSON; those that the data determine are replaced", "FILE.json"
+        None,
+        "file with arguments of SiTTransformer2DModel as JSON; arguments that follow from the data are replaced",
+        "FILE.json",
     )
     pretrained_model_name_or_path: Name[str | None] = option(
         None,
@@ -399,30 +406,31 @@ class ModelConfig(Options):
         "NAME|FOLDER|FILE.pt",
     )
     keep_labels: bool = option(
-        False, "keep the class embeddings of the starting weights, however their classes are called"
+        False, "keep the class embeddings of the starting weights, even if the names of the classes differ"
     )
     lora_rank: Thousands | None = option(
-        None, "rank of the LoRA adapters to train, with the projectors, on frozen weights; all is trained if not given"
+        None,
+        "train LoRA adapters of this rank, and the projectors, on frozen weights; all weights are trained if not given",
     )
     lora_alpha: Annotated[Ratio | None, ADAPTED] = option(
-        None, "scale of the LoRA adapters: their output is multiplied by lora_alpha / lora_rank; by 1 if not given"
+        None, "scale of the LoRA adapters: their output is multiplied by lora_alpha / lora_rank, or by 1 if not given"
     )
     lora_dropout: Annotated[Share, ADAPTED] = option(
         0.0, "probability with which an input of a LoRA adapter is set to 0 in training"
     )
     lora_target: Annotated[list[str] | None, ADAPTED] = option(
         None,
-        "linear layers with LoRA adapters: ends of their names such as to_q to_v modulation, or a regular expression of whole "
-        "names; all of attention and feed-forward if not given",
+        "linear layers with LoRA adapters: the ends of their names, such as to_q to_v modulation, or a regular expression that "
+        "matches whole names; all layers of attention and feed-forward if not given",
         "NAME|REGEX",
     )
     prediction_type: Resolved[Literal["velocity", "epsilon"] | None] = option(
         None,
-        "output of the model: velocity (SiT) or epsilon, the noise (DiT); as the preset or the starting weights have it if not given",
+        "what the model predicts: velocity (SiT) or epsilon, the noise (DiT); follows from the preset or the starting weights if not given",
     )
     learn_sigma: Resolved[bool | None] = option(
         None,
-        "also train the variance, of models that predict noise; as the preset or the starting weights have it if not given",
+        "also train the variance of models that predict noise; follows from the preset or the starting weights if not given",
     )
     qk_norm: Resolved[bool] = option(
         False,
@@ -440,7 +448,9 @@ class ModelConfig(Options):
         "their third digit, and some autoencoders overflow in float16",
     )
     label_dropout: Resolved[Share | None] = option(
-        None, "share of samples trained without their class; as the starting weights have it, or 0.1, if not given"
+        None,
+        "share of the samples that are trained without their class, which classifier-free guidance needs; the starting weights' "
+        "share, or 0.1, if not given",
     )
 
 
@@ -454,7 +464,7 @@ class AlignmentConfig(Options):
         "vrpo",
         "add this to the flow-matching loss: nothing (none); REPA's cosine loss as it was published (repa), with iREPA's projector "
         "and targets (irepa), or with RARE's targets, token weights and release (rare); REPI's scaffold of encoder features "
-        "(repi); or VRPO's rewards (vrpo). It also sets options of alignment that are not given (docs/method.md)",
+        "(repi); or VRPO's rewards (vrpo). The objective also sets the options of alignment that are not given (docs/method.md)",
     )
     encoder: Name[list[str] | None] = option(
         None,
@@ -464,68 +474,71 @@ class AlignmentConfig(Options):
     )
     encoder_layer: list[Layer] | None = option(
         None,
-        "hidden state to align with, one index for all encoders or one for each; their output (of conv nets the stage of "
-        "stride 16) if not given",
+        "hidden state of the encoder to align with: one index for all encoders, or one for each; if not given, the output (for conv "
+        "nets, the stage of stride 16)",
     )
     layer_scope: Annotated[str, ALIGNED] = option(
         "early", "transformer blocks to align: early (2/7 of the depth), mid, all, or a list such as 4,8"
     )
     alignment_coeff: Annotated[Coefficient | None, ALIGNED] = option(
-        None, "weight of the alignment loss; 0.5 if not given"
+        None, "weight of the alignment loss; 4 for vrpo and 0.5 for others if not given"
     )
     alignment_stop_step: Annotated[Step | None, ENCODED] = option(
-        None, "step at which alignment ends at the latest; it lasts for the whole run if not given"
+        None, "end alignment at this step at the latest; alignment lasts for the whole run if not given"
     )
     release: Annotated[Resolved[Literal["none", "stop", "gate", "plateau"] | None], ALIGNED] = option(
         None,
-        "what ends alignment: nothing, --alignment_stop_step, the gate (at each noise level where it opposes flow matching), or a "
-        "plateau of the distance to the targets; plateau for rare if this is not given; gate for vrpo, and none or stop for repa "
-        "and irepa, if neither this nor --conflict is given",
+        "what ends alignment: nothing (none), --alignment_stop_step (stop), a conflict with flow matching, at each noise level by itself "
+        "(gate), or a distance to the targets that no longer falls (plateau); if neither this nor --conflict is given, plateau for rare, "
+        "and none or stop for the others",
     )
     timestep_weighting: Annotated[Literal["uniform", "low_noise"] | None, ALIGNED] = option(
         None,
-        "weight of the alignment loss over the noise level t: 1, or sigmoid(20 (0.7 - t)); uniform if not given",
+        "weight of the alignment loss at noise level t: 1 (uniform), or sigmoid(20 (0.7 - t)) (low_noise); uniform if not given",
     )
     projector: Annotated[Literal["mlp", "conv"] | None, ALIGNED] = option(
         None,
-        "network from hidden states to encoder features: REPA's three layers, or iREPA's 3x3 convolution; mlp if not given, "
-        "conv for irepa",
+        "network that maps hidden states to encoder features: REPA's three layers (mlp) or iREPA's 3x3 convolution (conv); if not given, "
+        "conv for irepa and mlp for others",
     )
     projector_dim: Resolved[Annotated[int, In(1, most=65_536)]] = option(2048, "hidden width of the mlp projectors")
     spatial_norm: Annotated[Coefficient | None, ALIGNED] = option(
         None,
-        "factor a of the normalisation (f - a mean) / std of the encoder features; 0, which turns it off, if not given, 0.6 "
-        "for irepa",
+        "factor a of the normalisation (f - a mean) / std of the encoder features over the tokens of an image; 0 turns it off; if not "
+        "given, 0.6 for irepa and 0 for others",
     )
     target_norm: Annotated[str | None, ALIGNED] = option(
         None,
-        "normalisation of the encoder features by statistics of the data: none, or whiten:K, the K principal dimensions with "
-        "variance 1 each, before --spatial_norm; none if not given, whiten:128 for rare",
+        "normalisation of the encoder features by statistics of the data, before --spatial_norm: none, or whiten:K, which keeps K "
+        "principal components and scales each to variance 1; if not given, whiten:128 for rare and none for others",
     )
     token_weighting: Annotated[Literal["uniform", "residual"] | None, ALIGNED] = option(
         None,
-        "weight of the tokens of an image in the alignment loss: alike, or residual, the more the farther a token is from "
-        "its target; uniform if not given, residual for rare",
+        "weight of each token in the alignment loss: equal (uniform), or larger for tokens farther from their target (residual); if not "
+        "given, residual for rare and uniform for others",
     )
     conflict: Annotated[Resolved[Literal["none", "gate", "project"] | None], ALIGNED] = option(
         None,
-        "treatment of an alignment gradient that opposes flow matching: gate (as --release gate) ends alignment at these noise "
-        "levels, project removes the opposing part, none changes nothing; as --release if not given",
+        "what happens where alignment's gradient opposes that of flow matching: gate (as --release gate) ends alignment at these noise "
+        "levels, project removes the opposing part, none changes nothing; follows from --release if not given",
     )
     log_gradients: Annotated[Free[bool], Needs("objective", REPA_LOSS)] = option(
         False,
-        "log cosine and ratio of the gradients of alignment and flow matching also without the gate; vrpo always does",
+        "log the cosine and the ratio of alignment's and flow matching's gradients, also without the gate; vrpo always logs them",
     )
     scaffold_layer: Annotated[Annotated[int, In(1, most=1000)] | None, ENCODED] = option(
         None,
-        "block, from 1, that attends to the encoders' features at first and learns to do without them (REPI); the early one "
-        "for repi and none for others if not given",
+        "scaffold this block, counted from 1: at first it attends to the encoder's features, later it learns to work without them (REPI); "
+        "if not given, the early block for repi and no block for others",
     )
     scaffold_fraction: Annotated[float, In(0, most=1, exclusive=True), ENCODED] = option(
-        0.05, "part of the training in which it does; 1 never ends, as a control for evaluations (docs/method.md)"
+        0.05,
+        "part of the training in which the scaffold's block attends to the encoder's features; with 1 it always does, as a control "
+        "for evaluations (docs/method.md)",
     )
     scaffold_coeff: Annotated[Coefficient, ENCODED] = option(
-        2.0, "weight of the distance of its own keys and values to those of the features afterwards"
+        2.0,
+        "weight of the loss after that part, which pulls the block's own keys and values to those made from the features",
     )
 
     def __post_init__(self):
@@ -544,23 +557,24 @@ class PolicyConfig(Options):
 
     reward_weighting: Annotated[str | None, VRPO] = option(
         None,
-        "weights of the rewards: inverse_variance, equal (inverse variance in one unit: equal shares), inverse_std (the "
-        "same), raw (each as large as it is), or fixed shares of fidelity, semantic and structural such as 0.2,0.5,0.3; "
-        "inverse_variance if not given",
+        "weights of the rewards: the paper's inverse_variance; equal shares (equal, or inverse_std, which computes the same); the "
+        "rewards' own sizes (raw); fixed shares of fidelity, semantic and structural reward such as 0.2,0.5,0.3; or auto, which is "
+        "0,2,1, and equal for rewards that are given from Python; auto if not given",
     )
     estimator: Annotated[Literal["expected", "sampled"], VRPO] = option(
-        "expected", "policy update: expected, in closed form for small noise, or sampled, from drawn actions"
+        "expected",
+        "update the policy in closed form, the limit of small noise (expected), or from drawn actions (sampled)",
     )
     policy_noise: Annotated[Ratio, VRPO] = option(0.1, "standard deviation of the policy's actions")
     group_size: Annotated[int, In(2, why="advantages are relative to the group", most=65_536), VRPO, SAMPLED] = option(
         8, "actions drawn for each token"
     )
-    policy_epochs: Annotated[Thousands, VRPO, SAMPLED] = option(1, "optimizer steps with the same actions")
+    policy_epochs: Annotated[Thousands, VRPO, SAMPLED] = option(1, "optimizer steps on the same drawn actions")
     clip_range: Annotated[Ratio, VRPO, SAMPLED] = option(
         0.2, "largest deviation of the probability ratio from 1, with --policy_epochs above 1"
     )
     kl_coeff: Annotated[Coefficient, VRPO] = option(
-        0.0, "weight of the divergence from the starting weights; above 0 it costs a forward pass"
+        0.0, "weight of the policy's divergence from its starting weights; above 0 it costs a second forward pass"
     )
 
 
@@ -572,33 +586,32 @@ class ImageRewardConfig(Options):
 
     image_rewards: list[str] | None = option(
         None,
-        "rewards of the estimated clean image: perceptual, image_semantic, or package.module:name of a function "
+        "rewards of the clean image that each prediction implies: perceptual, image_semantic, or package.module:name of a function "
         "`reward(x0_hat, x0)`; none if not given",
     )
     image_reward_share: list[Ratio] | None = option(
         None,
-        "length of the rewards' gradient at the prediction, in units of flow matching's: one number for all rewards or one "
+        "length of the image rewards' gradient at the prediction, relative to flow matching's: one number for all rewards or one "
         "for each; 0.5 if not given",
     )
     image_reward_max_t: Fraction = option(0.7, "largest noise level t at which images are rewarded")
-    image_reward_every: Steps = option(1, "optimizer steps between two with image rewards")
+    image_reward_every: Steps = option(1, "reward images in one of this many optimizer steps")
     image_reward_fraction: Fraction = option(1.0, "share of the samples whose images are rewarded")
     image_reward_start_step: Step = option(0, "first step with image rewards")
     image_reward_encoder: Name[str | None] = option(
         None, "frozen vision encoder of transformers that sees the images; the first --encoder if not given"
     )
     image_reward_resolution: Annotated[int, RESOLUTION] | None = option(
-        None, "side in pixels to which images are resized for that encoder; as for alignment if not given"
+        None, "side in pixels to which images are resized for that encoder; the same as for alignment if not given"
     )
     perceptual_layer: list[Layer] | None = option(
         None,
-        "hidden states of that encoder for the perceptual reward; of conv nets the last of each resolution in the first half "
-        "of the depth, of others three in that half, if not given",
+        "hidden states of that encoder for the perceptual reward; if not given, three in the first half of the depth (for conv nets the "
+        "last of each resolution in that half)",
     )
     image_semantic_layer: Layer | None = option(
         None,
-        "hidden state of that encoder for the image_semantic reward; its output (of conv nets the stage of stride 16) if not "
-        "given",
+        "hidden state of that encoder for the image_semantic reward; if not given, its output (for conv nets the stage of stride 16)",
     )
     reward_vae: Name[str | None] = option(
         None,
@@ -620,8 +633,8 @@ class OptimizationConfig(Options):
 
     train_batch_size: Annotated[Free[Batch], Changeable()] = option(
         256,
-        "train each process on this many samples in a micro-step, of which a step has --gradient_accumulation_steps; lower it if "
-        "the memory does not suffice",
+        "compute this many samples together on each process (a step has --gradient_accumulation_steps such micro-steps); lower it if "
+        "the GPU runs out of memory",
     )
     gradient_accumulation_steps: Annotated[Free[Batch], Changeable()] = option(1, "micro-steps in an optimizer step")
     gradient_checkpointing: Annotated[Free[bool | str], Switch("full")] = option(
@@ -632,18 +645,18 @@ class OptimizationConfig(Options):
     )
     max_train_steps: Annotated[Free[Steps | None], OneOf("steps")] = option(
         None,
-        f"train for this many optimizer steps; if --num_train_epochs is not given either, for {MOST_EPOCHS} epochs, or until "
-        f"{DEFAULT_IMAGES_SEEN:,} images were seen if that is less, but one epoch at least",
+        f"train for this many optimizer steps; if --num_train_epochs is not given either, for {MOST_EPOCHS} epochs, but not "
+        f"beyond {DEFAULT_IMAGES_SEEN:,} images, and for one epoch at least",
     )
     num_train_epochs: Annotated[Free[Steps | None], OneOf("steps")] = option(
         None, "train for this many passes over the data, instead of --max_train_steps"
     )
     timestep_sampling: Literal["uniform", "logit_normal"] = option(
         "uniform",
-        "distribution of the noise levels in training: uniform, or logit_normal (Stable Diffusion 3), which prefers the middle",
+        "distribution of the noise levels in training: uniform, or logit_normal (Stable Diffusion 3), which favours medium noise",
     )
     logit_mean: Annotated[Annotated[float, In(-10, most=10)], LOGIT_NORMAL] = option(
-        0.0, "mean of log(t / (1 - t)) of the noise level t; above 0 prefers noise, below 0 the data"
+        0.0, "mean of log(t / (1 - t)) of the noise level t; above 0 favours high noise, below 0 low noise"
     )
     logit_std: Annotated[Annotated[float, In(0, most=10, exclusive=True)], LOGIT_NORMAL] = option(
         1.0, "standard deviation of log(t / (1 - t))"
@@ -659,8 +672,7 @@ class OptimizationConfig(Options):
     )
     learning_rate: Annotated[LearningRate, Changeable()] = option(
         1e-4,
-        "take the optimizer's steps with this learning rate, once --lr_warmup_steps are over; 1e-4 is usual with 256 samples a step, up to "
-        "1e-3 for small models",
+        "learning rate of the optimizer after --lr_warmup_steps; 1e-4 is usual with 256 samples per step, up to 1e-3 for small models",
     )
     lr_scheduler: Annotated[
         Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"],
@@ -675,13 +687,15 @@ class OptimizationConfig(Options):
     )
     adam_weight_decay: Annotated[Coefficient, ADAMW, Changeable()] = option(0.0, "weight decay of AdamW")
     adam_epsilon: Annotated[Ratio, ADAMW, Changeable()] = option(1e-8, "constant in the denominator of AdamW's update")
-    max_grad_norm: Annotated[Ratio, Changeable()] = option(1.0, "norm to which a longer gradient is clipped")
+    max_grad_norm: Annotated[Ratio, Changeable()] = option(
+        1.0, "largest norm of the gradient; longer ones are clipped"
+    )
     use_ema: bool = option(True, "average the weights; sample grids and the result use the average")
     ema_decay: Share = option(0.9999, "decay per step of the averaged weights")
     ema_warmup: Free[bool] = option(
         True,
-        "lower the decay in the first steps, to (1 + n) / (10 + n) after n steps, so that a short run does not publish its "
-        "starting weights; a resumed run goes on as it began",
+        "lower the decay in the first steps, to (1 + n) / (10 + n) after n steps, so that the average of a short run does not "
+        "consist of its starting weights; a resumed run continues as it began",
     )
     ema_every: Steps = option(
         1,
@@ -720,13 +734,14 @@ class SpeedConfig(Options):
         "the numbers; with --mixed_precision bf16",
     )
     attention_backend: Free[str | None] = option(
-        None, "attention of diffusers: native, flash, _flash_3, _native_cudnn, sage, ...; its default if not given"
+        None,
+        "attention backend of diffusers: native, flash, _flash_3, _native_cudnn, sage, ...; diffusers' default if not given",
     )
     profile: Machine[Steps | None] = option(
-        None, "number of steps whose time is measured part by part and printed as a table", "STEPS"
+        None, "measure this many steps part by part and print their times as a table", "STEPS"
     )
     peak_tflops: Watched[Ratio | None] = option(
-        None, "peak of a device in TFLOP/s, for the share that is used (MFU); that of common GPUs is known"
+        None, "peak speed of a device in TFLOP/s, of which the log shows the used share (MFU); known for common GPUs"
     )
 
 
@@ -743,23 +758,24 @@ class CheckpointConfig(Options):
     )
     checkpoints_total_limit: Watched[Step | None] = option(
         None,
-        f"number of checkpoints to keep, the newest; 0 keeps all, and {CHECKPOINTS_TO_KEEP} are kept if this is not given",
+        f"keep this many of the newest checkpoints, or all with 0; {CHECKPOINTS_TO_KEEP} if not given",
     )
     resume_from_checkpoint: Machine[str] = option(
         "latest",
-        "checkpoint to continue from: the latest if there is one, none, that on the Hub, or a folder",
+        "checkpoint to continue from: the latest in the output folder, if there is one; none, to start a new run; the one on the Hub "
+        "(hub); or a checkpoint's folder",
         "latest|none|hub|DIR",
     )
     allow_changed: Free[list[str] | None] = option(
         None,
-        "options with other values than the checkpoint to continue from was trained with, separated by commas, such as "
-        "learning_rate,lr_scheduler; they act from there on, and starts.jsonl records the change",
+        "options that may differ from those of the checkpoint to continue from, separated by commas, such as "
+        "learning_rate,lr_scheduler; the new values apply from there on, and starts.jsonl records the change",
         "NAME,...",
     )
     overwrite_output_dir: Machine[bool] = option(
         False,
-        "begin in an output folder that holds a pipeline, metrics or other files and no checkpoint to continue: what "
-        "training wrote there is removed, other files stay; with --resume_from_checkpoint none also the checkpoints",
+        "start a run in an output folder that is not empty and has no checkpoint to continue: files that training wrote there are "
+        "removed, others stay; with --resume_from_checkpoint none, checkpoints are removed, too",
     )
     stop_on_failed_checkpoint: Machine[bool] = option(
         False, "stop if a checkpoint cannot be written, instead of trying again at the next one"
@@ -773,15 +789,16 @@ class CheckpointConfig(Options):
         f"{', '.join(map(str, EARLY_GRIDS))} if not given",
     )
     validation_labels: Watched[list[str] | None] = option(
-        None, "class names or ids of the columns of the grid; ten ids if not given"
+        None, "draw these classes, by name or id, as columns of the grid; ten of them if not given"
     )
     num_validation_images: Watched[Thousands] = option(4, "rows of the grid: images of each class")
     num_inference_steps: Free[SolverSteps] = option(50, "solver steps of the samples in the grid and for --fd_encoder")
     guidance_scale: Free[Annotated[float, GUIDANCE]] = option(
-        1.5, "classifier-free guidance of the grid; 1 turns it off"
+        1.5, "strength of classifier-free guidance in the grid; 1 turns it off"
     )
     fd_encoder: Free[str | None] = option(
-        None, "vision encoder in whose features the Fréchet distance to training images is logged"
+        None,
+        "log the Fréchet distance between samples and training images in the features of this vision encoder",
     )
     num_fd_samples: Annotated[Free[Samples | None], MEASURED] = option(
         None, "number of unguided samples for that distance; 2048 if not given"
@@ -795,10 +812,10 @@ class GenerativeConfig(Options):
     _argument_group_name: ClassVar[str] = "generative policy (docs/generative.md)"
 
     generative_policy_start_step: Step | None = option(
-        None, "step from which rewards of generated images are followed, too; never if not given"
+        None, "also train on rewards of generated images, from this step on; never if not given"
     )
     rollout_classes: Annotated[Annotated[int, In(1, most=65_536)], GENERATIVE] = option(
-        32, "classes in a rollout, the samples drawn together"
+        32, "classes in a rollout (a set of samples that are drawn together and rewarded)"
     )
     rollout_group_size: Annotated[int, In(2, why="advantages are relative to the group", most=65_536), GENERATIVE] = (
         option(16, "samples drawn for each class of a rollout")
@@ -809,9 +826,9 @@ class GenerativeConfig(Options):
     mc_samples: Annotated[Thousands, GENERATIVE] = option(
         4, "noise levels at which the likelihood of a sample is estimated"
     )
-    generative_coeff: Annotated[Coefficient, GENERATIVE] = option(1.0, "weight of the loss of the rewards")
+    generative_coeff: Annotated[Coefficient, GENERATIVE] = option(1.0, "weight of these rewards' loss")
     max_gradient_ratio: Annotated[Ratio, GENERATIVE] = option(
-        0.5, "largest length of the rewards' gradient, in units of the length of the rest"
+        0.5, "largest length of these rewards' gradient, relative to the gradient of the real images"
     )
     rollout_clip_range: Annotated[Ratio, GENERATIVE] = option(
         8e-3, "largest deviation of the likelihood ratio from 1, with --rollout_epochs above 1"
@@ -827,12 +844,12 @@ class GenerativeConfig(Options):
         None, "frozen vision encoder of transformers that judges samples; the first --encoder if not given"
     )
     reward_shallow_layer: Annotated[Layer | None, GENERATIVE] = option(
-        None, "hidden state of that encoder for the perceptual reward; at a quarter of its depth if not given"
+        None, "hidden state of that encoder for the perceptual reward; the one at a quarter of the depth if not given"
     )
     fidelity_reward: Annotated[Literal["auto", "frechet", "mmd"], GENERATIVE] = option(
         "auto",
-        "distance behind the fidelity and perceptual rewards: Fréchet distance or MMD; auto takes the MMD for fewer than "
-        "10000 training images",
+        "distance from which the fidelity and perceptual rewards are made: Fréchet distance or MMD (maximum mean discrepancy); auto "
+        "takes the MMD for fewer than 10000 training images",
     )
     reward_function: Annotated[Resolved[list[str] | None], Repeated(), GENERATIVE] = option(
         None, "user-defined reward `reward(images, features, labels)`; the flag may be repeated", "FILE.py:NAME"
@@ -841,7 +858,7 @@ class GenerativeConfig(Options):
         None, "shares of fidelity, perceptual, semantic and user-defined rewards, such as 2,1,1; equal if not given"
     )
     reward_queue_size: Annotated[Samples, GENERATIVE] = option(
-        10240, "number of latest samples from which the model's distribution is estimated"
+        10240, "estimate the distribution of the model from this many of the latest samples"
     )
     reward_reference: Annotated[Free[str | None], GENERATIVE] = option(
         None,
@@ -849,17 +866,19 @@ class GenerativeConfig(Options):
         "FILE.safetensors",
     )
     reward_reference_images: Annotated[Images, GENERATIVE] = option(
-        50_000, "largest number of training images for these statistics"
+        50_000, "largest number of training images from which these statistics are computed"
     )
-    guard_every: Annotated[Steps, GENERATIVE] = option(25, "rollouts between two checks of the guards")
+    guard_every: Annotated[Steps, GENERATIVE] = option(
+        25, "rollouts between two checks by the guards, which stop a run that gets worse (docs/generative.md)"
+    )
     guard_samples: Annotated[int, In(4, why="recall looks at a sample's third neighbour", most=10**7), GENERATIVE] = (
-        option(1024, "samples drawn for a check of the guards")
+        option(1024, "samples drawn for each check by the guards")
     )
     guard_loss_rise: Annotated[Free[Coefficient], GENERATIVE] = option(
         0.02, "relative rise of the flow-matching loss at which training stops"
     )
     guard_recall_fall: Annotated[Free[Coefficient], GENERATIVE] = option(
-        0.03, "fall of recall at which training stops"
+        0.03, "fall of the samples' recall at which training stops"
     )
     guard_distance_rise: Annotated[Free[Coefficient], GENERATIVE, MEASURED] = option(
         0.02, "relative rise of the distance in --fd_encoder at which training stops, if the reward rises, too"
@@ -880,10 +899,10 @@ class HubConfig(Options):
         None, "repository to publish in; the name of the output folder if not given", "OWNER/NAME"
     )
     hub_private_repo: Annotated[Machine[bool], PUBLISHED] = option(
-        False, "create the repository as a private one, if it does not exist yet"
+        False, "make the repository private if it does not exist yet"
     )
     hub_license: Annotated[Machine[str | None], PUBLISHED] = option(
-        None, "license of the weights; apache-2.0 if not given, or `other` for weights that continue others"
+        None, "license of the weights; if not given, apache-2.0, or `other` if the run started from other weights"
     )
     hub_push_checkpoints: Annotated[Machine[bool], PUBLISHED] = option(
         False, "also publish the averaged pipeline of each checkpoint, as a commit with the tag step-N"
@@ -910,11 +929,20 @@ class VRPOConfig(
 ):
     """All options of training, checked when they are made. `vrpo train --help-all` explains each.
 
-        VRPOConfig(output_dir="sit-b", objective="repa", max_train_steps=100_000)
-
     Attributes are those of the groups above, under the names of the flags of `vrpo train`. Data set, autoencoder and
     encoders may be missing: [`VRPOTrainer`] also takes them as objects. Options that the objective sets (`OBJECTIVES`) have
     their values from the beginning, which `dataclasses.replace` keeps, also with another objective.
+
+    Example:
+
+    ```python
+    from dataclasses import replace
+
+    from diffusers_vrpo import VRPOConfig
+
+    args = VRPOConfig(output_dir="sit-b", objective="repa", max_train_steps=100_000)
+    longer = replace(args, max_train_steps=400_000)
+    ```
 
     Raises:
         InputError: if a value has the wrong type or is out of range, or options contradict each other.
@@ -1160,13 +1188,8 @@ def whitened_dims(target_norm: str) -> int | None:
     return int(number)
 
 
-def end_of_alignment(
-    conflict: str | None, release: str | None, alignment_stop_step: int | None, gate_by_default: bool
-) -> tuple[str, str]:
+def end_of_alignment(conflict: str | None, release: str | None, alignment_stop_step: int | None) -> tuple[str, str]:
     """Resolves `conflict` and `release`, of which each may be None: the gate belongs to both.
-
-    Args:
-        gate_by_default: whether the gate acts if neither is given.
 
     Returns:
         the treatment of opposing gradients, `"none"`, `"gate"` or `"project"`; what ends alignment, `"none"`, `"stop"`,
@@ -1176,7 +1199,7 @@ def end_of_alignment(
         InputError: if the options contradict each other.
     """
     if release is None:
-        conflict = conflict or ("gate" if gate_by_default else "none")
+        conflict = conflict or "none"
         by_step = "none" if alignment_stop_step is None else "stop"
         return conflict, "gate" if conflict == "gate" else by_step
     if release == "none" and alignment_stop_step is not None:
@@ -1198,7 +1221,7 @@ def end_of_alignment(
 
 def alignment_end_of(config: AlignmentConfig) -> tuple[str, str]:
     """`end_of_alignment` of the options of a run."""
-    return end_of_alignment(config.conflict, config.release, config.alignment_stop_step, config.objective == "vrpo")
+    return end_of_alignment(config.conflict, config.release, config.alignment_stop_step)
 
 
 def objective_in_full(config: "VRPOConfig") -> str:

@@ -85,7 +85,7 @@ def irregular_problem(folder: Path, names: Iterable[str] | None = None) -> str |
     for path in [folder] if names is None else [folder / name for name in names]:
         if found := find_irregular(path):
             return (
-                f"{found[0].relative_to(folder)} is {found[1]}, through which nothing is written or read; remove it, or choose "
+                f"{found[0].relative_to(folder)} is {found[1]}, which this program does not follow; remove it, or choose "
                 "a new or empty folder"
             )
     return None
@@ -93,7 +93,7 @@ def irregular_problem(folder: Path, names: Iterable[str] | None = None) -> str |
 
 @contextlib.contextmanager
 def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
-    """Gives a temporary path beside `path`; what the `with` block wrote there replaces `path` at its end, atomically.
+    """Gives a temporary path next to `path`; the file that the `with` block wrote there replaces `path` at its end, atomically.
 
     If the block or the disk fails, `path` is as it was and the temporary file is removed.
 

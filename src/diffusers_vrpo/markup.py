@@ -23,7 +23,7 @@ def one_line(value) -> str:
 
 
 def shown(value) -> str:
-    """A value as text for a sentence or table cell in markdown, where none of its characters is markup."""
+    """A value as text for a sentence or table cell in markdown, with every character that could be markup escaped."""
     return MARKUP.sub(lambda found: f"&#{ord(found[0])};", one_line(value))
 
 

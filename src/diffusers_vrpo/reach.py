@@ -72,7 +72,7 @@ def offline_if_out_of_reach(*sources: str | os.PathLike | None) -> Iterator[None
     if not names or constants.HF_HUB_OFFLINE or not is_out_of_reach(constants.ENDPOINT):
         yield
         return
-    # Whoever has not imported datasets does not read from it.
+    # A program that has not imported datasets does not read from it.
     modules = [constants, *filter(None, [sys.modules.get("datasets.config")])]
     before = [module.HF_HUB_OFFLINE for module in modules]
     for module in modules:

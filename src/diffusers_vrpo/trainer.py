@@ -75,6 +75,7 @@ from .training.checkpoints import (
     choose_checkpoint,
     load_checkpoint,
     read_training_state,
+    recorded_streams,
     register_model_hooks,
     run_settings,
     save_checkpoint,
@@ -83,7 +84,13 @@ from .training.checkpoints import (
 )
 from .training.distributed import clip_grad_norm, full_pipeline, lines_above_the_bar, prepare, use_tf32
 from .training.fp8 import use_fp8
-from .training.given_transformer import align_transformer, check_pipeline, check_transformer, try_call
+from .training.given_transformer import (
+    align_transformer,
+    check_pipeline,
+    check_transformer,
+    keep_first_block,
+    try_call,
+)
 from .training.interruption import Interruption, StepGuard, wait_before_exit
 from .training.length import (
     SpeedNotice,
@@ -124,18 +131,21 @@ logger = get_logger(__name__)
 class VRPOTrainer:
     """Trains a class-conditional diffusion transformer (SiT, DiT, or one of diffusers) with representation alignment.
 
-        trainer = VRPOTrainer(
-            model="SiT-B/2",
-            encoders="facebook/dinov2-base",
-            vae="stabilityai/sd-vae-ft-ema",
-            train_dataset=dataset,
-            args=VRPOConfig(output_dir="sit-b", max_train_steps=100_000),
-        )
-        trainer.train()
-        trainer.save_model()
-
     `train` continues from the newest checkpoint in `args.output_dir`. Arguments that are not given are taken from `args`, so
     that `VRPOTrainer(args=args)` is what `vrpo train` makes.
+
+    Example:
+
+    ```python
+    from diffusers_vrpo import VRPOConfig, VRPOPipeline, VRPOTrainer
+
+    args = VRPOConfig(output_dir="digits-vrpo", dataset_name="embedded:digits", resolution=8, projector_dim=256,
+                      train_batch_size=64, max_train_steps=1400, learning_rate=1e-3, ema_decay=0.995)
+    with VRPOTrainer(model="SiT-XS/2", encoders="embedded:digits", vae="none", args=args) as trainer:
+        trainer.train()
+        trainer.save_model()
+    VRPOPipeline.from_pretrained("digits-vrpo")("three").images[0].save("three.png")
+    ```
 
     Args:
         model (`str`, *optional*): a preset such as `"SiT-B/2"`, or weights to start from: a pipeline or transformer (Hub
@@ -149,7 +159,7 @@ class VRPOTrainer:
             token rewards of your own: callables `reward(action, mu, y, subset) -> [B,N]` or `"package.module:name"`.
         image_rewards (`list`, *optional*): with any objective: `"perceptual"`, `"image_semantic"`, and rewards of estimated
             images of your own: callables `reward(x0_hat, x0) -> [B]` or `"package.module:name"`.
-        transformer (`diffusers.ModelMixin`, *optional*): in the place of `model`, the transformer to train, with its weights.
+        transformer (`diffusers.ModelMixin`, *optional*): instead of `model`, the transformer to train, with its weights.
         adapter ([`ModelAdapter`], *optional*): how to call, sample and save that transformer; diffusers'
             `DiTTransformer2DModel` needs none.
         args (`VRPOConfig`, *optional*): all options; the defaults without it.
@@ -213,6 +223,7 @@ class VRPOTrainer:
         with contextlib.ExitStack() as resources:
             resources.enter_context(locked(self.output_dir))
             self.accelerator = start_accelerator(args, self.output_dir)
+            self.all_reduce = self.accelerator.reduce if self.accelerator.num_processes > 1 else None
             self.profile = StepProfile(args.profile, self.accelerator.device, logger.info)
 
             # What cannot work fails here: the Hub, the checkpoint to continue from, data, autoencoder, encoders.
@@ -363,6 +374,8 @@ class VRPOTrainer:
                     accelerator.backward(loss)
                 self.objective.observe(self.alignment)
                 if accelerator.sync_gradients:
+                    # The guard, which is asked later, waits for this copy, too.
+                    self.objective.collect(self.all_reduce)
                     self._call("before_optimizer_step")
                     grad_norm = clip_grad_norm(accelerator, self.model, args.max_grad_norm)
                     self.metrics.add(grad_norm=grad_norm)
@@ -387,9 +400,8 @@ class VRPOTrainer:
             with self.profile("average"):
                 self.ema.step(trainable_parameters(self.aligned))
         with self.profile("statistics"):
-            all_reduce = accelerator.reduce if accelerator.num_processes > 1 else None
-            self.objective.update(all_reduce)
-            self.image_rewards.update(all_reduce)
+            self.objective.update(self.all_reduce)
+            self.image_rewards.update(self.all_reduce)
             self.progress.update()
 
     def log_if_due(self) -> None:
@@ -506,7 +518,7 @@ class VRPOTrainer:
                 what = "transformer" if self.validation is None else "pipeline"
                 logger.info(f"wrote the {what}{', samples.png' if drawn else ''} and training.png to {output_dir}")
                 if isinstance(self.pipeline, VRPOPipeline):
-                    logger.info(f"to draw from it: vrpo sample {output_dir} --num_images 100 --output_dir samples")
+                    logger.info(f"to sample from it: vrpo sample {output_dir} --num_images 100 --output_dir samples")
         self.end()
 
     def push_to_hub(self) -> None:
@@ -695,6 +707,8 @@ class VRPOTrainer:
             autocast=accelerator.autocast,
             prediction_type=self.adapter.prediction_type,
         )
+        if args.compile:
+            self.objective.compile()
         # Both are logged by name; names in the options are those of modules.
         if both := sorted({*self.objective.reward_names} & {*self.image_rewards.names}):
             raise InputError(
@@ -709,6 +723,8 @@ class VRPOTrainer:
 
         # FSDP replaces the weights: the averages are of the new ones.
         self.model, self.optimizer = prepare(accelerator, self.aligned, optimizer)
+        if given is not None:
+            keep_first_block(accelerator, self.transformer)
         self.ema = None
         if args.use_ema:
             self.ema = ForeachEMA(trainable_parameters(self.aligned), args.ema_every, decay=args.ema_decay)
@@ -720,6 +736,8 @@ class VRPOTrainer:
         self.settings = run_settings(
             self.args, self.data, self.aligned, self.global_batch_size, precision, self.label_dropout
         )
+        if self.args.random_streams is None and self.saved_state is not None:
+            self.settings["random_streams"] = recorded_streams(self.saved_state)
         if not isinstance(self.adapter, SiTAdapter):  # whose model has these in its config
             self.settings["the model's class"] = type(self.transformer).__name__
             for name in ("prediction_type", "time_direction", "learns_variance", "null_class_id"):
@@ -783,7 +801,7 @@ class VRPOTrainer:
         self.settings["ema_warmup"] = warmup
         ema.min_decay = 0.0 if warmup else ema.decay
         if warmup != self.args.ema_warmup:
-            logger.info(f"the averaged weights go on {'with' if warmup else 'without'} warm-up, as the run began")
+            logger.info(f"the averaged weights continue {'with' if warmup else 'without'} warm-up, as the run began")
         share = ema.share_of_start(self.max_train_steps)
         if share > 0.01:
             logger.warning(
@@ -847,6 +865,7 @@ class VRPOTrainer:
             num_tokens=math.prod(self.grid_size) if args.objective == "vrpo" else None,
             encoders=self.encoders,
             global_batch_size=self.global_batch_size,
+            stream_version=self.settings["random_streams"],
         )
         sampler = StreamBatchSampler(
             self.samples_seen,

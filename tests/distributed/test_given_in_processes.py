@@ -7,6 +7,8 @@ import torch
 from support.training import losses
 
 
+needs_sharding = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="torch shards on GPUs only")
+
 PROGRAM = """
 import os, sys
 import torch
@@ -38,11 +40,12 @@ with VRPOTrainer(transformer=transformer, adapter=FlowDiT(), encoders="embedded:
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_first_ones_weights(trainers, tmp_path):
+@pytest.mark.parametrize("hook", [None, pytest.param("fsdp of a DiT", marks=needs_sharding)])
+def test_two_processes_train_the_first_ones_weights(trainers, tmp_path, hook):
     (tmp_path / "train.py").write_text(PROGRAM)
     program = {"program": str(tmp_path / "train.py")}
     trainers([tmp_path / "one", 32], **program).finish()
-    trainers([tmp_path / "two", 16], processes=2, **program).finish()
+    trainers([tmp_path / "two", 16], hook=hook, processes=2, **program).finish()
     one, two = (torch.tensor(losses(tmp_path / name)) for name in ("one", "two"))
     assert len(one) == 3 and (one - two).abs().max() <= 1e-5
     assert (tmp_path / "two" / "transformer" / "config.json").is_file()

@@ -249,6 +249,7 @@ OPTIONS = {
     "ema_decay": 0.9,
     "ema_warmup": False,  # version 0.1 had none
     "seed": 7,
+    "random_streams": 1,  # version 0.1 had no other
     "logging_steps": 1,
     "num_inference_steps": 2,
     "num_validation_images": 1,
@@ -256,6 +257,8 @@ OPTIONS = {
     "report_to": "none",
 }
 NO_ALIGNMENT = {"objective": "none", "encoder": None}
+# What VRPO's defaults were in version 0.1.
+VRPO = {"alignment_coeff": 0.5, "reward_weighting": "inverse_variance", "conflict": "gate"}
 SAMPLED = {"estimator": "sampled", "group_size": 4}
 LATENTS = {"dataset_name": None, "vae": None, "random_flip": True}
 # Two classes of four samples in every second step from the tenth on, and limits that nothing reaches.
@@ -282,6 +285,7 @@ def row(model: dict | None = None, make: Callable[[Path], dict] | None = None, p
         make: writes files into the folder and gives the options that name them.
         processes: above 1 they are launched, each with its share of the batch.
     """
+    options = (VRPO | options) if options.get("objective", "vrpo") == "vrpo" else options
     return {"model": MODEL | (model or {}), "make": make, "processes": processes, "options": OPTIONS | options}
 
 
@@ -394,7 +398,10 @@ def run_row(name: str, folder: Path, launch: Callable = launch) -> dict:
 # Folders of version 0.1
 
 
-RESUMED = OPTIONS | {"projector_dim": 16, "layer_scope": "1,2", "checkpointing_steps": 10}
+# The version of the random draws follows from the run.
+RESUMED = (
+    OPTIONS | VRPO | {"projector_dim": 16, "layer_scope": "1,2", "checkpointing_steps": 10, "random_streams": None}
+)
 SAMPLED_LABELS = [0, 3, 5, 9]
 
 

@@ -78,7 +78,7 @@ def nan_sample(index):
         return batch
     latents.TrainingSamples.__getitem__ = patched
 
-def fsdp(reshard):
+def fsdp(reshard, block="SiTTransformerBlock"):
     # accelerate has FSDP for GPUs only; on the CPU its parts work all the same.
     from accelerate import FullyShardedDataParallelPlugin
     from accelerate.state import PartialState
@@ -89,7 +89,7 @@ def fsdp(reshard):
         accelerator = original(args, output_dir)
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, reshard_after_forward=reshard, cpu_ram_efficient_loading=False,
-            auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["SiTTransformerBlock"],
+            auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=[block],
             state_dict_type="SHARDED_STATE_DICT",
         )
         PartialState._shared_state["distributed_type"] = accelerator.state.distributed_type = DistributedType.FSDP
@@ -130,6 +130,7 @@ HOOKS = {
     "half deleted": lambda: nth_call(0, half_deleted, training.shutil, "rmtree"),
     "nan": lambda: nan_sample(60),
     "fsdp": lambda: fsdp(True),
+    "fsdp of a DiT": lambda: fsdp(True, "BasicTransformerBlock"),
     "zero2": lambda: fsdp(False),
     "fsdp nan": lambda: (fsdp(True), nan_sample(60)),
     "deepspeed": deepspeed_zero2,

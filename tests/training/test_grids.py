@@ -156,7 +156,7 @@ def test_arms_of_a_seed_start_from_the_same_weights(grids, study, capsys):
         assert picture.size == (12 * 72, 2 * 88)  # two runs of twelve samples
     with pytest.raises(InputError, match="has samples of none of these arms"):
         study("picture", "--arms", "none", "--seeds", "7")
-    with pytest.raises(InputError, match="--arms nine is none of .*none, none-doubled"):
+    with pytest.raises(InputError, match="--arms nine is not one of .*none, none-doubled"):
         study("table", "--arms", "nine")
 
 

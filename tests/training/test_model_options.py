@@ -398,10 +398,16 @@ def test_only_the_command_line_and_python_name_code_to_run(command, tmp_path, ca
     trap.write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nencoder = None\n")
     name = f"{trap}:encoder"
     recorded = tmp_path / "train_config.yaml"
-    recorded.write_text(f"encoder: [{name}]\n")
-    with pytest.raises(SystemExit):
-        run(command(config=recorded, encoder=None))
-    assert "names code to run, which only the command line may do; give it as --encoder" in capsys.readouterr().err
+    for option, value in (
+        ("image_rewards", "perceptual,package.module:reward"),
+        ("reward_function", name),
+        ("encoder", name),
+    ):
+        recorded.write_text(f"{option}: [{json.dumps(value)}]\n")
+        with pytest.raises(SystemExit):
+            run(command(config=recorded, encoder=None))
+        expected = f"{value} names code to run, which only the command line may do; give it as --{option}"
+        assert expected in capsys.readouterr().err
     for load in (lambda: load_encoder(name, (4, 4)), lambda: load_image_encoder(name)):
         with pytest.raises(InputError, match="names code to run, which only `encoder` of training may do"):
             load()

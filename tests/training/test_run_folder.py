@@ -158,7 +158,7 @@ def test_nothing_is_written_or_read_through_a_link(command, folder, tmp_path, na
     target.write_text("private")
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(target)
-    with pytest.raises(InputError, match=rf"{name} is a link to .*private, through which nothing is written"):
+    with pytest.raises(InputError, match=rf"{name} is a link to .*private, which this program does not follow"):
         run(command(max_train_steps=3))
     assert target.read_text() == "private"
 

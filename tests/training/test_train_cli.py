@@ -316,7 +316,7 @@ def test_input_that_cannot_work(command, changes, message):
 @pytest.mark.parametrize(
     "config, message",
     [
-        ({"depth": 3}, "'depth', which is none of sample_size, "),
+        ({"depth": 3}, "'depth', which is not one of sample_size, "),
         ([1], "must map argument names"),
         ({"num_attention_heads": 3, "attention_head_dim": 5}, "must be divisible by 4"),
         ({"patch_size": 0}, "patch_size 0 must be a whole number from 1 to 256"),

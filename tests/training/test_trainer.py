@@ -416,6 +416,6 @@ def test_a_run_goes_on_with_the_average_that_it_began_with(config, tmp_path, cap
     write_manifest(tmp_path / "old" / "checkpoint-2")
     with caplog.at_level("INFO"):
         assert torch.equal(train("old"), whole)
-    assert "the averaged weights go on without warm-up, as the run began" in caplog.text
+    assert "the averaged weights continue without warm-up, as the run began" in caplog.text
     assert json.loads(setting("old", 4).read_text())["settings"]["ema_warmup"] is False
     assert not torch.equal(train("with warm-up"), whole)

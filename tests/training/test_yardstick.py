@@ -71,7 +71,7 @@ def test_recipe_hash_names_what_results_depend_on(yardstick, tiny_yardstick):
     (tiny_yardstick.folder / "wrong.yaml").write_text(yaml.safe_dump(tiny_yardstick.values | {"clases": 3}))
     with pytest.raises(InputError, match="wrong.yaml: clases is unknown"):
         module.load_recipe(str(tiny_yardstick.folder / "wrong.yaml"))
-    with pytest.raises(InputError, match="--arms nothing is none of none, repa"):
+    with pytest.raises(InputError, match="--arms nothing is not one of none, repa"):
         module.choose_arms(["nothing"], recipe)
 
 

@@ -82,3 +82,19 @@ def test_a_fork_without_alignment_is_the_same_run(yardstick, command, tmp_path):
     aligned = train("aligned", objective="repa", encoder="digits", max_train_steps=2)
     with pytest.raises(InputError, match="fork from a run without alignment"):
         train("wrong", "--fork_from", str(aligned / "checkpoint-2"), max_train_steps=2)
+
+
+def test_an_arm_from_scratch_gets_the_time_of_the_base(forked, yardstick):
+    recipe = yardstick.recipe.load_recipe(str(forked.folder / "forked.yaml"))
+    timing = yardstick.timing.read_timing(recipe, forked.folder)
+    arm = {"objective": "none"}
+    forking, scratch = (
+        yardstick.recipe.equal_compute(recipe, arm | more, "none", timing) for more in ({}, {"from_base": False})
+    )
+    assert scratch["steps"] == forking["steps"] + recipe.base["steps"]
+    assert scratch["nominal_seconds"][0] == (0, 0) and scratch["nominal_seconds"][-1][1] == pytest.approx(
+        forking["nominal_seconds"][-1][1]
+    )
+    assert not yardstick.recipe.starts_from_base(recipe, arm | {"from_base": False})
+    argv = yardstick.run.train_argv(recipe, arm | {"from_base": False}, scratch, 0, forked.work, forked.folder)
+    assert not any("from_base" in word for word in argv)

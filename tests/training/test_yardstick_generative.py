@@ -101,7 +101,7 @@ def test_arms_that_cost_the_same_share_a_time_and_a_budget_without_a_step_is_ref
     assert module.cost_key(cpu.arms["policy"]) != module.cost_key(cpu.arms["policy-every-1"])
     with pytest.raises(InputError, match="budget_steps 600 does not pay for one step of policy; take more"):
         module.plan_steps(cpu, "policy", cpu.arms["policy"], times)
-    with pytest.raises(InputError, match="is none of fm, fm-annealed"):
+    with pytest.raises(InputError, match="is not one of fm, fm-annealed"):
         comparison("--arms", "other")
     with pytest.raises(InputError, match="has no run"):
         comparison("--table")

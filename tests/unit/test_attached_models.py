@@ -68,6 +68,9 @@ def test_the_wrapper_adds_no_operations(benchmark, tmp_path, capsys, monkeypatch
 def test_the_page_has_the_tables_of_the_results(benchmark):
     page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
     training, overhead = (benchmark.read_lines(FOLDER / name) for name in benchmark.RESULTS.values())
+    # The file has runs with other rewards, widths and seeds as well, from which the text quotes.
+    shown = {"rewards": benchmark.REWARDS, "steps": 200, "heads": None}
+    training = [line for line in training if shown.items() <= line.items() and line["seed"] in (0, 1)]
     for table in (benchmark.training_table(training), benchmark.overhead_table(overhead)):
         rows = [row for row in table.splitlines() if row.startswith("|")]
         assert "\n".join(rows) in page

@@ -6,13 +6,14 @@ import importlib
 import os
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from diffusers_vrpo import __version__, cli
-from diffusers_vrpo.command_line import recipes, sentence
+from diffusers_vrpo.command_line import OneLineErrorParser, one_line_errors, recipes, sentence
 from diffusers_vrpo.commands import train
 from support.paths import ROOT, TRAINING_SCRIPT
 from support.processes import no_network_environment
@@ -97,6 +98,14 @@ def test_training_starts_a_launcher_where_several_devices_are(monkeypatch, tmp_p
     assert command[3:6] == ["--multi_gpu", "--num_processes", "4"] and command[-len(options) :] == options
     monkeypatch.setenv("WORLD_SIZE", "4")  # in one of the started processes
     assert started_by(monkeypatch, ["train", *options]) is None
+
+
+def test_a_warning_that_diffusers_causes_with_every_download_is_not_shown():
+    parser = OneLineErrorParser(prog="vrpo")
+    with pytest.warns(UserWarning) as shown, one_line_errors(parser):
+        warnings.warn("The `local_dir_use_symlinks` argument is deprecated and ignored", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+    assert [str(warning.message) for warning in shown] == ["something else"]
 
 
 @pytest.mark.slow

@@ -11,7 +11,14 @@ from typing import Annotated
 import pytest
 import yaml
 
-from diffusers_vrpo.command_line import OneLineErrorParser, add_options, file_to_argv, parse_config, training_parser
+from diffusers_vrpo.command_line import (
+    OneLineErrorParser,
+    add_options,
+    file_to_argv,
+    given_options,
+    parse_config,
+    training_parser,
+)
 from diffusers_vrpo.config import (
     DataConfig,
     GenerativeConfig,
@@ -84,7 +91,8 @@ def test_marks_name_options():
 
 
 def test_every_number_has_a_range():
-    numbers = {option.name for option in OPTIONS.values() if option.kind in (int, float)}
+    # Those with a list of choices have it instead.
+    numbers = {option.name for option in OPTIONS.values() if option.kind in (int, float) and option.choices is None}
     assert numbers == {option.name for option, _ in RANGES}
 
 
@@ -351,6 +359,14 @@ def test_values_of_a_file_as_a_command_line(tmp_path):
     assert argv == ["--mixed_precision=no", "--no-use_ema", "--reward_function=a.py:b", "--reward_function=c.py:d"]
 
 
+def test_code_that_the_command_line_names_replaces_that_of_a_file(tmp_path):
+    file = tmp_path / "options.yaml"
+    file.write_text("image_rewards: [package.module:one]\nreward_function: [a.py:b]\n")
+    argv = ["--config", str(file), "--image_rewards", "package.module:one", "--reward_function", "c.py:d"]
+    given = given_options(training_parser(), argv)
+    assert (given["image_rewards"], given["reward_function"]) == (["package.module:one"], ["c.py:d"])
+
+
 # What a resumed run must keep
 
 
@@ -399,6 +415,7 @@ def test_resolved_options_are_compared_by_what_they_became():
         "conflict",
         "release",
         "label_dropout",
+        "random_streams",
         "streaming",
         "allow_tf32",
     }  # by their names, in `run_settings`

@@ -124,7 +124,8 @@ def test_the_log_has_it_in_one_line():
         "objective irepa: alignment_coeff 1.5, timestep_weighting uniform, projector conv, spatial_norm 0.6, target_norm none, "
         "token_weighting uniform, release none, conflict none, layer_scope early"
     )
-    assert "release gate, reward_weighting inverse_variance, conflict gate" in objective_in_full(VRPOConfig())
+    assert "alignment_coeff 4.0" in objective_in_full(VRPOConfig())
+    assert "release none, reward_weighting auto, conflict none" in objective_in_full(VRPOConfig())
     assert objective_in_full(VRPOConfig(objective="repi", alignment_stop_step=10**5)) == (
         "objective repi: release stop, scaffold_layer early, scaffold_fraction 0.05, scaffold_coeff 2.0"
     )

@@ -51,11 +51,11 @@ def block_formula(config: dict, tokens: int) -> int:
     """The bytes that the blocks save for an image in bfloat16.
 
     Of each token, in units of the width: float32 input and output of two norms (16); in bfloat16 their outputs as the input
-    of q, k and v, each with a copy of its own, and of the feed-forward (8); q, k, v and the attention's result (8); what two
-    gates multiply (4); and the feed-forward before and after its activation (16). Besides, the attention's log-sum-exp.
+    of q, k and v, and of the feed-forward (4); q, k, v and the attention's result (8); what two gates multiply (4); and
+    the feed-forward before and after its activation (16). Besides, the attention's log-sum-exp.
     """
     width = config["num_attention_heads"] * config["attention_head_dim"]
-    return config["num_layers"] * tokens * (52 * width + 4 * config["num_attention_heads"])
+    return config["num_layers"] * tokens * (48 * width + 4 * config["num_attention_heads"])
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def test_state_round_trip_goes_on_bit_equal():
 @pytest.mark.parametrize("resumed", [False, True])
 def test_the_objective_ends_at_the_step_that_the_plateau_gives(objective_class, resumed):
     def start():
-        return objective_class(aligned_with(tiny_model(), (1,), (12,)), 80, release="plateau", conflict="none")
+        return objective_class(aligned_with(tiny_model(), (1,), (12,)), 80, 0.5, release="plateau", conflict="none")
 
     objective, generator = start(), torch.Generator().manual_seed(0)
     y = torch.nn.functional.normalize(torch.randn(2, 16, 12, generator=generator), dim=-1)
@@ -186,10 +186,12 @@ def test_what_ends_alignment_counts_after_the_scaffold_phase(release):
 @pytest.mark.parametrize(
     "options, conflict, release",
     [
-        ({}, "gate", "gate"),
+        ({}, "none", "none"),
+        ({"conflict": "gate"}, "gate", "gate"),
         ({"objective": "repa"}, "none", "none"),
         ({"objective": "repa", "alignment_stop_step": 5}, "none", "stop"),
-        ({"alignment_stop_step": 5}, "gate", "gate"),
+        ({"alignment_stop_step": 5}, "none", "stop"),
+        ({"conflict": "gate", "alignment_stop_step": 5}, "gate", "gate"),
         ({"conflict": "none"}, "none", "none"),
         ({"conflict": "none", "alignment_stop_step": 5}, "none", "stop"),
         ({"conflict": "project"}, "project", "none"),

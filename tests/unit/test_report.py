@@ -326,7 +326,7 @@ def test_input_that_cannot_work(tmp_path, capsys):
         ([foreign], "train_config.yaml is not what `vrpo train` wrote"),
         (
             [run_a, "--metric", "kid"],
-            f"--metric kid is in none of these runs; they have {FD}, train_seconds, train_flops",
+            f"--metric kid is not in these runs; they have {FD}, train_seconds, train_flops",
         ),
         ([run_a, other, "--metric", "loss"], f"--metric loss: .*a has no loss_fm, .* use one of {FD}, train_seconds"),
         ([run_a, tmp_path / "other" / ".." / "a"], "a is given twice"),

@@ -187,7 +187,7 @@ def test_state_round_trip_goes_on_bit_equal():
 
 
 def test_summary_and_fixed_shares():
-    statistics = RewardStatistics(1, 2, parse_reward_weighting("3,1", 2))
+    statistics = RewardStatistics(1, 2, parse_reward_weighting("3,1", ("a", "b")))
     feed(statistics, 200)
     sigma, omega, shares = statistics.summary()
     assert shares.tolist() == pytest.approx([0.75, 0.25])
@@ -197,11 +197,15 @@ def test_summary_and_fixed_shares():
 
 
 def test_parse_reward_weighting():
-    assert [parse_reward_weighting(name, 2) for name in WEIGHTINGS] == list(WEIGHTINGS)
-    assert parse_reward_weighting("1,0", 2) == (1.0, 0.0)
+    two = ("a", "b")
+    # Shares by default are those of VRPO's own rewards; of others, nothing is known.
+    assert parse_reward_weighting("auto", ("fidelity", "semantic", "structural")) == (0, 2 / 3, 1 / 3)
+    assert parse_reward_weighting("auto", ("semantic", "structural")) == "equal"
+    assert [parse_reward_weighting(name, two) for name in WEIGHTINGS] == ["equal", *WEIGHTINGS[1:]]
+    assert parse_reward_weighting("1,0", two) == (1.0, 0.0)
     for wrong in ("inverse", "1", "1,2,3", "-1,2", "0,0", "nan,1"):
         with pytest.raises(InputError, match="`reward_weighting`"):
-            parse_reward_weighting(wrong, 2)
+            parse_reward_weighting(wrong, two)
 
 
 def feed_gate(gate, steps, mean, spread=0.1, batch=100, seed=0):

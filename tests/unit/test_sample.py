@@ -26,7 +26,7 @@ from diffusers import (
 from PIL import Image
 
 from diffusers_vrpo import SiTSDEScheduler, SiTTransformer2DModel, VRPOPipeline
-from diffusers_vrpo.commands import sample
+from diffusers_vrpo.commands import sample, sample_options
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.models import ddpm
 from diffusers_vrpo.models.official_checkpoints import default_scheduler
@@ -212,9 +212,15 @@ def test_the_shift_of_the_pipelines_scheduler_is_kept():
         assert scheduler.config.beta_schedule == "scaled_linear" and scheduler.config.beta_end == 0.012
 
 
-def test_a_sampler_is_one_row(models, tmp_path, monkeypatch):
+def test_the_command_line_names_the_samplers():
+    names = dict.fromkeys(("default", *sampling.SAMPLERS["velocity"], *sampling.SAMPLERS["epsilon"]))
+    assert tuple(names) == sample_options.SAMPLER_NAMES
+
+
+def test_a_sampler_is_a_name_and_a_row(models, tmp_path, monkeypatch):
     row = {"euler_with_shift": lambda config, own: FlowMatchEulerDiscreteScheduler(shift=2.0)}
     monkeypatch.setitem(sampling.SAMPLERS, "velocity", sampling.SAMPLERS["velocity"] | row)
+    monkeypatch.setattr(sample_options, "SAMPLER_NAMES", (*sample_options.SAMPLER_NAMES, *row))
     run(models / "velocity", tmp_path / "mine", sampler="euler_with_shift", num_images=2)
     run(models / "velocity", tmp_path / "ode", sampler="ode", num_images=2)
     assert not np.array_equal(pngs(tmp_path / "mine"), pngs(tmp_path / "ode"))
@@ -398,6 +404,32 @@ def test_compile_compiles_the_blocks_alone(models, tmp_path, monkeypatch):
     images = pngs(run(models / "velocity", tmp_path / "out", guidance_interval=(0, 0.5), compile=True)).astype(int)
     assert compiled == [{"dynamic": False}]
     assert np.abs(images - exact).max() <= 1
+
+
+def test_the_first_block_cache_skips_blocks(models, tmp_path, monkeypatch, capsys):
+    """A tiny threshold skips nothing and changes no byte; a large one computes the last block in the first step alone."""
+    options = {"num_inference_steps": 6, "num_images": 4}
+    whole = run(models / "velocity", tmp_path / "whole", **options)
+    assert "first_block_cache" not in json.loads((whole / "manifest.json").read_text())["options"]
+    same = run(models / "velocity", tmp_path / "same", first_block_cache=1e-9, **options)
+    assert np.array_equal(pngs(same), pngs(whole))
+
+    rows, load = [], sample.load_pipeline
+
+    def counting(*arguments):
+        pipeline = load(*arguments)
+        pipeline.transformer.transformer_blocks[-1].attn.register_forward_pre_hook(lambda *_: rows.append(1))
+        return pipeline
+
+    monkeypatch.setattr(sample, "load_pipeline", counting)
+    cached = run(models / "velocity", tmp_path / "cached", first_block_cache=10, **options)
+    assert len(rows) == 1 and not np.array_equal(pngs(cached), pngs(whole))
+    assert json.loads((cached / "manifest.json").read_text())["options"]["first_block_cache"] == 10
+    assert "--first_block_cache was 10.0 and is None" in refused(models / "velocity", cached, **options)
+    assert refused(models / "velocity", tmp_path / "none", first_block_cache=0, **options) == "2"
+    assert "--first_block_cache 0.0 must be above 0" in capsys.readouterr().err
+    assert refused(models / "velocity", tmp_path / "none", first_block_cache=0.1, compile=True, **options) == "2"
+    assert "--first_block_cache 0.1 cannot be combined with --compile" in capsys.readouterr().err
 
 
 def test_a_variant_of_the_weights(models, tmp_path):

@@ -158,13 +158,34 @@ def first_input(args: tuple, kwargs: dict) -> torch.Tensor | None:
 class AlignedTransformer(nn.Module):
     """A diffusers transformer with projectors on the tokens of some of its blocks, as alignment trains it.
 
-        aligned = AlignedTransformer(transformer, layers=[8], encoders=[encoder])
-        prediction, projections = aligned(x_t, timestep, ..., fork=step.fork)
-
     Train the wrapper (its parameters are the transformer's, the projectors' and the scaffold's, in this order), save and
     sample `aligned.transformer`.
     It works with gradient checkpointing, compiled blocks, autocast, DDP, and FSDP2 and DeepSpeed through accelerate. A
     backward pass with gradient checkpointing must follow its forward pass before the transformer is called again.
+
+    Example:
+
+    ```python
+    import torch
+
+    from diffusers_vrpo import REPA, AlignedTransformer, SiTTransformer2DModel, load_encoder, sit_preset
+
+    transformer = SiTTransformer2DModel(sample_size=8, in_channels=3, num_classes=10, **sit_preset("SiT-XS/2"))
+    encoder = load_encoder("embedded:digits", grid_size=(4, 4))
+    aligned = AlignedTransformer(transformer, layers=[2], encoders=[encoder], projector_dim=64)
+    objective = REPA(aligned, max_train_steps=1000)
+
+    images, noise = torch.rand(2, 3, 8, 8) * 2 - 1, torch.randn(2, 3, 8, 8)
+    t, labels = torch.rand(2), torch.tensor([3, 7])
+    mix = t.view(2, 1, 1, 1)
+    step = objective.begin(t)
+    prediction, projections = aligned(
+        (1 - mix) * images + mix * noise, t, labels, return_dict=False, fork=step.fork, align=step.active
+    )
+    losses = (prediction[0] - (noise - images)).square().flatten(1).mean(1)
+    loss = losses.mean() + objective.alignment_coeff * objective(step, projections, images, losses)
+    loss.backward()
+    ```
 
     Args:
         transformer: SiT, DiT, PixArt, SD3, Flux, Sana or another one whose blocks return tokens (docs/models.md).

@@ -2,7 +2,7 @@
 """Encoders from code: `package.module:name` and `FILE.py:name`, among them models of torch.hub and timm.
 
 The code of such a name runs when it is loaded. `load_encoder` and the commands that read names from files of other people
-therefore refuse it; the trainer loads it from the command line and from Python alone.
+therefore refuse it; the trainer loads it only if the command line or Python names it.
 """
 
 import importlib
@@ -22,7 +22,7 @@ STRIDE = 16  # pixels of an image for each token, of a model that does not tell 
 
 
 class CustomEncoder(nn.Module):
-    """A module in the place of a `PatchEncoder`: frozen, in evaluation mode, without gradients and outside of autocast.
+    """A module used instead of a `PatchEncoder`: frozen, in evaluation mode, without gradients and outside of autocast.
 
     A module with `forward_features`, as timm and DINOv2 of torch.hub have it, gets images of the size of its patches times
     the grid (or of its own size, if it takes no other) with its own normalisation; its class and register tokens are removed.
@@ -139,7 +139,7 @@ def load_custom_encoder(
     if layer is not None:
         raise InputError(
             "encoder_layer",
-            f"`encoder_layer` {layer} has no effect with `encoder` {name}, which decides itself what it returns; remove it",
+            f"`encoder_layer` {layer} has no effect with `encoder` {name}, which itself determines what it returns; remove it",
         )
     found = import_object(name)
     try:

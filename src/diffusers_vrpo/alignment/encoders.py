@@ -177,6 +177,17 @@ def load_encoder(
     times the stride of a conv net's stage. A model that takes its native size only (SAM, a ViT that cannot interpolate its
     position table) gets that, and its map is interpolated to the grid.
 
+    Example:
+
+    ```python
+    import torch
+
+    from diffusers_vrpo import load_encoder
+
+    encoder = load_encoder("embedded:digits", grid_size=(4, 4))  # or "facebook/dinov2-base", grid_size=(16, 16)
+    embeddings = encoder(torch.rand(2, 3, 8, 8) * 2 - 1)  # [2, 16, encoder.embed_dim]
+    ```
+
     Args:
         name_or_path (`str` or `Path`): a checkpoint folder (the network is then not touched), a name on the Hub, or
             `"embedded:digits"` for the encoder that comes with the package.

@@ -3,15 +3,17 @@
 
 The fidelity reward is the example's own flow-matching loss, whose gradient reaches the aligned block anyway. The fork sits
 after that block, sees both gradients, and gives fidelity its share of the reward gradient. It also measures how much
-the two conflict, and how long one is beside the other. The fidelity reward comes from arXiv 2606.00583; the formulas are ours (docs/method.md).
+the two conflict, and how long one is relative to the other. The fidelity reward comes from arXiv 2606.00583; the formulas are ours (docs/method.md).
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
 
 
 CONFLICTS = ("none", "gate", "project")
+SMALLEST = 2**-149  # positive number of float32
 
 
 def _per_sample(x: torch.Tensor, ndim: int) -> torch.Tensor:
@@ -37,14 +39,12 @@ def mix_gradients(
         `||g_align|| / ||g_main||`, both float32 `[B]`, 0 where one of them is exactly zero.
     """
     main, align, ndim = g_main.float(), g_align.float(), g_main.ndim
-    norm_main = torch.linalg.vector_norm(main.flatten(1), dim=1)
-    norm_align = torch.linalg.vector_norm(align.flatten(1), dim=1)
-    both = (norm_main > 0) & (norm_align > 0)
-    # One division after the other: the product of two small norms would underflow.
-    dot = (main * align).flatten(1).sum(1)
-    cosine = dot / torch.where(both, norm_main, 1.0) / torch.where(both, norm_align, 1.0)
-    cosine = torch.where(both, cosine, 0.0)
-    ratio = torch.where(both, norm_align / torch.where(both, norm_main, 1.0), 0.0)
+    norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in (main, align)])
+    norm_main, norm_align = norms
+    # One division after the other: the product of two small norms would underflow. Where one is zero, so is the product.
+    above_zero, above_zero_align = norms.clamp_min(SMALLEST)
+    cosine = (main * align).flatten(1).sum(1) / above_zero / above_zero_align
+    ratio = torch.where(norm_main > 0, norm_align / above_zero, 0.0)
     if conflict == "project":
         against = cosine.clamp(max=0) * norm_align / norm_main.clamp_min(1e-12)
         align = align - _per_sample(against, ndim) * main
@@ -57,7 +57,9 @@ def mix_gradients(
 
 class _Fork(torch.autograd.Function):
     @staticmethod
-    def forward(hidden_states, fidelity_share, probe, conflict):
+    def forward(hidden_states, fidelity_share, probe, conflict, compiled):
+        if not torch.compiler.is_compiling():
+            return hidden_states.view_as(hidden_states), hidden_states.view_as(hidden_states)
         # Neither views nor equal copies: where a compiled graph ends here, AOT autograd rebuilds views from their base,
         # past this backward, and Inductor makes equal copies one tensor, whose gradients add up. The probe is zero.
         zeros = _per_sample(probe.sum(0), hidden_states.ndim).to(hidden_states.dtype)
@@ -65,7 +67,7 @@ class _Fork(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, fidelity_share, probe, ctx.conflict = inputs
+        _, fidelity_share, probe, ctx.conflict, ctx.compiled = inputs
         ctx.save_for_backward(fidelity_share)
         ctx.probe_dtype = probe.dtype
 
@@ -74,12 +76,23 @@ class _Fork(torch.autograd.Function):
     def backward(ctx, g_main, g_align):
         # An unused branch has a gradient of zeros.
         (fidelity_share,) = ctx.saved_tensors
-        mixed, cosine, ratio = mix_gradients(g_main, g_align, fidelity_share, ctx.conflict)
-        return mixed, None, torch.stack([cosine, ratio]).to(ctx.probe_dtype), None
+        mix = compiled_mix_gradients() if ctx.compiled else mix_gradients
+        mixed, cosine, ratio = mix(g_main, g_align, fidelity_share, ctx.conflict)
+        return mixed, None, torch.stack([cosine, ratio]).to(ctx.probe_dtype), None, None
+
+
+@functools.cache
+def compiled_mix_gradients() -> Callable:
+    """`mix_gradients` as one compiled graph, for tensors of one shape."""
+    return torch.compile(mix_gradients, fullgraph=True, dynamic=False)
 
 
 def fork(
-    hidden_states: torch.Tensor, fidelity_share: torch.Tensor, probe: torch.Tensor, conflict: str = "none"
+    hidden_states: torch.Tensor,
+    fidelity_share: torch.Tensor,
+    probe: torch.Tensor,
+    conflict: str = "none",
+    compiled: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Copies `hidden_states` for the rest of the transformer and for the projector; backward calls `mix_gradients`.
 
@@ -94,13 +107,14 @@ def fork(
             `||g_align|| / ||g_main||`, both 0 where one gradient is exactly zero, not finite where one is not (half
             precision that overflowed).
         conflict: `"none"`, `"gate"` (the same here: the gate acts through the loss) or `"project"`.
+        compiled: whether the backward pass runs a compiled `mix_gradients`.
 
     Returns:
         h_main and h_align, both equal to `hidden_states`. Either may stay unused; its gradient then counts as zero.
     """
     if conflict not in CONFLICTS:
         raise ValueError(f"conflict {conflict!r} must be one of {', '.join(CONFLICTS)}")
-    return _Fork.apply(hidden_states, fidelity_share, probe, conflict)
+    return _Fork.apply(hidden_states, fidelity_share, probe, conflict, compiled)
 
 
 def measuring_probe(batch_size: int, device=None) -> torch.Tensor:
@@ -113,7 +127,9 @@ def scale_gradient(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return x.detach() + _per_sample(scale, x.ndim).to(x.dtype) * (x - x.detach())
 
 
-def alignment_fork(fidelity_share: torch.Tensor, probe: torch.Tensor, conflict: str = "none") -> Callable:
+def alignment_fork(
+    fidelity_share: torch.Tensor, probe: torch.Tensor, conflict: str = "none", compiled: bool = False
+) -> Callable:
     """Creates the `fork` argument of `AlignedTransformer.forward`: it calls `fork` at the deepest aligned block.
 
     At shallower blocks the flow-matching gradient already contains alignment gradients: there the projector branch is
@@ -122,7 +138,7 @@ def alignment_fork(fidelity_share: torch.Tensor, probe: torch.Tensor, conflict: 
 
     def split(hidden_states: torch.Tensor, deepest: bool) -> tuple[torch.Tensor, torch.Tensor]:
         if deepest:
-            return fork(hidden_states, fidelity_share, probe, conflict)
+            return fork(hidden_states, fidelity_share, probe, conflict, compiled)
         return hidden_states, scale_gradient(hidden_states, 1 - fidelity_share)
 
     return split

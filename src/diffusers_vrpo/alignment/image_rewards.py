@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Rewards of the clean image that a prediction implies, `x0_hat = x_t - t v`: a term of its own beside any objective.
+"""Rewards of the clean image that a prediction implies, `x0_hat = x_t - t v`: a separate term of the loss, with any objective.
 
     image_rewards = ImageRewards(["perceptual"], encoder, share=0.5)
     ...
@@ -47,6 +47,19 @@ VELOCITY = SimpleNamespace(prediction_type="velocity", time_direction="data_to_n
 @dataclass(frozen=True)
 class ImageReward:
     """A reward of estimated images.
+
+    Example:
+
+    ```python
+    from diffusers_vrpo import ImageReward
+
+
+    def colour(x0_hat, x0):
+        return -(x0_hat.mean((2, 3)) - x0.mean((2, 3))).square().sum(1)
+
+
+    reward = ImageReward("colour", colour)  # for VRPOTrainer(image_rewards=["perceptual", reward], ...)
+    ```
 
     Attributes:
         name (`str`): in logs, `reward/{name}`.
@@ -207,6 +220,28 @@ class ImageRewards:
 
     The rewards' gradients are computed on a detached copy of the prediction, a few images at a time, so that memory is
     bounded and the transformer is passed once. An example has the same gradient in any division of the batch.
+
+    Example:
+
+    ```python
+    import torch
+
+    from diffusers_vrpo import ImageRewards
+
+
+    def brightness(x0_hat, x0):
+        return -(x0_hat.mean((1, 2, 3)) - x0.mean((1, 2, 3))).square()
+
+
+    image_rewards = ImageRewards([brightness], share=0.5)
+    x0, noise, t = torch.rand(4, 3, 8, 8) * 2 - 1, torch.randn(4, 3, 8, 8), torch.full((4,), 0.3)
+    x_t = 0.7 * x0 + 0.3 * noise
+    prediction = (noise - x0 + 0.1 * torch.randn_like(x0)).requires_grad_()
+    loss_fm = (prediction - (noise - x0)).square().mean((1, 2, 3))
+    loss = loss_fm.mean() + image_rewards(prediction, noise - x0, x0, x_t, t)
+    loss.backward()
+    image_rewards.update()
+    ```
 
     Args:
         rewards (`list`): as for `load_image_rewards`; without any the term is never active.
@@ -543,7 +578,7 @@ def image_rewards_from_config(
             `image_reward_encoder` names another.
         vae: the run's autoencoder, or None.
         latent_shape, grid_size: shape of the latents, and rows and columns of the transformer's tokens.
-        rewards: in the place of `image_rewards`, if they are Python objects.
+        rewards: used instead of `image_rewards`, if they are Python objects.
         autocast: as for `ImageRewards`.
         dtype: of an encoder that is loaded.
 

@@ -28,7 +28,7 @@ def transformer_blocks(transformer: nn.Module) -> list[nn.Module]:
     """The blocks of a diffusers transformer in the order of the forward pass; Flux has single after double blocks.
 
     Raises:
-        ValueError: if the module has none of the lists in `BLOCK_LISTS`.
+        ValueError: if the module has no list of `BLOCK_LISTS`.
     """
     lists = [getattr(transformer, name, None) for name in BLOCK_LISTS]
     blocks = [block for blocks in lists if isinstance(blocks, nn.ModuleList) for block in blocks]
@@ -123,7 +123,7 @@ def image_token_places(
             return mask.long().sum(1, keepdim=True) + torch.arange(number, device=tokens.device)
     raise ValueError(
         f"{type(block).__name__} returns {length} tokens, and the transformer's input has {'an unknown number' if number is None else number} "
-        "of them; give `image_tokens`: first, last, all, or a function that says where the image's stand"
+        "of them; give `image_tokens`: first, last, all, or a function that says where the image's tokens are"
     )
 
 

@@ -9,6 +9,7 @@
     loss = loss_fm.mean() + objective.alignment_coeff * objective(step, projections, images, loss_fm)
     loss.backward()
     objective.observe(step)
+    objective.collect()
     optimizer.step()
     objective.update()
 
@@ -19,7 +20,7 @@ With a scaffold (REPI, alone or beside REPA and VRPO) three lines have more:
     prediction, projections = aligned(x_t, ..., fork=step.fork, align=step.active, scaffold=step.scaffold)
     loss = ... + objective.scaffold_coeff * step.scaffold_distance()
 
-`begin` to `observe` belong to a micro-batch, `update` to an optimizer step. The objective counts both. Formulas:
+`begin` to `observe` belong to a micro-batch, `collect` and `update` to an optimizer step. The objective counts both. Formulas:
 docs/method.md.
 """
 
@@ -51,8 +52,8 @@ from .policy import (
     token_shares,
 )
 from .release import RELEASES, ConflictGate, Release
-from .reward_statistics import RewardStatistics, parse_reward_weighting
-from .rewards import DEFAULT_REWARDS, FIDELITY, load_rewards, normalize
+from .reward_statistics import NUM_BINS, RewardStatistics, parse_reward_weighting
+from .rewards import BUILT_IN, DEFAULT_REWARDS, FIDELITY, load_rewards, normalize
 from .scaffold import ScaffoldStep
 from .token_weights import TOKEN_WEIGHTINGS, residual_weights, target_distance
 from .whitening import TARGET_WHITENING, WhitenedEncoder, Whitenings, without_whitening
@@ -85,8 +86,8 @@ class AlignmentStep:
     scaffold: ScaffoldStep | None = None
     logs: dict[str, torch.Tensor] = field(default_factory=dict)
     probe: torch.Tensor | None = None  # its gradient is the cosine between the two gradients, and their ratio
-    shares: torch.Tensor | None = None  # of the rewards, `[L,B,K]`
-    tau: torch.Tensor | None = None
+    bins: torch.Tensor | None = None  # of the timesteps
+    values: dict[str, torch.Tensor] = field(default_factory=dict)  # of the tables in these bins, `[rows,B]`
 
     def scaffold_distance(self) -> torch.Tensor:
         """The distance of the block's keys and values to the scaffold's, a scalar; 0 in the scaffold phase or without one."""
@@ -105,6 +106,7 @@ class NoAlignment:
 
     scaffold_steps: float = 0
     scaffold_coeff = 0.0
+    compiled = False
 
     def __init__(self, aligned: AlignedTransformer | None = None):
         self.aligned = aligned
@@ -196,6 +198,18 @@ class NoAlignment:
         """Updates statistics after the backward pass of a micro-batch."""
         if self.aligned is not None:
             self.aligned.clear_resting_gradients()
+
+    def compile(self) -> None:
+        """Compiles the objective's computation; there is none to compile here."""
+
+    def collect(self, all_reduce: Callable | None = None) -> None:
+        """Starts the copy of what was observed to the host, after the last `observe` before an optimizer step.
+
+        It may be omitted; `update` then waits for the device.
+
+        Args:
+            all_reduce: called as `all_reduce(tensor)`, sums over processes.
+        """
 
     def update(self, all_reduce: Callable | None = None) -> None:
         """Updates statistics after an optimizer step."""
@@ -295,8 +309,6 @@ class REPA(NoAlignment):
         InputError: if `conflict`, `release` and `alignment_stop_step` contradict each other.
     """
 
-    gate_by_default = False
-
     def __init__(
         self,
         aligned: AlignedTransformer,
@@ -319,7 +331,7 @@ class REPA(NoAlignment):
     ):
         super().__init__(aligned)
         self._set_scaffold(max_train_steps, scaffold_fraction, scaffold_coeff, alignment_stop_step)
-        conflict, release = end_of_alignment(conflict, release, alignment_stop_step, self.gate_by_default)
+        conflict, release = end_of_alignment(conflict, release, alignment_stop_step)
         for name, value, choices in (
             ("conflict", conflict, CONFLICTS),
             ("release", release, RELEASES),
@@ -370,14 +382,23 @@ class REPA(NoAlignment):
             return step
         step.number = self._micro_steps
         self._micro_steps += 1
+        tables = self._tables()
+        if self.forks or tables:
+            step.bins = RewardStatistics.bins(t)
+        if tables:
+            # One copy to the device and one look-up for all of them.
+            table = torch.cat(list(tables.values())).to(t.device, non_blocking=True)
+            rows = [len(part) for part in tables.values()]
+            step.values = dict(zip(tables, table[:, step.bins].split(rows)))
         if self.forks:
             step.probe = measuring_probe(len(t), t.device)
-            step.fork = alignment_fork(self._fidelity_share(step), step.probe, self.conflict)
+            share = step.values["fidelity"][0] if "fidelity" in tables else torch.zeros_like(t)
+            step.fork = alignment_fork(share, step.probe, self.conflict, self.compiled)
         return step
 
-    def _fidelity_share(self, step: AlignmentStep) -> torch.Tensor:
-        """`s_f [B]`, the share of the fidelity reward at the fork."""
-        return torch.zeros_like(step.t)
+    def _tables(self) -> dict[str, torch.Tensor]:
+        """What the loss and the fork look up by timestep, by name: float32 `[rows,bins]`, on the host."""
+        return {"gate": self.gate.gates().float().unsqueeze(0)} if self.conflict == "gate" else {}
 
     @torch.no_grad()
     def targets(
@@ -442,28 +463,64 @@ class REPA(NoAlignment):
         targets = step.targets
         if targets is None:
             targets = self.targets(images, projections[0].shape[1], step.features)
-        weight = timestep_weight(step.t, self.timestep_weighting) / self.mean_weight
-        if self.conflict == "gate":
-            weight = weight * self.gate.lookup(step.t)
-        if self.plateau is not None:
-            weight = weight * self.plateau.weight()
-        total, logs = 0.0, {}
         references = self._reference_projections(inputs)
+        if subset is None and self.compiled:
+            subset = self._draw_subset(projections[0])  # a compiled graph would draw other numbers
+        observes_plateau = self.plateau is not None and self._release_counts()
+        draws = (subset, index, references)
+        total, step.logs = self._losses(
+            step, projections, targets, self._weight(step), loss_fm, draws, observes_plateau
+        )
+        return total
+
+    def _losses(
+        self, step, projections, targets, weight, loss_fm, draws, observes_plateau
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of all projectors, and the values to log; observes rewards and distances. `compile` compiles it."""
+        terms, logs = [], {}
         for i, projection in enumerate(projections):
             mu, y = normalize(projection), targets[i % len(targets)]
-            if self.plateau is not None and self._release_counts():
+            if observes_plateau:
                 self.plateau.observe(target_distance(mu.detach(), y).mean(-1))
-            loss_i = self._loss(step, i, mu, y, loss_fm, subset, index, references, logs)
-            total = total + (weight * loss_i).mean() / len(projections)
+            mean = (weight * self._loss(step, i, mu, y, loss_fm, draws, logs)).mean()
+            terms.append(mean / len(projections) if len(projections) > 1 else mean)
         logs["alignment_coeff"] = [self.alignment_coeff * weight.mean()]
-        step.logs = {name: torch.stack(values).mean() for name, values in logs.items()}
-        return total
+        logs = {name: each[0] if len(each) == 1 else torch.stack(each).mean() for name, each in logs.items()}
+        return sum(terms[1:], terms[0]), logs
+
+    def compile(self, fullgraph: bool = True) -> None:
+        """Compiles the loss, the backward pass of the fork and what the gate adds up, each as one graph of fixed shapes.
+
+        Call it before the first step. Numbers agree up to the rounding of float32.
+
+        Args:
+            fullgraph: whether the loss must be one graph; otherwise it may be several.
+        """
+        self._losses = torch.compile(self._losses, fullgraph=fullgraph, dynamic=False)
+        self.gate.compile()
+        self.compiled = True
+
+    def _weight(self, step: AlignmentStep) -> torch.Tensor:
+        """The weight of the samples in the loss, `[B]`: w(t), the gate, and the plateau's."""
+        if self.timestep_weighting == "uniform" and self.conflict == "gate":
+            weight = step.values["gate"][0]
+        else:
+            weight = timestep_weight(step.t, self.timestep_weighting)
+            if self.mean_weight != 1:
+                weight = weight / self.mean_weight
+            if self.conflict == "gate":
+                weight = weight * step.values["gate"][0]
+        return weight if self.plateau is None else weight * self.plateau.weight()
 
     def _reference_projections(self, inputs) -> tuple[torch.Tensor, ...] | None:
         return None
 
-    def _loss(self, step, i, mu, y, loss_fm, subset, index, references, logs) -> torch.Tensor:
-        """Computes the loss of one projector, `[B]`."""
+    def _draw_subset(self, projection: torch.Tensor) -> torch.Tensor | None:
+        """The tokens of the structural reward, `[B,M]`; None without one."""
+        return None
+
+    def _loss(self, step, i, mu, y, loss_fm, draws, logs) -> torch.Tensor:
+        """Computes the loss of one projector, `[B]`; `draws` are subset, indices and projections of the reference model."""
         loss = repa_loss(mu, y)
         self._log(logs, **{"reward/semantic": -loss})
         weights = self._token_weights(mu, y)
@@ -477,12 +534,13 @@ class REPA(NoAlignment):
     def _log(logs: dict, **values: torch.Tensor):
         """Collects the values of the projectors, whose mean is logged."""
         for name, value in values.items():
-            logs.setdefault(name, []).append(value.detach().mean())
+            value = value.detach()
+            logs.setdefault(name, []).append(value.mean() if value.ndim else value)
 
     def observe(self, step: AlignmentStep) -> None:
         """Records cosine and ratio of the two gradients, which are the gradient of the probe after backward."""
         if step.probe is not None and self._release_counts():
-            self.gate.observe(step.t, *step.probe.grad)
+            self.gate.observe_measures(step.bins, step.probe.grad)
         super().observe(step)
 
     def _release_counts(self) -> bool:
@@ -491,6 +549,16 @@ class REPA(NoAlignment):
         In the scaffold phase they would describe a model that is told what the image shows; they begin after it.
         """
         return not self.scaffolding(self.step_number)
+
+    def collect(self, all_reduce: Callable | None = None) -> None:
+        if self.active(self.step_number):
+            for statistics in self._statistics_of_step(self._release_counts()):
+                statistics.collect(all_reduce)
+
+    def _statistics_of_step(self, release_counts: bool) -> list:
+        """What is updated after an aligned optimizer step."""
+        of_gradients = [self.gate] if self.forks and release_counts else []
+        return of_gradients + ([self.plateau] if self.plateau is not None and release_counts else [])
 
     def update(self, all_reduce: Callable | None = None) -> None:
         """Updates statistics after an optimizer step; `all_reduce(tensor)` sums over processes."""
@@ -501,15 +569,13 @@ class REPA(NoAlignment):
             self._update_statistics(all_reduce, counts)
 
     def _update_statistics(self, all_reduce, release_counts: bool):
-        if self.forks and release_counts:
-            self.gate.update(all_reduce)
-        if self.plateau is not None and release_counts:
-            self.plateau.update(all_reduce)
+        for statistics in self._statistics_of_step(release_counts):
+            statistics.update(all_reduce)
         if self.step_number % self.release.gate.window == 0:
             self.release.look_ahead(self.step_number)
 
     def summary(self) -> dict[str, float]:
-        """Statistics for the log; waits for the device."""
+        """Statistics for the log."""
         of_gradients = self.gate.summary() if self.forks else {}
         has_distances = self.plateau is not None and self.plateau.step > 0
         return of_gradients | (self.plateau.summary() if has_distances else {})
@@ -532,13 +598,12 @@ class VRPO(REPA):
     """Group-relative rewards instead of REPA's loss: a policy on the projected tokens (docs/method.md).
 
     Args:
-        aligned, max_train_steps, alignment_coeff, alignment_stop_step, timestep_weighting, spatial_norm, prediction_type,
-            device, token_weighting, release: as of `REPA`.
-        conflict (`str`, *optional*): as of `REPA`, but `"gate"` if `release` is not given either.
+        aligned, max_train_steps, alignment_coeff, alignment_stop_step, timestep_weighting, spatial_norm, conflict,
+            prediction_type, device, token_weighting, release: as of `REPA`.
         rewards (`list`): `"fidelity"`, first or not at all; `"semantic"`, `"structural"`; functions of (action, mu, y,
             subset), `TokenReward`s, or `"package.module:name"` of either.
-        reward_weighting (`str`): `"inverse_variance"`, `"equal"`, `"inverse_std"`, `"raw"`, or fixed shares with commas, one for
-            each of `rewards`.
+        reward_weighting (`str`): `"auto"` (`"0,2,1"` for VRPO's own three rewards, `"equal"` for others),
+            `"inverse_variance"`, `"equal"`, `"inverse_std"`, `"raw"`, or fixed shares with commas, one for each of `rewards`.
         estimator (`str`): `"expected"`, the limit of small noise in closed form, or `"sampled"` groups of actions.
         policy_noise (`float`): sigma of the actions.
         group_size (`int`): G, actions per token.
@@ -554,13 +619,11 @@ class VRPO(REPA):
         InputError: if rewards or their weighting are not valid, or options of the end of alignment contradict each other.
     """
 
-    gate_by_default = True
-
     def __init__(
         self,
         aligned: AlignedTransformer,
         max_train_steps: int,
-        alignment_coeff: float = 0.5,
+        alignment_coeff: float = 4.0,
         alignment_stop_step: int | None = None,
         timestep_weighting: str = "uniform",
         spatial_norm: float = 0.0,
@@ -568,7 +631,7 @@ class VRPO(REPA):
         prediction_type: str | None = None,
         device: torch.device | None = None,
         rewards: Sequence = DEFAULT_REWARDS,
-        reward_weighting: str = "inverse_variance",
+        reward_weighting: str = "auto",
         estimator: str = "expected",
         policy_noise: float = 0.1,
         group_size: int = 8,
@@ -615,7 +678,7 @@ class VRPO(REPA):
         self.kl_coeff = kl_coeff
         self.seed, self.autocast = seed, autocast
         self.forks = True  # fidelity has its share there, and the conflict is measured
-        weighting = parse_reward_weighting(reward_weighting, len(self.reward_names))
+        weighting = parse_reward_weighting(reward_weighting, self.reward_names)
         # One row per projector, ordered by block and then by encoder.
         self.statistics = RewardStatistics(len(aligned.projectors), len(self.reward_names), weighting, self.device)
         if kl_coeff and aligned.scaffold is not None:
@@ -628,14 +691,17 @@ class VRPO(REPA):
         self.reference = None
         self.draws.clear()
 
-    def _fidelity_share(self, step: AlignmentStep) -> torch.Tensor:
-        shares, step.tau = self.statistics.lookup(step.t)
+    def _tables(self) -> dict[str, torch.Tensor]:
+        shares, tau = self.statistics.tables()
         # The encoders of a block share its reward weights, as they share the fork.
         num_encoders = len(self.aligned.embed_dims)
         by_block = shares.unflatten(0, (-1, num_encoders)).mean(1)
-        step.shares = by_block.repeat_interleave(num_encoders, dim=0)
-        # The fork stands at the deepest aligned block.
-        return by_block[-1, :, 0] if self.fidelity else torch.zeros_like(step.t)
+        of_tokens = token_shares(by_block.mT.flatten(0, 1), self.fidelity).unflatten(0, (-1, NUM_BINS)).mT
+        of_tokens = of_tokens.repeat_interleave(num_encoders, dim=0)
+        tables = {"shares": of_tokens.flatten(0, 1), "tau": tau[:, self.fidelity :].flatten(0, 1)}
+        if self.fidelity:
+            tables["fidelity"] = by_block[-1, :1]  # the fork stands at the deepest aligned block
+        return super()._tables() | tables
 
     def _reference_projections(self, inputs) -> tuple[torch.Tensor, ...] | None:
         if self.reference is None:
@@ -645,13 +711,23 @@ class VRPO(REPA):
         with torch.no_grad(), self.autocast():
             return (self.reference(**inputs) if isinstance(inputs, dict) else self.reference(*inputs))[1]
 
-    def _loss(self, step, i, mu, y, loss_fm, subset, index, references, logs) -> torch.Tensor:
+    def _draw_subset(self, projection: torch.Tensor) -> torch.Tensor:
+        order = torch.rand(projection.shape[:2], device=projection.device).argsort(dim=1)
+        return order[:, : min(SUBSET_SIZE, projection.shape[1])]
+
+    def compile(self) -> None:
+        """As of `REPA`; with the sampled estimator, whose actions are drawn in between, and rewards of your own in pieces."""
+        built_in = all(reward in BUILT_IN.values() for reward in self.rewards)
+        super().compile(fullgraph=self.estimator == "expected" and built_in)
+
+    def _loss(self, step, i, mu, y, loss_fm, draws, logs) -> torch.Tensor:
+        subset, index, references = draws
         if subset is None:
-            order = torch.rand(mu.shape[:2], device=mu.device).argsort(dim=1)
-            subset = order[:, : min(SUBSET_SIZE, mu.shape[1])]
-        shares, weights = token_shares(step.shares[i], self.fidelity), self._token_weights(mu, y)
+            subset = self._draw_subset(mu)
+        weights = self._token_weights(mu, y)
+        rows = slice(i * len(self.rewards), (i + 1) * len(self.rewards))
+        shares, tau = (step.values[name][rows].mT for name in ("shares", "tau"))
         if self.estimator == "expected":
-            tau = step.tau[i, :, self.fidelity :]
             loss, rewards, squares = expected_policy_loss(mu, y, subset, shares, tau, self.rewards, weights)
         else:
             loss, rewards, squares = self._sampled_loss(step, i, mu, y, subset, shares, weights, index, logs)
@@ -659,8 +735,9 @@ class VRPO(REPA):
             rewards = torch.cat([-loss_fm.detach().unsqueeze(1), rewards], dim=1)
             # Fidelity has neither a gradient at the tokens nor a tau.
             squares = F.pad(squares, (1, 0))
-        self.statistics.observe(i, step.t, rewards, squares)
-        self._log(logs, **{f"reward/{name}": rewards[:, k] for k, name in enumerate(self.reward_names)})
+        self.statistics.observe(i, step.t, rewards, squares, step.bins)
+        of_samples = rewards.detach().mean(0)
+        self._log(logs, **{f"reward/{name}": of_samples[k] for k, name in enumerate(self.reward_names)})
         if references is not None:
             kl = kl_penalty(mu, normalize(references[i]), self.policy_noise)
             loss = loss + self.kl_coeff * kl
@@ -693,9 +770,8 @@ class VRPO(REPA):
             self._log(logs, clip_fraction=clipped)
         return loss, rewards, squares
 
-    def _update_statistics(self, all_reduce, release_counts: bool):
-        self.statistics.update(all_reduce)
-        super()._update_statistics(all_reduce, release_counts)
+    def _statistics_of_step(self, release_counts: bool) -> list:
+        return [self.statistics, *super()._statistics_of_step(release_counts)]
 
     def summary(self) -> dict[str, float]:
         values = super().summary()

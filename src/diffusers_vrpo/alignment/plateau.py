@@ -1,13 +1,15 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """The end of alignment where the distance to the targets has stopped falling (docs/method.md).
 
-Among the quantities that were measured beside the benefit of alignment, this distance follows it best; the cosine between the
+Of the quantities that were compared with the benefit of alignment, this distance follows it best; the cosine between the
 gradients does not (RARE, arXiv 2609.34732).
 """
 
 import math
 
 import torch
+
+from .host_copy import DeviceSums, finite
 
 
 FAST_RATE, SLOW_RATE = 1e-3, 5e-5  # of the averages, 1 - 0.999 and 1 - 0.99995, in long runs
@@ -27,34 +29,45 @@ class Plateau:
 
     Args:
         max_train_steps (`int`): optimizer steps of the training.
-        device: where the statistics live, float64 (float32 on MPS).
+        device: of the distances. Their sums live there, everything else on the host; float64 (float32 on MPS).
     """
 
     acts = True
 
     def __init__(self, max_train_steps: int, device="cpu"):
-        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
         self.start = self.window = max(1, max_train_steps // 8)
         rates = [
             min(1.0, max(rate, 1 / (share * max_train_steps)))
             for rate, share in ((FAST_RATE, FAST_SHARE), (SLOW_RATE, SLOW_SHARE))
         ]
-        self.rates = torch.tensor(rates, device=device, dtype=dtype)
+        self.sums = DeviceSums((2,), device)  # samples, distances
+        self.rates = torch.tensor(rates, dtype=self.sums.dtype)
         self.step = 0
         # The averages, fast and slow, and their masses; steps of the way from 1 to 0 that are behind.
         shapes = {"average": (2,), "mass": (2,), "closing": ()}
-        self.state = {name: torch.zeros(shape, device=device, dtype=dtype) for name, shape in shapes.items()}
-        self.pending = torch.zeros(2, device=device, dtype=dtype)  # samples, distances
+        self.state = {name: torch.zeros(shape, dtype=self.sums.dtype) for name, shape in shapes.items()}
+
+    @property
+    def pending(self) -> torch.Tensor:
+        """The sums since the last update, on the device."""
+        return self.sums.sums
 
     def observe(self, distance: torch.Tensor):
         """Adds one micro-batch of a projector: the token mean of eta of each sample, `[B]`. NaN and inf are skipped."""
-        known = distance.isfinite()
-        total = torch.where(known, distance.detach(), 0).to(self.pending.dtype).sum()
-        self.pending += torch.stack([known.sum().to(total.dtype), total])
+        known = finite(distance.detach())
+        rows = torch.stack([known.to(self.sums.dtype), torch.where(known, distance.detach(), 0).to(self.sums.dtype)])
+        self.sums.sums += rows.sum(1)
+
+    def collect(self, all_reduce=None):
+        """Starts the copy of the sums to the host, which `update` then need not wait for; `all_reduce(tensor)` adds up processes."""
+        self.sums.collect(all_reduce)
 
     def update(self, all_reduce=None):
-        """One optimizer step: moves averages and weight; `all_reduce(tensor)` sums over processes."""
-        count, total = self.pending if all_reduce is None else all_reduce(self.pending)
+        """One optimizer step: moves averages and weight; `all_reduce(tensor)` sums over processes.
+
+        It waits for the device, unless `collect` was called before.
+        """
+        count, total = self.sums.read(all_reduce)
         rates = self.rates * (count > 0)
         self.state["average"].lerp_((total / count.clamp_min(1)).expand(2), rates)
         self.state["mass"].lerp_(torch.ones_like(rates), rates)
@@ -63,29 +76,28 @@ class Plateau:
             fast, slow = self.distances()
             closes = (slow - fast < SMALLEST_FALL * slow) | (self.state["closing"] > 0)
             self.state["closing"].add_(closes).clamp_(max=self.window)
-        self.pending.zero_()
 
     def distances(self) -> torch.Tensor:
         """The fast and the slow average of eta, `[2]`; 0 without samples."""
         return self.state["average"] / self.state["mass"].clamp_min(1e-30)
 
     def weight(self) -> torch.Tensor:
-        """The weight of alignment, from 1 to 0, a float32 scalar on the device."""
+        """The weight of alignment, from 1 to 0, a float32 scalar on the host."""
         return (0.5 * (1 + torch.cos(self.state["closing"] * (math.pi / self.window)))).float()
 
     def steps_until_closed(self) -> float:
-        """Steps until the weight is 0; infinite while the way there has not begun. Waits for the device."""
+        """Steps until the weight is 0; infinite while the way there has not begun."""
         closing = int(self.state["closing"])
         return self.window - closing if closing > 0 else float("inf")
 
     def summary(self) -> dict[str, float]:
-        """For the log: both averages and the weight. Waits for the device."""
+        """For the log: both averages and the weight."""
         fast, slow = self.distances().tolist()
         return {"alignment_distance": fast, "alignment_distance_slow": slow, "alignment_weight": self.weight().item()}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         numbers = {"window": self.window, "step": self.step}
-        return {**self.state, **{name: torch.tensor(x, device=self.pending.device) for name, x in numbers.items()}}
+        return {**self.state, **{name: torch.tensor(x) for name, x in numbers.items()}}
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]):
         self.step = int(state_dict["step"])

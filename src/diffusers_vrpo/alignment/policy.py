@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from ..random_streams import ACTIONS, random_stream
-from .rewards import BUILT_IN, TokenReward, normalize, reward_gradients, tangent
+from .rewards import BUILT_IN, TokenReward, normalize, reward_gradients, tangent, values_and_gradients
 from .token_weights import token_mean
 
 
@@ -53,14 +53,37 @@ def expected_policy_loss(
     Returns:
         the loss `[B]`; the token mean of the rewards `[B,K]`; the token mean of `||P_mu grad R_k||^2` `[B,K]`.
     """
-    values, gradients = reward_gradients(rewards, mu, y, subset)
-    norms = torch.stack([torch.linalg.vector_norm(g, dim=-1) for g in gradients], dim=-1)
-    scale = shares.unsqueeze(1) / (norms + tau.unsqueeze(1)).clamp_min(1e-12)
-    direction = scale[..., :1] * gradients[0]
-    for k in range(1, len(gradients)):
-        direction = torch.addcmul(direction, scale[..., k : k + 1], gradients[k])
-    loss = -token_mean((direction * mu).sum(-1), token_weights)
-    return loss, values.mean(1), norms.square().mean(1)
+    with torch.no_grad():
+        values, gradients = values_and_gradients(rewards, mu, y, subset)
+        norms = torch.stack([torch.linalg.vector_norm(gradient, dim=-1) for gradient in gradients], dim=-1)
+        scale = shares.unsqueeze(1) / (norms + tau.unsqueeze(1)).clamp_min(1e-12)
+        direction = scale[..., :1] * gradients[0]
+        for k in range(1, len(gradients)):
+            direction = torch.addcmul(direction, scale[..., k : k + 1], gradients[k])
+        mean_values, mean_squares = torch.stack(values, dim=-1).mean(1), norms.square().mean(1)
+    return _Pull.apply(mu, direction, token_weights), mean_values, mean_squares
+
+
+class _Pull(torch.autograd.Function):
+    """`-(1/N) sum_n w_n <sg(u_n), mu_n>` of directions u that are orthogonal to mu: 0 of each sample, with its gradient."""
+
+    @staticmethod
+    def forward(mu, direction, token_weights):
+        return mu.new_zeros(len(mu))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, direction, token_weights = inputs
+        ctx.save_for_backward(direction, token_weights)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        direction, token_weights = ctx.saved_tensors
+        scale = (-gradient / direction.shape[1]).unsqueeze(-1)
+        if token_weights is not None:
+            scale = scale * token_weights
+        return scale.unsqueeze(-1) * direction, None, None
 
 
 def sample_actions(mu: torch.Tensor, xi: torch.Tensor, noise_scale: float = 0.1) -> torch.Tensor:
@@ -171,7 +194,7 @@ def sampled_policy_loss(
 
 
 def kl_penalty(mu: torch.Tensor, mu_ref: torch.Tensor, noise_scale: float = 0.1) -> torch.Tensor:
-    """The divergence from a reference policy, `E ||mu - mu_ref||^2 / (2 sigma^2)`, as it stands beside either estimator.
+    """The divergence from a reference policy, `E ||mu - mu_ref||^2 / (2 sigma^2)`, which either estimator may add.
 
     That is the token mean times `sigma / sqrt(E)`, by which the objective is multiplied; `[B]`, float32. `mu_ref [B,N,E]`
     gets no gradient.

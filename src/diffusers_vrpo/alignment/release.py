@@ -5,6 +5,7 @@ import math
 
 import torch
 
+from .host_copy import DeviceSums, finite
 from .reward_statistics import MIN_SAMPLES, NUM_BINS, RewardStatistics
 
 
@@ -32,41 +33,54 @@ class ConflictGate:
 
     Args:
         max_train_steps (`int`): the window is 2 % of it, at least 1.
-        device: where the statistics live, float64 (float32 on MPS).
+        device: of the cosines. The sums over samples live there, everything else on the host; float64 (float32 on MPS).
         acts (`bool`): without it cosines are measured and no gate closes.
         warmup (`int`, *optional*): after this many steps the averages start again; as above when not given.
     """
 
     def __init__(self, max_train_steps: int, device="cpu", acts: bool = True, warmup: int | None = None):
-        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
         self.window = max(1, round(0.02 * max_train_steps))
         self.warmup = min(1000, max_train_steps // 10) if warmup is None else warmup
         self.acts = acts
         self.step = 0
         # `row`: steps that the bound has been below 0 for; `closing`: steps of the way from 1 to 0 that are behind.
         names = ("mean", "square", "count", "row", "closing", "ratio", "ratio_count")
-        self.state = {name: torch.zeros(NUM_BINS, device=device, dtype=dtype) for name in names}
         # Samples, cosines, squares of cosines; samples, ratios.
-        self.pending = torch.zeros(5, NUM_BINS, device=device, dtype=dtype)
+        self.sums = DeviceSums((5, NUM_BINS), device)
+        self._add = add_gradient_rows
+        self.state = {name: torch.zeros(NUM_BINS, dtype=self.sums.dtype) for name in names}
+
+    @property
+    def pending(self) -> torch.Tensor:
+        """The sums since the last update, on the device."""
+        return self.sums.sums
 
     def observe(self, t: torch.Tensor, cosine: torch.Tensor, ratio: torch.Tensor | None = None):
         """Adds one micro-batch: `t [B]` in [0, 1], `cosine [B]` and, if it is measured, `ratio [B]`.
 
         Exact zeros (no gradient), NaN and inf are skipped.
         """
-        known, cosine = self._known(cosine)
-        has_ratio, ratio = self._known(torch.zeros_like(cosine) if ratio is None else ratio)
-        sums = torch.stack([known, cosine, cosine.square(), has_ratio, ratio])
-        self.pending.index_add_(1, RewardStatistics.bins(t), sums)
+        measures = torch.stack([cosine, torch.zeros_like(cosine) if ratio is None else ratio])
+        self.observe_measures(RewardStatistics.bins(t), measures)
 
-    def _known(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """1 where a value counts and 0 elsewhere; the values, 0 where they do not count."""
-        known = values.isfinite() & (values != 0)
-        return known.to(self.pending.dtype), torch.where(known, values.detach(), 0).to(self.pending.dtype)
+    def observe_measures(self, bins: torch.Tensor, measures: torch.Tensor):
+        """As `observe`, of the bins of the timesteps `[B]`, and of cosine and ratio in one tensor `[2,B]`."""
+        self._add(self.sums.sums, bins, measures.detach())
+
+    def compile(self) -> None:
+        """Compiles what `observe_measures` does."""
+        self._add = torch.compile(add_gradient_rows, fullgraph=True, dynamic=False)
+
+    def collect(self, all_reduce=None):
+        """Starts the copy of the sums to the host, which `update` then need not wait for; `all_reduce(tensor)` adds up processes."""
+        self.sums.collect(all_reduce)
 
     def update(self, all_reduce=None):
-        """One optimizer step: moves averages and gates; `all_reduce(tensor)` sums over processes."""
-        count, cosine, square, ratio_count, ratio = self.pending if all_reduce is None else all_reduce(self.pending)
+        """One optimizer step: moves averages and gates; `all_reduce(tensor)` sums over processes.
+
+        It waits for the device, unless `collect` was called before.
+        """
+        count, cosine, square, ratio_count, ratio = self.sums.read(all_reduce)
         state = self.state
         has_ratio = (ratio_count > 0).to(ratio.dtype)
         state["ratio"].lerp_(ratio / ratio_count.clamp_min(1), (1 - COSINE_DECAY) * has_ratio)
@@ -83,7 +97,6 @@ class ConflictGate:
         elif self.step == self.warmup:
             for name in ("mean", "square", "count", "ratio", "ratio_count"):
                 state[name].zero_()
-        self.pending.zero_()
 
     def ratio(self) -> torch.Tensor:
         """The average ratio of the gradients' norms, `[bins]`; 0 without samples."""
@@ -106,10 +119,10 @@ class ConflictGate:
 
     def lookup(self, t: torch.Tensor) -> torch.Tensor:
         """The gate for timesteps `t [B]`, float32 `[B]`."""
-        return self.gates().float()[RewardStatistics.bins(t)]
+        return self.gates().float().to(t.device)[RewardStatistics.bins(t)]
 
     def steps_until_closed(self) -> float:
-        """Steps until the gate of every bin with samples is 0; infinite while one has not begun. Waits for the device.
+        """Steps until the gate of every bin with samples is 0; infinite while one has not begun.
 
         It is the same on every process. Call it at least once every `window` steps, and count down from the first finite
         result.
@@ -121,7 +134,7 @@ class ConflictGate:
     def summary(self) -> dict[str, float]:
         """For the log: cosine, ratio and gate of the bins that had samples, `cosine/0.0-0.1`, `gradient_ratio/0.0-0.1` and so on.
 
-        A closed bin has no alignment gradient, and no cosine or ratio any more. Waits for the device.
+        A closed bin has no alignment gradient, and no cosine or ratio any more.
         """
         values = {}
         used, cosines, gates = (x.tolist() for x in (self.state["count"] > 0, self.cosine(), self.gates()))
@@ -137,12 +150,12 @@ class ConflictGate:
         return values
 
     def closed(self) -> bool:
-        """Whether alignment has ended in every bin that ever had samples. Waits for the device."""
+        """Whether alignment has ended in every bin that ever had samples."""
         return self.steps_until_closed() == 0
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         numbers = {"window": self.window, "step": self.step}
-        return {**self.state, **{name: torch.tensor(x, device=self.pending.device) for name, x in numbers.items()}}
+        return {**self.state, **{name: torch.tensor(x) for name, x in numbers.items()}}
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]):
         self.step = int(state_dict["step"])
@@ -152,6 +165,17 @@ class ConflictGate:
                 tensor.copy_(state_dict[name])
         # A run that is extended has a longer window; the gates must not rise.
         self.state["closing"].mul_(self.window / int(state_dict["window"])).ceil_().clamp_(max=self.window)
+
+
+def add_gradient_rows(sums: torch.Tensor, bins: torch.Tensor, measures: torch.Tensor) -> None:
+    """Adds to the `sums [5,bins]` of a `ConflictGate`, of cosine and ratio `[2,B]`: 1, the cosine, its square; 1, the ratio.
+
+    What does not count, exact zeros, NaN and inf, is 0 in all of its rows.
+    """
+    known = finite(measures) & (measures != 0)
+    cosine, ratio = torch.where(known, measures, 0).to(sums.dtype)
+    has_cosine, has_ratio = known.to(sums.dtype)
+    sums.index_add_(1, bins, torch.stack([has_cosine, cosine, cosine.square(), has_ratio, ratio]))
 
 
 class Release:

@@ -6,9 +6,12 @@ loss uses unit gradients, which absorb one sigma, so the share of reward k is `s
 sigma_j`. The same rule on rewards in one unit, each divided by its sigma_k, has equal weights, and so equal shares.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from ..errors import InputError
+from .host_copy import DeviceSums, finite
 
 
 NUM_BINS = 10  # timestep bins of equal width
@@ -16,15 +19,27 @@ DECAY = 0.99  # of the rewards' variance, per optimizer step in which the bin ha
 GRADIENT_DECAY = 0.9999  # of the gradients' size
 FLOOR_STEP = 1000  # tau never falls under its value at this step
 MIN_SAMPLES = 32  # a bin with fewer has no variance worth using: equal shares
-WEIGHTINGS = ("equal", "inverse_variance", "inverse_std", "raw")
+WEIGHTINGS = ("auto", "equal", "inverse_variance", "inverse_std", "raw")
+# What `auto` gives to VRPO's own rewards: the best of the mixtures on both yardsticks (docs/results.md).
+AUTO_SHARES = {"fidelity": 0.0, "semantic": 2.0, "structural": 1.0}
 
 
-def parse_reward_weighting(text: str, num_rewards: int) -> str | tuple[float, ...]:
-    """One of `WEIGHTINGS`, or `"a,b"`: fixed shares, one per reward, made to sum to 1.
+def parse_reward_weighting(text: str, names: Sequence[str]) -> str | tuple[float, ...]:
+    """One of `WEIGHTINGS` but `auto`, or fixed shares, one per reward, made to sum to 1.
+
+    Args:
+        text: the name of a weighting, shares such as `"0,2,1"`, or `"auto"`: `AUTO_SHARES` of VRPO's own three rewards, and
+            equal shares of any others.
+        names: of the rewards, in the order of the shares.
 
     Raises:
         InputError: if the text is neither.
     """
+    num_rewards = len(names)
+    if text == "auto":
+        text = (
+            ",".join(str(share) for share in AUTO_SHARES.values()) if tuple(names) == tuple(AUTO_SHARES) else "equal"
+        )
     if text in WEIGHTINGS:
         return text
     try:
@@ -78,38 +93,41 @@ class RewardStatistics:
     not count. Step k uses the statistics through step k-1. Sums of all micro-batches and processes enter once per optimizer step,
     so that neither the number of processes nor accumulation changes the result.
 
+    The sums live on the device, everything else on the host (host_copy.py).
+
     Args:
         num_layers (`int`): L, aligned blocks (times encoders).
         num_rewards (`int`): K.
         weighting (`str` or `tuple[float, ...]`): as `parse_reward_weighting` returns it.
-        device: where the statistics live. They are float64 (float32 on MPS): variances are small differences.
+        device: of the rewards. All statistics are float64 (float32 on MPS): variances are small differences.
     """
 
     def __init__(self, num_layers: int, num_rewards: int, weighting: str | tuple[float, ...], device="cpu"):
         shape = (num_layers, num_rewards, NUM_BINS)
-        self.weighting = weighting
         self.step = 0
+        # Of each projector: the count; rewards, their squares, and squares of gradients.
+        self.sums = DeviceSums((num_layers, 1 + 3 * num_rewards, NUM_BINS), device)
+        dtype = self.sums.dtype
+        self.weighting = torch.tensor(weighting, dtype=dtype) if isinstance(weighting, tuple) else weighting
         self.state = {
-            "spread": torch.zeros(shape),  # squared deviations from the step's mean, summed
-            "freedom": torch.zeros(NUM_BINS),  # samples less one, which the spread is divided by
-            "count": torch.zeros(NUM_BINS),
-            "gradient": torch.zeros(shape),
-            "gradient_mass": torch.zeros(NUM_BINS),
-            "tau_floor": torch.zeros(shape),
+            "spread": torch.zeros(shape, dtype=dtype),  # squared deviations from the step's mean, summed
+            "freedom": torch.zeros(NUM_BINS, dtype=dtype),  # samples less one, which the spread is divided by
+            "count": torch.zeros(NUM_BINS, dtype=dtype),
+            "gradient": torch.zeros(shape, dtype=dtype),
+            "gradient_mass": torch.zeros(NUM_BINS, dtype=dtype),
+            "tau_floor": torch.zeros(shape, dtype=dtype),
         }
-        self.pending = {
-            "count": torch.zeros(num_layers, NUM_BINS),
-            "reward": torch.zeros(shape),
-            "square": torch.zeros(shape),
-            "gradient_square": torch.zeros(shape),
-        }
-        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
-        if isinstance(weighting, tuple):
-            self.weighting = torch.tensor(weighting, device=device, dtype=dtype)
-        for tensors in (self.state, self.pending):
-            for name, tensor in tensors.items():
-                tensors[name] = tensor.to(device, dtype)
         self._tables = None  # shares and tau of the current step, made on first use
+
+    @property
+    def pending(self) -> dict[str, torch.Tensor]:
+        """The sums since the last update, by name, on the device."""
+        return self._by_name(self.sums.sums)
+
+    @staticmethod
+    def _by_name(sums: torch.Tensor) -> dict[str, torch.Tensor]:
+        count, of_rewards = sums[:, 0], sums[:, 1:].unflatten(1, (3, -1))
+        return {"count": count} | dict(zip(("reward", "square", "gradient_square"), of_rewards.unbind(1)))
 
     def variance(self) -> torch.Tensor:
         """`sigma_k^2` over samples of the token mean of each raw reward, `[L,K,bins]`."""
@@ -129,50 +147,71 @@ class RewardStatistics:
         usual = self.state["gradient"] / self.state["gradient_mass"].clamp_min(1e-30)
         return torch.maximum(0.1 * usual, self.state["tau_floor"])
 
-    def lookup(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Shares and tau for timesteps `t [B]`, each float32 `[L,B,K]`."""
+    def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Shares and tau of the current step, each float32 `[L,K,bins]`, on the host."""
         if self._tables is None:
             self._tables = self.shares().float(), self.tau().float()
+        return self._tables
+
+    def lookup(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Shares and tau for timesteps `t [B]`, each float32 `[L,B,K]`, on their device."""
         bins = self.bins(t)
-        return tuple(table[:, :, bins].mT for table in self._tables)
+        return tuple(table.to(t.device)[:, :, bins].mT for table in self.tables())
 
     @staticmethod
     def bins(t: torch.Tensor) -> torch.Tensor:
         """The timestep bin of each `t` in [0, 1]."""
         return (t * NUM_BINS).long().clamp(0, NUM_BINS - 1)
 
-    def observe(self, layer: int, t: torch.Tensor, rewards: torch.Tensor, gradient_squares: torch.Tensor):
-        """Adds one micro-batch of a block: `t [B]`, token means of rewards and squared gradient norms, `[B,K]`."""
-        # Skip examples that are not finite: a single one would permanently spoil its bin.
-        finite = (rewards.isfinite() & gradient_squares.isfinite()).all(-1, keepdim=True)
-        dtype = self.state["count"].dtype
-        rewards, squares = (torch.where(finite, x.detach(), 0).to(dtype) for x in (rewards, gradient_squares))
-        bins = self.bins(t)
-        self.pending["count"][layer].index_add_(0, bins, finite.squeeze(-1).to(dtype))
-        self.pending["reward"][layer].index_add_(1, bins, rewards.mT)
-        self.pending["square"][layer].index_add_(1, bins, rewards.square().mT)
-        self.pending["gradient_square"][layer].index_add_(1, bins, squares.mT)
+    def observe(
+        self,
+        layer: int,
+        t: torch.Tensor,
+        rewards: torch.Tensor,
+        gradient_squares: torch.Tensor,
+        bins: torch.Tensor | None = None,
+    ):
+        """Adds one micro-batch of a block.
+
+        Args:
+            t: timesteps `[B]`.
+            rewards, gradient_squares: token means of rewards and of squared gradient norms, `[B,K]`.
+            bins: `bins(t)`, if it is known.
+        """
+        values = torch.cat([rewards, gradient_squares], dim=1).detach()
+        bins = self.bins(t) if bins is None else bins
+        self.sums.sums[layer].index_add_(1, bins, reward_rows(values, self.sums.dtype).mT)
+
+    def collect(self, all_reduce=None):
+        """Starts the copy of the sums to the host, which `update` then need not wait for; `all_reduce(tensor)` adds up processes."""
+        self.sums.collect(None if all_reduce is None else lambda sums: self._reduced(sums, all_reduce))
+
+    def _reduced(self, sums: torch.Tensor, all_reduce) -> torch.Tensor:
+        parts = list(self._by_name(sums).values())
+        flat = all_reduce(torch.cat([part.flatten() for part in parts]))
+        parts = [f.view_as(part) for f, part in zip(flat.split([part.numel() for part in parts]), parts)]
+        return torch.cat([parts[0].unsqueeze(1), *parts[1:]], dim=1)
 
     def update(self, all_reduce=None):
-        """Updates the averages with the observations since the last call; `all_reduce(tensor)` sums over processes."""
-        if all_reduce is not None:
-            flat = all_reduce(torch.cat([tensor.flatten() for tensor in self.pending.values()]))
-            for tensor, part in zip(self.pending.values(), flat.split([p.numel() for p in self.pending.values()])):
-                tensor.copy_(part.view_as(tensor))
-        count = self.pending["count"][0]
+        """Updates the averages with the observations since the last call; `all_reduce(tensor)` sums over processes.
+
+        It waits for the device, unless `collect` was called before.
+        """
+        if not self.sums.collected:
+            self.collect(all_reduce)
+        pending = self._by_name(self.sums.read())
+        count = pending["count"][0]
         divisor = count.clamp_min(1)
         state = self.state
         rate = (1 - DECAY) * (count > 1).to(count.dtype)
-        spread = (self.pending["square"] - self.pending["reward"].square() / divisor).clamp_min(0)
+        spread = (pending["square"] - pending["reward"].square() / divisor).clamp_min(0)
         state["spread"].lerp_(spread, rate)
         state["freedom"].lerp_(count - 1, rate)
         rate = (1 - GRADIENT_DECAY) * (count > 0).to(count.dtype)
-        rms = (self.pending["gradient_square"] / divisor).sqrt()
+        rms = (pending["gradient_square"] / divisor).sqrt()
         state["gradient"].lerp_(rms, rate)
         state["gradient_mass"].lerp_(torch.ones_like(rate), rate)
         state["count"] += count
-        for tensor in self.pending.values():
-            tensor.zero_()
         self._tables = None
         self.step += 1
         if self.step == FLOOR_STEP:
@@ -191,11 +230,24 @@ class RewardStatistics:
         return sigma, omega / omega.sum(), shares
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        device = self.state["count"].device
-        return {**self.state, "step": torch.tensor(self.step, device=device)}
+        return {**self.state, "step": torch.tensor(self.step)}
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]):
         self._tables = None
         self.step = int(state_dict["step"])
         for name, tensor in self.state.items():
             tensor.copy_(state_dict[name])
+
+
+def reward_rows(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What `RewardStatistics` adds up of each sample: 1, the K rewards, their squares, squared gradients; `[B, 1 + 3 K]`.
+
+    Args:
+        values: rewards and squared gradients, `[B, 2 K]`. A sample in which one is not finite counts as none: a single one
+            would permanently spoil its bin.
+        dtype: of the result.
+    """
+    known = finite(values).all(1, keepdim=True)
+    values = torch.where(known, values, 0).to(dtype)
+    rewards, squares = values.chunk(2, dim=1)
+    return torch.cat([known.to(dtype), rewards, rewards.square(), squares], dim=1)

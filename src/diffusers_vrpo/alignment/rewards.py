@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from ..errors import InputError, first_line
 
@@ -27,7 +28,8 @@ def normalize(x: torch.Tensor) -> torch.Tensor:
     """
     x = x.float()
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return torch.where(norm > 1e-6, x / norm.clamp_min(1e-6), 0.0)
+    # Divided by infinity, a vector and its gradient are zero: cheaper than to choose for each of its numbers.
+    return x / F.threshold(norm, 1e-6, float("inf"))
 
 
 def tangent(mu: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -115,18 +117,22 @@ BUILT_IN = {
 
 
 @torch.no_grad()
-def reward_gradients(
+def values_and_gradients(
     rewards: Sequence[TokenReward], mu: torch.Tensor, y: torch.Tensor, subset: torch.Tensor
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Rewards at the mean action and their tangent gradients `P_mu grad R_k`.
-
-    Returns:
-        rewards `[B,N,K]`, and their gradients, each `[B,N,E]`.
-    """
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Rewards at the mean action, each `[B,N]`, and their tangent gradients `P_mu grad R_k`, each `[B,N,E]`."""
     # Autocast would run the products in half precision: the rewards' differences are smaller than its rounding.
     with torch.autocast(mu.device.type, enabled=False):
         found = [reward.value_and_gradient(mu, y, subset) for reward in rewards]
-    return torch.stack([value for value, _ in found], dim=-1), [gradient for _, gradient in found]
+    return [value for value, _ in found], [gradient for _, gradient in found]
+
+
+def reward_gradients(
+    rewards: Sequence[TokenReward], mu: torch.Tensor, y: torch.Tensor, subset: torch.Tensor
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Rewards at the mean action, `[B,N,K]`, and their tangent gradients, each `[B,N,E]`."""
+    values, gradients = values_and_gradients(rewards, mu, y, subset)
+    return torch.stack(values, dim=-1), gradients
 
 
 def load_rewards(entries: Sequence[str | Callable | TokenReward]) -> tuple[bool, list[TokenReward]]:

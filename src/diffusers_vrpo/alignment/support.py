@@ -184,7 +184,7 @@ def below_only(tiny: TinyTransformer) -> str:
 
 
 def cosine(tiny: TinyTransformer) -> str:
-    """Whether the conflict is measured, and whether flow matching reaches the lower blocks beside the fork, too."""
+    """Whether the conflict is measured, and whether flow matching also reaches the lower blocks on paths around the fork."""
     aligned = attach(tiny, TAPS[:1])
     measured = backward(aligned, tiny.arguments)
     if not (measured.isfinite().all() and measured.any()):

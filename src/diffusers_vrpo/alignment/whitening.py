@@ -132,6 +132,17 @@ def fit_whitening(batches: Iterable[torch.Tensor], num_dims: int, name: str = ""
 def whiten_encoder(encoder: Callable, images: Iterable[torch.Tensor], num_dims: int) -> WhitenedEncoder:
     """Whitens an encoder with the statistics of some images, for a training loop of your own.
 
+    Example:
+
+    ```python
+    from diffusers_vrpo import digits_pixels, load_encoder, whiten_encoder
+
+    encoder = load_encoder("embedded:digits", grid_size=(4, 4))
+    images, _ = digits_pixels("train")
+    whitened = whiten_encoder(encoder, images[:512].split(128), num_dims=16)
+    print(whitened(images[:2]).shape)  # [2, 16, 16]
+    ```
+
     Args:
         encoder: maps images `[B,3,H,W]` in [-1, 1] to patch embeddings `[B,M,E]`, with an attribute `embed_dim`, E.
         images: batches of its input, about 1,000 images of the training data.

@@ -18,7 +18,7 @@ from PIL import Image as PILImage
 from .digits import digits_splits
 
 
-PARTNERS = np.random.RandomState(7).permutation(10)  # pi: the class beside and below a digit of class c
+PARTNERS = np.random.RandomState(7).permutation(10)  # pi: the class to the right of and below a digit of class c
 SPLIT_SIZES = {"train": 50_000, "validation": 2_000}
 SPLIT_SEEDS = {"train": 0, "validation": 1}
 

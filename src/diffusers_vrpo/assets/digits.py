@@ -25,6 +25,15 @@ DIGITS_ENCODER = Path(__file__).parent / "digits_encoder"
 def load_digits_dataset() -> DatasetDict:
     """1,437 training and 360 held-out grey images of 8x8 pixels with their labels (every fifth image is held out).
 
+    Example:
+
+    ```python
+    from diffusers_vrpo import load_digits_dataset
+
+    digits = load_digits_dataset()
+    print(len(digits["train"]), digits["validation"][0]["label"])
+    ```
+
     Raises:
         ModuleNotFoundError: without scikit-learn, which carries the images.
     """
@@ -33,7 +42,7 @@ def load_digits_dataset() -> DatasetDict:
 
 @cache
 def digits_splits() -> dict[str, Dataset]:
-    """Both splits, encoded once a process."""
+    """Both splits, encoded once per process."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:

@@ -71,17 +71,17 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         help="format of CHECKPOINT; auto looks at the names of its weights",
     )
     parser.add_argument(
-        "--preset", help="size of the model in a file, such as SiT-XL/2 or DiT-XL/2; an error if it has another"
+        "--preset", help="expected size of the model in a file, such as SiT-XL/2 or DiT-XL/2; another size is an error"
     )
     parser.add_argument(
         "--num_attention_heads",
         type=number_in(In(1, most=1024)),
-        help="attention heads of a model whose depth and width are not of the papers",
+        help="attention heads of a model whose depth and width are not those of a published size",
     )
     parser.add_argument(
         "--num_classes",
         type=number_in(In(1, most=10**7)),
-        help="classes of a model trained without label dropout, for a file",
+        help="number of classes, for a file of a model that was trained without label dropout",
     )
     parser.add_argument(
         "--alignment_layer",
@@ -147,7 +147,7 @@ def check_pipeline_folder(output: Path, overwrite: bool):
 
 
 def write_pipeline(pipeline: VRPOPipeline, output: Path):
-    """Writes a pipeline beside `output` and then gives it that name, so that a failure leaves what was there.
+    """Writes a pipeline to a temporary folder next to `output` and then renames it, so that a failure leaves `output` intact.
 
     Raises:
         InputError: if it cannot be written, for example on a full disk.
@@ -250,7 +250,7 @@ def convert(args: argparse.Namespace):
 
     if projectors is not None:
         logger.info(
-            f"{args.checkpoint} also holds alignment projectors, which only training needs; a pipeline has none"
+            f"{args.checkpoint} also holds alignment projectors, which only training needs; they are not part of the pipeline"
         )
     scheduler, names, trained_labels, has_vae = source_parts(args.checkpoint, args.cache_dir)
     vae = None

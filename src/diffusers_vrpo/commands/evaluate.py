@@ -260,14 +260,14 @@ def add_reference_options(parser: argparse.ArgumentParser, **reference):
     g.add_argument(
         "--reference",
         help="compare with these images: a folder, an .npz, one of ADM's reference batches, a data set (`datasets` name or "
-        "folder), or the file that --save_reference wrote; the Inception Score alone needs none",
+        "folder), or the file that --save_reference wrote; only the Inception Score needs no reference",
         **reference,
     )
     g.add_argument(
         "--resolution",
         type=number_in(RESOLUTION),
-        help="crop the reference's images in the centre, to squares with sides of this many pixels; as the samples have it, "
-        "for a data set, if not given",
+        help="crop the reference's images in the centre, to squares with sides of this many pixels; if not given, those "
+        "of a data set are cropped to the size of the samples",
     )
     g.add_argument("--dataset_config_name", help="configuration of a data set given as --reference")
     g.add_argument("--reference_split", default="train", help="split of a data set given as --reference")
@@ -294,7 +294,7 @@ def add_metric_options(parser: argparse.ArgumentParser):
         nargs="+",
         choices=METRICS,
         metavar="METRIC",
-        help=f"compute only these of {', '.join(METRICS)}; all that encoder and reference allow if not given",
+        help=f"compute only these of {', '.join(METRICS)}; if not given, all that the encoder and the reference allow",
     )
     g.add_argument(
         "--encoder",

@@ -26,12 +26,12 @@ from ..models.autoencoder import decoded_side
 from ..pipelines.pipeline_vrpo import VRPOPipeline
 from ..pipelines.sample_folder import remove_samples, unfinished_samples
 from ..training.distributed import start_processes
-from . import evaluate, sample
+from . import evaluate, sample, sample_options
 
 
 logger = logging.getLogger("fid")
-# The options that the short help shows beside the required ones.
-COMMON = (*sample.COMMON, *evaluate.COMMON, "num_images", "output_dir", "keep_images")
+# The options that the short help shows in addition to the required ones.
+COMMON = (*sample_options.COMMON, *evaluate.COMMON, "num_images", "output_dir", "keep_images")
 
 
 def fid(args: argparse.Namespace) -> dict | None:
@@ -87,7 +87,7 @@ def check_measurable(args: argparse.Namespace, pipeline: VRPOPipeline, state: Pa
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
     parser = OneLineErrorParser(prog=prog, description=__doc__, common=COMMON)
-    sample.add_sampling_options(
+    sample_options.add_sampling_options(
         parser, default=50_000, help="sample this many images; published values are of 50000, and fewer raise FID"
     )
     evaluate.add_reference_options(parser, required=True)
@@ -107,7 +107,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None = None, prog: str = "vrpo fid") -> argparse.Namespace:
     parser = build_parser(prog)
     args = parser.parse_args(argv)
-    sample.check_args(parser, args)
+    sample_options.check_args(parser, args)
     evaluate.check_args(parser, args)
     return args
 

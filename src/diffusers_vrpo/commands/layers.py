@@ -42,7 +42,7 @@ from .probe import LabelledImages, image_side, open_pipeline, recorded_blocks, s
 
 
 logger = logging.getLogger("layers")
-# The options that the short help shows beside the required ones.
+# The options that the short help shows in addition to the required ones.
 COMMON = ("num_train", "num_test", "encoder_layer", "timesteps", "output_file")
 SEVERAL = In(2, most=10**7)  # images that differ from one another
 
@@ -227,9 +227,9 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="read this transformer: the folder of a run or of a checkpoint-N, or a pipeline (folder or Hub name)",
+        help="read the transformer of this run, checkpoint-N or pipeline (folder or Hub name)",
     )
-    parser.add_argument("--vae", help="autoencoder of a checkpoint; that of its run if not given, `none` for pixels")
+    parser.add_argument("--vae", help="autoencoder of a checkpoint; its run's if not given, `none` for pixels")
     g = parser.add_argument_group("data")
     add_options(g, DataConfig, ["dataset_name"], required=True)
     add_options(g, DataConfig, ["dataset_config_name", "dataset_split", "image_column", "label_column"])
@@ -252,7 +252,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         "--encoder_layer",
         type=number_in(LAYER),
         nargs="+",
-        help="look at these hidden states of the encoder only; at all of them but 0, and its output, if not given",
+        help="look only at these hidden states of the encoder; at all of them except 0, and at its output, if not given",
     )
     g.add_argument(
         "--timesteps",

@@ -92,7 +92,11 @@ def open_local_data(args: VRPOConfig) -> TrainingData | None:
     A latent cache that is not here yet has the shapes of its autoencoder, and images for encoders.
     """
     is_local = is_embedded_dataset(args.dataset_name) or Path(args.dataset_name or "").is_dir()
-    if (args.latents_dir and Path(args.latents_dir).is_dir()) or args.train_data_dir or (args.dataset_name and is_local):
+    if (
+        (args.latents_dir and Path(args.latents_dir).is_dir())
+        or args.train_data_dir
+        or (args.dataset_name and is_local)
+    ):
         return load_training_data(args)
     return None
 
@@ -192,7 +196,7 @@ def planned_model(
 
 
 def make_fake(module: torch.nn.Module):
-    """Puts fake tensors on the CPU in the place of a module's weights and buffers; called under `FakeTensorMode`."""
+    """Replaces a module's weights and buffers by fake tensors on the CPU; called under `FakeTensorMode`."""
     for part in module.modules():
         for name, weight in part.named_parameters(recurse=False):
             blank = torch.empty(weight.shape, dtype=weight.dtype)
@@ -469,9 +473,9 @@ def table(args: VRPOConfig, found: dict) -> str:
         lines.append(f"  {gpu:<16}{numbers}")
     lines += [
         "",
-        f"The largest batch leaves {assumed['memory_reserve']:.0%} of the memory free. The hours are those of "
-        f"{assumed['num_processes']} GPU(s)",
-        f"at {assumed['mfu']:.0%} of the peak in {precision}, which is assumed (--mfu).",
+        f"The largest batch leaves {assumed['memory_reserve']:.0%} of the memory free. Hours are for "
+        f"{assumed['num_processes']} GPU(s), assuming",
+        f"{assumed['mfu']:.0%} of the peak FLOP/s in {precision} (--mfu).",
         "",
         *section(f"disk, for {images:,} images", "GB", disk | {"a checkpoint": found["checkpoint_bytes"]}, 1e9),
         *section("a training step, for each image", "GFLOPs", found["flops_per_image"], 1e9),
@@ -488,7 +492,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         "--num_images",
         type=number_in(NUM_IMAGES),
         default=missing,
-        help="train on this many images; as many as the data set has, if it is on this machine, if not given",
+        help="train on this many images; if not given, as many as the data set has, which must then be on this machine",
     )
     group.add_argument(
         "--num_processes",

@@ -31,7 +31,7 @@ from ..training.distributed import start_processes
 
 
 logger = logging.getLogger("latents")
-# The options that the short help shows beside the required ones.
+# The options that the short help shows in addition to the required ones.
 COMMON = ("dataset_name", "train_data_dir", "resolution", "flip", "images", "encoder")
 
 
@@ -177,7 +177,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         "--vae",
         required=True,
         help="encode the images with this autoencoder of diffusers (Hub name or folder), usually stabilityai/sd-vae-ft-ema; "
-        "`none` keeps no latents, but pixels",
+        "`none` keeps pixels instead of latents",
     )
     g.add_argument(
         "--vae_dtype",
@@ -200,7 +200,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         "--images",
         choices=list(IMAGE_FORMATS),
         default="webp",
-        help="keep the cropped images beside the latents, which the encoder of alignment sees: without loss (webp), half as "
+        help="also keep the cropped images, which the encoder of alignment sees: without loss (webp), half as "
         "large (jpeg, quality 95), or not at all (none), which suits --objective none",
     )
     g.add_argument(

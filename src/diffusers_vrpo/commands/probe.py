@@ -45,7 +45,7 @@ from .evaluate import check_output_files, write_report
 
 
 logger = logging.getLogger("probe")
-# The options that the short help shows beside the required ones.
+# The options that the short help shows in addition to the required ones.
 COMMON = ("test_split", "num_train", "num_test", "timesteps", "encoder", "batch_size", "output_file", "plot_file")
 
 

@@ -352,7 +352,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         nargs="+",
         action="extend",
         metavar="NAME=DIR,DIR",
-        help="runs that form the arm NAME; runs that differ only in the seed form one if not given",
+        help="compare these runs together under NAME; if not given, runs that differ only in the seed are taken together",
     )
     parser.add_argument(
         "--metric", default="fd", help="column of metrics.jsonl, by its name or the start of the last part of its name"
@@ -362,7 +362,11 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         action="store_true",
         help="take higher values of the metric as better, instead of lower ones",
     )
-    parser.add_argument("--baseline", metavar="ARM", help="arm that the others are compared with")
+    parser.add_argument(
+        "--baseline",
+        metavar="ARM",
+        help="arm (group of runs that differ only in the seed) with which the others are compared",
+    )
     parser.add_argument(
         "--target",
         type=number_in(FINITE, float),

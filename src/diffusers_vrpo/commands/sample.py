@@ -1,13 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-r"""Sample many images from a pipeline into a folder, as PNG files or an .npz file for ADM's evaluator.
-
-    vrpo sample outputs/digits --num_images 100 --output_dir samples
-    vrpo sample --multi_gpu -- sit-xl --num_images 50000 --output_dir samples --sampler sde --num_inference_steps 250 \
-        --guidance_scale 1.8 --guidance_interval 0 0.7 --batch_size 128 --dtype bfloat16 --compile --output_format npz
-
-Image i is a function of (seed, i) and the options: one process, several, or a stopped command that is run again write the
-same files. Existing files are kept.
-"""
+"""The work of `vrpo sample`: many images of a pipeline in a folder. Its options are in `sample_options.py`."""
 
 import argparse
 import json
@@ -24,30 +16,22 @@ import PIL
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from diffusers import FirstBlockCacheConfig
 from tqdm.auto import tqdm
 
-from ..command_line import OneLineErrorParser, as_id, number_in, one_line_errors
-from ..config import BATCH, DTYPES, GUIDANCE, NUM_SAMPLES, SEED, SOLVER_STEPS
+from ..command_line import as_id, one_line_errors
 from ..errors import InputError, first_line, hub_problem
 from ..models.official_checkpoints import pipeline_index
 from ..models.start import public_config, weights_checksum
 from ..pipelines.pipeline_vrpo import VRPOPipeline
 from ..pipelines.sample_folder import SampleFolder, cannot_write
-from ..pipelines.sampling import (
-    SAMPLERS,
-    check_steps,
-    image_label,
-    sample_batch,
-    sampling_arguments,
-    set_sampler,
-)
+from ..pipelines.sampling import check_steps, image_label, sample_batch, sampling_arguments, set_sampler
 from ..reach import offline_if_out_of_reach
 from ..training.distributed import start_processes, use_tf32
+from .sample_options import build_parser, parse_args
 
 
 logger = logging.getLogger("sample")
-# The options that the short help shows beside the required ones.
-COMMON = ("labels", "seed", "sampler", "num_inference_steps", "guidance_scale", "batch_size", "dtype")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -159,6 +143,8 @@ def sample(args: argparse.Namespace, pipeline: VRPOPipeline | None = None):
     for model, dtype in ((pipeline.transformer, args.dtype), (pipeline.vae, args.vae_dtype)):
         if model is not None and model.dtype != getattr(torch, dtype):
             model.to(getattr(torch, dtype))
+    if args.first_block_cache is not None:
+        pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=args.first_block_cache))
     if args.compile:
         pipeline.transformer.compile_repeated_blocks(dynamic=False)
     pipeline.set_progress_bar_config(disable=True)
@@ -194,6 +180,8 @@ def sample(args: argparse.Namespace, pipeline: VRPOPipeline | None = None):
 def build_manifest(pipeline, args, arguments: dict, classes: list[int], state: PartialState) -> dict:
     """Describes everything that the images depend on, and the label of each, as JSON."""
     device = torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else state.device.type
+    # An option that version 0.1 did not have stands in the manifest only where it is given.
+    cache = {} if args.first_block_cache is None else {"first_block_cache": args.first_block_cache}
     # Some kernels split sums by threads, which changes their rounding.
     threads = f", {torch.get_num_threads()} thread(s)" if state.device.type == "cpu" else ", TF32" * args.allow_tf32
     manifest = {
@@ -213,6 +201,7 @@ def build_manifest(pipeline, args, arguments: dict, classes: list[int], state: P
             "dtype": args.dtype,
             "vae_dtype": args.vae_dtype if pipeline.vae is not None else None,
             "compile": args.compile,
+            **cache,
             "output_format": args.output_format,
         },
         "versions": {
@@ -226,145 +215,6 @@ def build_manifest(pipeline, args, arguments: dict, classes: list[int], state: P
         "labels": [image_label(args.seed, i, classes, args.class_balance) for i in range(args.num_images)],
     }
     return json.loads(json.dumps(manifest, default=str))  # as it is read back: lists, not tuples
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
-
-
-def channels(text: str) -> int | str:
-    if text != "all" and not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of channels nor `all`")
-    if text == "0":
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1, or `all`")
-    return text if text == "all" else int(text)
-
-
-def add_sampling_options(parser: argparse.ArgumentParser, **num_images):
-    """Adds PIPELINE and the options of what is sampled and how, but those of the files.
-
-    Args:
-        num_images: arguments of `add_argument` for --num_images, such as `default`.
-    """
-    parser.add_argument(
-        "pipeline",
-        metavar="PIPELINE",
-        help="sample from this pipeline: the output folder of a run, what `vrpo convert` wrote, or a name on the Hub",
-    )
-    g = parser.add_argument_group("what is sampled")
-    g.add_argument("--num_images", type=number_in(NUM_SAMPLES), metavar="N", **num_images)
-    g.add_argument(
-        "--labels",
-        nargs="+",
-        metavar="LABEL",
-        help="sample these classes, by name or id, in turn; all classes that had images in training if not given",
-    )
-    g.add_argument(
-        "--class_balance",
-        choices=["balanced", "random"],
-        default="balanced",
-        help="labels in turn, image by image, or drawn at random",
-    )
-    g.add_argument(
-        "--seed",
-        type=number_in(SEED),
-        default=0,
-        help="draw noise and random labels from this seed; the same seed and options give the same images",
-    )
-    g = parser.add_argument_group("how")
-    names = list(dict.fromkeys(("default", *SAMPLERS["velocity"], *SAMPLERS["epsilon"])))
-    g.add_argument(
-        "--sampler",
-        choices=names,
-        default="default",
-        help="sample with this scheduler: the pipeline's own (`default`); ode (Euler), heun or sde for SiT, which predicts "
-        "velocity; ddim or ddpm for DiT, which predicts noise; dpmsolver++ or unipc, which need fewer steps, for both",
-    )
-    g.add_argument(
-        "--num_inference_steps",
-        type=number_in(SOLVER_STEPS),
-        default=50,
-        help="solve in this many steps, each a pass of the transformer (two for heun); published FIDs use 250",
-    )
-    g.add_argument(
-        "--guidance_scale",
-        type=number_in(GUIDANCE, float),
-        help="push images towards their class by this much (classifier-free guidance): 1 turns it off and takes half the "
-        "time, 4 gives typical images of little variety (default: 1.5; 1 for a model with one class or without a null class)",
-    )
-    g.add_argument(
-        "--guidance_interval",
-        type=float,
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        default=[0.0, 1.0],
-        help="noise levels t at which guidance acts; t = 1 is noise",
-    )
-    g.add_argument(
-        "--guidance_channels",
-        type=channels,
-        metavar="N",
-        help="latent channels that guidance changes: the first N (SiT, DiT: 3) or `all` (REPA); as the model has it if not "
-        "given",
-    )
-    g = parser.add_argument_group("computation")
-    g.add_argument(
-        "--batch_size",
-        type=number_in(BATCH),
-        default=32,
-        help="compute this many images together on each process; raise it on a GPU until its memory is used",
-    )
-    g.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default="float32",
-        help="compute the transformer in this precision; bfloat16 is several times as fast on a GPU",
-    )
-    g.add_argument("--vae_dtype", choices=DTYPES, default="float32", help="precision of the autoencoder")
-    g.add_argument(
-        "--allow_tf32",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="compute float32 matrix products in TF32 on Ampere and later GPUs, as the official samplers of SiT and REPA do",
-    )
-    g.add_argument("--compile", action="store_true", help="compile the transformer blocks")
-    g.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub repository")
-    g.add_argument("--variant", metavar="NAME", help="variant of the weights' files, such as fp16")
-
-
-def build_parser(prog: str) -> argparse.ArgumentParser:
-    parser = OneLineErrorParser(prog=prog, description=__doc__, common=(*COMMON, "output_format"))
-    add_sampling_options(parser, required=True, help="sample this many images")
-    g = parser.add_argument_group("files")
-    g.add_argument(
-        "--output_dir",
-        required=True,
-        metavar="DIR",
-        help="write the images to this folder, a new or empty one; an interrupted command continues in its own",
-    )
-    g.add_argument(
-        "--output_format",
-        choices=["png", "npz", "both"],
-        default="png",
-        help="write 000000.png and so on (png), samples.npz as ADM's evaluator reads it (npz), or both",
-    )
-    g.add_argument("--overwrite", action="store_true", help="remove the samples in DIR first")
-    g.add_argument("--cache_dir", metavar="DIR", help="folder for downloads")
-    return parser
-
-
-def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace):
-    """Ends the process with a one-line message if options of `add_sampling_options` contradict each other."""
-    low, high = args.guidance_interval
-    if not 0 <= low <= high <= 1:
-        parser.error(f"--guidance_interval {low} {high} must be LOW HIGH with 0 <= LOW <= HIGH <= 1 (t = 1 is noise)")
-
-
-def parse_args(argv: list[str] | None = None, prog: str = "vrpo sample") -> argparse.Namespace:
-    parser = build_parser(prog)
-    args = parser.parse_args(argv)
-    check_args(parser, args)
-    return args
 
 
 def main(argv: list[str] | None = None, prog: str = "vrpo sample"):

@@ -146,7 +146,7 @@ def image_and_label(
         option, name: what errors call the data set.
 
     Raises:
-        InputError: if the columns do not hold images and class ids, or name files in the place of images.
+        InputError: if the columns do not hold images and class ids, or name files instead of images.
     """
     classless = is_classless(data.features, option, name, label_column)
     check_columns(data.features, option, name, image_column, None if classless else label_column, text=True)
@@ -209,7 +209,7 @@ def with_text_classes(data: Dataset, label_column: str, column: str) -> Dataset:
     names = text_classes(pc.unique(values.drop_null()).to_pylist(), values.null_count, len(values), column)
     labels = pc.index_in(values, value_set=pa.array(names, pa.string())).cast(pa.int64())
     columns = [name for name in data.column_names if name != label_column]
-    return data.select_columns(columns).add_column(label_column, labels.to_pylist(), feature=ClassLabel(names=names))
+    return data.select_columns(columns).add_column(label_column, labels.to_numpy(), feature=ClassLabel(names=names))
 
 
 def text_classes(texts: Iterable[str], nulls: int, count: int, column: str) -> list[str]:
@@ -346,7 +346,7 @@ def open_named(option: str, name: str, config_name: str | None, cache_dir: str |
 
 
 def refuse_paths(data: Dataset, option: str, name: str):
-    """Refuses a table with paths in the place of images, which could name any file of this machine.
+    """Refuses a table with paths instead of images, which could name any file of this machine.
 
     The paths of image files that `datasets` or `load_image_folder` has listed itself are taken. Only the bitmaps of missing
     values are read, not the images.

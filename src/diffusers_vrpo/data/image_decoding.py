@@ -138,7 +138,7 @@ def grey_8_bit(image: PILImage.Image, values: PixelRange | None) -> PILImage.Ima
         decided = values.floats if is_float else values.bits
         if decided is None:
             warn_once(
-                f"an image has the mode {image.mode}, but none of the sample that decides which value is white is like it; "
+                f"an image has the mode {image.mode}, which the sample of images that decides which value is white does not have; "
                 "the range of such images is that of their own values"
             )
     if is_float:

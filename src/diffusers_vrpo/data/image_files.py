@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""The image files below a folder, and what lies beside them. Needs neither `datasets` nor pyarrow."""
+"""The image files below a folder, and other files found there. Needs neither `datasets` nor pyarrow."""
 
 import os
 from collections import Counter
@@ -33,7 +33,7 @@ ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".
 
 @dataclass
 class Listing:
-    """The image files below a folder, and what lies beside them.
+    """The image files below a folder, and other files found there.
 
     Attributes:
         images: paths relative to the folder, with slashes, in the order of their names.

@@ -55,7 +55,7 @@ def sorted_classes(names) -> list[str]:
 def split_folders(folder: str) -> dict[str, str]:
     """The folders at the top that are splits, by the name of the split; empty if the folders there are classes.
 
-    These are `train` beside `validation` or `test` (or one of their other names), or `train` or `validation` as the only
+    These are `train` together with `validation` or `test` (or one of their other names), or `train` or `validation` as the only
     folder, each of which has folders of its own or a table of labels. A class may therefore be called train.
     """
     names = visible_folders(folder)
@@ -102,7 +102,7 @@ def load_image_folder(option: str, folder: str, split: str, image_column: str, l
             names = ", ".join(f"{name}/ ({key})" for key, name in splits.items())
             logger.info(f"{source}: the folders {names} are splits; the images of {splits[split]}/ are used")
             if others := [name for name in visible_folders(folder) if name not in splits.values()]:
-                logger.warning(f"{source}: not used: the folders beside these ({', '.join(others[:5])})")
+                logger.warning(f"{source}: not used: the other folders ({', '.join(others[:5])})")
         listing, table = list_images(top), metadata_file(top)
     except OSError as error:
         raise InputError(option, f"{source} cannot be read ({first_line(error)})") from error
@@ -139,7 +139,9 @@ def load_image_folder(option: str, folder: str, split: str, image_column: str, l
         values, names = label_values(option, source, [labels[name] for name in rows], label_column)
         listing.others.pop(os.path.splitext(table)[1], None)
         if not rows:
-            raise InputError(option, f"{source}: {table} names none of the {len(listing.images)} images in the folder")
+            raise InputError(
+                option, f"{source}: {table} does not name any of the {len(listing.images)} images in the folder"
+            )
         if missing := len(labels) - len(rows):
             logger.warning(f"{source}: {table} names {missing} files that are not images in the folder")
     report(source, listing, len(listing.images) - len(rows), table if labels is not None else None)

@@ -14,7 +14,7 @@ from datasets import Dataset
 from PIL import Image as PILImage
 
 from ..models.autoencoder import encode_images
-from ..random_streams import ORDER, random_stream
+from ..random_streams import NEWEST_STREAMS, ORDER, random_stream
 from .image_datasets import check_images, column_values, first_readable
 from .image_decoding import PixelRange, find_pixel_range, resize_and_crop, sample_rows
 from .samples import SampleStreams, TrainingSamples, ignore_signals
@@ -40,6 +40,28 @@ class ImageSource:
     defines two methods: `__len__`, and `__getitem__`, which gets a list of rows and returns
     `{"image": [...], "label": [...]}`, as a `datasets.Dataset` does. An image is a PIL image, or
     `{"bytes": ..., "path": ...}` of an image file.
+
+    Example:
+
+    ```python
+    from PIL import Image
+
+    from diffusers_vrpo import ImageSource
+
+
+    class Squares(ImageSource):
+        num_classes, id2label = 2, {0: "black", 1: "white"}
+
+        def __len__(self):
+            return 100
+
+        def __getitem__(self, rows):
+            labels = [row % 2 for row in rows]
+            return {"image": [Image.new("RGB", (8, 8), (255 * label,) * 3) for label in labels], "label": labels}
+
+
+    source = Squares()  # for VRPOTrainer(train_dataset=source, ...)
+    ```
 
     Attributes:
         num_classes (`int`): the number of classes.
@@ -111,6 +133,7 @@ class ImageSource:
         num_tokens: int | None = None,
         encoders: Sequence = (),
         global_batch_size: int | None = None,
+        stream_version: int = NEWEST_STREAMS,
     ) -> SampleStreams:
         """`TrainingSamples` of the images."""
         return TrainingSamples(
@@ -125,6 +148,7 @@ class ImageSource:
             sample_posterior,
             num_tokens,
             self.pixel_range,
+            stream_version,
         )
 
     def loader(

@@ -29,7 +29,7 @@ from ..config import last_part
 from ..errors import InputError, first_line
 from ..files import open_image
 from ..models.autoencoder import latent_statistics
-from ..random_streams import ORDER, random_stream
+from ..random_streams import NEWEST_STREAMS, ORDER, random_stream
 from ..schemas import CACHE, check
 from .image_source import CLASS_NAMES, class_names, worker_loader
 from .samples import SampleStreams
@@ -286,6 +286,7 @@ class LatentCache:
         random_flip: bool = False,
         num_tokens: int | None = None,
         encoders: list = (),
+        stream_version: int = NEWEST_STREAMS,
         **only_for_images,
     ) -> "CachedSamples":
         """`CachedSamples`, with the images if some of the encoders need them. Resolution and crop are those of the cache.
@@ -301,7 +302,8 @@ class LatentCache:
             )
         features = [encoder.array for encoder in encoders if isinstance(encoder, CachedEncoder)]
         images = bool(encoders) and not features
-        return CachedSamples(self, seed, null_class_id, label_dropout, random_flip, num_tokens, images, features)
+        streams = (seed, null_class_id, label_dropout, random_flip, num_tokens)
+        return CachedSamples(self, *streams, images, features, stream_version)
 
     def loader(self, samples: SampleStreams, batch_sampler, num_workers: int, pin_memory: bool):
         """A `DataLoader` with worker processes."""
@@ -419,20 +421,22 @@ class CachedSamples(SampleStreams):
         num_tokens: int | None = None,
         images: bool = False,
         features: list[int] = (),
+        stream_version: int = NEWEST_STREAMS,
     ):
         if random_flip and not cache.config["flip"]:
             raise InputError(
                 "random_flip", f"`random_flip`: {cache.folder} has no flipped copies; prepare one with `flip`"
             )
         moments, shape = cache.config["kind"] == "moments", tuple(cache.config["latent_shape"])
-        super().__init__(len(cache), seed, shape, null_class_id, label_dropout, random_flip, moments, num_tokens)
+        streams = (shape, null_class_id, label_dropout, random_flip, moments, num_tokens, stream_version)
+        super().__init__(len(cache), seed, *streams)
         self.cache = cache
         self.images = images
         self.features = list(features)
 
     def __getitem__(self, indices: list[int]) -> dict[str, torch.Tensor]:
         cache = self.cache
-        rows = np.array([self.row_of(index) for index in indices])
+        rows = self.rows_of(indices)
         uniforms = self.uniforms(indices)
         flips = self.flips(uniforms)
         batch = {"latents": cache.read("latents", rows, flips)}

@@ -157,7 +157,7 @@ class CacheWriter:
                 what = f"{name} differs" if isinstance(before or now, list) else f"{name} was {before} and is {now}"
                 raise InputError(
                     "output_dir",
-                    f"`output_dir` {self.folder} was prepared otherwise: {what}; keep to that, or choose another folder",
+                    f"`output_dir` {self.folder} was prepared with other options: {what}; use the same, or choose another folder",
                 )
 
     def _write_meta(self, **state):

@@ -113,7 +113,7 @@ class RepaLatents:
     """REPA's preprocessed data set: mean and standard deviation of each image, `[2C, h, w]`, in a `.npy` file.
 
     Args:
-        path: the folder with `vae-sd` (a folder or a zip archive) and, beside it, `images`; or `vae-sd` itself.
+        path: the folder with `vae-sd` (a folder or a zip archive) and, next to it, `images`; or `vae-sd` itself.
 
     Raises:
         InputError: if files or labels are missing, or do not fit one another.
@@ -176,7 +176,8 @@ class RepaLatents:
         names = sorted(name for name in images.names if Path(name).suffix.lower() in endings)
         if len(names) != len(self):
             raise problem(
-                self.path, f"it has {len(self)} latents and {len(names)} images; give `images` none, or both whole"
+                self.path,
+                f"it has {len(self)} latents and {len(names)} images; give `images` none, or the complete set of both",
             )
         for name, image in zip(self.names, names):
             if number_of(name) != number_of(image):
@@ -278,7 +279,7 @@ class LightningLatents:
             listed = " and ".join(f"{list(shape)} in {name}" for shape, name in [*shapes.items()][:2])
             raise problem(self.path, f"its latents have different shapes: {listed}")
         if len(flips) > 1:
-            raise problem(self.path, f"{flips[True]} has mirrored latents (latents_flip), {flips[False]} has none")
+            raise problem(self.path, f"{flips[True]} has mirrored latents (latents_flip), {flips[False]} does not")
         self.shape, self.flip = next(iter(shapes)), next(iter(flips))
         self.labels = np.concatenate(labels)
         check_labels(self.path, self.labels)

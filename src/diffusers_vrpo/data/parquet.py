@@ -22,7 +22,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from fsspec.implementations.local import LocalFileSystem
 
 from ..errors import InputError, TrainingStopped, first_line
-from ..random_streams import ORDER, random_stream
+from ..random_streams import NEWEST_STREAMS, ORDER, random_stream
 from .image_datasets import check_columns, check_images, check_labels, is_classless, open_named, text_classes
 from .image_decoding import SAMPLED_IMAGES
 from .image_source import CHECKED_IMAGES, CLASS_NAMES, ImageSource, class_names
@@ -225,6 +225,7 @@ class ParquetRows(ImageSource):
         num_tokens: int | None = None,
         encoders: list = (),
         global_batch_size: int,
+        stream_version: int = NEWEST_STREAMS,
     ) -> StreamedSamples:
         """`StreamedSamples` of the images; the order of the rows depends on `global_batch_size`.
 
@@ -244,6 +245,7 @@ class ParquetRows(ImageSource):
             sample_posterior,
             num_tokens,
             self.pixel_range,
+            stream_version,
         )
 
     def loader(self, samples: StreamedSamples, batch_sampler, num_workers: int, pin_memory: bool):

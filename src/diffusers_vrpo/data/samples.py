@@ -13,7 +13,25 @@ import numpy as np
 import torch
 from PIL import Image as PILImage
 
-from ..random_streams import NOISE, ORDER, POSTERIOR, SAMPLE, TOKENS, random_stream
+from ..random_streams import (
+    NEWEST_STREAMS,
+    NOISE,
+    NOISE_2,
+    ORDER,
+    ORDER_KEYS_2,
+    POSTERIOR,
+    POSTERIOR_2,
+    SAMPLE,
+    SAMPLE_2,
+    TOKENS,
+    TOKENS_2,
+    permutation_keys,
+    permuted,
+    random_normals,
+    random_stream,
+    random_subsets,
+    random_uniforms,
+)
 from .image_datasets import first_readable
 from .image_decoding import PixelRange, resize_and_crop
 
@@ -41,6 +59,7 @@ class SampleStreams(torch.utils.data.Dataset):
         random_flip: mirror half of the examples.
         sample_posterior: also draw the noise of the autoencoder's posterior.
         num_tokens: N of the transformer; the subset has M = min(64, N) tokens.
+        stream_version: 2, or 1 for the draws of runs that began before there was a version 2.
     """
 
     def __init__(
@@ -53,6 +72,7 @@ class SampleStreams(torch.utils.data.Dataset):
         random_flip: bool = False,
         sample_posterior: bool = False,
         num_tokens: int | None = None,
+        stream_version: int = NEWEST_STREAMS,
     ):
         self.num_rows = num_rows
         self.seed = seed
@@ -62,34 +82,56 @@ class SampleStreams(torch.utils.data.Dataset):
         self.random_flip = random_flip
         self.sample_posterior = sample_posterior
         self.num_tokens = num_tokens
+        self.stream_version = stream_version
 
-    def row_of(self, index: int) -> int:
-        epoch, position = divmod(index, self.num_rows)
-        return int(epoch_order(self.seed, epoch, self.num_rows)[position])
+    def rows_of(self, indices: list[int]) -> np.ndarray:
+        """The rows of some examples, int64 `[B]`."""
+        epochs, positions = np.divmod(np.array(indices, dtype=np.int64), self.num_rows)
+        rows = np.empty(len(indices), dtype=np.int64)
+        for epoch in np.unique(epochs).tolist():
+            inside = epochs == epoch
+            if self.stream_version == 1:
+                rows[inside] = epoch_order(self.seed, epoch, self.num_rows)[positions[inside]]
+            else:
+                keys = permutation_keys(self.seed, epoch, ORDER_KEYS_2)
+                rows[inside] = permuted(positions[inside], self.num_rows, keys)
+        return rows
 
     def uniforms(self, indices: list[int]) -> np.ndarray:
         """Draws five uniform numbers per example, float64 `[B,5]`: timestep, label dropout, flip, and the crop's x and y."""
-        return np.stack([random_stream(self.seed, index, SAMPLE).random(5) for index in indices])
+        if self.stream_version == 1:
+            return np.stack([random_stream(self.seed, index, SAMPLE).random(5) for index in indices])
+        return random_uniforms(self.seed, indices, SAMPLE_2, 5)
 
     def flips(self, uniforms: np.ndarray) -> np.ndarray:
         """Which examples are mirrored, bool `[B]`."""
         return np.logical_and(self.random_flip, uniforms[:, 2] < 0.5)
 
+    def noise(self, indices: list[int], posterior: bool = False) -> np.ndarray:
+        """Draws the noise of some examples, or that of the autoencoder's posterior; float32 `[B, *latent_shape]`."""
+        if self.stream_version == 1:
+            streams = (random_stream(self.seed, index, POSTERIOR if posterior else NOISE) for index in indices)
+            return np.stack([stream.standard_normal(self.latent_shape, dtype=np.float32) for stream in streams])
+        return random_normals(self.seed, indices, POSTERIOR_2 if posterior else NOISE_2, self.latent_shape)
+
+    def tokens(self, indices: list[int]) -> np.ndarray:
+        """Draws a subset of the tokens for each example, int64 `[B,M]`."""
+        size = min(64, self.num_tokens)
+        if self.stream_version == 1:
+            orders = [random_stream(self.seed, index, TOKENS).permutation(self.num_tokens) for index in indices]
+            return np.stack(orders)[:, :size]
+        return random_subsets(self.seed, indices, TOKENS_2, size, self.num_tokens)
+
     def drawn(self, indices: list[int], uniforms: np.ndarray, labels) -> dict[str, torch.Tensor]:
         """The part of a batch that does not depend on the images; `labels [B]` are those of the rows."""
-
-        def noise(purpose):
-            streams = (random_stream(self.seed, index, purpose) for index in indices)
-            return np.stack([stream.standard_normal(self.latent_shape, dtype=np.float32) for stream in streams])
-
         timestep, drop = uniforms[:, 0], uniforms[:, 1]
         labels = [self.null_class_id if u < self.label_dropout else int(label) for u, label in zip(drop, labels)]
-        batch = {"class_labels": np.array(labels), "timestep": timestep.astype(np.float32), "noise": noise(NOISE)}
+        batch = {"class_labels": np.array(labels), "timestep": timestep.astype(np.float32)}
+        batch["noise"] = self.noise(indices)
         if self.sample_posterior:
-            batch["posterior_noise"] = noise(POSTERIOR)
+            batch["posterior_noise"] = self.noise(indices, posterior=True)
         if self.num_tokens is not None:
-            orders = [random_stream(self.seed, index, TOKENS).permutation(self.num_tokens) for index in indices]
-            batch["tokens"] = np.stack(orders)[:, : min(64, self.num_tokens)]
+            batch["tokens"] = self.tokens(indices)
         return {**{name: torch.from_numpy(values) for name, values in batch.items()}, "index": torch.tensor(indices)}
 
 
@@ -128,8 +170,17 @@ class TrainingSamples(SampleStreams):
         sample_posterior: bool = False,
         num_tokens: int | None = None,
         pixel_range: PixelRange | None = None,
+        stream_version: int = NEWEST_STREAMS,
     ):
-        streams = (latent_shape, null_class_id, label_dropout, random_flip, sample_posterior, num_tokens)
+        streams = (
+            latent_shape,
+            null_class_id,
+            label_dropout,
+            random_flip,
+            sample_posterior,
+            num_tokens,
+            stream_version,
+        )
         super().__init__(len(data), seed, *streams)
         self.data = data
         self.resolution = resolution
@@ -137,7 +188,7 @@ class TrainingSamples(SampleStreams):
         self.pixel_range = pixel_range
 
     def __getitem__(self, indices: list[int]) -> dict[str, torch.Tensor]:
-        rows = [self.row_of(index) for index in indices]
+        rows = self.rows_of(indices).tolist()
         records = self.data[rows]
         uniforms = self.uniforms(indices)
         pixels, labels, corrupt = [], [], []
@@ -159,7 +210,7 @@ class TrainingSamples(SampleStreams):
 
 @lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
-    """The order of the rows in an epoch."""
+    """The order of the rows in an epoch, in version 1 of the draws."""
     return random_stream(seed, epoch, ORDER).permutation(num_rows)
 
 

@@ -106,6 +106,7 @@ class TrainingData(Protocol):
         num_tokens: int | None,
         encoders: list,
         global_batch_size: int,
+        stream_version: int,
     ) -> SampleStreams:
         """Returns the training examples of a run: a map-style dataset of batches, such as `TrainingSamples`.
 
@@ -121,6 +122,7 @@ class TrainingData(Protocol):
             num_tokens: N, to draw the token subset of the structural reward; None to draw none.
             encoders: the encoders to align with; those returned by `features` need no images.
             global_batch_size: examples per optimizer step on all processes.
+            stream_version: version of the random draws, 1 or 2; examples of your own may draw in their own way.
 
         Raises:
             InputError: if the options contradict the data, or the processes see different data.
@@ -241,7 +243,7 @@ def as_training_data(dataset, image_column: str = "image", label_column: str = "
     """Turns a Python object, a `TrainingData` or a `Dataset` of `datasets`, into training data.
 
     Raises:
-        InputError: if it is something else, the columns do not hold images and class ids, or rows name files in the place of
+        InputError: if it is something else, the columns do not hold images and class ids, or rows name files instead of
             images.
     """
     if isinstance(dataset, Dataset):

@@ -117,8 +117,8 @@ class StreamedSamples(TrainingSamples):
                 "between machines; run the command again",
             )
 
-    def row_of(self, index: int) -> int:
-        return self.order.row_of(index)
+    def rows_of(self, indices: list[int]) -> np.ndarray:
+        return np.array([self.order.row_of(index) for index in indices])
 
     def groups_of(self, indices: list[int]) -> list[int]:
         """The row groups of some examples."""

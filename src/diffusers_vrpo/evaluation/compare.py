@@ -472,6 +472,17 @@ def fid(
 ) -> float:
     """Computes the Fréchet distance of samples to a reference: FID with `inception`, FD-DINOv2 with dinov2-large.
 
+    Example:
+
+    ```python
+    import torch
+
+    from diffusers_vrpo import fid
+
+    features = torch.randn(2, 100, 8)  # of an encoder, or give folders of images
+    print(fid(features[0], features[1]))
+    ```
+
     Args:
         samples: a folder of images, an `.npz` of ADM, an array uint8 `[N,H,W,3]`, or features `[N,D]`.
         reference: the same, a data set, or a file of statistics.

@@ -167,6 +167,16 @@ def load_image_encoder(
     Images are resized, not cropped, to the side that the model's processor ends with (DINOv2: 224), bicubic with
     antialiasing, on the device.
 
+    Example:
+
+    ```python
+    # not run: needs a published encoder
+    from diffusers_vrpo import load_image_encoder, pooled_features
+
+    encoder = load_image_encoder("facebook/dinov2-base", device="cuda")  # or "inception"
+    features = pooled_features(encoder, images)  # uint8 [N, 3, H, W] -> [N, D]
+    ```
+
     Args:
         pooling: `"auto"` for the usual vector of the family, or `"mean"`; Inception has its own.
         inception_weights: file of the Inception network; by default torch hub's cache, or a download.
@@ -269,6 +279,18 @@ def pooled_features(
     batch_size: int | None = None,
 ) -> torch.Tensor:
     """Computes features `[N, D]`, float32, on the encoder's device, for `frechet_distance` and other metrics.
+
+    Example:
+
+    ```python
+    import torch
+
+    from diffusers_vrpo import load_image_encoder, pooled_features
+
+    encoder = load_image_encoder("embedded:digits")
+    images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    features = pooled_features(encoder, images)  # [4, D]
+    ```
 
     Args:
         images: uint8 RGB `[N, 3, H, W]` on any device, or batches of such.

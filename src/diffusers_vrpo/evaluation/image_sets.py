@@ -140,7 +140,7 @@ def folder_images(name: str, folder: str | Path, resolution: int | None = None) 
     listing = list_images(folder)
     if not listing.images:
         raise InputError(None, f"{name}: {reason_without_images(os.fspath(folder), listing)}")
-    if (Path(folder) / "manifest.json").is_file():  # which `vrpo sample` writes beside its images
+    if (Path(folder) / "manifest.json").is_file():  # which `vrpo sample` writes next to its images
         listing.others -= Counter({".json": 1})
     if left_out := listing.left_out():
         logger.warning(f"{name}: not used: {'; '.join(left_out)}")

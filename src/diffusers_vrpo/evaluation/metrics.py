@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from ..errors import InputError
 
 
-# Elements of a block of distances: 2**26 in float64 are 512 MB, independent of the size of the sets.
-BLOCK_ELEMENTS = 2**26
+# Elements of a block of distances: 2**24 in float64 are 128 MB, independent of the size of the sets. The k-th smallest of its
+# rows take a copy of it and as many indices.
+BLOCK_ELEMENTS = 2**24
 
 
 def as_float64(features: torch.Tensor) -> torch.Tensor:
@@ -102,6 +103,16 @@ class RunningMoments:
 def mean_and_covariance(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean `[D]` and unbiased covariance `[D, D]` of features `[N, D]`, float64.
 
+    Example:
+
+    ```python
+    import torch
+
+    from diffusers_vrpo import mean_and_covariance
+
+    mean, covariance = mean_and_covariance(torch.randn(100, 8))  # [8], [8, 8]
+    ```
+
     Raises:
         InputError: if there are fewer than two features, or some are not finite.
     """
@@ -133,6 +144,17 @@ def frechet_distance(mu1: torch.Tensor, sigma1: torch.Tensor, mu2: torch.Tensor,
     With features of the Inception network this is the FID (arXiv 1706.08500). The trace of the root is the sum of the
     singular values of `F1^T F2` with `S = F F^T`: the same as the roots of the eigenvalues of `S1^1/2 S2 S1^1/2`, without
     squaring rounding errors, so that singular covariances (N < D) need no offset on the diagonal.
+
+    Example:
+
+    ```python
+    import torch
+
+    from diffusers_vrpo import frechet_distance, mean_and_covariance
+
+    real, generated = torch.randn(2, 100, 8)
+    distance = frechet_distance(*mean_and_covariance(generated), *mean_and_covariance(real))
+    ```
 
     Args:
         mu1, mu2: means, `[D]`.
@@ -179,6 +201,16 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """KID (arXiv 1801.01401): mean and standard deviation of `polynomial_mmd` over random subsets of both sets.
 
+    Example:
+
+    ```python
+    import torch
+
+    from diffusers_vrpo import kernel_distance
+
+    mean, deviation = kernel_distance(torch.randn(100, 8), torch.randn(100, 8), subsets=10, subset_size=50)
+    ```
+
     Args:
         reference, samples: `[N, D]`, each with at least `subset_size` rows.
         subset_size: at least 2; drawn without replacement, again for each of the `subsets`.
@@ -202,6 +234,16 @@ def kernel_distance(
 
 def inception_score(logits: torch.Tensor, splits: int = 10, seed: int | None = None) -> tuple[float, float]:
     """`exp(mean_x KL(p(c|x) || p(c)))` (arXiv 1606.03498), mean and standard deviation over the splits.
+
+    Example:
+
+    ```python
+    import torch
+
+    from diffusers_vrpo import inception_score
+
+    mean, deviation = inception_score(torch.randn(100, 10), seed=0)
+    ```
 
     Args:
         logits: `[N, classes]`, before the softmax.
@@ -231,19 +273,21 @@ def inception_score(logits: torch.Tensor, splits: int = 10, seed: int | None = N
 def distance_blocks(x: torch.Tensor, y: torch.Tensor, block_elements: int = BLOCK_ELEMENTS):
     """Squared distances between all rows of `x [M, D]` and `y [N, D]`, in blocks of rows of x.
 
+    Beside a block, y is kept in float64, and x is converted block by block.
+
     Yields:
         slice of the rows, and float64 `[rows, N]`.
     """
-    x, y = as_float64(x), as_float64(y)
+    y = as_float64(y)
     # Centred features have small products, so that little precision is lost to cancellation.
     centre = y.mean(0)
-    x, y = x - centre, y - centre
-    norms = y.square().sum(1)
+    y = y - centre
+    norms = torch.cat([part.square().sum(1) for part in y.split(4096)])
     # The distance of equal features is only rounding error, which must not decide whether they are neighbours.
     rounding = 16 * torch.finfo(torch.float64).eps * norms.max()
     rows = max(1, block_elements // len(y))
     for start in range(0, len(x), rows):
-        part = x[start : start + rows]
+        part = as_float64(x[start : start + rows]) - centre
         squares = torch.addmm(part.square().sum(1, keepdim=True) + norms, part, y.T, alpha=-2)
         yield slice(start, start + len(part)), squares.masked_fill_(squares < rounding, 0)
 
@@ -271,6 +315,16 @@ def precision_recall(
     Precision is the share of samples within some reference image's ball, whose radius is the distance to its k-th
     neighbour in the reference; recall is the share of reference images within some sample's ball.
 
+    Example:
+
+    ```python
+    import torch
+
+    from diffusers_vrpo import precision_recall
+
+    precision, recall = precision_recall(torch.randn(100, 8), torch.randn(100, 8))
+    ```
+
     Raises:
         InputError: if a set has at most k features, or some are not finite.
     """
@@ -293,6 +347,16 @@ def density_coverage(
 
     Density counts the reference balls (as in `precision_recall`) that a sample lies in, over k, on average; it can exceed
     1. Coverage is the share of reference balls with a sample in them; 1 - 2**-k is expected of two large equal sets.
+
+    Example:
+
+    ```python
+    import torch
+
+    from diffusers_vrpo import density_coverage
+
+    density, coverage = density_coverage(torch.randn(100, 8), torch.randn(100, 8))
+    ```
 
     Raises:
         InputError: if the reference has at most k features, a set is empty, or some features are not finite.
@@ -328,6 +392,17 @@ def hsic(kernel1: torch.Tensor, kernel2: torch.Tensor) -> torch.Tensor:
 def cka(x: torch.Tensor, y: torch.Tensor) -> float:
     """Linear centred kernel alignment (arXiv 1905.00414), from unbiased HSIC (arXiv 2010.15327); 1 is perfect.
 
+    Example:
+
+    ```python
+    import torch
+
+    from diffusers_vrpo import cka
+
+    x = torch.randn(100, 8)
+    similarity = cka(x, x @ torch.randn(8, 16))
+    ```
+
     Args:
         x, y: features of the same images, `[N, D1]` and `[N, D2]`, N >= 4.
 
@@ -344,6 +419,17 @@ def cknna(x: torch.Tensor, y: torch.Tensor, k: int = 10) -> float:
 
     As in its authors' code: features are normalised, their products are the kernels, HSIC is the unbiased one, and a pair (i, j)
     counts where j is among the k nearest of i for both kernels. It depends on N and k.
+
+    Example:
+
+    ```python
+    import torch
+
+    from diffusers_vrpo import cknna
+
+    x = torch.randn(100, 8)
+    similarity = cknna(x, x @ torch.randn(8, 16), k=10)
+    ```
 
     Args:
         x, y: features of the same images, `[N, D1]` and `[N, D2]`, N > k >= 2.

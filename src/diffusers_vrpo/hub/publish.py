@@ -315,6 +315,15 @@ def push_folder(
     The commit also removes weights on the Hub that the new ones replace. An existing card is kept if the folder has no
     record of a run.
 
+    Example:
+
+    ```python
+    # not run: needs an account on the Hub
+    from diffusers_vrpo import push_folder
+
+    push_folder("outputs/digits", "me/digits-vrpo", private=True)
+    ```
+
     Args:
         folder: as `save_pretrained` or a run wrote it; other files in it are ignored.
         repo_id: `owner/name`; the repository is created if needed.

@@ -130,7 +130,7 @@ def check_class(kind: str, name: str):
     why = "not a class of diffusers"
     if found is not None:
         is_autoencoder = "Autoencoder" in kind or "VAE" in kind
-        why = "whose latents or pixels need a treatment of their own" if is_autoencoder else "not an image autoencoder"
+        why = "whose latents or pixels need special treatment" if is_autoencoder else "not an image autoencoder"
     raise InputError(
         "vae",
         f"`vae` {name} is a {kind}, {why}; give an {', '.join(SUPPORTED_CLASSES[:-1])} or {SUPPORTED_CLASSES[-1]}",

@@ -80,7 +80,7 @@ def load_content(path: str) -> object:
     try:
         if kind == "safetensors":
             return load_file(path)
-        # The official training scripts put their parsed arguments, a plain namespace, beside the weights.
+        # The official training scripts put their parsed arguments, a plain namespace, next to the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
             if kind == "zip" and not str(path).endswith(".safetensors"):  # torch reads that ending as the other format
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -112,7 +112,7 @@ def file_kind(path: Path) -> str:
     """Tells `safetensors`, `zip` (what torch.save writes) and `pickle` (what it wrote before version 1.6) apart.
 
     Raises:
-        InputError: if the file is none of them or is cut off; the message says what it is and how to get the real one.
+        InputError: if the file is of another kind or truncated; the message says what it is and how to get the right one.
         OSError: if it cannot be read.
     """
     size = path.stat().st_size
@@ -285,7 +285,7 @@ def choose_weights(path: str, content: object) -> dict[str, torch.Tensor]:
 
 
 def without_counters(path: str, state: dict[str, torch.Tensor], label: str) -> dict[str, torch.Tensor]:
-    """Drops numbers such as AveragedModel's `n_averaged`, which stand beside weights and have no dimension.
+    """Drops numbers such as AveragedModel's `n_averaged`, which are stored with the weights and have no dimension.
 
     Raises:
         InputError: if nothing else is there.

@@ -191,7 +191,7 @@ def detect_format(state: dict, preset: str | None, training_args: dict, file_nam
     if match := re.search(r"(?:^|[-_. ])(repa|dit|sit)(?=[-_. ])", file_name.lower()):
         return match[1], "its name"
     logger.warning(
-        f"{file_name}: the keys fit SiT and DiT (and REPA without projectors) alike, and nothing else tells; if it is not "
+        f"{file_name}: the keys fit SiT and DiT (and REPA without projectors) alike, and nothing else tells them apart; if it is not "
         "SiT, convert it with `format`"
     )
     return "sit", "default"

@@ -49,7 +49,7 @@ def transformer_config(preset: str | None, model_config: str | None) -> dict:
     known = inspect.signature(SiTTransformer2DModel).parameters
     if unknown := [key for key in config if key not in known]:
         raise InputError(
-            "model_config", f"`model_config` {model_config} has {unknown[0]!r}, which is none of {', '.join(known)}"
+            "model_config", f"`model_config` {model_config} has {unknown[0]!r}, which is not one of {', '.join(known)}"
         )
     # `qk_norm` is a truth value or a name, which the constructor checks.
     defaults = {name: known[name].default for name in config if name != "qk_norm"}
@@ -225,8 +225,8 @@ def check_class_order(labels: dict | None, id2label: dict | None, keep_labels: b
         raise InputError(
             "pretrained_model_name_or_path",
             f"`pretrained_model_name_or_path` {name} has the classes of the data in another order (class {label} is "
-            f"{id2label[label]!r} here, {theirs[label]!r} there), so its label rows would be those of other classes; order "
-            "the classes of the data as the weights have them",
+            f"{id2label[label]!r} here, {theirs[label]!r} there), so its class embeddings would be those of "
+            "other classes; order the classes of the data as in the weights",
         )
 
 

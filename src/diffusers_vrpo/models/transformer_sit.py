@@ -3,7 +3,7 @@
 
 Patches, adaLN-zero blocks, one timestep and one label embedder shared by all blocks; the differences between checkpoints
 of the two (the prediction and the direction of time) are in the config. This file imports torch and diffusers only, so that it
-can be published beside the weights.
+can be published together with the weights.
 """
 
 import difflib
@@ -298,6 +298,10 @@ class SiTAttnProcessor:
     _parallel_config = None
 
     def __call__(self, attn: "SiTAttention", hidden_states: torch.Tensor) -> torch.Tensor:
+        # Autocast would cast the input once for each of the three layers, and save all three copies for the backward pass.
+        device = hidden_states.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
         if attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
@@ -408,6 +412,18 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
       trains); `"noise_to_data"`: t = 0 is noise, the velocity is `x0 - noise` (the SiT repository).
     - `prediction_type="epsilon"`: integer timesteps 0 ... 999 of the linear DDPM schedule, output the noise (DiT).
 
+    Example:
+
+    ```python
+    import torch
+
+    from diffusers_vrpo import SiTTransformer2DModel, sit_preset
+
+    model = SiTTransformer2DModel(sample_size=8, in_channels=3, num_classes=10, **sit_preset("SiT-XS/2"))
+    x_t, t, labels = torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([3, 7])
+    velocity = model(x_t, t, labels).sample  # [2, 3, 8, 8]
+    ```
+
     Args:
         sample_size (`int` or `(int, int)`): height and width of the latents (or pixels) it is trained on. Other sizes
             run too: the position table is stretched over them.
@@ -431,7 +447,7 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         norm2_eps (`float`): of the norm before the feed-forward; 1e-6 officially, 1e-5 in diffusers' DiT.
     """
 
-    # Written into config.json, so that `AutoModel.from_pretrained` finds the code beside the weights.
+    # Written into config.json, so that `AutoModel.from_pretrained` finds the code next to the weights.
     _auto_class = "AutoModel"
     _supports_gradient_checkpointing = True
     _no_split_modules = ["SiTTransformerBlock"]
@@ -515,7 +531,7 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         """SiT's initialisation: Xavier linears, N(0, 0.02) embedders, zeros where adaLN-zero wants the identity.
 
         Args:
-            others: modules trained beside this one. Their linear layers are drawn right after this model's.
+            others: modules trained together with this one. Their linear layers are drawn right after this model's.
         """
         for module in itertools.chain(self.modules(), *(other.modules() for other in others)):
             if isinstance(module, nn.Linear):

@@ -33,12 +33,16 @@ COSTS = {"steps": "steps", "seconds": "training time", "flops": "FLOPs"}
 
 def merge_rows(rows: list[dict]) -> list[dict]:
     """Merges the rows of each step. If steps go back, the run was continued there, and the later rows are dropped."""
-    merged: dict[int, dict] = {}
+    merged: list[dict] = []
     for row in rows:
-        if merged and row["step"] < max(merged):
-            merged = {step: kept for step, kept in merged.items() if step < row["step"]}
-        merged[row["step"]] = merged.get(row["step"], {}) | row
-    return [merged[step] for step in sorted(merged)]
+        if merged and row["step"] < merged[-1]["step"]:
+            while merged and merged[-1]["step"] >= row["step"]:
+                merged.pop()
+        if merged and merged[-1]["step"] == row["step"]:
+            merged[-1] = merged[-1] | row
+        else:
+            merged.append(row)
+    return merged
 
 
 def is_number(value) -> bool:
@@ -176,7 +180,7 @@ def choose_metric(runs: list[Run], metric: str) -> str:
     matches = matches or [key for key in every if key.split("/")[-1].startswith(metric)]
     matches = matches or [key for key in every if metric in key]
     if not matches:
-        raise InputError("metric", f"`metric` {metric} is in none of these runs; they have {', '.join(every)}")
+        raise InputError("metric", f"`metric` {metric} is not in these runs; they have {', '.join(every)}")
     for key in matches:
         if all(key in keys for keys in known):
             return key

@@ -24,6 +24,20 @@ class TrainerCallback:
     A callback that has `state_dict()` and `load_state_dict(state)`, both of tensors, is saved with every checkpoint under
     `state_name`; a checkpoint that lacks that file leaves it as it is.
 
+    Example:
+
+    ```python
+    from diffusers_vrpo import TrainerCallback
+
+
+    class PrintStep(TrainerCallback):
+        def on_step_end(self, trainer):
+            print(trainer.step)
+
+
+    callbacks = [PrintStep()]  # for VRPOTrainer(callbacks=callbacks, ...)
+    ```
+
     Attributes:
         state_name (`str`): name of its file in a checkpoint, without `.safetensors`.
     """

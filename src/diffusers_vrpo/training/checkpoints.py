@@ -37,6 +37,7 @@ from ..errors import InputError, first_line
 from ..files import default_permissions, find_irregular, sync_to_disk
 from ..models.start import weights_checksum
 from ..pipelines.pipeline_vrpo import VRPOPipeline
+from ..random_streams import NEWEST_STREAMS, STREAM_VERSIONS
 from ..schemas import MANIFEST as MANIFEST_SCHEMA
 from ..schemas import TRAINING_STATE, read_object
 from .distributed import copy_tensors, full_model, full_tensor, original_class, run_and_share_errors
@@ -56,6 +57,7 @@ BEFORE_IT_WAS_AN_OPTION = {
     "lora_target": None,
     "optimizer": "adamw",
     "optimizer_args": None,
+    "random_streams": 1,
     "ema_every": 1,
     "vae_dtype": "float32",
     "fp8": False,
@@ -314,7 +316,7 @@ def check_settings(state: dict, expected: dict, checkpoint: Path, allowed: Set[s
         settings.setdefault(name, value)
     if "conflict" in settings and "release" not in settings:
         stop_step = settings.get("alignment_stop_step")
-        settings["release"] = end_of_alignment(settings["conflict"], None, stop_step, False)[1]
+        settings["release"] = end_of_alignment(settings["conflict"], None, stop_step)[1]
     for name, value in expected.items():
         if name not in settings or settings[name] == value:
             continue
@@ -330,6 +332,22 @@ def check_settings(state: dict, expected: dict, checkpoint: Path, allowed: Set[s
             f"that{permit}, or start a new run in another `output_dir`",
         )
     return changes
+
+
+def recorded_streams(state: dict) -> int:
+    """The version of the random draws of the run that the state of a checkpoint belongs to.
+
+    Raises:
+        InputError: if this version of the package does not know it.
+    """
+    version = state["settings"].get("random_streams", BEFORE_IT_WAS_AN_OPTION["random_streams"])
+    if version not in STREAM_VERSIONS:
+        raise InputError(
+            "resume_from_checkpoint",
+            f"`resume_from_checkpoint`: the run draws its samples by version {version} of the random draws, and this version "
+            f"of the package knows {', '.join(map(str, STREAM_VERSIONS))}; continue it with the one that began it",
+        )
+    return version
 
 
 def take_changes(args: VRPOConfig, changes: dict[str, list], scheduler: torch.optim.lr_scheduler.LambdaLR):
@@ -382,6 +400,7 @@ def run_settings(
     settings["conflict"], settings["release"] = alignment_end_of(config)
     settings["label_dropout"] = label_dropout
     settings["allow_tf32"] = config.allow_tf32
+    settings["random_streams"] = config.random_streams or NEWEST_STREAMS
     settings["streaming"] = config.streaming or None  # as version 0.1 wrote it
     if config.streaming:
         settings[SAMPLES_A_STEP] = global_batch_size  # the order of the images depends on it
@@ -513,7 +532,7 @@ def register_model_hooks(
     """Registers hooks with accelerate that save and load the weights, their averages, and further tensors.
 
     The transformer's weights are in `transformer/` and `transformer_ema/`, which `from_pretrained` opens, the projectors'
-    beside them in `projectors.safetensors` and `projectors_ema.safetensors`, a scaffold's in `scaffold.safetensors` and
+    next to them in `projectors.safetensors` and `projectors_ema.safetensors`, a scaffold's in `scaffold.safetensors` and
     `scaffold_ema.safetensors`. If most of the transformer is frozen, only its
     trained weights are saved, in `transformer.safetensors` and `transformer_ema.safetensors`. Checkpoints of version 0.1,
     which has the projectors among the transformer's weights, can also be loaded.
@@ -592,7 +611,7 @@ def save_aligned(
 
 
 def attached_parts(aligned: AlignedTransformer) -> dict[str, torch.nn.Module]:
-    """What is trained beside the transformer, by the name of its file, in the order of the parameters."""
+    """The modules trained together with the transformer, by the names of their files, in the order of the parameters."""
     parts = {"projectors": aligned.projectors, "scaffold": aligned.scaffold}
     return {name: part for name, part in parts.items() if part is not None and part.state_dict()}
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import DistributedType, broadcast
 from diffusers import ModelMixin
 from diffusers.loaders import PeftAdapterMixin
 
@@ -54,7 +54,8 @@ def check_transformer(
     for name in OF_OWN_MODELS:
         if getattr(args, name) not in (None, False):
             raise InputError(
-                name, f"`{name}` {getattr(args, name)} cannot be combined with `transformer`, which is a model already"
+                name,
+                f"`{name}` {getattr(args, name)} cannot be combined with `transformer`, which already is the model",
             )
     if any(callback.state_name == "generative_policy" for callback in callbacks):
         raise InputError(
@@ -265,3 +266,14 @@ def try_call(
             f"{wanted}",
         )
     return flops
+
+
+def keep_first_block(accelerator: Accelerator, transformer: torch.nn.Module):
+    """With FSDP2, lets every process keep the whole first block between forward and backward pass.
+
+    Some transformers call a layer of their first block again behind the last one (diffusers' DiT embeds the timestep so),
+    where FSDP would have only a part of its weights.
+    """
+    first = transformer_blocks(transformer)[0]
+    if accelerator.distributed_type == DistributedType.FSDP and hasattr(first, "set_reshard_after_forward"):
+        first.set_reshard_after_forward(False)

@@ -138,7 +138,7 @@ def passes_notice(epochs: float, num_images: int) -> str | None:
     if epochs <= MOST_EPOCHS:
         return None
     return (
-        f"the run passes its {num_images} images {epochs:.0f} times; above {MOST_EPOCHS} a model mostly learns them by heart: "
+        f"the run passes its {num_images} images {epochs:.0f} times; above {MOST_EPOCHS} times a model mostly memorises them: "
         "watch the sample grids, and give fewer `max_train_steps`, more images or starting weights"
     )
 

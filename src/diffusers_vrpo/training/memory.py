@@ -10,6 +10,8 @@ The CUDA context, workspaces of kernels, and memory that the allocator holds in 
 are compiled blocks, rewards of estimated images, and the generative policy.
 """
 
+import contextlib
+import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..alignment.attach import AlignedTransformer
-from ..alignment.objective import objective_from_config
+from ..alignment.objective import SUBSET_SIZE, AlignmentStep, NoAlignment, objective_from_config
 from ..config import VRPOConfig
 from ..models.autoencoder import encode_images
 from ..models.flow import flow_matching_loss
@@ -119,10 +121,6 @@ def training_timeline(
         latent_shape: channels, height and width.
         with_pixels: whether a batch holds images, for encoders or an autoencoder; a latent cache with features has none.
     """
-    dtype = HALF.get(args.mixed_precision)
-    channels = latent_shape[0]
-    epsilon = aligned.transformer.config.prediction_type == "epsilon"
-    learns_variance = aligned.transformer.config.learn_sigma and epsilon
 
     def work(images: int, live: LiveBytes) -> int:
         for parameter in aligned.parameters():
@@ -130,45 +128,77 @@ def training_timeline(
         # The mean weight of a diffusion's timesteps would be read from a tensor, which fake ones cannot.
         objective = objective_from_config(args, aligned, 10**9, prediction_type="velocity")
         for _ in range(min(2, args.gradient_accumulation_steps)):
-            saved = micro_step(images, objective, live)
+            batch = blank_batch(args, aligned, latent_shape, with_pixels, images)
+            loss, _ = micro_step(args, aligned, objective, batch)
+            saved = live.bytes
+            loss.backward()
         return saved
 
-    def micro_step(images: int, objective, live: LiveBytes) -> int:
-        side = args.resolution if with_pixels else 1
-        pixels = torch.zeros(images, 3, side, side)
-        x0 = pixels if latent_shape == tuple(pixels.shape[1:]) else torch.zeros(images, *latent_shape)
-        noise, t = torch.randn_like(x0), torch.rand(images)
-        inputs = {
-            "hidden_states": x0 + noise,
-            "timestep": torch.zeros(images, dtype=torch.long) if epsilon else t,
-            "class_labels": torch.zeros(images, dtype=torch.long),
-        }
-        target = noise if epsilon else noise - x0
-        if learns_variance:
-            inputs["return_variance"] = True
+    return timeline_of(work)
 
-        step = objective.begin(t, pixels)
+
+def blank_batch(
+    args: VRPOConfig, aligned: AlignedTransformer, latent_shape: tuple[int, int, int], with_pixels: bool, images: int
+) -> dict[str, torch.Tensor]:
+    """What the loader and an autoencoder give for a micro-step, without content; arguments as of `training_timeline`."""
+    side = args.resolution if with_pixels else 1
+    pixels = torch.zeros(images, 3, side, side)
+    x0 = pixels if latent_shape == tuple(pixels.shape[1:]) else torch.zeros(images, *latent_shape)
+    batch = {"pixels": pixels, "x0": x0, "noise": torch.randn_like(x0), "timestep": torch.rand(images)}
+    batch["class_labels"] = torch.zeros(images, dtype=torch.long)
+    if args.objective == "vrpo":
+        num_tokens = math.prod(side // aligned.transformer.config.patch_size for side in latent_shape[1:])
+        batch["tokens"] = torch.zeros(images, min(SUBSET_SIZE, num_tokens), dtype=torch.long)
+    return batch
+
+
+def micro_step(
+    args: VRPOConfig,
+    aligned: AlignedTransformer,
+    objective: NoAlignment,
+    batch: dict[str, torch.Tensor],
+    part: Callable = contextlib.nullcontext,
+) -> tuple[torch.Tensor, AlignmentStep]:
+    """The loss of a micro-step as `VRPOTrainer.compute_loss` computes it, and the objective's step.
+
+    Args:
+        batch: as `blank_batch` returns it.
+        part: called with the name of a part of the step, `objective` or `forward`; a context in which the part runs.
+    """
+    dtype, t, x0, noise = HALF.get(args.mixed_precision), batch["timestep"], batch["x0"], batch["noise"]
+    channels = x0.shape[1]
+    epsilon = aligned.transformer.config.prediction_type == "epsilon"
+    learns_variance = aligned.transformer.config.learn_sigma and epsilon
+    inputs = {
+        "hidden_states": x0 + noise,
+        "timestep": torch.zeros(len(x0), dtype=torch.long) if epsilon else t,
+        "class_labels": batch["class_labels"],
+    }
+    target = noise if epsilon else noise - x0
+    if learns_variance:
+        inputs["return_variance"] = True
+
+    with part("objective"):
+        step = objective.begin(t, batch["pixels"])
+    with part("forward"):
         with torch.autocast("cpu", dtype, enabled=dtype is not None):
             prediction, projections = aligned(**inputs, fork=step.fork, align=step.active, scaffold=step.scaffold)
         prediction = prediction.float()  # as accelerate does
         projections = [projection.float() for projection in projections]
 
+    with part("objective"):
         loss_fm = flow_matching_loss(prediction[:, :channels], target)
         loss = loss_fm.mean()
         if learns_variance:
             # The bound has a few tensors of this size.
             loss = loss + (prediction[:, channels:].sigmoid() * target).square().mean()
         if aligned.layers:
-            step.targets = objective.targets(pixels, features=step.features)
-            alignment = objective(step, projections, pixels, loss_fm, inputs=inputs)
-            loss = loss + args.alignment_coeff * alignment
+            step.targets = objective.targets(batch["pixels"], features=step.features)
+            draws = {"subset": batch.get("tokens"), "inputs": inputs}
+            loss = loss + args.alignment_coeff * objective(step, projections, batch["pixels"], loss_fm, **draws)
         if step.scaffold is not None:
             loss = loss + args.scaffold_coeff * step.scaffold_distance()
-        saved = live.bytes
-        loss.backward()
-        return saved
-
-    return timeline_of(work)
+    return loss, step
 
 
 def encoding_timeline(vae: torch.nn.Module, resolution: int) -> Timeline:

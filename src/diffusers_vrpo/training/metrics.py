@@ -198,6 +198,15 @@ def write_start(
 def read_metrics(path: str | Path) -> list[dict]:
     """Reads what a run has logged, one row per step, without lines that are damaged, as a crash leaves the last one.
 
+    Example:
+
+    ```python
+    from diffusers_vrpo import read_metrics
+
+    rows = read_metrics("outputs/digits/metrics.jsonl")
+    print([(row["step"], row["loss_fm"]) for row in rows])
+    ```
+
     Args:
         path: the `metrics.jsonl` of an output folder.
 

@@ -28,7 +28,7 @@ except ImportError:  # Windows
     fcntl = None
 
 
-# What training writes into its folder, beside its checkpoints and the trackers' files in `logging_dir`.
+# What training writes into its folder, apart from its checkpoints and the trackers' files in `logging_dir`.
 RECORDS = ("train_config.yaml", "metrics.jsonl", "starts.jsonl", "trackers.json")
 RESULTS = (
     "model_index.json",

@@ -89,7 +89,7 @@ def start_trackers(accelerator: Accelerator, metrics_file: MetricsFile, args: VR
 
     Args:
         step: the step of the checkpoint that is continued, or 0. Later values in TensorBoard are replaced by the continued run,
-            and a run of wandb goes on under its id, which the output folder keeps.
+            and a run of wandb continues under its id, which the output folder keeps.
     """
     run_name = args.tracker_run_name or output_dir.resolve().name
     started = []

@@ -311,7 +311,7 @@ def draw_samples(
 
 
 def captions_of(labels: list[int], id2label: dict | None) -> list[str] | None:
-    """What stands above the columns of a grid: the first of each class's names, or its id; None for a single class without one."""
+    """The captions above the columns of a grid: the first of each class's names, or its id; None for a single class without one."""
     names = {int(label): str(name).split(",")[0].strip() for label, name in (id2label or {}).items()}
     if not names and len(labels) == 1:
         return None

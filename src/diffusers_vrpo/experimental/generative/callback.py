@@ -74,7 +74,7 @@ REAL_IMAGES = 256  # training images behind the guards' flow-matching loss
 
 
 class GenerativePolicy(TrainerCallback):
-    """Follows rewards of generated images beside the loss on real ones, from a step on: a callback of the trainer.
+    """Trains on rewards of generated images in addition to the loss on real ones, from a step on: a callback of the trainer.
 
     Rollout r draws the classes, noise and timesteps of (seed, r): it is the same for any number of processes, each of which
     has whole groups. Statistics, the queue of features and what the guards compare with are saved with a checkpoint.

@@ -264,12 +264,12 @@ class VRPOTrainer:
     def compute_loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Computes the loss of a micro-batch, `L = L_FM + lambda L_rep` (docs/method.md), a scalar.
 
-                Models that learn the variance of their diffusion also get its variational bound, and image rewards have a term of
-                their own.
+        Models that learn the variance of their diffusion also get its variational bound, and image rewards have a term of
+        their own.
 
-                Args:
-                    batch: tensors on the device: `pixels [B,3,R,R]` in [-1, 1] or the entries of a latent cache; `class_labels [B]`;
-        XX further inputs of the objective.
+        Args:
+            batch: tensors on the device: `pixels [B,3,R,R]` in [-1, 1] or the entries of a latent cache; `class_labels [B]`;
+                further inputs of the objective.
         """
         channels, learns_variance = self.latent_shape[0], self.adapter.learns_variance
 

@@ -10,6 +10,8 @@ import torch
 from accelerate.utils import DistributedType
 from diffusers import AutoencoderKL
 
+from diffusers_vrpo.alignment.host_copy import DeviceSums
+from diffusers_vrpo.alignment.objective import REPA
 from diffusers_vrpo.config import VRPOConfig
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.models.autoencoder import check_precision, encode_images, encode_moments, encoding_in
@@ -137,6 +139,27 @@ def test_layers_in_8_bits(monkeypatch):
         )
         with pytest.raises(InputError, match=message):
             use_fp8(accelerator, model, rows)
+
+
+def test_statistics_travel_in_one_message():
+    statistics = [SimpleNamespace(sums=DeviceSums(shape)) for shape in ((5, 4), (2,))]
+    for number, each in enumerate(statistics, start=1):
+        each.sums.sums += number
+    step = SimpleNamespace(step_number=0, active=lambda number: True, _release_counts=lambda: True)
+    step._statistics_of_step = lambda counts: statistics
+    messages = []
+
+    def all_reduce(tensor):
+        messages.append(tensor)
+        return 2 * tensor  # as of two processes that have seen the same
+
+    REPA.collect(step, all_reduce)
+    assert [len(message) for message in messages] == [22]
+    assert [each.sums.read().unique().tolist() for each in statistics] == [[2], [4]]
+    assert not any(each.sums.sums.any() for each in statistics)
+    step.active = lambda number: False  # after the end of alignment nothing is sent
+    REPA.collect(step, all_reduce)
+    assert len(messages) == 1
 
 
 def test_what_ddp_is_told():

@@ -327,7 +327,11 @@ class RunConfig(Options):
         "compute in bfloat16 (bf16: faster and with less memory, on recent GPUs), float16 (fp16: for older GPUs) or float32 (no); "
         "if not given, as set by `accelerate config`, or else in float32",
     )
-    allow_tf32: bool = option(False, "compute float32 matrix products in TF32, on Ampere and later GPUs")
+    allow_tf32: Resolved[bool | None] = option(
+        None,
+        "compute float32 matrix products in TF32 on Ampere and later GPUs, several times as fast with three digits, as the official "
+        "code of SiT and REPA does; on if not given, but a resumed run goes on as it began",
+    )
     report_to: Machine[str] = option(
         "tensorboard", "experiment trackers, separated by commas (tensorboard, wandb, ...), or none"
     )
@@ -437,6 +441,11 @@ class ModelConfig(Options):
         None,
         "encode the images with this autoencoder of diffusers (Hub name or folder), usually stabilityai/sd-vae-ft-ema; `none` "
         "trains on pixels, which suits images of up to 64 pixels a side",
+    )
+    vae_dtype: Literal["float32", "bfloat16", "float16"] = option(
+        "float32",
+        "compute the encoding of images in this precision; half precision takes half the time on a GPU and changes the latents in "
+        "their third digit, and some autoencoders overflow in float16",
     )
     label_dropout: Resolved[Share | None] = option(
         None,
@@ -707,11 +716,23 @@ class OptimizationConfig(Options):
 
 @dataclass(kw_only=True)
 class SpeedConfig(Options):
-    """What changes how fast a run is, but not what it computes."""
+    """What changes how fast a run is, but, except for `fp8`, not what it computes."""
 
     _argument_group_name: ClassVar[str] = "speed"
 
     compile: Free[bool] = option(False, "compile the transformer blocks, the encoders and the objective")
+    compile_mode: Annotated[
+        Free[Literal["default", "max-autotune-no-cudagraphs", "reduce-overhead"]], Needs("compile")
+    ] = option(
+        "default",
+        "how torch compiles: default; max-autotune-no-cudagraphs tries kernels for minutes at the start; reduce-overhead records "
+        "CUDA graphs, for small models whose launches set the pace",
+    )
+    fp8: bool = option(
+        False,
+        "compute attention's and feed-forward's linear layers in 8 bits (torchao, on GPUs from Ada and Hopper on), which changes "
+        "the numbers; with --mixed_precision bf16",
+    )
     attention_backend: Free[str | None] = option(
         None,
         "attention backend of diffusers: native, flash, _flash_3, _native_cudnn, sage, ...; diffusers' default if not given",
@@ -1126,6 +1147,19 @@ def check_model_config(config: ModelConfig):
         )
 
 
+def check_vae_dtype(config: "VRPOConfig"):
+    """The precision is that of an autoencoder which encodes images in training."""
+    if is_default(config, "vae_dtype"):
+        return
+    for name, value in (("latents_dir", config.latents_dir), ("vae", config.vae if config.vae == "none" else None)):
+        if value is not None:
+            raise InputError(
+                "vae_dtype",
+                f"`vae_dtype` {config.vae_dtype} has no effect with `{name}` {value}, where no image is encoded in training; "
+                "remove it",
+            )
+
+
 def check_encoder_layers(config: AlignmentConfig):
     """One layer is given for all encoders, or one for each."""
     encoders, layers = config.encoder or [], config.encoder_layer or []
@@ -1293,6 +1327,19 @@ def check_gradient_checkpointing(config: OptimizationConfig):
     """What is computed again is a known part."""
     if config.gradient_checkpointing:
         recomputed_part(config.gradient_checkpointing)
+
+
+def check_fp8(config: "VRPOConfig"):
+    """8-bit products take inputs in bfloat16, and weights that are all trained."""
+    if not config.fp8:
+        return
+    if config.mixed_precision not in (None, "bf16"):  # None is what accelerate is configured for
+        raise InputError("fp8", f"`fp8` needs `mixed_precision` bf16, not {config.mixed_precision}")
+    if config.lora_rank:
+        raise InputError(
+            "fp8",
+            f"`fp8` cannot be combined with `lora_rank` {config.lora_rank}, whose layers have adapters; remove one",
+        )
 
 
 def check_ema_every(config: OptimizationConfig):
@@ -1505,6 +1552,7 @@ CHECKS = (
     check_unused,
     check_streaming,
     check_model_config,
+    check_vae_dtype,
     check_encoder_layers,
     check_release,
     check_target_norm,
@@ -1514,6 +1562,7 @@ CHECKS = (
     check_warmup,
     check_gradient_checkpointing,
     check_ema_every,
+    check_fp8,
     check_generative_start,
     check_rollouts,
     check_reward_encoder,

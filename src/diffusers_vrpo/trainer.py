@@ -54,7 +54,14 @@ from .errors import InputError, TrainingInterrupted
 from .files import default_permissions, write_atomically
 from .hub.background import HubPublisher
 from .hub.publish import push_folder
-from .models.autoencoder import check_vae, latent_shape, load_vae, reconstruction_problem
+from .models.autoencoder import (
+    check_precision,
+    check_vae,
+    encoding_in,
+    latent_shape,
+    load_vae,
+    reconstruction_problem,
+)
 from .models.ddpm import variational_bound
 from .models.flow import flow_matching_loss, flow_time, forward_process, sample_time, typical_flow_times
 from .models.start import read_start
@@ -75,7 +82,8 @@ from .training.checkpoints import (
     save_lora,
     take_changes,
 )
-from .training.distributed import clip_grad_norm, full_pipeline, lines_above_the_bar, prepare
+from .training.distributed import clip_grad_norm, full_pipeline, lines_above_the_bar, prepare, use_tf32
+from .training.fp8 import use_fp8
 from .training.given_transformer import (
     align_transformer,
     check_pipeline,
@@ -109,6 +117,7 @@ from .training.setup import (
     start_accelerator,
     trainable_parameters,
     with_given,
+    with_tf32,
 )
 from .training.targets import target_encoders
 from .training.throughput import ForeachEMA, StepProfile, speed_up, step_flops, throughput_meter
@@ -223,8 +232,11 @@ class VRPOTrainer:
                 publisher = [HubPublisher(args, self.accelerator, self.output_dir, self.interruption)]
             self.checkpoint = choose_checkpoint(self.accelerator, args, self.output_dir)
             self.saved_state = None if self.checkpoint is None else read_training_state(self.checkpoint)
+            self.args = args = with_tf32(args, self.saved_state)
+            use_tf32(self.accelerator.device, args.allow_tf32)
             self.data = self._open_data(train_dataset)
             self.vae = self._open_vae(vae)
+            self.encoding_vae = encoding_in(self.vae, args.vae_dtype)
             if isinstance(self.data, LatentCache):
                 self.data.check_vae(self.vae)
             self._build_model(encoders, rewards, image_rewards, transformer)
@@ -252,18 +264,18 @@ class VRPOTrainer:
     def compute_loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Computes the loss of a micro-batch, `L = L_FM + lambda L_rep` (docs/method.md), a scalar.
 
-                Models that learn the variance of their diffusion also get its variational bound, and image rewards have a term of
-                their own.
+        Models that learn the variance of their diffusion also get its variational bound, and image rewards have a term of
+        their own.
 
-                Args:
-                    batch: tensors on the device: `pixels [B,3,R,R]` in [-1, 1] or the entries of a latent cache; `class_labels [B]`;
-        XX further inputs of the objective.
+        Args:
+            batch: tensors on the device: `pixels [B,3,R,R]` in [-1, 1] or the entries of a latent cache; `class_labels [B]`;
+                further inputs of the objective.
         """
         channels, learns_variance = self.latent_shape[0], self.adapter.learns_variance
 
         # Clean latents, and their noisy versions. In flow time t, 1 is noise.
         with self.profile("autoencoder"):
-            x0 = self.data.latents(self.vae, batch)
+            x0 = self.data.latents(self.encoding_vae, batch)
         x_t, timestep, target, t = forward_process(x0, batch["noise"], batch["timestep"], self.adapter)
 
         # One forward pass gives the prediction and the projected tokens of the aligned blocks. A scaffold needs the
@@ -352,6 +364,8 @@ class VRPOTrainer:
         """
         accelerator, args = self.accelerator, self.args
         for _ in range(args.gradient_accumulation_steps):
+            if args.compile_mode == "reduce-overhead":  # the outputs of the last micro-step are not needed any more
+                torch.compiler.cudagraph_mark_step_begin()
             batch = self._next_batch(batches)
             with accelerator.accumulate(self.model):
                 loss = self.compute_loss(batch)
@@ -549,11 +563,20 @@ class VRPOTrainer:
         return None if name == "none" else load_vae(name, self.args.cache_dir).to(self.accelerator.device)
 
     def _check_reconstruction(self):
-        """Warns if the autoencoder cannot reconstruct an image; not for streams, which would read it from a server."""
+        """Warns if the autoencoder cannot reconstruct an image; not for streams, which would read it from a server.
+
+        Raises:
+            InputError: if it cannot encode it in `vae_dtype`.
+        """
         data = self.data
-        if self.vae is None or not isinstance(data, ImageDataset) or not self.accelerator.is_main_process:
+        in_half = self.args.vae_dtype != "float32"
+        if self.vae is None or not isinstance(data, ImageDataset) or not (in_half or self.accelerator.is_main_process):
             return
         image = data.examples(data.fixed_rows(1), self.args.resolution)[0][0]
+        if in_half:
+            check_precision(self.vae, self.args.vae_dtype, image)
+        if not self.accelerator.is_main_process:
+            return
         if problem := reconstruction_problem(self.vae, image):
             logger.warning(f"`vae`: {problem}")
 
@@ -659,7 +682,9 @@ class VRPOTrainer:
             forward = try_call(args, transformer, self.adapter, self.latent_shape, accelerator.device)
         self.flops_per_image = step_flops(self.aligned, forward, math.prod(self.grid_size))
         self.throughput = throughput_meter(self.flops_per_image, accelerator, args.peak_tflops)
-        speed_up(transformer, self.encoders, args.compile, args.attention_backend)
+        if args.fp8:
+            use_fp8(accelerator, transformer, args.train_batch_size * math.prod(self.grid_size))
+        speed_up(transformer, self.encoders, args.compile, args.attention_backend, args.compile_mode)
 
         self.global_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
         recorded = None if self.saved_state is None else recorded_length(self.saved_state)

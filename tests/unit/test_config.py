@@ -379,7 +379,7 @@ def test_what_a_resumed_run_keeps():
     settings = kept(VRPOConfig())
     # What version 0.1 kept, and what it let change in silence.
     assert {"seed", "objective", "resolution", "learning_rate", "ema_decay", "encoder", "layer_scope"} <= set(settings)
-    assert {"allow_tf32", "keep_labels"} <= set(settings)
+    assert {"lora_rank", "keep_labels"} <= set(settings)
     data = set(data_settings_to_keep(VRPOConfig()))
     assert data == {
         "dataset_name",
@@ -417,6 +417,7 @@ def test_resolved_options_are_compared_by_what_they_became():
         "label_dropout",
         "random_streams",
         "streaming",
+        "allow_tf32",
     }  # by their names, in `run_settings`
     of_model = {
         "preset",

@@ -172,9 +172,9 @@ def test_a_comparison_of_several_metrics(tmp_path, monkeypatch):
     np.savez(tmp_path / "reference.npz", pictures(30, seed=1))
     samples = as_image_set("samples", pictures(20))
     reference = open_reference(str(tmp_path / "reference.npz"), samples)
-    before = torch.backends.cudnn.allow_tf32
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     comparison = compare_images(samples, reference, ["digits"], settings=MetricSettings(kid_subset_size=5))
-    assert torch.backends.cudnn.allow_tf32 == before
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before
     results = comparison.metrics["digits"]
     assert {"fd", "kid", "precision", "recall", "density", "coverage"} <= set(results)
     assert results["kid_subset_size"] == 5 and comparison.encoders["digits"]["reference_count"] == 30

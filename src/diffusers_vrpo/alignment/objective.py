@@ -553,9 +553,18 @@ class REPA(NoAlignment):
         return not self.scaffolding(self.step_number)
 
     def collect(self, all_reduce: Callable | None = None) -> None:
-        if self.active(self.step_number):
-            for statistics in self._statistics_of_step(self._release_counts()):
-                statistics.collect(all_reduce)
+        if not self.active(self.step_number):
+            return
+        statistics = self._statistics_of_step(self._release_counts())
+        if all_reduce is None or not statistics:
+            for each in statistics:
+                each.collect()
+            return
+        # The sums of all of them travel between processes in one message.
+        sums = [each.sums.sums for each in statistics]
+        total = all_reduce(torch.cat([each.flatten() for each in sums])).split([each.numel() for each in sums])
+        for each, part in zip(statistics, total, strict=True):
+            each.sums.collect(lambda _, part=part: part)
 
     def _statistics_of_step(self, release_counts: bool) -> list:
         """What is updated after an aligned optimizer step."""

@@ -30,7 +30,7 @@ from ..config import NUM_IMAGES, In, VRPOConfig, is_embedded_dataset, options_of
 from ..data.latent_cache import array_layout
 from ..data.sources import TrainingData, load_training_data
 from ..errors import InputError, first_line
-from ..models.autoencoder import check_class, encode_images, latent_layout
+from ..models.autoencoder import check_class, encode_images, encoding_in, latent_layout
 from ..models.start import (
     Start,
     build_transformer,
@@ -87,9 +87,16 @@ ENCODED_AT_A_TIME = 32  # images, by the autoencoder
 
 
 def open_local_data(args: VRPOConfig) -> TrainingData | None:
-    """The data of a training if they are on this machine; None otherwise, also if none are named."""
+    """The data of a training if they are on this machine; None otherwise, also if none are named.
+
+    A latent cache that is not here yet has the shapes of its autoencoder, and images for encoders.
+    """
     is_local = is_embedded_dataset(args.dataset_name) or Path(args.dataset_name or "").is_dir()
-    if args.latents_dir or args.train_data_dir or (args.dataset_name and is_local):
+    if (
+        (args.latents_dir and Path(args.latents_dir).is_dir())
+        or args.train_data_dir
+        or (args.dataset_name and is_local)
+    ):
         return load_training_data(args)
     return None
 
@@ -295,7 +302,7 @@ def count_step(args: VRPOConfig, data: TrainingData | None, start: Start, num_cl
         if vae is not None:
             make_fake(vae)
         if vae is not None and from_images:
-            encoding = encoding_timeline(vae, args.resolution)
+            encoding = encoding_timeline(encoding_in(vae, args.vae_dtype), args.resolution)
             pixels = torch.zeros(1, 3, args.resolution, args.resolution)
             vae_flops = counted_flops(lambda: encode_images(vae, pixels))
     recomputed = recomputed_flops(aligned.transformer.config, args.gradient_checkpointing, math.prod(grid_size))
@@ -357,9 +364,9 @@ def plan(
     images = steps * global_batch_size
     dtype, hours = HALF.get(args.mixed_precision, torch.float32), {}
     for gpu, (device, _) in chosen.items():
-        seconds = (step.flops + step.recomputed) / peak_flops(device, dtype, args.allow_tf32)
-        # The autoencoder runs in float32, whose convolutions are TF32 products by default.
-        seconds += step.vae_flops / peak_flops(device, torch.float32, tf32=True)
+        seconds = (step.flops + step.recomputed) / peak_flops(device, dtype, args.allow_tf32 is not False)
+        # In float32 the convolutions of the autoencoder are TF32 products by default.
+        seconds += step.vae_flops / peak_flops(device, getattr(torch, args.vae_dtype), tf32=True)
         hours[gpu] = images * seconds / mfu / num_processes / 3600
     found["flops_per_image"] = {
         "training": step.flops,
@@ -392,7 +399,8 @@ def check_planned(args: VRPOConfig):
     Raises:
         InputError: if one is missing.
     """
-    if args.vae is None and args.latents_dir is None:
+    here = args.latents_dir is not None and Path(args.latents_dir).is_dir()  # a cache names its autoencoder
+    if args.vae is None and not here:
         raise InputError("vae", "give `vae`, such as stabilityai/sd-vae-ft-ema, or `vae` none to train on pixels")
     if args.lora_rank and not args.pretrained_model_name_or_path:
         raise InputError("lora_rank", "`lora_rank` adapts trained weights; it needs `pretrained_model_name_or_path`")

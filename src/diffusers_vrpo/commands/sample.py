@@ -27,7 +27,7 @@ from ..pipelines.pipeline_vrpo import VRPOPipeline
 from ..pipelines.sample_folder import SampleFolder, cannot_write
 from ..pipelines.sampling import check_steps, image_label, sample_batch, sampling_arguments, set_sampler
 from ..reach import offline_if_out_of_reach
-from ..training.distributed import start_processes
+from ..training.distributed import start_processes, use_tf32
 from .sample_options import build_parser, parse_args
 
 
@@ -102,6 +102,7 @@ def sample(args: argparse.Namespace, pipeline: VRPOPipeline | None = None):
         InputError: if options cannot work, or the folder holds something else.
     """
     state = start_processes()
+    use_tf32(state.device, args.allow_tf32)
     pipeline = pipeline or open_pipeline(args, state)
     set_sampler(pipeline, args.sampler, args.pipeline)
     arguments = sampling_arguments(pipeline, args)
@@ -182,7 +183,7 @@ def build_manifest(pipeline, args, arguments: dict, classes: list[int], state: P
     # An option that version 0.1 did not have stands in the manifest only where it is given.
     cache = {} if args.first_block_cache is None else {"first_block_cache": args.first_block_cache}
     # Some kernels split sums by threads, which changes their rounding.
-    threads = f", {torch.get_num_threads()} thread(s)" if state.device.type == "cpu" else ""
+    threads = f", {torch.get_num_threads()} thread(s)" if state.device.type == "cpu" else ", TF32" * args.allow_tf32
     manifest = {
         "pipeline": args.pipeline,
         "pipeline_checksum": checksum(pipeline),

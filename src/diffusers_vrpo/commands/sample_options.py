@@ -112,6 +112,12 @@ def add_sampling_options(parser: argparse.ArgumentParser, **num_images):
         help="compute the transformer in this precision; bfloat16 is several times as fast on a GPU",
     )
     g.add_argument("--vae_dtype", choices=DTYPES, default="float32", help="precision of the autoencoder")
+    g.add_argument(
+        "--allow_tf32",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compute float32 matrix products in TF32 on Ampere and later GPUs, as the official samplers of SiT and REPA do",
+    )
     g.add_argument("--compile", action="store_true", help="compile the transformer blocks")
     g.add_argument(
         "--first_block_cache",

@@ -366,9 +366,12 @@ def compare_images(
         InputError: if the encoder or the reference does not allow a metric, or images are too few or damaged.
     """
     state, settings = state or PartialState(), settings or MetricSettings()
-    # TensorFloat-32, cudnn's default, changes features by a thousandth.
-    tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    # TensorFloat-32, the default of cudnn and of training, changes features by a thousandth.
+    kinds = torch.backends.cudnn, torch.backends.cuda.matmul
+    tf32 = [kind.allow_tf32 for kind in kinds]
     try:
+        for kind in kinds:
+            kind.allow_tf32 = False
         # Check all encoders before any of them computes.
         metrics_of, loaded = {}, {}
         for name in encoders:
@@ -430,7 +433,8 @@ def compare_images(
                 comparison.features[name] = (own, known)
             del encoder
     finally:
-        torch.backends.cudnn.allow_tf32 = tf32
+        for kind, allowed in zip(kinds, tf32):
+            kind.allow_tf32 = allowed
     return comparison if state.is_main_process else None
 
 

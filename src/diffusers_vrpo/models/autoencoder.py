@@ -191,12 +191,56 @@ def is_finite_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+class InPrecision:
+    """An autoencoder that encodes under autocast; its weights, and what else is asked of it, stay as they are.
+
+    Args:
+        vae: the autoencoder, in float32.
+        dtype (`torch.dtype`): bfloat16 or float16.
+    """
+
+    def __init__(self, vae: torch.nn.Module, dtype: torch.dtype):
+        self.vae, self.autocast_dtype = vae, dtype
+
+    def __getattr__(self, name: str):
+        return getattr(self.vae, name)
+
+    def encode(self, pixels: torch.Tensor):
+        with torch.autocast(pixels.device.type, self.autocast_dtype):
+            return self.vae.encode(pixels)
+
+
+def encoding_in(vae: torch.nn.Module | None, dtype: str):
+    """The autoencoder as training calls it with a `vae_dtype`."""
+    return vae if vae is None or dtype == "float32" else InPrecision(vae, getattr(torch, dtype))
+
+
+@torch.no_grad()
+def check_precision(vae, dtype: str, image: np.ndarray):
+    """Checks that an autoencoder encodes an image, uint8 `[R,R,3]`, in a precision to about what float32 gives.
+
+    Raises:
+        InputError: if the latents are not finite, or differ from those of float32 by more than a tenth of their deviation.
+    """
+    pixels = torch.from_numpy(image).to(vae.device).permute(2, 0, 1)[None].float() / 127.5 - 1
+    exact, found = (encode_moments(each, pixels)[0] for each in (vae, encoding_in(vae, dtype)))
+    error = ((found - exact).square().mean().sqrt() / exact.std().clamp_min(1e-6)).item()
+    if not error <= 0.1:  # also for NaN
+        raise InputError(
+            "vae_dtype",
+            f"`vae_dtype` {dtype}: the latents of an image differ from those of float32 by {error:.2g} of their standard "
+            "deviation (nan: they overflow); give another precision",
+        )
+
+
 @torch.no_grad()
 def encode_moments(vae, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Encodes `pixels [B,3,H,W]` in [-1, 1] to the mean and standard deviation of their latents.
 
     Both are `[B,C,h,w]` float32 and not scaled yet; the second is None if the autoencoder has no posterior.
     """
+    if pixels.is_cuda:  # the layout of a GPU's convolutions, which else transpose each input; weights keep theirs
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
     # 32 at a time: a batch of 256 images of 256 pixels would take tens of gigabytes of activations.
     with torch.autocast(pixels.device.type, enabled=False):
         parts = [_moments(vae, part) for part in pixels.split(32)]

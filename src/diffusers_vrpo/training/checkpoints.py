@@ -59,6 +59,8 @@ BEFORE_IT_WAS_AN_OPTION = {
     "optimizer_args": None,
     "random_streams": 1,
     "ema_every": 1,
+    "vae_dtype": "float32",
+    "fp8": False,
 }
 SAMPLES_A_STEP = "the number of samples a step"
 OPTIONS_OF_A_STEP = ("train_batch_size", "gradient_accumulation_steps")
@@ -397,6 +399,7 @@ def run_settings(
     settings["vae"] = Path(config.vae or data.vae or "none").name
     settings["conflict"], settings["release"] = alignment_end_of(config)
     settings["label_dropout"] = label_dropout
+    settings["allow_tf32"] = config.allow_tf32
     settings["random_streams"] = config.random_streams or NEWEST_STREAMS
     settings["streaming"] = config.streaming or None  # as version 0.1 wrote it
     if config.streaming:

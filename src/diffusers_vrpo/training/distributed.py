@@ -54,6 +54,12 @@ def start_processes() -> PartialState:
     return state
 
 
+def use_tf32(device: torch.device, allowed: bool):
+    """Lets a GPU compute float32 matrix products in TF32, or not; convolutions do by torch's default. A CPU knows none."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
 def plain_lines(num_processes: int):
     """Takes from the log, once it is set up, what libraries add to it and a user cannot use."""
     logging.getLogger("accelerate").setLevel(

@@ -76,9 +76,16 @@ def start_accelerator(args: VRPOConfig, output_dir: Path) -> Accelerator:
     ):
         # `accelerate launch` allows one thread, which suits a GPU; `taskset` limits what is used here.
         torch.set_num_threads(len(os.sched_getaffinity(0)))
-    if args.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
+
+
+def with_tf32(args: VRPOConfig, saved_state: dict | None) -> VRPOConfig:
+    """The options with a value of `allow_tf32`: on, unless it is given or the run to continue began without it."""
+    if args.allow_tf32 is not None:
+        return args
+    saved = {} if saved_state is None else saved_state["settings"]
+    allowed = saved.get("allow_tf32", saved.get("--allow_tf32", True))  # version 0.1 kept the names of flags
+    return dataclasses.replace(args, allow_tf32=allowed)
 
 
 def build_optimizer(args: OptimizationConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

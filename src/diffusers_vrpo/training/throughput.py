@@ -348,7 +348,13 @@ class StepProfile:
 # Switches
 
 
-def speed_up(transformer: SiTTransformer2DModel, encoders: list, compile: bool = False, backend: str | None = None):
+def speed_up(
+    transformer: SiTTransformer2DModel,
+    encoders: list,
+    compile: bool = False,
+    backend: str | None = None,
+    compile_mode: str = "default",
+):
     """Sets the attention backend, and compiles the repeated blocks in place, so that all share one graph.
 
     The names of weights do not change. Call it before the first forward pass.
@@ -362,10 +368,10 @@ def speed_up(transformer: SiTTransformer2DModel, encoders: list, compile: bool =
         except (ValueError, RuntimeError, ImportError) as error:
             raise InputError("attention_backend", f"`attention_backend` {backend}: {first_line(error)}") from error
     if compile:
-        transformer.compile_repeated_blocks()
+        transformer.compile_repeated_blocks(mode=compile_mode)
         for encoder in encoders:
             if isinstance(encoder, PatchEncoder):  # cached features need no compilation
-                encoder.model.compile()
+                encoder.model.compile(mode=compile_mode)
 
 
 class ForeachEMA(EMAModel):

@@ -1,0 +1,170 @@
+# Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
+"""Options of speed: precision of the autoencoder, TF32, 8-bit layers, modes of compilation, and DDP's options."""
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from diffusers import AutoencoderKL
+
+from diffusers_vrpo.alignment.host_copy import DeviceSums
+from diffusers_vrpo.alignment.objective import REPA
+from diffusers_vrpo.config import VRPOConfig
+from diffusers_vrpo.errors import InputError
+from diffusers_vrpo.models.autoencoder import check_precision, encode_images, encode_moments, encoding_in
+from diffusers_vrpo.models.transformer_sit import SiTTransformer2DModel
+from diffusers_vrpo.training.distributed import ddp_options
+from diffusers_vrpo.training.fp8 import to_fp8, use_fp8
+from diffusers_vrpo.training.setup import with_tf32
+from diffusers_vrpo.training.throughput import speed_up
+
+
+@pytest.fixture
+def vae():
+    torch.manual_seed(0)
+    return AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=2).eval().requires_grad_(False)
+
+
+def test_the_precision_of_the_encoding(vae):
+    pixels, noise = torch.rand(2, 3, 8, 8) * 2 - 1, torch.randn(2, 2, 8, 8)
+    exact = encode_images(vae, pixels, noise)
+    assert encoding_in(None, "bfloat16") is None and encoding_in(vae, "float32") is vae
+    half = encoding_in(vae, "bfloat16")
+    with torch.autocast("cpu", torch.float16):  # of other work around it
+        found = encode_images(half, pixels, noise)
+    assert found.dtype == torch.float32 and 0 < (found - exact).std() < 0.02 * exact.std()
+    # The weights, which are saved with the pipeline, stay as they are.
+    assert half.dtype == vae.dtype == torch.float32 and half.config is vae.config
+    image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    check_precision(vae, "bfloat16", image)
+    vae.encoder.conv_in.weight *= 1e6  # beyond what float16 can hold
+    vae.encoder.conv_in.bias += 1e6
+    with pytest.raises(
+        InputError, match="`vae_dtype` float16: the latents of an image differ from those of float32 by nan"
+    ):
+        check_precision(vae, "float16", image)
+
+
+def test_the_layout_of_the_pixels_changes_nothing(vae):
+    """On a GPU the autoencoder gets them channels last."""
+    pixels = torch.rand(2, 3, 8, 8)
+    for a, b in zip(encode_moments(vae, pixels), encode_moments(vae, pixels.to(memory_format=torch.channels_last))):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            {"vae_dtype": "bfloat16", "latents_dir": "cache"},
+            "`vae_dtype` bfloat16 has no effect with `latents_dir` cache",
+        ),
+        ({"vae_dtype": "float16", "vae": "none"}, "`vae_dtype` float16 has no effect with `vae` none"),
+        ({"vae_dtype": "int8"}, "`vae_dtype` must be one of float32, bfloat16, float16"),
+        ({"compile_mode": "reduce-overhead"}, "`compile_mode` reduce-overhead has no effect without `compile`"),
+        (
+            {"compile_mode": "fast", "compile": True},
+            "`compile_mode` must be one of default, max-autotune-no-cudagraphs, red",
+        ),
+        ({"fp8": True, "mixed_precision": "fp16"}, "`fp8` needs `mixed_precision` bf16, not fp16"),
+        ({"fp8": True, "lora_rank": 4}, "`fp8` cannot be combined with `lora_rank` 4"),
+        ({"ema_every": 4, "use_ema": False}, "`ema_every` 4 has no effect without `use_ema`"),
+        ({"ema_every": 11, "max_train_steps": 10}, "`ema_every` 11: the average would never move in the 10 steps"),
+        ({"ema_every": 0}, "`ema_every` 0 must be at least 1"),
+    ],
+)
+def test_options_that_cannot_work(options, message):
+    with pytest.raises(InputError, match=message):
+        VRPOConfig(**options)
+
+
+def test_tf32_is_on_unless_a_run_began_without():
+    assert with_tf32(VRPOConfig(), None).allow_tf32 is True
+    assert with_tf32(VRPOConfig(allow_tf32=False), None).allow_tf32 is False
+    for name in ("allow_tf32", "--allow_tf32"):  # version 0.1 kept the names of flags
+        before = {"settings": {name: False}}
+        assert with_tf32(VRPOConfig(), before).allow_tf32 is False
+        assert (
+            with_tf32(VRPOConfig(allow_tf32=True), before).allow_tf32 is True
+        )  # which is then refused, as any change
+    assert with_tf32(VRPOConfig(), {"settings": {}}).allow_tf32 is True
+
+
+def test_modes_of_compilation_reach_the_blocks():
+    asked = []
+    transformer = SimpleNamespace(compile_repeated_blocks=lambda **options: asked.append(options))
+    speed_up(transformer, [], compile=True, compile_mode="max-autotune-no-cudagraphs")
+    speed_up(transformer, [], compile=False, compile_mode="default")
+    assert asked == [{"mode": "max-autotune-no-cudagraphs"}]
+
+
+def test_layers_in_8_bits(monkeypatch):
+    """torchao is asked for attention and feed-forward of the blocks, and for nothing else."""
+    model = SiTTransformer2DModel(num_layers=2, num_attention_heads=2, attention_head_dim=16)
+    names = {}
+
+    def convert(module, module_filter_fn):
+        linear = {name: each for name, each in module.named_modules() if isinstance(each, torch.nn.Linear)}
+        names.update({name: module_filter_fn(each, name) for name, each in linear.items()})
+
+    monkeypatch.setitem(sys.modules, "torchao", ModuleType("torchao"))
+    float8 = ModuleType("torchao.float8")
+    float8.convert_to_float8_training = convert
+    monkeypatch.setitem(sys.modules, "torchao.float8", float8)
+    to_fp8(model)
+    layers = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.0.proj", "ff.net.2")
+    chosen = {name for name, meant in names.items() if meant}
+    assert chosen == {f"transformer_blocks.{i}.{layer}" for i in (0, 1) for layer in layers}
+    assert {"proj_out", "modulation_out", "time_embedding.linear_1", "transformer_blocks.0.modulation"} <= names.keys()
+    narrow = SiTTransformer2DModel(num_layers=1, num_attention_heads=1, attention_head_dim=8)
+    names.clear()
+    to_fp8(narrow)
+    assert not any(names.values())  # sides that are not multiples of 16
+
+    monkeypatch.setitem(sys.modules, "torchao.float8", None)
+    with pytest.raises(InputError, match="`fp8` needs torchao, which cannot be imported .*; pip install torchao"):
+        to_fp8(model)
+    for device, kind, precision, rows, message in (
+        ("cpu", "NO", "bf16", 64, "`fp8` needs a GPU from Ada or Hopper on, and this is "),
+        ("cuda", "FSDP", "bf16", 64, "`fp8` cannot be combined with FSDP"),
+        ("cuda", "NO", "no", 64, "`fp8` needs `mixed_precision` bf16, not no"),
+        ("cuda", "NO", "bf16", 60, "`fp8` needs a multiple of 16 tokens in a micro-step, and there are 60"),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        accelerator = SimpleNamespace(
+            device=torch.device(device), distributed_type=DistributedType[kind], mixed_precision=precision
+        )
+        with pytest.raises(InputError, match=message):
+            use_fp8(accelerator, model, rows)
+
+
+def test_statistics_travel_in_one_message():
+    statistics = [SimpleNamespace(sums=DeviceSums(shape)) for shape in ((5, 4), (2,))]
+    for number, each in enumerate(statistics, start=1):
+        each.sums.sums += number
+    step = SimpleNamespace(step_number=0, active=lambda number: True, _release_counts=lambda: True)
+    step._statistics_of_step = lambda counts: statistics
+    messages = []
+
+    def all_reduce(tensor):
+        messages.append(tensor)
+        return 2 * tensor  # as of two processes that have seen the same
+
+    REPA.collect(step, all_reduce)
+    assert [len(message) for message in messages] == [22]
+    assert [each.sums.read().unique().tolist() for each in statistics] == [[2], [4]]
+    assert not any(each.sums.sums.any() for each in statistics)
+    step.active = lambda number: False  # after the end of alignment nothing is sent
+    REPA.collect(step, all_reduce)
+    assert len(messages) == 1
+
+
+def test_what_ddp_is_told():
+    model = SiTTransformer2DModel(num_layers=1, num_attention_heads=1, attention_head_dim=8)
+    options = ddp_options(model)
+    assert options.gradient_as_bucket_view and not options.broadcast_buffers and not options.static_graph
+    # A norm that keeps statistics of its own in training needs those of the first process everywhere.
+    assert ddp_options(torch.nn.Sequential(model, torch.nn.BatchNorm2d(3))).broadcast_buffers

@@ -6,8 +6,9 @@ r"""Measure what a guidance interval saves, and how many images a second a sampl
     python benchmarks/sampling_cost.py --preset SiT-XL/2 --device cuda --dtype bfloat16 --batch_size 64
     python benchmarks/sampling_cost.py --preset SiT-XL/2 --device cuda --batch_size 64 --rounds 3 --throughput \
         --sampler sde --num_inference_steps 250
+    python benchmarks/sampling_cost.py --pipeline outputs/digits --first_block_cache 0.05 0.1 0.2 --threads 1 --clock cpu
 
-Without `--throughput`, three arms sample the same batch with the same model:
+Without `--throughput` and `--first_block_cache`, three arms sample the same batch with the same model:
     always      guided at every step
     interval    guided within `--guidance_interval` alone, the unconditional half left out elsewhere
     never       not guided
@@ -16,8 +17,12 @@ counted, plus 3 %: what else a step costs must not eat up what guidance saves.
 
 With `--throughput`, two arms sample with always guided steps: float32 eager, and bfloat16 with compiled blocks.
 
+With `--first_block_cache`, an arm `whole` computes all blocks in always guided steps, and one for each threshold has diffusers'
+first-block cache. Rows are the blocks that ran over the number of blocks, and samples are compared with those of `whole`: mean
+absolute difference over their standard deviation. That asks for trained weights, `--pipeline`: fresh blocks change nothing.
+
 A call is `VRPOPipeline.__call__` up to the latents, with a generator for each image, as `vrpo sample` makes it;
-weights are fresh. Arms take turns within a round, in an order of the round's own. Ratios are medians over rounds of the
+weights are fresh unless `--pipeline` names some. Arms take turns within a round, in an order of the round's own. Ratios are medians over rounds of the
 ratio within a round; intervals are a 95 % bootstrap over rounds. `--clock cpu` counts the process's processor time,
 for a machine that does other work too.
 """
@@ -31,6 +36,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import FirstBlockCacheConfig
 from objective_overhead import NUM_CLASSES, hardware_name, median_ratio
 
 from diffusers_vrpo import SiTTransformer2DModel, VRPOPipeline, sit_preset
@@ -47,6 +53,7 @@ THROUGHPUT_ARMS = {"float32, eager": ("float32", False), "bfloat16, compiled": (
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="SiT-S/2", help="as of train_vrpo.py (default: SiT-S/2)")
+    parser.add_argument("--pipeline", metavar="FOLDER", help="sample from this pipeline instead of a preset")
     parser.add_argument("--latent_size", type=int, default=32, help="side of the four-channel latents (default: 32)")
     parser.add_argument("--batch_size", type=int, help="default: 64 on a GPU, 2 on the CPU")
     parser.add_argument("--sampler", default="default", help="as of `vrpo sample` (default: the pipeline's, Euler)")
@@ -54,6 +61,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--guidance_scale", type=float, default=1.5, help="default: 1.5")
     parser.add_argument("--guidance_interval", type=float, nargs=2, default=[0.0, 0.7], help="default: 0 0.7")
     parser.add_argument("--throughput", action="store_true", help="compare precisions instead of intervals")
+    parser.add_argument(
+        "--first_block_cache", type=float, nargs="+", metavar="THRESHOLD", help="compare these thresholds instead"
+    )
     parser.add_argument("--rounds", type=int, default=9, help="that count (default: 9)")
     parser.add_argument("--warmup", type=int, default=1, help="rounds before them, at least 1 (default: 1)")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
@@ -67,11 +77,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def build_pipeline(settings, dtype: str, compiled: bool) -> VRPOPipeline:
-    """A pipeline without an autoencoder, of the preset with fresh weights, and with the sampler."""
-    config = {**sit_preset(settings.preset), "sample_size": settings.latent_size, "num_classes": NUM_CLASSES}
-    torch.manual_seed(0)
-    model = SiTTransformer2DModel(**config).eval()
-    pipeline = VRPOPipeline(model, default_scheduler(model.config.prediction_type))
+    """A pipeline with the sampler: `--pipeline`, or the preset with fresh weights and without an autoencoder."""
+    if settings.pipeline:
+        pipeline = VRPOPipeline.from_pretrained(settings.pipeline)
+        model = pipeline.transformer
+    else:
+        config = {**sit_preset(settings.preset), "sample_size": settings.latent_size, "num_classes": NUM_CLASSES}
+        torch.manual_seed(0)
+        model = SiTTransformer2DModel(**config).eval()
+        pipeline = VRPOPipeline(model, default_scheduler(model.config.prediction_type))
     samplers = ("default", *SAMPLERS[model.config.prediction_type])
     if settings.sampler not in samplers:
         raise InputError(None, f"--sampler {settings.sampler}: {settings.preset} takes {', '.join(samplers)}")
@@ -91,13 +105,13 @@ def build_arms(settings) -> dict:
     def arm(pipeline, **guidance):
         def call(latents, generators):
             return pipeline(
-                [i % NUM_CLASSES for i in range(len(latents))],
+                [i % pipeline.transformer.config.num_classes for i in range(len(latents))],
                 num_inference_steps=settings.num_inference_steps,
                 latents=latents,
                 generator=generators,
                 output_type="latent",
                 **guidance,
-            )
+            ).images
 
         call.pipeline = pipeline
         return call
@@ -109,6 +123,13 @@ def build_arms(settings) -> dict:
             for name, precision in THROUGHPUT_ARMS.items()
         }
     pipeline = build_pipeline(settings, settings.dtype, settings.compile)
+    if settings.first_block_cache:
+        arms = {"whole": arm(pipeline, guidance_scale=scale)}
+        for threshold in settings.first_block_cache:
+            cached = build_pipeline(settings, settings.dtype, settings.compile)
+            cached.transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
+            arms[f"cache {threshold:g}"] = arm(cached, guidance_scale=scale)
+        return arms
     return {
         "always": arm(pipeline, guidance_scale=scale),
         "interval": arm(pipeline, guidance_scale=scale, guidance_interval=tuple(settings.guidance_interval)),
@@ -116,22 +137,33 @@ def build_arms(settings) -> dict:
     }
 
 
-def count_rows(call, latents, generators) -> int:
-    """Rows that the model evaluates in a call."""
-    rows = []
-    hook = call.pipeline.transformer.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
-    call(latents, generators)
-    hook.remove()
-    return sum(rows)
+def count_rows(call, latents, generators, of_blocks: bool) -> tuple[float, torch.Tensor]:
+    """Rows that the model evaluates in a call, and its samples.
+
+    Args:
+        of_blocks: count rows of the blocks, over their number: a block that a cache skips does not count.
+    """
+    transformer, rows = call.pipeline.transformer, []
+    counted = [block.attn for block in transformer.transformer_blocks] if of_blocks else [transformer]
+    hooks = [
+        module.register_forward_pre_hook(lambda module, args: rows.append(len(args[0]) / len(counted)))
+        for module in counted
+    ]
+    samples = call(latents, generators)
+    for hook in hooks:
+        hook.remove()
+    return round(sum(rows), 2), samples
 
 
 def measure(settings) -> dict:
     clock = {"wall": time.perf_counter, "cpu": time.process_time}[settings.clock]
     wait = torch.cuda.synchronize if settings.device == "cuda" else lambda: None
     arms = build_arms(settings)
-    shape = (4, settings.latent_size, settings.latent_size)
+    config = next(iter(arms.values())).pipeline.transformer.config
+    size = config.sample_size
+    shape = (config.in_channels, *((size, size) if isinstance(size, int) else size))
     order = random.Random(settings.seed)
-    rows, seconds = {}, {name: [] for name in arms}
+    rows, samples, seconds = {}, {}, {name: [] for name in arms}
     for round_number in range(max(1, settings.warmup) + settings.rounds):
         first = round_number * settings.batch_size
         indices = range(first, first + settings.batch_size)
@@ -139,7 +171,9 @@ def measure(settings) -> dict:
         for name in order.sample(list(arms), len(arms)):
             generators = [step_generator(settings.seed, i) for i in indices]
             if round_number == 0:
-                rows[name] = count_rows(arms[name], latents, generators)
+                rows[name], samples[name] = count_rows(
+                    arms[name], latents, generators, settings.first_block_cache is not None
+                )
                 continue
             wait()
             start = clock()
@@ -147,7 +181,13 @@ def measure(settings) -> dict:
             wait()
             if round_number >= max(1, settings.warmup):
                 seconds[name].append(clock() - start)
-    return {"rows": rows, "seconds": seconds}
+    first = next(iter(arms))
+    differences = {
+        name: ((images - samples[first]).abs().mean() / samples[first].std()).item()
+        for name, images in samples.items()
+        if name != first
+    }
+    return {"rows": rows, "seconds": seconds, "differences": differences}
 
 
 def build_report(settings, measured: dict) -> dict:
@@ -155,6 +195,8 @@ def build_report(settings, measured: dict) -> dict:
     if settings.throughput:
         slow, fast = THROUGHPUT_ARMS
         pairs = [(slow, fast, None)]
+    elif settings.first_block_cache:
+        pairs = [(name, "whole", rows[name] / rows["whole"]) for name in rows if name != "whole"]
     else:
         pairs = [(name, "always", rows[name] / rows["always"]) for name in ("interval", "never")]
 
@@ -177,21 +219,26 @@ def build_report(settings, measured: dict) -> dict:
             for name, times in seconds.items()
         },
         "ratios": [ratio(*pair) for pair in pairs],
+        "differences": measured["differences"] if settings.first_block_cache else {},
     }
 
 
 def print_report(report: dict):
     s = report["settings"]
     how = "" if s["throughput"] else f", {s['dtype']}, {'compiled' if s['compile'] else 'eager'}"
-    interval = "" if s["throughput"] else f", interval {s['guidance_interval'][0]} to {s['guidance_interval'][1]}"
+    interval = (
+        ""
+        if s["throughput"] or s["first_block_cache"]
+        else f", interval {s['guidance_interval'][0]} to {s['guidance_interval'][1]}"
+    )
     print(f"{report['hardware']}, torch {report['torch']}")
     print(
-        f"{s['preset']}, {s['num_inference_steps']} steps of {s['sampler']}, batch {s['batch_size']}, guidance "
+        f"{s['pipeline'] or s['preset']}, {s['num_inference_steps']} steps of {s['sampler']}, batch {s['batch_size']}, guidance "
         f"{s['guidance_scale']}{interval}{how}, {s['rounds']} rounds, {s['clock']} clock\n"
     )
     print(f"{'arm':<22}{'rows':>8}{'s/batch':>10}{'images/s':>10}")
     for name, arm in report["arms"].items():
-        print(f"{name:<22}{arm['rows']:>8}{arm['median_seconds']:>10.3f}{arm['images_per_second']:>10.3f}")
+        print(f"{name:<22}{arm['rows']:>8g}{arm['median_seconds']:>10.3f}{arm['images_per_second']:>10.3f}")
     print(f"\n{'ratio of times':<40}{'value':>9}{'95 % interval':>18}{'of rows':>10}{'target':>14}")
     for r in report["ratios"]:
         share = "" if r["share"] is None else f"{r['share']:.4f}"
@@ -200,6 +247,8 @@ def print_report(report: dict):
             verdict = f"{'<=' if r['ratio'] <= r['at_most'] else 'NOT <='} {r['at_most']:.4f}"
         bounds = f"{r['low']:.4f} - {r['high']:.4f}"
         print(f"{r['above'] + ' / ' + r['below']:<40}{r['ratio']:>9.4f}{bounds:>18}{share:>10}{verdict:>14}")
+    for name, difference in report["differences"].items():
+        print(f"difference of samples, {name}: {difference:.4f} of their standard deviation")
 
 
 def main(settings: argparse.Namespace) -> dict:
@@ -210,6 +259,8 @@ def main(settings: argparse.Namespace) -> dict:
         raise InputError(
             None, "--throughput compares float32 eager with bfloat16 compiled; leave out --dtype and --compile"
         )
+    if settings.first_block_cache and (settings.throughput or settings.compile):
+        raise InputError(None, "--first_block_cache cannot be combined with --throughput or --compile")
     if settings.threads:
         torch.set_num_threads(settings.threads)
     settings.batch_size = settings.batch_size or (64 if settings.device == "cuda" else 2)

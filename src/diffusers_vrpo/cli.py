@@ -44,7 +44,7 @@ A first run, on a CPU in about five minutes, and images of it:
     vrpo train --config digits
     vrpo sample outputs/digits --num_images 100 --output_dir samples
 
-`train` uses all GPUs of the machine. What stands before a -- are options of `accelerate launch`:
+`train` uses all GPUs of the machine. Options before a -- are those of `accelerate launch`:
 
     vrpo train --num_processes 1 -- --config digits
     vrpo train --config_file fsdp2 --num_processes 8 -- --config sit-xl-2-vrpo

@@ -6,7 +6,7 @@ r"""Sample from a pipeline and compare the images with a reference: `vrpo sample
         --batch_size 128 --dtype bfloat16
 
 A command that was stopped continues with the images that are there when it is run again. They are removed once they are
-measured, unless --keep_images is given or a whole set was in --output_dir before.
+measured, unless --keep_images is given or --output_dir held a complete set before.
 
 Compare values only at equal numbers of images and equal options of sampling.
 """

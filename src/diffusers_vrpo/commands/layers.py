@@ -208,7 +208,7 @@ def format_layers(report: dict) -> str:
             lines += [f"{block + 1:>6}" + "".join(f"{value:8.3f}" for value in values)]
     pair = report["recommendation"]
     if pair is None:
-        return "\n".join([*lines, "no pair stands out: no block is clearly behind a later one in any layer"])
+        return "\n".join([*lines, "no pair is suggested: no block is clearly behind a later one in any layer"])
     block, layer = pair["block"], pair["encoder_layer"]
     index = layers.index("output" if layer is None else layer)
     found, gap = (report[name][block - 1][index] for name in ("recoverability", "gap"))

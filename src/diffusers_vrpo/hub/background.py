@@ -99,7 +99,7 @@ def stage_pipeline(pipeline: VRPOPipeline, checkpoint: Path, folder: Path):
 
 
 def stage_state(checkpoint: Path, folder: Path):
-    """Copies a whole checkpoint, with the run's metrics and starts until then, which are not part of a checkpoint."""
+    """Copies a complete checkpoint, together with the run's metrics and starts so far, which checkpoints do not contain."""
     link_tree(checkpoint, folder)
     for name in HISTORY:
         if (checkpoint.parent / name).is_file():

@@ -293,5 +293,5 @@ def test_cost_of_a_recipe_by_hand(tmp_path, capsys):
     with pytest.raises(InputError, match="is not of facebook/dinov2-base and 32x32 latents"):
         recipe_cost.recipe_cost(other, 0)
     other.write_text("objective: repa")
-    with pytest.raises(InputError, match="is no recipe with a preset"):
+    with pytest.raises(InputError, match="is not a recipe with a preset"):
         recipe_cost.recipe_cost(other, 0)

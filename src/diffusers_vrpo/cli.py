@@ -67,7 +67,7 @@ def launch(name: str, launcher: list[str], argv: list[str]):
             launcher[i] = str(known)
     given = {word.split("=")[0].replace("-", "_").strip("_") for word in launcher}
     if "config_file" not in given and not is_configured():
-        # Its own defaults, of each of which it would warn.
+        # accelerate's own defaults: it would warn about each that is not given.
         for option, value in {"num_machines": "1", "mixed_precision": "no", "dynamo_backend": "no"}.items():
             launcher += [] if option in given else [f"--{option}", value]
     # `-q` suppresses the launcher's traceback after the command's error message.

@@ -35,8 +35,8 @@ DEFAULT_INTERVALS = 20
 SHORTEST_INTERVAL = 100
 EARLY_GRIDS = (1, 100, 500)
 CHECKPOINTS_TO_KEEP = 3
-DIGITS = "digits"  # the data set and the encoder that are embedded in the package, where no folder is called so
-EMBEDDED_DIGITS = "embedded:digits"  # their name that no folder can shadow
+DIGITS = "digits"  # the data set and the encoder in the package, unless there is a folder of that name
+EMBEDDED_DIGITS = "embedded:digits"  # their name that no folder can have
 EMBEDDED_GRIDS = "embedded:digit-grids"  # a data set: grids of four of these digits
 DTYPES = ("float32", "bfloat16", "float16")  # precisions of a model that is not trained
 

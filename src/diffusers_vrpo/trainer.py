@@ -159,7 +159,7 @@ class VRPOTrainer:
         InputError: if options, data or checkpoints cannot work, before any long work.
     """
 
-    # What is made by the methods that the constructor calls.
+    # Attributes that are set by methods which the constructor calls.
     pipeline: DiffusionPipeline | TransformerAlone
     transformer: torch.nn.Module
     model: torch.nn.Module
@@ -189,7 +189,7 @@ class VRPOTrainer:
         self.output_dir = prepare_output_dir(args.output_dir)
         self.interruption = Interruption()
 
-        # What a run counts. A checkpoint replaces most of it.
+        # Counters of the run; a checkpoint replaces most of them.
         self.step = 0
         self.samples_seen = 0
         self.flops = 0.0

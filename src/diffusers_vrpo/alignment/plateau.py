@@ -41,7 +41,7 @@ class Plateau:
         ]
         self.rates = torch.tensor(rates, device=device, dtype=dtype)
         self.step = 0
-        # The averages, fast and slow, and their masses; steps of the way from 1 to 0 that are behind.
+        # The averages, fast and slow, and their masses; completed steps of the way from 1 to 0.
         shapes = {"average": (2,), "mass": (2,), "closing": ()}
         self.state = {name: torch.zeros(shape, device=device, dtype=dtype) for name, shape in shapes.items()}
         self.pending = torch.zeros(2, device=device, dtype=dtype)  # samples, distances

@@ -43,7 +43,7 @@ class ConflictGate:
         self.warmup = min(1000, max_train_steps // 10) if warmup is None else warmup
         self.acts = acts
         self.step = 0
-        # `row`: steps that the bound has been below 0 for; `closing`: steps of the way from 1 to 0 that are behind.
+        # `row`: steps in a row in which the bound was below 0; `closing`: completed steps of the way from 1 to 0.
         names = ("mean", "square", "count", "row", "closing", "ratio", "ratio_count")
         self.state = {name: torch.zeros(NUM_BINS, device=device, dtype=dtype) for name in names}
         # Samples, cosines, squares of cosines; samples, ratios.

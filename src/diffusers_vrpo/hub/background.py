@@ -337,7 +337,7 @@ class HubPublisher(TrainerCallback):
 
     def _failed(self, name: str, why: str):
         self.missing[name] = why
-        if name != "the result":  # of which `push_result` tells
+        if name != "the result":  # `push_result` reports it
             logger.warning(f"{name} could not be sent to the Hub: {why}; training is not affected")
 
     def _send_checkpoint(self, folder: Path, step: int):

@@ -743,7 +743,7 @@ class CheckpointConfig(Options):
         f"{', '.join(map(str, EARLY_GRIDS))} if not given",
     )
     validation_labels: Watched[list[str] | None] = option(
-        None, "draw these classes, by name or id, as columns of the grid; ten of them if not given"
+        None, "draw these classes, by name or id, as columns of the grid; ten classes if not given"
     )
     num_validation_images: Watched[Thousands] = option(4, "rows of the grid: images of each class")
     num_inference_steps: Free[SolverSteps] = option(50, "solver steps of the samples in the grid and for --fd_encoder")

@@ -26,7 +26,7 @@ update of the statistics. Left out is what all arms share (decoding, the autoenc
 vectors. It costs repa and vrpo the same, so their ratio without it is the larger, the stricter one. On a GPU look at a
 small batch too: there the launches of small kernels are not hidden behind large ones.
 
-Every round has a new batch, the same for all arms, and an order of the arms of its own. Ratios are medians over rounds
+Every round has a new batch, the same for all arms, and a new order of the arms. Ratios are medians over rounds
 of the ratio within a round, which slow changes of the machine's load leave alone; intervals are a 95 % bootstrap over
 rounds. For memory every arm runs alone for a few steps, before the clock is used.
 """

@@ -19,7 +19,7 @@ clipping, AdamW and the average. Decoding and the autoencoder are left out. The 
 unless one is given. Under bfloat16 the plain encoder in float32 is the slow part: the ratio to `+ encoder in half
 precision`, the same teacher in the same precision, is the strict one.
 
-Every round has a new batch, the same for all arms, and an order of the arms of its own. Ratios are medians over rounds
+Every round has a new batch, the same for all arms, and a new order of the arms. Ratios are medians over rounds
 of the ratio within a round; intervals are a 95 % bootstrap over rounds.
 
 `--sweep` measures the vrpo step alone over model sizes: images/s, TFLOP/s, MFU, peak memory. Latents are given, the

@@ -46,7 +46,7 @@ A first run, on a CPU in about five minutes, and images of it:
     vrpo train --config digits
     vrpo sample outputs/digits --num_images 100 --output_dir samples
 
-`train` uses all GPUs of the machine. What stands before a -- are options of `accelerate launch`:
+`train` uses all GPUs of the machine. Options before a -- are those of `accelerate launch`:
 
     vrpo train --num_processes 1 -- --config digits
     vrpo train --config_file fsdp2 --num_processes 8 -- --config sit-xl-2-vrpo
@@ -69,7 +69,7 @@ def launch(name: str, launcher: list[str], argv: list[str]):
             launcher[i] = str(known)
     given = {word.split("=")[0].replace("-", "_").strip("_") for word in launcher}
     if "config_file" not in given and not is_configured():
-        # Its own defaults, of each of which it would warn.
+        # accelerate's own defaults: it would warn about each that is not given.
         for option, value in {"num_machines": "1", "mixed_precision": "no", "dynamo_backend": "no"}.items():
             launcher += [] if option in given else [f"--{option}", value]
     # `-q` suppresses the launcher's traceback after the command's error message.

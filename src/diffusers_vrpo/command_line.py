@@ -57,6 +57,13 @@ COMMON = (
     "push_to_hub",
 )
 
+# Warnings of other libraries about which users can do nothing, or need not: diffusers passes that argument with every file
+# that it fetches, and a few workers more than processors do no harm.
+HARMLESS_WARNINGS = (
+    "The `local_dir_use_symlinks` argument is deprecated",
+    "This DataLoader will create .* worker processes in total",
+)
+
 # Options whose values may name code, and whether a value does.
 CODE_OPTIONS: dict[str, Callable[[str], bool]] = {
     "encoder": names_code,
@@ -258,8 +265,8 @@ def one_line_errors(parser: argparse.ArgumentParser):
     """Ends the process with a one-line message if the library raises an InputError or TrainingStopped, or an extra is missing."""
     try:
         with missing_extras(parser.prog), warnings.catch_warnings():
-            # diffusers passes this argument with every file that it fetches; users can do nothing about it.
-            warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument is deprecated")
+            for message in HARMLESS_WARNINGS:
+                warnings.filterwarnings("ignore", message=message)
             yield
     except (InputError, TrainingStopped) as error:
         sys.exit(f"{parser.prog}: error: {with_flags(error, flags_of(parser))}")

@@ -35,8 +35,8 @@ DEFAULT_INTERVALS = 20
 SHORTEST_INTERVAL = 100
 EARLY_GRIDS = (1, 100, 500)
 CHECKPOINTS_TO_KEEP = 3
-DIGITS = "digits"  # the data set and the encoder that are embedded in the package, where no folder is called so
-EMBEDDED_DIGITS = "embedded:digits"  # their name that no folder can shadow
+DIGITS = "digits"  # the data set and the encoder in the package, unless there is a folder of that name
+EMBEDDED_DIGITS = "embedded:digits"  # their name that no folder can have
 EMBEDDED_GRIDS = "embedded:digit-grids"  # a data set: grids of four of these digits
 DTYPES = ("float32", "bfloat16", "float16")  # precisions of a model that is not trained
 
@@ -789,7 +789,7 @@ class CheckpointConfig(Options):
         f"{', '.join(map(str, EARLY_GRIDS))} if not given",
     )
     validation_labels: Watched[list[str] | None] = option(
-        None, "draw these classes, by name or id, as columns of the grid; ten of them if not given"
+        None, "draw these classes, by name or id, as columns of the grid; ten classes if not given"
     )
     num_validation_images: Watched[Thousands] = option(4, "rows of the grid: images of each class")
     num_inference_steps: Free[SolverSteps] = option(50, "solver steps of the samples in the grid and for --fd_encoder")

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Files that reach the disk whole, and that are what they seem: neither links nor special files."""
+"""Reading and writing files safely: written files are complete or absent, and links and special files are refused."""
 
 import contextlib
 import errno

@@ -23,8 +23,8 @@ NO_ROUTE = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDO
 def is_out_of_reach(endpoint: str) -> bool:
     """Whether the host of an address cannot be reached.
 
-    That is so if its name is unknown, connections are refused or have no route, also after two short retries, or nothing
-    answers for ten seconds. Behind a proxy the Hub's client asks for the address, since only the proxy knows.
+    It counts as out of reach if its name is unknown, if connections are refused or have no route even after two short retries,
+    or if nothing answers for ten seconds. Behind a proxy the Hub's client asks for the address, since only the proxy knows.
 
     Args:
         endpoint: an address such as https://huggingface.co.
@@ -63,10 +63,10 @@ def client_answers(endpoint: str) -> bool:
 
 @contextlib.contextmanager
 def offline_if_out_of_reach(*sources: str | os.PathLike | None) -> Iterator[None]:
-    """Works offline inside the `with` block if the Hub cannot be reached: what is in the cache is used at once.
+    """Works offline inside the `with` block if the Hub cannot be reached, so that files in the cache are used without delay.
 
     Args:
-        sources: what is to be opened. If all are folders, files or None, nothing is asked.
+        sources: names or paths that will be opened. If all are folders, files or None, the Hub is not asked.
     """
     names = [source for source in sources if source is not None and not os.path.exists(os.path.expanduser(source))]
     if not names or constants.HF_HUB_OFFLINE or not is_out_of_reach(constants.ENDPOINT):

@@ -176,7 +176,7 @@ class VRPOTrainer:
         InputError: if options, data or checkpoints cannot work, before any long work.
     """
 
-    # What is made by the methods that the constructor calls.
+    # Attributes that are set by methods which the constructor calls.
     pipeline: DiffusionPipeline | TransformerAlone
     transformer: torch.nn.Module
     model: torch.nn.Module
@@ -206,7 +206,7 @@ class VRPOTrainer:
         self.output_dir = prepare_output_dir(args.output_dir)
         self.interruption = Interruption()
 
-        # What a run counts. A checkpoint replaces most of it.
+        # Counters of the run; a checkpoint replaces most of them.
         self.step = 0
         self.samples_seen = 0
         self.flops = 0.0
@@ -837,14 +837,15 @@ class VRPOTrainer:
         for sentence in options_without_effect(args):
             logger.info(sentence)
         parameters = sum(parameter.numel() for parameter in trainable_parameters(self.aligned))
+        count = accelerator.num_processes
+        processes = f"{count} process{'es' * (count > 1)}"
         logger.info(
             f"{len(self.data)} images, {self.data.num_classes} classes; training {parameters / 1e6:.1f} M parameters, "
-            f"{math.prod(self.grid_size)} tokens; {self.global_batch_size} samples a step on "
-            f"{accelerator.num_processes} process(es), steps {self.step} to {self.max_train_steps}"
+            f"{math.prod(self.grid_size)} tokens; steps {self.step} to {self.max_train_steps}"
         )
         logger.info(
-            f"global batch {self.global_batch_size} = `train_batch_size` {args.train_batch_size} x {accelerator.num_processes} "
-            f"process(es) x {args.gradient_accumulation_steps} micro-step(s); a checkpoint every "
+            f"a step has {self.global_batch_size} samples: `train_batch_size` {args.train_batch_size} x {processes} x "
+            f"`gradient_accumulation_steps` {args.gradient_accumulation_steps}; a checkpoint every "
             f"{self.length.checkpointing_steps} steps, samples every {self.length.validation_steps}"
         )
         if notice := passes_notice(num_epochs(self), len(self.data)):
@@ -936,7 +937,7 @@ class VRPOTrainer:
             total=self.max_train_steps,
             initial=self.step,
             disable=not self.accelerator.is_main_process,
-            desc=self.args.objective,
+            desc="training",
             unit="step",
         )
 

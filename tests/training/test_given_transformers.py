@@ -286,7 +286,7 @@ class WrongShape(CaptionedPixArt):
         ("vae", "channels", {"vae": "none"}),
         ("vae", "shift_factor", {"vae": vae(shift_factor=0.1)}),
         ("resolution", "sample_size", {"transformer": dit(sample_size=16)}),
-        ("preset", "a model already", {"preset": "SiT-XS/2"}),
+        ("preset", "already is the model", {"preset": "SiT-XS/2"}),
         ("lora_rank", "at most 32, the width", {"lora_rank": 33}),
         (
             "lora_rank",

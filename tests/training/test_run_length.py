@@ -207,7 +207,7 @@ def test_a_run_without_a_length(command, tmp_path, caplog):
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-25"]
     assert sorted(path.name for path in (folder / "samples").iterdir()) == ["step-0000001.png", "step-0000025.png"]
     assert "25 steps = 200 epochs of 8 images, about 1 minute(s) at the measured speed" in caplog.text
-    assert "global batch 64 = `train_batch_size` 64 x 1 process(es) x 1 micro-step(s)" in caplog.text
+    assert "a step has 64 samples: `train_batch_size` 64 x 1 process x `gradient_accumulation_steps` 1" in caplog.text
     assert "passes its" not in caplog.text
     state = check(json.loads((folder / "checkpoint-25" / "training_state.json").read_text()), TRAINING_STATE)
     assert state["length"] == dataclasses.asdict(RunLength(25, 100, 100, True, 3))

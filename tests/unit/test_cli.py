@@ -100,10 +100,11 @@ def test_training_starts_a_launcher_where_several_devices_are(monkeypatch, tmp_p
     assert started_by(monkeypatch, ["train", *options]) is None
 
 
-def test_a_warning_that_diffusers_causes_with_every_download_is_not_shown():
+def test_harmless_warnings_of_other_libraries_are_not_shown():
     parser = OneLineErrorParser(prog="vrpo")
     with pytest.warns(UserWarning) as shown, one_line_errors(parser):
         warnings.warn("The `local_dir_use_symlinks` argument is deprecated and ignored", stacklevel=1)
+        warnings.warn("This DataLoader will create 4 worker processes in total. Our suggested max", stacklevel=1)
         warnings.warn("something else", stacklevel=1)
     assert [str(warning.message) for warning in shown] == ["something else"]
 

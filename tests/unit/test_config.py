@@ -295,7 +295,8 @@ def test_round_trip(tmp_path, options):
     assert parse(*to_argv(config.to_dict()), complete=False) == config
     file = tmp_path / "options.yaml"
     file.write_text(yaml.safe_dump(config.to_dict()))
-    of_file = parse("--config", str(file), complete=False)
+    code = [f"--reward_function={name}" for name in config.reward_function or []]  # which a file may not name
+    of_file = parse("--config", str(file), *code, complete=False)
     assert dataclasses.replace(of_file, config=None) == config and of_file.config == str(file)
 
 

@@ -116,7 +116,7 @@ def test_the_command(digits_pipeline, tmp_path, capsys):
     pair = {"block": 2, "encoder_layer": 1}
     assert "align block 2 with layer 1: recoverability" in format_layers(report | {"recommendation": pair})
     assert "heuristic" in format_layers(report | {"recommendation": pair | {"encoder_layer": None}})
-    assert "no pair stands out" in format_layers(report | {"recommendation": None})
+    assert "no pair is suggested" in format_layers(report | {"recommendation": None})
     again = main([str(digits_pipeline), *options, "--encoder_layer", "-1", "0", "1"])
     assert again["encoder_layers"] == [4, 0, 1]
     assert again["recoverability"][0][2] == pytest.approx(report["recoverability"][0][0], abs=1e-5)

@@ -179,10 +179,9 @@ class AlignedTransformer(nn.Module):
     t, labels = torch.rand(2), torch.tensor([3, 7])
     mix = t.view(2, 1, 1, 1)
     step = objective.begin(t)
-    prediction, projections = aligned(
-        (1 - mix) * images + mix * noise, t, labels, return_dict=False, fork=step.fork, align=step.active
-    )
-    losses = (prediction[0] - (noise - images)).square().flatten(1).mean(1)
+    x_t = (1 - mix) * images + mix * noise
+    prediction, projections = aligned(x_t, t, labels, fork=step.fork, align=step.active)
+    losses = (prediction - (noise - images)).square().flatten(1).mean(1)
     loss = losses.mean() + objective.alignment_coeff * objective(step, projections, images, losses)
     loss.backward()
     ```
@@ -198,12 +197,12 @@ class AlignedTransformer(nn.Module):
         hidden_dim (`int`, *optional*): D; by default `num_attention_heads * attention_head_dim` or `hidden_size` of the
             transformer's config.
         grid_size (`(int, int)`, *optional*): rows and columns of the image tokens; by default derived from the shape of each
-            input, or the transformer's `grid_size`. Packed latents as in Flux do not tell it. It may be set between calls.
+            input, or the transformer's `grid_size`. It must be given for packed latents, as in Flux. It may be set between calls.
         blocks (`list[nn.Module]`, *optional*): the blocks that `layers` counts, if the transformer has other names for them.
         scaffold_layer (`int`, *optional*): the block, counted as `layers`, that gets keys and values from the encoders'
             features, as the objective's `scaffold_fraction` says (docs/method.md); none without it.
-        image_tokens (*optional*): where the image tokens stand in the sequence of an aligned block, if text or registers stand
-            there, too: `"first"`, `"last"`, `"all"` (no others), or a function of the sequence `[B,L,D]` and a dictionary of the
+        image_tokens (*optional*): which tokens of an aligned block's sequence are the image's, if it also has text or
+            registers: `"first"`, `"last"`, `"all"` (no others), or a function of the sequence `[B,L,D]` and a dictionary of the
             transformer's arguments, which returns a slice of L or an index `[B,N]`. By default it is known by the block's class.
 
     Raises:

@@ -18,7 +18,7 @@ from ..errors import InputError, first_line
 from .encoders import IMAGENET_MEAN, IMAGENET_STD
 
 
-STRIDE = 16  # pixels of an image for each token, of a model that does not tell its patch size
+STRIDE = 16  # pixels per token side, for a model whose patch size is not known
 
 
 class CustomEncoder(nn.Module):

@@ -384,16 +384,25 @@ def _locate(name_or_path, option="encoder"):
 
 
 @contextmanager
-def _quiet_transformers():
-    """Silences the report of a checkpoint's unused weights (classifier, text tower); missing ones are checked here."""
+def _quiet_transformers(local: bool):
+    """Silences the report of a checkpoint's unused weights (classifier, text tower); missing ones are checked here.
+
+    Args:
+        local: whether the checkpoint is in a folder; then there is no download to watch, and the progress bar is hidden, too.
+    """
     from transformers import logging as transformers_logging
 
     verbosity = transformers_logging.get_verbosity()
+    hides = local and transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
+    if hides:
+        transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+        if hides:
+            transformers_logging.enable_progress_bar()
 
 
 def _image_config(source, **where):
@@ -423,7 +432,7 @@ def _load_model(source, dtype, cache_dir, local):
     # Code from a repository is never run. This is explicit, because transformers would ask on the terminal.
     where = {"cache_dir": cache_dir, "local_files_only": local, "trust_remote_code": False}
     config = _image_config(source, **where)
-    with _quiet_transformers():
+    with _quiet_transformers(local):
         model, info = AutoModel.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True, **where)
     if config.model_type == "vit_mae":
         model.config.mask_ratio = 0.0

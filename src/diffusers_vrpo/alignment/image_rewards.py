@@ -168,7 +168,7 @@ class GradientNorms:
 
     def __init__(self, num_rewards: int, device="cpu"):
         dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
-        # Rows: number of samples, flow matching's gradient, those of the rewards.
+        # Rows: number of samples, gradient of flow matching, gradients of the rewards.
         self.pending = torch.zeros(2 + num_rewards, NUM_BINS, device=device, dtype=dtype)
         self.state = {
             "count": torch.zeros(NUM_BINS, device=device, dtype=dtype),

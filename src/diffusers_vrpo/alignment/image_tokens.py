@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Where the image tokens stand in what a block of a diffusers transformer returns.
+"""The positions of the image tokens in the output of a block of a diffusers transformer.
 
 A block returns the image tokens alone, or a tuple of image and text tokens, or one sequence of both. diffusers has a register of
 the tuples. What it lacks, and the sequences, are listed here by the names of the blocks' classes.
@@ -41,7 +41,7 @@ def hidden_width(transformer: nn.Module) -> int:
     """D, the width of a transformer's tokens, from its config.
 
     Raises:
-        ValueError: if the config does not tell it.
+        ValueError: if the config does not have it.
     """
     config = getattr(transformer, "config", {})
     heads, head_dim, hidden_size = (
@@ -97,7 +97,7 @@ def grid_of_input(
 def image_token_places(
     block: nn.Module, tokens: torch.Tensor, number: int | None, arguments: dict, where=None
 ) -> slice | torch.Tensor | None:
-    """Where the image tokens stand in a sequence `[B,L,D]`: a slice, an index `[B,N]`, or None if it has nothing else.
+    """The positions of the image tokens in a sequence `[B,L,D]`: a slice, an index `[B,N]`, or None if it has nothing else.
 
     Args:
         number (`int`, *optional*): N, as many as the transformer's input has; without it the whole sequence is taken.

@@ -43,7 +43,7 @@ class Plateau:
         self.sums = DeviceSums((2,), device)  # samples, distances
         self.rates = torch.tensor(rates, dtype=self.sums.dtype)
         self.step = 0
-        # The averages, fast and slow, and their masses; steps of the way from 1 to 0 that are behind.
+        # The averages, fast and slow, and their masses; completed steps of the way from 1 to 0.
         shapes = {"average": (2,), "mass": (2,), "closing": ()}
         self.state = {name: torch.zeros(shape, dtype=self.sums.dtype) for name, shape in shapes.items()}
 

@@ -234,7 +234,7 @@ def timestep_weight(t: torch.Tensor, kind: str) -> torch.Tensor:
 def action_noise(seed: int, indices: torch.Tensor, number: int, shape: tuple, device: torch.device) -> torch.Tensor:
     """Standard normal noise of the policy's actions, `[G,B,N,E]`, a function of seed, sample index and projector.
 
-    It is drawn on the device (G * N * E numbers a sample are too many for the data loader), so that only devices of one
+    It is drawn on the device (G * N * E numbers per sample are too many for the data loader), so that only devices of one
     kind draw the same.
 
     Args:

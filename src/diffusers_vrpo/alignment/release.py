@@ -21,10 +21,10 @@ class ConflictGate:
     `1 - decay^count` as Adam's, so that they are unbiased from the first step on. Where the upper bound
     `m + 1.645 sqrt((q - m^2) / min(count, 1999))` stays below 0 for `window` steps in a row, the gate falls from 1 to 0
     over as many steps, and never rises again. (HASTE, arXiv 2505.16792, stops alignment for the same reason.) The
-    variance is the one among samples, while a step averages several: with many samples a step it errs towards open.
+    variance is the one among samples, while a step averages several: with many samples per step the gate errs towards open.
 
     Choices of ours: the bound of a bin counts once it had samples in `MIN_SAMPLES` steps; in a step without samples a bin
-    keeps its bound and its row goes on; a bin that never had samples keeps gate 1, but does not count for `closed`; the
+    keeps its bound and its count of steps in a row; a bin that never had samples keeps gate 1, but does not count for `closed`; the
     averages start again after the first 10 % of the training (1,000 steps at most), and before that nothing closes: a fresh
     model's gradients oppose each other for a while and then no longer do.
     Step k uses the statistics through step k-1, whose sums enter once per optimizer step, as in `RewardStatistics`.
@@ -43,7 +43,7 @@ class ConflictGate:
         self.warmup = min(1000, max_train_steps // 10) if warmup is None else warmup
         self.acts = acts
         self.step = 0
-        # `row`: steps that the bound has been below 0 for; `closing`: steps of the way from 1 to 0 that are behind.
+        # `row`: steps in a row in which the bound was below 0; `closing`: completed steps of the way from 1 to 0.
         names = ("mean", "square", "count", "row", "closing", "ratio", "ratio_count")
         # Samples, cosines, squares of cosines; samples, ratios.
         self.sums = DeviceSums((5, NUM_BINS), device)

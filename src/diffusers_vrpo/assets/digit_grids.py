@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""The embedded digit grids: images of four handwritten digits whose classes obey a rule that no label tells.
+"""The embedded digit grids: images of four handwritten digits whose classes obey a rule that no label reveals.
 
 An image has 16x16 pixels, 2x2 cells of one digit each. Both cells on the diagonal show some class c, the two others show
 pi(c), with a fixed permutation pi of the ten classes. A generator must coordinate distant cells to obey the rule, and a

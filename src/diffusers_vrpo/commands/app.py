@@ -4,7 +4,8 @@ r"""Open a page that samples from a pipeline, in the browser of a computer or a 
     vrpo app outputs/digits
     vrpo app me/digits-vrpo --server_name 0.0.0.0          (a phone in the same network can open it)
 
-The page prints its address. It is also a Space of the Hub, where the variable VRPO_PIPELINE names the pipeline.
+The command prints the address of the page. The page can also run as a Space on the Hub, where the variable VRPO_PIPELINE names
+the pipeline.
 """
 
 import argparse

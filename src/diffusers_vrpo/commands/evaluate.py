@@ -6,10 +6,10 @@ r"""Compare generated images with a reference: FID, sFID, Inception Score, KID, 
     vrpo evaluate --multi_gpu -- samples/ --reference path/to/images --encoder inception facebook/dinov2-large
 
 SAMPLES is a folder with PNG or JPEG files at any depth, or an .npz as ADM writes it (arr_0, uint8 [N, H, W, 3]). The
-reference is the same, a data set (Hub name or folder of `datasets`, centre-cropped as for training), one of ADM's reference
-batches (.npz with mu, sigma, mu_s, sigma_s and arr_0), or a statistics file that --save_reference wrote.
+reference is also one of these, or a data set (Hub name or folder of `datasets`, centre-cropped as for training), one of ADM's
+reference batches (.npz with mu, sigma, mu_s, sigma_s and arr_0), or a statistics file that --save_reference wrote.
 
-Compare values only at equal numbers of images: FID and most other metrics depend on the number.
+Compare only values for equal numbers of images: FID and most other metrics depend on the number.
 """
 
 import argparse

@@ -5,10 +5,10 @@ r"""Sample from a pipeline and compare the images with a reference: `vrpo sample
     vrpo fid --multi_gpu -- sit-xl --reference VIRTUAL_imagenet256_labeled.npz --sampler sde --num_inference_steps 250 \
         --batch_size 128 --dtype bfloat16
 
-A command that was stopped continues with the images that are there when it is run again. They are removed once they are
-measured, unless --keep_images is given or a whole set was in --output_dir before.
+A stopped command continues with the images that exist already when it is run again. The images are removed once they are
+measured, unless --keep_images is given or --output_dir held a complete set before.
 
-Compare values only at equal numbers of images and equal options of sampling.
+Compare only values for equal numbers of images and equal sampling options.
 """
 
 import argparse

@@ -1,15 +1,15 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-r"""Ask which block of a transformer to align with which layer of an encoder: ridge read-outs for every pair.
+r"""Suggest which block of a transformer to align with which layer of an encoder, by ridge regressions for every pair.
 
     vrpo layers MODEL --dataset_name ILSVRC/imagenet-1k --encoder facebook/dinov2-base --output_file layers.json
 
-MODEL is a short run without alignment, or an early checkpoint: its folder, that of a checkpoint-N, or a pipeline. Images are encoded
-and noised to each of --timesteps (t = 1 is noise), the transformer sees them without a class, and a ridge regression reads
+MODEL is a short run without alignment or an early checkpoint: the folder of the run or of a checkpoint-N, or a pipeline. Images are
+encoded and noised to each of --timesteps (t = 1 is noise), the transformer sees them without a class, and a ridge regression predicts
 the encoder's unit features of the clean image, layer by layer, from the tokens of each block.
 
-recoverability is R² on held-out images: the part of what differs between images at the same place that the read-out finds.
-gap is how far that is below the best block's. The recommendation is the pair whose block is nearest to half of the best: the model
-gets there later, and this block is half way. It is a heuristic, not a measurement of what alignment gains.
+recoverability is R² on held-out images: the share of the differences between images that the regression predicts. gap is how much
+lower it is than the best block's. The suggested pair is the one whose block reaches about half of the best block's: the model builds
+these features later, and could build them here. It is a heuristic, not a measurement of what alignment gains.
 """
 
 import argparse
@@ -208,7 +208,7 @@ def format_layers(report: dict) -> str:
             lines += [f"{block + 1:>6}" + "".join(f"{value:8.3f}" for value in values)]
     pair = report["recommendation"]
     if pair is None:
-        return "\n".join([*lines, "no pair stands out: no block is clearly behind a later one in any layer"])
+        return "\n".join([*lines, "no pair is suggested: no block is clearly behind a later one in any layer"])
     block, layer = pair["block"], pair["encoder_layer"]
     index = layers.index("output" if layer is None else layer)
     found, gap = (report[name][block - 1][index] for name in ("recoverability", "gap"))

@@ -471,10 +471,11 @@ def table(args: VRPOConfig, found: dict) -> str:
     for gpu, batches in found["largest_batch"].items():
         numbers = f"{batches['plain']:>16,}{batches['gradient_checkpointing']:>22,}{run['hours'][gpu]:>12.3g}"
         lines.append(f"  {gpu:<16}{numbers}")
+    gpus = assumed["num_processes"]
     lines += [
         "",
         f"The largest batch leaves {assumed['memory_reserve']:.0%} of the memory free. Hours are for "
-        f"{assumed['num_processes']} GPU(s), assuming",
+        f"{gpus} GPU{'s' * (gpus > 1)}, assuming",
         f"{assumed['mfu']:.0%} of the peak FLOP/s in {precision} (--mfu).",
         "",
         *section(f"disk, for {images:,} images", "GB", disk | {"a checkpoint": found["checkpoint_bytes"]}, 1e9),

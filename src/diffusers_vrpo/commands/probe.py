@@ -4,7 +4,7 @@ r"""Measure a transformer's blocks: linear probes and alignment with vision enco
     vrpo probe PIPELINE --dataset_name ILSVRC/imagenet-1k --test_split validation \
       --encoder facebook/dinov2-large --output_file probe.json --plot_file probe.png
 
-The measurements of REPA's motivation (arXiv 2410.06940): images are encoded and noised to each of --timesteps (t = 1 is noise),
+These measurements motivate REPA (arXiv 2410.06940): images are encoded and noised to each of --timesteps (t = 1 is noise),
 the transformer sees them without a class, and the hidden states of every block, averaged over the tokens, are given
     to a linear probe: multinomial logistic regression on the training images, accuracy on the test images;
     to CKNNA (arXiv 2405.07987): whether the test images have the same neighbours as in an encoder's features.

@@ -1,5 +1,10 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Publish a run or a pipeline on the Hub."""
+"""Publish a run or a pipeline on the Hub, with a model card.
+
+    vrpo push outputs/digits --hub_model_id me/digits-vrpo
+
+Log in by `hf auth login` first.
+"""
 
 import logging
 from pathlib import Path

@@ -416,7 +416,7 @@ def write_report(report: dict, grids: dict | None, output_dir: Path):
         inline.append(html_plot(light["svg"], dark["svg"], f"{metric_label(metric)}: {name.replace('_', ' ')}"))
     pictures = html_grids(grids, report["warnings"].append) if grids else ""
     files["report.html"] = page(report, inline, pictures).encode()
-    # First, since it tells that the others are those of a report.
+    # Written first, since it marks the other files as those of a report.
     files = {"report.json": json.dumps(report, indent=1, allow_nan=False).encode()} | files
     refuse_other_files(output_dir, files)
     with writing_result("output_dir", output_dir):

@@ -168,7 +168,7 @@ def image_and_label(
 def is_classless(features: Features, option: str, name: str, label_column: str) -> bool:
     """Whether all images of a table get one class: there is no column of labels, or `label_column` is `"none"`.
 
-    A missing column that was named by an option is an error of `check_columns`, and so is one beside columns that look like
+    A missing column that was named by an option is an error of `check_columns`, and so is one in a table with columns that look like
     classes.
     """
     if label_column in features or label_column not in (LABEL_COLUMN, NO_CLASSES):

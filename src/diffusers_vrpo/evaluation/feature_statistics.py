@@ -350,7 +350,7 @@ def known_statistics(file: Path, wanted: dict) -> FeatureSet | None:
     if found != wanted:
         logger.warning(f"{file} holds the statistics of other images or another encoder; computing them again")
         return None
-    logger.info(f"statistics of the reference are those of {file}")
+    logger.info(f"the statistics of the reference are read from {file}")
     return features
 
 

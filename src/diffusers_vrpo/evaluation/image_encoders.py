@@ -224,7 +224,7 @@ def _with_projection(source, dtype, cache_dir, local):
     """Loads CLIP's image tower with its projection; returns None if the checkpoint has none."""
     from transformers import CLIPVisionModelWithProjection
 
-    with _quiet_transformers():
+    with _quiet_transformers(local):
         model, info = CLIPVisionModelWithProjection.from_pretrained(
             source, dtype=dtype, output_loading_info=True, cache_dir=cache_dir, local_files_only=local
         )

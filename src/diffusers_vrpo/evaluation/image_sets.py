@@ -250,7 +250,7 @@ def read_npz(
 
 
 def member_offset(file: str | Path, member: zipfile.ZipInfo) -> int:
-    """Where the content of a member of a zip begins that is not compressed."""
+    """The offset at which the content of an uncompressed member of a zip begins."""
     with open(file, "rb") as stream:
         # The local header has 30 bytes; the last four are the lengths of the name and of the extra field.
         stream.seek(member.header_offset + 26)

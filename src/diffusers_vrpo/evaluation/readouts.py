@@ -7,9 +7,9 @@ import torch
 class BlockReadouts:
     """A ridge regression per block, from its tokens to the features of all layers of an encoder, fitted in one pass.
 
-    As an alignment's projector, a read-out is shared by all tokens and noise levels. Tokens and features have the mean of each
-    position subtracted, tokens that of each noise level, too: what is predicted is what differs between images, and not
-    where a token is. Only sums are kept.
+    Like the projector of an alignment, a read-out is shared by all tokens and noise levels. The mean of each position is
+    subtracted from tokens and features (from tokens, for each noise level), so that a read-out predicts the differences
+    between images and not the position of a token. Only sums are kept.
 
     Args:
         num_blocks, num_levels (`int`): blocks, and noise levels at which every image is seen.

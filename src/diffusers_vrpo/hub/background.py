@@ -99,7 +99,7 @@ def stage_pipeline(pipeline: VRPOPipeline, checkpoint: Path, folder: Path):
 
 
 def stage_state(checkpoint: Path, folder: Path):
-    """Copies a whole checkpoint, with the run's metrics and starts until then, which are not part of a checkpoint."""
+    """Copies a complete checkpoint, together with the run's metrics and starts so far, which checkpoints do not contain."""
     link_tree(checkpoint, folder)
     for name in HISTORY:
         if (checkpoint.parent / name).is_file():
@@ -337,7 +337,7 @@ class HubPublisher(TrainerCallback):
 
     def _failed(self, name: str, why: str):
         self.missing[name] = why
-        if name != "the result":  # of which `push_result` tells
+        if name != "the result":  # `push_result` reports it
             logger.warning(f"{name} could not be sent to the Hub: {why}; training is not affected")
 
     def _send_checkpoint(self, folder: Path, step: int):

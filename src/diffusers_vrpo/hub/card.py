@@ -227,7 +227,7 @@ def pushes_adapters_only(run: dict) -> bool:
 
 
 def foreign_class(run: dict) -> str | None:
-    """The class of a transformer that is not of this package; None for one of its own."""
+    """The class of a transformer from another package; None for this package's own."""
     name = run["transformer"].get("_class_name")
     known = name in (None, "SiTTransformer2DModel") or not re.fullmatch(r"\w+", str(name))
     return None if known else str(name)

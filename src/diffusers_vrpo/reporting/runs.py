@@ -293,9 +293,7 @@ def check_comparable(arms: dict[str, list[Run]], warn: Callable[[str], None]):
         warn(f"the runs differ in {name} ({', '.join(values)}), on which quality depends: it may not be comparable")
     for name, group in arms.items():
         if within := differences([method(run) for run in group]):
-            warn(
-                f"runs of arm {name} differ in more than the seed ({', '.join(within)}) and are averaged all the same"
-            )
+            warn(f"runs of arm {name} differ in more than the seed ({', '.join(within)}) and are averaged anyway")
         seeds = [run.seed for run in group]
         if len(set(seeds)) < len(seeds):
             warn(f"arm {name} has the same seed more than once: its spread is not one over seeds")

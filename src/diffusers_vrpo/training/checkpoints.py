@@ -225,7 +225,7 @@ def newest_whole_checkpoint(existing: list[Path]) -> Path | None:
         os.replace(bad, aside)
         # accelerate's logger cannot be used, since only one process gets here.
         logging.getLogger(__name__).warning(
-            f"{bad} is damaged ({damage}): continuing from {path.name}; the damaged one is {aside.name} now"
+            f"{bad} is damaged ({damage}): continuing from {path.name}; the damaged one was renamed to {aside.name}"
         )
     return path
 

@@ -429,7 +429,8 @@ def sizes(args: VRPOConfig, step: CountedStep, num_processes: int) -> dict:
         },
         "bytes": {
             "weights": FLOAT32 * weights,
-            "gradients": FLOAT32 * trained,
+            # DDP's gradients are views of its buckets, which stay between steps.
+            "gradients": FLOAT32 * trained if num_processes == 1 else 0,
             "moments": 2 * FLOAT32 * trained,
             "average": FLOAT32 * trained if args.use_ema else 0,
             "gradient_buckets": FLOAT32 * trained if num_processes > 1 else 0,

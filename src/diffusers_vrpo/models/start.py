@@ -250,10 +250,10 @@ def load_start(transformer: SiTTransformer2DModel, args, start: Start, differenc
             raise InputError("pretrained_model_name_or_path", f"{name}: {first_line(error)}") from error
         if difference:
             notes.append(
-                f"the classes differ ({difference}): the label table starts again, but for the row of no class"
+                f"the classes differ ({difference}): their embeddings start from new random weights, except the null class's"
             )
         config = transformer.config
-        notes.append(f"predicts {config.prediction_type}, time {config.time_direction}")
+        notes.append(f"prediction_type {config.prediction_type}, time_direction {config.time_direction}")
         for note in notes:
             logger.info(f"{name}: {note}")
     if args.lora_rank:

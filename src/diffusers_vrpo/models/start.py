@@ -348,7 +348,7 @@ def fit_transformer(
         if transformer.null_class_id is not None and pretrained.null_class_id is not None:
             labels[transformer.null_class_id] = old_labels[pretrained.null_class_id]
         elif transformer.null_class_id is not None:
-            notes.append("its label table had no row for no class: a new one starts for `label_dropout`")
+            notes.append("it had no null class: one with new random weights is added for `label_dropout`")
     if transformer.grid_size != pretrained.grid_size:
         notes.append(
             f"the grid of tokens is {transformer.grid_size}, trained was {pretrained.grid_size}: new positions"

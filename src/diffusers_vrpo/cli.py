@@ -50,7 +50,10 @@ A first run, on a CPU in about five minutes, and images of it:
 
     vrpo train --num_processes 1 -- --config digits
     vrpo train --config_file fsdp2 --num_processes 8 -- --config sit-xl-2-vrpo
-    vrpo sample --multi_gpu -- sit-xl --num_images 50000 --output_dir samples"""
+    vrpo sample --multi_gpu -- sit-xl --num_images 50000 --output_dir samples
+
+Help texts and errors name pages such as docs/method.md. They are at
+https://github.com/diffusers-vrpo/diffusers-vrpo/tree/main/docs"""
 
 
 def launch(name: str, launcher: list[str], argv: list[str]):

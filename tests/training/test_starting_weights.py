@@ -134,8 +134,8 @@ def test_other_classes_start_the_label_table_anew(command, tmp_path, caplog):
     model.save_pretrained(tmp_path / "start")
     options = {"model_config": None, "pretrained_model_name_or_path": tmp_path / "start", "max_train_steps": 1}
     run(command(**options, learning_rate=1e-12))
-    assert "the classes differ (10 here, 4 there): the label table starts again" in caplog.text
-    assert "the projectors start again" in caplog.text
+    assert "the classes differ (10 here, 4 there): their embeddings start from new random weights" in caplog.text
+    assert "the projectors start from new random weights" in caplog.text
     trained = SiTTransformer2DModel.from_pretrained(tmp_path / "run", subfolder="transformer").state_dict()
     table, old = trained.pop("label_embedding.weight"), model.state_dict()["label_embedding.weight"]
     assert table.shape[0] == 11
@@ -199,8 +199,8 @@ def test_a_run_continues_another_with_its_projectors(command, tmp_path, caplog, 
         as_version_0_1(tmp_path / "run" / "checkpoint-3", start)
     options = {"model_config": None, "pretrained_model_name_or_path": start, "learning_rate": 1e-12}
     run(command(**options, max_train_steps=1, output_dir=tmp_path / "second"))
-    assert "predicts velocity, time data_to_noise" in caplog.text
-    assert ("the projectors start again" in caplog.text) == (source == "pipeline")
+    assert "prediction_type velocity, time_direction data_to_noise" in caplog.text
+    assert ("the projectors start from new random weights" in caplog.text) == (source == "pipeline")
     first, second = (load_file(tmp_path / folder / "transformer" / WEIGHTS) for folder in ("run", "second"))
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, atol=1e-6, rtol=0)

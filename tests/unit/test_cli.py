@@ -4,6 +4,7 @@
 import contextlib
 import importlib
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -23,6 +24,8 @@ def test_help_names_every_command(capsys):
     cli.main([])
     text = capsys.readouterr().out
     assert all(f"\n  {name} " in text for name in cli.COMMANDS)
+    (pages,) = re.findall(r'^Documentation = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert text.endswith(f"They are at\n{pages}\n")
     cli.main(["--version"])
     assert capsys.readouterr().out.strip() == __version__
 

@@ -375,8 +375,10 @@ def test_files_that_are_refused(tmp_path, capsys):
     (tmp_path / "short.pt").write_bytes(whole[: len(whole) // 2])
     refused(str(tmp_path / "short.pt"), "it may be truncated; download it again")
     refused(str(tmp_path / "absent.pt"), "absent.pt is not a file")
-    refused("./absent", "neither a folder nor a file", num_attention_heads=None)
-    refused(str(tmp_path), "SiTTransformer2DModel or DiTTransformer2DModel", num_attention_heads=None)
+    for name in ("./absent", "runs/absent/checkpoint-3"):
+        refused(name, f"{name} is neither a folder nor a file", num_attention_heads=None)
+    found = "the folder has no config.json of a transformer; .* SiTTransformer2DModel or DiTTransformer2DModel"
+    refused(str(tmp_path), found, num_attention_heads=None)
     tiny_model().save_pretrained(tmp_path / "ours")
     refused(str(tmp_path / "ours"), "`num_attention_heads` 3: .* has a complete config.json")
     with pytest.raises(InputError, match="it goes to sit or repa"):

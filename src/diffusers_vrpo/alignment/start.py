@@ -47,7 +47,7 @@ def build_aligned_transformer(
     if start.source is not None and encoders:
         saved = start.projectors
         if saved is None or not aligned.load_projectors(saved.description, saved.state):
-            logger.info(f"{args.pretrained_model_name_or_path}: the projectors start again")
+            logger.info(f"{args.pretrained_model_name_or_path}: the projectors start from new random weights")
     return aligned
 
 

@@ -449,7 +449,8 @@ def find_transformer(name_or_path: str, cache_dir: str | None = None) -> tuple[d
         InputError: if there is no transformer.
     """
     problem = None
-    if not Path(name_or_path).is_dir() and name_or_path.startswith((".", "/", "~")):
+    is_path = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1  # not a name on the Hub
+    if is_path and not Path(name_or_path).is_dir():
         raise InputError(None, f"{name_or_path} is neither a folder nor a file")
     if (Path(name_or_path) / "transformer.safetensors").is_file():
         raise InputError(
@@ -460,7 +461,8 @@ def find_transformer(name_or_path: str, cache_dir: str | None = None) -> tuple[d
         # diffusers would find a transformer's own config.json under any subfolder, but not its weights in shards.
         subfolders = ["transformer_ema", "transformer", None]
         there = [name for name in subfolders if (Path(name_or_path) / (name or "") / "config.json").is_file()]
-        subfolders = there or [None]
+        subfolders = there
+        problem = None if there else "the folder has no config.json of a transformer"
     for subfolder in subfolders:
         try:
             config = SiTTransformer2DModel.load_config(name_or_path, subfolder=subfolder, cache_dir=cache_dir)

@@ -250,10 +250,10 @@ def load_start(transformer: SiTTransformer2DModel, args, start: Start, differenc
             raise InputError("pretrained_model_name_or_path", f"{name}: {first_line(error)}") from error
         if difference:
             notes.append(
-                f"the classes differ ({difference}): the label table starts again, but for the row of no class"
+                f"the classes differ ({difference}): their embeddings start from new random weights, except the null class's"
             )
         config = transformer.config
-        notes.append(f"predicts {config.prediction_type}, time {config.time_direction}")
+        notes.append(f"prediction_type {config.prediction_type}, time_direction {config.time_direction}")
         for note in notes:
             logger.info(f"{name}: {note}")
     if args.lora_rank:
@@ -348,7 +348,7 @@ def fit_transformer(
         if transformer.null_class_id is not None and pretrained.null_class_id is not None:
             labels[transformer.null_class_id] = old_labels[pretrained.null_class_id]
         elif transformer.null_class_id is not None:
-            notes.append("its label table had no row for no class: a new one starts for `label_dropout`")
+            notes.append("it had no null class: one with new random weights is added for `label_dropout`")
     if transformer.grid_size != pretrained.grid_size:
         notes.append(
             f"the grid of tokens is {transformer.grid_size}, trained was {pretrained.grid_size}: new positions"

@@ -25,7 +25,8 @@ FOLDER = Path(__file__).parent
 LAUNCH = "accelerate launch --multi_gpu --num_processes 8 train_vrpo.py"
 COMMON = (
     "--dataset_name ILSVRC/imagenet-1k --resolution 256 --random_flip --vae stabilityai/sd-vae-ft-ema "
-    "--encoder facebook/dinov2-base --objective vrpo --mixed_precision bf16 --train_batch_size 32"
+    "--encoder facebook/dinov2-base --objective vrpo --alignment_coeff 0.5 --reward_weighting inverse_variance "
+    "--mixed_precision bf16 --train_batch_size 32"
 )
 # Name, preset and steps.
 RECIPES = [

@@ -120,7 +120,7 @@ def test_one_step_of_the_script_is_the_formula(command, tmp_path, layers, option
     save_start(aligned, tmp_path / "start")
     changes = {"model_config": None, "pretrained_model_name_or_path": tmp_path / "start", "layer_scope": layers}
     changes |= {"max_train_steps": 1, "max_grad_norm": 1e9, "train_batch_size": 8 if len(options) == 2 else 16}
-    changes |= {"adam_epsilon": 1, "learning_rate": 1}
+    changes |= {"adam_epsilon": 1, "learning_rate": 1, "alignment_coeff": 0.5, "reward_weighting": "inverse_variance"}
     run(command(**changes) + options)
     x0, batch, y = digits_batch_with_tokens()
     loss_fm, cosine, ratio = vrpo_gradients(aligned, x0, batch, y)
@@ -244,7 +244,8 @@ def test_statistics_gate_and_timestep_weight_enter_where_the_formula_has_them(ob
     model = tiny_model(**convention)
     aligned = aligned_with(model, (1, 3), (12, 20))
     alignment_class = {"repa": REPA, "vrpo": VRPO}[objective]
-    alignment = alignment_class(aligned, 1000, timestep_weighting="low_noise", conflict="gate", token_weighting=tokens)
+    options = {"timestep_weighting": "low_noise", "conflict": "gate", "token_weighting": tokens}
+    alignment = alignment_class(aligned, 1000, alignment_coeff=0.5, **options)
     generator = torch.Generator().manual_seed(5)
     shares = torch.rand(4, 3, 10, generator=generator) + 0.1
     shares, tau = shares / shares.sum(1, keepdim=True), torch.rand(4, 3, 10, generator=generator)

@@ -275,7 +275,8 @@ def test_recipes_of_imagenet(file):
     assert args.train_batch_size * 8 == 256 and args.max_train_steps == 400_000
     other = train_vrpo.parse_args(["--config", str(file.with_name(f"{model}-vrpo.yaml"))])
     differ = {name for name, value in vars(args).items() if value != getattr(other, name)}
-    assert differ <= {"config", "objective", "output_dir"}
+    assert differ <= {"config", "objective", "output_dir", "reward_weighting"}
+    assert args.alignment_coeff == 0.5  # REPA's and VRPO's papers
 
 
 def test_missing_options(command, capsys):

@@ -181,7 +181,7 @@ def test_statistics_of_the_reference_are_kept(run, tmp_path, caplog):
     assert "are kept in" in caplog.text and len([*(tmp_path / "cache").iterdir()]) == 1
     caplog.clear()
     assert run(tmp_path / "samples.npz", reference) == first
-    assert "are those of" in caplog.text and "are kept in" not in caplog.text
+    assert "are read from" in caplog.text and "are kept in" not in caplog.text
 
     # Other images, another encoder: other statistics.
     caplog.clear()

@@ -263,7 +263,7 @@ def test_damage_is_found_and_mended(copy, reference, vae_folder, file):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"resolution": 16}, "otherwise: `resolution` was 8 and is 16; keep to that"),
+        ({"resolution": 16}, "with other options: `resolution` was 8 and is 16; use the same"),
         ({"flip": None}, "`flip` was True and is False"),
         ({"images": "none"}, "`images` was webp and is none"),
         ({"sampled": True}, r"the kind of latents \(`sampled`\) was moments and is sampled"),

@@ -236,7 +236,7 @@ def test_faults_of_repas_files(vae, tmp_path, labels, change, message):
     ("shards", "message"),
     [
         (({"labels": None}, {}), "latents_rank00_shard000.safetensors has no tensor labels"),
-        (({}, {"latents_flip": None}), "rank00_.* has mirrored latents .*, latents_rank01_.* has none"),
+        (({}, {"latents_flip": None}), "rank00_.* has mirrored latents .*, latents_rank01_.* does not"),
         (({"labels": torch.tensor([0, 1, -5])}, {}), "a label is -5"),
         (({"labels": torch.tensor([0.0, 1.0, 2.0])}, {}), "are torch.float32 .*, not class ids"),
         (({"labels": torch.tensor([0, 1])}, {}), r"has the shape \[3, 4, 8, 8\] for 2 labels"),

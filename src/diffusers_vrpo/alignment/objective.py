@@ -257,6 +257,17 @@ class REPI(NoAlignment):
     Raises:
         ValueError: if `aligned` has no scaffold.
         InputError: if the pull ends before the scaffold phase.
+
+    Example:
+
+    ```python
+    from diffusers_vrpo import REPI, AlignedTransformer, SiTTransformer2DModel, load_encoder, sit_preset
+
+    transformer = SiTTransformer2DModel(sample_size=8, in_channels=3, num_classes=10, **sit_preset("SiT-XS/2"))
+    encoder = load_encoder("embedded:digits", grid_size=(4, 4))
+    aligned = AlignedTransformer(transformer, encoders=[encoder], scaffold_layer=1)
+    objective = REPI(aligned, max_train_steps=1000, scaffold_fraction=0.1)
+    ```
     """
 
     def __init__(
@@ -307,6 +318,17 @@ class REPA(NoAlignment):
 
     Raises:
         InputError: if `conflict`, `release` and `alignment_stop_step` contradict each other.
+
+    Example:
+
+    ```python
+    from diffusers_vrpo import REPA, AlignedTransformer, SiTTransformer2DModel, load_encoder, sit_preset
+
+    transformer = SiTTransformer2DModel(sample_size=8, in_channels=3, num_classes=10, **sit_preset("SiT-XS/2"))
+    encoder = load_encoder("embedded:digits", grid_size=(4, 4))
+    aligned = AlignedTransformer(transformer, layers=[2], encoders=[encoder])
+    objective = REPA(aligned, max_train_steps=1000, alignment_coeff=0.5)
+    ```
     """
 
     def __init__(
@@ -628,6 +650,17 @@ class VRPO(REPA):
 
     Raises:
         InputError: if rewards or their weighting are not valid, or options of the end of alignment contradict each other.
+
+    Example:
+
+    ```python
+    from diffusers_vrpo import VRPO, AlignedTransformer, SiTTransformer2DModel, load_encoder, sit_preset
+
+    transformer = SiTTransformer2DModel(sample_size=8, in_channels=3, num_classes=10, **sit_preset("SiT-XS/2"))
+    encoder = load_encoder("embedded:digits", grid_size=(4, 4))
+    aligned = AlignedTransformer(transformer, layers=[2], encoders=[encoder])
+    objective = VRPO(aligned, max_train_steps=1000, reward_weighting="equal", release="gate")
+    ```
     """
 
     def __init__(

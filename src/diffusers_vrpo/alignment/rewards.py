@@ -50,6 +50,14 @@ class TokenReward:
             through `mu`.
         gradient (*optional*): `g(mu, y, subset) -> (reward [B,N], tangent gradient [B,N,E])` at `action = mu` in closed
             form, where the gradient is `P_mu dR/da`. Without it autograd computes that from `function`.
+
+    Example:
+
+    ```python
+    from diffusers_vrpo import TokenReward
+
+    angle = TokenReward("angle", lambda action, mu, y, subset: -(action * y).sum(-1).clamp(-0.999, 0.999).acos())
+    ```
     """
 
     name: str
@@ -74,7 +82,19 @@ class TokenReward:
 
 
 def semantic_reward(action: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """`R_se(a_n) = <a_n, y_n>` of unit actions `[B,N,E]`, in [-1, 1], `[B,N]`."""
+    """`R_se(a_n) = <a_n, y_n>` of unit actions `[B,N,E]`, in [-1, 1], `[B,N]`.
+
+    Example:
+
+    ```python
+    import torch
+
+    from diffusers_vrpo import semantic_reward
+
+    y = torch.nn.functional.normalize(torch.randn(2, 16, 64), dim=-1)
+    assert torch.allclose(semantic_reward(y, y), torch.ones(2, 16))
+    ```
+    """
     return (action * y).sum(-1)
 
 

@@ -197,6 +197,21 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         id2label (`dict[int, str]`, *optional*): class names; commas separate synonyms, as in ImageNet's names.
         trained_labels (`list[int]`, *optional*): the ids of the classes that had images in training; by default all. Others
             are sampled with a warning. The config has it only if some had none.
+
+    Example:
+
+    ```python
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    from diffusers_vrpo import SiTTransformer2DModel, VRPOPipeline, sit_preset
+
+    transformer = SiTTransformer2DModel(sample_size=8, in_channels=3, num_classes=10, **sit_preset("SiT-XS/2"))
+    pipeline = VRPOPipeline(transformer, FlowMatchEulerDiscreteScheduler())
+    generator = torch.Generator().manual_seed(0)
+    images = pipeline(class_labels=[3, 7], guidance_scale=1.5, num_inference_steps=2, generator=generator).images
+    assert images[0].size == (8, 8)
+    ```
     """
 
     model_cpu_offload_seq = "transformer->vae"

@@ -26,6 +26,16 @@ class SiTSDEScheduler(SchedulerMixin, ConfigMixin):
 
     Raises:
         ValueError: if `last_step_size` is outside (0, 1), or `num_train_timesteps` is below 2 or not an integer.
+
+    Example:
+
+    ```python
+    from diffusers_vrpo import SiTSDEScheduler
+
+    scheduler = SiTSDEScheduler()
+    scheduler.set_timesteps(250)
+    assert scheduler.timesteps[0] == 1000 and len(scheduler.timesteps) == 250
+    ```
     """
 
     _compatibles = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"]

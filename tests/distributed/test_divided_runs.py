@@ -42,6 +42,7 @@ hooks_that_shard = [
 def test_three_divisions_give_the_same_trajectory(command, trainers, tmp_path):
     """1 process of 16, 2 of 8 (one of which gets a signal on the way), and 8 twice, over 50 steps."""
     options = {"max_train_steps": 50, "learning_rate": 1e-4, "checkpointing_steps": 10}
+    options |= {"alignment_coeff": 0.5, "reward_weighting": "inverse_variance", "conflict": "gate"}
     assert trainers(command(**options)).wait() == [0]
     divided = {"train_batch_size": 8, **options}
     assert trainers(command(**divided, gradient_accumulation_steps=2, output_dir=tmp_path / "twice")).wait() == [0]

@@ -472,7 +472,8 @@ def test_two_processes_cross_the_end_of_alignment(command, tmp_path, trainers, e
     options = {"max_train_steps": 45, "train_batch_size": 128, "logging_steps": 1, "learning_rate": 1e-3}
     options |= {"conflict": "none", "alignment_stop_step": 36} if ends_by == "stop" else {}
     options |= {"release": "plateau"} if ends_by == "plateau" else {}
-    options["resolution"] = 8
+    options |= {"release": "gate"} if ends_by == "gate" else {}
+    options |= {"resolution": 8, "alignment_coeff": 0.5, "reward_weighting": "inverse_variance"}
     runs = {}
     for processes in (1, 2):
         log = tmp_path / f"{processes}-calls-"

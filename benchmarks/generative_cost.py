@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--encoder_pixels", type=int, default=112, help="side of the images that it sees (default: 112)"
     )
     parser.add_argument("--rounds", type=int, default=5, help="that count (default: 5)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if a GPU is available, otherwise cpu")
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
     parser.add_argument("--threads", type=int, help="of the CPU; 1 is steadier where other work runs")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: the process's processor time")

@@ -106,7 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, help="default: 256 on a GPU, 2 on the CPU")
     parser.add_argument("--repeats", type=int, default=20, help="rounds that count (default: 20)")
     parser.add_argument("--warmup", type=int, default=3, help="rounds before them, at least 1 (default: 3)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if a GPU is available, otherwise cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16 is autocast")
     parser.add_argument("--threads", type=int, help="of the CPU; 1 is steadier where other work runs")
     parser.add_argument(

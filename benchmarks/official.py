@@ -91,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--guidance_scale", type=float, default=1.5, help="default: 1.5")
     parser.add_argument("--repeats", type=int, default=9, help="rounds or steps that count (default: 9)")
     parser.add_argument("--warmup", type=int, default=1, help="before them, at least 1 (default: 1)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if a GPU is available, otherwise cpu")
     parser.add_argument("--peak_tflops", type=float, help="of the device, for MFU; known GPUs are looked up")
     parser.add_argument("--threads", type=int, help="of the CPU; 1 is steadier where other work runs")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: the process's processor time")
@@ -181,7 +181,7 @@ def training_step(folder: Path, names: dict) -> Callable[[tuple], None]:
         names: what the body uses of `main`, such as `model` and `optimizer`.
 
     Raises:
-        InputError: if there is no such loop.
+        InputError: if the file has no such loop.
     """
     tree = ast.parse((folder / "train.py").read_text(encoding="utf-8"))
     main = next((node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main"), None)

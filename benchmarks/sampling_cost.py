@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rounds", type=int, default=9, help="that count (default: 9)")
     parser.add_argument("--warmup", type=int, default=1, help="rounds before them, at least 1 (default: 1)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if a GPU is available, otherwise cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the transformer (default: float32)")
     parser.add_argument("--compile", action="store_true", help="compile the blocks")
     parser.add_argument("--threads", type=int, help="of the CPU; 1 is steadier where other work runs")

@@ -88,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, help="default: 256 on a GPU, 4 on the CPU")
     parser.add_argument("--repeats", type=int, default=15, help="rounds that count (default: 15)")
     parser.add_argument("--warmup", type=int, default=2, help="rounds before them, at least 1 (default: 2)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if a GPU is available, otherwise cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16 is autocast")
     parser.add_argument("--compile", action=flag, help="blocks and encoder of our step; by default on a GPU")
     parser.add_argument("--ablations", action=flag, default=True, help="one arm for each improvement")

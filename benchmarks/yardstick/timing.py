@@ -47,7 +47,7 @@ def timed_options(recipe: Recipe) -> dict:
 
 
 def read_timing(recipe: Recipe, folder: Path = HERE) -> dict:
-    """The file of a size; without any times if there is no such file yet.
+    """The file of a size; without any times if it does not exist yet.
 
     Raises:
         InputError: where its times are of other options.

@@ -388,7 +388,7 @@ def _quiet_transformers(local: bool):
     """Silences the report of a checkpoint's unused weights (classifier, text tower); missing ones are checked here.
 
     Args:
-        local: whether the checkpoint is in a folder; then there is no download to watch, and the progress bar is hidden, too.
+        local: whether the checkpoint is in a folder; the progress bar, which is useful for downloads, is hidden then.
     """
     from transformers import logging as transformers_logging
 

@@ -74,7 +74,7 @@ def _find_config(name_or_path: str, cache_dir: str | None) -> tuple[dict, str | 
     for subfolder in (None, "vae"):
         try:
             config = AutoencoderKL.load_config(name_or_path, subfolder=subfolder, cache_dir=cache_dir)
-        except Exception as error:  # diffusers raises many types; all mean that there is no autoencoder
+        except Exception as error:  # diffusers raises many types; all mean that no autoencoder can be read
             problem = problem or _problem(error, name_or_path)
             continue
         if isinstance(config, dict) and isinstance(config.get("_class_name"), str):

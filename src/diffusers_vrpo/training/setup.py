@@ -92,7 +92,7 @@ def build_optimizer(args: OptimizationConfig, parameters: list[torch.nn.Paramete
     """Builds the optimizer that `optimizer` names; AdamW is fused, which can skip a step without waiting for the host.
 
     Raises:
-        InputError: if there is no optimizer of that name, it cannot train a transformer, or `optimizer_args` do not fit it.
+        InputError: if the name is unknown, the optimizer cannot train a transformer, or `optimizer_args` do not fit it.
     """
     kind = optimizer_class(args.optimizer)
     of_options = {"lr": args.learning_rate}
@@ -132,7 +132,7 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     """The class of an optimizer, by the name that `optimizer` has for it; case does not matter.
 
     Raises:
-        InputError: if there is no such optimizer, or it cannot train a transformer.
+        InputError: if the name is unknown, or the optimizer cannot train a transformer.
     """
     if name == "adamw8bit":
         try:

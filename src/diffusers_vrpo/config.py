@@ -1051,10 +1051,17 @@ def kept_value(option: Option, value):
 def settings_to_keep(config: Options, group: type) -> dict[str, Any]:
     """The options of a group that a resumed run must keep, as JSON values by name.
 
-    They do not include the data's (`data_settings_to_keep`) and those from which `run_settings` derives other values.
+    They do not include the data's (`data_settings_to_keep`), those from which `run_settings` derives other values, and those
+    that have no effect here, such as the weights of rewards in a run without rewards: their defaults may differ between
+    versions.
     """
-    options = options_of(group).values()
-    return {o.name: kept_value(o, getattr(config, o.name)) for o in options if o.resume in (None, Resume.NAME)}
+    options = [each for each in options_of(group).values() if each.resume in (None, Resume.NAME)]
+    return {each.name: kept_value(each, getattr(config, each.name)) for each in options if has_effect(config, each)}
+
+
+def has_effect(config: Options, of: Option) -> bool:
+    """Whether the options that this one needs have the values that it needs."""
+    return all(need.met_by(getattr(config, need.name)) for need in of.marked(Needs))
 
 
 def data_settings_to_keep(config: DataConfig) -> dict[str, Any]:

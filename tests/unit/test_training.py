@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState
 from diffusers.training_utils import EMAModel
 from PIL import Image
 
+from diffusers_vrpo.config import AlignmentConfig, PolicyConfig, VRPOConfig, settings_to_keep
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.pipelines.sampling import image_grid
 from diffusers_vrpo.reporting.curves import chosen_panels, plot_metrics, smoothed
@@ -91,6 +92,22 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     (path / "training_state.json").write_text("{")
     with pytest.raises(InputError, match="damaged"):
         checked_state(path, {"seed": 1})
+
+
+def test_an_option_without_effect_may_have_another_default_than_before(tmp_path):
+    """Version 0.1 wrote `reward_weighting inverse_variance` for runs without rewards too; its default is `auto` now."""
+    old = fake_checkpoint(tmp_path, 5, {"--objective": "repa", "--reward_weighting": "inverse_variance"})
+    kept = {
+        objective: settings_to_keep(VRPOConfig(objective=objective), AlignmentConfig)
+        | settings_to_keep(VRPOConfig(objective=objective), PolicyConfig)
+        for objective in ("repa", "vrpo")
+    }
+    assert checked_state(old, kept["repa"])["step"] == 5
+    with pytest.raises(InputError, match="`objective` is vrpo, but"):
+        checked_state(old, kept["vrpo"])
+    old = fake_checkpoint(tmp_path, 6, {"--objective": "vrpo", "--reward_weighting": "inverse_variance"})
+    with pytest.raises(InputError, match="`reward_weighting` is auto, but .* was trained with inverse_variance"):
+        checked_state(old, kept["vrpo"])
 
 
 def test_what_earlier_versions_did_before_there_was_an_option(tmp_path):

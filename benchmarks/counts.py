@@ -468,8 +468,8 @@ def roofline(operations: list[Operation], device: str, bandwidth: float) -> dict
 
 def small_step(objective: str):
     """A step of a small model with real tensors: the options, the aligned transformer, its objective and a batch."""
-    args, aligned = build(objective, "SiT-S/2", depth=2, latent_size=16, mixed_precision="no", projector_dim=32)
-    batch = blank_batch(args, aligned, (4, 16, 16), False, 4)
+    args, aligned = build(objective, "SiT-S/2", depth=2, mixed_precision="no", projector_dim=32)
+    batch = blank_batch(args, aligned, (4, 32, 32), False, 4)
     batch["x0"] = torch.randn_like(batch["x0"])
     return args, aligned, objective_from_config(args, aligned, MAX_TRAIN_STEPS, prediction_type="velocity"), batch
 
@@ -489,7 +489,7 @@ def count_breaks(objective: str) -> dict[str, int]:
 
     inputs = (batch["x0"] + batch["noise"], batch["timestep"], batch["class_labels"])
     prediction, projections = model(*inputs)
-    tokens, width = torch.randn(4, 64, 384), torch.randn(4, 384)
+    tokens, width = torch.randn(4, 256, 384), torch.randn(4, 384)
     count("block", aligned.transformer.transformer_blocks[0], tokens, width)
     if projections:
         projections = [p.detach().requires_grad_() for p in projections]
@@ -506,11 +506,16 @@ def count_breaks(objective: str) -> dict[str, int]:
 
 
 def count_kernels(objective: str) -> dict[str, int]:
-    """What Inductor generates on a CPU for the compiled loss, its backward pass, the fork and the gate, in one step."""
+    """What Inductor generates on a CPU for the compiled loss, its backward pass, the fork and the gate, in one step.
+
+    `kernels` are the fused nodes of its scheduler, products among them, and `bytes` what these read and write.
+    """
+    from torch._inductor import compile_fx, config, metrics
     from torch._inductor.utils import run_and_get_code
 
     args, aligned, made, batch = small_step(objective)
     torch._dynamo.reset()
+    metrics.reset()
     gradient_fork.compiled_mix_gradients.cache_clear()
     made.compile()
 
@@ -519,13 +524,16 @@ def count_kernels(objective: str) -> dict[str, int]:
         loss.backward()
         made.observe(state)
 
-    _, codes = run_and_get_code(step)
+    # The metrics of a graph are computed where their log is on, and not for a graph from a cache.
+    with config.patch(force_disable_caches=True), mock.patch.object(compile_fx, "inductor_metrics_log"):
+        _, codes = run_and_get_code(step)
     found = {"graphs": len(codes), "functions": 0, "loop nests": 0, "products": 0}
     for code in codes:
         found["functions"] += len(re.findall(r"^cpp_fused\w* = async_compile", code, re.MULTILINE))
         found["loop nests"] += len(re.findall(r"^    \{$", code, re.MULTILINE))
         found["products"] += len(re.findall(r"extern_kernels\.\w*mm\(", code))
-    return found
+    kernels = [node for node, _ in metrics.nodes_num_elem if not node.is_template() and type(node).__name__[:3] != "Nop"]
+    return found | {"kernels": len(kernels), "bytes": metrics.num_bytes_accessed}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

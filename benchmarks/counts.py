@@ -532,7 +532,9 @@ def count_kernels(objective: str) -> dict[str, int]:
         found["functions"] += len(re.findall(r"^cpp_fused\w* = async_compile", code, re.MULTILINE))
         found["loop nests"] += len(re.findall(r"^    \{$", code, re.MULTILINE))
         found["products"] += len(re.findall(r"extern_kernels\.\w*mm\(", code))
-    kernels = [node for node, _ in metrics.nodes_num_elem if not node.is_template() and type(node).__name__[:3] != "Nop"]
+    kernels = [
+        node for node, _ in metrics.nodes_num_elem if not node.is_template() and type(node).__name__[:3] != "Nop"
+    ]
     return found | {"kernels": len(kernels), "bytes": metrics.num_bytes_accessed}
 
 

@@ -240,8 +240,8 @@ def scales(quick: bool, full: bool) -> dict[str, list[Scale]]:
             Scale("VRPO step, with attention", "tokens", tokens, lambda n, _: aligned_step(n), quadratic=True),
         ],
         "report": [Scale("merge the rows of a log", "log rows", logged, lambda n, _: merge(log_rows(n)))],
+        "kid": [Scale("KID, subsets of 100", "features", of_kid, metric(kernel_distance, **kid), memory=True)],
         "metrics": [
-            Scale("KID, subsets of 100", "features", of_kid, metric(kernel_distance, **kid), memory=True),
             Scale(
                 "precision, recall", "features", sets, metric(precision_recall), quadratic=True, repeats=1, memory=True
             ),

@@ -13,7 +13,7 @@ half of the sizes, where fixed costs hide the least: 1 means that the cost grows
 Work that compares all pairs is quadratic by definition and says so; everything else is to stay at or below 1.05.
 
 Rows of data are faked: a latent cache is a sparse file, an image of a table is one byte, which nothing decodes. `--full` goes
-to 10^7 rows of a table and 50,000 features of metrics. The metrics then take some ten minutes, and the other parts less than one
+to 10^7 rows of a table and 50,000 features of metrics. The metrics then take six minutes, and the other parts less than one
 each; `--quick` is for tests.
 """
 

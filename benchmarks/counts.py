@@ -135,7 +135,8 @@ class StepCounter(LiveBytes):
         if function._schema.is_mutable and not outputs:  # operations on lists return nothing
             outputs = [x for x in tree_leaves(args[0]) if isinstance(x, torch.Tensor)]
         written = sum(map(size_of, outputs))
-        read = inputs[1:] if packet in WRITE_ONLY else inputs
+        unread = packet in WRITE_ONLY or kwargs.get("beta") == 0  # a product that is added to nothing
+        read = inputs[1:] if unread else inputs
         read = sum(
             min(size_of(x), written) if i == 0 and packet in READ_IN_PART else size_of(x) for i, x in enumerate(read)
         )

@@ -11,21 +11,31 @@ many launches as torch's kernels need for it. Bytes are those of its inputs and 
 the targets are given, as in objective_overhead.py; autoencoder, encoder and loader are not in a step.
 
 Parts: `forward` of the transformer and its projectors; `loss` is what the objective computes between them and in the backward
-pass, with its fork; `backward` is the rest of it; `optimizer` is clipping and fused AdamW, `average` the EMA, `statistics` the
-objective's and those of the log. REPI is counted after its scaffold phase. What the objective computes on the host, of numbers
-that one copy brings there, launches nothing and is counted by itself.
+pass, with its fork; `images` are rewards of estimated images; `backward` is the rest of the backward pass; `optimizer` is clipping
+and fused AdamW, `average` the EMA, `statistics` the objective's and those of the log. REPI is counted after its scaffold phase. What
+the objective computes on the host, of numbers that one copy brings there, launches nothing and is counted by itself.
+
+`vrpo-perceptual` is VRPO with the perceptual reward: DINOv2-B compares, at 224 pixels, what AutoencoderTiny decodes of seven samples in
+ten (those with t <= 0.7). Its activations are freed before the backward pass, so that they are not among those saved.
 
 The roofline is the least time on a GPU: an operation takes its FLOPs over the peak or its bytes over the bandwidth, whichever is
 longer. `eager` adds all operations up. `compiled` takes runs of operations between two matrix products or attentions as one
 kernel each, which reads what was made before it once, and writes only what is used after it: what a compiler would
 reach that fuses all it can and recomputes nothing. Launches, and all that does not overlap, come on top.
+
+Two tables need a C++ compiler or some seconds each. Graph breaks: of the graphs that `--compile` makes (a block, the loss, the fork's
+backward pass, the gate's sums), and of the whole model with its fork, if it were compiled at once. Kernels: what Inductor makes of the
+loss and the statistics on a CPU, as C++ functions and as loop nests in them. A GPU's kernels lie in between: it fuses no less, but
+nests of unlike shapes that share a function here are kernels of their own there.
 """
 
 import argparse
 import collections
 import contextlib
+import functools
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,7 +48,10 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from diffusers_vrpo.alignment import gradient_fork
 from diffusers_vrpo.alignment.attach import AlignedTransformer, alignment_layers
+from diffusers_vrpo.alignment.encoders import DINOV2_SHAPES, IMAGENET_MEAN, IMAGENET_STD, PatchEncoder
+from diffusers_vrpo.alignment.image_rewards import VELOCITY, ImageRewards
 from diffusers_vrpo.alignment.objective import objective_from_config
+from diffusers_vrpo.alignment.release import add_gradient_rows
 from diffusers_vrpo.alignment.start import scaffold_layer
 from diffusers_vrpo.alignment.whitening import WhitenedEncoder, Whitening
 from diffusers_vrpo.config import VRPOConfig, whitened_dims
@@ -50,9 +63,9 @@ from diffusers_vrpo.training.setup import build_optimizer, trainable_parameters
 from diffusers_vrpo.training.throughput import ForeachEMA, peak_flops
 
 
-OBJECTIVES = ("none", "repa", "vrpo", "irepa", "rare", "repi")
+OBJECTIVES = ("none", "repa", "vrpo", "irepa", "rare", "repi", "vrpo-perceptual")
 PRESETS = ("SiT-S/2", "SiT-B/2", "SiT-XL/2")
-PARTS = ("forward", "loss", "backward", "optimizer", "average", "statistics")
+PARTS = ("forward", "loss", "images", "backward", "optimizer", "average", "statistics")
 MAX_TRAIN_STEPS = 400_000
 EMBED_DIM = 768
 # The name whose dense bf16 peak throughput.py knows, and the bandwidth in the maker's data sheet, bytes a second.
@@ -122,7 +135,8 @@ class StepCounter(LiveBytes):
         if function._schema.is_mutable and not outputs:  # operations on lists return nothing
             outputs = [x for x in tree_leaves(args[0]) if isinstance(x, torch.Tensor)]
         written = sum(map(size_of, outputs))
-        read = inputs[1:] if packet in WRITE_ONLY else inputs
+        unread = packet in WRITE_ONLY or kwargs.get("beta") == 0  # a product that is added to nothing
+        read = inputs[1:] if unread else inputs
         read = sum(
             min(size_of(x), written) if i == 0 and packet in READ_IN_PART else size_of(x) for i, x in enumerate(read)
         )
@@ -196,6 +210,7 @@ class GivenFeatures:
         self.features: torch.Tensor | None = None
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        # Made before a step is counted, by a first call.
         if self.features is None or len(self.features) != len(images):
             self.features = torch.zeros(len(images), *self.shape)
         return self.features
@@ -207,6 +222,7 @@ def build(objective: str, preset: str, depth: int | None = None, latent_size: in
     Args:
         depth: blocks, in the place of the preset's.
     """
+    objective = objective.removesuffix("-perceptual")
     encoder = None if objective == "none" else ["given"]
     options = {"mixed_precision": "bf16", "max_train_steps": MAX_TRAIN_STEPS} | options
     args = VRPOConfig(objective=objective, encoder=encoder, resolution=8 * latent_size, **options)
@@ -225,6 +241,22 @@ def build(objective: str, preset: str, depth: int | None = None, latent_size: in
     return args, aligned.train()
 
 
+def perceptual(config, latent_size: int) -> ImageRewards:
+    """The perceptual reward of what AutoencoderTiny decodes, in the features of a DINOv2-B that sees 14 pixels a token."""
+    from diffusers import AutoencoderTiny
+    from transformers import AutoModel, Dinov2Config, PreTrainedModel
+
+    side = latent_size // config.patch_size
+    with mock.patch.object(PreTrainedModel, "init_weights"):  # it reads numbers, which fake tensors do not have
+        dinov2 = Dinov2Config(image_size=518, patch_size=14, **DINOV2_SHAPES["facebook/dinov2-base"])
+        model = AutoModel.from_config(dinov2, dtype=torch.bfloat16).eval()
+    pixel_format = (IMAGENET_MEAN, IMAGENET_STD, False)
+    encoder = PatchEncoder(model, EMBED_DIM, (side, side), (14 * side, 14 * side), None, pixel_format)
+    vae = AutoencoderTiny().eval().requires_grad_(False)
+    autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
+    return ImageRewards(["perceptual"], encoder, config=VELOCITY, vae=vae, autocast=autocast)
+
+
 def count_step(objective: str, preset: str, batch_size: int, depth: int | None = None, latent_size: int = 32) -> dict:
     """Counts a training step.
 
@@ -239,7 +271,8 @@ def count_step(objective: str, preset: str, batch_size: int, depth: int | None =
         saved = training_timeline(args, aligned, shape, with_pixels=False).saved[1]
         for parameter in aligned.parameters():
             parameter.grad = None
-        step = TrainingStep(args, aligned, blank_batch(args, aligned, shape, False, batch_size))
+        image_rewards = perceptual(aligned.transformer.config, latent_size) if "perceptual" in objective else None
+        step = TrainingStep(args, aligned, blank_batch(args, aligned, shape, False, batch_size), image_rewards)
         counter = StepCounter()
         step.take(counter)
     on_device = [o for o in counter.operations if o.part != "host"]
@@ -259,8 +292,15 @@ def count_step(objective: str, preset: str, batch_size: int, depth: int | None =
 class TrainingStep:
     """The parts of `VRPOTrainer.train_step`, on a given batch."""
 
-    def __init__(self, args: VRPOConfig, aligned: AlignedTransformer, batch: dict[str, torch.Tensor]):
-        self.args, self.aligned, self.batch = args, aligned, batch
+    def __init__(
+        self,
+        args: VRPOConfig,
+        aligned: AlignedTransformer,
+        batch: dict[str, torch.Tensor],
+        image_rewards: ImageRewards | None = None,
+    ):
+        self.args, self.aligned, self.batch, self.image_rewards = args, aligned, batch, image_rewards
+        self.prediction = None
         self.objective = objective_from_config(args, aligned, MAX_TRAIN_STEPS, prediction_type="velocity")
         if args.objective == "repi":
             self.objective.step_number = MAX_TRAIN_STEPS // 2
@@ -274,6 +314,8 @@ class TrainingStep:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.average.step(self.parameters)
+        for encoder in aligned.encoders:
+            encoder(batch["pixels"])
         process = SimpleNamespace(device=torch.device("cpu"), num_processes=1, scaler=None)
         self.guard = StepGuard(process, self.optimizer, SimpleNamespace(signum=0), False)
 
@@ -302,6 +344,7 @@ class TrainingStep:
             prediction, projections = AlignedTransformer.forward(self.aligned, *arguments, **named)
             ends = projections or (prediction,)
             ends[-1].register_hook(lambda _: setattr(counter, "current", "backward"))
+            self.prediction = prediction
             return prediction, projections
 
         with (
@@ -312,6 +355,9 @@ class TrainingStep:
             mock.patch.object(self.aligned, "forward", forward),
         ):
             loss, step = micro_step(args, self.aligned, objective, self.batch, lambda name: counter.part(names[name]))
+            if self.image_rewards is not None:
+                with counter.part("images"):
+                    loss = loss + self._reward_images()
             with counter.part("statistics"):
                 self.metrics.add(loss_fm=loss)
                 if step.logs:
@@ -333,7 +379,16 @@ class TrainingStep:
                 self.metrics.add(grad_norm=norm)
             with counter.part("host"):
                 objective.update()
+            if self.image_rewards is not None:
+                with counter.part("statistics"):
+                    self.metrics.add(**self.image_rewards.logs)
+                    self.image_rewards.update()
             counter.syncs["optimizer"] += 1  # the guard's answer, which is read here
+
+    def _reward_images(self) -> torch.Tensor:
+        x0, noise, t = (self.batch[name] for name in ("x0", "noise", "timestep"))
+        rows = torch.arange(round(self.image_rewards.max_t * len(x0)))
+        return self.image_rewards(self.prediction.float(), noise - x0, x0, x0 + noise, t, rows=rows)
 
 
 def counting(counter: StepCounter, fork):
@@ -412,32 +467,76 @@ def roofline(operations: list[Operation], device: str, bandwidth: float) -> dict
 # Graph breaks
 
 
+def small_step(objective: str):
+    """A step of a small model with real tensors: the options, the aligned transformer, its objective and a batch."""
+    args, aligned = build(objective, "SiT-S/2", depth=2, mixed_precision="no", projector_dim=32)
+    batch = blank_batch(args, aligned, (4, 32, 32), False, 4)
+    batch["x0"] = torch.randn_like(batch["x0"])
+    return args, aligned, objective_from_config(args, aligned, MAX_TRAIN_STEPS, prediction_type="velocity"), batch
+
+
 def count_breaks(objective: str) -> dict[str, int]:
-    """Breaks of the graph in the model's call with its fork, and in the loss, of a small model with real tensors."""
-    args, aligned = build(objective, "SiT-S/2", depth=2, latent_size=8, mixed_precision="no", projector_dim=32)
-    batch = blank_batch(args, aligned, (4, 8, 8), False, 2)
-    made = objective_from_config(args, aligned, MAX_TRAIN_STEPS, prediction_type="velocity")
+    """Breaks of the graphs that `--compile` makes, and of the whole model with its fork, of a small model with real tensors."""
+    args, aligned, made, batch = small_step(objective)
     step = made.begin(batch["timestep"], batch["pixels"])
     found = {}
+
+    def count(name: str, function, *inputs):
+        torch._dynamo.reset()
+        found[name] = torch._dynamo.explain(function)(*inputs).graph_break_count
 
     def model(x, t, labels):
         return aligned(x, t, labels, fork=step.fork, align=step.active, scaffold=step.scaffold)
 
     inputs = (batch["x0"] + batch["noise"], batch["timestep"], batch["class_labels"])
     prediction, projections = model(*inputs)
-    if step.scaffold is None:
-        torch._dynamo.reset()
-        found["model"] = torch._dynamo.explain(model)(*inputs).graph_break_count
+    tokens, width = torch.randn(4, 256, 384), torch.randn(4, 384)
+    count("block", aligned.transformer.transformer_blocks[0], tokens, width)
     if projections:
         projections = [p.detach().requires_grad_() for p in projections]
-        step.targets = made.targets(batch["pixels"])
+        targets = made.targets(batch["pixels"])
         loss_fm = (prediction.detach() - batch["noise"]).square().flatten(1).mean(1)
-        torch._dynamo.reset()
-        call = torch._dynamo.explain(
-            lambda: made(step, projections, batch["pixels"], loss_fm, subset=batch.get("tokens"))
-        )
-        found["loss"] = call().graph_break_count
+        draws = (batch.get("tokens"), None, None)
+        count("loss", made._losses, step, projections, targets, made._weight(step), loss_fm, draws, False)
+    if step.fork is not None:
+        count("fork", gradient_fork.mix_gradients, tokens, tokens, None)
+        count("gate", add_gradient_rows, made.gate.sums.sums, step.bins, torch.randn(2, 4))
+    if step.scaffold is None:
+        count("the whole model at once", model, *inputs)
     return found
+
+
+def count_kernels(objective: str) -> dict[str, int]:
+    """What Inductor generates on a CPU for the compiled loss, its backward pass, the fork and the gate, in one step.
+
+    `kernels` are the fused nodes of its scheduler, products among them, and `bytes` what these read and write.
+    """
+    from torch._inductor import compile_fx, config, metrics
+    from torch._inductor.utils import run_and_get_code
+
+    args, aligned, made, batch = small_step(objective)
+    torch._dynamo.reset()
+    metrics.reset()
+    gradient_fork.compiled_mix_gradients.cache_clear()
+    made.compile()
+
+    def step():
+        loss, state = micro_step(args, aligned, made, batch)
+        loss.backward()
+        made.observe(state)
+
+    # The metrics of a graph are computed where their log is on, and not for a graph from a cache.
+    with config.patch(force_disable_caches=True), mock.patch.object(compile_fx, "inductor_metrics_log"):
+        _, codes = run_and_get_code(step)
+    found = {"graphs": len(codes), "functions": 0, "loop nests": 0, "products": 0}
+    for code in codes:
+        found["functions"] += len(re.findall(r"^cpp_fused\w* = async_compile", code, re.MULTILINE))
+        found["loop nests"] += len(re.findall(r"^    \{$", code, re.MULTILINE))
+        found["products"] += len(re.findall(r"extern_kernels\.\w*mm\(", code))
+    kernels = [
+        node for node, _ in metrics.nodes_num_elem if not node.is_template() and type(node).__name__[:3] != "Nop"
+    ]
+    return found | {"kernels": len(kernels), "bytes": metrics.num_bytes_accessed}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -446,31 +545,31 @@ def count_breaks(objective: str) -> dict[str, int]:
 
 def print_counts(preset: str, by_objective: dict, batch_size: int):
     print(f"\n{preset}, batch {batch_size}, bf16 autocast")
-    print(f"{'launches':<12}" + "".join(f"{part:>12}" for part in (*PARTS, "step")) + f"{'syncs':>8}")
+    print(f"{'launches':<16}" + "".join(f"{part:>12}" for part in (*PARTS, "step")) + f"{'syncs':>8}")
     for name, found in by_objective.items():
         numbers = [found["parts"][part]["launches"] for part in PARTS] + [found["step"]["launches"]]
-        print(f"{name:<12}" + "".join(f"{n:>12,}" for n in numbers) + f"{found['step']['syncs']:>8}")
-    print(f"{'GB':<12}" + "".join(f"{part:>12}" for part in (*PARTS, "step")))
+        print(f"{name:<16}" + "".join(f"{n:>12,}" for n in numbers) + f"{found['step']['syncs']:>8}")
+    print(f"{'GB':<16}" + "".join(f"{part:>12}" for part in (*PARTS, "step")))
     for name, found in by_objective.items():
         parts = [found["parts"][part] for part in PARTS] + [found["step"]]
-        print(f"{name:<12}" + "".join(f"{(p['read'] + p['written']) / 1e9:>12.2f}" for p in parts))
+        print(f"{name:<16}" + "".join(f"{(p['read'] + p['written']) / 1e9:>12.2f}" for p in parts))
     print(
-        f"{'':<12}{'TFLOP':>12}{'saved MiB':>12}{'fused GB':>12}{'fused':>12}"
+        f"{'':<16}{'TFLOP':>12}{'saved MiB':>12}{'fused GB':>12}{'fused':>12}"
         + "".join(f"{gpu + ' ' + kind:>16}" for gpu in GPUS for kind in ("eager", "compiled"))
     )
     for name, found in by_objective.items():
         step, fused = found["step"], found["fused"]
         times = [found["roofline"][gpu][kind] * 1000 for gpu in GPUS for kind in ("eager", "compiled")]
         print(
-            f"{name:<12}{step['flops'] / 1e12:>12.2f}{step['saved'] / 2**20:>12.1f}{fused['bytes'] / 1e9:>12.2f}"
+            f"{name:<16}{step['flops'] / 1e12:>12.2f}{step['saved'] / 2**20:>12.1f}{fused['bytes'] / 1e9:>12.2f}"
             f"{fused['launches']:>12,}" + "".join(f"{ms:>13.1f} ms" for ms in times)
         )
-    print(f"{'the loss':<12}{'launches':>12}{'fused':>12}{'GB':>12}{'fused GB':>12}{'on the host':>12}")
+    print(f"{'the loss':<16}{'launches':>12}{'fused':>12}{'GB':>12}{'fused GB':>12}{'on the host':>12}")
     for name, found in by_objective.items():
         loss = found["parts"]["loss"]
         fused, size = loss["fused"], loss["read"] + loss["written"]
         print(
-            f"{name:<12}{loss['launches']:>12,}{fused['launches']:>12,}{size / 1e9:>12.2f}{fused['bytes'] / 1e9:>12.2f}"
+            f"{name:<16}{loss['launches']:>12,}{fused['launches']:>12,}{size / 1e9:>12.2f}{fused['bytes'] / 1e9:>12.2f}"
             f"{found['host']:>12,}"
         )
 
@@ -497,6 +596,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES), help="default: all")
     parser.add_argument("--batch_size", type=int, default=256, help="images (default: 256)")
     parser.add_argument("--no-breaks", dest="breaks", action="store_false", help="do not look for graph breaks")
+    parser.add_argument(
+        "--kernels",
+        action="store_true",
+        help="also compile the loss of repa and vrpo with Inductor, and count kernels",
+    )
     parser.add_argument("--operations", choices=PARTS, help="list the operations of this part instead")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers")
     return parser
@@ -516,13 +620,18 @@ def main(settings: argparse.Namespace):
         print_counts(preset, counts[preset], settings.batch_size)
     for gpu, (name, bandwidth) in GPUS.items():
         print(f"{gpu}: {peak_flops(name, torch.bfloat16) / 1e12:.1f} TFLOP/s in bf16, {bandwidth / 1e12:.2f} TB/s")
-    breaks = {}
+    breaks, kernels = {}, {}
     if settings.breaks:
-        breaks = {name: count_breaks(name) for name in settings.objectives}
+        breaks = {name: count_breaks(name) for name in settings.objectives if name != "vrpo-perceptual"}
         for name, found in breaks.items():
             print(f"graph breaks, {name}: " + ", ".join(f"{part} {number}" for part, number in found.items()))
+    if settings.kernels:
+        kernels = {name: count_kernels(name) for name in settings.objectives if name in ("repa", "vrpo")}
+        for name, found in kernels.items():
+            print(f"compiled loss, {name}: " + ", ".join(f"{number} {part}" for part, number in found.items()))
     if settings.json:
-        report = {"batch_size": settings.batch_size, "torch": torch.__version__, "counts": counts, "breaks": breaks}
+        report = {"batch_size": settings.batch_size, "torch": torch.__version__, "counts": counts}
+        report |= {"breaks": breaks, "kernels": kernels}
         settings.json.write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -111,13 +111,13 @@ def test_mixed_gradient_by_hand():
     g_main = torch.tensor([[3.0, 4.0], [3.0, 4.0], [0.0, 0.0], [3.0, 4.0]])[:, None]
     g_align = torch.tensor([[2.0, 0.0], [-2.0, 0.0], [2.0, 0.0], [0.0, 0.0]])[:, None]
     share = torch.full((4,), 0.25)
-    mixed, cosine, ratio = mix_gradients(g_main, g_align, share)
+    mixed, (cosine, ratio) = mix_gradients(g_main, g_align, share)
     # 0.25 * 2/5 = 0.1 of g_main and 0.75 of g_align are added.
     expected = torch.tensor([[3.3 + 1.5, 4.4], [3.3 - 1.5, 4.4], [1.5, 0.0], [3.0, 4.0]])[:, None]
     torch.testing.assert_close(mixed, expected)
     torch.testing.assert_close(cosine, torch.tensor([0.6, -0.6, 0.0, 0.0]))
     torch.testing.assert_close(ratio, torch.tensor([0.4, 0.4, 0.0, 0.0]))
-    mixed, cosine, ratio = mix_gradients(g_main, g_align, share, "project")
+    mixed, (cosine, ratio) = mix_gradients(g_main, g_align, share, "project")
     # In the second, (-2, 0) loses -0.6 * 2 of (0.6, 0.8): (-1.28, 0.96), of norm 1.6.
     expected[1, 0] = torch.tensor([3 * 1.08 - 0.75 * 1.28, 4 * 1.08 + 0.75 * 0.96])
     torch.testing.assert_close(mixed, expected)
@@ -219,15 +219,28 @@ def test_half_precision_is_finite(dtype, conflict, autocast):
         assert p.grad.isfinite().all() and p.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("conflict", CONFLICTS)
+def test_without_a_share_the_gradients_are_added(conflict):
+    """None gives, to the bit, what a share of 0 gives."""
+    torch.manual_seed(0)
+    g_main, g_align = torch.randn(2, 4, 3, 5)
+    for a, b in zip(
+        mix_gradients(g_main, g_align, None, conflict), mix_gradients(g_main, g_align, 0 * g_main[:, 0, 0], conflict)
+    ):
+        assert torch.equal(a, b)
+    if conflict != "project":
+        assert torch.equal(mix_gradients(g_main, g_align, None)[0], g_main + g_align)
+
+
 def test_norms_of_half_precision_gradients_do_not_overflow():
     # The squares of 300 and of 1e-4 lie outside of float16.
     g_main, g_align = torch.full((1, 64, 64), 300.0).half(), torch.full((1, 64, 64), -1e-4).half()
     for conflict in CONFLICTS:
-        mixed, cosine, ratio = mix_gradients(g_main, g_align, torch.tensor([0.5]), conflict)
+        mixed, (cosine, ratio) = mix_gradients(g_main, g_align, torch.tensor([0.5]), conflict)
         assert ratio.item() == pytest.approx(1e-4 / 300, rel=1e-2)
         assert cosine.item() == pytest.approx(-1, abs=1e-5) and mixed.dtype == torch.float16
         torch.testing.assert_close(mixed, g_main)
-        mixed, _, _ = mix_gradients(g_align, g_main, torch.tensor([0.5]), conflict)
+        mixed, _ = mix_gradients(g_align, g_main, torch.tensor([0.5]), conflict)
         # Half of 300 in each direction cancel; projected, nothing of 300 is left.
         assert mixed.abs().max() < 1e-3
 
@@ -236,7 +249,7 @@ def test_norms_of_half_precision_gradients_do_not_overflow():
 def test_zero_and_opposite_gradients_give_no_nan(conflict):
     g = torch.randn(4, N, D)
     for g_main, g_align in ((g, g * 0), (g * 0, g), (g * 0, g * 0), (g, -g), (g * 1e-18, g)):
-        mixed, cosine, ratio = mix_gradients(g_main, g_align, torch.tensor([0.0, 0.3, 0.6, 1.0]), conflict)
+        mixed, (cosine, ratio) = mix_gradients(g_main, g_align, torch.tensor([0.0, 0.3, 0.6, 1.0]), conflict)
         assert ratio.isfinite().all() and (ratio >= 0).all()
         assert mixed.isfinite().all() and cosine.isfinite().all() and cosine.abs().max() <= 1 + 1e-6
         if not g_align.any():

@@ -291,6 +291,23 @@ def test_token_shares_divide_what_fidelity_leaves():
     torch.testing.assert_close(token_shares(shares), torch.tensor([[0.6, 0.4], [0.5, 0.5]]))
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_gradient_of_unit_vectors_is_that_of_a_division_by_the_norm(transposed):
+    """To the bit, for maps of conv projectors, too, whose channels come first."""
+    torch.manual_seed(0)
+    x, weights = torch.randn(2, 7, 48), torch.randn(2, 7, 48)
+    x[0, 0], x[1, 2] = 0, 1e-8
+    x = x.mT.contiguous().mT if transposed else x
+    gradients = []
+    for function in (
+        normalize,
+        lambda x: x / torch.nn.functional.threshold(x.norm(dim=-1, keepdim=True), 1e-6, math.inf),
+    ):
+        raw = x.clone().requires_grad_()
+        gradients += torch.autograd.grad((function(raw) * weights).sum(), raw)
+    assert torch.equal(*gradients) and not gradients[0][0, 0].any()
+
+
 def test_short_vectors_have_no_gradient():
     x = torch.tensor([[0.0, 0.0], [3.0, 4.0], [1e-9, 0.0]], requires_grad=True)
     unit = normalize(x)

@@ -10,10 +10,10 @@ import functools
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 
 
 CONFLICTS = ("none", "gate", "project")
-SMALLEST = 1e-30  # below every norm that is not zero: a square is at least 1.4e-45 in float32, or it is zero
 
 
 def _per_sample(x: torch.Tensor, ndim: int) -> torch.Tensor:
@@ -21,8 +21,8 @@ def _per_sample(x: torch.Tensor, ndim: int) -> torch.Tensor:
 
 
 def mix_gradients(
-    g_main: torch.Tensor, g_align: torch.Tensor, fidelity_share: torch.Tensor, conflict: str = "none"
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    g_main: torch.Tensor, g_align: torch.Tensor, fidelity_share: torch.Tensor | None, conflict: str = "none"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Computes the gradient that the fork passes on: `g_main + (1 - s_f) g_align + s_f (||g_align|| / max(||g_main||, 1e-12)) g_main`.
 
     Norms are over `[N,D]` of each example, in float32. Both gradients may carry any common factor (loss scaling,
@@ -30,29 +30,33 @@ def mix_gradients(
 
     Args:
         g_main, g_align: gradients of the flow-matching and of the alignment loss, `[B,N,D]`, any floating dtype.
-        fidelity_share: `s_f` in [0, 1], `[B]`.
+        fidelity_share: `s_f` in [0, 1], `[B]`; None for 0, where the result is the sum of the two.
         conflict: with `"project"`, `g_align` loses its component against `g_main` first, in the samples where their
             cosine is negative (PCGrad, arXiv 2001.06782, one way); `"none"` and `"gate"` leave it.
 
     Returns:
         the gradient `[B,N,D]` in the dtype of `g_main`; of the two as they came in, the cosine and the ratio
-        `||g_align|| / ||g_main||`, both float32 `[B]`, 0 where one of them is exactly zero.
+        `||g_align|| / ||g_main||`, float32 `[2,B]`, 0 where one of them is exactly zero.
     """
     main, align, ndim = g_main.float(), g_align.float(), g_main.ndim
     norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in (main, align)])
     norm_main, norm_align = norms
-    # One division after the other: the product of two small norms would underflow. Where one is zero, so is the product.
-    above_zero, above_zero_align = norms.clamp_min(SMALLEST)
-    cosine = (main * align).flatten(1).sum(1) / above_zero / above_zero_align
-    ratio = torch.where(norm_main > 0, norm_align / above_zero, 0.0)
+    # One division after the other: the product of two small norms would underflow. Divided by infinity in the place of a
+    # norm of zero, both are zero.
+    divisor_main, divisor_align = F.threshold(norms, 0.0, float("inf"))
+    measures = torch.stack([(main * align).flatten(1).sum(1), norm_align]) / divisor_main
+    measures[0].div_(divisor_align)
     if conflict == "project":
-        against = cosine.clamp(max=0) * norm_align / norm_main.clamp_min(1e-12)
+        against = measures[0].clamp(max=0) * norm_align / norm_main.clamp_min(1e-12)
         align = align - _per_sample(against, ndim) * main
+    if fidelity_share is None:
+        return (main + align).to(g_main.dtype), measures
+    if conflict == "project":
         norm_align = torch.linalg.vector_norm(align.flatten(1), dim=1)
     share = fidelity_share.float()
     gain = 1 + share * norm_align / norm_main.clamp_min(1e-12)
     mixed = _per_sample(gain, ndim) * main + _per_sample(1 - share, ndim) * align
-    return mixed.to(g_main.dtype), cosine, ratio
+    return mixed.to(g_main.dtype), measures
 
 
 class _Fork(torch.autograd.Function):
@@ -68,17 +72,17 @@ class _Fork(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         _, fidelity_share, probe, ctx.conflict, ctx.compiled = inputs
-        ctx.save_for_backward(fidelity_share)
+        ctx.save_for_backward(*[] if fidelity_share is None else [fidelity_share])
         ctx.probe_dtype = probe.dtype
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_main, g_align):
         # An unused branch has a gradient of zeros.
-        (fidelity_share,) = ctx.saved_tensors
+        fidelity_share = next(iter(ctx.saved_tensors), None)
         mix = compiled_mix_gradients() if ctx.compiled else mix_gradients
-        mixed, cosine, ratio = mix(g_main, g_align, fidelity_share, ctx.conflict)
-        return mixed, None, torch.stack([cosine, ratio]).to(ctx.probe_dtype), None, None
+        mixed, measures = mix(g_main, g_align, fidelity_share, ctx.conflict)
+        return mixed, None, measures.to(ctx.probe_dtype), None, None
 
 
 @functools.cache
@@ -89,7 +93,7 @@ def compiled_mix_gradients() -> Callable:
 
 def fork(
     hidden_states: torch.Tensor,
-    fidelity_share: torch.Tensor,
+    fidelity_share: torch.Tensor | None,
     probe: torch.Tensor,
     conflict: str = "none",
     compiled: bool = False,
@@ -102,7 +106,7 @@ def fork(
 
     Args:
         hidden_states: `[B,N,D]`.
-        fidelity_share: `s_f` in [0, 1], `[B]`; it gets no gradient.
+        fidelity_share: `s_f` in [0, 1], `[B]`; it gets no gradient. None is 0.
         probe: `measuring_probe(B)`. After backward `probe.grad[0]` is the cosine per sample and `probe.grad[1]` the ratio
             `||g_align|| / ||g_main||`, both 0 where one gradient is exactly zero, not finite where one is not (half
             precision that overflowed).
@@ -128,7 +132,7 @@ def scale_gradient(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def alignment_fork(
-    fidelity_share: torch.Tensor, probe: torch.Tensor, conflict: str = "none", compiled: bool = False
+    fidelity_share: torch.Tensor | None, probe: torch.Tensor, conflict: str = "none", compiled: bool = False
 ) -> Callable:
     """Creates the `fork` argument of `AlignedTransformer.forward`: it calls `fork` at the deepest aligned block.
 
@@ -139,6 +143,8 @@ def alignment_fork(
     def split(hidden_states: torch.Tensor, deepest: bool) -> tuple[torch.Tensor, torch.Tensor]:
         if deepest:
             return fork(hidden_states, fidelity_share, probe, conflict, compiled)
+        if fidelity_share is None:
+            return hidden_states, hidden_states
         return hidden_states, scale_gradient(hidden_states, 1 - fidelity_share)
 
     return split

@@ -31,7 +31,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 
 from ..config import REPA_LOSS, alignment_end_of, end_of_alignment
 from ..errors import InputError
@@ -414,7 +413,7 @@ class REPA(NoAlignment):
             step.values = dict(zip(tables, table[:, step.bins].split(rows)))
         if self.forks:
             step.probe = measuring_probe(len(t), t.device)
-            share = step.values["fidelity"][0] if "fidelity" in tables else torch.zeros_like(t)
+            share = step.values["fidelity"][0] if "fidelity" in tables else None
             step.fork = alignment_fork(share, step.probe, self.conflict, self.compiled)
         return step
 
@@ -743,7 +742,7 @@ class VRPO(REPA):
         of_tokens = token_shares(by_block.mT.flatten(0, 1), self.fidelity).unflatten(0, (-1, NUM_BINS)).mT
         of_tokens = of_tokens.repeat_interleave(num_encoders, dim=0)
         tables = {"shares": of_tokens.flatten(0, 1), "tau": tau[:, self.fidelity :].flatten(0, 1)}
-        if self.fidelity:
+        if self.fidelity and self.statistics.has_share(0):
             tables["fidelity"] = by_block[-1, :1]  # the fork stands at the deepest aligned block
         return super()._tables() | tables
 
@@ -775,9 +774,8 @@ class VRPO(REPA):
         else:
             loss, rewards, squares = self._sampled_loss(step, i, mu, y, subset, shares, weights, index, logs)
         if self.fidelity:
+            # It has neither a gradient at the tokens nor a tau.
             rewards = torch.cat([-loss_fm.detach().unsqueeze(1), rewards], dim=1)
-            # Fidelity has neither a gradient at the tokens nor a tau.
-            squares = F.pad(squares, (1, 0))
         self.statistics.observe(i, step.t, rewards, squares, step.bins)
         of_samples = rewards.detach().mean(0)
         self._log(logs, **{f"reward/{name}": of_samples[k] for k, name in enumerate(self.reward_names)})

@@ -80,7 +80,7 @@ class _Pull(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         direction, token_weights = ctx.saved_tensors
-        scale = (-gradient / direction.shape[1]).unsqueeze(-1)
+        scale = (gradient / -direction.shape[1]).unsqueeze(-1)
         if token_weights is not None:
             scale = scale * token_weights
         return scale.unsqueeze(-1) * direction, None, None

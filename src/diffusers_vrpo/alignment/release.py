@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from .host_copy import DeviceSums, finite
+from .host_copy import DeviceSums
 from .reward_statistics import MIN_SAMPLES, NUM_BINS, RewardStatistics
 
 
@@ -45,7 +45,7 @@ class ConflictGate:
         self.step = 0
         # `row`: steps in a row in which the bound was below 0; `closing`: completed steps of the way from 1 to 0.
         names = ("mean", "square", "count", "row", "closing", "ratio", "ratio_count")
-        # Samples, cosines, squares of cosines; samples, ratios.
+        # Samples with a cosine, samples with a ratio; cosines, ratios, squares of cosines.
         self.sums = DeviceSums((5, NUM_BINS), device)
         self._add = add_gradient_rows
         self.state = {name: torch.zeros(NUM_BINS, dtype=self.sums.dtype) for name in names}
@@ -80,7 +80,7 @@ class ConflictGate:
 
         It waits for the device, unless `collect` was called before.
         """
-        count, cosine, square, ratio_count, ratio = self.sums.read(all_reduce)
+        count, ratio_count, cosine, ratio, square = self.sums.read(all_reduce)
         state = self.state
         has_ratio = (ratio_count > 0).to(ratio.dtype)
         state["ratio"].lerp_(ratio / ratio_count.clamp_min(1), (1 - COSINE_DECAY) * has_ratio)
@@ -168,14 +168,12 @@ class ConflictGate:
 
 
 def add_gradient_rows(sums: torch.Tensor, bins: torch.Tensor, measures: torch.Tensor) -> None:
-    """Adds to the `sums [5,bins]` of a `ConflictGate`, of cosine and ratio `[2,B]`: 1, the cosine, its square; 1, the ratio.
+    """Adds to the `sums [5,bins]` of a `ConflictGate`, of cosine and ratio `[2,B]`: 1 and 1, both, the cosine's square.
 
     What does not count, exact zeros, NaN and inf, is 0 in all of its rows.
     """
-    known = finite(measures) & (measures != 0)
-    cosine, ratio = torch.where(known, measures, 0).to(sums.dtype)
-    has_cosine, has_ratio = known.to(sums.dtype)
-    sums.index_add_(1, bins, torch.stack([has_cosine, cosine, cosine.square(), has_ratio, ratio]))
+    values = measures.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).to(sums.dtype)
+    sums.index_add_(1, bins, torch.cat([(values != 0).to(sums.dtype), values, values[:1].square()]))
 
 
 class Release:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import InputError
-from .host_copy import DeviceSums, finite
+from .host_copy import DeviceSums
 
 
 NUM_BINS = 10  # timestep bins of equal width
@@ -105,9 +105,10 @@ class RewardStatistics:
     def __init__(self, num_layers: int, num_rewards: int, weighting: str | tuple[float, ...], device="cpu"):
         shape = (num_layers, num_rewards, NUM_BINS)
         self.step = 0
-        # Of each projector: the count; rewards, their squares, and squares of gradients.
+        # Of each projector: squares of gradients; the count; rewards, and their squares.
         self.sums = DeviceSums((num_layers, 1 + 3 * num_rewards, NUM_BINS), device)
         dtype = self.sums.dtype
+        self.given_shares = weighting if isinstance(weighting, tuple) else None
         self.weighting = torch.tensor(weighting, dtype=dtype) if isinstance(weighting, tuple) else weighting
         self.state = {
             "spread": torch.zeros(shape, dtype=dtype),  # squared deviations from the step's mean, summed
@@ -126,8 +127,9 @@ class RewardStatistics:
 
     @staticmethod
     def _by_name(sums: torch.Tensor) -> dict[str, torch.Tensor]:
-        count, of_rewards = sums[:, 0], sums[:, 1:].unflatten(1, (3, -1))
-        return {"count": count} | dict(zip(("reward", "square", "gradient_square"), of_rewards.unbind(1)))
+        num_rewards = sums.shape[1] // 3
+        gradient_square, count, reward, square = sums.split([num_rewards, 1, num_rewards, num_rewards], dim=1)
+        return {"count": count.squeeze(1), "reward": reward, "square": square, "gradient_square": gradient_square}
 
     def variance(self) -> torch.Tensor:
         """`sigma_k^2` over samples of the token mean of each raw reward, `[L,K,bins]`."""
@@ -141,6 +143,10 @@ class RewardStatistics:
         shares = clip_shares(shares_from_std(sigma, self.weighting))
         known = (self.state["count"] >= MIN_SAMPLES)[:, None]
         return torch.where(known, shares, 1 / shares.shape[-1]).movedim(-1, 1)
+
+    def has_share(self, reward: int) -> bool:
+        """Whether a reward, by its number, ever has a share: only given shares can leave it without one."""
+        return self.given_shares is None or self.given_shares[reward] > 0
 
     def tau(self) -> torch.Tensor:
         """`tau_k` `[L,K,bins]`: a tenth of the gradients' usual size, never below its value at step 1,000."""
@@ -175,22 +181,19 @@ class RewardStatistics:
 
         Args:
             t: timesteps `[B]`.
-            rewards, gradient_squares: token means of rewards and of squared gradient norms, `[B,K]`.
+            rewards: their token means, `[B,K]`.
+            gradient_squares: token means of squared gradient norms, `[B,K]`, or `[B,J]` of the last J rewards, if the others
+                have no gradient.
             bins: `bins(t)`, if it is known.
         """
         values = torch.cat([rewards, gradient_squares], dim=1).detach()
+        rows = reward_rows(values, rewards.shape[1], self.sums.dtype)
         bins = self.bins(t) if bins is None else bins
-        self.sums.sums[layer].index_add_(1, bins, reward_rows(values, self.sums.dtype).mT)
+        self.sums.sums[layer, -rows.shape[1] :].index_add_(1, bins, rows.mT)
 
     def collect(self, all_reduce=None):
         """Starts the copy of the sums to the host, which `update` then need not wait for; `all_reduce(tensor)` adds up processes."""
-        self.sums.collect(None if all_reduce is None else lambda sums: self._reduced(sums, all_reduce))
-
-    def _reduced(self, sums: torch.Tensor, all_reduce) -> torch.Tensor:
-        parts = list(self._by_name(sums).values())
-        flat = all_reduce(torch.cat([part.flatten() for part in parts]))
-        parts = [f.view_as(part) for f, part in zip(flat.split([part.numel() for part in parts]), parts)]
-        return torch.cat([parts[0].unsqueeze(1), *parts[1:]], dim=1)
+        self.sums.collect(all_reduce)
 
     def update(self, all_reduce=None):
         """Updates the averages with the observations since the last call; `all_reduce(tensor)` sums over processes.
@@ -239,15 +242,17 @@ class RewardStatistics:
             tensor.copy_(state_dict[name])
 
 
-def reward_rows(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What `RewardStatistics` adds up of each sample: 1, the K rewards, their squares, squared gradients; `[B, 1 + 3 K]`.
+def reward_rows(values: torch.Tensor, num_rewards: int, dtype: torch.dtype) -> torch.Tensor:
+    """What `RewardStatistics` adds up of each sample: J squared gradients, 1, the K rewards, their squares; `[B, J + 1 + 2 K]`.
 
     Args:
-        values: rewards and squared gradients, `[B, 2 K]`. A sample in which one is not finite counts as none: a single one
+        values: rewards and squared gradients, `[B, K + J]`. A sample in which one is not finite counts as none: a single one
             would permanently spoil its bin.
+        num_rewards: K.
         dtype: of the result.
     """
-    known = finite(values).all(1, keepdim=True)
+    # NaN is not below infinity, and the largest of some numbers is NaN if one of them is.
+    known = torch.linalg.vector_norm(values, ord=float("inf"), dim=1, keepdim=True) < float("inf")
     values = torch.where(known, values, 0).to(dtype)
-    rewards, squares = values.chunk(2, dim=1)
-    return torch.cat([known.to(dtype), rewards, rewards.square(), squares], dim=1)
+    rewards, squares = values.tensor_split([num_rewards], dim=1)
+    return torch.cat([squares, known.to(dtype), rewards, rewards.square()], dim=1)

@@ -26,10 +26,36 @@ def normalize(x: torch.Tensor) -> torch.Tensor:
 
     Vectors shorter than 1e-6 become zero and get no gradient, since it would be very large.
     """
-    x = x.float()
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    # Divided by infinity, a vector and its gradient are zero: cheaper than to choose for each of its numbers.
-    return x / F.threshold(norm, 1e-6, float("inf"))
+    return _Normalize.apply(x.float())[0]
+
+
+class _Normalize(torch.autograd.Function):
+    """Unit vectors and the norms that they were divided by, in float32.
+
+    The backward pass, `(g - <g, mu> mu) / norm`, is autograd's of a division by a norm, to the bit, without what that computes twice.
+    """
+
+    @staticmethod
+    def forward(x):
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        # Divided by infinity, a vector and its gradient are zero: cheaper than to choose for each of its numbers.
+        norm = F.threshold(norm, 1e-6, float("inf"))
+        return x / norm, norm
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient, _):
+        if gradient is None:
+            return None
+        mu, norm = ctx.saved_tensors
+        along = (gradient * (mu / norm)).sum(-1, keepdim=True)
+        return gradient / norm - mu * along
 
 
 def tangent(mu: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -122,7 +148,8 @@ def structural_gradient(mu: torch.Tensor, y: torch.Tensor, subset: torch.Tensor)
     """The structural reward at the mean action, and its tangent gradient, from one difference of relations."""
     mu_s = take_tokens(mu, subset)
     difference = torch.baddbmm(mu @ mu_s.mT, y, take_tokens(y, subset).mT, alpha=-1)
-    gradient = (difference * (-2 / subset.shape[1])) @ mu_s
+    # With beta 0 the first argument is not read.
+    gradient = torch.baddbmm(mu, difference, mu_s, beta=0, alpha=-2 / subset.shape[1])
     return -difference.square().mean(-1), tangent(mu, gradient)
 
 

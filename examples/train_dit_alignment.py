@@ -5,10 +5,10 @@
 
     accelerate launch --mixed_precision bf16 examples/train_dit_alignment.py --dataset_name ILSVRC/imagenet-1k \
         --pretrained_model_name_or_path facebook/DiT-XL-2-256 --encoder facebook/dinov2-base --layer 8 \
-        --resolution 256 --learning_rate 1e-4 --random_flip
+        --projector_dim 2048 --resolution 256 --learning_rate 1e-4 --random_flip
 
-This is a plain loop of accelerate. The six lines that end in `# alignment` attach the encoder to it, and the call of the
-model returns the projected tokens along with the prediction.
+This is a plain loop of accelerate. The six lines that end in `# alignment` attach the encoder to it. Two others change: the
+model returns the projected tokens along with the prediction, and the loss gets a second term. `--objective none` trains alone.
 """
 
 import argparse
@@ -19,17 +19,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from datasets import load_dataset
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTTransformer2DModel
+from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_snr
 from diffusers.utils import make_image_grid, numpy_to_pil
 from PIL import ImageOps
 from tqdm.auto import tqdm
 
-from diffusers_vrpo import REPA, VRPO, AlignedTransformer, load_digits_dataset, load_encoder
+from diffusers_vrpo import REPA, VRPO, AlignedTransformer, NoAlignment, load_digits_dataset, load_encoder
 
 
-OBJECTIVES = {"repa": REPA, "vrpo": VRPO}
+OBJECTIVES = {"none": NoAlignment, "repa": REPA, "vrpo": VRPO}
 
 
 def parse_args(argv=None):
@@ -42,20 +42,19 @@ def parse_args(argv=None):
     parser.add_argument("--encoder", default="embedded:digits", help="a vision model of transformers")
     parser.add_argument("--objective", choices=OBJECTIVES, default="vrpo")
     parser.add_argument("--layer", type=int, default=2, help="the aligned block, counted from 1")
-    parser.add_argument(
-        "--dataset_name", default="embedded:digits", help="a data set of the Hub, or a folder of images"
-    )
+    parser.add_argument("--projector_dim", type=int, default=256, help="hidden width of the projector")
+    parser.add_argument("--dataset_name", default="embedded:digits", help="a data set of the Hub, or a folder of one")
     parser.add_argument("--image_column", default="image")
     parser.add_argument("--label_column", default="label")
     parser.add_argument("--resolution", type=int, default=8)
     parser.add_argument("--random_flip", action="store_true")
-    parser.add_argument("--train_batch_size", type=int, default=32)
+    parser.add_argument("--train_batch_size", type=int, default=64)
     parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
-    parser.add_argument("--max_train_steps", type=int, default=300)
+    parser.add_argument("--max_train_steps", type=int, default=1000)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--lr_warmup_steps", type=int, default=50)
-    parser.add_argument("--num_inference_steps", type=int, default=50)
-    parser.add_argument("--guidance_scale", type=float, default=1.5)
+    parser.add_argument("--num_inference_steps", type=int, default=100)
+    parser.add_argument("--guidance_scale", type=float, default=2.0)
     parser.add_argument("--dataloader_num_workers", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", default="outputs/dit-alignment")
@@ -63,16 +62,16 @@ def parse_args(argv=None):
 
 
 @torch.no_grad()
-def sample(transformer, vae, scheduler, labels, shape, num_inference_steps, guidance_scale, seed):
+def sample(transformer, vae, scheduler, labels, shape, args):
     """Draws an image for each of `labels`, a list of PIL images."""
-    device, num_classes = transformer.device, transformer.config.num_embeds_ada_norm
-    latents = torch.randn(len(labels), *shape, generator=torch.Generator().manual_seed(seed)).to(device)
-    both = torch.tensor([*labels, *[num_classes] * len(labels)], device=device)  # the last row is that of no class
-    scheduler.set_timesteps(num_inference_steps)
+    device, no_class = transformer.device, transformer.config.num_embeds_ada_norm
+    latents = torch.randn(len(labels), *shape, generator=torch.Generator().manual_seed(args.seed)).to(device)
+    both = torch.tensor([*labels, *[no_class] * len(labels)], device=device)
+    scheduler.set_timesteps(args.num_inference_steps)
     for timestep in scheduler.timesteps:
         prediction = transformer(latents.repeat(2, 1, 1, 1), timestep.expand(len(both)).to(device), both).sample
         of_class, of_none = prediction[:, : shape[0]].chunk(2)
-        latents = scheduler.step(of_none + guidance_scale * (of_class - of_none), timestep, latents).prev_sample
+        latents = scheduler.step(of_none + args.guidance_scale * (of_class - of_none), timestep, latents).prev_sample
     images = latents if vae is None else vae.decode(latents / vae.config.scaling_factor).sample
     return numpy_to_pil((images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy())
 
@@ -97,12 +96,9 @@ def main(args):
             pixels = [image.flip(2) if torch.rand(()) < 0.5 else image for image in pixels]
         return {"pixel_values": pixels, "labels": examples[args.label_column]}
 
+    data, workers = dataset.with_transform(preprocess), args.dataloader_num_workers
     dataloader = torch.utils.data.DataLoader(
-        dataset.with_transform(preprocess),
-        batch_size=args.train_batch_size,
-        shuffle=True,
-        drop_last=True,
-        num_workers=args.dataloader_num_workers,
+        data, args.train_batch_size, shuffle=True, drop_last=True, num_workers=workers
     )
 
     # Models
@@ -114,6 +110,7 @@ def main(args):
     side = args.resolution if vae is None else args.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
     if source:
         transformer = DiTTransformer2DModel.from_pretrained(source, subfolder="transformer")
+        noise_scheduler = DDPMScheduler.from_pretrained(source, subfolder="scheduler", clip_sample=False)
     else:
         transformer = DiTTransformer2DModel(
             num_attention_heads=args.num_attention_heads,
@@ -124,13 +121,20 @@ def main(args):
             patch_size=args.patch_size,
             num_embeds_ada_norm=num_classes,
         )
+        # This schedule keeps more of small images. Sampling clips the estimated image to the range of pixels.
+        noise_scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=vae is None)
     transformer.to(device).train()
-    noise_scheduler = DDPMScheduler(clip_sample=False)
+    # Guidance needs a prediction without the class, by the last row of the tables. Left to themselves, the blocks would drop
+    # the class independently of each other, so that hardly a sample is without it in all of them.
+    no_class = transformer.config.num_embeds_ada_norm
+    for block in transformer.transformer_blocks:
+        block.norm1.emb.class_embedder.dropout_prob = 0.0
 
     Objective = OBJECTIVES[args.objective]
     # Rows and columns of the transformer's tokens, to which the encoder's embeddings are resampled
     grid = (side // transformer.config.patch_size,) * 2
-    model = AlignedTransformer(transformer, [args.layer], [load_encoder(args.encoder, grid).to(device)])  # alignment
+    encoder = load_encoder(args.encoder, grid).to(device)  # alignment
+    model = AlignedTransformer(transformer, [args.layer], [encoder], projector_dim=args.projector_dim)  # alignment
     objective = Objective(model, args.max_train_steps, prediction_type="epsilon")  # alignment
 
     # Optimizer
@@ -148,20 +152,18 @@ def main(args):
                 if vae is not None:
                     with torch.no_grad():
                         latents = vae.encode(images).latent_dist.sample() * vae.config.scaling_factor
+                labels = torch.where(torch.rand(len(latents), device=device) < 0.1, no_class, batch["labels"])
                 noise = torch.randn_like(latents)
                 timesteps = torch.randint(1000, (len(latents),), device=device)
                 noisy = noise_scheduler.add_noise(latents, noise, timesteps)
 
                 # Alignment counts time as flow matching does: the share of the noise, 1 / (1 + sqrt(signal-to-noise)).
                 step = objective.begin(1 / (1 + compute_snr(noise_scheduler, timesteps).sqrt()))  # alignment
-                prediction, projections = model(noisy, timesteps, batch["labels"], fork=step.fork, align=step.active)
+                prediction, projections = model(noisy, timesteps, labels, fork=step.fork, align=step.active)
 
                 # A pretrained DiT has further channels for the variance, which are not trained here.
-                prediction = prediction[:, : latents.shape[1]].float()
-                mse = (prediction - noise).square().flatten(1).mean(1)
-                loss = mse.mean()
-                loss = loss + objective.alignment_coeff * objective(step, projections, images, mse)  # alignment
-
+                mse = (prediction[:, :channels].float() - noise).square().flatten(1).mean(1)
+                loss = mse.mean() + objective.alignment_coeff * objective(step, projections, images, mse)
                 accelerator.backward(loss)
                 objective.observe(step)  # alignment
                 if accelerator.sync_gradients:
@@ -184,12 +186,13 @@ def main(args):
     if accelerator.is_main_process:
         output_dir = Path(args.output_dir)
         transformer.eval().save_pretrained(output_dir / "transformer")
-        scheduler = DDIMScheduler(clip_sample=False)
-        scheduler.save_pretrained(output_dir / "scheduler")
-        labels = [number % num_classes for number in range(20)]
-        shape, steps, guidance = (channels, side, side), args.num_inference_steps, args.guidance_scale
-        images = sample(transformer, vae, scheduler, labels, shape, steps, guidance, args.seed)
-        make_image_grid(images, rows=2, cols=10).save(output_dir / "samples.png")
+        noise_scheduler.save_pretrained(output_dir / "scheduler")
+        labels = [number % num_classes for number in range(40)]
+        images = sample(transformer, vae, noise_scheduler, labels, (channels, side, side), args)
+        # Tiny images are enlarged, so that they can be looked at.
+        images = [ImageOps.scale(image, max(1, 48 // image.width)) for image in images]
+        images = [ImageOps.expand(image, border=2, fill="gray") for image in images]
+        make_image_grid(images, rows=4, cols=10).save(output_dir / "samples.png")
     accelerator.end_training()
 
 

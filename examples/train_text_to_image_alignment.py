@@ -6,7 +6,7 @@
     accelerate launch --mixed_precision bf16 examples/train_text_to_image_alignment.py \
         --pretrained_model_name_or_path PixArt-alpha/PixArt-XL-2-512x512 --resolution 512 --lora_rank 16 \
         --dataset_name lambdalabs/naruto-blip-captions --caption_column text \
-        --encoder facebook/dinov2-base --layer 8 --learning_rate 1e-4 --train_batch_size 8
+        --encoder facebook/dinov2-base --layer 8 --projector_dim 2048 --learning_rate 1e-4 --train_batch_size 8
 
 Without `--caption_column` the captions are the names of the classes. Without `--pretrained_model_name_or_path` a small new
 transformer is trained on pixels, with the features of a small T5 with random weights, which tell captions apart.
@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from datasets import load_dataset
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, PixArtTransformer2DModel
+from diffusers import AutoencoderKL, DDPMScheduler, PixArtTransformer2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_snr
 from diffusers.utils import make_image_grid, numpy_to_pil
@@ -29,10 +29,10 @@ from PIL import ImageOps
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, ByT5Tokenizer, T5Config, T5EncoderModel
 
-from diffusers_vrpo import REPA, VRPO, AlignedTransformer, load_digits_dataset, load_encoder
+from diffusers_vrpo import REPA, VRPO, AlignedTransformer, NoAlignment, load_digits_dataset, load_encoder
 
 
-OBJECTIVES = {"repa": REPA, "vrpo": VRPO}
+OBJECTIVES = {"none": NoAlignment, "repa": REPA, "vrpo": VRPO}
 
 
 def parse_args(argv=None):
@@ -43,15 +43,16 @@ def parse_args(argv=None):
     parser.add_argument("--encoder", default="embedded:digits", help="a vision model of transformers")
     parser.add_argument("--objective", choices=OBJECTIVES, default="vrpo")
     parser.add_argument("--layer", type=int, default=2, help="the aligned block, counted from 1")
+    parser.add_argument("--projector_dim", type=int, default=256, help="hidden width of the projector")
     parser.add_argument("--dataset_name", default="embedded:digits", help="a data set of the Hub, or a folder of one")
     parser.add_argument("--image_column", default="image")
     parser.add_argument("--caption_column", default="label", help="texts, or classes whose names are the captions")
     parser.add_argument("--resolution", type=int, default=8)
-    parser.add_argument("--train_batch_size", type=int, default=32)
-    parser.add_argument("--max_train_steps", type=int, default=300)
+    parser.add_argument("--train_batch_size", type=int, default=64)
+    parser.add_argument("--max_train_steps", type=int, default=1000)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--validation_prompts", nargs="*", help="by default the first captions of the data")
-    parser.add_argument("--num_inference_steps", type=int, default=50)
+    parser.add_argument("--num_inference_steps", type=int, default=100)
     parser.add_argument("--guidance_scale", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", default="outputs/text-to-image-alignment")
@@ -59,15 +60,15 @@ def parse_args(argv=None):
 
 
 @torch.no_grad()
-def sample(transformer, vae, scheduler, text, shape, num_inference_steps, guidance_scale, seed):
+def sample(transformer, vae, scheduler, text, shape, args):
     """Draws an image for each caption; `text` is what `encode` returns for the captions and as many empty ones."""
     device, batch_size = transformer.device, len(text["encoder_hidden_states"])
-    latents = torch.randn(batch_size // 2, *shape, generator=torch.Generator().manual_seed(seed)).to(device)
-    scheduler.set_timesteps(num_inference_steps)
+    latents = torch.randn(batch_size // 2, *shape, generator=torch.Generator().manual_seed(args.seed)).to(device)
+    scheduler.set_timesteps(args.num_inference_steps)
     for timestep in scheduler.timesteps.to(device):
         prediction = transformer(latents.repeat(2, 1, 1, 1), timestep=timestep.expand(batch_size), **text).sample
         of_text, of_none = prediction[:, : shape[0]].chunk(2)
-        latents = scheduler.step(of_none + guidance_scale * (of_text - of_none), timestep, latents).prev_sample
+        latents = scheduler.step(of_none + args.guidance_scale * (of_text - of_none), timestep, latents).prev_sample
     images = latents if vae is None else vae.decode(latents / vae.config.scaling_factor).sample
     return numpy_to_pil((images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy())
 
@@ -78,13 +79,15 @@ def main(args):
     set_seed(args.seed)
 
     # Frozen models, and the transformer
-    vae, channels, side = None, 3, args.resolution
+    vae, channels = None, 3  # without an autoencoder the model is trained on pixels
+    side = args.resolution
     if source:
         tokenizer = AutoTokenizer.from_pretrained(source, subfolder="tokenizer")
         text_encoder = T5EncoderModel.from_pretrained(source, subfolder="text_encoder")
         vae = AutoencoderKL.from_pretrained(source, subfolder="vae").requires_grad_(False).to(device)
         channels, side = vae.config.latent_channels, side // 2 ** (len(vae.config.block_out_channels) - 1)
         transformer = PixArtTransformer2DModel.from_pretrained(source, subfolder="transformer")
+        noise_scheduler = DDPMScheduler.from_pretrained(source, subfolder="scheduler", clip_sample=False)
     else:
         tokenizer = ByT5Tokenizer()  # of bytes, without a vocabulary to load
         text_encoder = T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=64, d_ff=128, num_layers=1))
@@ -99,18 +102,20 @@ def main(args):
             caption_channels=text_encoder.config.d_model,
             use_additional_conditions=False,
         )
+        # This schedule keeps more of small images. Sampling clips the estimated image to the range of pixels.
+        noise_scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=True)
     text_encoder.requires_grad_(False).eval().to(device)
     transformer.to(device).train()
     adapters = None
     if args.lora_rank:  # get_peft_model puts the adapters into the transformer itself, and freezes the rest
         layers = ["to_q", "to_k", "to_v", "to_out.0"]
         adapters = get_peft_model(transformer, LoraConfig(r=args.lora_rank, target_modules=layers))
-    noise_scheduler = DDPMScheduler(clip_sample=False)
 
     # Alignment
     Objective = OBJECTIVES[args.objective]
     grid = (side // transformer.config.patch_size,) * 2
-    model = AlignedTransformer(transformer, [args.layer], [load_encoder(args.encoder, grid).to(device)])
+    encoder = load_encoder(args.encoder, grid).to(device)
+    model = AlignedTransformer(transformer, [args.layer], [encoder], projector_dim=args.projector_dim)
     objective = Objective(model, args.max_train_steps, prediction_type="epsilon")
 
     # Data
@@ -134,51 +139,47 @@ def main(args):
         return {**text, "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
 
     data = dataset.with_transform(preprocess)
-    dataloader = torch.utils.data.DataLoader(data, args.train_batch_size, shuffle=True, drop_last=True)
+    count = args.max_train_steps * args.train_batch_size * accelerator.num_processes
+    sampler = torch.utils.data.RandomSampler(data, num_samples=count)
+    dataloader = torch.utils.data.DataLoader(data, args.train_batch_size, sampler=sampler)
 
     # Optimizer: of the adapters or the transformer, and of the projectors
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0)
-    lr_scheduler = get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=20)
+    lr_scheduler = get_scheduler("cosine", optimizer, None, 50, args.max_train_steps)
     model, optimizer, dataloader = accelerator.prepare(model, optimizer, dataloader)
 
     # Training
-    progress = tqdm(total=args.max_train_steps, disable=not accelerator.is_local_main_process)
-    global_step = 0
-    while global_step < args.max_train_steps:
-        for batch in dataloader:
-            images, latents = batch["pixel_values"], batch["pixel_values"]
-            if vae is not None:
-                with torch.no_grad():
-                    latents = vae.encode(images).latent_dist.sample() * vae.config.scaling_factor
-            # One caption in ten is empty, for guidance.
-            text = encode([caption if torch.rand(()) > 0.1 else "" for caption in batch["captions"]])
-            noise = torch.randn_like(latents)
-            timesteps = torch.randint(1000, (len(latents),), device=device)
-            noisy = noise_scheduler.add_noise(latents, noise, timesteps)
+    progress = tqdm(dataloader, disable=not accelerator.is_local_main_process)
+    for global_step, batch in enumerate(progress, start=1):
+        images, latents = batch["pixel_values"], batch["pixel_values"]
+        if vae is not None:
+            with torch.no_grad():
+                latents = vae.encode(images).latent_dist.sample() * vae.config.scaling_factor
+        # One caption in ten is empty, for guidance.
+        text = encode([caption if torch.rand(()) > 0.1 else "" for caption in batch["captions"]])
+        noise = torch.randn_like(latents)
+        timesteps = torch.randint(1000, (len(latents),), device=device)
+        noisy = noise_scheduler.add_noise(latents, noise, timesteps)
 
-            # Alignment counts time as flow matching does: the share of the noise, 1 / (1 + sqrt(signal-to-noise)).
-            step = objective.begin(1 / (1 + compute_snr(noise_scheduler, timesteps).sqrt()))
-            prediction, projections = model(noisy, timestep=timesteps, **text, fork=step.fork, align=step.active)
+        # Alignment counts time as flow matching does: the share of the noise, 1 / (1 + sqrt(signal-to-noise)).
+        step = objective.begin(1 / (1 + compute_snr(noise_scheduler, timesteps).sqrt()))
+        prediction, projections = model(noisy, timestep=timesteps, **text, fork=step.fork, align=step.active)
 
-            # A pretrained PixArt has further channels for the variance, which are not trained here.
-            mse = (prediction[:, :channels].float() - noise).square().flatten(1).mean(1)
-            loss = mse.mean() + objective.alignment_coeff * objective(step, projections, images, mse)
-            accelerator.backward(loss)
-            objective.observe(step)
-            accelerator.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            lr_scheduler.step()
-            objective.update(accelerator.reduce)
+        # A pretrained PixArt has further channels for the variance, which are not trained here.
+        mse = (prediction[:, :channels].float() - noise).square().flatten(1).mean(1)
+        loss = mse.mean() + objective.alignment_coeff * objective(step, projections, images, mse)
+        accelerator.backward(loss)
+        objective.observe(step)
+        accelerator.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        lr_scheduler.step()
+        objective.update(accelerator.reduce)
 
-            progress.update()
-            global_step += 1
-            if global_step % 20 == 0:
-                logs = {name: f"{value.item():.3f}" for name, value in step.logs.items()}
-                progress.set_postfix({"mse": f"{mse.mean().item():.3f}", **logs})
-            if global_step == args.max_train_steps:
-                break
+        if global_step % 20 == 0:
+            logs = {name: f"{value.item():.3f}" for name, value in step.logs.items()}
+            progress.set_postfix({"mse": f"{mse.mean().item():.3f}", **logs})
 
     # Saving: the adapters, or the transformer as it was, without projectors
     if accelerator.is_main_process:
@@ -186,11 +187,12 @@ def main(args):
         part = "transformer" if adapters is None else "lora"
         (adapters or transformer).save_pretrained(output_dir / part)
         prompts = args.validation_prompts or (names or [data[row]["captions"] for row in range(10)])[:10]
-        text = encode([*prompts, *[""] * len(prompts)])
-        shape, scheduler = (channels, side, side), DDIMScheduler(clip_sample=False)
-        settings = (args.num_inference_steps, args.guidance_scale, args.seed)
-        images = sample(transformer.eval(), vae, scheduler, text, shape, *settings)
-        make_image_grid(images, rows=1, cols=len(images)).save(output_dir / "samples.png")
+        text = encode([*prompts * 4, *[""] * len(prompts) * 4])
+        images = sample(transformer.eval(), vae, noise_scheduler, text, (channels, side, side), args)
+        # Tiny images are enlarged, so that they can be looked at.
+        images = [ImageOps.scale(image, max(1, 48 // image.width)) for image in images]
+        images = [ImageOps.expand(image, border=2, fill="gray") for image in images]
+        make_image_grid(images, rows=4, cols=len(prompts)).save(output_dir / "samples.png")
     accelerator.end_training()
 
 

@@ -5,11 +5,12 @@ import importlib.util
 import json
 import re
 import socket
+from types import ModuleType
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
+from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -50,13 +51,18 @@ def test_examples_are_short_and_listed(path):
 
 def test_readme_has_the_six_lines_of_the_example():
     marked = [line.strip().removesuffix(MARK) for line in source_lines("train_dit_alignment.py") if MARK in line]
-    called = [line.strip() for line in source_lines("train_dit_alignment.py") if "prediction, projections = " in line]
+    changed = [
+        line.strip()
+        for line in source_lines("train_dit_alignment.py")
+        if "prediction, projections = " in line or "loss = mse.mean()" in line
+    ]
     (block,) = re.findall(r"^```diff\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
     added = [line[1:].strip() for line in block.splitlines() if line.startswith("+")]
 
-    assert len(marked) == 6
-    assert [line for line in added if line not in called and "import" not in line] == marked
-    assert called[0] in added
+    assert len(marked) == 6 and len(changed) == 2
+    assert [line for line in added if line not in changed and "import" not in line] == marked
+    assert [line for line in added if line in changed] == changed
+    assert len(re.findall(r"^-", block, re.M)) == len(changed)
 
 
 def test_dit_on_digits(tmp_path):
@@ -65,7 +71,7 @@ def test_dit_on_digits(tmp_path):
     transformer = DiTTransformer2DModel.from_pretrained(tmp_path / "transformer")
     assert all(parameter.isfinite().all() for parameter in transformer.parameters())
     with Image.open(tmp_path / "samples.png") as samples:
-        assert samples.size == (80, 16)
+        assert samples.size == (520, 208)
 
 
 def test_dit_on_a_folder_of_parquet_files(tmp_path):
@@ -86,7 +92,7 @@ def test_text_to_image_with_names_of_classes(tmp_path):
     run("train_text_to_image_alignment", *PIXART, *TWO_STEPS, "--output_dir", tmp_path)
     assert PixArtTransformer2DModel.from_pretrained(tmp_path / "transformer").config.num_layers == 2
     with Image.open(tmp_path / "samples.png") as samples:
-        assert samples.size == (80, 8)
+        assert samples.size == (520, 208)
 
 
 def test_text_to_image_with_captions_and_lora(tmp_path):
@@ -108,6 +114,31 @@ def test_text_to_image_with_captions_and_lora(tmp_path):
     )
     assert (first > 0).all() and (second > 0).all()
     assert not (tmp_path / "out" / "transformer").exists()
+
+
+def sd3_example() -> ModuleType:
+    """The example for PixArt with the changes of `examples/README.md` for SD3."""
+    (block,) = re.findall(
+        r"^```diff\n(.*?)^```", (ROOT / "examples" / "README.md").read_text(encoding="utf-8"), re.M | re.S
+    )
+    source = (ROOT / "examples" / "train_text_to_image_alignment.py").read_text(encoding="utf-8")
+    for change in block.split("\n\n"):
+        removed, added = (
+            "".join(line[1:] + "\n" for line in change.splitlines() if line.startswith(sign)) for sign in "-+"
+        )
+        assert source.count(removed) == 1, removed
+        source = source.replace(removed, added)
+    module = ModuleType("sd3")
+    exec(compile(source, "the example for SD3", "exec"), module.__dict__)
+    return module
+
+
+def test_text_to_image_with_sd3(tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    module = sd3_example()
+    module.main(module.parse_args([str(value) for value in (*PIXART, *TWO_STEPS, "--output_dir", tmp_path)]))
+    transformer = SD3Transformer2DModel.from_pretrained(tmp_path / "transformer")
+    assert all(parameter.isfinite().all() for parameter in transformer.parameters())
 
 
 # Rewards and encoders of one's own

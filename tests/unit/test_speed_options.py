@@ -14,7 +14,13 @@ from diffusers_vrpo.alignment.host_copy import DeviceSums
 from diffusers_vrpo.alignment.objective import REPA
 from diffusers_vrpo.config import VRPOConfig
 from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.models.autoencoder import check_precision, encode_images, encode_moments, encoding_in
+from diffusers_vrpo.models.autoencoder import (
+    check_precision,
+    encode_images,
+    encode_moments,
+    encoding_in,
+    images_at_a_time,
+)
 from diffusers_vrpo.models.transformer_sit import SiTTransformer2DModel
 from diffusers_vrpo.training.distributed import ddp_options
 from diffusers_vrpo.training.fp8 import to_fp8, use_fp8
@@ -53,6 +59,23 @@ def test_the_layout_of_the_pixels_changes_nothing(vae):
     pixels = torch.rand(2, 3, 8, 8)
     for a, b in zip(encode_moments(vae, pixels), encode_moments(vae, pixels.to(memory_format=torch.channels_last))):
         torch.testing.assert_close(a, b)
+
+
+def test_a_cpu_encodes_few_large_images_at_a_time():
+    """Blocks of memory above 32 MB would be filled with zeros by the system for every layer."""
+    sizes = []
+
+    def encode(pixels):
+        sizes.append(len(pixels))
+        return SimpleNamespace(latents=pixels[..., ::8, ::8])
+
+    vae = SimpleNamespace(encode=encode, dtype=torch.float32)
+    pixels = torch.rand(5, 3, 128, 128)
+    assert torch.equal(encode_moments(vae, pixels)[0], pixels[..., ::8, ::8])
+    encode_moments(vae, torch.zeros(33, 3, 32, 32))
+    encode_moments(vae, torch.zeros(2, 3, 256, 256))
+    assert sizes == [2, 2, 1, 32, 1, 1, 1]
+    assert images_at_a_time(torch.empty(256, 3, 256, 256, device="meta")) == 32  # of any other device
 
 
 @pytest.mark.parametrize(

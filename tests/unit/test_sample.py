@@ -11,6 +11,7 @@ import time
 import tracemalloc
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -297,6 +298,18 @@ def test_killed_and_continued(models, reference, tmp_path, trainers):
     run(models / "latents", folder, **options)
     assert kept == {path: path.stat().st_mtime_ns for path in kept}
     assert contents(folder) == contents(run(models / "latents", tmp_path / "whole", **options))
+
+
+def test_one_process_reads_the_weights_for_their_checksum(models, tmp_path, monkeypatch):
+    pipeline = VRPOPipeline.from_pretrained(models / "velocity")
+    args = sample_options.parse_args(argv(models / "velocity", tmp_path))
+    read = []
+    monkeypatch.setattr(sample, "checksum", lambda pipeline: read.append(pipeline) or 1)
+    for is_main, expected in ((True, 1), (False, None)):
+        state = SimpleNamespace(is_main_process=is_main, device=torch.device("cpu"))
+        manifest = sample.build_manifest(pipeline, args, {}, [0], state)
+        assert manifest["pipeline_checksum"] == expected
+    assert read == [pipeline]
 
 
 @pytest.mark.parametrize("output_format", ["both", "npz"])

@@ -189,7 +189,7 @@ VRPO = Needs("objective", ("vrpo",))
 SAMPLED = Needs("estimator", ("sampled",))
 GENERATIVE = Needs("generative_policy_start_step")
 ADAPTED = Needs("lora_rank")
-ADAMW = Needs("optimizer", ("adamw", "adamw8bit"))
+ADAMW = Needs("optimizer", ("adamw", "adamw8bit", "torchao:adamw8bit", "torchao:adamw4bit", "torchao:adamwfp8"))
 LOGIT_NORMAL = Needs("timestep_sampling", ("logit_normal",))
 PUBLISHED = Needs("push_to_hub")
 MEASURED = Needs("fd_encoder")
@@ -663,7 +663,8 @@ class OptimizationConfig(Options):
     )
     optimizer: str = option(
         "adamw",
-        "optimizer: adamw, adamw8bit (of bitsandbytes), or a class of torch.optim such as SGD, NAdam or Adafactor",
+        "optimizer: adamw, adamw8bit (of bitsandbytes), a class of torch.optim such as SGD, NAdam or Adafactor, or one of torchao.optim "
+        "such as torchao:AdamW8bit",
     )
     optimizer_args: str | None = option(
         None,

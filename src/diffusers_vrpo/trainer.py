@@ -114,6 +114,7 @@ from .training.setup import (
     as_list,
     build_optimizer,
     check_given,
+    schedule_state,
     start_accelerator,
     trainable_parameters,
     with_given,
@@ -415,7 +416,7 @@ class VRPOTrainer:
             values |= self.objective.summary()
         if args.skip_nonfinite:
             values["skipped_steps"] = self.guard.skipped
-        values["learning_rate"] = self.lr_scheduler.get_last_lr()[0]
+        values["learning_rate"] = float(self.lr_scheduler.get_last_lr()[0])
         seconds = self.stopwatch.seconds()
         images = (self.step - self.logged_step) * self.global_batch_size
         values["images_per_second"] = images / (seconds - self.logged_seconds)
@@ -461,7 +462,7 @@ class VRPOTrainer:
             "samples_seen": self.samples_seen,
             "skipped": self.guard.skipped,
             "settings": self.settings,
-            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "lr_scheduler": schedule_state(self.lr_scheduler),
             "alignment": self.objective.release_state(),
             "length": dataclasses.asdict(self.length),
             "reward_weightings": list(WEIGHTINGS),  # among them `raw`, which version 0.1 called `equal`
@@ -699,6 +700,8 @@ class VRPOTrainer:
             num_warmup_steps=args.lr_warmup_steps,
             num_training_steps=self.max_train_steps,
         )
+        # An optimizer may keep its rates in tensors, which are rounded to float32.
+        self.lr_scheduler.base_lrs = [args.learning_rate for _ in self.lr_scheduler.base_lrs]
         self.objective = objective_from_config(
             args,
             self.aligned,

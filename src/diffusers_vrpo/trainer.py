@@ -38,7 +38,7 @@ from .config import (
     options_without_effect,
 )
 from .data.image_datasets import check_corrupt_rows, too_many_corrupt
-from .data.image_source import ImageDataset
+from .data.image_source import ImageDataset, ImageSource
 from .data.latent_cache import LatentCache
 from .data.samples import StreamBatchSampler
 from .data.sources import (
@@ -549,6 +549,13 @@ class VRPOTrainer:
                 data = load_training_data(args)
             else:
                 data = as_training_data(train_dataset, args.image_column, args.label_column)
+                if args.jpeg_draft and not isinstance(data, ImageSource):
+                    raise InputError(
+                        "jpeg_draft",
+                        f"`jpeg_draft` has no effect with a {type(data).__name__}: it decodes no images; remove it",
+                    )
+                if args.jpeg_draft:
+                    data.jpeg_draft = True
         data.give_up_when(lambda: self.interruption.signum > 0)  # in an outage, a signal ends the waiting
         if accelerator.is_main_process:
             data.check()

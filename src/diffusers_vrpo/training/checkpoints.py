@@ -60,6 +60,7 @@ BEFORE_IT_WAS_AN_OPTION = {
     "random_streams": 1,
     "ema_every": 1,
     "vae_dtype": "float32",
+    "jpeg_draft": False,
     "fp8": False,
 }
 SAMPLES_A_STEP = "the number of samples a step"

@@ -121,7 +121,7 @@ from .training.setup import (
     with_tf32,
 )
 from .training.targets import target_encoders
-from .training.throughput import ForeachEMA, StepProfile, speed_up, step_flops, throughput_meter
+from .training.throughput import CopyStream, ForeachEMA, StepProfile, speed_up, step_flops, throughput_meter
 from .training.trackers import end_trackers, log_values, start_trackers
 from .training.validation import AdapterValidation, Validation
 
@@ -225,6 +225,7 @@ class VRPOTrainer:
             resources.enter_context(locked(self.output_dir))
             self.accelerator = start_accelerator(args, self.output_dir)
             self.all_reduce = self.accelerator.reduce if self.accelerator.num_processes > 1 else None
+            self.to_device = CopyStream(self.accelerator.device)
             self.profile = StepProfile(args.profile, self.accelerator.device, logger.info)
 
             # What cannot work fails here: the Hub, the checkpoint to continue from, data, autoencoder, encoders.
@@ -906,8 +907,7 @@ class VRPOTrainer:
         if self.image_rewards.active():
             # Chosen on the CPU, where it does not wait for the device.
             batch["rewarded"] = self.image_rewards.rows(flow_time(batch["timestep"], self.adapter), index)
-        device = self.accelerator.device
-        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        batch = self.to_device(batch)
         if "pixels" in batch:
             batch["pixels"] = batch["pixels"].float() / 127.5 - 1
         return batch | {"index": index}

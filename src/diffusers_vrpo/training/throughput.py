@@ -374,6 +374,32 @@ def speed_up(
                 encoder.model.compile(mode=compile_mode)
 
 
+class CopyStream:
+    """Copies batches to a device; to a GPU on a stream of its own, beside what the step before still computes.
+
+    The work that uses a batch waits for its copy, and the batch's memory is given to another only after that work.
+
+    Args:
+        device: where the batches go.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors of a batch on the device; the host does not wait for those that come from pinned memory."""
+        if self.stream is None:
+            return {name: tensor.to(self.device) for name, tensor in batch.items()}
+        with torch.cuda.stream(self.stream):
+            copied = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self.stream)
+        for tensor in copied.values():
+            tensor.record_stream(current)
+        return copied
+
+
 class ForeachEMA(EMAModel):
     """diffusers' average in one pass: its own step makes a temporary copy of all weights.
 

@@ -680,7 +680,7 @@ def sampling_cost():
         sys.path.remove(folder)
 
 
-def test_the_benchmark_counts_rows_and_compares_times(sampling_cost, tmp_path, capsys):
+def test_the_benchmark_counts_rows_and_compares_times(sampling_cost, tmp_path, monkeypatch, capsys):
     words = "--preset SiT-XS/8 --batch_size 3 --num_inference_steps 10 --rounds 2 --device cpu --clock cpu --json"
     report = sampling_cost.main(
         sampling_cost.build_parser().parse_args([*words.split(), str(tmp_path / "report.json")])
@@ -693,6 +693,15 @@ def test_the_benchmark_counts_rows_and_compares_times(sampling_cost, tmp_path, c
     assert interval["low"] <= interval["ratio"] <= interval["high"]
     assert json.loads((tmp_path / "report.json").read_text())["arms"] == report["arms"]
     assert "<= 0.8800" in capsys.readouterr().out
+    # Two precisions; nothing is compiled here.
+    monkeypatch.setattr(SiTTransformer2DModel, "compile_repeated_blocks", lambda self, **options: None)
+    words = (
+        "--preset SiT-XS/8 --batch_size 2 --num_inference_steps 3 --rounds 1 --device cpu --throughput --sampler sde"
+    )
+    report = sampling_cost.main(sampling_cost.build_parser().parse_args(words.split()))
+    assert list(report["arms"]) == ["float32, eager", "bfloat16, compiled"]
+    assert {arm["rows"] for arm in report["arms"].values()} == {12}
+    assert all(arm["images_per_second"] > 0 for arm in report["arms"].values())
     for wrong in (["--throughput", "--compile"], ["--sampler", "ddim"], ["--device", "cuda", "--clock", "cpu"]):
         with pytest.raises(InputError, match="leave out|takes|use wall"):
             sampling_cost.main(sampling_cost.build_parser().parse_args(["--preset", "SiT-XS/8", *wrong]))

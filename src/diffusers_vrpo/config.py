@@ -189,7 +189,7 @@ VRPO = Needs("objective", ("vrpo",))
 SAMPLED = Needs("estimator", ("sampled",))
 GENERATIVE = Needs("generative_policy_start_step")
 ADAPTED = Needs("lora_rank")
-ADAMW = Needs("optimizer", ("adamw", "adamw8bit"))
+ADAMW = Needs("optimizer", ("adamw", "adamw8bit", "torchao:adamw8bit", "torchao:adamw4bit", "torchao:adamwfp8"))
 LOGIT_NORMAL = Needs("timestep_sampling", ("logit_normal",))
 PUBLISHED = Needs("push_to_hub")
 MEASURED = Needs("fd_encoder")
@@ -378,6 +378,11 @@ class DataConfig(Options):
     )
     resolution: Annotated[int, RESOLUTION] = option(
         256, "crop and scale the images to squares with sides of this many pixels"
+    )
+    jpeg_draft: bool = option(
+        False,
+        "decode JPEG images at a half, a quarter or an eighth of their size where their shorter side is still at least --resolution: "
+        "faster for large images, with slightly other pixels than ADM's halving",
     )
     center_crop: bool = option(True, "crop images in the centre, as ADM does, instead of at random")
     random_flip: bool = option(False, "mirror half of the images, drawn at random")
@@ -663,7 +668,8 @@ class OptimizationConfig(Options):
     )
     optimizer: str = option(
         "adamw",
-        "optimizer: adamw, adamw8bit (of bitsandbytes), or a class of torch.optim such as SGD, NAdam or Adafactor",
+        "optimizer: adamw, adamw8bit (of bitsandbytes), a class of torch.optim such as SGD, NAdam or Adafactor, or one of torchao.optim "
+        "such as torchao:AdamW8bit",
     )
     optimizer_args: str | None = option(
         None,
@@ -1167,6 +1173,15 @@ def check_vae_dtype(config: "VRPOConfig"):
             )
 
 
+def check_jpeg_draft(config: DataConfig):
+    """A cache has been decoded, as its own record says."""
+    if config.jpeg_draft and config.latents_dir is not None:
+        raise InputError(
+            "jpeg_draft",
+            f"`jpeg_draft` has no effect with `latents_dir` {config.latents_dir}, whose images are decoded; remove it",
+        )
+
+
 def check_encoder_layers(config: AlignmentConfig):
     """One layer is given for all encoders, or one for each."""
     encoders, layers = config.encoder or [], config.encoder_layer or []
@@ -1560,6 +1575,7 @@ CHECKS = (
     check_streaming,
     check_model_config,
     check_vae_dtype,
+    check_jpeg_draft,
     check_encoder_layers,
     check_release,
     check_target_norm,

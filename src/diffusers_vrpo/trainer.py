@@ -38,7 +38,7 @@ from .config import (
     options_without_effect,
 )
 from .data.image_datasets import check_corrupt_rows, too_many_corrupt
-from .data.image_source import ImageDataset
+from .data.image_source import ImageDataset, ImageSource
 from .data.latent_cache import LatentCache
 from .data.samples import StreamBatchSampler
 from .data.sources import (
@@ -114,13 +114,14 @@ from .training.setup import (
     as_list,
     build_optimizer,
     check_given,
+    schedule_state,
     start_accelerator,
     trainable_parameters,
     with_given,
     with_tf32,
 )
 from .training.targets import target_encoders
-from .training.throughput import ForeachEMA, StepProfile, speed_up, step_flops, throughput_meter
+from .training.throughput import CopyStream, ForeachEMA, StepProfile, speed_up, step_flops, throughput_meter
 from .training.trackers import end_trackers, log_values, start_trackers
 from .training.validation import AdapterValidation, Validation
 
@@ -224,6 +225,7 @@ class VRPOTrainer:
             resources.enter_context(locked(self.output_dir))
             self.accelerator = start_accelerator(args, self.output_dir)
             self.all_reduce = self.accelerator.reduce if self.accelerator.num_processes > 1 else None
+            self.to_device = CopyStream(self.accelerator.device)
             self.profile = StepProfile(args.profile, self.accelerator.device, logger.info)
 
             # What cannot work fails here: the Hub, the checkpoint to continue from, data, autoencoder, encoders.
@@ -415,7 +417,7 @@ class VRPOTrainer:
             values |= self.objective.summary()
         if args.skip_nonfinite:
             values["skipped_steps"] = self.guard.skipped
-        values["learning_rate"] = self.lr_scheduler.get_last_lr()[0]
+        values["learning_rate"] = float(self.lr_scheduler.get_last_lr()[0])
         seconds = self.stopwatch.seconds()
         images = (self.step - self.logged_step) * self.global_batch_size
         values["images_per_second"] = images / (seconds - self.logged_seconds)
@@ -461,7 +463,7 @@ class VRPOTrainer:
             "samples_seen": self.samples_seen,
             "skipped": self.guard.skipped,
             "settings": self.settings,
-            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "lr_scheduler": schedule_state(self.lr_scheduler),
             "alignment": self.objective.release_state(),
             "length": dataclasses.asdict(self.length),
             "reward_weightings": list(WEIGHTINGS),  # among them `raw`, which version 0.1 called `equal`
@@ -548,6 +550,13 @@ class VRPOTrainer:
                 data = load_training_data(args)
             else:
                 data = as_training_data(train_dataset, args.image_column, args.label_column)
+                if args.jpeg_draft and not isinstance(data, ImageSource):
+                    raise InputError(
+                        "jpeg_draft",
+                        f"`jpeg_draft` has no effect with a {type(data).__name__}: it decodes no images; remove it",
+                    )
+                if args.jpeg_draft:
+                    data.jpeg_draft = True
         data.give_up_when(lambda: self.interruption.signum > 0)  # in an outage, a signal ends the waiting
         if accelerator.is_main_process:
             data.check()
@@ -699,6 +708,8 @@ class VRPOTrainer:
             num_warmup_steps=args.lr_warmup_steps,
             num_training_steps=self.max_train_steps,
         )
+        # An optimizer may keep its rates in tensors, which are rounded to float32.
+        self.lr_scheduler.base_lrs = [args.learning_rate for _ in self.lr_scheduler.base_lrs]
         self.objective = objective_from_config(
             args,
             self.aligned,
@@ -896,8 +907,7 @@ class VRPOTrainer:
         if self.image_rewards.active():
             # Chosen on the CPU, where it does not wait for the device.
             batch["rewarded"] = self.image_rewards.rows(flow_time(batch["timestep"], self.adapter), index)
-        device = self.accelerator.device
-        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        batch = self.to_device(batch)
         if "pixels" in batch:
             batch["pixels"] = batch["pixels"].float() / 127.5 - 1
         return batch | {"index": index}

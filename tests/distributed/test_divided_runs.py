@@ -69,6 +69,28 @@ def test_three_divisions_give_the_same_trajectory(command, trainers, tmp_path):
 
 
 @pytest.mark.slow
+def test_options_that_change_a_step_do_so_on_two_processes_too(command, trainers, tmp_path):
+    """An average that moves every third step, recomputed blocks, another optimizer and other noise levels."""
+    options = {
+        "max_train_steps": 4,
+        "ema_every": 3,
+        "gradient_checkpointing": "mlp",
+        "timestep_sampling": "logit_normal",
+    }
+    options |= {"optimizer": "SGD", "optimizer_args": '{"momentum": 0.9}'}
+    run(command(**options))
+    options |= {"train_batch_size": 8, "output_dir": tmp_path / "two"}
+    trainer = trainers(command(**options), hook="tell DDP's options", processes=2)
+    assert trainer.wait() == [0, 0]
+    assert trainer.log.read_text().count("DDP: views True, buffers False") == 2
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "run"), abs=1e-5)
+    for name in ("transformer", "transformer_ema"):
+        file = f"checkpoint-4/{name}/diffusion_pytorch_model.safetensors"
+        one, two = (load_file(tmp_path / folder / file) for folder in ("run", "two"))
+        assert max((one[key] - two[key]).abs().max() for key in one) < 1e-5
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("hook", hooks_that_shard)
 def test_sharded_runs_train_save_and_resume_alike(command, trainers, tmp_path, hook):
     """Two processes with parts: the losses of one process, a bit-equal resume, and the same folder in the end."""

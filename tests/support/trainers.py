@@ -78,6 +78,15 @@ def nan_sample(index):
         return batch
     latents.TrainingSamples.__getitem__ = patched
 
+def tell_ddp():
+    import torch
+    ddp = torch.nn.parallel.DistributedDataParallel
+    original = ddp.__init__
+    def patched(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        print(f"DDP: views {self.gradient_as_bucket_view}, buffers {self.broadcast_buffers}", flush=True)
+    ddp.__init__ = patched
+
 def fsdp(reshard, block="SiTTransformerBlock"):
     # accelerate has FSDP for GPUs only; on the CPU its parts work all the same.
     from accelerate import FullyShardedDataParallelPlugin
@@ -128,6 +137,7 @@ HOOKS = {
     "no manifest": lambda: nth_call(2, lambda folder: die(), training, "write_manifest"),
     "no name": lambda: nth_call(0, no_name, training, "sync_to_disk"),
     "half deleted": lambda: nth_call(0, half_deleted, training.shutil, "rmtree"),
+    "tell DDP's options": tell_ddp,
     "nan": lambda: nan_sample(60),
     "fsdp": lambda: fsdp(True),
     "fsdp of a DiT": lambda: fsdp(True, "BasicTransformerBlock"),

@@ -251,7 +251,7 @@ def test_arguments_of_optimizers():
         (
             {"optimizer": "SGD", "adam_beta1": 0.5},
             "adam_beta1",
-            "has no effect without `optimizer` adamw or adamw8bit",
+            "has no effect without `optimizer` adamw, adamw8bit, torchao:adamw8bit, torchao:adamw4bit or torchao:adamwfp8",
         ),
     ],
 )
@@ -278,6 +278,61 @@ def test_adamw8bit_is_that_of_bitsandbytes(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", SimpleNamespace(AdamW8bit=AdamW8bit))
     optimizer = built(optimizer="adamw8bit", adam_beta2=0.95)
     assert type(optimizer) is AdamW8bit and optimizer.param_groups[0]["betas"] == (0.9, 0.95)
+
+
+class TorchaosAdamW8bit(torch.optim.AdamW):
+    """Stands for torchao's: it keeps the rate in a tensor, takes no number in its place, and keeps moments in few bits."""
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, *, block_size=256):
+        super().__init__(params, lr, betas, eps, weight_decay)
+
+    def add_param_group(self, param_group):
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            if not isinstance(group["lr"], torch.Tensor):
+                raise RuntimeError("lr was changed to a number")
+        super().step(closure)
+        for state in self.state.values():
+            state["exp_avg"].copy_(state["exp_avg"].bfloat16())
+
+
+@pytest.fixture
+def torchao(monkeypatch):
+    """A torchao.optim with one optimizer."""
+    monkeypatch.setitem(sys.modules, "torchao", package := ModuleType("torchao"))
+    monkeypatch.setitem(sys.modules, "torchao.optim", ModuleType("torchao.optim"))
+    package.optim = sys.modules["torchao.optim"]
+    package.optim.AdamW8bit = TorchaosAdamW8bit
+
+
+def test_optimizers_of_torchao(torchao, monkeypatch):
+    options = {"optimizer": "torchao:AdamW8bit", "adam_beta2": 0.95, "optimizer_args": {"block_size": 128}}
+    (group,) = built(**options).param_groups
+    assert group["betas"] == (0.9, 0.95) and group["weight_decay"] == 0  # that of the option, not of the class
+    assert VRPOConfig(optimizer="torchao:AdamW8bit").optimizer == "torchao:adamw8bit"
+    with pytest.raises(
+        InputError, match="`optimizer` torchao:Lion is not in torchao.optim; give one of torchao:AdamW8bit"
+    ):
+        built(optimizer="torchao:Lion")
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    with pytest.raises(InputError, match="`optimizer` torchao:adamw8bit needs torchao, which .* pip install torchao"):
+        built(optimizer="torchao:AdamW8bit")
+
+
+@pytest.mark.slow
+def test_an_optimizer_of_torchao_trains_resumes_and_takes_another_rate(command, torchao, tmp_path):
+    options = {"optimizer": "torchao:AdamW8bit", "lr_warmup_steps": 3, "logging_steps": 2}
+    train_twice(command, tmp_path, **options)
+    state = json.loads((tmp_path / "run" / "checkpoint-4" / "training_state.json").read_text())["lr_scheduler"]
+    assert state["base_lrs"] == [0.01]  # of `command`; a tensor would have rounded it
+    changed = {"learning_rate": 0.5, "allow_changed": "learning_rate", "max_train_steps": 6}
+    run(command(**options, **changed))
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["learning_rate"] == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("name", ["adamw", "SGD"])

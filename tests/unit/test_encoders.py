@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,6 +37,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from diffusers_vrpo.alignment.encoders import load_encoder, spatial_normalize
 from diffusers_vrpo.assets import digits
 from diffusers_vrpo.errors import InputError
+from diffusers_vrpo.training.throughput import speed_up
 from support.encoders import ALL, CONVS, DUALS, VISION, VITS, transformers_output
 
 
@@ -331,6 +333,23 @@ def test_dtype_is_that_of_the_computation(encoder_checkpoint):
     assert F.cosine_similarity(features, plain, dim=-1).min() > 0.999
 
 
+@pytest.mark.parametrize("name", ["dinov2", "vit"])
+def test_compiled_with_its_preprocessing(encoder_checkpoint, monkeypatch, name):
+    """Each is one graph with the same numbers; what makes kernels of the graphs is not tested here."""
+    compile = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **options: compile(function, backend="aot_eager", fullgraph=True)
+    )
+    encoder = load_encoder(encoder_checkpoint(name), (4, 4))
+    images = random_images(60, 60)
+    plain, pixels = encoder(images), encoder.preprocess(images)
+    transformer = SimpleNamespace(compile_repeated_blocks=lambda **options: None)
+    speed_up(transformer, [encoder], compile=True)
+    assert "preprocess" in vars(encoder) and encoder.model._compiled_call_impl is not None
+    torch.testing.assert_close(encoder.preprocess(images), pixels)
+    torch.testing.assert_close(encoder(images), plain, atol=1e-5, rtol=1e-5)
+
+
 def test_it_stays_frozen_inside_a_model_that_trains(encoder_checkpoint):
     encoder = load_encoder(encoder_checkpoint("resnet"), (4, 4))
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
@@ -494,6 +513,7 @@ def test_names_on_the_hub(encoder_checkpoint, tmp_path):
     script = """
 from diffusers_vrpo.alignment.encoders import load_encoder
 from diffusers_vrpo.errors import InputError
+from diffusers_vrpo.training.throughput import speed_up
 for name in ("gated/model", "no/such-model", "tiny/vit"):
     try:
         encoder = load_encoder(name, (4, 4))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image as PILImage
 
+from diffusers_vrpo.config import VRPOConfig
 from diffusers_vrpo.data import image_decoding
 from diffusers_vrpo.data.image_datasets import load_image_dataset
 from diffusers_vrpo.data.image_decoding import (
@@ -20,6 +21,7 @@ from diffusers_vrpo.data.image_decoding import (
     sample_rows,
 )
 from diffusers_vrpo.data.image_source import ImageDataset, ImageSource
+from diffusers_vrpo.data.latent_encoding import ImageRows, cache_config
 from diffusers_vrpo.data.parquet import stream_image_dataset
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.evaluation.image_sets import open_images
@@ -383,3 +385,61 @@ def test_the_longest_images_take_little_memory(size, largest):
     largest[0] = 0
     found = resize_and_crop(image, 256, (0.999, 0.999))
     assert (found == (1, 2, 3)).all() and largest[0] <= 256 * 256
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# JPEG files at a part of their size
+
+
+def smooth(width: int, height: int, format: str = "jpeg", **options) -> dict:
+    """A file with an image of few frequencies, which all sizes show alike."""
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
+    levels = np.stack([x, y, (x + y) / 2], axis=2) * 200 + 20
+    return row(encoded(PILImage.fromarray(levels.astype(np.uint8)), format, **options))
+
+
+def test_a_draft_is_as_small_as_the_square_allows():
+    file = smooth(400, 300)
+    assert decode_image(file).size == (400, 300)
+    sizes = {100: (200, 150), 75: (100, 75), 37: (50, 38), 8: (50, 38), 151: (400, 300), 500: (400, 300)}
+    for side, size in sizes.items():
+        assert decode_image(file, draft_side=side).size == size
+    assert decode_image(smooth(400, 300, "png"), draft_side=75).size == (400, 300)
+    # What is smaller than that is halved as ever, and an image that is open already stays as it is.
+    assert resize_and_crop(decode_image(file, draft_side=8), 8).shape == (8, 8, 3)
+    with PILImage.open(io.BytesIO(file["bytes"])) as image:
+        assert decode_image(image, draft_side=8).size == (400, 300)
+    # Rotated by its EXIF tag: the shorter side is the same.
+    exif = PILImage.Exif()
+    exif[0x0112] = 6
+    assert decode_image(smooth(400, 300, exif=exif), draft_side=75).size == (75, 100)
+
+
+def test_samples_and_examples_decode_drafts_if_asked():
+    data = Files([smooth(400, 300)["bytes"], smooth(250, 500)["bytes"]])
+    expected = {}
+    for side in (None, 64):
+        data.jpeg_draft = side is not None
+        squares = [resize_and_crop(decode_image(data[[row]]["image"][0], draft_side=side), 64) for row in (0, 1)]
+        images, _ = data.examples(np.array([0, 1]), 64)
+        samples = data.samples(seed=0, resolution=64, latent_shape=(3, 64, 64), null_class_id=1)
+        rows = samples.rows_of([0, 1])
+        found = samples[[0, 1]]["pixels"].permute(0, 2, 3, 1).numpy()
+        assert np.array_equal(images, np.stack(squares)) and np.array_equal(found, images[rows])
+        expected[side] = images.astype(int)
+    difference = np.abs(expected[None] - expected[64])
+    assert difference.max() > 0 and difference.mean() < 2
+
+
+def test_a_cache_says_that_it_was_made_from_drafts():
+    data = Files([smooth(64, 64)["bytes"]])
+    data.labels = lambda: np.zeros(1, np.int64)
+    options = {"vae": None, "latent_shape": (3, 8, 8), "has_posterior": False, "resolution": 8}
+    assert "jpeg_draft" not in cache_config(data, **options)
+    data.jpeg_draft = True
+    assert cache_config(data, **options)["jpeg_draft"] is True
+    pixels = ImageRows(data, 8, "none")[[0]]["pixels"][0].permute(1, 2, 0).numpy()
+    assert np.array_equal(pixels, np.asarray(resize_and_crop(decode_image(data[[0]]["image"][0], draft_side=8), 8)))
+    assert VRPOConfig(jpeg_draft=True, dataset_name="digits").jpeg_draft
+    with pytest.raises(InputError, match="`jpeg_draft` has no effect with `latents_dir` cache"):
+        VRPOConfig(jpeg_draft=True, latents_dir="cache")

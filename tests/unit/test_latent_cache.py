@@ -379,6 +379,7 @@ def trainer_options(folder, **changes) -> SimpleNamespace:
         "latents_dir": folder,
         "center_crop": True,
         "random_flip": False,
+        "jpeg_draft": False,
         "encoder": ["digits"],
         "streaming": False,
     }

@@ -11,6 +11,7 @@ import time
 import tracemalloc
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -297,6 +298,18 @@ def test_killed_and_continued(models, reference, tmp_path, trainers):
     run(models / "latents", folder, **options)
     assert kept == {path: path.stat().st_mtime_ns for path in kept}
     assert contents(folder) == contents(run(models / "latents", tmp_path / "whole", **options))
+
+
+def test_one_process_reads_the_weights_for_their_checksum(models, tmp_path, monkeypatch):
+    pipeline = VRPOPipeline.from_pretrained(models / "velocity")
+    args = sample_options.parse_args(argv(models / "velocity", tmp_path))
+    read = []
+    monkeypatch.setattr(sample, "checksum", lambda pipeline: read.append(pipeline) or 1)
+    for is_main, expected in ((True, 1), (False, None)):
+        state = SimpleNamespace(is_main_process=is_main, device=torch.device("cpu"))
+        manifest = sample.build_manifest(pipeline, args, {}, [0], state)
+        assert manifest["pipeline_checksum"] == expected
+    assert read == [pipeline]
 
 
 @pytest.mark.parametrize("output_format", ["both", "npz"])
@@ -667,7 +680,7 @@ def sampling_cost():
         sys.path.remove(folder)
 
 
-def test_the_benchmark_counts_rows_and_compares_times(sampling_cost, tmp_path, capsys):
+def test_the_benchmark_counts_rows_and_compares_times(sampling_cost, tmp_path, monkeypatch, capsys):
     words = "--preset SiT-XS/8 --batch_size 3 --num_inference_steps 10 --rounds 2 --device cpu --clock cpu --json"
     report = sampling_cost.main(
         sampling_cost.build_parser().parse_args([*words.split(), str(tmp_path / "report.json")])
@@ -680,6 +693,15 @@ def test_the_benchmark_counts_rows_and_compares_times(sampling_cost, tmp_path, c
     assert interval["low"] <= interval["ratio"] <= interval["high"]
     assert json.loads((tmp_path / "report.json").read_text())["arms"] == report["arms"]
     assert "<= 0.8800" in capsys.readouterr().out
+    # Two precisions; nothing is compiled here.
+    monkeypatch.setattr(SiTTransformer2DModel, "compile_repeated_blocks", lambda self, **options: None)
+    words = (
+        "--preset SiT-XS/8 --batch_size 2 --num_inference_steps 3 --rounds 1 --device cpu --throughput --sampler sde"
+    )
+    report = sampling_cost.main(sampling_cost.build_parser().parse_args(words.split()))
+    assert list(report["arms"]) == ["float32, eager", "bfloat16, compiled"]
+    assert {arm["rows"] for arm in report["arms"].values()} == {12}
+    assert all(arm["images_per_second"] > 0 for arm in report["arms"].values())
     for wrong in (["--throughput", "--compile"], ["--sampler", "ddim"], ["--device", "cuda", "--clock", "cpu"]):
         with pytest.raises(InputError, match="leave out|takes|use wall"):
             sampling_cost.main(sampling_cost.build_parser().parse_args(["--preset", "SiT-XS/8", *wrong]))

@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """Options of speed: precision of the autoencoder, TF32, 8-bit layers, modes of compilation, and DDP's options."""
 
+import contextlib
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -14,12 +15,18 @@ from diffusers_vrpo.alignment.host_copy import DeviceSums
 from diffusers_vrpo.alignment.objective import REPA
 from diffusers_vrpo.config import VRPOConfig
 from diffusers_vrpo.errors import InputError
-from diffusers_vrpo.models.autoencoder import check_precision, encode_images, encode_moments, encoding_in
+from diffusers_vrpo.models.autoencoder import (
+    check_precision,
+    encode_images,
+    encode_moments,
+    encoding_in,
+    images_at_a_time,
+)
 from diffusers_vrpo.models.transformer_sit import SiTTransformer2DModel
 from diffusers_vrpo.training.distributed import ddp_options
 from diffusers_vrpo.training.fp8 import to_fp8, use_fp8
 from diffusers_vrpo.training.setup import with_tf32
-from diffusers_vrpo.training.throughput import speed_up
+from diffusers_vrpo.training.throughput import CopyStream, speed_up
 
 
 @pytest.fixture
@@ -53,6 +60,23 @@ def test_the_layout_of_the_pixels_changes_nothing(vae):
     pixels = torch.rand(2, 3, 8, 8)
     for a, b in zip(encode_moments(vae, pixels), encode_moments(vae, pixels.to(memory_format=torch.channels_last))):
         torch.testing.assert_close(a, b)
+
+
+def test_a_cpu_encodes_few_large_images_at_a_time():
+    """Blocks of memory above 32 MB would be filled with zeros by the system for every layer."""
+    sizes = []
+
+    def encode(pixels):
+        sizes.append(len(pixels))
+        return SimpleNamespace(latents=pixels[..., ::8, ::8])
+
+    vae = SimpleNamespace(encode=encode, dtype=torch.float32)
+    pixels = torch.rand(5, 3, 128, 128)
+    assert torch.equal(encode_moments(vae, pixels)[0], pixels[..., ::8, ::8])
+    encode_moments(vae, torch.zeros(33, 3, 32, 32))
+    encode_moments(vae, torch.zeros(2, 3, 256, 256))
+    assert sizes == [2, 2, 1, 32, 1, 1, 1]
+    assert images_at_a_time(torch.empty(256, 3, 256, 256, device="meta")) == 32  # of any other device
 
 
 @pytest.mark.parametrize(
@@ -99,6 +123,41 @@ def test_modes_of_compilation_reach_the_blocks():
     speed_up(transformer, [], compile=True, compile_mode="max-autotune-no-cudagraphs")
     speed_up(transformer, [], compile=False, compile_mode="default")
     assert asked == [{"mode": "max-autotune-no-cudagraphs"}]
+
+
+def test_batches_are_copied_beside_the_work(monkeypatch):
+    """Streams of a GPU and a tensor of a batch, which write down what is asked of them."""
+    asked, on = [], ["work"]
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            asked.append(f"{self.name} waits for {other.name}")
+
+    class Tensor:
+        def to(self, device, non_blocking=False):
+            asked.append(f"copy to {device} on {on[-1]}, {'asynchronous' if non_blocking else 'waiting'}")
+            return self
+
+        def record_stream(self, stream):
+            asked.append(f"in use by {stream.name}")
+
+    @contextlib.contextmanager
+    def stream(side):
+        on.append(side.name)
+        yield
+        on.pop()
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("copies"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(on[-1]))
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    CopyStream(torch.device("cuda"))({"noise": Tensor()})
+    assert asked == ["copy to cuda on copies, asynchronous", "work waits for copies", "in use by work"]
+    monkeypatch.undo()
+    batch = {"noise": torch.ones(2)}
+    assert CopyStream(torch.device("cpu"))(batch)["noise"] is batch["noise"]
 
 
 def test_layers_in_8_bits(monkeypatch):

@@ -1,5 +1,6 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -114,6 +115,27 @@ def test_save_and_load_round_trip(tmp_path):
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, loaded.state_dict()[name]), name
     assert torch.equal(model(*inputs()).sample, loaded(*inputs()).sample)
+
+
+def test_opening_draws_no_weights_and_copies_none(tmp_path, monkeypatch):
+    """Weights in the type of the file are its pages."""
+    tiny_model().to(torch.bfloat16).save_pretrained(tmp_path)
+    drawn, initialize = [], SiTTransformer2DModel.initialize_weights
+
+    def watched(self, *others):
+        drawn.extend(parameter.device.type for parameter in self.parameters())
+        return initialize(self, *others)
+
+    monkeypatch.setattr(SiTTransformer2DModel, "initialize_weights", watched)
+    before = torch.get_rng_state()
+    model = SiTTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert set(drawn) == {"meta"} and torch.equal(torch.get_rng_state(), before)
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    ranges = [line.split()[0].split("-") for line in lines if line.endswith("diffusion_pytorch_model.safetensors")]
+    ranges = [(int(first, 16), int(last, 16)) for first, last in ranges]
+    for parameter in model.parameters() if lines else ():
+        assert any(first <= parameter.data_ptr() < last for first, last in ranges)
 
 
 def test_folders_of_version_0_1_open_in_silence(tmp_path, caplog, capsys):

@@ -170,7 +170,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     add_options(
         g, DataConfig, ["dataset_config_name", "dataset_split", "train_data_dir", "image_column", "label_column"]
     )
-    add_options(g, DataConfig, ["max_train_samples", "resolution"])
+    add_options(g, DataConfig, ["max_train_samples", "resolution", "jpeg_draft"])
     add_options(g, RunConfig, ["cache_dir"])
     g = parser.add_argument_group("what is kept")
     g.add_argument(
@@ -277,6 +277,7 @@ def check_from(parser: argparse.ArgumentParser, args: argparse.Namespace):
         "label_column",
         "max_train_samples",
         "vae_dtype",
+        "jpeg_draft",
         "sampled",
         "seed",
         "flip",

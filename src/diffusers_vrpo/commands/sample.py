@@ -178,7 +178,10 @@ def sample(args: argparse.Namespace, pipeline: VRPOPipeline | None = None):
 
 
 def build_manifest(pipeline, args, arguments: dict, classes: list[int], state: PartialState) -> dict:
-    """Describes everything that the images depend on, and the label of each, as JSON."""
+    """Describes everything that the images depend on, and the label of each, as JSON.
+
+    The checksum is None but on the main process, which alone compares and writes it: it reads all weights, 2.7 GB of SiT-XL/2.
+    """
     device = torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else state.device.type
     # An option that version 0.1 did not have stands in the manifest only where it is given.
     cache = {} if args.first_block_cache is None else {"first_block_cache": args.first_block_cache}
@@ -186,7 +189,7 @@ def build_manifest(pipeline, args, arguments: dict, classes: list[int], state: P
     threads = f", {torch.get_num_threads()} thread(s)" if state.device.type == "cpu" else ", TF32" * args.allow_tf32
     manifest = {
         "pipeline": args.pipeline,
-        "pipeline_checksum": checksum(pipeline),
+        "pipeline_checksum": checksum(pipeline) if state.is_main_process else None,
         "options": {
             "num_images": args.num_images,
             "label_ids": "all"

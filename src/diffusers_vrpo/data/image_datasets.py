@@ -443,7 +443,7 @@ def check_corrupt_rows(rows: set[int], num_rows: int, known: int) -> int:
 
 
 def first_readable(
-    data, row: int, record: dict, values: PixelRange | None = None
+    data, row: int, record: dict, values: PixelRange | None = None, draft_side: int | None = None
 ) -> tuple[PILImage.Image | None, int, list[int]]:
     """Returns the image and label of a row, or of the next row that can be decoded, and the rows that were skipped.
 
@@ -453,11 +453,12 @@ def first_readable(
         data: gives `{"image": [...], "label": [...]}` for a list of rows.
         record: the `image` and `label` of the row, already read.
         values: the pixel range of the data set.
+        draft_side: as of `decode_image`.
     """
     corrupt = []
     for tries in range(len(data)):
         try:
-            return decode_image(record["image"], values), record["label"], corrupt
+            return decode_image(record["image"], values, draft_side), record["label"], corrupt
         except Exception:  # PIL's readers raise many types; all mean the same here
             corrupt.append((row + tries) % len(data))
             following = data[[(row + tries + 1) % len(data)]]

@@ -183,17 +183,23 @@ def opened(encoded: dict | PILImage.Image) -> Iterator[PILImage.Image]:
         yield image
 
 
-def decode_image(encoded: dict | PILImage.Image, values: PixelRange | None = None) -> PILImage.Image:
+def decode_image(
+    encoded: dict | PILImage.Image, values: PixelRange | None = None, draft_side: int | None = None
+) -> PILImage.Image:
     """Returns the RGB image of `{"bytes": ..., "path": ...}`, as `datasets` stores it, or of a PIL image.
 
     Args:
         values: the pixel range of the data set; by default that of the image alone. 8-bit images do not need it.
+        draft_side: decode a JPEG file at a half, a quarter or an eighth of its size, the smallest whose shorter side is at least
+            this long. These are the sizes that `resize_and_crop` would halve it to, but for up to a pixel, and up to three times.
 
     Raises:
         ValueError: if the image has more than `LARGEST_IMAGE` pixels, or its values have no known range. PIL's readers raise
             many other types.
     """
     with opened(encoded) as image:
+        if draft_side is not None and image.format == "JPEG" and isinstance(encoded, dict):
+            image.draft(None, (draft_side, draft_side))
         return to_rgb(image, values)
 
 

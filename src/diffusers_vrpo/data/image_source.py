@@ -66,10 +66,12 @@ class ImageSource:
     Attributes:
         num_classes (`int`): the number of classes.
         id2label (`dict[int, str]`, *optional*): the names of the classes.
+        jpeg_draft (`bool`): decode JPEG files at a part of their size where that is enough for the resolution.
     """
 
     num_classes: int
     id2label: dict[int, str] | None = None
+    jpeg_draft: bool = False
     vae: str | None = None
     has_images = True
     random_access = True
@@ -149,6 +151,7 @@ class ImageSource:
             num_tokens,
             self.pixel_range,
             stream_version,
+            self.draft_side(resolution),
         )
 
     def loader(
@@ -161,6 +164,10 @@ class ImageSource:
         """The autoencoder's latents of the batch's `pixels`, with its `posterior_noise`; without `vae` the pixels."""
         return encode_images(vae, batch["pixels"], batch.get("posterior_noise"))
 
+    def draft_side(self, resolution: int) -> int | None:
+        """What `decode_image` gets as `draft_side` for squares of this size."""
+        return resolution if self.jpeg_draft else None
+
     def fixed_rows(self, count: int) -> np.ndarray:
         """Random rows in ascending order."""
         return np.sort(random_stream(0, 0, ORDER).permutation(len(self))[:count])
@@ -170,7 +177,8 @@ class ImageSource:
         records = self[rows.tolist()]
         images, labels = [], []
         for row, image, label in zip(rows.tolist(), records["image"], records["label"]):
-            image, label, _ = first_readable(self, row, {"image": image, "label": label}, self.pixel_range)
+            record = {"image": image, "label": label}
+            image, label, _ = first_readable(self, row, record, self.pixel_range, self.draft_side(resolution))
             images.append(resize_and_crop(image, resolution))
             labels.append(label)
         return np.stack(images), np.array(labels, dtype=np.int64)

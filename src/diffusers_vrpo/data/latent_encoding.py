@@ -72,8 +72,9 @@ def cache_config(
         what = "`vae` none keeps pixels" if vae is None else f"`vae` is a {type(vae).__name__}, which has no posterior"
         raise InputError("sampled", f"`sampled`: {what}; remove it")
     vae_config = None if vae is None else vae.config
-    # Only an autoencoder with statistics of its channels adds keys, so that other caches keep their record.
+    # Statistics of an autoencoder's channels and drafts add keys only where there are some, so that other caches keep their record.
     statistics = {} if vae is None else latent_statistics(vae)
+    drafts = {"jpeg_draft": True} if getattr(data, "jpeg_draft", False) else {}
     return {
         "count": len(data),
         "dataset_checksum": dataset_checksum(data) if checksum is None else checksum,
@@ -84,6 +85,7 @@ def cache_config(
         "scaling_factor": getattr(vae_config, "scaling_factor", None) or 1.0,
         "shift_factor": getattr(vae_config, "shift_factor", None) or 0.0,
         **statistics,
+        **drafts,
         "kind": "sampled" if sampled else "moments" if has_posterior else "latents",
         "seed": seed if sampled else None,
         "latent_shape": list(latent_shape),
@@ -126,13 +128,14 @@ class ImageRows(torch.utils.data.Dataset):
         self.resolution = resolution
         self.images = images
         self.pixel_range = data.pixel_range
+        self.draft_side = data.draft_side(resolution)
 
     def __getitem__(self, rows: list[int]) -> dict:
         records = self.data[rows]
         batch = {"pixels": [], "labels": [], "images": [], "corrupt_rows": []}
         for row, image, label in zip(rows, records["image"], records["label"]):
             record = {"image": image, "label": label}
-            image, label, tried = first_readable(self.data, row, record, self.pixel_range)
+            image, label, tried = first_readable(self.data, row, record, self.pixel_range, self.draft_side)
             if image is None:
                 raise too_many_corrupt(tried, len(self.data))
             pixels = resize_and_crop(image, self.resolution)

@@ -246,6 +246,7 @@ class ParquetRows(ImageSource):
             num_tokens,
             self.pixel_range,
             stream_version,
+            self.draft_side(resolution),
         )
 
     def loader(self, samples: StreamedSamples, batch_sampler, num_workers: int, pin_memory: bool):

@@ -154,6 +154,7 @@ class TrainingSamples(SampleStreams):
         resolution: side of the square images, in pixels.
         center_crop: crop in the centre; at a random place otherwise.
         pixel_range: black and white of images that are not 8-bit; by default, each image has its own.
+        draft_side: as of `decode_image`.
         Others: those of `SampleStreams`.
     """
 
@@ -171,6 +172,7 @@ class TrainingSamples(SampleStreams):
         num_tokens: int | None = None,
         pixel_range: PixelRange | None = None,
         stream_version: int = NEWEST_STREAMS,
+        draft_side: int | None = None,
     ):
         streams = (
             latent_shape,
@@ -186,6 +188,7 @@ class TrainingSamples(SampleStreams):
         self.resolution = resolution
         self.center_crop = center_crop
         self.pixel_range = pixel_range
+        self.draft_side = draft_side
 
     def __getitem__(self, indices: list[int]) -> dict[str, torch.Tensor]:
         rows = self.rows_of(indices).tolist()
@@ -194,7 +197,7 @@ class TrainingSamples(SampleStreams):
         pixels, labels, corrupt = [], [], []
         for i, flip in enumerate(self.flips(uniforms)):
             record = {"image": records["image"][i], "label": records["label"][i]}
-            image, label, tried = first_readable(self.data, rows[i], record, self.pixel_range)
+            image, label, tried = first_readable(self.data, rows[i], record, self.pixel_range, self.draft_side)
             # If no image can be decoded, the trainer counts these rows and stops before it takes a step.
             image = image or PILImage.new("RGB", (self.resolution, self.resolution))
             square = resize_and_crop(image, self.resolution, None if self.center_crop else tuple(uniforms[i, 3:]))

@@ -180,7 +180,7 @@ def load_training_data(config) -> TrainingData:
         InputError: if the data cannot be opened, or the options contradict the cache.
     """
     if config.streaming:
-        return stream_image_dataset(
+        data = stream_image_dataset(
             config.dataset_name,
             config.dataset_config_name,
             config.dataset_split,
@@ -188,6 +188,8 @@ def load_training_data(config) -> TrainingData:
             config.label_column,
             config.cache_dir,
         )
+        data.jpeg_draft = config.jpeg_draft
+        return data
     if config.latents_dir is None:
         return load_images(config)
     return open_cache(config)
@@ -209,7 +211,9 @@ def load_images(config) -> ImageDataset:
         config.max_train_samples,
         config.cache_dir,
     )
-    return ImageDataset(data, id2label, num_classes)
+    data = ImageDataset(data, id2label, num_classes)
+    data.jpeg_draft = config.jpeg_draft
+    return data
 
 
 def open_cache(config) -> LatentCache:

@@ -241,11 +241,23 @@ def encode_moments(vae, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     """
     if pixels.is_cuda:  # the layout of a GPU's convolutions, which else transpose each input; weights keep theirs
         pixels = pixels.contiguous(memory_format=torch.channels_last)
-    # 32 at a time: a batch of 256 images of 256 pixels would take tens of gigabytes of activations.
     with torch.autocast(pixels.device.type, enabled=False):
-        parts = [_moments(vae, part) for part in pixels.split(32)]
+        parts = [_moments(vae, part) for part in pixels.split(images_at_a_time(pixels))]
     means, stds = zip(*parts)
     return torch.cat(means), None if stds[0] is None else torch.cat(stds)
+
+
+def images_at_a_time(pixels: torch.Tensor) -> int:
+    """How many of `pixels [B,3,H,W]` are encoded together.
+
+    On a GPU 32: a batch of 256 images of 256 pixels would take tens of gigabytes of activations. On a CPU as many as have
+    32,768 pixels, at most 32: glibc returns blocks above 32 MB to the system when they are freed, which then fills their pages with
+    zeros for each layer again. Images of up to 32 pixels a side are encoded 32 at a time on both.
+    """
+    if pixels.device.type != "cpu":
+        return 32
+    height, width = pixels.shape[-2:]
+    return max(1, min(32, 2**15 // (height * width)))
 
 
 def _moments(vae, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -43,7 +43,7 @@ from ..schemas import TRAINING_STATE, read_object
 from .distributed import copy_tensors, full_model, full_tensor, original_class, run_and_share_errors
 from .metrics import RunningMeans
 from .output_dir import check_inputs, claim_output_dir
-from .setup import trainable_parameters
+from .setup import set_learning_rate, trainable_parameters
 
 
 logger = get_logger(__name__)
@@ -60,6 +60,7 @@ BEFORE_IT_WAS_AN_OPTION = {
     "random_streams": 1,
     "ema_every": 1,
     "vae_dtype": "float32",
+    "jpeg_draft": False,
     "fp8": False,
 }
 SAMPLES_A_STEP = "the number of samples a step"
@@ -362,7 +363,7 @@ def take_changes(args: VRPOConfig, changes: dict[str, list], scheduler: torch.op
     before, now = changes.get("learning_rate", (None, None))
     scheduler.base_lrs = [now if rate == before else rate for rate in scheduler.base_lrs]
     for group, rate, factor in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas):
-        group["lr"] = rate * factor(scheduler.last_epoch)
+        set_learning_rate(group, rate * factor(scheduler.last_epoch))
         if not changes.keys().isdisjoint(("adam_beta1", "adam_beta2")):
             group["betas"] = (args.adam_beta1, args.adam_beta2)
         for name, entry in {"adam_weight_decay": "weight_decay", "adam_epsilon": "eps"}.items():

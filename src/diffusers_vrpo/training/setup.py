@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from accelerate import Accelerator
@@ -120,6 +121,7 @@ def build_optimizer(args: OptimizationConfig, parameters: list[torch.nn.Paramete
         ) from error
 
 
+TORCHAO = "torchao:"  # before the name of a class of torchao.optim
 # Classes of torch.optim that cannot train a transformer here, and why.
 UNSUITABLE_OPTIMIZERS = {
     "LBFGS": "it computes the loss several times in a step",
@@ -132,8 +134,10 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     """The class of an optimizer, by the name that `optimizer` has for it; case does not matter.
 
     Raises:
-        InputError: if the name is unknown, or the optimizer cannot train a transformer.
+        InputError: if the name is unknown, its library is not installed, or the optimizer cannot train a transformer.
     """
+    if name.lower().startswith(TORCHAO):
+        return torchao_class(name)
     if name == "adamw8bit":
         try:
             from bitsandbytes.optim import AdamW8bit
@@ -144,17 +148,60 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
                 "bitsandbytes, or take adamw",
             ) from error
         return AdamW8bit
-    classes = {
-        key: value
-        for key, value in vars(torch.optim).items()
-        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
-    }
+    classes = optimizer_classes(torch.optim)
     found = next((key for key in classes if key.lower() == name.lower()), None)
     if found is None or found in UNSUITABLE_OPTIMIZERS:
-        usable = ", ".join(["adamw8bit", *(key for key in classes if key not in UNSUITABLE_OPTIMIZERS)])
+        usable = ", ".join(
+            ["adamw8bit", "torchao:AdamW8bit", *(key for key in classes if key not in UNSUITABLE_OPTIMIZERS)]
+        )
         reason = f": {UNSUITABLE_OPTIMIZERS[found]}" if found else " is not known"
         raise InputError("optimizer", f"`optimizer` {name}{reason}; give one of {usable}")
     return classes[found]
+
+
+def torchao_class(name: str) -> type[torch.optim.Optimizer]:
+    """The class of torchao.optim that is named after `torchao:`.
+
+    Raises:
+        InputError: if torchao is not installed, or has no such optimizer.
+    """
+    try:
+        import torchao.optim
+    except Exception as error:  # besides ImportError, what its libraries raise with another version of torch
+        raise InputError(
+            "optimizer",
+            f"`optimizer` {name} needs torchao, which cannot be imported ({first_line(error)}); pip install torchao, or take "
+            "adamw",
+        ) from error
+    classes = optimizer_classes(torchao.optim)
+    found = next((key for key in classes if key.lower() == name.lower().removeprefix(TORCHAO)), None)
+    if found is None:
+        usable = ", ".join(f"torchao:{key}" for key in classes)
+        raise InputError("optimizer", f"`optimizer` {name} is not in torchao.optim; give one of {usable}")
+    return classes[found]
+
+
+def optimizer_classes(module: ModuleType) -> dict[str, type[torch.optim.Optimizer]]:
+    """The optimizers that a module has, by their names there."""
+    return {
+        key: value
+        for key, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
+    }
+
+
+def set_learning_rate(group: dict, rate: float):
+    """Sets the learning rate of a group of parameters; optimizers that are compiled, as torchao's, keep it in a tensor."""
+    if isinstance(group["lr"], torch.Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+
+
+def schedule_state(scheduler: torch.optim.lr_scheduler.LRScheduler) -> dict:
+    """The state of a learning rate schedule, with numbers also where the optimizer keeps the rates in tensors."""
+    state = scheduler.state_dict()
+    return state | {name: [float(rate) for rate in state[name]] for name in ("base_lrs", "_last_lr")}
 
 
 def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:

@@ -43,7 +43,7 @@ from ...training.callbacks import TrainerCallback
 from ...training.distributed import ema_weights, full_pipeline, run_and_share_errors
 from ...training.interruption import wait_before_exit
 from ...training.output_dir import check_writable, writing
-from ...training.setup import trainable_parameters
+from ...training.setup import set_learning_rate, trainable_parameters
 from ...training.throughput import forward_flops
 from .guards import GuardValues, Limits, tripped_guard
 from .objective import (
@@ -568,7 +568,7 @@ class GenerativePolicy(TrainerCallback):
         rate = self.args.generative_learning_rate
         scheduler.base_lrs = [rate] * len(scheduler.base_lrs)
         for group, factor in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas):
-            group["lr"] = rate * factor(scheduler.last_epoch)
+            set_learning_rate(group, rate * factor(scheduler.last_epoch))
 
     def _measure(self, ema) -> GuardValues:
         """Measures the averaged model; later measurements are compared with the first one."""

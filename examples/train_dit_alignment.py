@@ -8,7 +8,7 @@
         --projector_dim 2048 --resolution 256 --learning_rate 1e-4 --random_flip
 
 This is a plain loop of accelerate. The six lines that end in `# alignment` attach the encoder to it. Two others change: the
-model returns the projected tokens along with the prediction, and the loss gets a second term. `--objective none` trains alone.
+model returns the projected tokens along with the prediction, and the loss gets a second term.
 """
 
 import argparse
@@ -26,10 +26,10 @@ from diffusers.utils import make_image_grid, numpy_to_pil
 from PIL import ImageOps
 from tqdm.auto import tqdm
 
-from diffusers_vrpo import REPA, VRPO, AlignedTransformer, NoAlignment, load_digits_dataset, load_encoder
+from diffusers_vrpo import REPA, VRPO, AlignedTransformer, load_digits_dataset, load_encoder
 
 
-OBJECTIVES = {"none": NoAlignment, "repa": REPA, "vrpo": VRPO}
+OBJECTIVES = {"repa": REPA, "vrpo": VRPO}
 
 
 def parse_args(argv=None):

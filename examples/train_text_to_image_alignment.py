@@ -29,10 +29,10 @@ from PIL import ImageOps
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, ByT5Tokenizer, T5Config, T5EncoderModel
 
-from diffusers_vrpo import REPA, VRPO, AlignedTransformer, NoAlignment, load_digits_dataset, load_encoder
+from diffusers_vrpo import REPA, VRPO, AlignedTransformer, load_digits_dataset, load_encoder
 
 
-OBJECTIVES = {"none": NoAlignment, "repa": REPA, "vrpo": VRPO}
+OBJECTIVES = {"repa": REPA, "vrpo": VRPO}
 
 
 def parse_args(argv=None):

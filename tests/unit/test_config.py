@@ -31,6 +31,7 @@ from diffusers_vrpo.config import (
     VRPOConfig,
     check_complete,
     data_settings_to_keep,
+    has_effect,
     is_default,
     names_marked,
     options_of,
@@ -390,9 +391,13 @@ def test_what_a_resumed_run_keeps():
         "label_column",
         "max_train_samples",
     }
-    # Every option is either kept, or marked.
+    # Every option is kept, marked, or without effect in a run of the defaults.
     marked = {name for name, option in OPTIONS.items() if option.resume not in (None, Resume.NAME)}
-    assert set(settings) | set(options_of(GenerativeConfig)) | marked == set(OPTIONS)
+    without_effect = {name for name, option in OPTIONS.items() if not has_effect(VRPOConfig(), option)}
+    assert {"lora_alpha", "logit_std", "policy_epochs"} <= without_effect
+    assert set(settings) | set(options_of(GenerativeConfig)) | marked | without_effect == set(OPTIONS)
+    assert not set(settings) & without_effect
+    assert {"lora_alpha", "logit_std"} <= set(kept(VRPOConfig(lora_rank=4, timestep_sampling="logit_normal")))
     assert not set(settings) & marked
     free = names_marked(Resume.FREE, Resume.WATCHED, Resume.MACHINE)
     assert {"train_batch_size", "max_train_steps", "checkpointing_steps", "compile", "output_dir"} <= free

@@ -21,6 +21,8 @@ from .transformer_sit import WEIGHTS, choose_variant, not_finite, refuse_weights
 # ----------------------------------------------------------------------------------------------------------------------
 # Autoencoders
 
+# A GPU encodes at most this many images together.
+ON_A_GPU = 32
 # The classes of diffusers whose latents one scale and one shift normalise, and that take images in [-1, 1]. Others have
 # statistics of their own (Flux.2), another range of pixels (RAE) or a time axis, and would train on wrong latents.
 SUPPORTED_CLASSES = (
@@ -234,15 +236,18 @@ def check_precision(vae, dtype: str, image: np.ndarray):
 
 
 @torch.no_grad()
-def encode_moments(vae, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+def encode_moments(
+    vae, pixels: torch.Tensor, at_a_time: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Encodes `pixels [B,3,H,W]` in [-1, 1] to the mean and standard deviation of their latents.
 
-    Both are `[B,C,h,w]` float32 and not scaled yet; the second is None if the autoencoder has no posterior.
+    Both are `[B,C,h,w]` float32 and not scaled yet; the second is None if the autoencoder has no posterior. `at_a_time` images
+    are encoded together, what `images_at_a_time` says if not given.
     """
     if pixels.is_cuda:  # the layout of a GPU's convolutions, which else transpose each input; weights keep theirs
         pixels = pixels.contiguous(memory_format=torch.channels_last)
     with torch.autocast(pixels.device.type, enabled=False):
-        parts = [_moments(vae, part) for part in pixels.split(images_at_a_time(pixels))]
+        parts = [_moments(vae, part) for part in pixels.split(at_a_time or images_at_a_time(pixels))]
     means, stds = zip(*parts)
     return torch.cat(means), None if stds[0] is None else torch.cat(stds)
 
@@ -250,14 +255,14 @@ def encode_moments(vae, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 def images_at_a_time(pixels: torch.Tensor) -> int:
     """How many of `pixels [B,3,H,W]` are encoded together.
 
-    On a GPU 32: a batch of 256 images of 256 pixels would take tens of gigabytes of activations. On a CPU as many as have
-    32,768 pixels, at most 32: glibc returns blocks above 32 MB to the system when they are freed, which then fills their pages with
-    zeros for each layer again. Images of up to 32 pixels a side are encoded 32 at a time on both.
+    On a GPU `ON_A_GPU`: a batch of 256 images of 256 pixels would take tens of gigabytes of activations. On a CPU as many as have
+    32,768 pixels, at most that: glibc returns blocks above 32 MB to the system when they are freed, which then fills their pages with
+    zeros for each layer again. Images of up to 32 pixels a side are encoded `ON_A_GPU` at a time on both.
     """
     if pixels.device.type != "cpu":
-        return 32
+        return ON_A_GPU
     height, width = pixels.shape[-2:]
-    return max(1, min(32, 2**15 // (height * width)))
+    return max(1, min(ON_A_GPU, 2**15 // (height * width)))
 
 
 def _moments(vae, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -287,14 +292,16 @@ def scale_and_shift(vae) -> tuple[float | torch.Tensor, float | torch.Tensor]:
     return scale / std, mean
 
 
-def encode_images(vae, pixels: torch.Tensor, posterior_noise: torch.Tensor | None = None) -> torch.Tensor:
+def encode_images(
+    vae, pixels: torch.Tensor, posterior_noise: torch.Tensor | None = None, at_a_time: int | None = None
+) -> torch.Tensor:
     """Encodes `pixels [B,3,H,W]` in [-1, 1] to scaled latents `[B,C,h,w]` float32: the posterior's mean without noise.
 
-    With `vae=None` it returns the pixels.
+    With `vae=None` it returns the pixels. `at_a_time` is that of `encode_moments`.
     """
     if vae is None:
         return pixels
-    latents, std = encode_moments(vae, pixels)
+    latents, std = encode_moments(vae, pixels, at_a_time)
     if std is not None and posterior_noise is not None:
         latents = latents + std * posterior_noise
     scale, shift = scale_and_shift(vae)

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from ..alignment.attach import AlignedTransformer
 from ..alignment.objective import SUBSET_SIZE, AlignmentStep, NoAlignment, objective_from_config
 from ..config import VRPOConfig
-from ..models.autoencoder import encode_images
+from ..models.autoencoder import ON_A_GPU, encode_images
 from ..models.flow import flow_matching_loss
 
 
@@ -202,10 +202,10 @@ def micro_step(
 
 
 def encoding_timeline(vae: torch.nn.Module, resolution: int) -> Timeline:
-    """The timeline of encoding images by an autoencoder, of at most as many as are encoded at a time (32)."""
+    """The timeline of encoding images by an autoencoder, of at most as many as a GPU encodes at a time (`ON_A_GPU`)."""
 
     def work(images: int, live: LiveBytes) -> int:
-        latents = encode_images(vae, torch.zeros(images, 3, resolution, resolution))
+        latents = encode_images(vae, torch.zeros(images, 3, resolution, resolution), at_a_time=ON_A_GPU)
         return latents.untyped_storage().nbytes()
 
     return timeline_of(work)

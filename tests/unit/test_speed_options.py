@@ -126,7 +126,7 @@ def test_modes_of_compilation_reach_the_blocks():
 
 
 def test_batches_are_copied_beside_the_work(monkeypatch):
-    """Streams of a GPU and a tensor of a batch, which write down what is asked of them."""
+    """Stand-ins for a GPU's streams and for a batch's tensor, which record their calls."""
     asked, on = [], ["work"]
 
     class Stream:

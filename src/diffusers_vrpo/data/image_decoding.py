@@ -191,7 +191,7 @@ def decode_image(
     Args:
         values: the pixel range of the data set; by default that of the image alone. 8-bit images do not need it.
         draft_side: decode a JPEG file at a half, a quarter or an eighth of its size, the smallest whose shorter side is at least
-            this long. These are the sizes that `resize_and_crop` would halve it to, but for up to a pixel, and up to three times.
+            this long. `resize_and_crop` would halve the image to the same size, give or take a pixel, up to three times.
 
     Raises:
         ValueError: if the image has more than `LARGEST_IMAGE` pixels, or its values have no known range. PIL's readers raise

@@ -242,7 +242,7 @@ def encode_moments(
     """Encodes `pixels [B,3,H,W]` in [-1, 1] to the mean and standard deviation of their latents.
 
     Both are `[B,C,h,w]` float32 and not scaled yet; the second is None if the autoencoder has no posterior. `at_a_time` images
-    are encoded together, what `images_at_a_time` says if not given.
+    are encoded together; `images_at_a_time` chooses how many if it is not given.
     """
     if pixels.is_cuda:  # the layout of a GPU's convolutions, which else transpose each input; weights keep theirs
         pixels = pixels.contiguous(memory_format=torch.channels_last)
@@ -255,9 +255,9 @@ def encode_moments(
 def images_at_a_time(pixels: torch.Tensor) -> int:
     """How many of `pixels [B,3,H,W]` are encoded together.
 
-    On a GPU `ON_A_GPU`: a batch of 256 images of 256 pixels would take tens of gigabytes of activations. On a CPU as many as have
-    32,768 pixels, at most that: glibc returns blocks above 32 MB to the system when they are freed, which then fills their pages with
-    zeros for each layer again. Images of up to 32 pixels a side are encoded `ON_A_GPU` at a time on both.
+    On a GPU these are `ON_A_GPU`: a batch of 256 images of 256 pixels would take tens of gigabytes of activations. On a CPU they
+    are as many as have 32,768 pixels together, and at most `ON_A_GPU`. With more, glibc returns each layer's memory to the system
+    when it is freed (blocks above 32 MB), and the system clears it again for the next layer.
     """
     if pixels.device.type != "cpu":
         return ON_A_GPU

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from diffusers_vrpo import VRPO, SiTTransformer2DModel, VRPOConfig, VRPOPipeline
 from diffusers_vrpo.alignment.custom_encoders import load_custom_encoder
 from diffusers_vrpo.alignment.encoders import load_encoder
+from diffusers_vrpo.alignment.gradient_fork import compiled_mix_gradients
 from diffusers_vrpo.alignment.policy import timestep_weight
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.evaluation.image_encoders import load_image_encoder
@@ -119,6 +120,39 @@ def test_targets_of_adapters_are_linear_layers():
     for option in ({"lora_alpha": 4.0}, {"lora_dropout": 0.1}, {"lora_target": ["to_q"]}):
         with pytest.raises(InputError, match="has no effect without `lora_rank`; remove it"):
             VRPOConfig(**option)
+
+
+# How a step is computed
+
+
+@pytest.mark.slow
+def test_an_average_that_moves_rarely_and_recomputed_blocks_resume_exactly(command, tmp_path):
+    options = {"ema_every": 2, "gradient_checkpointing": "mlp", "optimizer": "NAdam", "max_grad_norm": 0.1}
+    train_twice(command, tmp_path, **options, checkpointing_steps=1)
+    second, third = tmp_path / "run" / "checkpoint-2", tmp_path / "run" / "checkpoint-3"
+    file = "diffusion_pytorch_model.safetensors"
+    assert_same_files(second / "transformer_ema", third / "transformer_ema", [file])
+    before, after = load_file(second / "transformer" / file), load_file(third / "transformer" / file)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.slow
+def test_compiled_steps_resume_exactly(command, tmp_path, monkeypatch):
+    """Tracing and AOT autograd, as with Inductor, whose code would take minutes to make."""
+    compile_with_inductor, compiled = torch.compile, []
+
+    def compile(model, *arguments, mode=None, **options):
+        compiled.append(model)
+        return compile_with_inductor(model, *arguments, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    compiled_mix_gradients.cache_clear()
+    train_twice(command, tmp_path, "--compile")
+    compiled_mix_gradients.cache_clear()
+    assert len(compiled) > 3  # three runs
+    monkeypatch.setattr(torch, "compile", compile_with_inductor)
+    run(command(output_dir=tmp_path / "eager", logging_steps=2))
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "eager"), rel=1e-4)
 
 
 # Queries and keys

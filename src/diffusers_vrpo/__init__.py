@@ -60,7 +60,7 @@ if TYPE_CHECKING:  # type checkers and editors read the names here
 
 __version__ = "0.2.0"
 
-# The public names in the order of docs/api.md, which docs/make_api.py makes: for each name the module that defines it.
+# The public names and the modules that define them, in the order of docs/api.md, which docs/make_api.py writes.
 _PUBLIC = {
     "Training": {
         "VRPOTrainer": "trainer",

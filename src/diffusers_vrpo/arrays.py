@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Arrays of NumPy in files that other programs may have written: the header is read, and judged, before the content."""
+"""Reads NumPy arrays that other programs may have written; the header is checked before the content is read."""
 
 import math
 from pathlib import Path
@@ -9,11 +9,12 @@ import numpy as np
 
 
 def read_header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Reads the header of a `.npy` file: the shape, whether the order is Fortran's, and the type.
+    """Reads the header of a `.npy` file: the shape, whether the array is in Fortran order, and the dtype.
 
     Raises:
-        ValueError: if it is not such a header, has a size that no array can have, or the array holds Python objects, which
-            are pickles and may run code.
+        ValueError: if it is not a header of version 1.0 or 2.0, a side of the shape is negative, or the array holds
+        Python
+            objects, which are stored as pickles and may run code.
     """
     version = np.lib.format.read_magic(stream)
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -28,18 +29,23 @@ def read_header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 def num_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
-    """The size of an array; Python's integers do not overflow, whatever a header says."""
+    """The size of an array in bytes. Python's integers do not overflow, whatever shape a header claims."""
     return math.prod(shape) * dtype.itemsize
 
 
 def map_array(path: Path, offset: int = 0) -> np.ndarray:
-    """Maps the array of a `.npy` file, or of one that begins at `offset` in another file, into memory for reading.
+    """Maps the array of a `.npy` file into memory for reading.
+
+    Args:
+        path: the `.npy` file, or another file that contains one.
+        offset: the byte at which the `.npy` file begins.
 
     Raises:
         OSError: if the file cannot be opened, or is a pipe, a device or a folder.
-        ValueError: if there is no array, its header promises more than the file holds, or it holds Python objects.
+        ValueError: if there is no array, its header promises more bytes than the file holds, or it holds Python
+        objects.
     """
-    if path.exists() and not path.is_file():  # a pipe would be waited for
+    if path.exists() and not path.is_file():  # opening a pipe would block
         raise OSError("it is not a regular file")
     with path.open("rb") as stream:
         stream.seek(offset)
@@ -48,6 +54,6 @@ def map_array(path: Path, offset: int = 0) -> np.ndarray:
     there = path.stat().st_size - begin
     if size > there:
         raise ValueError(f"its header promises {size} bytes, and {there} follow")
-    if size == 0:  # nothing can be mapped
+    if size == 0:  # an empty array cannot be mapped
         return np.empty(shape, dtype)
     return np.memmap(path, dtype, mode="r", offset=begin, shape=shape, order="F" if fortran else "C")

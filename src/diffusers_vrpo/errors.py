@@ -11,12 +11,12 @@ from huggingface_hub.errors import (
 
 
 class InputError(ValueError):
-    """Input that cannot work.
+    """Raised when an argument, an option or a file cannot be used.
 
     Args:
-        field (`str`, *optional*): the argument or option that is wrong, such as `"encoder"`; None where the problem is
-            not in one of them, such as a damaged file.
-        message (`str`): one sentence that names the field, its value and what would work. Names of fields stand in
+        field (`str`, *optional*): the name of the wrong argument or option, such as `"encoder"`; None if the problem
+            is elsewhere, such as in a damaged file.
+        message (`str`): one sentence that names the field, its value and what would work. Field names are in
             backticks; the command line shows them as flags (`command_line.with_flags`).
     """
 
@@ -35,11 +35,12 @@ HUB_OUT_OF_REACH = (
 
 
 def gated(page: str) -> str:
+    """Explains that a repository is gated and how to get access; `page` is its address as in `hub_problem`."""
     return f"it is gated; accept its terms at https://huggingface.co/{page} and run `hf auth login` (or set HF_TOKEN)"
 
 
 def causes(error: BaseException) -> list[BaseException]:
-    """An exception and its causes."""
+    """Returns an exception, followed by the chain of its causes."""
     chain = [error]
     while (parent := chain[-1].__cause__ or chain[-1].__context__) is not None and parent not in chain:
         chain.append(parent)
@@ -47,9 +48,10 @@ def causes(error: BaseException) -> list[BaseException]:
 
 
 def hub_problem(error: BaseException, page: str) -> str | None:
-    """Explains a failed download from the Hub and what to do, from an exception or its causes; else None.
+    """Explains why a request to the Hub failed and what to do; None if the exception is of another kind.
 
     Args:
+        error: the exception, whose causes are examined, too.
         page: the address of the repository, relative to https://huggingface.co/.
     """
 
@@ -72,15 +74,15 @@ def first_line(error: BaseException) -> str:
 
 
 class TrainingStopped(RuntimeError):
-    """The run cannot continue; the message is one sentence about its state and the remedy."""
+    """Raised when a run cannot continue. The message says in one sentence what happened and what to do."""
 
 
 class TrainingInterrupted(TrainingStopped):
-    """A signal has ended the run, after a checkpoint was saved; the same command continues it.
+    """Raised when a signal has ended a run, after a checkpoint was saved. The same command continues the run.
 
     Attributes:
-        signum (`int`): the signal.
-        step (`int`): the step of the checkpoint.
+        signum (`int`): the number of the signal.
+        step (`int`): the step at which the checkpoint was saved.
     """
 
     def __init__(self, signum: int, step: int):

@@ -9,12 +9,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
-# Pixels of the largest image that is decoded. Small files can claim to hold more, and would take minutes and gigabytes.
+# The most pixels that an image may have to be decoded. Even a small file can claim more; decoding it would take
+# minutes and gigabytes.
 LARGEST_IMAGE = 2**27
 
 
 def open_regular(path: Path, flags: int) -> int:
-    """Opens a regular file and returns its descriptor, as `os.open` does; it neither follows a link nor waits for a pipe.
+    """Opens a regular file as `os.open` does and returns its descriptor. It does not follow links or wait for pipes.
 
     Raises:
         OSError: if the file cannot be opened, or is a link, a pipe, a device or a folder.
@@ -40,7 +41,7 @@ def read_regular(path: Path) -> str:
 
 
 def open_image(source):
-    """Opens an image file, given by its path or as a binary file, as `PIL.Image.open` does: it is decoded later.
+    """Opens an image, given as a path or a binary file, as `PIL.Image.open` does, which does not decode it yet.
 
     Raises:
         ValueError: if it has more than `LARGEST_IMAGE` pixels.
@@ -59,7 +60,11 @@ def open_image(source):
 
 
 def find_irregular(path: Path) -> tuple[Path, str] | None:
-    """The first link or special file at `path` or in the folder `path`, and what it is; None if there is none."""
+    """Finds the first link or special file: `path` itself or anything below it.
+
+    Returns:
+        its path and a description of it, or None if there is none.
+    """
     waiting = [path]
     while waiting:
         path = waiting.pop()
@@ -77,10 +82,10 @@ def find_irregular(path: Path) -> tuple[Path, str] | None:
 
 
 def irregular_problem(folder: Path, names: Iterable[str] | None = None) -> str | None:
-    """A sentence on the first link or special file in a folder of results, for an error; None if there is none.
+    """Describes the first link or special file in a folder of results, for an error message; None if there is none.
 
     Args:
-        names: of the files and folders in it to look at; all by default.
+        names: the names of the files and folders in it to check; all by default.
     """
     for path in [folder] if names is None else [folder / name for name in names]:
         if found := find_irregular(path):
@@ -93,15 +98,15 @@ def irregular_problem(folder: Path, names: Iterable[str] | None = None) -> str |
 
 @contextlib.contextmanager
 def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
-    """Gives a temporary path next to `path`; the file that the `with` block wrote there replaces `path` at its end, atomically.
+    """Yields a temporary path; after the `with` block, the file written there replaces `path` atomically.
 
-    If the block or the disk fails, `path` is as it was and the temporary file is removed.
+    If the block or the disk fails, `path` is unchanged and the temporary file is removed.
 
     Args:
-        sync: wait until it is on the disk, so that a power failure leaves no empty file.
+        sync: wait until the file is on the disk, so that a power failure cannot leave an empty file.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)  # a link with this name would be followed
+    temporary.unlink(missing_ok=True)  # writing would follow a link with this name
     try:
         yield temporary
         if sync:
@@ -111,7 +116,7 @@ def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-    if sync and os.name == "posix":  # the folder holds the new name
+    if sync and os.name == "posix":  # the new name is part of the folder's data
         sync_to_disk(path.parent)
 
 
@@ -134,12 +139,12 @@ def sync_to_disk(*paths: Path):
 
 
 def default_permissions(*paths: Path):
-    """Gives files of weights the permissions that the umask grants; safetensors writes them for their owner alone.
+    """Gives weight files the permissions of the umask, since safetensors makes them readable by their owner only.
 
     Args:
-        paths: files, or folders whose `.safetensors` files are meant.
+        paths: files, or folders, whose `.safetensors` files get the permissions.
     """
-    umask = os.umask(0o077)  # it can only be read by setting it; other threads write private files meanwhile
+    umask = os.umask(0o077)  # the umask can only be read by setting it; this one keeps files of other threads private
     os.umask(umask)
     for path in paths:
         for file in path.rglob("*.safetensors") if path.is_dir() else [path]:
@@ -147,6 +152,6 @@ def default_permissions(*paths: Path):
 
 
 def packaged(name: str) -> Path:
-    """The path of a file or folder that a wheel carries inside the package, and a checkout at its top, such as `configs`."""
+    """The path of something, such as `configs`, that is inside the package in a wheel and at the top in a checkout."""
     inside = Path(__file__).with_name(name)
     return inside if inside.exists() else Path(__file__).parents[2] / name

@@ -1,23 +1,23 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Values that somebody else chose, as text in a page: names, options and facts from files are never markup there."""
+"""Shows names, options and facts that other people chose as plain text in a page, where they are never markup."""
 
 import json
 import re
 
 
-# What markdown or HTML would take for markup; an underscore counts at the edge of a word only.
+# The characters that markdown or HTML could read as markup; an underscore only at the edge of a word.
 MARKUP = re.compile(r"[\\`*\[\]<>&|~#!{}$]|(?<![^\W_])_|_(?![^\W_])")
-SECRET = re.compile(r"\bhf_\w{8,}")  # a token of the Hub
-LONGEST = 200  # characters of a value that a page shows
+SECRET = re.compile(r"\bhf_\w{8,}")  # an access token of the Hub
+LONGEST = 200  # longer values are cut to this many characters
 
 
 def printable(value) -> str:
-    """A value as text in one line, without control characters."""
+    """A value as one line of text, without control characters."""
     return " ".join("".join(letter if letter.isprintable() else " " for letter in str(value)).split())
 
 
 def one_line(value) -> str:
-    """A value as text in one line of at most `LONGEST` characters, without control characters and tokens of the Hub."""
+    """A value as one line of at most `LONGEST` characters, without control characters or access tokens of the Hub."""
     text = SECRET.sub("hf_…", printable(value))
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
@@ -28,10 +28,10 @@ def shown(value) -> str:
 
 
 def code(value) -> str:
-    """A value as a code span in markdown, also inside a table."""
+    """A value as a code span in markdown, which also works inside a table."""
     return "`" + one_line(value).replace("`", "'").replace("|", "\\|") + "`"
 
 
 def quoted(value) -> str:
-    """A value as a string of Python, for an example that readers copy."""
+    """A value as a Python string literal, for an example that readers copy."""
     return json.dumps(one_line(value))

@@ -1,9 +1,9 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """Random draws as a function of (seed, index, stream), independent of the process and the time.
 
-Draws of training examples have a version, which a run keeps for life. Version 1 makes a generator for each example and purpose
-and takes whole permutations; version 2 reads the words of a whole batch at once and does no work that grows with the number
-of rows or tokens.
+The draws for training examples have a version, which a run keeps from its first to its last step. Version 1 makes a
+generator for each example and purpose, and draws whole permutations. Version 2 reads the words of a whole batch at
+once, and its work does not grow with the number of rows or tokens.
 """
 
 import math
@@ -15,16 +15,16 @@ STREAM_VERSIONS = (1, 2)
 NEWEST_STREAMS = 2
 
 # The one table of stream numbers. A new purpose gets a new number, so that old runs stay reproducible.
-# Streams of training examples, by global index (for the order of the rows: by epoch).
+# Streams of training examples, indexed by the global example index (the order of the rows: by the epoch).
 ORDER, SAMPLE, NOISE, POSTERIOR, TOKENS, ACTIONS, ROW_GROUPS, ROWS_OF_GROUP = range(8)
-# Streams of generated samples, by index.
+# Streams of generated samples, indexed by the number of the sample.
 START, STEPS, LABEL = range(100, 103)
 # Streams of the rollouts and the guards of the generative policy.
 CLASSES, ROLLOUT_NOISE, DRAWS, LOOK_NOISE, LOOK_REAL = range(200, 205)
-# Streams of training examples in version 2, by global index (for the keys of the order: by epoch).
+# Streams of training examples in version 2, indexed by the global example index (the keys of the order: by the epoch).
 ORDER_KEYS_2, SAMPLE_2, NOISE_2, POSTERIOR_2, TOKENS_2 = range(300, 305)
 
-# Philox gives four words for each value of its counter.
+# Philox generates four words for each value of its counter.
 WORDS_OF_A_BLOCK = 4
 # Pairs of normal numbers that are computed together, so that they stay in the processor's cache.
 PAIRS_AT_ONCE = 2**15
@@ -32,7 +32,7 @@ ROUNDS_OF_A_PERMUTATION = 8
 
 
 def random_stream(seed: int, index: int, stream: int) -> np.random.Generator:
-    """The counter-based generator (Philox) of (seed, index, stream); generators of different keys do not overlap."""
+    """The counter-based generator (Philox) for (seed, index, stream); those of different triples do not overlap."""
     return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, index, 0]))
 
 
@@ -41,9 +41,10 @@ def random_stream(seed: int, index: int, stream: int) -> np.random.Generator:
 
 
 def random_words(seed: int, indices: list[int], stream: int, count: int) -> np.ndarray:
-    """Uniform 64-bit words of each index, uint64 `[B, W]`, where W is `count` rounded up to a multiple of 4.
+    """Uniform 64-bit words for each index, uint64 `[B, W]`, where W is `count` rounded up to a multiple of 4.
 
-    Index i has the counters from `i W / 4` on, so that following indices, as a batch has them, are one read of the generator.
+    The words of index i start at the counter `i W / 4`, so that consecutive indices, as in a batch, take a single
+    read.
     """
     blocks = -(-count // WORDS_OF_A_BLOCK)
     words = np.empty((len(indices), blocks * WORDS_OF_A_BLOCK), dtype=np.uint64)
@@ -58,15 +59,15 @@ def random_words(seed: int, indices: list[int], stream: int, count: int) -> np.n
 
 
 def random_uniforms(seed: int, indices: list[int], stream: int, count: int) -> np.ndarray:
-    """Uniform numbers in [0, 1) of each index, float64 `[B, count]`."""
+    """Uniform numbers in [0, 1) for each index, float64 `[B, count]`."""
     return (random_words(seed, indices, stream, count)[:, :count] >> 11) * 2.0**-53
 
 
 def random_normals(seed: int, indices: list[int], stream: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Normal numbers of each index, float32 `[B, *shape]`, at most 6.7 in size, by Box and Muller's formula.
+    """Standard normal numbers for each index, float32 `[B, *shape]`, by the Box-Muller transform.
 
-    The numbers of an index do not depend on the other indices. Processors whose NumPy has other code for `log`, `cos` and `sin`
-    may round the last bit in another way.
+    Their absolute values are below 6.7. The numbers of an index do not depend on the other indices. The last bit may
+    differ between processors for which NumPy has different code for `log`, `cos` and `sin`.
     """
     count = math.prod(shape)
     words = random_words(seed, indices, stream, -(-count // 2))
@@ -117,14 +118,15 @@ def permutation_keys(seed: int, index: int, stream: int) -> np.ndarray:
 
 
 def permuted(positions: np.ndarray, total: int, keys: np.ndarray) -> np.ndarray:
-    """The numbers at some positions of a random permutation of `range(total)`, without the rest of it; int64 `[B]`.
+    """The numbers at some positions of a random permutation of `range(total)`, int64 `[B]`; the rest is not computed.
 
-    A generalised Feistel network (Black and Rogaway 2002) permutes the pairs (left, right) below (a, b), where `a b` is the
-    least product of near square roots that is not below `total`. Numbers from `total` on are permuted until they are below it.
+    A generalised Feistel network (Black and Rogaway 2002) permutes the numbers below `a b` as pairs (left < a, right <
+    b), where a is the square root of `total` and b is `total / a`, both rounded up. A result that is not below `total`
+    is permuted again until it is.
 
     Args:
         positions: int64 `[B]`, below `total`.
-        keys: those of the permutation, from `permutation_keys`.
+        keys: the keys of the permutation, from `permutation_keys`.
     """
     lefts = math.isqrt(total - 1) + 1
     rights = -(-total // lefts)

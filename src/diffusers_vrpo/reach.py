@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Whether the Hub can be reached, so that nothing waits for long retries of a connection that cannot be made."""
+"""Finds out whether the Hub can be reached, so that nothing waits for long retries when there is no connection."""
 
 import contextlib
 import errno
@@ -23,8 +23,9 @@ NO_ROUTE = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDO
 def is_out_of_reach(endpoint: str) -> bool:
     """Whether the host of an address cannot be reached.
 
-    It counts as out of reach if its name is unknown, if connections are refused or have no route even after two short retries,
-    or if nothing answers for ten seconds. Behind a proxy the Hub's client asks for the address, since only the proxy knows.
+    It cannot be reached if its name is unknown or connections are refused or have no route, even after two short
+    retries, or if nothing answers for ten seconds. Behind a proxy, the Hub's client sends a request, since only the
+    proxy can tell.
 
     Args:
         endpoint: an address such as https://huggingface.co.
@@ -36,7 +37,7 @@ def is_out_of_reach(endpoint: str) -> bool:
     if (parts.scheme in proxies or "all" in proxies) and not urllib.request.proxy_bypass(parts.hostname):
         return not client_answers(endpoint)
     address = (parts.hostname, parts.port or (80 if parts.scheme == "http" else 443))
-    give_up = time.monotonic() + TIMEOUT  # a name may take long to be found unknown
+    give_up = time.monotonic() + TIMEOUT  # looking up an unknown name may take long
     for wait in (*WAITS, None):
         try:
             socket.create_connection(address, timeout=TIMEOUT).close()
@@ -44,7 +45,7 @@ def is_out_of_reach(endpoint: str) -> bool:
         except TimeoutError:
             return True
         except OSError as error:
-            # Odd networks are left to the Hub's client.
+            # Other network errors are left to the Hub's client.
             if not isinstance(error, ConnectionRefusedError | socket.gaierror) and error.errno not in NO_ROUTE:
                 return False
         if wait is None or time.monotonic() > give_up:
@@ -63,16 +64,16 @@ def client_answers(endpoint: str) -> bool:
 
 @contextlib.contextmanager
 def offline_if_out_of_reach(*sources: str | os.PathLike | None) -> Iterator[None]:
-    """Works offline inside the `with` block if the Hub cannot be reached, so that files in the cache are used without delay.
+    """Works offline in the `with` block if the Hub cannot be reached, so that cached files are opened without delay.
 
     Args:
-        sources: names or paths that will be opened. If all are folders, files or None, the Hub is not asked.
+        sources: names or paths that will be opened. If all are folders, files or None, the Hub is not contacted.
     """
     names = [source for source in sources if source is not None and not os.path.exists(os.path.expanduser(source))]
     if not names or constants.HF_HUB_OFFLINE or not is_out_of_reach(constants.ENDPOINT):
         yield
         return
-    # A program that has not imported datasets does not read from it.
+    # `datasets` keeps a copy of the setting, which matters only if the program has imported it.
     modules = [constants, *filter(None, [sys.modules.get("datasets.config")])]
     before = [module.HF_HUB_OFFLINE for module in modules]
     for module in modules:

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""What the JSON files of runs, caches, samples and pipelines must hold, and readers that check it."""
+"""Schemas of the JSON files of runs, caches, samples and pipelines, and functions that read and check such files."""
 
 import json
 import re
@@ -9,8 +9,8 @@ from pathlib import Path
 from .files import read_regular
 
 
-# Types of the entries of an object: a type, a tuple of alternatives, `[type]` for a list, or an object of its own; a name
-# that ends in `?` may be missing. Numbers are not booleans.
+# A schema maps the entries of an object to a type, a tuple of alternative types, `[type]` for a list, or a nested
+# schema. An entry whose name ends in `?` may be missing. A boolean does not count as a number.
 NUMBER = (int, float)
 MANIFEST = {"size and CRC-32": dict}
 TRAINING_STATE = {
@@ -49,7 +49,7 @@ START_FACTS = {
     "changed?": dict,
 }
 START = {"step": int} | START_FACTS
-RECORDED_OPTIONS = {  # of train_config.yaml, those that a report computes with
+RECORDED_OPTIONS = {  # the options in train_config.yaml that a report computes with
     "seed?": int,
     "train_batch_size?": int,
     "gradient_accumulation_steps?": int,
@@ -75,7 +75,13 @@ JOURNAL_ENTRY = {"chunk": int, "crc": int, "corrupt": [int]}
 
 
 def mismatch(value, wanted, where: str = "") -> str | None:
-    """Describes the first part of a JSON value that is not as wanted (`alignment must be an object, not 3`), else None."""
+    """Describes the first part of a JSON value that does not match a schema; None if all parts match.
+
+    Args:
+        value: the value, as `json.loads` returns it.
+        wanted: the schema.
+        where: the name of the value in the description, such as `alignment` in `alignment must be an object, not 3`.
+    """
     name = where or "it"
     if isinstance(wanted, dict):
         if not isinstance(value, dict):
@@ -107,10 +113,10 @@ def shown(value) -> str:
 
 
 def check(value, wanted) -> dict:
-    """Returns a JSON value that is as wanted.
+    """Returns a JSON value if it matches a schema.
 
     Raises:
-        ValueError: otherwise; the message names the part that is not.
+        ValueError: if it does not; the message names the part that differs.
     """
     if problem := mismatch(value, wanted):
         raise ValueError(problem)
@@ -118,11 +124,11 @@ def check(value, wanted) -> dict:
 
 
 def read_object(path: Path, wanted: dict) -> dict:
-    """Reads a JSON file of a run, a cache or samples, which must be a regular file.
+    """Reads a JSON file of a run, a cache or samples, and checks it against a schema.
 
     Raises:
         OSError: if it cannot be read, or is a link or a special file.
-        ValueError: if it is not JSON or not as wanted.
+        ValueError: if it is not JSON or does not match the schema.
     """
     try:
         return check(json.loads(read_regular(path)), wanted)
@@ -131,7 +137,7 @@ def read_object(path: Path, wanted: dict) -> dict:
 
 
 def read_rows(path: Path, wanted: dict) -> tuple[list[dict], int]:
-    """Reads the objects of a JSON-lines file that are as wanted, and counts the lines that are not, such as a torn last one.
+    """Reads the objects of a JSON-lines file that match a schema, and counts the other lines, such as a torn last one.
 
     Raises:
         OSError: if the file cannot be read, or is a link or a special file.
@@ -148,7 +154,7 @@ def read_rows(path: Path, wanted: dict) -> tuple[list[dict], int]:
 
 
 def merge_steps(rows: list[dict]) -> list[dict]:
-    """Merges consecutive rows of a step: validation, which runs after the checkpoint, adds another line for its step."""
+    """Merges consecutive rows of a step, for which validation, which runs after the checkpoint, adds a second line."""
     merged: list[dict] = []
     for row in rows:
         if merged and merged[-1]["step"] == row["step"]:
@@ -162,7 +168,7 @@ def check_model_index(index, error: Callable[[str], Exception]):
     """Checks the `model_index.json` of a pipeline: components as `[library, class]`, class names as `{id: name}`.
 
     Args:
-        error: makes the exception to raise from the description of the problem.
+        error: turns the description of a problem into the exception that is raised.
     """
     if not isinstance(index, dict):
         raise error(f"it must be an object, not {shown(index)}")
@@ -178,10 +184,12 @@ def check_model_index(index, error: Callable[[str], Exception]):
 
 
 def argument_problem(config: dict, defaults: dict) -> str | None:
-    """What is wrong with a constructor argument of a model in a JSON file; None if nothing is.
+    """Describes the first constructor argument in a model's JSON file that has a wrong type; None if there is none.
 
     Args:
-        defaults: the arguments' default values, whose types count; those whose default is None or a sequence may be anything.
+        config: the arguments by name.
+        defaults: their default values, which tell the types; an argument whose default is None or a sequence is not
+            checked.
     """
     for name, value in config.items():
         default = defaults.get(name)
@@ -192,7 +200,7 @@ def argument_problem(config: dict, defaults: dict) -> str | None:
 
 
 def id2label_problem(value) -> str | None:
-    """What is wrong with class names that should be `{"0": "tench", ...}`; None if nothing is."""
+    """Describes what is wrong with class names, which should be `{"0": "tench", ...}`; None if nothing is."""
     if not isinstance(value, dict):
         return f"must map class ids to names, not be {shown(value)}"
     for key, name in value.items():

@@ -49,7 +49,7 @@ def test_a_folder_without_class_folders_has_one_class(tmp_path, caplog, option):
     with caplog.at_level(logging.INFO):
         data, names, num_classes = load_image_dataset(**{option: folder})
     assert (list(data["label"]), names, num_classes) == ([0, 0, 0], None, 1)
-    assert "3 images and no class folders; all have the one class 0" in caplog.text
+    assert "3 images and no class folders; all get class 0" in caplog.text
 
 
 def test_class_folders_and_tables_can_be_ignored(tmp_path, caplog):
@@ -59,7 +59,7 @@ def test_class_folders_and_tables_can_be_ignored(tmp_path, caplog):
     assert (list(data["label"]), names, num_classes) == ([0, 0, 0], None, 1)
     (tmp_path / "faces" / "metadata.csv").write_text("file_name,text\n0.png,a face\n")
     assert len(load_image_dataset(train_data_dir=folder, label_column="none")[0]) == 3
-    assert "3 images all have the one class 0" in caplog.text
+    assert "3 images all get class 0" in caplog.text
 
 
 def opened(folder, tmp_path, way, **options):
@@ -84,7 +84,7 @@ def test_a_table_without_labels_has_one_class(tmp_path, caplog, way, columns):
     assert (data.num_classes, data.id2label, data.classes_with_images()) == (1, None, [0])
     record = data[[2]]
     assert record["label"] == [0] and record["image"][0]["bytes"] == png(2)
-    assert "is trained without labels" in caplog.text and "all images have the one class 0" in caplog.text
+    assert "is trained without labels" in caplog.text and "all images get class 0" in caplog.text
 
 
 @pytest.mark.parametrize("way", WAYS)

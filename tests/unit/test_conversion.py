@@ -381,7 +381,7 @@ def test_files_that_are_refused(tmp_path, capsys):
     refused(str(tmp_path), found, num_attention_heads=None)
     tiny_model().save_pretrained(tmp_path / "ours")
     refused(str(tmp_path / "ours"), "`num_attention_heads` 3: .* has a complete config.json")
-    with pytest.raises(InputError, match="it goes to sit or repa"):
+    with pytest.raises(InputError, match="use `to` sit or repa"):
         export_checkpoint(tiny_model(), "dit")
     with pytest.raises(InputError, match="frequencies or the norm of diffusers' DiT"):
         export_checkpoint(tiny_model(prediction_type="epsilon", downscale_freq_shift=1.0), "dit")

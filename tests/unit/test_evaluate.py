@@ -114,7 +114,7 @@ def test_folders_of_samples(run, tmp_path, caplog):
         run(tmp_path / "npz", folder)
     (tmp_path / "npz" / "samples.npz").unlink()
     (tmp_path / "npz" / "manifest.json").write_text((folder / "manifest.json").read_text())
-    with pytest.raises(SystemExit, match="SAMPLES .*npz is an unfinished set of 40 samples; run the command"):
+    with pytest.raises(SystemExit, match="SAMPLES .*npz is an unfinished set of 40 samples; run the same command"):
         run(tmp_path / "npz", folder)
 
 
@@ -167,7 +167,7 @@ def test_references_are_cropped_and_may_be_data_sets(run, tmp_path):
     assert run(tmp_path / "samples.npz", *data) == pytest.approx(expected, rel=1e-9)
     with pytest.raises(SystemExit, match="48x24, those of SAMPLES 16x16; --resolution 16 crops the reference to it"):
         run(tmp_path / "samples.npz", folder)
-    with pytest.raises(SystemExit, match="--image_column 'image' holds no images .*; 'picture' does"):
+    with pytest.raises(SystemExit, match="--image_column 'image' is not a column of images .*; these are: 'picture'"):
         run(tmp_path / "samples.npz", tmp_path / "data")
     with pytest.raises(SystemExit, match="--reference_split 'test' is not in .*; it has 'train'"):
         run(tmp_path / "samples.npz", *data, "--reference_split", "test")
@@ -364,7 +364,7 @@ def test_bad_input_ends_in_a_sentence(run, tmp_path, capsys):
             good,
             good,
             ["--encoder", "inception", "--inception_weights", good],
-            "is not the network that FID is defined by",
+            "is not the network that defines FID",
         ),
         (good, good, ["--resolution", 16], "--resolution 16: .*good.npz is used as it is"),
         (good, good, ["--reference_split", "test"], "--reference_split test needs a data set"),

@@ -32,8 +32,8 @@ from .image_folders import (
 )
 
 
-logger = get_logger(__name__)  # needs accelerate's state, and logs on the main process
-opening_logger = logging.getLogger(__name__)  # before there is such a state
+logger = get_logger(__name__)  # needs accelerate's state, and logs on the main process only
+opening_logger = logging.getLogger(__name__)  # for messages before that state exists
 TABLE_SUFFIXES = (".parquet", ".arrow", ".zip", ".tar")  # files with images inside, which `datasets` reads
 
 
@@ -51,13 +51,13 @@ def load_image_dataset(
     max_train_samples: int | None = None,
     cache_dir: str | None = None,
 ) -> tuple[Dataset, dict[int, str] | None, int]:
-    """Opens an image data set: a Hub name, a folder of parquet files or of images, or an embedded one.
+    """Opens an image data set from the Hub, from a folder of parquet files or images, or from the package itself.
 
-    Without labels, or with `label_column="none"`, all images have the class 0.
+    Without labels, or with `label_column="none"`, all images get class 0.
 
     Returns:
-        the split with the columns `image` (encoded bytes or paths) and `label`; the class names, or None where the
-        labels are plain integers; the number of classes.
+        the split with the columns `image` (encoded bytes or paths) and `label`; the class names, or None if the labels
+        are plain integers; the number of classes.
 
     Raises:
         InputError: if the data set, split or column does not exist, or the labels are not class ids.
@@ -91,10 +91,10 @@ def load_image_dataset(
 
 
 def refuse_config_name(config_name: str | None, option: str, name: str):
-    """Checks that no configuration is asked for, of data that have none.
+    """Checks that no configuration is given for a data set that has none.
 
     Raises:
-        InputError: if one is.
+        InputError: if one is given.
     """
     if config_name is not None:
         raise InputError(
@@ -104,7 +104,7 @@ def refuse_config_name(config_name: str | None, option: str, name: str):
 
 
 def load_embedded_dataset(name: str) -> DatasetDict:
-    """Both splits of a data set that the package carries, or composes of what it carries."""
+    """Both splits of the digits that the package contains, or of the digit grids that it makes from them."""
     if name == EMBEDDED_GRIDS:
         from ..assets.digit_grids import load_digit_grids
 
@@ -115,14 +115,14 @@ def load_embedded_dataset(name: str) -> DatasetDict:
 
 
 def say_which_digits(option: str, name: str):
-    """Says in the log what `digits` means, which depends on whether there is a folder of that name."""
+    """Logs what `digits` means, which depends on whether there is a folder of that name."""
     if name == DIGITS and option != "train_data_dir":
         what = "the folder of that name" if os.path.isdir(DIGITS) else "the package's own digits"
         opening_logger.info(f"`{option}` {DIGITS} is {what}; {EMBEDDED_DIGITS} always names those of the package")
 
 
 def is_image_folder(folder: str) -> bool:
-    """Whether a folder given as `dataset_name` has image files itself, and not in tables or archives."""
+    """Whether a folder given as `dataset_name` holds image files, rather than tables or archives of images."""
     has_images = False
     for place, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -130,7 +130,7 @@ def is_image_folder(folder: str) -> bool:
         if not endings.isdisjoint(TABLE_SUFFIXES):
             return False
         has_images = has_images or not endings.isdisjoint(IMAGE_SUFFIXES)
-        # Two levels tell the kind; a class folder may have a million files.
+        # Two levels are enough to tell; a class folder may have a million files.
         if os.path.relpath(place, folder).count(os.sep) >= 1 or (has_images and place != folder):
             break
     return has_images
@@ -139,11 +139,15 @@ def is_image_folder(folder: str) -> bool:
 def image_and_label(
     data: Dataset, option: str, name: str, image_column: str, label_column: str
 ) -> tuple[Dataset, dict[int, str] | None, int]:
-    """A data set with the columns `image`, not decoded, and `label` only; class names and the number of classes.
+    """Reduces a data set to the columns `image`, not decoded, and `label`.
 
     Args:
-        data: with images in one column and class ids in another; see `is_classless` for those without.
-        option, name: what errors call the data set.
+        data: has images in one column and class ids in another; `is_classless` says which may have no class ids.
+        option, name: the option that gives the data set, and its value, for errors.
+        image_column, label_column: the names of the columns in `data`.
+
+    Returns:
+        the data set; the class names, or None if the labels are plain integers; the number of classes.
 
     Raises:
         InputError: if the columns do not hold images and class ids, or name files instead of images.
@@ -166,18 +170,18 @@ def image_and_label(
 
 
 def is_classless(features: Features, option: str, name: str, label_column: str) -> bool:
-    """Whether all images of a table get one class: there is no column of labels, or `label_column` is `"none"`.
+    """Whether all images of a table get one class, because there are no labels or `label_column` is `"none"`.
 
-    A missing column that was named by an option is an error of `check_columns`, and so is one in a table with columns that look like
-    classes.
+    It is False if an option names a column that does not exist, or if the default column does not exist and another
+    one looks like classes; `check_columns` then raises an error.
     """
     if label_column in features or label_column not in (LABEL_COLUMN, NO_CLASSES):
         return False
     if label_column == LABEL_COLUMN and any(looks_like_classes(*column) for column in features.items()):
         return False
     opening_logger.warning(
-        f"`{option}` {name} is trained without labels (its columns are {', '.join(map(repr, features))}); all images have the "
-        "one class 0, so that the model is unconditional"
+        f"`{option}` {name} is trained without labels (its columns are {', '.join(map(repr, features))}); all images get "
+        "class 0, so the model is unconditional"
     )
     return True
 
@@ -195,7 +199,7 @@ def is_text(feature) -> bool:
 
 
 def with_text_classes(data: Dataset, label_column: str, column: str) -> Dataset:
-    """A data set whose text labels have become classes, in the order of their names; any other is returned as it is.
+    """Replaces text labels by class ids, in the order of the class names; other data sets are returned unchanged.
 
     Args:
         column: the column and the data set in words, for the log and errors.
@@ -216,8 +220,8 @@ def text_classes(texts: Iterable[str], nulls: int, count: int, column: str) -> l
     """The names of the classes of text labels, in order.
 
     Args:
-        texts: the different labels.
-        nulls: the number of rows without one.
+        texts: the distinct labels.
+        nulls: the number of rows without a label.
         count: the number of rows.
         column: the column and the data set in words, for the log and errors.
 
@@ -235,21 +239,24 @@ def text_classes(texts: Iterable[str], nulls: int, count: int, column: str) -> l
 
 
 def column_values(data: Dataset, column: str) -> pa.ChunkedArray:
-    """A column as arrow has it. `datasets` keeps a selection of rows as indices into the table."""
+    """The values of a column for all rows of a data set, as arrow stores them."""
     return selected(data, data.data.column(column))
 
 
 def selected(data: Dataset, values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The values of the rows of a data set, out of those of the rows of its table."""
+    """Picks the values that belong to the rows of a data set from a column of its arrow table.
+
+    `datasets` keeps a selection of rows as indices into the table.
+    """
     return values if data._indices is None else values.take(data._indices.column(0))
 
 
 def check_columns(
     features: Features, option: str, name: str, image_column: str, label_column: str | None, text: bool = False
 ):
-    """Checks that a data set has these columns, with images in one and integers, or with `text` also text, in the other.
+    """Checks that a data set has a column of images and one of integer labels or, with `text`, of text labels.
 
-    Without `label_column` only that of the images is checked.
+    Without `label_column`, only the column of the images is checked.
 
     Raises:
         InputError: if a column is missing or holds something else.
@@ -284,7 +291,7 @@ def check_columns(
 def check_labels(
     label: ClassLabel | Value, nulls: int, smallest: int, largest: int, count: int, column: str
 ) -> tuple[list[str] | None, int]:
-    """The class names, or None where the labels are plain integers, and the number of classes.
+    """Returns the class names, or None if the labels are plain integers, and the number of classes.
 
     Args:
         label: the feature of the column.
@@ -316,7 +323,13 @@ def check_labels(
 
 
 def open_named(option: str, name: str, config_name: str | None, cache_dir: str | None, opener=load_dataset):
-    """Calls `load_dataset` or `load_dataset_builder` on a folder or a Hub name (also `name@revision`).
+    """Opens a folder or a Hub name, also as `name@revision`.
+
+    Args:
+        option, name: the option that gives the data set, and its value.
+        config_name: the configuration of the data set, if it has several.
+        cache_dir: where downloads are kept.
+        opener: `load_dataset` or `load_dataset_builder`.
 
     Raises:
         InputError: if the data set cannot be opened.
@@ -346,10 +359,10 @@ def open_named(option: str, name: str, config_name: str | None, cache_dir: str |
 
 
 def refuse_paths(data: Dataset, option: str, name: str):
-    """Refuses a table with paths instead of images, which could name any file of this machine.
+    """Refuses a table that holds paths instead of images, since a path could name any file on this machine.
 
-    The paths of image files that `datasets` or `load_image_folder` has listed itself are taken. Only the bitmaps of missing
-    values are read, not the images.
+    Paths are accepted if `datasets` or `load_image_folder` has listed the image files itself. This reads only which
+    values are missing, not the images.
 
     Raises:
         InputError: if a row has a path and no bytes.
@@ -368,12 +381,12 @@ def refuse_paths(data: Dataset, option: str, name: str):
             embedding = (
                 'dataset.with_format("arrow").map(datasets.table.embed_table_storage, batched=True).with_format(None)'
             )
-            then = "" if option == "train_dataset" else ", and to_parquet writes the result,"
+            then = "" if option == "train_dataset" else ", and to_parquet writes the result"
             raise InputError(
                 option,
                 f"`{option}` {name}: row {pc.index(named, True).as_py()} of column {column!r} names a file instead of holding "
                 "an image, and files that a table names are not opened; store the images themselves in the table "
-                f"({embedding} in Python puts in what the files hold{then} if you trust the paths), or give the folder of the "
+                f"(if you trust the paths, {embedding} in Python reads the files into it{then}), or give the folder of the "
                 "image files",
             )
 
@@ -381,7 +394,8 @@ def refuse_paths(data: Dataset, option: str, name: str):
 def lists_its_own_files(data: Dataset) -> bool:
     """Whether the paths of a data set were listed from a folder or repository of image files, rather than read from a table.
 
-    A folder of `save_to_disk` holds the images themselves. One with paths was made by other means, whatever it says of itself.
+    A folder that `save_to_disk` writes holds the images themselves. If a folder of that kind holds paths, another
+    program made it, so its `builder_name` is not trusted.
     """
     folders = {os.path.dirname(file["filename"]) for file in data.cache_files}
     is_saved = any(os.path.exists(os.path.join(folder, "state.json")) for folder in folders)
@@ -389,7 +403,7 @@ def lists_its_own_files(data: Dataset) -> bool:
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """The error behind those of `datasets` that only say that an error has occurred."""
+    """The cause behind errors of `datasets` that only say that an error has occurred; else the error itself."""
     while isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
         error = error.__cause__
     return error
@@ -403,12 +417,13 @@ def check_images(data, rows: np.ndarray, values: PixelRange | None = None):
     """Decodes the images of some rows, before any training.
 
     Args:
-        data: gives `{"image": [...], "label": [...]}` for a list of rows.
+        data: returns `{"image": [...], "label": [...]}` for a list of rows.
         rows: the rows to decode.
         values: the pixel range of the data set.
 
     Raises:
-        InputError: if over 1 % of them cannot be decoded (3 % if these are not all rows).
+        InputError: if over 1 % of these images cannot be decoded, or over 3 % if `rows` are only a part of the data
+        set.
     """
     corrupt = []
     for row in rows.tolist():
@@ -431,7 +446,16 @@ def too_many_corrupt(rows, out_of: int) -> InputError:
 
 
 def check_corrupt_rows(rows: set[int], num_rows: int, known: int) -> int:
-    """Counts the images that any process could not decode, warns of new ones, and raises InputError above 1 %."""
+    """Counts the images that the processes could not decode, and warns if there are more than before.
+
+    Args:
+        rows: the rows that this process could not decode.
+        num_rows: the number of rows of the data set.
+        known: the number of damaged images that the log already mentions.
+
+    Raises:
+        InputError: if over 1 % of all images cannot be decoded.
+    """
     found = set(gather_object(sorted(rows)))
     if len(found) > 0.01 * num_rows:
         raise too_many_corrupt(found, num_rows)
@@ -450,10 +474,11 @@ def first_readable(
     If no row can be decoded, the image is None.
 
     Args:
-        data: gives `{"image": [...], "label": [...]}` for a list of rows.
-        record: the `image` and `label` of the row, already read.
+        data: returns `{"image": [...], "label": [...]}` for a list of rows.
+        row: the row.
+        record: its `image` and `label`, already read.
         values: the pixel range of the data set.
-        draft_side: as of `decode_image`.
+        draft_side: see `decode_image`.
     """
     corrupt = []
     for tries in range(len(data)):

@@ -1,8 +1,9 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """Turns image files of any mode into square RGB images: pixel values, transparency and the crop.
 
-8-bit images need no decision. For others (modes I, I;16 and F of PIL) the file does not say which value is white. It is decided
-once for a data set, from a fixed sample of its images, so that all of its images, processes and runs have the same.
+In 8-bit images, 255 is white. In others (modes I, I;16 and F of PIL), the file does not say which value is white. This
+is decided once for a data set, from a fixed sample of its images, so that it is the same for all images, processes and
+runs.
 """
 
 import contextlib
@@ -35,11 +36,12 @@ LONGEST_RATIO = 8  # images up to this aspect ratio are resized as a whole befor
 
 @dataclass(frozen=True)
 class PixelRange:
-    """Which values are black and white in the images of a data set that are not 8-bit; `find_pixel_range` decides it.
+    """Which values are black and white in the images of a data set that are not 8-bit, as `find_pixel_range` decides.
 
     Attributes:
-        bits (`int`, *optional*): integers (modes I and I;16) go from 0 to `2**bits - 1`; None if the sample has none.
-        floats (`tuple[float, float]`, *optional*): black and white in mode F; None if the sample has none.
+        bits (`int`, *optional*): in modes I and I;16, black is 0 and white is `2**bits - 1`; None if the sample has no
+            such image.
+        floats (`tuple[float, float]`, *optional*): black and white in mode F; None if the sample has no such image.
     """
 
     bits: int | None = None
@@ -52,9 +54,9 @@ def sample_rows(count: int) -> range:
 
 
 def find_pixel_range(images: Iterable[dict | PILImage.Image], name: str) -> PixelRange:
-    """Decides the pixel range of a data set from a sample of its images, and says in the log what is unusual in them.
+    """Decides the pixel range of a data set from a sample of its images, and logs what is unusual about them.
 
-    Of 8-bit images without transparency only the header is read. Images that cannot be read are passed over.
+    If an image is 8-bit and not transparent, only its header is read. Images that cannot be read are skipped.
 
     Args:
         images: the sample, as `decode_image` takes them.
@@ -98,10 +100,10 @@ def is_8_bit(image: PILImage.Image) -> bool:
 
 
 def integer_bits(low: int, high: int) -> int:
-    """The smallest usual number of bits that holds the values.
+    """The smallest number of bits out of `INTEGER_BITS` that holds the values.
 
     Raises:
-        ValueError: if none does.
+        ValueError: if none of them does.
     """
     if low < 0 or high >= 2 ** INTEGER_BITS[-1]:
         raise ValueError(
@@ -112,10 +114,10 @@ def integer_bits(low: int, high: int) -> int:
 
 
 def float_range(low: float, high: float) -> tuple[float, float]:
-    """The usual range of floating-point images that holds the values.
+    """The first of `FLOAT_RANGES` that holds the values.
 
     Raises:
-        ValueError: if none does.
+        ValueError: if none of them does.
     """
     for black, white in FLOAT_RANGES:
         if black <= low and high <= white:
@@ -127,9 +129,13 @@ def float_range(low: float, high: float) -> tuple[float, float]:
 
 
 def grey_8_bit(image: PILImage.Image, values: PixelRange | None) -> PILImage.Image:
-    """An image of mode I, I;16 or F as 8-bit grey; numbers outside the range are clipped, with one warning.
+    """Converts an image of mode I, I;16 or F to 8-bit grey; values outside the range are clipped, with one warning.
 
-    Without the range of a data set, or if the sample had no such image, the range is that of the image itself.
+    Without the range of a data set, or if its sample had no image of this kind, the range is found from the image
+    itself.
+
+    Raises:
+        ValueError: if no known range holds the values of the image.
     """
     array, is_float = np.asarray(image), image.mode == "F"
     low, high = array.min().item(), array.max().item()
@@ -138,8 +144,8 @@ def grey_8_bit(image: PILImage.Image, values: PixelRange | None) -> PILImage.Ima
         decided = values.floats if is_float else values.bits
         if decided is None:
             warn_once(
-                f"an image has the mode {image.mode}, which the sample of images that decides which value is white does not have; "
-                "the range of such images is that of their own values"
+                f"an image has the mode {image.mode}, which does not occur in the sample of images that decides which value is "
+                "white; the range of each such image is found from its own values"
             )
     if is_float:
         black, white = decided or float_range(low, high)
@@ -154,7 +160,7 @@ def grey_8_bit(image: PILImage.Image, values: PixelRange | None) -> PILImage.Ima
             f"an image of mode {image.mode} has values outside [{black}, {white}], the range that a sample of the data set "
             "has given; such values are clipped"
         )
-    key = image.info.get("transparency")  # of a 16-bit PNG: the one value that is transparent
+    key = image.info.get("transparency")  # in a 16-bit PNG, the one value that is transparent
     if isinstance(key, int):
         grey[array == key] = 255
     return PILImage.fromarray(grey)
@@ -172,7 +178,7 @@ def warn_once(message: str):
 
 @contextlib.contextmanager
 def opened(encoded: dict | PILImage.Image) -> Iterator[PILImage.Image]:
-    """The image of `{"bytes": ..., "path": ...}`, closed afterwards, or a PIL image itself."""
+    """Opens the image of `{"bytes": ..., "path": ...}` for a `with` block; a PIL image is returned as it is."""
     if isinstance(encoded, PILImage.Image):
         yield encoded
         return
@@ -189,13 +195,15 @@ def decode_image(
     """Returns the RGB image of `{"bytes": ..., "path": ...}`, as `datasets` stores it, or of a PIL image.
 
     Args:
-        values: the pixel range of the data set; by default that of the image alone. 8-bit images do not need it.
-        draft_side: decode a JPEG file at a half, a quarter or an eighth of its size, the smallest whose shorter side is at least
-            this long. `resize_and_crop` would halve the image to the same size, give or take a pixel, up to three times.
+        values: the pixel range of the data set; by default, it is found from the image alone. 8-bit images do not need
+            it.
+        draft_side: decode a JPEG file at a half, a quarter or an eighth of its size: at the smallest of these whose
+            shorter side is still at least this long, in pixels. This replaces the first up to three halvings of
+            `resize_and_crop`, which give the same size within a pixel.
 
     Raises:
-        ValueError: if the image has more than `LARGEST_IMAGE` pixels, or its values have no known range. PIL's readers raise
-            many other types.
+        ValueError: if the image has more than `LARGEST_IMAGE` pixels, or its values have no known range. PIL's readers
+            raise many other types of exceptions.
     """
     with opened(encoded) as image:
         if draft_side is not None and image.format == "JPEG" and isinstance(encoded, dict):
@@ -204,7 +212,7 @@ def decode_image(
 
 
 def to_rgb(image: PILImage.Image, values: PixelRange | None = None) -> PILImage.Image:
-    """Converts an image to RGB and rotates it upright; what is transparent is put on white.
+    """Converts an image to RGB and rotates it upright; transparent pixels are put on white.
 
     Raises:
         ValueError: if the image is not 8-bit, and its values have no known range.
@@ -220,13 +228,16 @@ def to_rgb(image: PILImage.Image, values: PixelRange | None = None) -> PILImage.
 
 
 def resize_and_crop(image: PILImage.Image, resolution: int, position: tuple[float, float] | None = None) -> np.ndarray:
-    """Crops an image as ADM, DiT, SiT and REPA do: halve it while it is twice too large, resize bicubically, cut a square.
+    """Resizes an image and crops it to a square, as ADM, DiT, SiT and REPA do.
 
-    Of an image longer than 8:1, only the square is resized. It differs by rounding from the same square of the whole
-    image, and more only where black and white pixels alternate, if Pillow's two passes then run in another order.
+    The image is halved while its shorter side is at least twice `resolution`, then resized bicubically so that this
+    side is `resolution`, and cut to a square. If its aspect ratio is above 8:1, only the square is resized. Its pixels
+    then differ by rounding from those of the whole image resized, and by more only where black and white pixels
+    alternate and Pillow runs its two passes in another order.
 
     Args:
-        position: x and y in [0, 1) place the square, which is centred by default.
+        resolution: side of the square in pixels.
+        position: the place of the square, as x and y in [0, 1); by default, it is in the centre.
 
     Returns:
         uint8 `[resolution, resolution, 3]`.

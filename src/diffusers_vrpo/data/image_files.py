@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""The image files below a folder, and other files found there. Needs neither `datasets` nor pyarrow."""
+"""Lists the image files below a folder and counts the other files. Needs neither `datasets` nor pyarrow."""
 
 import os
 from collections import Counter
@@ -50,7 +50,7 @@ class Listing:
     archives: list[str] = field(default_factory=list)
 
     def left_out(self) -> list[str]:
-        """What is not used, in words."""
+        """Describes the files that are not used."""
         parts = []
         if self.others:
             endings = ", ".join(f"{count} {ending}" for ending, count in self.others.most_common(5))
@@ -66,7 +66,7 @@ class Listing:
 def list_images(folder: str | Path) -> Listing:
     """Lists the image files below a folder; links to files and folders are followed.
 
-    A file is looked up by itself only where it is a link: a data set has a million of them.
+    Only links cost a system call each; a data set may have a million files.
 
     Raises:
         OSError: if a folder cannot be read.
@@ -96,7 +96,7 @@ def list_images(folder: str | Path) -> Listing:
 
 
 def add_file(listing: Listing, name: str):
-    """Enters a file, by its ending."""
+    """Adds a file to a listing; its ending tells its kind."""
     ending = os.path.splitext(name)[1].lower()
     if ending in IMAGE_SUFFIXES:
         listing.images.append(name)
@@ -107,12 +107,12 @@ def add_file(listing: Listing, name: str):
 
 
 def counted(count: int, noun: str) -> str:
-    """A number and what it counts, such as 1 image or 2 images."""
+    """A number and what it counts, such as "1 image" or "2 images"."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def reason_without_images(folder: str, listing: Listing) -> str:
-    """Why a folder has no images, and what to do, in words."""
+    """Explains why a folder has no images, and what to do."""
     if listing.archives:
         first = listing.archives[0]
         stem = next(first[: -len(ending)] for ending in ARCHIVE_SUFFIXES if first.lower().endswith(ending))

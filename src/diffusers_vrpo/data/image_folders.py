@@ -1,8 +1,8 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Folders of image files as data sets: which class each has, and what is left out.
+"""Opens folders of image files as data sets: the class of each image, and which files are not used.
 
 `datasets` reads folders by patterns: a folder or file with the word train or test in its name becomes a split, the last
-folder level becomes the class, and brackets in a name match other folders. Here a name is a path and nothing else.
+folder level becomes the class, and brackets in a name match other folders. Here a name is a path and never a pattern.
 """
 
 import csv
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 SPLIT_OF_FOLDER = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test"}
 SPLIT_OF_FOLDER |= {"validation": "validation", "val": "validation", "valid": "validation", "dev": "validation"}
-IMAGE_FOLDER = "imagefolder"  # the name of the reader of such folders in `datasets`, and of this one
+IMAGE_FOLDER = "imagefolder"  # the name of the reader of such folders in `datasets`, used here, too
 LABEL_COLUMN, NO_CLASSES = "label", "none"  # the default of `label_column`, and its value to train without classes
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
@@ -53,10 +53,11 @@ def sorted_classes(names) -> list[str]:
 
 
 def split_folders(folder: str) -> dict[str, str]:
-    """The folders at the top that are splits, by the name of the split; empty if the folders there are classes.
+    """The top-level folders that are splits, by the name of the split; empty if those folders are classes.
 
-    These are `train` together with `validation` or `test` (or one of their other names), or `train` or `validation` as the only
-    folder, each of which has folders of its own or a table of labels. A class may therefore be called train.
+    They are splits if there is `train` together with `validation` or `test`, or one of the three as the only folder,
+    and if each of them has folders of its own or a table of labels. So a class may be called train. Other spellings of
+    the three names are in `SPLIT_OF_FOLDER`.
     """
     names = visible_folders(folder)
 
@@ -78,16 +79,19 @@ def split_folders(folder: str) -> dict[str, str]:
 def load_image_folder(option: str, folder: str, split: str, image_column: str, label_column: str) -> Dataset:
     """Opens a folder with one folder of images per class, or with a table of labels, as a data set.
 
-    The class of an image is the first folder level. If no image lies in a folder, all have one class without a name. The log
-    says what the classes are, and counts what is left out.
+    The class of an image is the name of its folder at the first level. If no image lies in a folder, all get one class
+    without a name. The log says what the classes are, and how many files are not used.
 
     Args:
-        option: of the folder, for errors.
-        split: "train", or another split if the folder has a folder for it.
-        image_column, label_column: the names of the columns; `"none"` gives all images one class.
+        option: the option that gives the folder, for errors.
+        folder: the folder.
+        split: `"train"`, or another split if the folder has a folder for it.
+        image_column: must be `"image"`.
+        label_column: the name of the column of labels in the table and in the result; `"none"` gives all images one
+            class.
 
     Raises:
-        InputError: if the split does not exist, the folder has no images, or none has a label in a column that is named.
+        InputError: if the folder cannot be read or has no images, or the split or a column does not exist.
     """
     source = f"`{option}` {folder}"
     try:
@@ -110,7 +114,7 @@ def load_image_folder(option: str, folder: str, split: str, image_column: str, l
     if not listing.images:
         raise InputError(option, f"{source}: {reason_without_images(top, listing)}")
     for name in ("model_index.json", "train_config.yaml"):
-        if os.path.isfile(os.path.join(top, name)):  # its pictures are grids of samples and curves
+        if os.path.isfile(os.path.join(top, name)):  # its images are grids of samples and plots
             raise InputError(
                 option, f"{source}: it holds a model or a training run ({name}); give the folder of the images"
             )
@@ -123,8 +127,8 @@ def load_image_folder(option: str, folder: str, split: str, image_column: str, l
     if labels is None and (label_column == NO_CLASSES or (not in_folders and label_column == LABEL_COLUMN)):
         rows, values, names = listing.images, [0] * len(listing.images), None
         logger.warning(
-            f"{source}: {counted(len(rows), 'image')} {'' if in_folders else 'and no class folders; '}all have the one class 0, "
-            "so that the model is unconditional"
+            f"{source}: {counted(len(rows), 'image')} {'' if in_folders else 'and no class folders; '}all get class 0, "
+            "so the model is unconditional"
         )
     elif labels is None:
         known = (
@@ -160,7 +164,9 @@ def folder_classes(
     """The images in class folders, their labels, and the names of the classes.
 
     Args:
-        known: the images of the training split, whose classes another split has, too, if it has no others.
+        option, source: the option that gives the folder, and both in words, for the log and errors.
+        listing: the files of the split.
+        known: the images of the training split; its classes are used for another split that has no further ones.
 
     Raises:
         InputError: if no image lies in a folder.
@@ -195,7 +201,7 @@ def folder_classes(
 
 
 def table_labels(option: str, folder: str, table: str, label_column: str) -> dict[str, str | int] | None:
-    """The labels by file name that a table gives; None if it has no such column and the images are in class folders.
+    """Reads the labels in a table by file name; None if it has no such column and there are class folders.
 
     Raises:
         InputError: if the table cannot be read, lacks a column, or names a file outside the folder.
@@ -235,7 +241,7 @@ def table_labels(option: str, folder: str, table: str, label_column: str) -> dic
 
 
 def label_values(option: str, source: str, values: list, label_column: str) -> tuple[list[int], list[str] | None]:
-    """Class ids of the labels of a table, and the class names, which text labels become; None for whole numbers.
+    """Turns the labels of a table into class ids; returns these, and the class names, or None if labels are numbers.
 
     Raises:
         InputError: if a label is missing.
@@ -256,7 +262,7 @@ def check_text_labels(names: list[str], count: int, column: str):
     """Checks that the distinct texts of a column are classes rather than captions.
 
     Raises:
-        InputError: if there are almost as many of them as images.
+        InputError: if there are over 20 of them and more than half as many as images.
     """
     if len(names) > max(20, count // 2):
         raise InputError(
@@ -267,7 +273,7 @@ def check_text_labels(names: list[str], count: int, column: str):
 
 
 def report(source: str, listing: Listing, outside: int, table: str | None):
-    """Counts in one line of the log what is left out."""
+    """Logs in one line how many files are not used, and why."""
     where = f"named in no row of {table}" if table else "outside the class folders"
     parts = [f"{counted(outside, 'image')} {where}"] if outside else []
     if parts := parts + listing.left_out():

@@ -21,10 +21,12 @@ from .samples import SampleStreams, TrainingSamples, ignore_signals
 
 
 CHECKED_IMAGES = 256  # images that are decoded before training
-FINGERPRINT_IMAGES = 64  # images whose content is part of a fingerprint; at least one for each class ...
-MOST_CLASSES = 1024  # ... of at most this many classes
-MOST_FILE_SIZES = 100_000  # files whose size is part of a fingerprint
-# Entries of a fingerprint, as errors show them.
+# A fingerprint covers the content of about so many images, at least one for each of at most `MOST_CLASSES` classes,
+# and the sizes of about `MOST_FILE_SIZES` image files.
+FINGERPRINT_IMAGES = 64
+MOST_CLASSES = 1024
+MOST_FILE_SIZES = 100_000
+# The names of a fingerprint's entries, as errors show them.
 CLASS_NAMES = "the class names"
 CLASS_CHECKSUMS = "the checksums of the images of each class"
 
@@ -36,10 +38,11 @@ CLASS_CHECKSUMS = "the checksums of the images of each class"
 class ImageSource:
     """Training data that returns images and labels by row; `TrainingData` documents the methods.
 
-    A source of your own derives from this class. It sets `num_classes` (and `id2label`, if the classes have names) and
-    defines two methods: `__len__`, and `__getitem__`, which gets a list of rows and returns
-    `{"image": [...], "label": [...]}`, as a `datasets.Dataset` does. An image is a PIL image, or
-    `{"bytes": ..., "path": ...}` of an image file.
+    To train on your own data, derive a class from this one. Set `num_classes` (and `id2label`, if the classes have
+    names)
+    and define two methods: `__len__`, and `__getitem__`, which takes a list of rows and returns
+    `{"image": [...], "label": [...]}`, as a `datasets.Dataset` does. An image is a PIL image, or a dictionary
+    `{"bytes": ..., "path": ...}` with the content or the path of an image file.
 
     Example:
 
@@ -66,7 +69,8 @@ class ImageSource:
     Attributes:
         num_classes (`int`): the number of classes.
         id2label (`dict[int, str]`, *optional*): the names of the classes.
-        jpeg_draft (`bool`): decode JPEG files at a part of their size where that is enough for the resolution.
+        jpeg_draft (`bool`): decode JPEG files at a half, a quarter or an eighth of their size where that is enough for
+            the resolution; False by default.
     """
 
     num_classes: int
@@ -84,7 +88,7 @@ class ImageSource:
 
     @cached_property
     def pixel_range(self) -> PixelRange:
-        """Which values are black and white in images that are not 8-bit, decided by a fixed sample of the rows.
+        """Which values are black and white in images that are not 8-bit, decided from a fixed sample of the rows.
 
         Raises:
             InputError: if their values have no known range.
@@ -105,7 +109,7 @@ class ImageSource:
         check_images(self, rows, self.pixel_range)
 
     def fingerprint(self) -> dict:
-        """Returns the class names, and CRC-32 of the labels and pixels of a fixed random subset of the rows."""
+        """Returns the class names, and CRC-32 of the labels and images of a fixed random subset of the rows."""
         checksum = 0
         for row in self.fixed_rows(FINGERPRINT_IMAGES).tolist():
             record = self[[row]]
@@ -114,11 +118,11 @@ class ImageSource:
         return {CLASS_NAMES: class_names(self), "the checksum of a sample of the images": checksum}
 
     def classes_with_images(self) -> list[int] | None:
-        """Returns the ids of the classes that have images, in order; None if that is not known, as of a source of your own."""
+        """Returns the ids of the classes that have images, in order; None, as here, if that is not known."""
         return None
 
     def features(self, encoders: list[str], layers: list[int | None], grid_size: tuple[int, int]) -> list:
-        """Always empty: the encoders compute their features from the images."""
+        """Returns an empty list: the encoders compute their features from the images."""
         return []
 
     def samples(
@@ -161,15 +165,15 @@ class ImageSource:
         return worker_loader(samples, batch_sampler, num_workers, pin_memory)
 
     def latents(self, vae: torch.nn.Module | None, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The autoencoder's latents of the batch's `pixels`, with its `posterior_noise`; without `vae` the pixels."""
+        """Encodes the `pixels` of a batch, with its `posterior_noise` if it has any; without `vae`, returns them."""
         return encode_images(vae, batch["pixels"], batch.get("posterior_noise"))
 
     def draft_side(self, resolution: int) -> int | None:
-        """What `decode_image` gets as `draft_side` for squares of this size."""
+        """The argument `draft_side` of `decode_image` for squares of this size."""
         return resolution if self.jpeg_draft else None
 
     def fixed_rows(self, count: int) -> np.ndarray:
-        """Random rows in ascending order."""
+        """Returns at most `count` random rows in ascending order, the same for every run."""
         return np.sort(random_stream(0, 0, ORDER).permutation(len(self))[:count])
 
     def examples(self, rows: np.ndarray, resolution: int) -> tuple[np.ndarray, np.ndarray]:
@@ -194,14 +198,14 @@ def worker_loader(samples: SampleStreams, batch_sampler: Iterable[list[int]], nu
     """Yields the batches of a process in order, computed ahead by worker processes, or on demand with 0 workers.
 
     Args:
-        samples: gives a batch for a list of indices.
+        samples: returns a batch for a list of indices.
         batch_sampler: a `StreamBatchSampler`.
         num_workers: the number of worker processes.
         pin_memory: whether batches are in pinned memory, for copies to a GPU.
     """
     return torch.utils.data.DataLoader(
         samples,
-        batch_size=None,  # the samples give batches themselves
+        batch_size=None,  # `samples` returns whole batches
         sampler=batch_sampler,
         num_workers=num_workers,
         worker_init_fn=ignore_signals,
@@ -215,7 +219,7 @@ def class_names(data) -> list[str] | None:
 
 
 def image_content(image) -> bytes:
-    """The bytes of an image file or the pixels of a PIL image; empty if the file cannot be read."""
+    """The bytes of an image file, or of the pixels of a PIL image; empty if the file cannot be read."""
     if isinstance(image, PILImage.Image):
         return f"{image.mode} {image.size}".encode() + image.tobytes()
     if image["bytes"] is not None:
@@ -260,11 +264,12 @@ class ImageDataset(ImageSource):
         return np.unique(self.labels()).tolist()
 
     def fingerprint(self) -> dict:
-        """Returns the class names, CRC-32 of the labels, and one CRC-32 per class of its images.
+        """Returns the class names, the CRC-32 of the labels, and for each class the CRC-32 of its images.
 
         The latter covers the size in bytes of every image and the names of image files, in the order of the rows, and the
         content of at least one image of each class. It does not depend on the folder of the files. With more than 100,000
-        image files, the sizes of an evenly spaced subset are used; with more than 1,024 classes, a subset of the classes.
+        image files, it covers the sizes of an evenly spaced subset; with more than 1,024 classes, it covers the
+        content of images of an evenly spaced subset of the classes.
         """
         labels = self.labels()
         names, sizes = image_files(self.data)
@@ -298,7 +303,7 @@ class ImageDataset(ImageSource):
 def image_files(data: Dataset) -> tuple[pa.Array, np.ndarray | None]:
     """The paths of all images, and their sizes in bytes; the sizes are None if some images are separate files.
 
-    For embedded images, only the lengths are read.
+    Images that are embedded in the table are not read, only their lengths.
     """
     column = data.data.column("image")
     paths = pa.chunked_array([pc.struct_field(chunk, "path") for chunk in column.chunks], pa.string())

@@ -1,7 +1,8 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """The latent cache: autoencoder latents, labels, images and encoder features of a data set in memory-mapped files.
 
-A cache is a folder (n images, f = 2 with flipped copies and 1 without, docs/data.md):
+A cache is a folder with the following files, where n is the number of images, and f is 2 with mirrored copies and 1
+without (docs/data.md):
 
     latents.npy        float16 `[f n, 2C, h, w]`: mean, then standard deviation, both as the transformer sees them (shifted
                        and scaled); `[f n, C, h, w]` without a posterior, or for one latent drawn from it
@@ -10,8 +11,9 @@ A cache is a folder (n images, f = 2 with flipped copies and 1 without, docs/dat
     features-0.npy     float16 `[f n, N, E]` of the first encoder
     meta.json          the settings, a checksum for each chunk, `complete`
 
-Row n + i is the mirrored row i. Rows are written in chunks. A chunk counts once its data are on the disk and its checksum
-is in a journal, of which every process has its own; `meta.json` says `complete` when all are.
+Row n + i is the mirrored copy of row i. Rows are written in chunks. A chunk counts as written once its data are on the
+disk and its checksum is in a journal; every process has a journal of its own. `meta.json` says `complete` once all
+chunks are written.
 """
 
 import io
@@ -40,13 +42,13 @@ REMEDY = "`vrpo prepare` makes one"
 
 
 def read_meta(folder: Path, option: str) -> dict:
-    """`meta.json` of a cache, complete or not.
+    """Reads `meta.json` of a cache, complete or not.
 
     Raises:
         InputError: if the folder does not hold a cache that this version can read.
     """
     try:
-        # The Hub's download folder consists of links, which are followed here; a pipe would be waited for.
+        # The Hub's download folder consists of links, which are followed here; reading a pipe would block.
         file = folder / "meta.json"
         if file.exists() and not file.is_file():
             raise ValueError("it is not a regular file")
@@ -84,17 +86,19 @@ def array_layout(config: dict) -> dict[str, tuple[str, tuple[int, ...], int]]:
 
 
 def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """The start of a `.npy` file of version 1.0; the data follow."""
+    """The bytes of a `.npy` file of version 1.0 that precede the data."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": shape})
     return header.getvalue()
 
 
 def image_file(folder: Path, chunk: int) -> Path:
+    """The file with the compressed images of a chunk."""
     return folder / "images" / f"{chunk:05d}.bin"
 
 
 def chunk_rows(config: dict, chunk: int) -> range:
+    """The rows of a chunk; the last chunk may have fewer than the others."""
     return range(chunk * config["chunk_rows"], min((chunk + 1) * config["chunk_rows"], config["count"]))
 
 
@@ -103,7 +107,7 @@ def num_chunks(config: dict) -> int:
 
 
 def checksum_on_disk(folder: Path, config: dict, chunk: int) -> int | None:
-    """CRC-32 of a chunk as it is in the files of a cache, or None if the files are too short or of another kind."""
+    """CRC-32 of a chunk in the files of a cache; None if they are missing, too short or of another kind."""
     rows, checksum = chunk_rows(config, chunk), 0
     try:
         for name, (_, _, copies) in array_layout(config).items():
@@ -123,17 +127,17 @@ def checksum_on_disk(folder: Path, config: dict, chunk: int) -> int | None:
 
 
 class LatentCache:
-    """A complete cache, opened for reading as training data that need no decoding or encoding; see `TrainingData`.
+    """A complete latent cache as training data, without decoding or encoding; `TrainingData` documents the methods.
 
-    Like a `Dataset` of images it has a length and a column `["label"]`. Copies of it in other processes map the files for
-    themselves.
+    Like a `Dataset` of images, it has a length and a column `["label"]`. The arrays are mapped into memory; a copy of
+    the object in another process maps them again.
 
     Args:
         folder: the folder of the cache.
         option: the option that names the folder, for errors.
 
     Attributes:
-        config, about (`dict`): of `meta.json`.
+        config, about (`dict`): these entries of `meta.json`.
         checksum (`int`): CRC-32 of `config` and of the checksums of all chunks.
         corrupt_rows (`set[int]`): the rows whose image could not be decoded; each holds the next image instead.
         num_classes (`int`): the number of classes.
@@ -142,7 +146,7 @@ class LatentCache:
         has_images (`bool`): whether the cache also holds the images.
 
     Raises:
-        InputError: if the folder holds no cache or an unfinished one, or files are missing or truncated.
+        InputError: if the folder does not hold a cache, or the cache is unfinished, or files are missing or truncated.
     """
 
     random_access = True
@@ -180,12 +184,12 @@ class LatentCache:
         )
 
     def _open(self, name: str) -> np.ndarray:
-        # asarray: every index into a np.memmap would make another one.
+        # As a plain array, since every index into a np.memmap would create another np.memmap.
         return np.asarray(map_array(self.folder / f"{name}.npy"))
 
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
-        """The mapped arrays by name, opened by the process that reads them."""
+        """The mapped arrays by name; every process that reads them opens its own."""
         return {name: self._open(name) for name in array_layout(self.config)}
 
     def __getstate__(self):
@@ -199,11 +203,11 @@ class LatentCache:
         return {"label": self.arrays["labels"]}[column]
 
     def stored_rows(self, rows: np.ndarray, flips: np.ndarray | None = None) -> np.ndarray:
-        """The indices of the rows, some of them mirrored, in the arrays that also store the mirrored copies."""
+        """The indices of some rows in the arrays with mirrored copies; `flips` bool `[B]` says which are mirrored."""
         return rows if flips is None else rows + len(self) * flips
 
     def read(self, name: str, rows: np.ndarray, flips: np.ndarray | None = None) -> torch.Tensor:
-        """Copies rows of an array into a tensor: `latents` float16 `[B,2C,h,w]`, `features-0` `[B,N,E]`."""
+        """Copies rows of an array: `latents` float16 `[B,2C,h,w]` or `[B,C,h,w]`, `features-0` float16 `[B,N,E]`."""
         return torch.from_numpy(self.arrays[name].take(self.stored_rows(rows, flips), axis=0))
 
     def image_bytes(self, row: int) -> bytes:
@@ -211,7 +215,7 @@ class LatentCache:
         chunk, place = divmod(row, self.config["chunk_rows"])
         ends = self.arrays["image_offsets"]
         start = int(ends[row - 1]) if place else 0
-        # Not mapped: ImageNet's 1,251 files are more than a process may usually hold open.
+        # The files are not mapped: a process may usually not keep as many open as ImageNet's 1,251.
         with image_file(self.folder, chunk).open("rb") as file:
             file.seek(start)
             return file.read(int(ends[row]) - start)
@@ -235,7 +239,7 @@ class LatentCache:
         """Has no effect: the images were decoded when the cache was made."""
 
     def fingerprint(self) -> dict:
-        """The class names, and CRC-32 of the labels and of the cache."""
+        """Returns the class names, and CRC-32 of the labels and of the cache."""
         return {
             CLASS_NAMES: class_names(self),
             "the checksum of the labels": zlib.crc32(np.asarray(self["label"], dtype=np.int64).tobytes()),
@@ -256,10 +260,10 @@ class LatentCache:
         return [CachedEncoder(i, array, self.config["features"][array]["dim"]) for i, array in enumerate(numbers)]
 
     def check_vae(self, vae):
-        """Checks that the latents were normalised with the statistics of an autoencoder; None passes.
+        """Checks that the latents were normalised with the channel statistics of `vae`; None is not checked.
 
         Raises:
-            InputError: if `latents_mean` or `latents_std` of its configuration are not those of the cache.
+            InputError: if `latents_mean` or `latents_std` in its configuration differ from those of the cache.
         """
         if vae is None:
             return
@@ -272,8 +276,8 @@ class LatentCache:
             )
             raise InputError(
                 self.option,
-                f"`{self.option}` {self.folder} was made {made}, and `vae` has others in its config.json; prepare the latents again, "
-                "or give the autoencoder that made them",
+                f"`{self.option}` {self.folder} was made {made}, which does not match the config.json of `vae`; prepare the "
+                "latents again, or give the autoencoder that made them",
             )
 
     def samples(
@@ -310,7 +314,7 @@ class LatentCache:
         return worker_loader(samples, batch_sampler, num_workers, pin_memory)
 
     def latents(self, vae, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The latents of the batch in float32, drawn from their posterior where the cache holds its moments."""
+        """The latents of the batch in float32, drawn from the posterior if the cache holds its mean and deviation."""
         latents = batch["latents"].float()
         if "posterior_noise" not in batch:
             return latents
@@ -318,7 +322,7 @@ class LatentCache:
         return mean + std * batch["posterior_noise"]
 
     def fixed_rows(self, count: int) -> np.ndarray:
-        """Random rows in ascending order."""
+        """Returns at most `count` random rows in ascending order, the same for every run."""
         return np.sort(random_stream(0, 0, ORDER).permutation(len(self))[:count])
 
     def examples(self, rows: np.ndarray, resolution: int) -> tuple[np.ndarray, np.ndarray]:
@@ -335,7 +339,7 @@ class LatentCache:
     # Chunks and features
 
     def damaged_chunks(self, progress=lambda chunks: chunks) -> list[int]:
-        """The chunks that differ from their checksums."""
+        """Returns the chunks that differ from their checksums; `progress` wraps the chunks, for a progress bar."""
         chunks = progress(range(num_chunks(self.config)))
         return [c for c in chunks if checksum_on_disk(self.folder, self.config, c) != self.checksums[c]]
 
@@ -343,8 +347,8 @@ class LatentCache:
         """Returns the numbers of the feature arrays of these encoders; empty if the cache does not have all of them.
 
         Args:
-            encoders: Hub names or folders; the last part of the name counts.
-            layers: one per encoder, as `load_encoder` takes them.
+            encoders: Hub names or folders, of which only the last part of the name is compared.
+            layers: one per encoder, as for `load_encoder`.
             grid_size: rows and columns of the tokens.
 
         Raises:
@@ -372,7 +376,7 @@ class LatentCache:
 
 
 class CachedEncoder:
-    """Takes the place of a frozen encoder whose features are cached: returns the features that are in a batch.
+    """Stands in for a frozen encoder whose features are cached: it returns the features that a batch contains.
 
     Args:
         number: index of the encoder, from 0.
@@ -405,7 +409,7 @@ class CachedSamples(SampleStreams):
         cache: the cache to read.
         images: whether to return the images, too.
         features: numbers of the feature arrays to return, from `find_features`.
-        Others: those of `SampleStreams`.
+        Others: see `SampleStreams`.
 
     Raises:
         InputError: if `random_flip` is set and the cache has no flipped copies.

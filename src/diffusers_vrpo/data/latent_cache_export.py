@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Latent caches as parquet files, for the Hub: export, upload and import."""
+"""Exports latent caches as parquet files, uploads these to the Hub, and imports them."""
 
 import logging
 import os
@@ -21,7 +21,7 @@ from .latent_cache_writer import CacheWriter, cannot_write
 
 
 logger = logging.getLogger("latents")
-ROWS_PER_GROUP = 256  # of a parquet file, whose binary columns hold at most 2 GB per group
+ROWS_PER_GROUP = 256  # rows per row group of a parquet file; a binary column holds at most 2 GB per group
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -29,7 +29,7 @@ ROWS_PER_GROUP = 256  # of a parquet file, whose binary columns hold at most 2 G
 
 
 def parquet_features(cache: LatentCache) -> Features:
-    """The columns of an export: arrays as their raw little-endian bytes, images as images."""
+    """The columns of an export: rows of arrays as raw little-endian bytes, images as images."""
     columns = {}
     for name, (_, row, copies) in array_layout(cache.config).items():
         if row:  # not the labels and offsets
@@ -42,7 +42,7 @@ def parquet_features(cache: LatentCache) -> Features:
 
 
 def export_table(cache: LatentCache, first: int, last: int) -> pa.Table:
-    """Rows of a cache as an arrow table."""
+    """The rows `first` to `last - 1` of a cache as an arrow table."""
     columns = {}
     for name, (_, row, copies) in array_layout(cache.config).items():
         for copy in range(copies if row else 0):
@@ -56,7 +56,13 @@ def export_table(cache: LatentCache, first: int, last: int) -> pa.Table:
 
 
 def export_cache(latents_dir: str | Path, output_dir: str | Path):
-    """Writes a cache as parquet files of `binary` columns, which `datasets.load_dataset` opens, with its `meta.json`.
+    """Writes a cache and its `meta.json` as parquet files with `binary` columns, which `datasets.load_dataset` opens.
+
+    An export that was interrupted continues with the first missing file.
+
+    Args:
+        latents_dir: the folder of the cache.
+        output_dir: a new or empty folder, or one with an unfinished export of the same cache.
 
     Raises:
         InputError: if the cache is missing or damaged, or the folder cannot be written.
@@ -92,7 +98,7 @@ def export_cache(latents_dir: str | Path, output_dir: str | Path):
 
 
 def check_export_folder(folder: Path, cache: LatentCache):
-    """Checks that a folder is new or empty, or holds an export of the same cache, finished or not; creates it.
+    """Creates a folder, or checks that it is empty or holds an export of the same cache, finished or not.
 
     Raises:
         InputError: if it holds something else, or cannot be written.
@@ -113,6 +119,11 @@ def check_export_folder(folder: Path, cache: LatentCache):
 def push_export(folder: str | Path, repository: str, private: bool = False):
     """Uploads an export as a dataset repository.
 
+    Args:
+        folder: the folder of the export.
+        repository: the Hub name of the repository, which is created if it does not exist.
+        private: whether a new repository is private.
+
     Raises:
         InputError: if the Hub refuses or cannot be reached.
     """
@@ -120,7 +131,7 @@ def push_export(folder: str | Path, repository: str, private: bool = False):
     try:
         repo = HfApi().create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
         HfApi().upload_folder(repo_id=repo.repo_id, repo_type="dataset", folder_path=folder, ignore_patterns=["**/.*"])
-    except Exception as error:  # the Hub's errors, the network's, a name that is none
+    except Exception as error:  # errors of the Hub or the network, or a malformed name
         problem = hub_problem(error, f"datasets/{repository}") or first_line(error)
         raise InputError("push_to_hub", f"`push_to_hub` {repository}: {problem}") from error
     logger.info(f"pushed to {repo}")
@@ -129,7 +140,7 @@ def push_export(folder: str | Path, repository: str, private: bool = False):
 def dataset_card(cache: LatentCache) -> str:
     """The README of an export."""
     config, about = cache.config, cache.about
-    # Of local folders the last part alone.
+    # Only the last part of the path of a local folder is shown.
     vae, dataset = (Path(name).name if os.path.isabs(name) else name for name in (about["vae"], about["dataset"]))
     kind = {"moments": "mean and standard deviation of the latents", "sampled": "one drawn latent"}
     shape = list(array_layout(config)["latents"][1])
@@ -143,8 +154,8 @@ def dataset_card(cache: LatentCache) -> str:
         "---\ntags:\n- latents\n- diffusers-vrpo\n---\n\n"
         f"# Latents of {shown(dataset)} ({shown(about['split'])})\n\n"
         f"{config['count']} images, centre crop to {config['resolution']}x{config['resolution']}, encoded by {code(vae)}.\n\n"
-        f"- `latents`: {kind.get(config['kind'], 'latents')}, raw little-endian float16 {shape}, already "
-        f"`{formula}`; `_flipped` is of the mirrored image\n"
+        f"- `latents`: {kind.get(config['kind'], 'latents')}, raw little-endian float16 {shape}, already transformed by "
+        f"`{formula}`; columns that end in `_flipped` are of the mirrored images\n"
         f"{features}\n"
         "    vrpo latents import --dataset THIS_REPOSITORY --output_dir latents\n"
         "    vrpo train --latents_dir latents ...\n"
@@ -156,13 +167,13 @@ def dataset_card(cache: LatentCache) -> str:
 
 
 def import_cache(dataset: str | Path, output_dir: str | Path, state, cache_dir: str | None = None):
-    """Rebuilds a cache, bit for bit, from what `export_cache` wrote into a folder or onto the Hub.
+    """Rebuilds a cache, bit for bit, from an export of `export_cache` in a folder or on the Hub.
 
     Args:
         dataset: folder or Hub name of the export.
         output_dir: folder of the cache.
-        state: `accelerate.PartialState`, of one process.
-        cache_dir: where downloads go.
+        state: an `accelerate.PartialState` with one process.
+        cache_dir: the folder for downloads; by default, the Hub's cache.
 
     Raises:
         InputError: if it is not a complete export.
@@ -173,7 +184,7 @@ def import_cache(dataset: str | Path, output_dir: str | Path, state, cache_dir: 
             patterns = ["meta.json", "data/*.parquet"]
             with offline_if_out_of_reach(dataset):
                 source = snapshot_download(dataset, repo_type="dataset", allow_patterns=patterns, cache_dir=cache_dir)
-        except Exception as error:  # the Hub's errors, the network's, a name that is none
+        except Exception as error:  # errors of the Hub or the network, or a malformed name
             problem = hub_problem(error, f"datasets/{dataset}") or first_line(error)
             raise InputError("dataset", f"`dataset` {dataset}: {problem}") from error
     source = Path(source)
@@ -211,7 +222,7 @@ def exported_rows(folder: Path):
     """
     for path in sorted(folder.glob("data/train-*.parquet")):
         try:
-            if not path.is_file():  # a pipe would be waited for
+            if not path.is_file():  # opening a pipe would block
                 raise OSError("it is not a file")
             for batch in pq.ParquetFile(path).iter_batches(ROWS_PER_GROUP):
                 yield from batch.to_pylist()
@@ -223,7 +234,7 @@ def write_imported(writer: CacheWriter, chunk: int, records: list[dict], corrupt
     """Writes the exported rows of a chunk.
 
     Raises:
-        InputError: if the rows do not match the checksum.
+        InputError: if the rows lack a column or do not match the checksum.
     """
     arrays = {"labels": np.array([record["label"] for record in records], dtype=np.int64)[None]}
     try:

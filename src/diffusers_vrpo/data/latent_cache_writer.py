@@ -24,7 +24,7 @@ from .latent_cache import (
 )
 
 
-# How errors name a setting that differs.
+# How errors name a setting that differs, if not by the name of an option.
 SETTING_NAMES = {
     "kind": "the kind of latents (`sampled`)",
     "dataset_checksum": "the checksum of the data set",
@@ -36,9 +36,12 @@ SETTING_NAMES = {
 
 
 def create_arrays(folder: Path, config: dict) -> bool:
-    """Creates the arrays at full size (sparse if the file system can); returns whether any was missing or incomplete.
+    """Creates the files of the arrays at full size, sparse if the file system supports that.
 
-    A file of a wrong size keeps its content: the checksums tell which chunks are valid.
+    A file of a wrong size keeps its content; the checksums tell which chunks are valid.
+
+    Returns:
+        whether any file was missing or incomplete.
     """
     changed = False
     for name, (dtype, row, copies) in array_layout(config).items():
@@ -97,7 +100,7 @@ class CacheWriter:
         self.num_done = len(done)
         missing = [chunk for chunk in range(num_chunks(config)) if chunk not in done]
         self.chunks = [] if self.complete else missing[state.process_index :: state.num_processes]
-        # No process may write into a journal before all have read them.
+        # No process may write into its journal before all processes have read all journals.
         state.wait_for_everyone()
 
     def _prepare_folder(self, verify: bool):
@@ -141,7 +144,8 @@ class CacheWriter:
         if (create_arrays(self.folder, self.config) or verify) and done:
             valid = {c: entry for c, entry in done.items() if self._on_disk(c) == entry["crc"]}
             if len(valid) < len(done):
-                # Mark a complete cache as unfinished, in an order that stays valid if the process is killed in between.
+                # Mark a complete cache as unfinished. The order of the two calls keeps the cache valid if the process
+                # is killed in between.
                 self._write_journal(valid.values())
                 self._write_meta(complete=False)
                 return
@@ -157,7 +161,8 @@ class CacheWriter:
                 what = f"{name} differs" if isinstance(before or now, list) else f"{name} was {before} and is {now}"
                 raise InputError(
                     "output_dir",
-                    f"`output_dir` {self.folder} was prepared with other options: {what}; use the same, or choose another folder",
+                    f"`output_dir` {self.folder} was prepared with other options: {what}; use the same options, or choose "
+                    "another folder",
                 )
 
     def _write_meta(self, **state):
@@ -204,7 +209,7 @@ class CacheWriter:
             arrays: `[copies, rows, ...]` by name, all but `image_offsets`.
             images: compressed images, one per row; empty for a cache without images.
             corrupt_rows: the rows of the chunk that could not be decoded.
-            expected: the checksum that the chunk must have.
+            expected: the checksum that the chunk must have; by default, any.
 
         Returns:
             whether the chunk has that checksum; if not, it is not entered into the journal.

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Encodes an image data set for a latent cache: decoded in worker processes, encoded in batches, written chunk by chunk."""
+"""Encodes images for a latent cache: decodes them in worker processes, encodes batches and writes chunk by chunk."""
 
 import io
 import zlib
@@ -23,9 +23,10 @@ from .latent_cache import chunk_rows
 from .latent_cache_writer import CacheWriter
 
 
-# Images per batch of the autoencoder and the encoders. It is fixed, since some kernels round differently in other batches.
+# Images per batch of the autoencoder and the encoders. It is fixed, since some kernels round differently at other
+# sizes.
 BATCH_SIZE = 32
-# Lossless WebP at its least effort is smaller than PNG and faster to write and to read (docs/data.md).
+# Lossless WebP at its lowest effort is smaller than PNG and faster to write and to read (docs/data.md).
 IMAGE_FORMATS = {
     "webp": {"format": "webp", "lossless": True, "method": 0, "quality": 0},
     "jpeg": {"format": "jpeg", "quality": 95, "subsampling": 0},
@@ -55,15 +56,16 @@ def cache_config(
     Args:
         data: an `ImageDataset`, or, with `checksum`, anything that has a length.
         vae: the autoencoder; None keeps the pixels.
-        latent_shape, has_posterior: what `latent_layout` has measured.
+        latent_shape, has_posterior: as `latent_layout` returns them.
         resolution: side of the centre crop in pixels.
         encoders, encoder_names, layers: the encoders of the features; a layer of None is the encoder's default.
         vae_dtype: the dtype of the autoencoder's computation.
-        sampled: keep one latent, drawn with `seed` (None for others' draws), in place of mean and standard deviation.
+        sampled: keep one latent, drawn with `seed`, in place of mean and standard deviation. `seed` is None if another
+            program has drawn it.
         flip: also encode every image mirrored.
         images: how the images are kept, one of `IMAGE_FORMATS`.
         chunk_rows: the number of images in a chunk.
-        checksum: of the labels and a sample of the content; computed from the images if not given.
+        checksum: the checksum of the labels and a sample of the content; by default, it is computed from the images.
 
     Raises:
         InputError: if `sampled` is set and the autoencoder has no posterior.
@@ -72,7 +74,8 @@ def cache_config(
         what = "`vae` none keeps pixels" if vae is None else f"`vae` is a {type(vae).__name__}, which has no posterior"
         raise InputError("sampled", f"`sampled`: {what}; remove it")
     vae_config = None if vae is None else vae.config
-    # Statistics of an autoencoder's channels and drafts add keys only where there are some, so that other caches keep their record.
+    # Channel statistics of the autoencoder and JPEG drafts add keys only if they are used, so that the settings of
+    # caches without them stay as they were.
     statistics = {} if vae is None else latent_statistics(vae)
     drafts = {"jpeg_draft": True} if getattr(data, "jpeg_draft", False) else {}
     return {
@@ -115,7 +118,7 @@ def dataset_checksum(data, sample: int = 256) -> int:
 
 
 class ImageRows(torch.utils.data.Dataset):
-    """The images of a data set by row, cropped to squares, `[B,3,R,R]` uint8, and compressed again.
+    """The images of a data set by row: cropped to squares, uint8 `[B,3,R,R]`, and these squares compressed again.
 
     Args:
         data: an `ImageDataset`.
@@ -156,7 +159,7 @@ class BatchEncoder:
 
     Args:
         vae: the autoencoder, on the device; None keeps the pixels, in [-1, 1].
-        encoders: the frozen encoders of `features-0` and so on.
+        encoders: the frozen encoders that compute `features-0` and so on.
         config: the config of the cache.
         device: the device of the autoencoder and the encoders.
     """
@@ -192,7 +195,9 @@ class BatchEncoder:
 
 
 def write_chunks(writer: CacheWriter, data, encode: BatchEncoder, num_workers: int):
-    """Decodes (in worker processes), encodes (here) and writes (in a thread) the chunks of this process.
+    """Decodes, encodes and writes the chunks of this process.
+
+    Worker processes decode, this thread encodes, and another one writes.
 
     Raises:
         InputError: if latents or features are not finite in float16, too many images are damaged, or the disk is full.
@@ -204,7 +209,7 @@ def write_chunks(writer: CacheWriter, data, encode: BatchEncoder, num_workers: i
         batches += [rows[start : start + BATCH_SIZE] for start in range(0, len(rows), BATCH_SIZE)]
     dataloader = torch.utils.data.DataLoader(
         ImageRows(data, config["resolution"], config["images"]),
-        batch_size=None,  # the rows give batches themselves
+        batch_size=None,  # `ImageRows` returns whole batches
         sampler=batches,
         num_workers=num_workers,
         pin_memory=encode.device.type == "cuda",

@@ -1,14 +1,16 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Images that other repositories have encoded, as the content of a latent cache.
+"""Imports latents that other repositories have computed into a latent cache.
 
-`RepaLatents` reads what REPA's preprocessing writes, `LightningLatents` the shards of LightningDiT. Both have
+`RepaLatents` reads the output of REPA's preprocessing, and `LightningLatents` reads the shards of LightningDiT. Both
+have
 
-    len(source), labels          number of images; their classes, int64 `[n]`
-    kind, flip                   `kind` of a cache's config; whether there are mirrored copies
-    shape                        `(C, h, w)` of a latent
+    len(source), labels          the number of images; their classes, int64 `[n]`
+    kind, flip                   the `kind` in a cache's config; whether there are mirrored copies
+    shape                        the shape of a latent, `(C, h, w)`
     read(rows)                   float32 `[copies, B, C, h, w]`, or `[copies, B, 2C, h, w]` for moments, not scaled
-    has_images, pixels(row)      whether there are images; one of them, uint8 `[R, R, 3]`
-    checksum()                   of the labels and a sample of the latents
+    has_images                   whether there are images
+    pixels(row)                  an image, uint8 `[R, R, 3]`; only `RepaLatents`
+    checksum()                   the checksum of the labels and a sample of the latents
 """
 
 import io
@@ -38,7 +40,7 @@ from .latent_encoding import IMAGE_FORMATS
 
 FIELD = "from_latents"
 MOST_CLASSES = 100_000
-LARGEST_LATENT = 2**28  # bytes of one; a file that claims more is refused before it is read
+LARGEST_LATENT = 2**28  # bytes of one latent; a file that claims to hold a larger one is refused before it is read
 
 
 def problem(path: Path, what: str) -> InputError:
@@ -65,7 +67,11 @@ def check_labels(path: Path, labels: np.ndarray):
 
 
 class FolderOrZip:
-    """The files of a folder, or of an archive, by their names relative to it."""
+    """The files of a folder or a zip archive by their names, which are relative to it.
+
+    Raises:
+        InputError: if it is neither or cannot be read.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -99,24 +105,25 @@ class FolderOrZip:
 
 
 def find_part(path: Path, name: str) -> Path | None:
-    """The folder or archive `name` in a folder."""
+    """The folder `name` or the archive `name.zip` in a folder; None if there is neither."""
     return next((part for part in (path / name, path / f"{name}.zip") if part.exists()), None)
 
 
 def number_of(name: str) -> str | None:
-    """The number at the end of a file's name, without its ending."""
+    """The digits at the end of a file's name, before the ending; None if there are none."""
     found = re.search(r"(\d+)\.\w+$", name)
     return found and found[1]
 
 
 class RepaLatents:
-    """REPA's preprocessed data set: mean and standard deviation of each image, `[2C, h, w]`, in a `.npy` file.
+    """REPA's preprocessed data set: one `.npy` file per image with mean and standard deviation, `[2C, h, w]`.
 
     Args:
-        path: the folder with `vae-sd` (a folder or a zip archive) and, next to it, `images`; or `vae-sd` itself.
+        path: the folder that holds `vae-sd` and, optionally, `images` (each a folder or a zip archive); or `vae-sd`
+            itself.
 
     Raises:
-        InputError: if files or labels are missing, or do not fit one another.
+        InputError: if files or labels are missing, or do not match each other.
     """
 
     kind = "moments"
@@ -156,7 +163,7 @@ class RepaLatents:
     def _read_labels(self) -> np.ndarray:
         try:
             table = json.loads(self.files.read("dataset.json"))["labels"]
-            if table is None:  # without classes, all images have one
+            if table is None:  # a data set without classes: all images get class 0
                 return np.zeros(len(self.names), dtype=np.int64)
             labels = dict(table)
             values = [labels[name] for name in self.names]
@@ -248,14 +255,14 @@ class RepaLatents:
 class LightningLatents:
     """LightningDiT's shards: one drawn latent for each image and its mirrored copy, in safetensors files.
 
-    The order is that of the shards by name and of the rows in each. The shards have no images.
+    The shards are in the order of their names. They have no images.
 
     Args:
         path: the folder with the shards: tensors `latents [n, C, h, w]`, `labels [n]` and, in all shards or in none,
             `latents_flip`.
 
     Raises:
-        InputError: if tensors are missing, or do not fit one another.
+        InputError: if tensors are missing, or do not match each other.
     """
 
     kind = "sampled"
@@ -288,7 +295,7 @@ class LightningLatents:
         return self.ends[-1]
 
     def _open_shard(self, shard: Path) -> dict:
-        """Labels, shape of a latent, and whether there are mirrored copies."""
+        """Reads the labels, the shape of a latent, and whether there are mirrored copies."""
         try:
             with safe_open(shard, framework="pt") as file:
                 names = set(file.keys())
@@ -346,7 +353,13 @@ FORMATS = {"repa-zip": RepaLatents, "lightningdit": LightningLatents}
 
 
 def scaled(latents: torch.Tensor, kind: str, vae) -> torch.Tensor:
-    """Latents, or means and standard deviations, as the transformer sees them; `latents [..., C or 2C, h, w]`."""
+    """Shifts and scales latents, or means and standard deviations, as the autoencoder's config says.
+
+    Args:
+        latents: `[..., C, h, w]`, or `[..., 2C, h, w]` for moments.
+        kind: the `kind` in a cache's config.
+        vae: the autoencoder.
+    """
     scale, shift = (value.cpu() if isinstance(value, torch.Tensor) else value for value in scale_and_shift(vae))
     if kind != "moments":
         return (latents - shift) * scale
@@ -355,7 +368,13 @@ def scaled(latents: torch.Tensor, kind: str, vae) -> torch.Tensor:
 
 
 def scale_problem(source, vae, rows: int = 64) -> str | None:
-    """Says if latents, as the transformer will see them, are far from a standard deviation of 1; None if they are not."""
+    """Describes scaled latents whose standard deviation is far from 1, out of [0.4, 2.5]; None if it is not.
+
+    Args:
+        source: `RepaLatents` or `LightningLatents`.
+        vae: the autoencoder whose scale the latents get.
+        rows: how many latents are read, the first ones.
+    """
     latents = scaled(source.read(list(range(min(rows, len(source))))), source.kind, vae)
     if source.kind == "moments":
         mean, std = latents.chunk(2, dim=-3)
@@ -371,7 +390,7 @@ def scale_problem(source, vae, rows: int = 64) -> str | None:
 
 
 def write_latents(writer: CacheWriter, source, vae):
-    """Writes the chunks of this process: scaled latents, labels and, if the config says so, the images.
+    """Writes the chunks of this process: scaled latents, labels and, unless the config has `images` none, the images.
 
     Raises:
         InputError: if latents are not finite in float16, an image is missing or of another size, or the disk is full.

@@ -44,7 +44,7 @@ from .streamed_samples import StreamedBatches, StreamedSamples
 
 logger = logging.getLogger(__name__)
 CHECKED_GROUPS = 4  # row groups in which images are decoded before training
-GROUPS_AT_ONCE = 64  # row groups whose labels are read before it is asked whether all classes were found
+GROUPS_AT_ONCE = 64  # row groups whose labels are read between two checks whether all classes are found
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -54,8 +54,9 @@ GROUPS_AT_ONCE = 64  # row groups whose labels are read before it is asked wheth
 class ParquetRows(ImageSource):
     """Training data in parquet files that are read during training; `stream_image_dataset` opens them.
 
-    `rows[5]` is `{"image": {"bytes": ..., "path": ...}, "label": ...}`, and `rows[[5, 7]]` holds lists of these, as in the
-    `Dataset` of `load_image_dataset`. A row group is read once, completely, and kept until `hold` is called with others.
+    `rows[5]` is `{"image": {"bytes": ..., "path": None}, "label": ...}`, and `rows[[5, 7]]` is such a dictionary of
+    lists, as in the `Dataset` of `load_image_dataset`. A row group is read completely and kept until `hold` is called
+    without it.
 
     Args:
         files: the files, in the order of the rows.
@@ -69,7 +70,7 @@ class ParquetRows(ImageSource):
         group_rows: int64 `[G]`, the number of rows of each row group; empty groups are skipped.
         group_bytes: int64 `[G]`, the size of each group's images and labels in memory.
         checksum (`int`): CRC-32 of the files' names, sizes and footers, and of the columns.
-        closed: once set, failing reads are not retried.
+        closed (`threading.Event`): once it is set, failing reads are not retried.
         interrupted: returns whether a signal has arrived; from then on, a read that has failed for 10 seconds is given up.
         retry_seconds: how long a failing read is retried; `StreamedBatches` sets it to `TRAINING_SECONDS`.
     """
@@ -146,7 +147,7 @@ class ParquetRows(ImageSource):
             future.set_exception(error)
 
     def read_group(self, group: int) -> pa.Table:
-        """The columns of a row group.
+        """Reads the columns of a row group.
 
         Raises:
             TrainingStopped: if it cannot be read.
@@ -165,7 +166,12 @@ class ParquetRows(ImageSource):
         return self.closed.is_set() or (seconds >= SIGNAL_SECONDS and self.interrupted())
 
     def hold(self, groups: Iterable[int], submit: Callable):
-        """Drops all other row groups and fetches these, in order, through `submit(function, *arguments)`."""
+        """Drops all other row groups, and fetches those of these that are missing, in order, by calling `submit`.
+
+        Args:
+            groups: the row groups to keep in memory.
+            submit: called as `submit(function, *arguments)`; runs the function, here or in a thread.
+        """
         with self._lock:
             wanted = dict.fromkeys(groups)
             self._held = {group: future for group, future in self._held.items() if group in wanted}
@@ -208,7 +214,7 @@ class ParquetRows(ImageSource):
         return self.classes
 
     def fingerprint(self) -> dict:
-        """The class names, and CRC-32 of the files' names, sizes and footers."""
+        """Returns the class names, and CRC-32 of the columns and of the files' names, sizes and footers."""
         return {CLASS_NAMES: class_names(self), "the checksum of the streamed files": self.checksum}
 
     def samples(
@@ -250,11 +256,11 @@ class ParquetRows(ImageSource):
         )
 
     def loader(self, samples: StreamedSamples, batch_sampler, num_workers: int, pin_memory: bool):
-        """`StreamedBatches`: threads take the place of worker processes, each of which would read every row group."""
+        """`StreamedBatches`, which uses threads: worker processes would each read every row group."""
         return StreamedBatches(samples, batch_sampler, num_workers, pin_memory)
 
     def fixed_rows(self, count: int) -> np.ndarray:
-        """Returns the rows of random row groups, as many as are needed, one group after another."""
+        """Returns at most `count` rows of random row groups, one group after another, the same for every run."""
         groups = random_stream(0, 0, ORDER).permutation(len(self.group_rows))
         groups = groups[: np.searchsorted(np.cumsum(self.group_rows[groups]), count) + 1]
         return np.concatenate([self.first_rows[g] + np.arange(self.group_rows[g]) for g in groups])[:count]
@@ -279,13 +285,16 @@ def stream_image_dataset(
     label_column: str = "label",
     cache_dir: str | None = None,
 ) -> ParquetRows:
-    """Opens the parquet files of a Hub name or a folder, without downloading them as `load_image_dataset` does.
+    """Opens the parquet files of a Hub name or a folder. Unlike `load_image_dataset`, it does not download them.
 
-    It reads only the files' footers, and the column of the labels if it holds text or the footers have no statistics of it.
-    On the Hub, all files are read from one commit for the whole run.
+    It reads only the files' footers. It also reads the column of the labels if it holds text or the footers have no
+    statistics of it and, on a local disk, until all classes are found. On the Hub, all files are read from one commit
+    for the whole run.
 
     Raises:
-        InputError: if the data set, split or column does not exist, is not parquet, or the labels are not class ids.
+        InputError: if the data set, split or column does not exist, the files are not parquet, or the labels are not
+        class
+            ids.
     """
     source = f"`dataset_name` {dataset_name}"
     builder = open_named("dataset_name", dataset_name, dataset_config_name, cache_dir, load_dataset_builder)
@@ -352,7 +361,7 @@ def stream_image_dataset(
 
 
 def open_files(urls: list[str], source: str) -> list[ParquetFile]:
-    """Reads the footers, several at a time.
+    """Reads the footers of files, several at a time.
 
     Raises:
         InputError: if a file cannot be read.
@@ -367,16 +376,17 @@ def open_files(urls: list[str], source: str) -> list[ParquetFile]:
                 None, f"{source}: {path} cannot be read ({first_line(error)}); copy or download it again"
             ) from error
 
-    # In this thread: in others, fsspec would create new file systems, which have not listed the folders yet.
+    # The file systems are made in this thread: in others, fsspec would create new ones, without the known folder
+    # listings.
     return in_threads(footer, [fsspec.core.url_to_fs(str(url)) for url in urls])
 
 
 def labels_in_footers(rows: ParquetRows, source: str) -> tuple[int, set[int], list[tuple[ParquetFile, int]]]:
-    """The labels that the statistics of the footers tell; groups without statistics are read.
+    """Collects labels from the statistics in the footers; the labels of row groups without statistics are read.
 
     Returns:
-        the number of rows without a label; the labels that are known to occur, among them the smallest and the largest; the
-        row groups that may have others.
+        the number of rows without a label; the labels that are known to occur, among them the smallest and the
+        largest; the row groups that may have further labels.
     """
     nulls, labels, without, unread = 0, set(), [], []
     for file, number in rows.groups:
@@ -402,11 +412,13 @@ def labels_in_footers(rows: ParquetRows, source: str) -> tuple[int, set[int], li
 def classes_in(
     rows: ParquetRows, source: str, labels: set[int], unread: list[tuple[ParquetFile, int]]
 ) -> list[int] | None:
-    """The classes that have images; on a disk the labels are read until all are found. None if only reading would tell.
+    """Returns the classes that have images, in order; None if that is not known.
+
+    On a local disk, labels are read until all classes are found; on the Hub, they are not read.
 
     Args:
         labels: the labels that are known to occur.
-        unread: the row groups that may have others.
+        unread: the row groups that may have further labels.
     """
     labels = set(labels)
     is_local = all(isinstance(file.fs, LocalFileSystem) for file in rows.files)
@@ -424,15 +436,16 @@ def holds_text(kind: pa.DataType) -> bool:
 
 
 def text_of(label: str | bool) -> str:
-    """A label as text; truth values are spelled as arrow spells them, and so as without streaming."""
+    """A label as text; truth values are spelled as arrow spells them, and so as in a data set that is not streamed."""
     return str(label).lower() if isinstance(label, bool) else label
 
 
 def read_text_classes(rows: ParquetRows, feature, source: str, column: str):
-    """Sets the classes of rows with text labels, for which the column of the labels is read alone, from all files.
+    """Sets the classes of rows with text labels, after reading the column of the labels from all files.
 
     Args:
-        feature: of the column; its names are the classes where it has some.
+        rows: the rows whose classes are set.
+        feature: the feature of the column; if it is a `ClassLabel`, its names are the classes.
         source, column: the data set and the column in words, for the log and errors.
 
     Raises:
@@ -459,7 +472,7 @@ def read_text_classes(rows: ParquetRows, feature, source: str, column: str):
 def distinct_labels(
     rows: ParquetRows, groups: list[tuple[ParquetFile, int]], source: str
 ) -> list[tuple[int, list[int | str | bool]]]:
-    """Reads the column of the labels alone; returns the number of missing ones and the distinct others for each row group.
+    """Reads the column of the labels; returns for each row group the number of missing labels and the distinct labels.
 
     Raises:
         InputError: if it cannot be read.

@@ -20,14 +20,16 @@ from ..errors import first_line
 
 
 logger = logging.getLogger(__name__)
-# Limit for the row groups of all lanes together, and so for one row group: large row groups make S smaller.
+# Limit in bytes for one row group of each lane together, and so for a single row group: with large row groups there
+# are fewer lanes (`StreamOrder`).
 MOST_BYTES = 4 << 30
 READERS = 8  # threads that fetch row groups
-SIGNAL_SECONDS = 10  # how long a read must have failed for a signal to end it
-FOOTER_BYTES = 1 << 16  # read first from the end of a file; more where the footer is longer
-GAP_BYTES = 1 << 20  # unneeded bytes between two columns that are read along, instead of a second request
-# A failed read is retried after one second, two, four ... and then every half minute, on top of huggingface_hub's own
-# retries. Before training a wrong name should be reported soon; during training it is better to wait than to stop.
+SIGNAL_SECONDS = 10  # how long a read must have been failing before a signal ends it
+FOOTER_BYTES = 1 << 16  # read first from the end of a file; more if the footer is longer
+GAP_BYTES = 1 << 20  # columns with at most this many unneeded bytes between them are read in one request
+# A failed read is retried after one second, two, four ... and then every half minute, in addition to huggingface_hub's
+# own retries. Before training, a wrong name should be reported soon; during training, it is better to wait than to
+# stop.
 FIRST_DELAY, LONGEST_DELAY = 1, 30
 OPENING_SECONDS, TRAINING_SECONDS = 60, 20 * 60
 
@@ -48,16 +50,21 @@ class ParquetFile:
 
 
 class DamagedFile(ValueError):
-    """The bytes of a file have arrived and are not what they should be; reading them again does not help."""
+    """Raised when a file was read but its content is not what it should be; reading it again does not help."""
 
 
 def retried(action: Callable, what: str, seconds: float | None = None, give_up: Callable[[float], bool] | None = None):
-    """Returns `action()`, retried if it fails after 1, 2, 4, ... and at most 30 seconds; not if a file is damaged.
+    """Calls `action` and returns its result, retrying it after 1, 2, 4, ... and at most 30 seconds while it fails.
 
     Args:
+        action: is not retried after a `DamagedFile`.
         what: description of the action, for the log.
-        seconds: how long it is retried, with a last try at the end; `OPENING_SECONDS` by default.
+        seconds: how long it is retried, with a last try at the end; by default, and at most for a file that is
+            missing, `OPENING_SECONDS`.
         give_up: takes the seconds since the start and returns whether to stop retrying; called twice per second.
+
+    Raises:
+        the last exception of `action`.
     """
     seconds = OPENING_SECONDS if seconds is None else seconds
     give_up = give_up or (lambda _: False)
@@ -85,7 +92,7 @@ def read_range(fs: fsspec.AbstractFileSystem, path: str, start: int, end: int) -
     """Reads the bytes `start` to `end` of a file in one request.
 
     Raises:
-        OSError: if the file is shorter; and whatever the file system raises.
+        OSError: if the file ends before `end`; and whatever the file system raises.
     """
     with fs.open(path, "rb", cache_type="none") as file:
         file.seek(start)
@@ -114,7 +121,7 @@ def read_footer(fs: fsspec.AbstractFileSystem, path: str) -> ParquetFile:
 
 
 class Ranges(io.RawIOBase):
-    """A file for pyarrow with some byte ranges in memory; `parts` maps the start of each range to its bytes."""
+    """A file object for pyarrow with some byte ranges of a file; `parts` maps the start of each range to its bytes."""
 
     def __init__(self, size: int, parts: dict[int, bytes]):
         self.size = size
@@ -154,7 +161,11 @@ def leaves(group: pq.RowGroupMetaData, columns: list[str]) -> list[pq.ColumnChun
 
 
 def read_columns(file: ParquetFile, group: int, columns: list[str]) -> pa.Table:
-    """Reads some columns of a row group."""
+    """Reads some columns of a row group.
+
+    Raises:
+        OSError: and whatever else the file system or pyarrow raises.
+    """
     ranges: list[list[int]] = []
     for chunk in leaves(file.metadata.row_group(group), columns):
         start = chunk.dictionary_page_offset if chunk.has_dictionary_page else chunk.data_page_offset
@@ -164,13 +175,13 @@ def read_columns(file: ParquetFile, group: int, columns: list[str]) -> pa.Table:
         else:
             ranges.append([start, end])
     parts = {start: read_range(file.fs, file.path, start, end) for start, end in ranges}
-    # Decode from memory in this thread alone, so that pyarrow's threads do not wait for Python.
+    # Decode from memory in this thread only, so that pyarrow's threads do not wait for Python.
     reader = pq.ParquetFile(Ranges(file.size, parts), metadata=file.metadata, pre_buffer=False)
     return reader.read_row_group(group, columns=columns, use_threads=False)
 
 
 class Threads:
-    """A `ThreadPoolExecutor` that does not keep the process waiting for a thread whose server does not answer."""
+    """Threads as of a `ThreadPoolExecutor`, except that the process can exit while one waits for a server."""
 
     def __init__(self, number: int):
         self.tasks = queue.SimpleQueue()
@@ -189,12 +200,12 @@ class Threads:
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(function(*arguments))
-                except BaseException as error:  # for the thread that asks for the result
+                except BaseException as error:  # raised in the thread that asks for the result
                     future.set_exception(error)
-            del task, future, function, arguments  # or the last result would stay in memory
+            del task, future, function, arguments  # otherwise the last result would stay in memory
 
     def close(self):
-        """Lets the threads finish their current task and start no other; waits 2 seconds for them at most.
+        """Lets the threads finish their current tasks but start no others, and waits for them for at most 2 seconds.
 
         A thread that is inside C++ code when the interpreter exits could abort the process.
         """

@@ -2,8 +2,8 @@
 """Training examples and the random numbers drawn for them.
 
 Everything random about training example i (image, crop, flip, timestep, noise, label dropout) is a function of (seed, i),
-where i counts the examples of the run. It does not depend on the process or the time of the draw: a resumed run, two
-processes or gradient accumulation see the same stream.
+where i counts the examples of the run. It does not depend on the process or the time of the draw: a resumed run, a run
+on two processes and a run with gradient accumulation all see the same stream.
 """
 
 import signal
@@ -37,7 +37,7 @@ from .image_decoding import PixelRange, resize_and_crop
 
 
 def ignore_signals(worker_id: int):
-    """Makes a data-loader process ignore signals, which would otherwise end it before the last step is done."""
+    """Makes a data-loader process ignore SIGINT and SIGTERM, which would end it before the last step is done."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -53,12 +53,14 @@ class SampleStreams(torch.utils.data.Dataset):
 
     Args:
         num_rows: the number of rows of the data set.
+        seed: the seed of the run.
         latent_shape: `(C, H, W)` of the noise.
         null_class_id: the label that stands for no class; None if the model has none and label_dropout is 0.
         label_dropout: probability that an example is trained without its class.
         random_flip: mirror half of the examples.
         sample_posterior: also draw the noise of the autoencoder's posterior.
-        num_tokens: N of the transformer; the subset has M = min(64, N) tokens.
+        num_tokens: N, the number of tokens of the transformer, to draw a subset of M = min(64, N) of them; None to
+            draw none.
         stream_version: 2, or 1 for the draws of runs that began before there was a version 2.
     """
 
@@ -123,7 +125,7 @@ class SampleStreams(torch.utils.data.Dataset):
         return random_subsets(self.seed, indices, TOKENS_2, size, self.num_tokens)
 
     def drawn(self, indices: list[int], uniforms: np.ndarray, labels) -> dict[str, torch.Tensor]:
-        """The part of a batch that does not depend on the images; `labels [B]` are those of the rows."""
+        """The part of a batch that does not depend on the images; `labels [B]` are the labels of the rows."""
         timestep, drop = uniforms[:, 0], uniforms[:, 1]
         labels = [self.null_class_id if u < self.label_dropout else int(label) for u, label in zip(drop, labels)]
         batch = {"class_labels": np.array(labels), "timestep": timestep.astype(np.float32)}
@@ -136,7 +138,7 @@ class SampleStreams(torch.utils.data.Dataset):
 
 
 class TrainingSamples(SampleStreams):
-    """The training examples of a run, read from images. Indices are global example indices without end, not rows.
+    """The training examples of a run, read from images. Indices are global example indices, which never end, not rows.
 
     `samples[indices]` is a batch, a dict of
 
@@ -146,16 +148,16 @@ class TrainingSamples(SampleStreams):
         noise           float32 `[B, *latent_shape]`
         posterior_noise float32 `[B, *latent_shape]`, only with `sample_posterior`
         tokens          int64 `[B,M]`: the token subset of the structural reward, only with `num_tokens`
-        index           int64 `[B]`, the global sample indices
-        corrupt_rows    rows that could not be decoded; each is replaced by the next row that can
+        index           int64 `[B]`, the global example indices
+        corrupt_rows    int64, the rows that could not be decoded; each is replaced by the next row that can
 
     Args:
-        data: gives `{"image": [...], "label": [...]}` for a list of rows, as `ImageSource` and a `Dataset` do.
+        data: returns `{"image": [...], "label": [...]}` for a list of rows, as `ImageSource` and a `Dataset` do.
         resolution: side of the square images, in pixels.
         center_crop: crop in the centre; at a random place otherwise.
-        pixel_range: black and white of images that are not 8-bit; by default, each image has its own.
-        draft_side: as of `decode_image`.
-        Others: those of `SampleStreams`.
+        pixel_range: black and white of images that are not 8-bit; by default, it is found for each image.
+        draft_side: see `decode_image`.
+        Others: see `SampleStreams`.
     """
 
     def __init__(
@@ -213,15 +215,25 @@ class TrainingSamples(SampleStreams):
 
 @lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
-    """The order of the rows in an epoch, in version 1 of the draws."""
+    """The order of the rows in an epoch, int64 `[num_rows]`, in version 1 of the draws."""
     return random_stream(seed, epoch, ORDER).permutation(num_rows)
 
 
 class StreamBatchSampler(torch.utils.data.Sampler):
     """Yields the global example indices of one process, batch by batch, from `start` on.
 
-    Optimizer step k takes the indices `k * B ... (k + 1) * B - 1` with B = batch_size * processes * accumulation, so
-    that the same B gives the same examples however it is divided. With `repeats` r, steps `k r ... k r + r - 1` share them.
+    Optimizer step k of the sampler uses the indices `start + k * B ... start + (k + 1) * B - 1`, where
+    B = batch_size * processes * accumulation, so that the same B gives the same examples however it is divided. With
+    `repeats` r, the r steps `k r ... k r + r - 1` share these indices.
+
+    Args:
+        start: the first index.
+        num_steps: the number of optimizer steps.
+        batch_size: examples per batch of one process.
+        rank: the number of this process, from 0.
+        processes: the number of processes.
+        accumulation: batches of a process per optimizer step.
+        repeats: optimizer steps that use the same examples.
     """
 
     def __init__(

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""The interface of training data, opening the data that a configuration names, and checks when a run is resumed."""
+"""The interface of training data; opens the data that a configuration names, and checks the data of a resumed run."""
 
 import logging
 from collections.abc import Callable
@@ -27,9 +27,9 @@ from .samples import SampleStreams
 
 @runtime_checkable
 class TrainingData(Protocol):
-    """Labelled examples to train on, as image data sets, the latent cache and streamed parquet files implement it.
+    """The interface of labelled training examples. Image data sets, the latent cache and parquet files implement it.
 
-    A source of your own derives from `ImageSource`, which implements all of it on top of `__len__` and `__getitem__`:
+    Your own source derives from `ImageSource`, which implements the interface on top of `__len__` and `__getitem__`:
 
         class Pictures(ImageSource):
             def __init__(self, pictures, labels):
@@ -48,8 +48,9 @@ class TrainingData(Protocol):
         has_images (`bool`): whether `examples` works.
         random_access (`bool`): whether rows can be read in any order at the same cost.
 
-    Data may also have `classes_with_images() -> list[int] | None`, the ids of the classes that have images, in order, or None
-    if that is not known. Classes without images are not sampled by default.
+    Training data may also have a method `classes_with_images() -> list[int] | None`, which returns the ids of the
+    classes that have images, in order, or None if that is not known. Classes without images are not sampled by
+    default.
     """
 
     num_classes: int
@@ -78,13 +79,13 @@ class TrainingData(Protocol):
         ...
 
     def features(self, encoders: list[str], layers: list[int | None], grid_size: tuple[int, int]) -> list:
-        """Returns callables that take the features `[B,N,E]` of each encoder from a batch, if the data hold all of them.
+        """Returns one callable per encoder, which extracts the encoder's features `[B,N,E]` from a batch.
 
-        Each has the attribute `embed_dim`, E. The list is empty if features must be computed from images.
+        Each has the attribute `embed_dim`, E. The list is empty if the features must be computed from images.
 
         Args:
             encoders: Hub names or folders.
-            layers: the index of the hidden state of each encoder; None for the default.
+            layers: the index of the hidden state of each encoder; None for the encoder's default.
             grid_size: rows and columns of tokens.
 
         Raises:
@@ -120,9 +121,9 @@ class TrainingData(Protocol):
             random_flip: mirror half of the examples.
             sample_posterior: also draw the noise of the autoencoder's posterior.
             num_tokens: N, to draw the token subset of the structural reward; None to draw none.
-            encoders: the encoders to align with; those returned by `features` need no images.
+            encoders: the encoders to align with; those that `features` returns do not need the images.
             global_batch_size: examples per optimizer step on all processes.
-            stream_version: version of the random draws, 1 or 2; examples of your own may draw in their own way.
+            stream_version: version of the random draws, 1 or 2; a user-defined source may ignore it.
 
         Raises:
             InputError: if the options contradict the data, or the processes see different data.
@@ -133,19 +134,20 @@ class TrainingData(Protocol):
         """Yields the batches of a process in order.
 
         Args:
-            samples: as `samples` returns them.
+            samples: the examples that `samples` returns.
             batch_sampler: a `StreamBatchSampler`.
-            num_workers: processes or threads that prefetch batches; with 0, a batch is computed on demand.
+            num_workers: the number of processes or threads that prefetch batches; with 0, a batch is computed on
+            demand.
             pin_memory: whether batches are in pinned memory, for copies to a GPU.
         """
         ...
 
     def latents(self, vae, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Returns the clean latents `[B,C,h,w]`, float32, of a batch on its device.
+        """Returns the clean latents of a batch, float32 `[B,C,h,w]`, on its device.
 
         Args:
             vae: encodes images; None if the model is trained on pixels, or the batch holds latents.
-            batch: as the loader yields it, with `pixels` in [-1, 1].
+            batch: as the loader yields it, on the device, with `pixels` in [-1, 1].
         """
         ...
 
@@ -162,7 +164,7 @@ class TrainingData(Protocol):
         ...
 
     def release(self) -> None:
-        """Frees the memory that reading has used; the data can be read again."""
+        """Frees the memory that reading has taken; the data can still be read afterwards."""
         ...
 
 
@@ -174,7 +176,7 @@ def load_training_data(config) -> TrainingData:
     """Opens the data that a configuration names: an image data set, a latent cache, or parquet files with `streaming`.
 
     Args:
-        config: a `DataConfig`, with `vae`.
+        config: a `DataConfig` that also has `vae`.
 
     Raises:
         InputError: if the data cannot be opened, or the options contradict the cache.
@@ -196,7 +198,7 @@ def load_training_data(config) -> TrainingData:
 
 
 def load_images(config) -> ImageDataset:
-    """The image data set of the options that training and `prepare` share.
+    """Opens the image data set that a configuration names; training and `prepare` share these options.
 
     Raises:
         InputError: if the data set cannot be opened.
@@ -217,7 +219,7 @@ def load_images(config) -> ImageDataset:
 
 
 def open_cache(config) -> LatentCache:
-    """The latent cache in `latents_dir`.
+    """Opens the latent cache in `latents_dir`.
 
     Raises:
         InputError: if the folder does not hold a cache, or the options contradict it.
@@ -280,12 +282,12 @@ def classes_to_sample(data: TrainingData) -> list[int]:
 
 
 def classes_notice(data: TrainingData) -> tuple[int, str] | None:
-    """What to say of one class, or of classes without images, with the level for the log; None if there is nothing to say."""
+    """A log level and a message about data with one class, or with classes without images; None for other data."""
     if data.num_classes == 1:
         return (
             logging.INFO,
-            "one class: the model is unconditional. The row of no class, which `label_dropout` trains, learns the same images, "
-            "so that guidance has no effect, unless the run starts from weights of more classes; sample with guidance scale 1",
+            "one class: the model is unconditional. The null class, which `label_dropout` trains, learns the same images, so "
+            "guidance has no effect, unless the run starts from weights with more classes; sample with guidance scale 1",
         )
     known = known_classes(data)
     if known is None:
@@ -308,7 +310,7 @@ def classes_notice(data: TrainingData) -> tuple[int, str] | None:
 # What a resumed run must keep
 
 
-# The names under which a checkpoint keeps these settings; version 0.1 kept none but those of `SETTINGS_OF_0_1`.
+# The names under which a checkpoint records what the data are; version 0.1 recorded only those in `SETTINGS_OF_0_1`.
 COUNT, LABELS, CACHE, FILES = SETTINGS_OF_0_1 = (
     "the number of images",
     "the checksum of the labels",
@@ -353,7 +355,7 @@ def check_data_settings(saved: dict, settings: dict, checkpoint: Path, allow_cha
 def data_difference(saved: dict, settings: dict, checkpoint: Path) -> str | None:
     """The first difference between the data and those of a checkpoint, in words; None if they are the same.
 
-    Settings that the checkpoint lacks because version 0.1 made it are not compared.
+    Settings that the checkpoint lacks because version 0.1 wrote it are not compared.
     """
     for name, value in settings.items():
         before = saved.get(name)

@@ -1,13 +1,13 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""The order in which streamed parquet files are trained on, and their batches.
+"""The order in which the rows of streamed parquet files are trained on, and their batches.
 
 The row of example i is a function of (seed, i, examples per step), like everything else that is drawn for it: a resumed
 run opens only the row groups that its next batches need.
 
 An epoch goes through the row groups in random order, and through the rows of each in random order. This sequence is cut
 into S lanes of equal length; every batch takes the same number of rows from each lane, always at the same positions. The
-share of a process in a batch is also at fixed positions, so it reads the row groups of its own lanes only. The last
-N mod S rows of the sequence, which differ in every epoch, are not used.
+share of a process in a batch is also at fixed positions, so that it reads only the row groups of its own lanes. The
+last N mod S rows of the sequence, which differ in every epoch, are not used.
 """
 
 import bisect
@@ -38,8 +38,9 @@ MOST_LANES = 64
 class StreamOrder:
     """Maps example i to a row, as a function of the seed, the row groups and the examples per step.
 
-    Example i is at position p = i mod B of step i // B. Its lane is s = floor(p S / B), in which it is number
-    k = (i // B) (B / S) + p mod (B / S); so it is example k mod L of the lane in epoch k // L, with L = floor(N / S).
+    Example i is at position p = i mod B of step i // B. Its lane is s = floor(p S / B). In this lane it is example
+    number k = (i // B) (B / S) + p mod (B / S), that is example k mod L of epoch k // L, where L = floor(N / S) and N
+    is the number of rows.
 
     Args:
         seed: seed of the run.
@@ -90,18 +91,18 @@ class StreamOrder:
 
     @property
     def steps_ahead(self) -> int:
-        """How many steps ahead row groups are fetched: the steps that use up a quarter of one, within 8 to 64."""
+        """How many steps ahead row groups are fetched: as many as use up a quarter of a row group, but 8 to 64."""
         rows_of_lane = self.batch_size / self.num_lanes
         return min(64, max(8, math.ceil(self.group_rows.mean() / 4 / rows_of_lane)))
 
 
 class StreamedSamples(TrainingSamples):
-    """The `TrainingSamples` of `ParquetRows`; only the order of the rows differs.
+    """`TrainingSamples` that are read from `ParquetRows`; only the order of the rows differs.
 
     Args:
         data: `ParquetRows`.
         global_batch_size: examples per optimizer step on all processes.
-        Others: those of `TrainingSamples`.
+        Others: see `TrainingSamples`.
 
     Raises:
         InputError: if the processes do not see the same files.
@@ -132,8 +133,8 @@ class StreamedSamples(TrainingSamples):
 class StreamedBatches:
     """The batches of `StreamedSamples` in order, computed ahead by threads of this process.
 
-    Worker processes would each read every row group. Each thread has up to two batches in progress or ready. Row groups
-    are fetched `StreamOrder.steps_ahead` steps ahead, and only these are in memory.
+    The threads replace worker processes, each of which would read every row group. Up to two batches per thread are in
+    progress or ready. Row groups are fetched `StreamOrder.steps_ahead` steps ahead, and no others are in memory.
 
     Args:
         samples: the samples to batch.
@@ -142,7 +143,7 @@ class StreamedBatches:
         pin_memory: whether batches are in pinned memory, for copies to a GPU.
 
     Raises:
-        TrainingStopped: if a row group can no longer be read. Other exceptions of a thread are raised as they are.
+        TrainingStopped: if a row group can no longer be read. Other exceptions of a thread are raised unchanged.
     """
 
     def __init__(self, samples: StreamedSamples, batch_sampler, num_threads: int, pin_memory: bool = False):
@@ -170,13 +171,13 @@ class StreamedBatches:
             for indices, _ in islice(window, len(batches), max(1, 2 * self.num_threads)):
                 batches.append(decoders.submit(self._compute, indices) if self.num_threads else None)
 
-        # This also runs when the process exits without closing the generator.
+        # The finalizer also runs if the process exits without closing the generator.
         end = weakref.finalize(self, end_threads, data, decoders, readers)
         try:
             work_ahead()
             while batches:
                 ahead, (indices, _) = batches.popleft(), window.popleft()
-                # Compute the batch now if there are no threads, or if computing it ahead failed, maybe long ago.
+                # Compute the batch now if there are no threads, or if a thread failed to compute it, maybe long ago.
                 batch = self._compute(indices) if ahead is None or has_failed(ahead) else ahead.result()
                 window.extend(islice(upcoming, 1))
                 work_ahead()
@@ -186,7 +187,7 @@ class StreamedBatches:
 
 
 def end_threads(data, *threads: Threads):
-    """Stops the reading of `ParquetRows` and ends the threads."""
+    """Stops reading `ParquetRows` and ends the threads."""
     data.closed.set()
     data.release()
     for group in threads:

@@ -34,7 +34,7 @@ from .metrics import (
 logger = logging.getLogger("evaluate")
 METRICS = ("fid", "sfid", "is", "kid", "precision_recall", "density_coverage")
 INCEPTION_METRICS = ("sfid", "is")
-KID_SUBSET = 1000  # images in a subset, of large sets
+KID_SUBSET = 1000  # images in a subset of large sets
 # Options that apply only if the reference is a data set, with their defaults.
 DATASET_OPTIONS = {"dataset_config_name": None, "reference_split": "train", "image_column": "image"}
 
@@ -51,9 +51,9 @@ class MetricSettings:
         kid_subsets: the number of subsets that KID is averaged over.
         kid_subset_size: images per subset; by default 1000, but at most half of a set.
         inception_score_splits: the number of splits of the Inception Score.
-        shuffle: draw these splits at random; ADM takes the images in order.
-        precision_recall_k: neighbours that set the radii of precision and recall.
-        density_coverage_k: neighbours that set the radii of density and coverage.
+        shuffle: draw these splits at random; ADM splits the images in order.
+        precision_recall_k: in precision and recall, a radius is the distance to the k-th nearest neighbour.
+        density_coverage_k: the same for density and coverage.
         seed: seed of KID's subsets and the Inception Score's splits.
     """
 
@@ -73,7 +73,7 @@ class Reference:
     Attributes:
         source: the reference as the user named it, for messages.
         images: the images; None if the reference holds statistics only.
-        moments: the means and covariances in an `.npz`, of Inception's `pool` and `spatial` features.
+        moments: the means and covariances of Inception's `pool` and `spatial` features that an `.npz` contains.
     """
 
     source: str
@@ -92,7 +92,8 @@ class Comparison:
 
     Attributes:
         metrics: the values by encoder and name.
-        encoders: by encoder, the kind of its vector and the number of images in the reference.
+        encoders: by encoder, the kind of its vector, the checksum of its weights, the number of images in the
+            reference, and which moments come from the reference's file.
         features: by encoder, the features of samples and reference, if the reference has features.
     """
 
@@ -119,9 +120,10 @@ def open_reference(
 
     Args:
         source: a folder, an `.npz`, a statistics file, or the Hub name or folder of a data set.
-        samples: the samples; the reference must have their size.
+        samples: the samples; the images of the reference must have the same size.
         resolution: side to crop the reference's images to; by default a data set is cropped to the side of the samples.
         dataset_config_name, reference_split, image_column: options of a data set.
+        cache_dir: folder for downloads.
         save_reference: file to write the statistics to, which requires a reference with images.
 
     Raises:
@@ -170,7 +172,7 @@ def open_reference(
 
 
 def refuse_dataset_options(source: str, options: dict):
-    """Checks that no option of a data set is given for a reference that is not one.
+    """Checks that no option of a data set is given for a reference that is not a data set.
 
     Raises:
         InputError: if an option of `DATASET_OPTIONS` is given.
@@ -203,6 +205,8 @@ def choose_metrics(asked: list[str] | None, encoder_name: str, has_images: bool,
     """Returns the metrics to compute for an encoder: the requested ones, or all that can be computed.
 
     Args:
+        asked: the requested metrics; None for all.
+        encoder_name: the name of the encoder.
         has_images: whether the reference has features of images, not only moments.
         has_spatial: whether the reference has moments of Inception's spatial features.
 
@@ -226,7 +230,10 @@ def choose_metrics(asked: list[str] | None, encoder_name: str, has_images: bool,
 
 
 def check_counts(metrics: list[str], settings: MetricSettings, num_samples: int, num_reference: int | None):
-    """Checks that there are enough images, before any work.
+    """Checks that there are enough images, before anything is computed.
+
+    Args:
+        num_reference: the number of images in the reference; None if unknown.
 
     Raises:
         InputError: if there are too few; the message names the metric and how many images it needs.
@@ -239,7 +246,7 @@ def check_counts(metrics: list[str], settings: MetricSettings, num_samples: int,
         "precision_recall": (settings.precision_recall_k + 1,) * 2,
         "density_coverage": (1, settings.density_coverage_k + 1),
     }
-    # The settings that these numbers come from.
+    # The settings that determine these numbers.
     causes = {
         "is": "inception_score_splits",
         "kid": "kid_subset_size",
@@ -261,14 +268,15 @@ def check_counts(metrics: list[str], settings: MetricSettings, num_samples: int,
 def few_images(
     metrics: list[str], settings: MetricSettings, num_samples: int, num_reference: int | None, widths: dict[str, int]
 ) -> list[str]:
-    """Sentences on metrics whose values mean little, because there are fewer images than they need.
+    """Returns warnings about metrics whose values mean little because there are too few images.
 
-    A covariance of fewer images than dimensions is singular, so that the Fréchet distance measures their number; subsets
-    of KID below the usual 1000 images make it vary, and those of one set overlap.
+    The covariance of fewer images than dimensions is singular, so that the Fréchet distance depends mostly on the
+    number of images. In sets of fewer than two subsets (of 1000 images by default), KID's subsets are small or
+    overlap, so it varies.
 
     Args:
-        num_reference: the images of the reference; None if unknown.
-        widths: the dimensions of the features by metric, `fid` and `sfid`.
+        num_reference: the number of images in the reference; None if unknown.
+        widths: the number of feature dimensions by metric, for `fid` and `sfid`.
     """
     sentences = []
     counts = [("SAMPLES", num_samples), ("the reference", num_reference)]
@@ -295,12 +303,13 @@ def compute_metrics(
     device: torch.device,
     key: str = "fid",
 ) -> dict[str, float]:
-    """Computes metrics of one encoder; returns values by name.
+    """Computes metrics in the features of one encoder; returns the values by name.
 
     Args:
-        samples, reference: the features of one encoder.
+        metrics: names of `METRICS`.
+        samples, reference: the features; the Inception Score does not need a reference.
         device: the device that computes distances.
-        key: the name of the Fréchet distance.
+        key: the name of the Fréchet distance in the result.
     """
     device = torch.device("cpu") if device.type == "mps" else device
     results = {}
@@ -348,18 +357,19 @@ def compare_images(
 
     Args:
         samples: as `open_images` or `as_image_set` returns them.
-        reference: as `open_reference` returns it; only the Inception Score needs none.
+        reference: as `open_reference` returns it; only the Inception Score can be computed without one.
         encoders: `inception`, or Hub names or folders of transformers vision models.
         metrics: names of `METRICS`; by default all that the encoder and the reference allow.
         settings: the settings of the metrics.
         pooling: the vector of a transformers model, as for `load_image_encoder`.
         inception_weights: file of the Inception network; by default torch hub's cache, or a download.
-        max_features: largest number of images per set, drawn at random; FID and sFID use all images.
+        max_features: the other metrics use at most this many images per set, drawn at random; FID and sFID use all
+            images.
         batch_size: images per batch of an encoder; `default_batch_size` by default.
-        num_workers: processes that decode images.
+        num_workers: the number of processes that decode images.
         cache_dir: folder for downloads.
         reference_cache: folder where statistics of references are kept.
-        save_reference: additional file for the reference's statistics.
+        save_reference: another file to write the reference's statistics to.
         state: the processes that share the work.
 
     Raises:
@@ -424,7 +434,7 @@ def compare_images(
                 "vector": getattr(encoder, "kind", "pool_3"),
                 "weights_checksum": encoder_checksum(encoder),
                 "reference_count": known.count if known else None,
-                # Here the means and covariances are those of the file, from an unknown number of images.
+                # These moments are those of the reference's file, which come from an unknown number of images.
                 "moments_from_the_reference_file": list(reference.moments)
                 if reference is not None and name == "inception"
                 else [],
@@ -479,14 +489,15 @@ def fid(
 
     from diffusers_vrpo import fid
 
-    features = torch.randn(2, 100, 8)  # of an encoder, or give folders of images
+    features = torch.randn(2, 100, 8)  # features from an encoder; folders of images work, too
     print(fid(features[0], features[1]))
     ```
 
     Args:
-        samples: a folder of images, an `.npz` of ADM, an array uint8 `[N,H,W,3]`, or features `[N,D]`.
-        reference: the same, a data set, or a file of statistics.
-        encoder: the encoder of the features; not used if both arguments are features.
+        samples: a folder of images, an `.npz` as ADM writes it, an array or tensor uint8 `[N,H,W,3]`, or features: a
+            floating-point tensor `[N,D]`.
+        reference: the same, or the name or folder of a data set, or a file of statistics; features if `samples` are.
+        encoder: `"inception"`, or the Hub name or folder of a vision model; not used if both arguments are features.
         options: further arguments of `compare_images`.
 
     Raises:

@@ -1,9 +1,10 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """Features of image sets, their moments, and the files that keep the statistics of a reference.
 
-One format of file serves `vrpo evaluate`, the validation of a training run and the rewards of generated images: float64
+`vrpo evaluate`, the validation of a training run and the rewards of generated images share one file format: float64
 `{vector}.mean [D]` and `{vector}.covariance [D, D]`, float32 features `pool [n, D]` of images, and further tensors. The
-metadata hold `count`, the number of images behind the moments, and `description`, JSON of everything they depend on.
+metadata hold `count`, the number of images behind the moments, and `description`, which is JSON of everything that the
+statistics depend on.
 """
 
 import hashlib
@@ -45,7 +46,7 @@ class FeatureSet:
 
     Attributes:
         count: the number of images behind the moments.
-        moments: mean `[D]` and covariance `[D, D]`, float64, under `pool`, `spatial` (of Inception) and `shallow`.
+        moments: mean `[D]` and covariance `[D, D]`, float64, by vector: `pool`, `spatial` (Inception's) and `shallow`.
         pool: float32 features `[n, D]` of the images, or of `max_features` of them; None if only moments are known.
         logits: float32 `[n, 1008]` of Inception; None for a reference.
         others: further tensors of a file, by name.
@@ -92,7 +93,7 @@ def collect_features(
     batch_size: int | None = None,
     inspect: Callable[[torch.Tensor, dict[str, torch.Tensor]], None] | None = None,
 ) -> tuple[dict[str, RunningMoments], dict[str, torch.Tensor]]:
-    """Computes the moments of the features of all processes' images, and collects the features of some of them.
+    """Computes the moments of the features of the images on all processes, and collects the features of some images.
 
     Args:
         encoder: returns vectors `[B, D]` by name for uint8 images.
@@ -150,7 +151,7 @@ def input_size(encoder: torch.nn.Module) -> tuple[int, int]:
 
 
 class Batches(torch.utils.data.Dataset):
-    """Batches `[B, 3, H, W]`; an image's error is returned as its message, since a worker process would garble it."""
+    """Batches `[B, 3, H, W]`; returns the message of an error, since a worker process would garble the exception."""
 
     def __init__(self, images: ImageSet):
         self.images = images
@@ -173,10 +174,17 @@ def measure(
 ) -> FeatureSet | None:
     """Computes the features of all images on all processes; returns them on the main process, else None.
 
-    Batches are the same however many processes there are.
+    The batches do not depend on the number of processes.
+
+    Args:
+        batch_size: images per batch; `default_batch_size` by default.
+        num_workers: the number of processes that decode images.
+        max_features: the features of at most this many images are kept, a fixed random subset; moments are of all
+            images.
+        keep_logits: also keep the logits, if the encoder is Inception.
 
     Raises:
-        InputError: if an image cannot be decoded, features are not finite, or all images are alike.
+        InputError: if an image cannot be decoded, features are not finite, or all images are equal or of one colour.
     """
     device = next(encoder.parameters()).device
     batch_size = batch_size or default_batch_size(device)
@@ -190,7 +198,7 @@ def measure(
     batches = batches[state.process_index :: state.num_processes]
     loader = torch.utils.data.DataLoader(
         Batches(images),
-        batch_size=None,  # `Batches` gives batches itself
+        batch_size=None,  # `Batches` returns whole batches
         sampler=batches,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
@@ -235,7 +243,11 @@ def measure(
 
 
 def check_variety(images: ImageSet, flat: int, moments: RunningMoments):
-    """Warns of images of one colour.
+    """Warns if some images are of one colour.
+
+    Args:
+        flat: the number of images of one colour.
+        moments: the moments of the images' features.
 
     Raises:
         InputError: if all images are of one colour, or all are equal.
@@ -267,7 +279,7 @@ def merge_moments(moments: RunningMoments, state) -> RunningMoments:
 
 
 def gather_rows(rows: torch.Tensor, places: torch.Tensor, total: int, state) -> torch.Tensor | None:
-    """Gathers rows `[n, D]` of all processes into `[total, D]` on the main process's CPU; returns None elsewhere."""
+    """Gathers rows `[n, D]` of all processes into `[total, D]` on the CPU of the main process; others get None."""
     result = torch.empty(total, rows.shape[1]) if state.is_main_process else None
     longest = max(gather_object([len(rows)]))
     step = max(1, min(longest, GATHERED_ROWS))
@@ -289,9 +301,9 @@ def describe(images: dict, name: str, encoder, max_features: int) -> dict:
     """Describes everything that the statistics of images depend on, as JSON.
 
     Args:
-        images: what identifies the images; `size` is their height and width.
-        name: name of the encoder.
-        max_features: how many features are kept.
+        images: facts that identify the images; `size` is their height and width.
+        name, encoder: the name of the encoder, and the encoder.
+        max_features: how many features are kept at most.
     """
     return {
         "images": images,
@@ -370,7 +382,7 @@ def shared_statistics(
         InputError: if the file cannot be written or not all processes see it; and whatever `compute` raises.
     """
     features = known_statistics(file, wanted) if state.is_main_process else None
-    # The main process decides for all: another may see a new file late.
+    # The main process decides for all, since the others may see a new file late.
     if not gather_object([features is not None])[0]:
         features, problem = compute(), None
         if state.is_main_process:
@@ -384,7 +396,7 @@ def shared_statistics(
             raise InputError(None, problem)
         if problem:
             logger.warning(
-                f"{problem}; the statistics of the reference are not kept (`reference_cache` names another folder)"
+                f"{problem}; the statistics of the reference are not kept (`reference_cache` can name another folder)"
             )
     if not on_every_process or state.num_processes == 1:
         return features
@@ -401,10 +413,10 @@ def shared_statistics(
 
 
 def given_statistics(file: Path, wanted: dict) -> FeatureSet:
-    """Reads the statistics in a file, which must be of this encoder and image size.
+    """Reads the statistics in a file, which must be of the encoder and the image size in the description `wanted`.
 
     Raises:
-        InputError: if they are of another one.
+        InputError: if the encoder, its weights, its vector or the size differ, or the file cannot be read.
     """
     features, found = read_statistics(file)
     for key, meaning in (
@@ -463,7 +475,7 @@ def read_moment(source: str, key: str, wanted: tuple[int, ...]) -> torch.Tensor:
 
 
 def statistics_folder() -> Path:
-    """Where statistics of references are kept: `diffusers-vrpo/statistics` in the user's cache."""
+    """The folder in which statistics of references are kept: `diffusers-vrpo/statistics` in the user's cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "diffusers-vrpo" / "statistics"
 
 
@@ -490,15 +502,15 @@ def reference_features(
         source: the reference; a `.safetensors` is a file of statistics.
         images: the images of the reference; None if it holds statistics only.
         size: height and width of the samples.
-        given: moments in the reference's `.npz`, by name; they replace computed ones.
+        given: the moments in the reference's `.npz`, by name, which replace computed ones.
         metrics: the metrics that need the reference.
-        name, encoder: the encoder of the features, and its name.
+        name, encoder: the name of the encoder, and the encoder.
         max_features, batch_size, num_workers: as for `measure`.
         cache_folder: folder for statistics; `statistics_folder()` by default.
-        save_to: additional file for the statistics.
+        save_to: another file to write the statistics to.
 
     Raises:
-        InputError: as `given_statistics` and `measure` do.
+        InputError: as `given_statistics`, `measure` and `save_statistics` raise it.
     """
     given = given if isinstance(encoder, FIDInception) else {}
     has_file = str(source).endswith(".safetensors")

@@ -1,9 +1,10 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """One feature vector per image, for metrics: the FID Inception network or any vision encoder of transformers.
 
-The vector of an encoder follows the literature of its family: the class token after the last norm (DINOv2, DINOv3, MAE:
-as FD-DINOv2, arXiv 2306.04675), the projected image embedding of CLIP, the attention-pooled one of SigLIP, the globally
-pooled map of a conv net, and the mean of the tokens of models without a class token.
+The vector of an encoder is the one that the literature uses for its family: the class token after the last norm for
+DINOv2, DINOv3 and MAE (as in FD-DINOv2, arXiv 2306.04675), the projected image embedding for CLIP, the
+attention-pooled embedding for SigLIP, the globally pooled map for a conv net, and the mean of the tokens for models
+without a class token.
 """
 
 from collections.abc import Iterable
@@ -39,7 +40,7 @@ class ImageEncoder(nn.Module):
 
     Attributes:
         dim (`int`): D, the length of a vector.
-        input_size (`tuple[int, int]`): height and width in pixels that images are resized to.
+        input_size (`tuple[int, int]`): height and width in pixels to which images are resized.
         kind (`str`): description of the vector.
         shallow_layer (`int`, *optional*): index of a hidden state whose mean over the image is also returned, as `shallow`.
     """
@@ -164,8 +165,8 @@ def load_image_encoder(
 ) -> "ImageEncoder | FIDInception":
     """Loads the encoder of a metric: `"inception"`, or a Hub name or folder of a transformers vision model.
 
-    Images are resized, not cropped, to the side that the model's processor ends with (DINOv2: 224), bicubic with
-    antialiasing, on the device.
+    On the device, images are resized, not cropped, to the size of the images that the model's processor returns
+    (DINOv2: 224 pixels), bicubically with antialiasing.
 
     Example:
 
@@ -178,13 +179,19 @@ def load_image_encoder(
     ```
 
     Args:
-        pooling: `"auto"` for the usual vector of the family, or `"mean"`; Inception has its own.
+        name_or_path: `"inception"`, `"embedded:digits"`, or the Hub name or folder of a transformers vision model.
+        pooling: `"auto"` for the usual vector of the family, or `"mean"` for the mean of the patch tokens or
+            positions; without effect for Inception.
         inception_weights: file of the Inception network; by default torch hub's cache, or a download.
-        dtype: of the weights and the computation; metrics are compared in float32.
+        dtype: dtype of the weights and the computation; float32, the default, keeps metrics comparable. Inception is
+            always float32.
+        device: the device of the encoder; the CPU by default.
+        cache_dir: folder for downloads; the Hub's cache by default.
         option: the option that messages name.
 
     Raises:
         InputError: if the name is not an encoder, or the checkpoint lacks weights that the vector depends on.
+        ValueError: if `pooling` has another value.
     """
     if name_or_path == "inception":
         return load_inception(inception_weights, device, option)
@@ -192,7 +199,7 @@ def load_image_encoder(
         raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, not {pooling!r}")
     prefix = f"`{option}` {name_or_path}: "
     source, local = _locate(name_or_path, option)
-    import_module("transformers")  # not below, where all errors are taken as the checkpoint's
+    import_module("transformers")  # outside of the `try`, which blames every error on the checkpoint
     try:
         with offline_if_out_of_reach(source):
             model, _ = _load_model(source, dtype, cache_dir, local)
@@ -208,7 +215,7 @@ def load_image_encoder(
     try:
         encoder = ImageEncoder(model, input_size, pixel_format, pooling)
         vector = encoder(torch.zeros(1, 3, *input_size, dtype=torch.uint8, device=model.device))["pool"]
-    except Exception as error:  # whatever a model raises on one blank image, it would raise later
+    except Exception as error:  # whatever a model raises for a blank image, it would raise later, too
         reason = f"{type(model).__name__} does not return a vector for an image ({_first_sentence(error)})"
         raise InputError(option, f"{prefix}{reason}; {REMEDY}") from error
     if not vector.isfinite().all():
@@ -232,7 +239,7 @@ def _with_projection(source, dtype, cache_dir, local):
 
 
 def _input_size(source, config, cache_dir, local):
-    """Height and width of the processor's output (its crop, or else its resize); else those of the model."""
+    """Height and width of the processor's output (its crop, or else its resize), or else of the model's input."""
     from transformers.image_processing_base import ImageProcessingMixin
 
     try:
@@ -240,7 +247,7 @@ def _input_size(source, config, cache_dir, local):
             source, cache_dir=cache_dir, local_files_only=local
         )
     except OSError as error:
-        if error.__cause__ is not None:  # not just absent
+        if error.__cause__ is not None:  # the file is not just missing
             raise
         processor = {}
     size = processor.get("crop_size") if processor.get("do_center_crop") else processor.get("size")
@@ -265,7 +272,7 @@ def image_features(
 
     Args:
         images: uint8 RGB `[B, 3, H, W]` on any device.
-        batch_size: images at a time; `default_batch_size` when not given.
+        batch_size: images at a time; `default_batch_size` by default.
     """
     device = next(encoder.parameters()).device
     parts = [encoder(part.to(device)) for part in images.split(batch_size or default_batch_size(device))]
@@ -293,8 +300,9 @@ def pooled_features(
     ```
 
     Args:
-        images: uint8 RGB `[N, 3, H, W]` on any device, or batches of such.
-        batch_size: images at a time; `default_batch_size` when not given.
+        encoder: as `load_image_encoder` returns it.
+        images: uint8 RGB `[N, 3, H, W]` on any device, or an iterable of such batches, which are used as they are.
+        batch_size: images at a time; by default 64, or 4 on a CPU.
     """
     device = next(encoder.parameters()).device
     batch_size = batch_size or default_batch_size(device)

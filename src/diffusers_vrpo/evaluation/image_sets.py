@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Sets of images to measure: folders, ADM's `.npz` batches, arrays and data sets, as uint8 RGB `[3, H, W]`."""
+"""Sets of images to measure, from folders, ADM's `.npz` batches, arrays and data sets, as uint8 RGB `[3, H, W]`."""
 
 import logging
 import os
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
-# A compressed array is unpacked into memory: at most 50,000 images of 256 x 256 pixels, and, beyond 256 MB, at most 100
-# times the bytes that it takes in the file, which only images of next to nothing would exceed.
+# A compressed array is unpacked into memory. It may have as many bytes as 50,000 images of 256 x 256 pixels and, above
+# 256 MB, at most 100 times the bytes that it takes in the file, a ratio that only almost blank images exceed.
 MAX_UNPACKED = 50_000 * 256 * 256 * 3
 MAX_UNPACKED_RATIO = 100
 SMALL_UNPACKED = 1 << 28
@@ -45,7 +45,7 @@ class ImageSet(torch.utils.data.Dataset):
         size (`tuple[int, int]`): height and width.
         kind (`str`): "folder", ".npz", "array" or "data set".
         read: returns the pixels of an image, uint8 `[H, W, 3]`; it can be pickled, for worker processes.
-        origin: what distinguishes this set from others (names and dates of files, a data set's fingerprint).
+        origin: distinguishes this set from others, such as the names and dates of files, or a data set's fingerprint.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class ImageSet(torch.utils.data.Dataset):
         return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))
 
     def fingerprint(self, sample: int = 256) -> dict:
-        """Count, size, and CRC-32 of the origin and of the pixels of a fixed random subset, as JSON."""
+        """Returns the count, the size, and CRC-32 of the origin and the pixels of a fixed random subset, as JSON."""
         checksum = zlib.crc32(repr(self.origin).encode())
         for row in random_stream(0, 0, ORDER).permutation(len(self))[:sample].tolist():
             checksum = zlib.crc32(self[row].numpy(), checksum)
@@ -134,8 +134,9 @@ def folder_images(name: str, folder: str | Path, resolution: int | None = None) 
     """The images below a folder as they are, or cropped to `resolution` as for training.
 
     Raises:
-        InputError: if the folder has no images, one cannot be read, or their sizes differ, or if the values of their pixels
-            have no known range.
+        InputError: if the folder has no images, an image cannot be read, the sizes differ, or the pixel values have no
+        known
+            range.
     """
     listing = list_images(folder)
     if not listing.images:
@@ -211,11 +212,13 @@ def read_npz(
 ) -> np.ndarray:
     """Opens one array of an `.npz`: memory-mapped if it is not compressed (as `np.savez` writes it), else read.
 
-    A compressed array is read only if the headers of the zip and of the array agree on its size, and it is at most
-    `MAX_UNPACKED`, and at most `MAX_UNPACKED_RATIO` times what it takes in the file unless it is small.
+    A compressed array is read only if the headers of the zip and of the array agree on its size, and if it is not
+    larger than `MAX_UNPACKED` nor, unless it is small, than `MAX_UNPACKED_RATIO` times its size in the file.
 
     Args:
-        check: called with the type and the shape that the header has, before the content is read; raises InputError.
+        name: what errors call the file.
+        key: the name of the array in the file.
+        check: called with the dtype and the shape in the header, before the content is read; raises InputError.
 
     Raises:
         InputError: if the file or the array cannot be read, and whatever `check` raises.
@@ -287,7 +290,7 @@ def dataset_images(
         InputError: if the data set, split or column of images does not exist, or the values of the pixels have no known
             range.
     """
-    # Here, so that folders and files of images can be measured without `datasets`.
+    # Imported here, so that folders and files of images can be measured without `datasets`.
     from datasets import Image
 
     from ..data.image_datasets import load_embedded_dataset, open_named, refuse_config_name
@@ -306,7 +309,8 @@ def dataset_images(
         columns = [key for key, feature in data.features.items() if isinstance(feature, Image)]
         raise InputError(
             "image_column",
-            f"`image_column` {image_column!r} holds no images in {source}; {', '.join(map(repr, columns)) or 'none'} does",
+            f"`image_column` {image_column!r} is not a column of images in {source}; these are: "
+            f"{', '.join(map(repr, columns)) or 'none'}",
         )
     if len(data) == 0:
         raise InputError("reference_split", f"`reference_split` {split!r} of {source} has no images")
@@ -333,6 +337,8 @@ def open_images(
         source: a path, or the Hub name of a data set.
         resolution: side to crop images of folders and data sets to. By default a folder is used as it is, and a data set
             is cropped to `dataset_resolution`.
+        config_name, split, image_column, cache_dir: as for `dataset_images`, for a data set.
+        dataset_resolution: side to crop the images of a data set to, without `resolution`.
 
     Raises:
         InputError: if there are no images, or they cannot be measured.
@@ -345,7 +351,7 @@ def open_images(
     has_images = path.is_dir() and bool(list_images(path).images)
     wanted = unfinished_samples(path)
     if wanted is not None and not has_images:
-        raise InputError(None, f"{name} is an unfinished set of {wanted} samples; run the command that made it again")
+        raise InputError(None, f"{name} is an unfinished set of {wanted} samples; run the same command to finish it")
     if not has_images and (path / "samples.npz").is_file():
         raise InputError(None, f"{name} has no image files; give {path / 'samples.npz'}, which is in it")
     if has_images:

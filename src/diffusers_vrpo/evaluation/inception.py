@@ -1,9 +1,9 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""The Inception network that FID is defined by: TensorFlow's of December 2015, in plain torch.
+"""The Inception network that defines FID: TensorFlow's graph of December 2015, in plain torch.
 
-Not torchvision's Inception v3: it averages without the padding, its last block pools by the maximum, it has 1008 classes,
-and images reach it through TensorFlow 1's bilinear resize to 299 pixels. Keys are those of the two ports of its weights,
-torch-fidelity's and pytorch-fid's, which are the same file.
+It differs from torchvision's Inception v3: average pooling excludes the padding, the last block uses max pooling,
+there are 1008 classes, and images are resized to 299 pixels by the bilinear resize of TensorFlow 1. The names of the
+weights are those of torch-fidelity's and pytorch-fid's ports, which are the same file.
 """
 
 import hashlib
@@ -23,9 +23,9 @@ from ..errors import InputError, first_line
 logger = logging.getLogger(__name__)
 WEIGHTS_NAMES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
 WEIGHTS_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS_NAMES[0]}"
-WEIGHTS_SHA256 = "6726825d"  # its first digits, which are part of the file names
+WEIGHTS_SHA256 = "6726825d"  # the first digits, which are part of the file names
 SIDE = 299
-SPATIAL_CHANNELS = 7  # of sFID: 7 * 17 * 17 = 2023 numbers, about as many as the 2048 of FID
+SPATIAL_CHANNELS = 7  # for sFID: 7 * 17 * 17 = 2023 numbers, about as many as the 2048 of FID
 
 
 class ConvBlock(nn.Module):
@@ -41,12 +41,12 @@ class ConvBlock(nn.Module):
 
 
 def average_pool(x):
-    """3x3 average at every position; at the borders over the existing pixels only, as TensorFlow does."""
+    """3x3 average at every position, at the borders over the existing pixels only, as in TensorFlow."""
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
 class Block35(nn.Module):
-    """On the 35 x 35 grid: `mixed` to `mixed_2` of the TensorFlow graph."""
+    """A block on the 35 x 35 grid: `mixed` to `mixed_2` of the TensorFlow graph."""
 
     def __init__(self, in_channels, pool_channels):
         super().__init__()
@@ -65,7 +65,7 @@ class Block35(nn.Module):
 
 
 class Reduction17(nn.Module):
-    """35 x 35 to 17 x 17: `mixed_3`."""
+    """Reduces the 35 x 35 grid to 17 x 17: `mixed_3`."""
 
     def __init__(self, in_channels):
         super().__init__()
@@ -80,7 +80,7 @@ class Reduction17(nn.Module):
 
 
 class Block17(nn.Module):
-    """On the 17 x 17 grid, with 7x7 convolutions in two parts: `mixed_4` to `mixed_7`."""
+    """A block on the 17 x 17 grid, with 7x7 convolutions as pairs of 1x7 and 7x1: `mixed_4` to `mixed_7`."""
 
     def __init__(self, in_channels, width):
         super().__init__()
@@ -104,7 +104,7 @@ class Block17(nn.Module):
 
 
 class Reduction8(nn.Module):
-    """17 x 17 to 8 x 8: `mixed_8`."""
+    """Reduces the 17 x 17 grid to 8 x 8: `mixed_8`."""
 
     def __init__(self, in_channels):
         super().__init__()
@@ -122,7 +122,7 @@ class Reduction8(nn.Module):
 
 
 class Block8(nn.Module):
-    """On the 8 x 8 grid: `mixed_9`, and `mixed_10`, whose pooling takes the maximum."""
+    """A block on the 8 x 8 grid: `mixed_9`, or with max pooling `mixed_10`."""
 
     def __init__(self, in_channels, max_pool):
         super().__init__()
@@ -155,12 +155,17 @@ class Block8(nn.Module):
 def resize_bilinear(images: torch.Tensor, side: int = SIDE) -> torch.Tensor:
     """TensorFlow 1's `resize_bilinear`: pixel i of the output lies at `i * height / side`, not at pixel centres.
 
-    Without antialiasing, and with the last row and column repeated beyond the end. `images [B, C, H, W]` float32 in, `[B,
-    C, side, side]` out.
+    There is no antialiasing, and the last row and column are repeated beyond the end.
+
+    Args:
+        images: float32 `[B, C, H, W]`.
+
+    Returns:
+        float32 `[B, C, side, side]`.
     """
 
     def positions(extent):
-        # In float32, as in TensorFlow, so that rounding to a whole number gives the same results.
+        # Positions are float32, as in TensorFlow, so that rounding them down gives the same pixels.
         scale = torch.tensor(extent / side, dtype=torch.float32, device=images.device)
         at = torch.arange(side, dtype=torch.float32, device=images.device) * scale
         low = at.long().clamp(max=extent - 1)
@@ -175,9 +180,9 @@ def resize_bilinear(images: torch.Tensor, side: int = SIDE) -> torch.Tensor:
 
 
 class FIDInception(nn.Module):
-    """Features of the FID protocol (ADM's evaluator, arXiv 2105.05233): pool, spatial features, logits.
+    """The features of the FID protocol (ADM's evaluator, arXiv 2105.05233): pool, spatial features, logits.
 
-    Frozen, always in evaluation mode. `load_inception` gives it its weights.
+    The network is frozen and always in evaluation mode. `load_inception` loads its weights.
 
     Attributes:
         dim (`int`): 2048.
@@ -212,25 +217,26 @@ class FIDInception(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """
+        """Computes the features of images.
+
         Args:
             images (`torch.Tensor` of shape `(batch, 3, height, width)`): uint8, RGB, any size.
 
         Returns:
-            float32 features: `pool [B, 2048]` (FID and all but the two below), `spatial [B, 2023]` (sFID: the first 7
-            channels of `mixed_6/conv`, row by row, channels last), `logits [B, 1008]` (Inception Score: without the
-            bias, as OpenAI's and ADM's code).
+            float32 features: `pool [B, 2048]` for FID and all other metrics but the following two; `spatial [B, 2023]`
+            for sFID, the first 7 channels of `mixed_6/conv`, row by row, channels last; `logits [B, 1008]` for the
+            Inception Score, without the bias, as in OpenAI's and ADM's code.
         """
         if images.dtype != torch.uint8:
             raise ValueError(f"`images` must be uint8, not {images.dtype}")
         with torch.autocast(images.device.type, enabled=False):
-            # Any size is stretched to a square, as the graph does.
+            # Images of any size are stretched to a square, as in the TensorFlow graph.
             x = (resize_bilinear(images.float()) - 128) / 128
             x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
             x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, stride=2)))
             x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(F.max_pool2d(x, 3, stride=2))))
             x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))
-            # `mixed_6` is the graph's name for Mixed_6d, and its first branch comes first.
+            # `mixed_6` is the graph's name for Mixed_6d; its first channels are those of its first branch.
             spatial = x[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
             x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))
             pool = x.mean((2, 3))
@@ -246,12 +252,13 @@ def find_inception_weights() -> Path | None:
 def load_inception(
     weights: str | Path | None = None, device: torch.device | str | None = None, option: str = "encoder"
 ) -> FIDInception:
-    """Loads the network with the weights of 2015: from a file, else from torch hub's cache, else downloaded into it.
+    """Loads the network with the weights of 2015 from a file or torch hub's cache, or downloads them into that cache.
 
     Args:
         weights: a `.pth` of torch-fidelity or pytorch-fid, whose SHA-256 must start with 6726825d, or the same weights
             as safetensors (without that check, since a conversion has another checksum).
-        option: the option that named this encoder, for the message without `weights`.
+        device: the device of the network; the CPU by default.
+        option: the option that named this encoder, for messages when `weights` is not given.
 
     Raises:
         InputError: if the file is not one of these, or no file exists and it cannot be downloaded.
@@ -265,13 +272,13 @@ def load_inception(
         if not is_safetensors and not _sha256(path).startswith(WEIGHTS_SHA256):
             raise InputError(
                 "inception_weights",
-                f"{source} is not the network that FID is defined by (its SHA-256 does not start with {WEIGHTS_SHA256}); "
-                f"take {WEIGHTS_URL}",
+                f"{source} is not the network that defines FID (its SHA-256 does not start with {WEIGHTS_SHA256}); "
+                f"use {WEIGHTS_URL}",
             )
         state = load_file(path) if is_safetensors else torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise InputError(
-            "inception_weights", f"{source} cannot be read ({first_line(error)}); take {WEIGHTS_URL}"
+            "inception_weights", f"{source} cannot be read ({first_line(error)}); use {WEIGHTS_URL}"
         ) from error
     return inception_from_state(state, source).to(device)
 
@@ -284,7 +291,7 @@ def inception_from_state(state: dict[str, torch.Tensor], name: str = "the weight
     """
     model = FIDInception()
     wanted = model.state_dict()
-    # Newer files also have counters of batches, which are not used.
+    # Newer files also have the batch counters of batch norm, which are not used.
     counters = {key for key in wanted if key.endswith("num_batches_tracked")}
     state = {key: value for key, value in state.items() if not key.startswith("AuxLogits.")}
     wrong = [key for key in wanted if key not in counters and key not in state]

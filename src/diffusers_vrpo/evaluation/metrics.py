@@ -1,8 +1,9 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """Distances between generated images and a reference set, as pure functions of their features, in float64.
 
-Features are `[N, D]` tensors of any float dtype, on any device; distances are computed there (on the CPU for MPS, which has
-no float64). The meaning of the numbers depends on the encoder and the number of images (docs/evaluation.md).
+Features are `[N, D]` tensors of any floating-point dtype on any device. Distances are computed on the same device,
+except for MPS, which has no float64, where the CPU is used. What the numbers mean depends on the encoder and the
+number of images (docs/evaluation.md).
 """
 
 import math
@@ -14,8 +15,8 @@ import torch.nn.functional as F
 from ..errors import InputError
 
 
-# Elements of a block of distances: 2**24 in float64 are 128 MB, independent of the size of the sets. The k-th smallest of its
-# rows take a copy of it and as many indices.
+# Elements of a block of distances: 2**24 in float64 are 128 MB, whatever the size of the sets. Finding the k-th
+# smallest distance of each row takes a copy of the block and as many indices.
 BLOCK_ELEMENTS = 2**24
 
 
@@ -33,7 +34,7 @@ def check_features(features: torch.Tensor, name: str = "features", at_least: int
         raise InputError(None, f"{name} must have the shape [images, channels], not {list(features.shape)}")
     if len(features) < at_least:
         raise InputError(None, f"{name}: {len(features)} images are too few, at least {at_least} are needed")
-    # In parts that stay in a cache: the temporary copies of a large set cost more than the check.
+    # Parts stay in the processor's cache; temporary copies of a large set would cost more than the check itself.
     rows = max(1, 2**20 // max(1, features.shape[1]))
     if not all(part.isfinite().all() for part in features.split(rows)):
         bad = (~features.isfinite().all(1)).sum().item()
@@ -41,7 +42,7 @@ def check_features(features: torch.Tensor, name: str = "features", at_least: int
 
 
 def check_widths(x: torch.Tensor, y: torch.Tensor, name: str):
-    """Checks that two sets of features have as many channels.
+    """Checks that two sets of features have the same number of channels.
 
     Raises:
         InputError: if they differ; the message calls the metric `name`.
@@ -126,7 +127,7 @@ def mean_and_covariance(features: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 
 def covariance_factor(covariance: torch.Tensor) -> torch.Tensor:
-    """F `[D, r]` with `F F^T = covariance [D, D]`, float64; r is the rank, so N < D images make it small.
+    """Returns F `[D, r]` with `F F^T = covariance [D, D]`, float64; r is the rank, which is below N for N images.
 
     Raises:
         InputError: if `covariance` is not a covariance (it has a clearly negative eigenvalue).
@@ -135,7 +136,7 @@ def covariance_factor(covariance: torch.Tensor) -> torch.Tensor:
     largest = eigenvalues.abs().max()
     if eigenvalues[0] < -1e-6 * largest:
         raise InputError(None, f"the matrix is not a covariance: it has the eigenvalue {eigenvalues[0].item():.3g}")
-    # Set rounding errors to zero: their square root would not be small (1e-16 of the largest becomes 1e-8).
+    # Drop rounding errors: their square roots would not be small (1e-16 of the largest eigenvalue becomes 1e-8).
     kept = eigenvalues > largest * len(eigenvalues) * torch.finfo(torch.float64).eps
     return vectors[:, kept] * eigenvalues[kept].sqrt()
 
@@ -143,9 +144,10 @@ def covariance_factor(covariance: torch.Tensor) -> torch.Tensor:
 def frechet_distance(mu1: torch.Tensor, sigma1: torch.Tensor, mu2: torch.Tensor, sigma2: torch.Tensor) -> float:
     r"""The squared Fréchet distance of two Gaussians, `|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2)`.
 
-    With features of the Inception network this is the FID (arXiv 1706.08500). The trace of the root is the sum of the
-    singular values of `F1^T F2` with `S = F F^T`: the same as the roots of the eigenvalues of `S1^1/2 S2 S1^1/2`, without
-    squaring rounding errors, so that singular covariances (N < D) need no offset on the diagonal.
+    With features of the Inception network, this is the FID (arXiv 1706.08500). The trace of the root is computed as
+    the sum of the singular values of `F1^T F2`, where `S = F F^T`. These are the square roots of the eigenvalues of
+    `S1^1/2 S2 S1^1/2`, but no root is taken of a rounding error, so singular covariances (N <= D) do not need an
+    offset on the diagonal.
 
     Example:
 
@@ -171,10 +173,10 @@ def frechet_distance(mu1: torch.Tensor, sigma1: torch.Tensor, mu2: torch.Tensor,
     if [list(x.shape) for x in tensors] != [[dim], [dim, dim]] * 2:
         shapes = ", ".join(str(list(x.shape)) for x in tensors)
         raise InputError(
-            None, f"the statistics cannot be compared: they have the shapes {shapes}; are both of one encoder?"
+            None, f"the statistics cannot be compared: they have the shapes {shapes}; are they of different encoders?"
         )
     if not all(x.isfinite().all() for x in tensors):
-        raise InputError(None, "the statistics are not finite; are the features of all images?")
+        raise InputError(None, "the statistics are not finite; check that the features of all images are finite")
     root_trace = torch.linalg.svdvals(covariance_factor(sigma1).T @ covariance_factor(sigma2)).sum()
     distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * root_trace
     return distance.clamp(min=0).item()  # rounding may make it negative
@@ -214,8 +216,10 @@ def kernel_distance(
     ```
 
     Args:
-        reference, samples: `[N, D]`, each with at least `subset_size` rows.
-        subset_size: at least 2; drawn without replacement, again for each of the `subsets`.
+        reference, samples: features `[N, D]`, each with at least `subset_size` rows.
+        subsets: the number of subsets.
+        subset_size: the images in a subset, at least 2, drawn without replacement.
+        seed: seed of the subsets.
 
     Raises:
         InputError: if a set is too small or not finite.
@@ -235,7 +239,7 @@ def kernel_distance(
 
 
 def inception_score(logits: torch.Tensor, splits: int = 10, seed: int | None = None) -> tuple[float, float]:
-    """`exp(mean_x KL(p(c|x) || p(c)))` (arXiv 1606.03498), mean and standard deviation over the splits.
+    """The Inception Score `exp(mean_x KL(p(c|x) || p(c)))` (arXiv 1606.03498): mean and deviation over the splits.
 
     Example:
 
@@ -249,8 +253,9 @@ def inception_score(logits: torch.Tensor, splits: int = 10, seed: int | None = N
 
     Args:
         logits: `[N, classes]`, before the softmax.
-        splits: parts of (nearly) equal size, each with its own p(c).
-        seed: shuffles first; without it the parts are consecutive, which is wrong for images sorted by class.
+        splits: the number of parts, of nearly equal size, each with its own p(c).
+        seed: seed of a shuffle before the split; None, the default, splits the images in order, which is wrong if they
+            are sorted by class.
 
     Raises:
         InputError: if there are fewer images than splits, or logits are not finite.
@@ -262,7 +267,7 @@ def inception_score(logits: torch.Tensor, splits: int = 10, seed: int | None = N
     scores = []
     for part in log_p.tensor_split(splits):
         log_marginal = part.logsumexp(0) - math.log(len(part))
-        # If p is 0, the term is 0, not 0 times infinity.
+        # If p is 0, the term is 0 and not 0 times infinity.
         divergence = torch.where(part.exp() > 0, part.exp() * (part - log_marginal), 0).sum(1)
         scores.append(divergence.mean().exp().item())
     return float(np.mean(scores)), float(np.std(scores))
@@ -275,17 +280,17 @@ def inception_score(logits: torch.Tensor, splits: int = 10, seed: int | None = N
 def distance_blocks(x: torch.Tensor, y: torch.Tensor, block_elements: int = BLOCK_ELEMENTS):
     """Squared distances between all rows of `x [M, D]` and `y [N, D]`, in blocks of rows of x.
 
-    Beside a block, y is kept in float64, and x is converted block by block.
+    Besides one block, only y is kept in float64; x is converted block by block.
 
     Yields:
-        slice of the rows, and float64 `[rows, N]`.
+        the slice of the rows, and the squared distances, float64 `[rows, N]`.
     """
     y = as_float64(y)
     # Centred features have small products, so that little precision is lost to cancellation.
     centre = y.mean(0)
     y = y - centre
     norms = torch.cat([part.square().sum(1) for part in y.split(4096)])
-    # The distance of equal features is only rounding error, which must not decide whether they are neighbours.
+    # The computed distance of equal features is a rounding error, which must not decide whether they are neighbours.
     rounding = 16 * torch.finfo(torch.float64).eps * norms.max()
     rows = max(1, block_elements // len(y))
     for start in range(0, len(x), rows):
@@ -295,14 +300,14 @@ def distance_blocks(x: torch.Tensor, y: torch.Tensor, block_elements: int = BLOC
 
 
 def neighbour_radii(features: torch.Tensor, k: int, block_elements: int = BLOCK_ELEMENTS) -> torch.Tensor:
-    """The squared distance of each feature to its k-th nearest other one, float64 `[N]`.
+    """The squared distance of each feature to its k-th nearest neighbour, float64 `[N]`.
 
     Raises:
         InputError: if N <= k, or features are not finite.
     """
     check_features(features, f"nearest neighbours with k = {k}", at_least=k + 1)
     radii = [
-        # The nearest is the feature itself.
+        # The nearest feature is the feature itself.
         distances.kthvalue(k + 1, dim=1).values
         for _, distances in distance_blocks(features, features, block_elements)
     ]
@@ -314,8 +319,9 @@ def precision_recall(
 ) -> tuple[float, float]:
     """Improved precision and recall (arXiv 1904.06991), as ADM computes them.
 
-    Precision is the share of samples within some reference image's ball, whose radius is the distance to its k-th
-    neighbour in the reference; recall is the share of reference images within some sample's ball.
+    The ball of an image has the distance to its k-th nearest neighbour in its own set as radius. Precision is the
+    share of samples that lie in the ball of some reference image; recall is the share of reference images that lie in
+    the ball of some sample.
 
     Example:
 
@@ -326,6 +332,11 @@ def precision_recall(
 
     precision, recall = precision_recall(torch.randn(100, 8), torch.randn(100, 8))
     ```
+
+    Args:
+        reference, samples: features `[N, D]` and `[M, D]`.
+        k: the number of the neighbour.
+        block_elements: distances computed at a time, which limits the memory.
 
     Raises:
         InputError: if a set has at most k features, or some are not finite.
@@ -347,8 +358,9 @@ def density_coverage(
 ) -> tuple[float, float]:
     """Density and coverage (arXiv 2002.09797), which outliers disturb less than precision and recall.
 
-    Density counts the reference balls (as in `precision_recall`) that a sample lies in, over k, on average; it can exceed
-    1. Coverage is the share of reference balls with a sample in them; 1 - 2**-k is expected of two large equal sets.
+    Density is the mean number of reference balls (as in `precision_recall`) that contain a sample, divided by k; it
+    can exceed 1. Coverage is the share of reference balls that contain a sample; its expected value is 1 - 2**-k for
+    two large sets of the same size and distribution.
 
     Example:
 
@@ -359,6 +371,11 @@ def density_coverage(
 
     density, coverage = density_coverage(torch.randn(100, 8), torch.randn(100, 8))
     ```
+
+    Args:
+        reference, samples: features `[N, D]` and `[M, D]`.
+        k: the number of the neighbour that sets the radius of a ball.
+        block_elements: distances computed at a time, which limits the memory.
 
     Raises:
         InputError: if the reference has at most k features, a set is empty, or some features are not finite.
@@ -375,7 +392,7 @@ def density_coverage(
 
 
 def nearest_distances(x: torch.Tensor, y: torch.Tensor, block_elements: int = BLOCK_ELEMENTS) -> torch.Tensor:
-    """The distance of each of `x [M, D]` to the nearest of `y [N, D]`, float64 `[M]`."""
+    """The distance of each row of `x [M, D]` to the nearest row of `y [N, D]`, float64 `[M]`."""
     return torch.cat([distances.min(1).values for _, distances in distance_blocks(x, y, block_elements)]).sqrt()
 
 
@@ -384,7 +401,7 @@ def nearest_distances(x: torch.Tensor, y: torch.Tensor, block_elements: int = BL
 
 
 def hsic(kernel1: torch.Tensor, kernel2: torch.Tensor) -> torch.Tensor:
-    """The unbiased Hilbert-Schmidt independence criterion of two kernel matrices `[N, N]` (Song et al. 2012), `[]`."""
+    """The unbiased Hilbert-Schmidt independence criterion of two kernel matrices `[N, N]` (Song et al. 2012)."""
     n = len(kernel1)
     a, b = kernel1.clone().fill_diagonal_(0), kernel2.clone().fill_diagonal_(0)
     crossed = (a.sum(0) * b.sum(1)).sum()  # 1^T A B 1
@@ -419,8 +436,8 @@ def cka(x: torch.Tensor, y: torch.Tensor) -> float:
 def cknna(x: torch.Tensor, y: torch.Tensor, k: int = 10) -> float:
     """Centred kernel nearest-neighbour alignment (arXiv 2405.07987): CKA over pairs that are neighbours in both.
 
-    As in its authors' code: features are normalised, their products are the kernels, HSIC is the unbiased one, and a pair (i, j)
-    counts where j is among the k nearest of i for both kernels. It depends on N and k.
+    As in the authors' code, the kernels are inner products of normalised features, HSIC is unbiased, and a pair (i, j)
+    counts if j is among the k nearest neighbours of i in both kernels. The value depends on N and k.
 
     Example:
 
@@ -434,7 +451,8 @@ def cknna(x: torch.Tensor, y: torch.Tensor, k: int = 10) -> float:
     ```
 
     Args:
-        x, y: features of the same images, `[N, D1]` and `[N, D2]`, N > k >= 2.
+        x, y: features of the same images, `[N, D1]` and `[N, D2]`, N > k.
+        k: the number of neighbours, at least 2.
 
     Raises:
         InputError: for sets of different or too small size, or features that are constant or not finite.
@@ -467,7 +485,7 @@ def _paired(x, y, name, at_least):
 def _aligned(between, within_x, within_y, name):
     if within_x <= 0 or within_y <= 0:
         raise InputError(
-            None, f"{name}: one of the two representations hardly tells these images apart; take more images"
+            None, f"{name}: one of the two representations hardly tells these images apart; use more images"
         )
     return (between / (within_x * within_y).sqrt()).item()
 
@@ -486,12 +504,15 @@ def linear_probe(
 ) -> tuple[float, float]:
     """Accuracy of a multinomial logistic regression on held-out and on its training features, both in [0, 1].
 
-    Features are standardised by the training ones. The loss, mean cross-entropy plus `l2 / 2` times the squared weights
-    (not the bias), is convex, and minimised by L-BFGS over all features: no learning rate, no random order.
+    Features are standardised with the mean and deviation of the training features. The loss is the mean cross-entropy
+    plus `l2 / 2` times the sum of the squared weights, without the bias. It is convex, and L-BFGS minimises it over
+    all features at once, so there is neither a learning rate nor a random order.
 
     Args:
         train_features, test_features: `[N, D]` and `[M, D]`.
         train_labels, test_labels: class ids, int64 `[N]` and `[M]`.
+        l2: the weight of the penalty.
+        max_iterations: the most iterations of L-BFGS.
 
     Raises:
         InputError: if features are not finite, the number of labels differs, or there is a single class.

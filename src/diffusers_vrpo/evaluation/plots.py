@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Plots of two image sets in an encoder's features."""
+"""Plots two image sets in the feature space of an encoder."""
 
 from pathlib import Path
 
@@ -14,11 +14,11 @@ from .metrics import nearest_distances
 def plot_features(features: dict[str, tuple[FeatureSet, FeatureSet]], file: Path, seed: int, limit: int = 5000):
     """Plots, for each encoder, both sets along the reference's two main directions, and nearest-reference distances.
 
-    Samples left of the reference's own distances lie closer to a reference image than another reference image does: they
-    may be copies.
+    Samples whose distances are left of those between reference images lie closer to a reference image than other
+    reference images do; they may be copies.
 
     Args:
-        features: samples and reference by encoder.
+        features: the features of samples and reference, by encoder.
         file: the image file to write.
         seed: seed of the random subset, if a set has more than `limit` images.
         limit: the largest number of images per set in the plot.
@@ -43,7 +43,7 @@ def plot_features(features: dict[str, tuple[FeatureSet, FeatureSet]], file: Path
         scatter.set(title=f"{Path(name).name}: main directions of the reference", xlabel="first", ylabel="second")
         scatter.legend(frameon=False)
         half = len(x) // 2
-        # The reference against itself, with the same number of candidates.
+        # One half of the reference is compared with the other half, and so are the samples.
         own, generated = nearest_distances(x[:half], x[half:]), nearest_distances(y, x[half:])
         bins = np.linspace(0, torch.cat([own, generated]).max().item(), 50)
         for distances, label in ((own, "other reference images"), (generated, "samples")):

@@ -1,19 +1,20 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Ridge read-outs: how much of an encoder's features a linear map finds in the tokens of a transformer's blocks."""
+"""Ridge read-outs: how much of an encoder's features a linear map recovers from the tokens of a transformer block."""
 
 import torch
 
 
 class BlockReadouts:
-    """A ridge regression per block, from its tokens to the features of all layers of an encoder, fitted in one pass.
+    """One ridge regression per block, from its tokens to the features of all layers of an encoder, fitted in one pass.
 
-    Like the projector of an alignment, a read-out is shared by all tokens and noise levels. The mean of each position is
-    subtracted from tokens and features (from tokens, for each noise level), so that a read-out predicts the differences
-    between images and not the position of a token. Only sums are kept.
+    Like the projector of an alignment, a read-out is shared by all tokens and noise levels. The mean at each position
+    is subtracted from the features and, separately for each noise level, from the tokens, so that a read-out predicts
+    the differences between images and not the position of a token. Only sums are kept in memory.
 
     Args:
-        num_blocks, num_levels (`int`): blocks, and noise levels at which every image is seen.
-        widths (`list[int]`): channels of each layer; features have them joined, `[B,N,E]` with E their sum.
+        num_blocks (`int`): the number of blocks.
+        num_levels (`int`): the number of noise levels at which every image is seen.
+        widths (`list[int]`): the channels of each layer; features are the layers joined, `[B,N,E]` with E their sum.
     """
 
     def __init__(self, num_blocks: int, num_levels: int, widths: list[int]):
@@ -21,18 +22,18 @@ class BlockReadouts:
         self.count = 0
         self.target: torch.Tensor | None = None  # sums of features, `[N,E]`
         self.tokens: dict[tuple[int, int], torch.Tensor] = {}  # sums by block and level, `[N,D]`
-        self.shifts: dict = {}  # subtracted before any product, so that the products are not much larger than they vary
-        self.products: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by block, `[D,D]` and `[D,E]`
+        self.shifts: dict = {}  # means of the first batch, subtracted from all values to keep the products small
+        self.products: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # sums by block, `[D,D]` and `[D,E]`
         self.weights: dict[int, torch.Tensor] = {}
         self.left: torch.Tensor | None = None  # squared errors, `[blocks, levels, layers]`
-        self.total: torch.Tensor | None = None  # squares to be explained, `[layers]`
+        self.total: torch.Tensor | None = None  # squared deviations from the mean, `[layers]`
 
     def add(self, level: int, tokens: list[torch.Tensor], features: torch.Tensor):
         """Adds images to the fit.
 
         Args:
-            level: number of the noise level; every batch of images comes with each of them, 0 first.
-            tokens: of each block, `[B,N,D]`.
+            level: the number of the noise level; every batch of images must be added at each level, 0 first.
+            tokens: the tokens of each block, `[B,N,D]`.
             features: `[B,N,E]`, the same at every level.
         """
         y = self._shifted("features", features)
@@ -50,7 +51,7 @@ class BlockReadouts:
             self.products[block] = (old[0] + new[0], old[1] + new[1])
 
     def fit(self, l2: float):
-        """Solves for the read-outs; `l2` is the penalty on weights of standardised tokens, per token."""
+        """Solves for the read-outs; `l2` penalises weights of standardised tokens, relative to the error per token."""
         for block, (xx, xy) in self.products.items():
             for level in range(self.num_levels):
                 sums = self.tokens[block, level]
@@ -66,7 +67,7 @@ class BlockReadouts:
         self.products.clear()
 
     def score(self, level: int, tokens: list[torch.Tensor], features: torch.Tensor):
-        """Adds the errors on other images; arguments as of `add`."""
+        """Adds the errors on other images; the arguments are those of `add`."""
         y = self._shifted("features", features) - (self.target / self.count).float()
         if self.left is None:
             self.left = torch.zeros(self.num_blocks, self.num_levels, len(self.widths), dtype=torch.float64)
@@ -78,7 +79,7 @@ class BlockReadouts:
             self.left[block, level] += self._by_layer(y - x @ self.weights[block])
 
     def recoverability(self) -> torch.Tensor:
-        """R² on the images of `score`, `[blocks, levels, layers]`: 1 is all of what differs between images, 0 nothing."""
+        """R² on the images of `score`, `[blocks, levels, layers]`; 1 if a read-out recovers the features exactly."""
         return 1 - self.left / self.total.clamp_min(1e-30)
 
     def _shifted(self, key, values: torch.Tensor) -> torch.Tensor:
@@ -91,12 +92,12 @@ class BlockReadouts:
 
 
 def accumulator(tensor: torch.Tensor) -> torch.dtype:
-    """float64, which MPS does not have."""
+    """The dtype of sums: float64, except on MPS, which does not have it."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 def gaps(recoverability: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means over noise levels of the recoverability and of its gap to the best block at the same level, `[blocks, layers]`.
+    """Means over noise levels of the recoverability and its gap to the best block at each level, `[blocks, layers]`.
 
     Args:
         recoverability: `[blocks, levels, layers]`; values below 0 count as 0.
@@ -106,10 +107,18 @@ def gaps(recoverability: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def recommend(found: torch.Tensor, gap: torch.Tensor, least: float = 0.02) -> tuple[int, int] | None:
-    """The (block, layer), both from 0, whose block has come nearest to half of what the best block knows of the layer.
+    """Recommends a block and the layer of the encoder to align it with, both counted from 0.
 
-    That is the largest `(found / best) (gap / best)` with `best = found + gap`: within reach and not yet there. Blocks behind
-    the best one of a layer, and gaps below `least`, are not candidates; None if there are no others.
+    It is the pair with the largest `(found / best) (gap / best)`, where `best = found + gap`. The product is largest
+    if a block has half of the best block's recoverability: the layer is within reach of the block, and alignment can
+    still add something. Only blocks before the best block of a layer, with a gap of at least `least`, are candidates.
+
+    Args:
+        found, gap: as `gaps` returns them, `[blocks, layers]`.
+        least: the smallest gap.
+
+    Returns:
+        the block and the layer, or None if there are no candidates.
     """
     best = (found + gap).clamp_min(1e-12)
     before = torch.arange(len(found)).unsqueeze(1) < found.argmax(0)

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Autoencoders: encode images to scaled latents, and determine the shape of the transformer's input."""
+"""Loads autoencoders, encodes images to scaled latents, and determines the shape of the transformer's input."""
 
 import contextlib
 import math
@@ -21,10 +21,11 @@ from .transformer_sit import WEIGHTS, choose_variant, not_finite, refuse_weights
 # ----------------------------------------------------------------------------------------------------------------------
 # Autoencoders
 
-# A GPU encodes at most this many images together.
+# A GPU encodes at most this many images at a time.
 ON_A_GPU = 32
-# The classes of diffusers whose latents one scale and one shift normalise, and that take images in [-1, 1]. Others have
-# statistics of their own (Flux.2), another range of pixels (RAE) or a time axis, and would train on wrong latents.
+# The classes of diffusers that encode images in [-1, 1] and whose latents are normalised by the scale and shift in
+# their configuration. Others keep statistics elsewhere (Flux.2), use another range of pixels (RAE) or have a time
+# axis, so that their latents would be wrong.
 SUPPORTED_CLASSES = (
     "AutoencoderKL",
     "AutoencoderTiny",
@@ -38,8 +39,8 @@ SUPPORTED_CLASSES = (
 def load_vae(name_or_path: str, cache_dir: str | None = None) -> torch.nn.Module:
     """Loads a frozen diffusers autoencoder in float32, from a folder, a Hub name, or the `vae` folder of a pipeline.
 
-    The class and the configuration are checked before weights are downloaded. A single variant of the weights, such as
-    `fp16`, is taken where there are no plain ones.
+    The class and the configuration are checked before weights are downloaded. If there are no plain weights but a
+    single variant, such as `fp16`, the variant is loaded.
 
     Raises:
         InputError: if it does not exist, is not an image autoencoder of a supported class, its configuration has a scale
@@ -71,7 +72,7 @@ def load_vae(name_or_path: str, cache_dir: str | None = None) -> torch.nn.Module
 
 
 def _find_config(name_or_path: str, cache_dir: str | None) -> tuple[dict, str | None]:
-    """The config.json of an autoencoder, which names its class, and its subfolder."""
+    """Reads the config.json of an autoencoder, which names its class; returns it with the subfolder that it is in."""
     problem = None
     for subfolder in (None, "vae"):
         try:
@@ -100,7 +101,7 @@ def _cannot_load(name: str, problem: str) -> InputError:
 
 
 def _variant(name_or_path: str, subfolder: str | None, cache_dir: str | None) -> str | None:
-    """The variant of the weights where there are no plain ones.
+    """The variant of the weights to load; None if there are plain ones.
 
     Raises:
         ValueError: if there are several variants, or a folder has no weights.
@@ -115,7 +116,7 @@ def _variant(name_or_path: str, subfolder: str | None, cache_dir: str | None) ->
         return choose_variant(variants, folder)
     names = []
     if not constants.HF_HUB_OFFLINE:
-        with contextlib.suppress(Exception):  # of any type; loading the weights has the same problem, and reports it
+        with contextlib.suppress(Exception):  # loading the weights will have the same problem and report it
             names = HfApi().list_repo_files(name_or_path)
     names = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
     if not names:
@@ -125,7 +126,7 @@ def _variant(name_or_path: str, subfolder: str | None, cache_dir: str | None) ->
 
 
 def check_class(kind: str, name: str):
-    """Raises InputError if a class of diffusers, by its name, is not in `SUPPORTED_CLASSES`."""
+    """Raises InputError if a class, given by its name, is not in `SUPPORTED_CLASSES`; `name` is the autoencoder's."""
     if kind in SUPPORTED_CLASSES:
         return
     found = getattr(diffusers, kind, None)
@@ -140,9 +141,9 @@ def check_class(kind: str, name: str):
 
 
 def check_vae(vae, name: str):
-    """Checks that the latents of an autoencoder can be scaled rightly.
+    """Checks that the latents of an autoencoder can be scaled correctly.
 
-    Classes from outside diffusers are taken as they are; only their configuration is checked.
+    Of classes from outside diffusers, only the configuration is checked.
 
     Args:
         vae: the autoencoder.
@@ -189,12 +190,12 @@ def check_vae(vae, name: str):
 
 
 def is_finite_number(value) -> bool:
-    """Whether a value of a JSON file is a finite number; truth values are not numbers."""
+    """Whether a value from a JSON file is a finite number; a truth value is not a number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class InPrecision:
-    """An autoencoder that encodes under autocast; its weights, and what else is asked of it, stay as they are.
+    """An autoencoder that encodes under autocast. Its weights stay float32; everything else is as in `vae`.
 
     Args:
         vae: the autoencoder, in float32.
@@ -213,16 +214,22 @@ class InPrecision:
 
 
 def encoding_in(vae: torch.nn.Module | None, dtype: str):
-    """The autoencoder as training calls it with a `vae_dtype`."""
+    """The autoencoder, wrapped so that it encodes in `vae_dtype`, given by its name; None stays None."""
     return vae if vae is None or dtype == "float32" else InPrecision(vae, getattr(torch, dtype))
 
 
 @torch.no_grad()
 def check_precision(vae, dtype: str, image: np.ndarray):
-    """Checks that an autoencoder encodes an image, uint8 `[R,R,3]`, in a precision to about what float32 gives.
+    """Checks that an autoencoder encodes an image in another precision to about the same latents as in float32.
+
+    Args:
+        vae: the autoencoder, in float32.
+        dtype: the name of the precision.
+        image: uint8 `[R,R,3]`.
 
     Raises:
-        InputError: if the latents are not finite, or differ from those of float32 by more than a tenth of their deviation.
+        InputError: if the latents are not finite, or differ from those in float32 by more than a tenth of their
+        deviation.
     """
     pixels = torch.from_numpy(image).to(vae.device).permute(2, 0, 1)[None].float() / 127.5 - 1
     exact, found = (encode_moments(each, pixels)[0] for each in (vae, encoding_in(vae, dtype)))
@@ -241,10 +248,10 @@ def encode_moments(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Encodes `pixels [B,3,H,W]` in [-1, 1] to the mean and standard deviation of their latents.
 
-    Both are `[B,C,h,w]` float32 and not scaled yet; the second is None if the autoencoder has no posterior. `at_a_time` images
-    are encoded together; `images_at_a_time` chooses how many if it is not given.
+    Both are float32 `[B,C,h,w]` and not scaled yet; the second is None if the autoencoder has no posterior.
+    `at_a_time` images are encoded together; by default, `images_at_a_time` decides.
     """
-    if pixels.is_cuda:  # the layout of a GPU's convolutions, which else transpose each input; weights keep theirs
+    if pixels.is_cuda:  # convolutions on a GPU would transpose inputs of another layout; the weights keep their layout
         pixels = pixels.contiguous(memory_format=torch.channels_last)
     with torch.autocast(pixels.device.type, enabled=False):
         parts = [_moments(vae, part) for part in pixels.split(at_a_time or images_at_a_time(pixels))]
@@ -255,9 +262,12 @@ def encode_moments(
 def images_at_a_time(pixels: torch.Tensor) -> int:
     """How many of `pixels [B,3,H,W]` are encoded together.
 
-    On a GPU these are `ON_A_GPU`: a batch of 256 images of 256 pixels would take tens of gigabytes of activations. On a CPU they
-    are as many as have 32,768 pixels together, and at most `ON_A_GPU`. With more, glibc returns each layer's memory to the system
-    when it is freed (blocks above 32 MB), and the system clears it again for the next layer.
+    On a GPU, it is `ON_A_GPU`: the activations of a batch of 256 images of 256 x 256 pixels would take tens of
+    gigabytes. On
+    a CPU, it is as many images as have 32,768 pixels together, but at least one and at most `ON_A_GPU`: with more,
+        each
+    layer's memory is above the 32 MB from which glibc returns it to the system, which clears it again for the next
+    layer.
     """
     if pixels.device.type != "cpu":
         return ON_A_GPU
@@ -280,10 +290,10 @@ def latent_statistics(vae) -> dict[str, list[float]]:
 
 
 def scale_and_shift(vae) -> tuple[float | torch.Tensor, float | torch.Tensor]:
-    """`(scale, shift)` of an autoencoder: the transformer sees `(latents - shift) * scale`.
+    """Returns `(scale, shift)` of an autoencoder: the transformer sees `(latents - shift) * scale`.
 
-    Both are numbers, or float32 tensors `[C,1,1]` if the configuration has statistics of every channel: then, as in
-    diffusers, the shift is the mean and the scale is `scaling_factor` divided by the standard deviation.
+    Both are numbers, or float32 tensors `[C,1,1]` if the configuration has statistics of every channel. In that case,
+    as in diffusers, the shift is the mean, and the scale is `scaling_factor` divided by the standard deviation.
     """
     scale, shift = getattr(vae.config, "scaling_factor", None) or 1.0, getattr(vae.config, "shift_factor", None) or 0.0
     if not (statistics := latent_statistics(vae)):
@@ -295,9 +305,12 @@ def scale_and_shift(vae) -> tuple[float | torch.Tensor, float | torch.Tensor]:
 def encode_images(
     vae, pixels: torch.Tensor, posterior_noise: torch.Tensor | None = None, at_a_time: int | None = None
 ) -> torch.Tensor:
-    """Encodes `pixels [B,3,H,W]` in [-1, 1] to scaled latents `[B,C,h,w]` float32: the posterior's mean without noise.
+    """Encodes `pixels [B,3,H,W]` in [-1, 1] to scaled latents, float32 `[B,C,h,w]`.
 
-    With `vae=None` it returns the pixels. `at_a_time` is that of `encode_moments`.
+    Args:
+        vae: the autoencoder; with None, the pixels are returned.
+        posterior_noise: normal noise `[B,C,h,w]` that draws from the posterior; without it, the latents are its mean.
+        at_a_time: see `encode_moments`.
     """
     if vae is None:
         return pixels
@@ -309,10 +322,10 @@ def encode_images(
 
 
 def decode_latents(vae, latents: torch.Tensor) -> torch.Tensor:
-    """Decodes scaled latents `[B,C,h,w]` to images `[B,3,H,W]`, about [-1, 1], float32, with gradients to the latents.
+    """Decodes scaled latents `[B,C,h,w]` to images, float32 `[B,3,H,W]`, about [-1, 1], with gradients to the latents.
 
-    The autoencoder computes in its own dtype, or in that of the autocast around the call. With `vae=None` it returns the
-    latents, which are pixels then.
+    The autoencoder computes in its own dtype, or in that of an autocast around the call. With `vae=None`, the latents,
+    which are pixels then, are returned.
     """
     if vae is None:
         return latents
@@ -322,9 +335,10 @@ def decode_latents(vae, latents: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def reconstruction_problem(vae, image: np.ndarray) -> str | None:
-    """Describes an absurd error of `decode(encode(image))`, else returns None.
+    """Describes what is wrong if `decode(encode(image))` is far from the image; None if it is not.
 
-    Absurd is a mean squared error above the image's own variance: its mean colour would be a better reconstruction.
+    It is far if the mean squared error is above the image's own variance: the mean colour would be a better
+    reconstruction.
 
     Args:
         vae: the autoencoder; None reconstructs exactly.
@@ -341,13 +355,13 @@ def reconstruction_problem(vae, image: np.ndarray) -> str | None:
     if decoded.shape != pixels.shape:
         return f"an image of {list(pixels.shape[1:])} comes back as {list(decoded.shape[1:])}"
     error = (decoded - pixels).square().mean().item()
-    # Nearly flat images have next to no variance, and sound autoencoders still err a little.
+    # Images of nearly one colour have almost no variance, and good autoencoders still have a small error.
     limit = max((pixels - pixels.mean((2, 3), keepdim=True)).square().mean().item(), 0.02)
     if error <= limit:  # false for NaN
         return None
     return (
         f"decode(encode(image)) of one image has a mean squared error of {error:.3g}, and the image's mean colour has "
-        f"{limit:.3g}; is it trained, and for this `resolution` and these images?"
+        f"{limit:.3g}; is the autoencoder trained, and for this `resolution` and these images?"
     )
 
 
@@ -365,7 +379,7 @@ class _Applied(torch.nn.Module):
 
 @torch.no_grad()
 def on_meta(function, vae, *shape: int):
-    """`function(vae, values)` for values of a shape on the meta device, which finds shapes in milliseconds at any size.
+    """Calls `function(vae, values)` on the meta device, which finds shapes in milliseconds at any size.
 
     Raises:
         Exception: of any type, if the function does not take that shape, or does not compute on that device.
@@ -377,25 +391,25 @@ def on_meta(function, vae, *shape: int):
 
 
 def side_factor(vae) -> int | None:
-    """By how much an autoencoder makes sides smaller; None if that cannot be told without its own resolution."""
+    """The factor by which an autoencoder shrinks sides; None if images of 512 pixels do not tell it."""
     try:
         return 512 // on_meta(_moments, vae, 1, 3, 512, 512)[0].shape[-1]
-    except Exception:  # a class of any origin, which takes one resolution only or does not compute on that device
+    except Exception:  # a class from anywhere, which may need another resolution or not compute on that device
         return None
 
 
 def measure_latents(vae, resolution: int) -> tuple[tuple[int, int, int], bool]:
     """The shape `(C, h, w)` of the latents of an image of `resolution` pixels, and whether they have a posterior.
 
-    Nothing is extrapolated from another resolution. An autoencoder that does not compute on the meta device encodes one
-    blank image.
+    They are not extrapolated from another resolution. An autoencoder that does not compute on the meta device encodes
+    one blank image on its own.
 
     Raises:
         Exception: of any type, if the autoencoder cannot encode such an image.
     """
     try:
         mean, std = on_meta(_moments, vae, 1, 3, resolution, resolution)
-    except Exception:  # the error of the real device is the one to report
+    except Exception:  # if the real device fails, too, its error is the one to report
         mean, std = encode_moments(vae, torch.zeros(1, 3, resolution, resolution, device=vae.device))
     return tuple(mean.shape[1:]), std is not None
 
@@ -409,14 +423,14 @@ def decoded_side(vae, channels: int, size: int) -> int:
     """
     try:
         return on_meta(_decoded, vae, 1, channels, size, size).shape[-1]
-    except Exception:  # the real device decides, whatever the other one could not do
+    except Exception:  # whatever fails on the meta device may work on the real one
         pass
     try:
         return _decoded(vae, torch.zeros(1, channels, size, size, device=vae.device)).shape[-1]
     except Exception as error:  # every autoencoder fails in its own way
         raise InputError(
             "vae",
-            f"`vae` does not decode what the transformer makes, {channels} channels of {size}x{size} ({first_line(error)})",
+            f"`vae` cannot decode the latents of the transformer, {channels} channels of {size}x{size} ({first_line(error)})",
         ) from error
 
 

@@ -18,14 +18,14 @@ from ..errors import InputError, first_line
 
 
 logger = logging.getLogger(__name__)
-# A weight that every official checkpoint has; what stands in front of its name is a wrapper's.
+# A weight that every official checkpoint has; a prefix of its name comes from a wrapper.
 ANCHOR = "x_embedder.proj.weight"
 # Names that DDP, torch.compile, activation checkpointing and FSDP insert anywhere in a weight's name.
 WRAPPERS = re.compile(r"(?<![^.])(?:module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 AVERAGED = re.compile(r"(?:^|[._])(?:ema|averaged?|swa|shadow)(?![a-z])", re.IGNORECASE)
-# Where weights that are not averaged are looked for, in this order.
+# The names under which weights that are not averaged are searched, in this order.
 PLAIN_CONTAINERS = ("model", "model_state_dict", "state_dict", "module", "net")
-# How other files begin, what they are, and what to do.
+# The first bytes of other files, what these files are, and what to do.
 SIGNATURES = (
     (b"\x1f\x8b", "is compressed by gzip", "unpack it with gunzip (or tar) and give the file inside"),
     (b"BZh", "is compressed by bzip2", "unpack it and give the file inside"),
@@ -46,15 +46,17 @@ SIGNATURES = (
 def read_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict]:
     """Reads the state dict of a checkpoint file, and the training arguments in it.
 
-    The weights may be flat or nested under other names (`ema`, `model_state_dict`, Lightning's `state_dict`, ...);
-    averaged ones come first. Names lose what wrappers have put into them (`module.`, `_orig_mod.`, `model.`, ...).
+    The weights may be at the top level or nested under other names (`ema`, `model_state_dict`, Lightning's
+    `state_dict`, ...). Averaged weights are preferred. Parts of names that wrappers have added (`module.`,
+    `_orig_mod.`, `model.`, ...) are removed.
 
     Returns:
         floating-point tensors by official name, and the options of the training script (empty if the file has none).
 
     Raises:
-        InputError: if the file is something else than a checkpoint, is cut off, cannot be read without running code from
-            it, or has no weights or several sets of them.
+        InputError: if the file is not a checkpoint, is truncated, cannot be read without running code from it, or has
+        no
+            weights or several sets of them.
     """
     content = load_content(path)
     training_args = content.get("args") if isinstance(content, dict) else None
@@ -68,7 +70,7 @@ def read_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict]:
 def load_content(path: str) -> object:
     """Loads a checkpoint file as it is: tensors and plain values in nested containers.
 
-    The content of the file decides its format, not the ending of its name.
+    The content of the file determines the format, not the ending of its name.
 
     Raises:
         InputError: if it is not a whole checkpoint file, or holds other objects.
@@ -82,7 +84,7 @@ def load_content(path: str) -> object:
             return load_file(path)
         # The official training scripts put their parsed arguments, a plain namespace, next to the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            if kind == "zip" and not str(path).endswith(".safetensors"):  # torch reads that ending as the other format
+            if kind == "zip" and not str(path).endswith(".safetensors"):  # torch would read this ending as safetensors
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             with open(path, "rb") as file:
                 return torch.load(file, map_location="cpu", weights_only=True)
@@ -109,7 +111,7 @@ def load_content(path: str) -> object:
 
 
 def file_kind(path: Path) -> str:
-    """Tells `safetensors`, `zip` (what torch.save writes) and `pickle` (what it wrote before version 1.6) apart.
+    """Returns `safetensors`, `zip` (which torch.save writes) or `pickle` (which it wrote before version 1.6).
 
     Raises:
         InputError: if the file is of another kind or truncated; the message says what it is and how to get the right one.
@@ -137,9 +139,10 @@ def file_kind(path: Path) -> str:
 
 
 def other_file(path: Path, head: bytes, size: int) -> str | None:
-    """Says what a file is that certainly holds no checkpoint, and what to do; None for a file that may be one.
+    """Describes a file that is certainly not a checkpoint, and what to do; None for a file that may be one.
 
     Args:
+        path: the file.
         head: its first 64 kB.
         size: its size in bytes.
     """
@@ -150,7 +153,7 @@ def other_file(path: Path, head: bytes, size: int) -> str | None:
         of = f" of a file of {int(real[1]):,} bytes" if real else ""
         return f"is a Git LFS pointer{of}, not the file itself; run `git lfs pull` in its repository"
     if not head.strip(b"\x00"):
-        return "begins with zeros only, as a download that did not finish; download it again"
+        return "begins with zeros only, like a download that did not finish; download it again"
     for signature, what, remedy in SIGNATURES:
         if head.startswith(signature):
             return f"{what}; {remedy}"
@@ -165,12 +168,12 @@ def other_file(path: Path, head: bytes, size: int) -> str | None:
 
 
 def other_zip(path: Path) -> str | None:
-    """The same as `other_file`, for a file that begins as a zip archive does."""
+    """The same as `other_file`, for a file that begins like a zip archive."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError):
-        return "has no end as a zip archive has it, it may be truncated; download it again"
+        return "is a zip archive without an end, so it may be truncated; download it again"
     names = [entry.filename for entry in entries]
     if any(name.endswith(".npy") for name in names):
         return "holds NumPy arrays; give a PyTorch or safetensors file"
@@ -201,7 +204,12 @@ def other_text(path: Path, head: bytes) -> str | None:
 
 
 def safetensors_size(path: Path, header: int) -> int | None:
-    """The size in bytes that a safetensors file has by its header; None if the header cannot be read."""
+    """The size in bytes that a safetensors file has according to its header; None if the header cannot be read.
+
+    Args:
+        path: the file.
+        header: the length of the header in bytes.
+    """
     with path.open("rb") as file:
         file.seek(8)
         content = file.read(header)
@@ -231,7 +239,7 @@ def containers(content: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tu
 
 
 def choose_weights(path: str, content: object) -> dict[str, torch.Tensor]:
-    """Finds the weights of the transformer in the content of a file; averaged ones come first.
+    """Finds the weights of the transformer in the content of a file; averaged weights are preferred.
 
     Raises:
         InputError: if there are none, or several sets of the same rank.
@@ -242,7 +250,7 @@ def choose_weights(path: str, content: object) -> dict[str, torch.Tensor]:
         if largest is None or len(tensors) > len(largest):
             largest, largest_path = tensors, where
         prefixes = sorted((n.removesuffix(ANCHOR) for n in tensors if f".{n}".endswith(f".{ANCHOR}")), key=len)
-        # A name belongs to the longest prefix that it has.
+        # A weight belongs to the longest prefix of its name.
         parts: dict[str, dict] = {prefix: {} for prefix in prefixes}
         others = set()
         for name, tensor in tensors.items():
@@ -274,21 +282,21 @@ def choose_weights(path: str, content: object) -> dict[str, torch.Tensor]:
     label = labels[0]
     state, others = found[label]
     if label:
-        logger.info(f"{path}: taking {label!r}")
+        logger.info(f"{path}: the weights are read from {label!r}")
     empty = [str(name) for name in content if AVERAGED.search(str(name))] if isinstance(content, dict) else []
     empty = [name for name in empty if isinstance(content[name], dict | list | tuple)]
     if best[0] and empty:
-        logger.warning(f"{path}: {empty[0]!r} holds no weights by name, so these are not averaged")
+        logger.warning(f"{path}: {empty[0]!r} holds no weights by name, so the weights that are read are not averaged")
     if others:
-        logger.info(f"{path}: without its other parts ({', '.join(sorted(others)[:5])})")
+        logger.info(f"{path}: its other parts are not read ({', '.join(sorted(others)[:5])})")
     return without_counters(path, state, label)
 
 
 def without_counters(path: str, state: dict[str, torch.Tensor], label: str) -> dict[str, torch.Tensor]:
-    """Drops numbers such as AveragedModel's `n_averaged`, which are stored with the weights and have no dimension.
+    """Drops scalars such as AveragedModel's `n_averaged`, which are stored beside the weights.
 
     Raises:
-        InputError: if nothing else is there.
+        InputError: if there is nothing else.
     """
     kept = {name: tensor for name, tensor in state.items() if tensor.ndim > 0 or "." in name}
     if not kept:
@@ -297,7 +305,7 @@ def without_counters(path: str, state: dict[str, torch.Tensor], label: str) -> d
 
 
 def check_tensor(path: str, name: str, tensor: torch.Tensor):
-    """Raises InputError if a tensor cannot be a weight: it is not of floating point, or has no memory of its own."""
+    """Raises InputError if a tensor cannot be a weight: it is not plain, not floating-point or not whole."""
     if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
         raise InputError(None, f"{path}: {name} is not a plain tensor; save the state dict of the model on the CPU")
     if not tensor.is_floating_point():
@@ -308,4 +316,4 @@ def check_tensor(path: str, name: str, tensor: torch.Tensor):
         )
     # A view can claim any size; its values would fill the memory when they are copied.
     if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
-        raise InputError(None, f"{path}: {name} {tuple(tensor.shape)} is larger than what the file holds of it")
+        raise InputError(None, f"{path}: {name} {tuple(tensor.shape)} is larger than what the file holds for it")

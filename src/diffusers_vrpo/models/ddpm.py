@@ -1,7 +1,8 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """The diffusion that DiT trains on: 1000 steps of a linear schedule, noise prediction, learned variance.
 
-Formulas: DDPM (arXiv 2006.11239) and Improved DDPM (arXiv 2102.09672); the tables are diffusers' `DDPMScheduler`'s.
+The formulas are those of DDPM (arXiv 2006.11239) and Improved DDPM (arXiv 2102.09672), the betas those of diffusers'
+`DDPMScheduler`.
 """
 
 import functools
@@ -12,7 +13,8 @@ from diffusers import DDPMScheduler
 
 
 NUM_TIMESTEPS = 1000
-# Arguments of diffusers' DDPM, DDIM and DPM++ schedulers for models trained on it; latents are not clipped.
+# Arguments of diffusers' DDPM, DDIM and DPM++ schedulers for models trained on this diffusion; latents are not
+# clipped.
 SCHEDULER_CONFIG = {
     "num_train_timesteps": NUM_TIMESTEPS,
     "beta_start": 1e-4,
@@ -34,7 +36,7 @@ def _tables(device: torch.device) -> dict[str, torch.Tensor]:
         "noise": (1 - alpha_bar).sqrt(),
         "flow_time": (1 - alpha_bar).sqrt() / (alpha_bar.sqrt() + (1 - alpha_bar).sqrt()),
         "log_beta": beta.log(),
-        # The posterior variance is 0 at n = 0, where the original uses the next one.
+        # At n = 0, the posterior variance is 0, and Improved DDPM uses that of n = 1 instead.
         "log_posterior_variance": torch.cat([posterior_variance[1:2], posterior_variance[1:]]).log(),
         "mean_from_x0": beta * previous.sqrt() / (1 - alpha_bar),
         "mean_from_xn": (1 - previous) * (1 - beta).sqrt() / (1 - alpha_bar),
@@ -43,7 +45,7 @@ def _tables(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def _at(name: str, timestep: torch.Tensor, ndim: int) -> torch.Tensor:
-    """Looks up a table at timesteps `[B]`, and reshapes the result to multiply a tensor of `ndim` dimensions."""
+    """Looks up a table at timesteps `[B]`, in a shape that broadcasts over a tensor of `ndim` dimensions."""
     return _tables(timestep.device)[name][timestep].reshape(-1, *[1] * (ndim - 1))
 
 
@@ -53,20 +55,20 @@ def discrete_timestep(u: torch.Tensor) -> torch.Tensor:
 
 
 def add_noise(x0: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-    """`x_n = sqrt(abar_n) x0 + sqrt(1 - abar_n) noise`; `timestep` int64 `[B]`."""
+    """Returns `x_n = sqrt(abar_n) x0 + sqrt(1 - abar_n) noise`, `[B, ...]`, for the timesteps n, int64 `[B]`."""
     return _at("signal", timestep, x0.ndim) * x0 + _at("noise", timestep, x0.ndim) * noise
 
 
 def predicted_x0(epsilon: torch.Tensor, x_n: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-    """`x0 = (x_n - sqrt(1 - abar_n) epsilon) / sqrt(abar_n)`; `timestep` int64 `[B]`."""
+    """Returns `x0 = (x_n - sqrt(1 - abar_n) epsilon) / sqrt(abar_n)`, `[B, ...]`, for the timesteps n, int64 `[B]`."""
     return (x_n - _at("noise", timestep, x_n.ndim) * epsilon) / _at("signal", timestep, x_n.ndim)
 
 
 def flow_time(timestep: torch.Tensor) -> torch.Tensor:
-    """The flow time of the same noise level, `t = sqrt(1 - abar) / (sqrt(abar) + sqrt(1 - abar))`, float32 `[B]`.
+    """The flow time with the same noise level as a timestep, float32 `[B]`.
 
-    `x_n / (sqrt(abar) + sqrt(1 - abar))` is `(1 - t) x0 + t noise`. The timestep bins and weights of the alignment loss use
-    this t.
+    It is `t = sqrt(1 - abar) / (sqrt(abar) + sqrt(1 - abar))`, for which `x_n / (sqrt(abar) + sqrt(1 - abar))` equals
+    `(1 - t) x0 + t noise`. The timestep bins and weights of the alignment loss use this t.
     """
     return _at("flow_time", timestep, 1)
 
@@ -76,12 +78,13 @@ def variational_bound(
 ) -> torch.Tensor:
     """Computes each example's term of the variational bound, in bits per dimension, which trains the learned variance.
 
-    `KL(q(x_{n-1} | x_n, x0) || p(x_{n-1} | x_n))`, and at n = 0 minus the log-likelihood of x0 in bins of width 2/255
-    (arXiv 2006.11239, eq. 13). The model's log-variance lies between the posterior's and that of beta:
-    `(v+1)/2 log beta + (1-v)/2 log beta_tilde` (arXiv 2102.09672, eq. 15).
+    The term is `KL(q(x_{n-1} | x_n, x0) || p(x_{n-1} | x_n))` or, at n = 0, the negative log-likelihood of x0 in bins
+    of width 2/255 (arXiv 2006.11239, eq. 13). The model's log-variance interpolates between `log beta` and the
+    posterior's
+    `log beta_tilde`: `(v+1)/2 log beta + (1-v)/2 log beta_tilde` (arXiv 2102.09672, eq. 15).
 
     Args:
-        epsilon: predicted noise `[B, ...]`; it gets no gradient.
+        epsilon: predicted noise `[B, ...]`; no gradient flows into it.
         variance: v, the model's variance channels, `[B, ...]`, about [-1, 1].
         x0, x_n: clean and noisy latents `[B, ...]`.
         timestep: int64 `[B]`.
@@ -107,7 +110,7 @@ def variational_bound(
         + (log_min - log_variance).exp()
         + (true_mean - mean).square() * (-log_variance).exp()
     )
-    # The likelihood of x0 is the Gaussian's mass in its bin, with open bins at both ends.
+    # The likelihood of x0 is the Gaussian's mass in the bin of x0; the first and last bins are open.
     std = (0.5 * log_variance).exp()
     upper = torch.special.ndtr((x0 - mean + 1 / 255) / std)
     lower = torch.special.ndtr((x0 - mean - 1 / 255) / std)

@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Linear interpolants: t = 0 is data, t = 1 is noise (SiT, arXiv 2401.08740; docs/method.md).
+"""Linear interpolants between data, t = 0, and noise, t = 1 (SiT, arXiv 2401.08740; docs/method.md).
 
-All of this package uses this t; `forward_process` converts it for checkpoints of other conventions.
+The whole package uses this t; `forward_process` converts it for checkpoints with other conventions.
 """
 
 import torch
@@ -27,12 +27,13 @@ def forward_process(
 
     Args:
         x0, noise: `[B, ...]`.
-        u: what `sample_time` returns, in [0, 1), `[B]`.
-        config: `prediction_type` and `time_direction` of the transformer's config.
+        u: as `sample_time` returns it, in [0, 1), `[B]`.
+        config: the transformer's config, of which `prediction_type` and `time_direction` are used.
 
     Returns:
-        x_t `[B, ...]`; the timestep `[B]` in the transformer's convention; the target of its prediction `[B, ...]`; the
-        flow time t `[B]`, 1 being noise; for an epsilon model, the t of the same noise level (`ddpm.flow_time`).
+        x_t `[B, ...]`; the timestep `[B]` in the transformer's convention; the target of its prediction `[B, ...]`;
+        and the flow time t `[B]`, where 1 is noise. For an epsilon model, t is the flow time with the same noise level
+        (`ddpm.flow_time`).
     """
     if config.prediction_type == "epsilon":
         timestep = ddpm.discrete_timestep(u)
@@ -46,15 +47,17 @@ def forward_process(
 def sample_time(
     u: torch.Tensor, timestep_sampling: str = "uniform", logit_mean: float = 0.0, logit_std: float = 1.0
 ) -> torch.Tensor:
-    """Maps uniform numbers to the times that a run trains on, in [0, 1), by the inverse of their distribution function.
+    """Maps uniform numbers to the times that a run trains on, by the inverse of their distribution function.
 
     Args:
         u: uniform in [0, 1), `[B]`.
-        timestep_sampling: `"uniform"`, which returns `u`, or `"logit_normal"` (Stable Diffusion 3, arXiv 2403.03206): the logit
-            `log(t / (1 - t))` is normal with `logit_mean` and `logit_std`. A mean above 0 prefers noise.
+        timestep_sampling: `"uniform"`, which returns `u`, or `"logit_normal"` (Stable Diffusion 3, arXiv 2403.03206),
+            where the logit `log(t / (1 - t))` is normally distributed.
+        logit_mean, logit_std: mean and standard deviation of the logit. A mean above 0 prefers noise.
 
     Returns:
-        float32 `[B]`: t of a flow, or the place n / 1000 in the schedule of a diffusion, for `forward_process`.
+        float32 `[B]` in [0, 1), for `forward_process`: t of a flow, or the place n / 1000 in the schedule of a
+        diffusion.
     """
     if timestep_sampling == "uniform":
         return u
@@ -65,7 +68,7 @@ def sample_time(
 def typical_flow_times(
     prediction_type: str, timestep_sampling: str = "uniform", logit_mean: float = 0.0, logit_std: float = 1.0
 ) -> torch.Tensor:
-    """Flow times that stand for those of a run with equal weights, for means over them, float32."""
+    """Returns 100,000 evenly spaced quantiles of a run's flow times, to compute means over them; float32."""
     u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
     t = sample_time(u, timestep_sampling, logit_mean, logit_std).float()
     return ddpm.flow_time(ddpm.discrete_timestep(t)) if prediction_type == "epsilon" else t
@@ -79,6 +82,7 @@ def x0_estimate(
     Args:
         prediction: output of a transformer with this `config`, `[B, ...]`.
         x_t, timestep, t: as `forward_process` returns them.
+        config: the transformer's config.
     """
     prediction, x_t = prediction.float(), x_t.float()
     if config.prediction_type == "epsilon":
@@ -98,5 +102,5 @@ def flow_matching_gradient(prediction: torch.Tensor, target: torch.Tensor) -> to
 
 
 def flow_matching_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Computes `L_FM,i = mean_d (v_theta - v)^2` of each example (on the noise for epsilon models), float32 `[B]`."""
+    """Computes each example's `L_FM,i = mean_d (v_theta - v)^2` (for epsilon models, of the noise), float32 `[B]`."""
     return (prediction.float() - target.float()).square().flatten(1).mean(1)

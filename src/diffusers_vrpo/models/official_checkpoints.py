@@ -1,8 +1,9 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """Converts checkpoints of the SiT, REPA, iREPA and DiT repositories and of diffusers' DiT to our format and back.
 
-Keys are renamed and qkv is split or joined; within one convention no value changes, so ours -> official -> ours is
-bit-equal. Differences between the repositories (direction of time, prediction, timestep frequencies) go into the config.
+Keys are renamed, and qkv is split or joined. Without a change of convention, values stay the same, so that a round
+trip from our format to an official one and back is exact. Differences between the repositories (direction of time,
+prediction, timestep frequencies) are recorded in the config.
 """
 
 import json
@@ -42,7 +43,7 @@ logger = logging.getLogger(__name__)
 FORMATS = ("auto", "sit", "repa", "irepa", "dit", "diffusers-dit")
 LAYOUTS = ("repa", "sit", "dit")
 
-# Official module name -> ours; `blocks.N.` -> `transformer_blocks.N.` in front of the second group.
+# Official module names and ours. Names in blocks follow `blocks.N.` there and `transformer_blocks.N.` here.
 TOP_NAMES = {
     "x_embedder.proj": "patch_embed",
     "t_embedder.mlp.0": "time_embedding.linear_1",
@@ -59,7 +60,7 @@ BLOCK_NAMES = {
     "mlp.fc2": "ff.net.2",
     "adaLN_modulation.1": "modulation",
 }
-# The same for diffusers' DiT, whose embedders are block 0's here (they must be equal in all blocks).
+# The same for diffusers' DiT. Its embedders are read from block 0, since they must be equal in all blocks.
 DIFFUSERS_TOP_NAMES = {
     "pos_embed.proj": "patch_embed",
     "transformer_blocks.0.norm1.emb.timestep_embedder.linear_1": "time_embedding.linear_1",
@@ -84,9 +85,9 @@ class SavedProjectors:
     """Alignment projectors that were saved with a transformer.
 
     Attributes:
-        description: `alignment_layers` (blocks, from 1), `alignment_dims` (widths of the encoders), `projector_type`
-            (`"mlp"` or `"conv"`) and `projector_dim` (hidden width of the former).
-        state: their weights, by names such as `"projectors.0.4.weight"`, ordered by block and then by encoder.
+        description: `alignment_layers` (blocks, counted from 1), `alignment_dims` (widths of the encoders),
+            `projector_type` (`"mlp"` or `"conv"`) and `projector_dim` (hidden width of an MLP).
+        state: their weights, by names such as `"projectors.0.4.weight"`, numbered by block and then by encoder.
     """
 
     description: dict
@@ -118,20 +119,20 @@ def convert_with_projectors(
         path: an official `.pt` (or `.safetensors` with the same keys) of SiT, REPA, iREPA or DiT, whose averaged weights are
             used if it has them (`checkpoint_files.read_checkpoint`); or a folder or Hub name of a pipeline or transformer,
             ours or diffusers' `DiTTransformer2DModel`.
-        preset: a name such as `"SiT-XL/2"`; distinguishes SiT from DiT, and is checked against the weights.
-        num_attention_heads: the only size that the weights cannot show; not needed for the depths and widths of the
+        preset: a name such as `"SiT-XL/2"`, which distinguishes SiT from DiT and is checked against the weights.
+        num_attention_heads: the only size that the weights do not show; not needed for the depths and widths of the
             papers, nor with qk-norm.
         format: one of `FORMATS`. SiT's and DiT's files have the same keys: `"auto"` tells them apart by the training
-            arguments in the file, the preset or a word of the file's name, and assumes SiT otherwise.
-        num_classes: needed for a label table without a row for "no class" (label dropout 0), unless the training
-            arguments in the file tell; by default one less than the table's rows.
-        alignment_layer: the block, counted from 1, that feeds REPA's projectors, if the file does not say so.
+            arguments in the file, the preset or a word in the file's name, and otherwise assumes SiT.
+        num_classes: needed for a label table without a row for the null class (label dropout 0), unless the training
+            arguments in the file give it; by default, the number of rows minus one.
+        alignment_layer: the block, counted from 1, that feeds REPA's projectors, if the file does not record it.
         cache_dir: folder for downloads.
 
     Raises:
         InputError: if a key is missing or unknown or has another shape (the first are listed), a weight is NaN, infinite or
-            an integer, the file is something else or holds more than tensors and plain values, the blocks of a diffusers DiT
-            have separate embedders, or an argument contradicts the checkpoint or does not apply to it.
+            an integer, the file is not a checkpoint or holds more than tensors and plain values, the blocks of a
+            diffusers DiT have different embedders, or an argument contradicts the checkpoint or does not apply to it.
     """
     if format not in FORMATS:
         raise InputError("format", f"`format` {format!r} must be one of {', '.join(FORMATS)}")
@@ -175,7 +176,7 @@ def convert_with_projectors(
 
 
 def detect_format(state: dict, preset: str | None, training_args: dict, file_name: str) -> tuple[str, str]:
-    """Returns `sit`, `repa`, `irepa` or `dit` and the evidence: the keys, or other signs, as SiT and DiT share keys."""
+    """Returns `sit`, `repa`, `irepa` or `dit`, and the evidence: the keys or, as SiT and DiT share them, other signs."""
     if any(name.startswith("projectors.") and ".projection_layer." in name for name in state):
         return "irepa", "its projectors"
     if any(name.startswith(("projectors.", "decoder_blocks.")) for name in state):
@@ -191,8 +192,8 @@ def detect_format(state: dict, preset: str | None, training_args: dict, file_nam
     if match := re.search(r"(?:^|[-_. ])(repa|dit|sit)(?=[-_. ])", file_name.lower()):
         return match[1], "its name"
     logger.warning(
-        f"{file_name}: the keys fit SiT and DiT (and REPA without projectors) alike, and nothing else tells them apart; if it is not "
-        "SiT, convert it with `format`"
+        f"{file_name}: its keys are those of SiT, DiT and REPA without projectors, and nothing else tells which it is; SiT is "
+        "assumed, so convert it with `format` if it is another one"
     )
     return "sit", "default"
 
@@ -214,7 +215,7 @@ def official_name(name: str) -> tuple[str, int | None]:
 
 def _from_official(path, state, training_args, preset, num_attention_heads, format, num_classes, alignment_layer):
     state = dict(state)
-    # Early REPA files start the numbering again after the aligned block.
+    # In early REPA files, the blocks after the aligned one are `decoder_blocks`, numbered from 0 again.
     encoder_depth = len(_numbers(state, "blocks"))
     if any(name.startswith("decoder_blocks.") for name in state):
         alignment_layer = alignment_layer or encoder_depth
@@ -222,7 +223,7 @@ def _from_official(path, state, training_args, preset, num_attention_heads, form
             re.sub(r"^decoder_blocks\.(\d+)", lambda m: f"blocks.{int(m[1]) + encoder_depth}", name): value
             for name, value in state.items()
         }
-    # iREPA wraps both kinds of projectors; its MLP is REPA's.
+    # iREPA wraps both kinds of projectors in `projection_layer`; its MLP is the same as REPA's.
     state = {re.sub(r"^(projectors\.\d+)\.projection_layer\.(\d)", r"\1.\2", name): x for name, x in state.items()}
 
     # 1. Sizes, from the shapes of the weights.
@@ -331,7 +332,7 @@ def _mlp_ratio(inner_dim: int, dim: int) -> float:
 
 
 def _numbers(state: dict, group: str) -> set[int]:
-    """The numbers N of keys `group.N. ...`."""
+    """The numbers N in keys that begin with `group.N.`."""
     return {int(match[1]) for name in state if (match := re.match(rf"{group}\.(\d+)\.", name))}
 
 
@@ -379,7 +380,7 @@ def _projector_config(path, state: dict, depth: int, training_args: dict, alignm
         # The REPA paper uses block 8 for L and XL and 4 for B; except for L, this is our `early` layer.
         alignment_layer = training_args.get("encoder_depth") or (8 if depth >= 24 else math.ceil(depth * 2 / 7))
         if "encoder_depth" not in training_args:
-            logger.info(f"{path}: projectors taken as fed by block {alignment_layer} (the file does not say)")
+            logger.info(f"{path}: block {alignment_layer} is assumed to feed the projectors (the file does not say)")
     conv = "projectors.0.projection_layer.weight" in state
     last = "projection_layer" if conv else "4"
     config = {"alignment_layers": [alignment_layer], "projector_type": "conv" if conv else "mlp"}
@@ -411,17 +412,17 @@ def _projector_shapes(projectors: SavedProjectors | None, dim: int) -> dict[str,
 
 
 def _some(names) -> str:
-    """The first names in order, and how many more there are."""
+    """Lists the first names in order, and says how many more there are."""
     names = sorted(names)
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 def _check_finite(path, state: dict[str, torch.Tensor]):
-    """Raises InputError if a weight is NaN or infinite: a training diverged, or the file is damaged."""
+    """Raises InputError if a weight is NaN or infinite, because training diverged or the file is damaged."""
     if wrong := [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]:
         raise InputError(
             None,
-            f"{path} has values that are NaN or infinite in {len(wrong)} of its weights ({_some(wrong)}); take a checkpoint "
+            f"{path} has values that are NaN or infinite in {len(wrong)} of its weights ({_some(wrong)}); use a checkpoint "
             "from before its training diverged",
         )
 
@@ -441,9 +442,12 @@ def _check_keys(path, missing, unknown, wrong):
 
 
 def find_transformer(name_or_path: str, cache_dir: str | None = None) -> tuple[dict, str | None]:
-    """Finds the transformer's config, and its subfolder, in a folder of a pipeline, transformer or training checkpoint.
+    """Finds the transformer in a folder or Hub repository of a pipeline, a transformer or a training checkpoint.
 
-    For a training checkpoint, these are the averaged weights. A Hub name works as a folder does.
+    In a training checkpoint, it is the transformer with the averaged weights.
+
+    Returns:
+        its config, and the subfolder that it is in, or None for the folder itself.
 
     Raises:
         InputError: if there is no transformer.
@@ -474,11 +478,11 @@ def find_transformer(name_or_path: str, cache_dir: str | None = None) -> tuple[d
         except Exception as error:  # diffusers raises many types; all mean that it is not a transformer
             if found := hub_problem(error, name_or_path):
                 problem = found
-                break  # another request would take long and fail, too
+                break  # another request would take time and fail, too
             problem = problem or first_line(error)
             continue
         class_name = config.get("_class_name")
-        # The name of diffusers' DiT when the published weights were saved.
+        # The class of diffusers' DiT had this name when the published weights were saved.
         if class_name == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero":
             class_name = "DiTTransformer2DModel"
         if class_name in ("SiTTransformer2DModel", "DiTTransformer2DModel"):
@@ -492,7 +496,7 @@ def find_transformer(name_or_path: str, cache_dir: str | None = None) -> tuple[d
 
 
 def pipeline_index(name_or_path: str, cache_dir: str | None = None) -> dict | None:
-    """Reads the `model_index.json` of a pipeline (its components' classes, its class names); None for anything else.
+    """Reads the `model_index.json` of a pipeline, which lists its components and class names; None for anything else.
 
     Raises:
         InputError: if the file holds values of other types.
@@ -531,7 +535,7 @@ def read_projectors(path: str, config: dict, subfolder: str | None, cache_dir: s
         name = "/".join(filter(None, (subfolder, "diffusion_pytorch_model.safetensors")))
         try:
             folder = Path(hf_hub_download(path, name, cache_dir=cache_dir)).parent
-        except Exception as error:  # in shards, or another format; the transformer itself has been loaded
+        except Exception as error:  # shards or another format; the transformer itself has been loaded
             logger.info(f"{path}: its projectors are not read ({first_line(error)})")
             return None
     elif not folder.is_dir():  # diffusers finds a transformer's own folder under any subfolder
@@ -584,7 +588,7 @@ def _from_folder_or_hub(
 
 def _open_ours(path: str, config: dict, subfolder: str | None, cache_dir: str | None):
     model = SiTTransformer2DModel.from_pretrained(path, subfolder=subfolder, cache_dir=cache_dir)
-    if not Path(path).is_dir():  # `from_pretrained` sees the headers of folders only
+    if not Path(path).is_dir():  # `from_pretrained` checks headers only in folders
         check_headers(_folder_of(path, subfolder, cache_dir), model)
     return model.eval(), read_projectors(path, config, subfolder, cache_dir)
 
@@ -611,7 +615,7 @@ def _open_diffusers_dit(path: str, config: dict, subfolder: str | None, cache_di
 
 
 def _folder_of(path: str, subfolder: str | None, cache_dir: str | None) -> Path:
-    """The folder of a transformer's files: on this machine, or in the cache once they have been downloaded."""
+    """The folder with a transformer's files: a local one, or that in the Hub's cache after a download."""
     if Path(path).is_dir():
         return Path(path) / (subfolder or "")
     config = try_to_load_from_cache(path, "/".join(filter(None, (subfolder, "config.json"))), cache_dir=cache_dir)
@@ -629,7 +633,7 @@ def _from_diffusers_dit(path: str, dit: DiTTransformer2DModel) -> SiTTransformer
         if old[name] != supported:
             raise InputError(None, f"{path}: {name} is {old[name]!r}; only DiT's own {supported!r} can be converted")
     state = dit.state_dict()
-    # Each block has a copy of the embedders; one can replace all only while they are equal.
+    # Each block has a copy of the embedders. One shared copy can replace them only if they are equal.
     for name, value in state.items():
         first = re.sub(r"^transformer_blocks\.\d+", "transformer_blocks.0", name)
         if ".norm1.emb." in name and not torch.equal(value, state[first]):
@@ -677,14 +681,18 @@ def default_scheduler(prediction_type: str):
 
 
 def flip_time(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Converts weights to the opposite direction of time: `v'(x, t) = -v(x, 1 - t)`; names as in our models.
+    """Converts weights to the opposite direction of time: `v'(x, t) = -v(x, 1 - t)`.
 
-    The sign goes into the last layer. With frequencies f, `cos f(1-t) = cos f cos ft + sin f sin ft` and `sin f(1-t) =
-    sin f cos ft - cos f sin ft`: the flip is a linear map of the timestep's features, and goes into the first layer that
-    sees them. Exact up to rounding.
+    The sign is absorbed by the last layer. With frequencies f, `cos f(1-t) = cos f cos ft + sin f sin ft` and `sin
+    f(1-t) = sin f cos ft - cos f sin ft`, so the flip is a linear map of the timestep's features, which is absorbed by
+    the first layer that reads them. The conversion is exact up to rounding.
 
     Args:
-        state: `time_embedding.linear_1.weight [D, 256]`, `proj_out.weight` and `proj_out.bias` are changed, others kept.
+        state: weights by the names in our models. `time_embedding.linear_1.weight [D, 256]`, `proj_out.weight` and
+            `proj_out.bias` are changed, all others are kept.
+
+    Returns:
+        a new dictionary of weights.
     """
     state = dict(state)
     weight = state["time_embedding.linear_1.weight"].double()
@@ -701,17 +709,18 @@ def flip_time(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def export_checkpoint(
     model: SiTTransformer2DModel, layout: str, projectors: SavedProjectors | None = None
 ) -> dict[str, torch.Tensor]:
-    """Builds the state dict that the SiT, REPA or DiT repository's model loads with `strict=True`.
+    """Builds a state dict that the model of the SiT, REPA or DiT repository loads with `strict=True`.
 
-    The official model must be constructed with the same arguments: same sizes, for `sit` and `dit` its `learn_sigma` as in our config, for
-    `repa` its `z_dims` and `projector_dim` (`z_dims=[]` without projectors, iREPA's code for conv ones).
-    A model whose time runs the other way is converted (`flip_time`), so that it samples the same images there.
-    `repa` keeps the projectors of one aligned block and drops variance channels, `sit` and `dit` drop projectors.
+    The official model must be constructed with the same sizes. For `sit` and `dit`, its `learn_sigma` must be that of
+    our config. For `repa`, its `z_dims` and `projector_dim` must match the projectors (`z_dims=[]` without projectors;
+    projectors with a convolution need iREPA's code). A model whose time runs the other way is converted by
+    `flip_time`, so that it samples the same images there. `repa` keeps the projectors of a single aligned block and
+    drops variance channels; `sit` and `dit` drop projectors.
 
     Args:
         model: a transformer of any convention.
         layout: one of `LAYOUTS`.
-        projectors: those saved with the model, if any.
+        projectors: the projectors that were saved with the model, if any.
 
     Returns:
         float32 tensors on the CPU, by official key.
@@ -724,7 +733,7 @@ def export_checkpoint(
         raise InputError("to", f"`to` {layout!r} must be one of {', '.join(LAYOUTS)}")
     if (layout == "dit") != (config.prediction_type == "epsilon"):
         fits = "dit" if config.prediction_type == "epsilon" else "sit or repa"
-        raise InputError("to", f"`to` {layout}: this model predicts {config.prediction_type}; it goes to {fits}")
+        raise InputError("to", f"`to` {layout}: this model predicts {config.prediction_type}; use `to` {fits}")
     if config.downscale_freq_shift != 0 or config.norm2_eps != 1e-6:
         raise InputError(
             "to",
@@ -750,16 +759,17 @@ def export_checkpoint(
         state = flip_time(state)
     if layout == "repa" and config.learn_sigma:
         for kind in ("weight", "bias"):
-            # Rows are ordered (patch row, patch column, channel), the variance after the velocity.
+            # Rows are ordered by patch row, patch column and channel, where the variance follows the velocity.
             tensor = state[f"proj_out.{kind}"].unflatten(0, (-1, 2 * config.in_channels))
             state[f"proj_out.{kind}"] = tensor[:, : config.in_channels].flatten(0, 1)
     if projectors is not None and layout == "repa" and len(projectors.description["alignment_layers"]) == 1:
         state |= {name: tensor.float().cpu() for name, tensor in projectors.state.items()}
     elif projectors is not None:
-        logger.warning(f"`to` {layout}: without the {len(projectors.state)} tensors of the projectors")
+        logger.warning(f"`to` {layout}: the {len(projectors.state)} tensors of the projectors are not written")
     elif layout == "repa":
         logger.warning(
-            "`to` repa: no projectors; REPA's model takes it with z_dims=[], and `vrpo convert` with `format` repa"
+            "`to` repa: there are no projectors; REPA's model loads the file with z_dims=[], and `vrpo convert` reads it "
+            "with `format` repa"
         )
 
     official = {"pos_embed": model.pos_embed.detach().float().cpu()}
@@ -775,7 +785,7 @@ def export_checkpoint(
 
 
 def save_official(state: dict[str, torch.Tensor], file: Path):
-    """Writes a state dict atomically, flat as `.safetensors` or in any form for `torch.load`.
+    """Writes a state dict atomically, as safetensors if the file ends in `.safetensors`, else with `torch.save`.
 
     Raises:
         InputError: if the file cannot be written, for example on a full disk; no part of it is left then.

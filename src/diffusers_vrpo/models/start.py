@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""The transformer that a run starts with: new from a preset, or from a checkpoint, adapted to the data."""
+"""The transformer that a run starts with: a new one from a preset, or one from a checkpoint, adapted to the data."""
 
 import contextlib
 import inspect
@@ -27,7 +27,7 @@ LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 
 
 def transformer_config(preset: str | None, model_config: str | None) -> dict:
-    """Constructor arguments of a new transformer, from `preset` or the file of `model_config`.
+    """Constructor arguments of a new transformer, from `preset` (SiT-B/2 by default) or the file `model_config`.
 
     Raises:
         InputError: if the preset or an argument is unknown, or the file cannot be read.
@@ -38,7 +38,7 @@ def transformer_config(preset: str | None, model_config: str | None) -> dict:
         except ValueError as error:
             raise InputError("preset", f"`preset`: {error}") from error
     try:
-        if Path(model_config).exists() and not Path(model_config).is_file():  # a pipe would be waited for
+        if Path(model_config).exists() and not Path(model_config).is_file():  # reading a pipe would block
             raise OSError("it is not a file")
         config = json.loads(Path(model_config).read_text())
         if not isinstance(config, dict):
@@ -64,23 +64,23 @@ def transformer_config(preset: str | None, model_config: str | None) -> dict:
 
 @dataclass
 class Start:
-    """The start of a run: constructor arguments, and the weights of `pretrained_model_name_or_path`."""
+    """The start of a run: constructor arguments, and what was read from `pretrained_model_name_or_path`."""
 
     config: dict
     source: SiTTransformer2DModel | None = None
-    projectors: SavedProjectors | None = None  # saved with those weights
+    projectors: SavedProjectors | None = None  # the projectors saved with these weights
     labels: dict | None = None  # class names of the pipeline that the weights are from; keys are strings
-    trained_labels: list[int] | None = None  # the ids of its classes that had images, if some had none
+    trained_labels: list[int] | None = None  # the ids of its classes that had images, if some classes had none
     on_hub: bool = (
         False  # the weights are from a pipeline on the Hub that `VRPOPipeline.from_pretrained` opens as they are
     )
 
 
 def read_start(args) -> Start:
-    """Reads the start that `preset`, `model_config`, `pretrained_model_name_or_path` and `prediction_type` name.
+    """Reads the start that the options `preset`, `model_config`, `pretrained_model_name_or_path` and so on describe.
 
     Raises:
-        InputError: if it does not exist, or options contradict it.
+        InputError: if weights do not exist, or options contradict them or each other.
     """
     name = args.pretrained_model_name_or_path
     if args.lora_rank is not None and not name:
@@ -116,21 +116,22 @@ def read_start(args) -> Start:
 
 
 def check_peft(rank: int | None):
-    """Checks that adapters can be made, if a rank is given.
+    """Checks that peft is installed if a rank is given.
 
     Raises:
-        InputError: without peft.
+        InputError: if it is not.
     """
     if rank is not None and not is_peft_available():
         raise InputError("lora_rank", "`lora_rank` needs peft: pip install 'diffusers-vrpo[lora]'")
 
 
 def check_lora_rank(rank: int | None, name: str, width: int):
-    """Checks that adapters have a lower rank than the layers they adapt can have.
+    """Checks that the rank of the adapters is possible for the layers that they adapt.
 
     Args:
-        name: of the starting weights.
-        width: of their transformer.
+        rank: the rank; None without adapters.
+        name: the name of the starting weights.
+        width: the width of their transformer.
 
     Raises:
         InputError: if the rank is above the width.
@@ -148,14 +149,19 @@ def build_transformer(
     """Builds the transformer to train, adapted to the data; `load_start` then loads the starting weights.
 
     Args:
+        args: the options of the run.
+        start: as `read_start` returns it.
         latent_shape: channels, height and width.
+        num_classes: the number of classes of the data.
+        id2label: their names, if they have any.
         draw: draw its weights from torch's generator; otherwise the caller must initialise them.
 
     Returns:
-        the transformer; and a description of the difference if the classes of the starting weights are not the data's.
+        the transformer; and a description of the difference between the classes of the starting weights and those of
+        the data, or None if they are the same.
 
     Raises:
-        InputError: if weights and data do not fit, or the configuration is not valid for the model.
+        InputError: if the weights do not match the data, or the configuration is not valid for the model.
     """
     config, source, name = dict(start.config), start.source, args.pretrained_model_name_or_path
     channels, height, width = latent_shape
@@ -198,13 +204,13 @@ def build_transformer(
 
 
 def check_class_order(labels: dict | None, id2label: dict | None, keep_labels: bool, name: str):
-    """Checks that label rows which are kept are those of the same classes.
+    """Checks that rows of the label table are not kept for other classes.
 
     Args:
         labels: the class names of the starting weights, if they have any; keys are strings.
         id2label: the class names of the data, if they have any.
         keep_labels: whether rows are kept although the names differ.
-        name: of the starting weights.
+        name: the name of the starting weights.
 
     Raises:
         InputError: if the data have the same classes in another order.
@@ -216,7 +222,7 @@ def check_class_order(labels: dict | None, id2label: dict | None, keep_labels: b
         theirs = [str(labels.get(str(label))).strip().lower() for label in range(len(ours))]
         permuted = keep_labels and theirs != ours and sorted(theirs) == sorted(ours)
     else:
-        # Weights without names number their classes; so do folders that are called 0, 1, 2, ...
+        # The classes of weights without names are numbers, and so are those of folders that are called 0, 1, 2, ...
         theirs = [str(label) for label in range(len(ours))]
         numbers = [str(int(text)) if text.isascii() and text.isdigit() else text for text in ours]
         permuted = numbers != theirs and sorted(numbers) == sorted(theirs)
@@ -233,14 +239,15 @@ def check_class_order(labels: dict | None, id2label: dict | None, keep_labels: b
 def load_start(transformer: SiTTransformer2DModel, args, start: Start, difference: str | None):
     """Loads the starting weights into a transformer of `build_transformer`, and adds its adapters.
 
-    Sets its `adapters_suffice`: whether the adapters, on the base from the Hub, are the whole result; and its
-    `learned_labels`: the ids of the classes whose rows come from those weights and had images there.
+    It sets two attributes of the transformer: `adapters_suffice`, whether the adapters together with the base on the
+    Hub are the whole result; and `learned_labels`, the ids of the classes whose rows of the label table come from the
+    starting weights and had images there.
 
     Args:
-        difference: between the classes, as `build_transformer` returns it.
+        difference: the difference between the classes, as `build_transformer` returns it.
 
     Raises:
-        InputError: if the weights do not fit.
+        InputError: if the weights do not fit the transformer.
     """
     source, name = start.source, args.pretrained_model_name_or_path
     if source is not None:
@@ -265,7 +272,7 @@ def load_start(transformer: SiTTransformer2DModel, args, start: Start, differenc
         all_labels = range(source.config.num_classes)
         known = all_labels if start.trained_labels is None else start.trained_labels
         transformer.learned_labels = [label for label in all_labels if label in known]
-    # Labels, the row of the null class and positions must be those of the base, and the base must be public.
+    # The adapters suffice if labels, the null class and positions are those of the base, and the base is on the Hub.
     same_null_class = source is not None and transformer.null_class_id == source.null_class_id
     same_positions = source is not None and transformer.grid_size == source.grid_size
     transformer.adapters_suffice = bool(
@@ -329,11 +336,11 @@ def fit_transformer(
 ) -> list[str]:
     """Copies the weights of `pretrained` that have the same meaning.
 
-    The label table keeps its rows if the classes are the same, and always the row for "no class"; all other weights are
-    copied.
+    The rows of the label table are copied if the classes are the same, the row of the null class always; all other
+    weights are copied, too.
 
     Returns:
-        a sentence for the log about each part that is initialised again.
+        a sentence for the log about each part that is not from `pretrained`.
     """
     notes = []
     old, state = pretrained.state_dict(), transformer.state_dict()
@@ -351,7 +358,7 @@ def fit_transformer(
             notes.append("it had no null class: one with new random weights is added for `label_dropout`")
     if transformer.grid_size != pretrained.grid_size:
         notes.append(
-            f"the grid of tokens is {transformer.grid_size}, trained was {pretrained.grid_size}: new positions"
+            f"the grid of tokens is {transformer.grid_size} instead of {pretrained.grid_size}, with new positions"
         )
     return notes
 
@@ -369,12 +376,12 @@ def add_lora(
     Args:
         rank: rank of the adapters.
         train_labels: also train the label table, because it is new.
-        alpha: the adapters' output is multiplied by `alpha / rank`; by default by 1.
-        dropout: probability with which an input of an adapter is 0 in training.
-        targets: linear layers to adapt, as for `lora_layers`; by default those of attention and feed-forward.
+        alpha: the adapters' output is multiplied by `alpha / rank`; by default, by 1.
+        dropout: the probability that an input of an adapter is set to 0 in training.
+        targets: the linear layers to adapt, as for `lora_layers`; by default, those of attention and feed-forward.
 
     Raises:
-        InputError: if a target names no linear layer.
+        InputError: if a target is not the name of a linear layer.
     """
     from peft import LoraConfig
 
@@ -386,14 +393,14 @@ def add_lora(
 
 
 def lora_layers(model: torch.nn.Module, targets: list[str]) -> list[str]:
-    """The names of linear layers that `lora_target` means, as peft takes them.
+    """Returns the names of the linear layers that `lora_target` selects, in the form that peft expects.
 
     Args:
-        targets: ends of names such as `to_q` or `ff.net.2`, and regular expressions of whole names such as
+        targets: ends of names such as `to_q` or `ff.net.2`, and regular expressions for whole names such as
             `transformer_blocks\\.[0-5]\\.attn\\..*`.
 
     Raises:
-        InputError: if one of them names no linear layer.
+        InputError: if one of them does not select a linear layer.
     """
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     layers = []

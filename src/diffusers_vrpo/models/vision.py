@@ -3,6 +3,6 @@
 
 
 def layers_of_encoders(encoders: list[str] | None, layers: list[int] | None) -> list[int | None]:
-    """Expands `encoder_layer` to one entry per encoder: one number applies to all; without any, each has its default."""
+    """Expands `encoder_layer` to one entry per encoder: a single number is for all; None is an encoder's default."""
     layers = layers or [None]
     return layers * (len(encoders or []) // len(layers))

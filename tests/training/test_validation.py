@@ -82,6 +82,18 @@ def test_a_look_that_a_kill_prevented_is_made_good(command, tmp_path, what):
     assert rows[1]["validation/fd_digits"] is not None
 
 
+@pytest.mark.parametrize("drawn", [True, False])
+def test_a_run_without_a_distance_continues_from_a_validated_step(command, tmp_path, drawn):
+    run(command(max_train_steps=2, validation_steps=2))
+    grid = tmp_path / "run" / "samples" / "step-0000002.png"
+    if not drawn:
+        grid.unlink()
+    before = grid.stat().st_mtime_ns if drawn else None
+    run(command(max_train_steps=3, validation_steps=2))
+    assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
+    assert grid.is_file() and (not drawn or grid.stat().st_mtime_ns == before)
+
+
 def test_what_cannot_be_compared(command, capsys):
     with pytest.raises(InputError, match="`num_fd_samples` 1 has no covariance; use 2048 or more"):
         run(command(fd_encoder="digits", num_fd_samples=1))

@@ -69,6 +69,11 @@ def test_checkpoints_are_ordered_by_step_and_half_made_ones_do_not_count(tmp_pat
     assert find_checkpoint(str(tmp_path / "checkpoint-900"), tmp_path / "other").name == "checkpoint-900"
 
 
+def test_the_only_checkpoint_of_a_folder_may_have_another_name(tmp_path):
+    fake_checkpoint(tmp_path, 5).rename(tmp_path / "kept")
+    assert find_checkpoint("kept", tmp_path).name == "kept"
+
+
 def checked_state(checkpoint, expected):
     state = read_training_state(checkpoint)
     check_settings(state, expected, checkpoint)

@@ -185,7 +185,7 @@ def find_checkpoint(resume_from_checkpoint: str, output_dir: str | Path, overwri
             f"`resume_from_checkpoint` {resume_from_checkpoint} is not a checkpoint of this script (no "
             f"training_state.json in it); give a checkpoint-N folder or `latest`{known}",
         )
-    if path.resolve().parent == Path(output_dir).resolve() and path.name != existing[-1].name:
+    if existing and path.resolve().parent == Path(output_dir).resolve() and path.name != existing[-1].name:
         raise InputError(
             "resume_from_checkpoint",
             f"`resume_from_checkpoint` {resume_from_checkpoint} is older than {existing[-1]}; to branch off from it choose "

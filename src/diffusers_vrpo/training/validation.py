@@ -98,9 +98,9 @@ class Validation(TrainerCallback):
         step, length, missing = trainer.step, trainer.length, False
         if self.accelerator.is_main_process and (length.validates(step) or length.draws_early(step)):
             rows = read_metrics(trainer.metrics_file.path)
-            measured = any(row["step"] == step and self.name in row for row in rows)
-            judged = self.fd_encoder is None or length.draws_early(step) or measured
-            missing = not (judged and grid_file(self.output_dir, step).exists())
+            needs_distance = self.fd_encoder is not None and not length.draws_early(step)
+            measured = not needs_distance or any(row["step"] == step and self.name in row for row in rows)
+            missing = not (measured and grid_file(self.output_dir, step).exists())
         if broadcast_object_list([missing])[0]:
             self.validate(trainer)
 

@@ -151,8 +151,10 @@ def importing_from(folder: Path):
     finally:
         sys.path.remove(str(folder))
         for name in set(sys.modules) - before:
-            file = getattr(sys.modules[name], "__file__", None)
-            if file and Path(file).resolve().is_relative_to(folder.resolve()):
+            module = sys.modules[name]
+            # A folder without `__init__.py`, such as REPA's `models`, has paths and no file.
+            places = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]
+            if any(place and Path(place).resolve().is_relative_to(folder.resolve()) for place in places):
                 del sys.modules[name]
 
 
@@ -293,6 +295,7 @@ def build_official(settings, preset: str, compiled: bool) -> SimpleNamespace:
             "args": SimpleNamespace(
                 num_classes=NUM_CLASSES,
                 cfg_prob=0.1,
+                legacy=False,  # its first version drops labels twice, in the loop and in the model
                 proj_coeff=config.alignment_coeff,
                 max_grad_norm=config.max_grad_norm,
                 checkpointing_steps=never,

@@ -73,6 +73,16 @@ def test_what_is_missing_is_named(official, repository):
             official.main(official.build_parser().parse_args(options))
 
 
+def test_two_repositories_may_have_modules_of_one_name(official, tmp_path):
+    for file in ("one/models/sit.py", "two/models.py"):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).write_text(f"NAME = {file!r}\n")
+    (first,) = official.load_official(tmp_path / "one", "repa", ["models.sit"])
+    (second,) = official.load_official(tmp_path / "two", "sit", ["models"])
+    assert (first.NAME, second.NAME) == ("one/models/sit.py", "two/models.py")
+    assert not {"models", "models.sit"} & set(sys.modules)
+
+
 def test_a_package_that_is_missing_becomes_placeholders(official):
     official.replace_if_missing("a_package_of_nobody")
     try:

@@ -215,6 +215,8 @@ def table_labels(option: str, folder: str, table: str, label_column: str) -> dic
         elif table.endswith(".jsonl"):
             with open(path, encoding="utf-8") as file:
                 records = [json.loads(line) for line in file if line.strip()]
+                if not all(isinstance(record, dict) for record in records):
+                    raise ValueError("a line is not a JSON object")
         else:
             records = pyarrow.parquet.read_table(path).to_pylist()
         columns = list(records[0]) if records else []

@@ -164,7 +164,8 @@ def folder_classes(
     """The images in class folders, their labels, and the names of the classes.
 
     Args:
-        option, source: the option that gives the folder, and both in words, for the log and errors.
+        option: the option that gives the folder.
+        source: the option and the folder, for the log and errors.
         listing: the files of the split.
         known: the images of the training split; its classes are used for another split that has no further ones.
 

@@ -446,7 +446,7 @@ def read_text_classes(rows: ParquetRows, feature, source: str, column: str):
     Args:
         rows: the rows whose classes are set.
         feature: the feature of the column; if it is a `ClassLabel`, its names are the classes.
-        source, column: the data set and the column in words, for the log and errors.
+        source, column: descriptions of the data set and of the column, for the log and errors.
 
     Raises:
         InputError: if the column cannot be read, a label is missing, or the texts are not classes.

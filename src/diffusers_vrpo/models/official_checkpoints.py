@@ -176,7 +176,7 @@ def convert_with_projectors(
 
 
 def detect_format(state: dict, preset: str | None, training_args: dict, file_name: str) -> tuple[str, str]:
-    """Returns `sit`, `repa`, `irepa` or `dit`, and the evidence: keys or, since SiT and DiT share them, other signs."""
+    """Returns `sit`, `repa`, `irepa` or `dit`, and the evidence: keys or, as SiT and DiT share these, other signs."""
     if any(name.startswith("projectors.") and ".projection_layer." in name for name in state):
         return "irepa", "its projectors"
     if any(name.startswith(("projectors.", "decoder_blocks.")) for name in state):

@@ -69,7 +69,7 @@ def flow_options(own: dict) -> dict:
 
 
 def noise_schedule(own: dict) -> dict:
-    """The betas of a pipeline's own diffusion scheduler, given its options; DiT's by default. All samplers keep them."""
+    """The betas of a pipeline's own diffusion scheduler, given its options; DiT's by default. Samplers keep them."""
     names = ("num_train_timesteps", "beta_start", "beta_end")
     betas = {name: own.get(name, ddpm.SCHEDULER_CONFIG[name]) for name in names}
     return betas | {

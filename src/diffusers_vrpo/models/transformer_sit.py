@@ -83,8 +83,7 @@ def check_sizes(
 
     Raises:
         ValueError: if a size is not within the bounds of `LARGEST` or `LARGEST_MLP_RATIO`, or the model would be
-        larger than
-            `LARGEST_MODEL` or its position table larger than `LARGEST_POSITIONS`.
+            larger than `LARGEST_MODEL` or its position table larger than `LARGEST_POSITIONS`.
     """
     sides = tuple(sample_size) if isinstance(sample_size, list | tuple) else (sample_size, sample_size)
     if len(sides) != 2:
@@ -200,8 +199,7 @@ def check_headers(folder: Path, model: nn.Module, variant: str | None = None):
 
     Raises:
         ValueError: if a weight is missing, unknown, of another shape or not floating-point, or a file is not a
-        safetensors
-            file.
+            safetensors file.
     """
     found = {}
     for file in weight_files(folder, variant):
@@ -416,13 +414,11 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
 
     Inputs and outputs follow the convention of the checkpoint, which the config describes:
     - `prediction_type="velocity"`: timesteps are t in [0, 1], and the output is `dx_t/dt` along the straight path
-    between
-      data x0 and noise. With `time_direction="data_to_noise"`, t = 1 is noise and the velocity is `noise - x0` (REPA,
-      and models that this package trains); with `"noise_to_data"`, t = 0 is noise and the velocity is `x0 - noise`
-      (SiT).
+      between data x0 and noise. With `time_direction="data_to_noise"`, t = 1 is noise and the velocity is `noise - x0`
+      (REPA, and models that this package trains); with `"noise_to_data"`, t = 0 is noise and the velocity is
+      `x0 - noise` (SiT).
     - `prediction_type="epsilon"`: timesteps are the integers 0 ... 999 of the linear DDPM schedule, and the output is
-    the
-      noise (DiT).
+      the noise (DiT).
 
     Example:
 
@@ -438,8 +434,7 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
 
     Args:
         sample_size (`int` or `(int, int)`): height and width of the latents (or pixels) that the model is trained on.
-        Other
-            sizes work, too: the position table is stretched over them.
+            Other sizes work, too: the position table is stretched over them.
         patch_size (`int`): side of a patch; there are N = (height / patch_size) * (width / patch_size) tokens.
         in_channels (`int`): channels of the latents (4 for SD-VAE, 3 for pixels).
         num_layers, num_attention_heads, attention_head_dim (`int`): depth and width; D = heads * head_dim.
@@ -552,7 +547,7 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
 
         Args:
             others: modules that are trained together with this one. Their linear layers are drawn right after this
-            model's.
+                model's.
         """
         for module in itertools.chain(self.modules(), *(other.modules() for other in others)):
             if isinstance(module, nn.Linear):

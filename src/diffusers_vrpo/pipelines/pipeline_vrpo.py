@@ -202,8 +202,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
 
     Raises:
         ValueError: if the transformer is of another class, the autoencoder cannot be used (`check_vae`), or class
-        names or
-            ids are not valid.
+            names or ids are not valid.
 
     Example:
 
@@ -347,8 +346,8 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
 
         Args:
             pipeline: a pipeline whose transformer is a `SiTTransformer2DModel`. From any other pipeline, such as
-            diffusers'
-                [`DiTPipeline`], the scheduler and the autoencoder are used, and `transformer` must be given.
+                diffusers' [`DiTPipeline`], the scheduler and the autoencoder are used, and `transformer` must be
+                given.
             kwargs: components to use instead, `id2label`, and the options of [`DiffusionPipeline.from_pipe`] (`dtype`,
                 float32 by default, `custom_pipeline`).
 
@@ -585,7 +584,6 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         tensor_inputs,
         callback=None,
     ) -> None:
-        """Raises ValueError if the scheduler or an argument of a call cannot be used."""
         self.check_scheduler()
         counts = {"num_images_per_label": num_images_per_label, "num_inference_steps": num_inference_steps}
         for name, value in counts.items():
@@ -710,7 +708,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
 
         Raises:
             ValueError: if it is not a falling sequence in the range of the scheduler, or the scheduler does not accept
-            one.
+                one.
         """
         if timesteps is None and sigmas is None:
             return {}
@@ -825,7 +823,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             labels: class ids, `[B]`.
             guidance_scale, guidance_channels: as in `__call__`.
             dtype: the dtype of the transformer. By default it is looked up, which is slow, as diffusers inspects all
-            modules.
+                modules.
 
         Returns:
             float32 `[B, C, H, W]`, or `[B, 2C, H, W]` with the variance.
@@ -925,17 +923,14 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             class_labels: class ids (`0 ... num_classes - 1`) or names, a single one or a list.
             num_images_per_label (`int`): the number of images of each label, which are adjacent in the output.
             num_inference_steps (`int`): the number of solver steps; without effect if `timesteps` or `sigmas` are
-            given.
+                given.
             guidance_scale (`float`): w in `v_null + w (v_class - v_null)`, at least 0; 1 turns guidance off, and 0
-            samples
-                the null class.
+                samples the null class.
             guidance_interval (`(float, float)`): guidance acts where `low <= t <= high`; t = 1 is noise. Elsewhere,
-            the
-                unconditional half is not computed (arXiv 2404.07724). A step with two evaluations (Heun) uses the t at
-                its start; a DDPM timestep uses the t with the same noise level.
+                the unconditional half is not computed (arXiv 2404.07724). A step with two evaluations (Heun) uses the
+                t at its start; a DDPM timestep uses the t with the same noise level.
             guidance_channels (`int`, *optional*): how many channels are guided, the first ones; by default, the number
-            in
-                the transformer's config, or else all.
+                in the transformer's config, or else all.
             generator (`torch.Generator` or a list, one per image): draws the starting noise and the noise of the steps,
                 which makes images reproducible.
             latents (`torch.Tensor` of shape `(images, channels, height, width)`): the noise to start from, of standard
@@ -943,23 +938,19 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             output_type (`str`): `"pil"`, `"np"` `[B,H,W,3]` in [0, 1], `"pt"` `[B,3,H,W]` in [0, 1], or `"latent"`.
             return_dict (`bool`): return an [`ImagePipelineOutput`] instead of a tuple.
             callback_on_step_end: called as `f(pipeline, step, timestep, {"latents": ...})` after every step (with
-            Heun, after
-                every half); if it returns `"latents"`, these replace the current ones. `timestep` is the scheduler's (1000 t
-                for a flow); `pipeline.current_flow_time` is the t of `guidance_interval`. `pipeline._interrupt = True`
-                stops the sampling, and the current latents become the images; `pipeline._guidance_scale = w` sets the
-                scale of the following steps.
+                Heun, after every half); if it returns `"latents"`, these replace the current ones. `timestep` is the
+                scheduler's (1000 t for a flow); `pipeline.current_flow_time` is the t of `guidance_interval`.
+                `pipeline._interrupt = True` stops the sampling, and the current latents become the images;
+                `pipeline._guidance_scale = w` sets the scale of the following steps.
             callback_on_step_end_tensor_inputs: the names of the tensors passed to the callback.
             num_images_per_prompt (`int`, *optional*): another name of `num_images_per_label`.
             height, width (`int`, *optional*): the size of the images in pixels, multiples of the pixels that a patch
-            covers;
-                by default, that of training. For other sizes, which the model has not seen, the position embeddings
-                are stretched.
+                covers; by default, that of training. For other sizes, which the model has not seen, the position
+                embeddings are stretched.
             timesteps (`list`, *optional*): the scheduler's timesteps to step through, falling. For a flow, these are
-            1000 t,
-                which has the same effect as t in `sigmas`.
+                1000 t, which has the same effect as t in `sigmas`.
             sigmas (`list`, *optional*): the values of t to step through, falling and in (0, 1]; a final 0 is added.
-            The
-                scheduler's shift applies to them. For EulerDiscreteScheduler, they are ratios of noise to signal.
+                The scheduler's shift applies to them. For EulerDiscreteScheduler, they are ratios of noise to signal.
 
         Returns:
             an [`ImagePipelineOutput`] with `images` (a list of PIL images, an array or a tensor, as `output_type`

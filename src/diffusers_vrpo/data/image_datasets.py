@@ -423,7 +423,7 @@ def check_images(data, rows: np.ndarray, values: PixelRange | None = None):
 
     Raises:
         InputError: if over 1 % of these images cannot be decoded, or over 3 % if `rows` are only a part of the data
-        set.
+            set.
     """
     corrupt = []
     for row in rows.tolist():

@@ -69,8 +69,7 @@ class ModelAdapter:
             x_t (`torch.Tensor`): noisy latents, or pixels, `[B,C,H,W]`.
             timestep (`torch.Tensor`): `[B]`, in the convention of `prediction_type` and `time_direction`.
             batch (`dict[str, torch.Tensor]`): `class_labels [B]`, where dropped ones are replaced by `null_class_id`;
-            `noise`;
-                and the images, `pixels [B,3,R,R]` in [-1, 1], unless the latents come from a latent cache.
+                `noise`; and the images, `pixels [B,3,R,R]` in [-1, 1], unless the latents come from a latent cache.
 
         Returns:
             `[B,C,H,W]`, or `[B,2C,H,W]` with `learns_variance`.

@@ -112,8 +112,7 @@ class SiTSDEScheduler(SchedulerMixin, ConfigMixin):
         Args:
             model_output (`torch.Tensor` of shape `(batch, ...)`): the velocity `noise - x0` at `sample` and t.
             timestep (`float` or `torch.Tensor` of shape `()`): one of `timesteps`. Only the first step uses it; later
-            steps
-                follow in order.
+                steps follow in order.
             sample (`torch.Tensor` of shape `(batch, ...)`): x_t.
             generator (`torch.Generator` or a list, one per sample): draws the noise.
             noise (`torch.Tensor` of shape `(batch, ...)`, *optional*): standard normal noise to use instead.

@@ -34,7 +34,7 @@ COMPONENT_FILES = {"SiTTransformer2DModel": "transformer_sit", "SiTSDEScheduler"
 # The package that this file is part of; a published copy of the file works without it.
 PACKAGE = "diffusers_vrpo" if __name__.startswith("diffusers_vrpo.") else None
 
-# The autoencoders of diffusers whose latents one scale and shift, or statistics in the config, normalise.
+# The autoencoders of diffusers whose latents are normalised by a scale and shift, or by statistics, in the config.
 AUTOENCODERS = (
     "AutoencoderKL",
     "AutoencoderTiny",
@@ -55,10 +55,10 @@ NOISE_SCHEDULERS = (
 
 
 def guide(prediction: torch.Tensor, guidance_scale: float, channels: int) -> torch.Tensor:
-    """Applies classifier-free guidance to the first `channels`: `null + w (class - null)`; the others keep the class's.
+    """Applies classifier-free guidance, `null + w (class - null)`, to the first `channels`; others are the class's.
 
     Args:
-        prediction: `[2B, C, H, W]`, for the classes and then for the null class.
+        prediction: `[2B, C, H, W]`, the predictions for the classes, followed by those for the null class.
         guidance_scale: w.
         channels: the number of guided channels, 1 ... C.
 
@@ -72,27 +72,27 @@ def guide(prediction: torch.Tensor, guidance_scale: float, channels: int) -> tor
     return torch.cat([guided[:, :channels], of_class[:, channels:]], dim=1)
 
 
-# Words in the names of diffusers' schedulers that take a prediction of the right kind and yet sample wrongly from it: they
-# go from data to noise, or are made for distilled models or for models of video.
+# Words in the names of diffusers' schedulers that accept a prediction of the right kind but sample wrongly from it:
+# they go from data to noise, or are made for distilled models or video models.
 OTHER_SCHEDULERS = ("Inverse", "LCM", "TCD", "CogVideoX", "Helios", "MiniMax", "UnCLIP")
 
 
 @functools.cache
 def own_options(scheduler: type) -> frozenset[str]:
-    """The names of a scheduler's options; kept, since every step asks for them and reading a signature takes long."""
+    """The names of a scheduler's options; cached, since every step needs them and reading a signature is slow."""
     return frozenset(inspect.signature(scheduler).parameters)
 
 
 def is_integer(value) -> bool:
-    """Whether a value is an integer of Python or numpy, and no bool."""
+    """Whether a value is a Python or numpy integer, but not a bool."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def as_number(name: str, value) -> float:
-    """Returns a finite real number, which may also be a tensor or an array with one element.
+    """Returns a number after checking that it is real and finite; it may be a tensor or an array with one element.
 
     Raises:
-        ValueError: if it is something else; the message has the argument's `name`.
+        ValueError: if it is something else; the message contains the argument's `name`.
     """
     if isinstance(value, torch.Tensor | np.ndarray) and math.prod(value.shape) == 1:
         value = value.item()
@@ -106,10 +106,10 @@ def as_number(name: str, value) -> float:
 
 
 def replaced_latents(returned, latents: torch.Tensor) -> torch.Tensor:
-    """The latents that a callback returned, in place of `latents`, or `latents` if it returned none.
+    """The latents that a callback returned, or `latents` if it returned none.
 
     Raises:
-        ValueError: if it returned something else than a dict, or latents of another shape.
+        ValueError: if it returned something other than a dict or None, or latents of another shape.
     """
     if returned is None:
         return latents
@@ -130,7 +130,7 @@ def replaced_latents(returned, latents: torch.Tensor) -> torch.Tensor:
 def check_vae(vae):
     """Checks that an autoencoder can decode latents as this pipeline scales them.
 
-    Classes from outside diffusers are taken as they are; only their configuration and weights are checked.
+    Of classes from outside diffusers, only the configuration and the weights are checked.
 
     Raises:
         ValueError: if it is a class of diffusers that is not in `AUTOENCODERS`, its configuration has a scale, shift or
@@ -139,7 +139,7 @@ def check_vae(vae):
     kind, config = type(vae).__name__, getattr(vae, "config", None)
     if type(vae).__module__.startswith("diffusers.") and kind not in AUTOENCODERS:
         raise ValueError(
-            f"`vae` is a {kind}, whose latents or pixels need a treatment of their own; use an {', '.join(AUTOENCODERS[:-1])} "
+            f"`vae` is a {kind}, whose latents or pixels need special treatment; use an {', '.join(AUTOENCODERS[:-1])} "
             f"or {AUTOENCODERS[-1]}"
         )
     names = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
@@ -160,7 +160,8 @@ def check_vae(vae):
                 raise ValueError(f"`vae.config.latents_std` must be positive, unlike {values!r}")
         if shift:
             raise ValueError("`vae.config` has both `shift_factor` and `latents_mean`, and only one can be subtracted")
-    # diffusers leaves weights that a file lacks on the meta device, as those that it offloads with hooks are.
+    # diffusers leaves weights that a file lacks on the meta device; weights that it offloads with hooks are there,
+    # too.
     is_offloaded = any(hasattr(module, "_hf_hook") for module in vae.modules())
     for name, weight in vae.named_parameters():
         if weight.is_meta and not is_offloaded:
@@ -179,24 +180,29 @@ def saved_variants(folder: Path) -> set[str]:
 
 # The mixin works for any pipeline whose adapters are all on its `transformer`, despite its name.
 class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
-    """Samples images of given classes by an ODE or SDE solver, with classifier-free guidance.
+    """Samples images of given classes with an ODE or SDE solver and classifier-free guidance.
 
-    The transformer's config names its conventions. For the schedulers and in all arguments here, t = 1 is noise and
-    the velocity is `noise - x0`. `load_lora_weights`, `fuse_lora`, `set_adapters` and the like are diffusers' (with peft).
-    `save_pretrained` and `push_to_hub` add the code of pipeline and transformer, so that
-    `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` opens the result where this package is not installed.
+    The transformer's config describes its conventions. For the schedulers and in all arguments of this class, t = 1 is
+    noise and the velocity is `noise - x0`. `load_lora_weights`, `fuse_lora`, `set_adapters` and similar methods are
+    those of diffusers and need peft. `save_pretrained` and `push_to_hub` add the code of the pipeline and its
+    components, so that `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` opens the result where this
+    package is not installed.
 
     Args:
         transformer ([`SiTTransformer2DModel`]): predicts velocities (SiT, either direction of time) or noise (DiT).
-        scheduler: one that takes the prediction. For velocities [`FlowMatchEulerDiscreteScheduler`] and
+        scheduler: a scheduler that accepts the prediction. For velocities: [`FlowMatchEulerDiscreteScheduler`] and
             [`FlowMatchHeunDiscreteScheduler`] (ODE), [`SiTSDEScheduler`] (SDE), or a multistep solver with
-            `use_flow_sigmas=True, prediction_type="flow_prediction"`. For noise [`DDPMScheduler`] (the only one that
+            `use_flow_sigmas=True, prediction_type="flow_prediction"`. For noise: [`DDPMScheduler`] (the only one that
             uses a learned variance), [`DDIMScheduler`], [`DPMSolverMultistepScheduler`] and others with
-            `prediction_type="epsilon"`, with the betas of the training, and `clip_sample=False` for latents.
-        vae (a diffusers autoencoder, *optional*): decodes latents; without it the transformer works on pixels.
+            `prediction_type="epsilon"`, with the betas used in training, and `clip_sample=False` for latents.
+        vae (a diffusers autoencoder, *optional*): decodes latents; without it, the transformer works on pixels.
         id2label (`dict[int, str]`, *optional*): class names; commas separate synonyms, as in ImageNet's names.
-        trained_labels (`list[int]`, *optional*): the ids of the classes that had images in training; by default all. Others
-            are sampled with a warning. The config has it only if some had none.
+        trained_labels (`list[int]`, *optional*): the ids of the classes that had images in training; by default, all.
+            A warning is logged when other classes are sampled. The config stores the list only if it lacks a class.
+
+    Raises:
+        ValueError: if the transformer is of another class, the autoencoder cannot be used (`check_vae`), or class
+            names or ids are not valid.
 
     Example:
 
@@ -241,7 +247,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         self._current_timestep = None
         self._current_flow_time = None
 
-        # JSON has string keys only: store strings, so that a round trip changes nothing.
+        # JSON has only string keys: store strings, so that a round trip changes nothing.
         if not isinstance(id2label, dict | None):
             raise ValueError(f"`id2label` must be a dict from class ids to names, not a {type(id2label).__name__}")
         id2label = {str(key): name for key, name in (id2label or {}).items()}
@@ -258,7 +264,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         self._warned_labels: set[int] = set()
         self._warned_guidance = False
 
-        # Whole names first, then names without case, then the synonyms: "Cardigan" and "cardigan" are two classes.
+        # Exact names come first, then names without case, then synonyms: "Cardigan" and "cardigan" are two classes.
         self.labels: dict[str, list[int]] = {}
         for spellings in (
             lambda name: [name],
@@ -272,7 +278,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             self.labels = {**found, **self.labels}
 
     def _record_trained_labels(self, trained_labels: list[int], num_classes: int | float):
-        """Enters the trained classes into the config, unless these are all."""
+        """Stores the trained classes in the config, unless these are all classes."""
         is_list = isinstance(trained_labels, list | tuple) and all(is_integer(label) for label in trained_labels)
         if not is_list or not trained_labels:
             raise ValueError(f"`trained_labels` must be a list of class ids, not {trained_labels!r}")
@@ -293,7 +299,9 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "VRPOPipeline":
-        """Opens a saved pipeline as diffusers does; an autoencoder of which a folder holds one variant needs no `variant`.
+        """Opens a saved pipeline as diffusers does.
+
+        `variant` is not needed for a folder in which the autoencoder has a single variant.
 
         Raises:
             ValueError: if the autoencoder has no weights, or `check_vae` refuses it.
@@ -334,11 +342,12 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "VRPOPipeline":
-        """Makes a pipeline of this class from the components of another one, which keeps them too.
+        """Makes a pipeline of this class from the components of another pipeline, which keeps them, too.
 
         Args:
-            pipeline: a pipeline whose transformer is a `SiTTransformer2DModel`. Of any other, such as diffusers'
-                [`DiTPipeline`], the scheduler and the autoencoder are taken, and `transformer` must be given.
+            pipeline: a pipeline whose transformer is a `SiTTransformer2DModel`. From any other pipeline, such as
+                diffusers' [`DiTPipeline`], the scheduler and the autoencoder are used, and `transformer` must be
+                given.
             kwargs: components to use instead, `id2label`, and the options of [`DiffusionPipeline.from_pipe`] (`dtype`,
                 float32 by default, `custom_pipeline`).
 
@@ -347,11 +356,12 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         """
         if not isinstance(pipeline, DiffusionPipeline):
             raise ValueError(f"`pipeline` must be a pipeline of diffusers, not a {type(pipeline).__name__}")
-        # diffusers compares exact classes with type hints, which would refuse a subclass and all autoencoders but one.
+        # diffusers compares classes with the type hints exactly, and would refuse a subclass and all autoencoders but
+        # one.
         components = {name: pipeline.components.get(name) for name in ("transformer", "vae")}
         kwargs = {**components, **kwargs}
         transformer = kwargs["transformer"]
-        # `cache_context` and `null_class_id` are what sampling needs; a compiled or wrapped model has them too.
+        # Sampling needs `cache_context` and `null_class_id`, which a compiled or wrapped model also has.
         if not hasattr(transformer, "null_class_id"):
             raise ValueError(
                 f"`transformer` of this {type(pipeline).__name__} is a {type(transformer).__name__}, which VRPOPipeline "
@@ -360,13 +370,15 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         return super().from_pipe(pipeline, **kwargs)
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
-        """Writes `model_index.json`, and beside it the code that it names: this file and those of the components.
+        """Writes `model_index.json` and, beside it, the code that it refers to: this file and those of the components.
 
         Raises:
-            ValueError: if `push_to_hub` is set: only a whole pipeline can be published.
+            ValueError: if `push_to_hub` is set, since only a whole pipeline can be published.
         """
         if push_to_hub:
-            raise ValueError("`save_config` cannot publish: use `pipeline.push_to_hub`, which takes the weights along")
+            raise ValueError(
+                "`save_config` cannot publish: use `pipeline.push_to_hub`, which also uploads the weights"
+            )
         super().save_config(save_directory)
         folder = Path(save_directory)
         index = json.loads((folder / self.config_name).read_text(encoding="utf-8"))
@@ -380,7 +392,8 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             if component is not None:
                 index[name] = [COMPONENT_FILES[class_name], class_name]
                 sources[f"{name}/{COMPONENT_FILES[class_name]}.py"] = inspect.getsourcefile(component)
-        # AutoModel reads this for any folder of a pipeline, and so must not find it where there is another model.
+        # AutoModel reads this entry in any folder of a pipeline, so it must not be there if the pipeline has other
+        # models.
         if self.vae is None and "SiTTransformer2DModel" in index["transformer"]:
             index["auto_map"] = {"AutoModel": ".".join(index["transformer"])}
         for path, source in sources.items():
@@ -391,7 +404,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
 
     @classmethod
     def _dict_from_json_file(cls, json_file, **options):
-        """Reads the index; classes from files beside the weights become the package's own if that is installed."""
+        """Reads the index, and replaces classes from files beside the weights by the package's, if it is installed."""
         try:
             index = super()._dict_from_json_file(json_file, **options)
         except RecursionError as error:
@@ -469,15 +482,15 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         return ids
 
     def warn_untrained(self, ids: list[int]) -> None:
-        """Warns, once of each, of classes that had no images in training."""
+        """Warns of classes that had no images in training, once for each class."""
         untrained = sorted(set(ids).difference(self.trained_labels, self._warned_labels))
         self._warned_labels.update(untrained)
         if untrained:
             names = [self.config.id2label.get(str(label)) for label in untrained[:10]]
             listed = [str(label) + (f" ({name!r})" if name else "") for label, name in zip(untrained, names)]
             logger.warning(
-                f"`class_labels`: {len(untrained)} of these classes had no images in training, so that what is drawn for them "
-                f"means nothing: {', '.join(listed)}{', ...' if len(untrained) > 10 else ''}; `pipeline.trained_labels` "
+                f"`class_labels`: {len(untrained)} of these classes had no images in training, so their samples are "
+                f"meaningless: {', '.join(listed)}{', ...' if len(untrained) > 10 else ''}; `pipeline.trained_labels` "
                 "lists the others"
             )
 
@@ -487,13 +500,13 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             self._warned_guidance = True
             logger.warning(
                 f"`guidance_scale` {guidance_scale}: this model has one class, and learned the null class from the same images, "
-                "so that guidance only doubles the work, unless the model began with weights of more classes; pass "
+                "so guidance only doubles the work, unless the model started from weights with more classes; pass "
                 "guidance_scale=1"
             )
 
     @property
     def scheduler_options(self) -> dict:
-        """The scheduler's own options, without unused ones in its config from a scheduler that it was created from."""
+        """The options of the scheduler's class, without unused ones that its config has from another scheduler."""
         own = own_options(type(self.scheduler))
         return {key: value for key, value in self.scheduler.config.items() if key in own}
 
@@ -535,7 +548,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         clips = [key for key in ("clip_sample", "thresholding") if options.get(key)]
         if clips and (self.vae is not None or config.in_channels > 3):
             raise ValueError(f"`scheduler`: {clips[0]}=True cuts latents off; build this {name} with {clips[0]}=False")
-        # Other schedulers than DDPM that have the option cut the prediction to three channels.
+        # Schedulers other than DDPM that have this option cut the prediction to three channels.
         is_ddpm = isinstance(self.scheduler, DDPMScheduler)
         if self.learned_variance and not (is_ddpm and config.learn_sigma):
             raise ValueError(
@@ -544,7 +557,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             )
 
     def check_guidance(self, guidance_scale: float) -> float:
-        """Returns a scale of guidance as a number of Python.
+        """Checks a guidance scale, and returns it as a Python number.
 
         Raises:
             ValueError: if it is not a number of at least 0, or the transformer cannot be guided.
@@ -599,7 +612,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         if callback is not None and not callable(callback):
             raise ValueError(
                 f"`callback_on_step_end` must be a function of (pipeline, step, timestep, tensors), not {callback!r}; "
-                "several go into diffusers' MultiPipelineCallbacks"
+                "diffusers' MultiPipelineCallbacks combines several"
             )
         if not isinstance(tensor_inputs, list | tuple):
             raise ValueError(
@@ -613,16 +626,17 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             )
 
     def get_latent_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
-        """Returns height and width of the latents for images of these pixels; what is not given is as in training.
+        """Returns height and width of the latents of images of a size in pixels; a side of None is that of training.
 
         Raises:
-            ValueError: if a side is not a multiple of what a patch covers.
+            ValueError: if a side is not a multiple of the pixels that a patch covers.
         """
         size, patch = self.transformer.config.sample_size, self.transformer.config.patch_size
         trained = (size, size) if isinstance(size, int) else tuple(size)
         if height is None and width is None:
             return trained
-        # Autoencoders say in different ways how much they enlarge, if at all; their output shows it.
+        # Configs of autoencoders give the enlargement in different ways, or not at all; the size of the output shows
+        # it.
         blank = torch.zeros(1, self.transformer.config.in_channels, *trained, device=self._execution_device)
         with torch.no_grad():
             factor = self.decode_latents(blank).shape[-1] // trained[-1]
@@ -664,7 +678,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 "torch.Generator().manual_seed(seed)"
             )
         if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"`generator` is a list of {len(generator)}, but {batch_size} images are asked for")
+            raise ValueError(f"`generator` is a list of {len(generator)}, but {batch_size} images are requested")
         if latents is None:
             return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         if not isinstance(latents, torch.Tensor) or not latents.is_floating_point():
@@ -672,7 +686,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             raise ValueError(f"`latents` must be a tensor of floating-point numbers, not {what}")
         asked = height is not None or width is not None
         if latents.ndim != 4 or tuple(latents.shape[:2]) != shape[:2] or (asked and tuple(latents.shape) != shape):
-            others = "" if asked else " (other sides may do)"
+            others = "" if asked else " (other sides are possible)"
             raise ValueError(f"`latents` have shape {tuple(latents.shape)}; {shape} is expected{others}")
         if latents.shape[2] % config.patch_size or latents.shape[3] % config.patch_size:
             raise ValueError(
@@ -684,7 +698,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         return latents.to(device=device, dtype=torch.float32)
 
     def get_grid(self, timesteps: list[float] | None = None, sigmas: list[float] | None = None) -> dict:
-        """Checks a schedule of the caller's, and returns it as the argument of the scheduler's `set_timesteps`.
+        """Checks a user-defined schedule, and returns it as the argument of the scheduler's `set_timesteps`.
 
         Args:
             timesteps, sigmas: as in `__call__`.
@@ -693,7 +707,8 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             `{"sigmas": array}` or `{"timesteps": list}`; empty if neither is given.
 
         Raises:
-            ValueError: if it is not a falling sequence in the range of the scheduler, or the scheduler does not take one.
+            ValueError: if it is not a falling sequence in the range of the scheduler, or the scheduler does not accept
+                one.
         """
         if timesteps is None and sigmas is None:
             return {}
@@ -743,11 +758,11 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
     ) -> tuple[torch.Tensor, list[float]]:
         """Sets the scheduler's timesteps; returns the times for `predict`, and the flow time of each on the host.
 
-        `FlowMatch...` schedulers get SiT's grid t = 1, 1 - 1/n, ..., 1/n, and then 0; the others have their own, unless
-        `timesteps` or `sigmas` give one.
+        Unless `timesteps` or `sigmas` are given, `FlowMatch...` schedulers get SiT's grid t = 1, 1 - 1/n, ..., 1/n,
+        and then 0; the others use their own grid.
 
         Raises:
-            ValueError: if the scheduler does not take these steps.
+            ValueError: if the scheduler does not accept these steps.
         """
         scheduler = self.scheduler
         grid = self.get_grid(timesteps, sigmas)
@@ -762,8 +777,8 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         else:
             scheduler.set_timesteps(num_inference_steps, device=device)
         if isinstance(scheduler, FlowMatchHeunDiscreteScheduler):
-            # Heun does not accept a grid, and its own ends at 1/1000. It has two evaluations per step, at both ends; the
-            # last step is Euler's.
+            # Heun does not accept a grid, and its own ends at 1/1000. It has two evaluations per step, one at each
+            # end; the last step is an Euler step.
             shift = scheduler.config.shift
             sigmas = torch.from_numpy(shift * sigmas / (1 + (shift - 1) * sigmas)).float().to(device)
             sigmas = torch.cat([sigmas[:1], sigmas[1:].repeat_interleave(2)])
@@ -784,7 +799,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         if self.transformer.config.prediction_type == "epsilon":
             alpha_bar = scheduler.alphas_cumprod.cpu().double().numpy()
             alpha_bar = np.interp(timesteps.cpu().double().numpy(), np.arange(len(alpha_bar)), alpha_bar)
-            # The flow times of the same noise levels.
+            # The flow times with the same noise levels.
             flow_times = np.sqrt(1 - alpha_bar) / (np.sqrt(alpha_bar) + np.sqrt(1 - alpha_bar))
             return timesteps, flow_times.tolist()
         # The multistep solvers round timesteps, but not sigmas.
@@ -803,11 +818,12 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         """Computes the input of the scheduler's `step`: the guided velocity `noise - x0`, or noise (and learned variance).
 
         Args:
-            latents: scaled for the model, `[B, C, H, W]`.
-            time: the flow time t, 1 being noise, or the timestep for a model that predicts noise; `[]`.
+            latents: latents in the scale that the model expects, `[B, C, H, W]`.
+            time: the flow time t, where 1 is noise, or the timestep for a model that predicts noise; `[]`.
             labels: class ids, `[B]`.
             guidance_scale, guidance_channels: as in `__call__`.
-            dtype: of the transformer. diffusers looks at all its modules to find it, so that a loop looks it up once.
+            dtype: the dtype of the transformer. By default it is looked up, which is slow, as diffusers inspects all
+                modules.
 
         Returns:
             float32 `[B, C, H, W]`, or `[B, 2C, H, W]` with the variance.
@@ -819,7 +835,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             latents = torch.cat([latents, latents])
             labels = torch.cat([labels, torch.full_like(labels, self.transformer.null_class_id)])
         arguments = {"return_variance": True} if self.learned_variance else {}
-        # Guided and unguided batches differ in size: a cache must not reuse one for the other.
+        # Guided and unguided batches differ in size, so a cache must not use one for the other.
         with self.transformer.cache_context("guided" if is_guided else "unguided"):
             prediction = self.transformer(
                 latents.to(self.transformer.dtype if dtype is None else dtype),
@@ -839,7 +855,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
 
     @property
     def num_timesteps(self) -> int:
-        """The number of evaluations: steps, but two for each but the last of Heun's."""
+        """The number of evaluations: one per step, or with Heun two per step but one in the last."""
         return self._num_timesteps
 
     @property
@@ -849,12 +865,12 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
 
     @property
     def current_timestep(self) -> torch.Tensor | None:
-        """The scheduler's timestep of the step at hand, which callbacks get too; None outside a call."""
+        """The scheduler's timestep of the current step, which callbacks also receive; None outside a call."""
         return self._current_timestep
 
     @property
     def current_flow_time(self) -> float | None:
-        """The t of the step at hand in the units of `guidance_interval`, 1 being noise; None outside a call."""
+        """The t of the current step in the units of `guidance_interval`, where 1 is noise; None outside a call."""
         return self._current_flow_time
 
     def enable_vae_slicing(self) -> None:
@@ -905,34 +921,40 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
 
         Args:
             class_labels: class ids (`0 ... num_classes - 1`) or names, a single one or a list.
-            num_images_per_label (`int`): images of each label, next to each other in the output.
-            num_inference_steps (`int`): solver steps; without effect if `timesteps` or `sigmas` are given.
-            guidance_scale (`float`): w of `v_null + w (v_class - v_null)`, at least 0; 1 turns guidance off, and 0 leaves the
-                null class only.
-            guidance_interval (`(float, float)`): guidance acts where `low <= t <= high`, t = 1 being noise; outside it
-                the unconditional half is not computed (arXiv 2404.07724). A step of two evaluations (Heun) uses the t
-                that it starts from; a DDPM timestep uses the t of the same noise level.
-            guidance_channels (`int`, *optional*): the number of first channels that are guided, 1 ... channels; by
-                default that of the transformer's config, or all.
+            num_images_per_label (`int`): the number of images of each label, which are adjacent in the output.
+            num_inference_steps (`int`): the number of solver steps; without effect if `timesteps` or `sigmas` are
+                given.
+            guidance_scale (`float`): w in `v_null + w (v_class - v_null)`, at least 0; 1 turns guidance off, and 0
+                samples the null class.
+            guidance_interval (`(float, float)`): guidance acts where `low <= t <= high`; t = 1 is noise. Elsewhere,
+                the unconditional half is not computed (arXiv 2404.07724). A step with two evaluations (Heun) uses the
+                t at its start; a DDPM timestep uses the t with the same noise level.
+            guidance_channels (`int`, *optional*): how many channels are guided, the first ones; by default, the number
+                in the transformer's config, or else all.
             generator (`torch.Generator` or a list, one per image): draws the starting noise and the noise of the steps,
                 which makes images reproducible.
             latents (`torch.Tensor` of shape `(images, channels, height, width)`): the noise to start from, of standard
-                deviation 1. Any sides will do that are multiples of the patch size.
+                deviation 1. The sides may be any multiples of the patch size.
             output_type (`str`): `"pil"`, `"np"` `[B,H,W,3]` in [0, 1], `"pt"` `[B,3,H,W]` in [0, 1], or `"latent"`.
-            return_dict (`bool`): an [`ImagePipelineOutput`] instead of a tuple.
-            callback_on_step_end: called as `f(pipeline, step, timestep, {"latents": ...})` after every step (of Heun,
-                every half); if it returns `"latents"`, these replace the current ones. `timestep` is the scheduler's (1000 t
-                for a flow); `pipeline.current_flow_time` is the t of `guidance_interval`. `pipeline._interrupt = True`
-                stops, and the images are what the latents are by then; `pipeline._guidance_scale = w` guides the
-                following steps by w.
-            callback_on_step_end_tensor_inputs: the tensors passed to the callback.
+            return_dict (`bool`): return an [`ImagePipelineOutput`] instead of a tuple.
+            callback_on_step_end: called as `f(pipeline, step, timestep, {"latents": ...})` after every step (with
+                Heun, after every half); if it returns `"latents"`, these replace the current ones. `timestep` is the
+                scheduler's (1000 t for a flow); `pipeline.current_flow_time` is the t of `guidance_interval`.
+                `pipeline._interrupt = True` stops the sampling, and the current latents become the images;
+                `pipeline._guidance_scale = w` sets the scale of the following steps.
+            callback_on_step_end_tensor_inputs: the names of the tensors passed to the callback.
             num_images_per_prompt (`int`, *optional*): another name of `num_images_per_label`.
-            height, width (`int`, *optional*): pixels of the images, multiples of what a patch covers; those of training
-                by default. The position embeddings are stretched over other sizes, which the model has not seen.
-            timesteps (`list`, *optional*): the scheduler's timesteps to step through, falling. For a flow these are
-                1000 t, and the same as `sigmas` t.
-            sigmas (`list`, *optional*): the t to step through, falling in (0, 1] (a final 0 follows by itself); the
-                scheduler's shift applies to them. For EulerDiscreteScheduler the ratios of noise to signal.
+            height, width (`int`, *optional*): the size of the images in pixels, multiples of the pixels that a patch
+                covers; by default, that of training. For other sizes, which the model has not seen, the position
+                embeddings are stretched.
+            timesteps (`list`, *optional*): the scheduler's timesteps to step through, falling. For a flow, these are
+                1000 t, which has the same effect as t in `sigmas`.
+            sigmas (`list`, *optional*): the values of t to step through, falling and in (0, 1]; a final 0 is added.
+                The scheduler's shift applies to them. For EulerDiscreteScheduler, they are ratios of noise to signal.
+
+        Returns:
+            an [`ImagePipelineOutput`] with `images` (a list of PIL images, an array or a tensor, as `output_type`
+            says), or a tuple of these images.
 
         Raises:
             ValueError: if an argument is wrong, or the scheduler cannot be combined with the transformer.
@@ -984,7 +1006,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         step_starts = [flow_times[i - i % self.scheduler.order] for i in range(len(timesteps))]
         is_inside = [low - 1e-6 <= t <= high + 1e-6 for t in step_starts]
 
-        # 3. Denoise. Latents stay float32 for any dtype of the transformer: rounding errors of the steps would add up.
+        # 3. Denoise. Latents stay float32 for any dtype of the transformer, since rounding errors of the steps add up.
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         step_arguments = {"generator": generator} if takes_generator else {}
         dtype = self.transformer.dtype
@@ -994,7 +1016,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 if hasattr(self.scheduler, "scale_model_input"):
                     model_input = self.scheduler.scale_model_input(latents, timestep)
                 self._current_timestep, self._current_flow_time = timestep, flow_times[i]
-                # A callback may have changed it.
+                # A callback may have changed the scale.
                 scale = self.check_guidance(self._guidance_scale) if is_inside[i] else 1.0
                 prediction = self.predict(model_input, times[i], labels, scale, guidance_channels, dtype)
                 latents = self.scheduler.step(prediction, timestep, latents, **step_arguments, return_dict=False)[0]
@@ -1016,7 +1038,7 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decodes latents to float32 pixels in about [-1, 1]; undoes the autoencoder's scaling and shift, or its statistics."""
+        """Undoes the autoencoder's scaling and shift, and decodes latents to float32 pixels in about [-1, 1]."""
         if self.vae is None:
             return latents
         scale = getattr(self.vae.config, "scaling_factor", None) or 1.0
@@ -1026,5 +1048,5 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             shift, std = (torch.tensor(values).view(-1, 1, 1).to(latents) for values in (mean, std))
             scale = scale / std
         latents = (latents / scale + shift).to(self.vae.dtype)
-        # 16 at a time: decoding takes far more memory than denoising.
+        # Decode 16 images at a time, since decoding takes far more memory than denoising.
         return torch.cat([self.vae.decode(part, return_dict=False)[0].float() for part in latents.split(16)])

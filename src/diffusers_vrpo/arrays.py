@@ -13,8 +13,7 @@ def read_header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
 
     Raises:
         ValueError: if it is not a header of version 1.0 or 2.0, a side of the shape is negative, or the array holds
-        Python
-            objects, which are stored as pickles and may run code.
+            Python objects, which are stored as pickles and may run code.
     """
     version = np.lib.format.read_magic(stream)
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -43,7 +42,7 @@ def map_array(path: Path, offset: int = 0) -> np.ndarray:
     Raises:
         OSError: if the file cannot be opened, or is a pipe, a device or a folder.
         ValueError: if there is no array, its header promises more bytes than the file holds, or it holds Python
-        objects.
+            objects.
     """
     if path.exists() and not path.is_file():  # opening a pipe would block
         raise OSError("it is not a regular file")

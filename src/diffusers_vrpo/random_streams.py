@@ -120,9 +120,9 @@ def permutation_keys(seed: int, index: int, stream: int) -> np.ndarray:
 def permuted(positions: np.ndarray, total: int, keys: np.ndarray) -> np.ndarray:
     """The numbers at some positions of a random permutation of `range(total)`, int64 `[B]`; the rest is not computed.
 
-    A generalised Feistel network (Black and Rogaway 2002) permutes the numbers below `a b` as pairs (left < a, right <
-    b), where a is the square root of `total` and b is `total / a`, both rounded up. A result that is not below `total`
-    is permuted again until it is.
+    A generalised Feistel network (Black and Rogaway 2002) permutes the numbers below `a b` as pairs of numbers below a
+    and b, where a is the square root of `total` and b is `total / a`, both rounded up. A result that is not below
+    `total` is permuted again until it is.
 
     Args:
         positions: int64 `[B]`, below `total`.

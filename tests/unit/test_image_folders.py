@@ -133,6 +133,13 @@ def test_metadata_gives_the_labels(tmp_path, ending):
         classes(folder)
 
 
+def test_a_line_of_metadata_that_is_not_an_object(tmp_path):
+    folder = images(tmp_path, "0.png", "1.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png", "label": "dog"}\n["1.png", "cat"]\n')
+    with pytest.raises(InputError, match=r"metadata.jsonl cannot be read \(a line is not a JSON object\)"):
+        classes(folder)
+
+
 def test_reasons_and_remedies(tmp_path):
     def reason(name: str, *files: str) -> str:
         (tmp_path / name).mkdir(exist_ok=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import load_dataset
@@ -172,7 +173,7 @@ def test_unreadable_images_are_replaced_as_without_a_cache(tmp_path, vae_folder)
         assert torch.equal(a[name], b[name]), name
     images[5] = b"broken"
     folder = write_parquet(tmp_path / "four", [0] * 300, images=images)
-    with pytest.raises(InputError, match="cannot be decoded"):
+    with pytest.raises(InputError, match="4 of 300 images tried cannot be decoded"):
         prepare(vae_folder, tmp_path / "no", dataset_name=folder, encoder=None)
 
 
@@ -487,6 +488,10 @@ def test_damaged_exports_are_refused(reference, exported, copy, tmp_path):
     parquet.write_bytes(whole)
     latents_command.import_(args)
     assert_same(args.output_dir, reference)
+    pq.write_table(pq.read_table(parquet).drop_columns(["label"]), parquet)
+    args.output_dir = tmp_path / "unlabelled"
+    with pytest.raises(InputError, match="does not have the columns of an export .*label"):
+        latents_command.import_(args)
     parquet.unlink()
     args.output_dir = tmp_path / "empty"
     with pytest.raises(InputError, match="ends after 0 images of 1437"):

@@ -1,9 +1,10 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """The embedded digit grids: images of four handwritten digits whose classes obey a rule that no label reveals.
 
-An image has 16x16 pixels, 2x2 cells of one digit each. Both cells on the diagonal show some class c, the two others show
-pi(c), with a fixed permutation pi of the ten classes. A generator must coordinate distant cells to obey the rule, and a
-classifier of digits tells exactly whether it does. `--dataset_name embedded:digit-grids` names them.
+An image has 16x16 pixels and consists of 2x2 cells with one digit each. Both cells on the diagonal show some class c,
+and the two other cells show pi(c), where pi is a fixed permutation of the ten classes. A generator must coordinate
+distant cells to obey the rule, and a classifier of digits tells whether it does. `--dataset_name embedded:digit-grids`
+selects this data set.
 """
 
 import copy
@@ -24,13 +25,13 @@ SPLIT_SEEDS = {"train": 0, "validation": 1}
 
 
 def load_digit_grids() -> DatasetDict:
-    """50,000 training and 2,000 validation grids, grey, 16x16 pixels, all of the one class 0, "grid".
+    """50,000 training and 2,000 validation grids, grey, 16x16 pixels, all of class 0, "grid".
 
-    The digits of the validation grids are the held-out ones, which no training grid shows. Composing takes about three
-    seconds, once for each process.
+    The validation grids show the held-out digits, which do not occur in the training grids. Composing the grids takes
+    about three seconds, once per process.
 
     Raises:
-        ImportError: without scikit-learn, which carries the digits.
+        ImportError: if scikit-learn, which contains the digits, is not installed.
     """
     return DatasetDict({name: copy.copy(split) for name, split in _grid_splits().items()})
 
@@ -64,7 +65,7 @@ def grid_images(split: str) -> np.ndarray:
     digits, labels = digit_images(split)
     rows_of_class = [np.flatnonzero(labels == label) for label in range(10)]
 
-    # Of each cell the class, then one of the digits of that class.
+    # Draw the class of each cell, then one of the digits of that class.
     draws, count = np.random.RandomState(SPLIT_SEEDS[split]), SPLIT_SIZES[split]
     latent = draws.randint(10, size=count)
     classes = np.stack([latent, PARTNERS[latent], PARTNERS[latent], latent], axis=1)
@@ -78,7 +79,7 @@ def grid_images(split: str) -> np.ndarray:
 
 
 def cells_to_images(cells: torch.Tensor) -> torch.Tensor:
-    """Assembles four maps, row by row: `[B, 4, C, h, w]` to `[B, C, 2h, 2w]`."""
+    """Assembles four cells into an image, row by row: `[B, 4, C, h, w]` to `[B, C, 2h, 2w]`."""
     return cells.unflatten(1, (2, 2)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3).contiguous()
 
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""The embedded default: scikit-learn's handwritten digits, and a small DINOv2 encoder trained on them.
+"""The embedded data set and encoder: scikit-learn's handwritten digits, and a small DINOv2 encoder trained on them.
 
-With `--dataset_name digits --encoder digits` the whole trainer runs on real images without any download.
+With `--dataset_name digits --encoder digits`, the whole trainer runs on real images without any download.
 `python -m diffusers_vrpo.assets.digits` trains the encoder again.
 """
 
@@ -23,7 +23,9 @@ DIGITS_ENCODER = Path(__file__).parent / "digits_encoder"
 
 
 def load_digits_dataset() -> DatasetDict:
-    """1,437 training and 360 held-out grey images of 8x8 pixels with their labels (every fifth image is held out).
+    """Loads scikit-learn's handwritten digits: grey images of 8x8 pixels with their labels.
+
+    The split `"train"` has 1,437 images, and `"validation"` has the 360 that are held out, which is every fifth image.
 
     Example:
 
@@ -35,14 +37,14 @@ def load_digits_dataset() -> DatasetDict:
     ```
 
     Raises:
-        ModuleNotFoundError: without scikit-learn, which carries the images.
+        ModuleNotFoundError: if scikit-learn, which contains the images, is not installed.
     """
     return DatasetDict({name: copy.copy(split) for name, split in digits_splits().items()})
 
 
 @cache
 def digits_splits() -> dict[str, Dataset]:
-    """Both splits, encoded once per process."""
+    """Both splits, made once per process."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -65,14 +67,18 @@ def digits_splits() -> dict[str, Dataset]:
 
 
 def digits_pixels(split: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The images of a split as the encoder takes them, float32 `[N, 3, 8, 8]` in [-1, 1], and the labels `[N]`."""
+    """Returns the digits of a split, `"train"` or `"validation"`, in the form that the digits encoder expects.
+
+    Returns:
+        the images, float32 `[N, 3, 8, 8]` in [-1, 1], and the labels, int64 `[N]`.
+    """
     rows = load_digits_dataset()[split]
     grey = torch.from_numpy(np.stack([np.asarray(image) for image in rows["image"]])).float()
     return (grey / 127.5 - 1)[:, None].expand(-1, 3, -1, -1).contiguous(), torch.tensor(rows["label"])
 
 
 def augment(pixels: torch.Tensor) -> torch.Tensor:
-    """Rotates (15 degrees), scales (10 %), shifts (1 pixel) each image at random and adds noise; `[B, 3, H, W]`."""
+    """Randomly rotates (15 degrees), scales (10 %) and shifts (1 pixel) images `[B, 3, H, W]`, and adds noise."""
     batch = len(pixels)
     angle = (torch.rand(batch) * 2 - 1) * math.radians(15)
     scale = 1 + (torch.rand(batch) * 2 - 1) * 0.1
@@ -80,15 +86,16 @@ def augment(pixels: torch.Tensor) -> torch.Tensor:
     cos, sin = angle.cos() * scale, angle.sin() * scale
     matrix = torch.cat([torch.stack([cos, -sin, sin, cos], 1).reshape(batch, 2, 2), shift], dim=2)
     grid = F.affine_grid(matrix, list(pixels.shape), align_corners=False)
-    moved = F.grid_sample(pixels + 1, grid, align_corners=False) - 1  # the padding is background, -1
+    moved = F.grid_sample(pixels + 1, grid, align_corners=False) - 1  # so the padding is -1, the background
     return (moved + 0.1 * torch.randn(batch, 1, *pixels.shape[2:])).clamp(-1, 1)
 
 
 def make_digits_encoder(output_dir: str | Path, steps: int = 2400, batch_size: int = 64, seed: int = 0):
     """Trains a `Dinov2Model` on the training split alone and saves it with its `preprocessor_config.json`.
 
-    The loss is the cross-entropy of the class from the CLS token and from the mean patch token, plus the squared
-    error of each patch's pixels predicted from its token; every second image has up to 3/4 of them masked.
+    The loss is the sum of the cross-entropies of the class predicted from the CLS token and from the mean patch token,
+    and four times the squared error of each patch's pixels predicted from its token. In every second image, up to 3/4
+    of the patches are masked.
     """
     from transformers import Dinov2Config, Dinov2Model
 
@@ -108,7 +115,7 @@ def make_digits_encoder(output_dir: str | Path, steps: int = 2400, batch_size: i
             masked = torch.rand(batch_size, 16) < ratio
             tokens = encoder(images, bool_masked_pos=masked).last_hidden_state
             patches = F.unfold(images[:, :1], kernel_size=2, stride=2).transpose(1, 2)
-            # Without label smoothing the patch tokens of one image become much more alike.
+            # Without label smoothing, the patch tokens of an image become much more similar to each other.
             loss = F.cross_entropy(heads[0](tokens[:, 0]), labels[rows], label_smoothing=0.1)
             loss = loss + F.cross_entropy(heads[1](tokens[:, 1:].mean(1)), labels[rows], label_smoothing=0.1)
             loss = loss + 4 * F.mse_loss(heads[2](tokens[:, 1:]), patches)
@@ -128,8 +135,12 @@ def make_digits_encoder(output_dir: str | Path, steps: int = 2400, batch_size: i
 
 @torch.no_grad()
 def measure_digits_encoder(encoder) -> tuple[float, float]:
-    """The accuracy in [0, 1] of a linear probe on the mean patch token (fitted on train, measured on validation),
-    and the mean cosine between two different patch tokens of one validation image."""
+    """Measures an encoder: how well it separates the classes, and how similar the patch tokens of an image are.
+
+    Returns:
+        the accuracy, in [0, 1], of a linear probe on the mean patch token, fitted on the training split and measured
+        on the validation split; and the mean cosine between two different patch tokens of a validation image.
+    """
     from sklearn.linear_model import LogisticRegression
 
     (train, train_labels), (held_out, held_out_labels) = digits_pixels("train"), digits_pixels("validation")
@@ -143,6 +154,6 @@ def measure_digits_encoder(encoder) -> tuple[float, float]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Make the small DINOv2 encoder of the embedded digits.")
     parser.add_argument("--output_dir", default=DIGITS_ENCODER, help="folder of the weights (default: the package's)")
-    torch.set_num_threads(1)  # the weights then repeat bit for bit
+    torch.set_num_threads(1)  # makes the weights reproducible bit for bit
     accuracy, cosine = measure_digits_encoder(make_digits_encoder(parser.parse_args().output_dir))
     print(f"linear probe accuracy {accuracy:.4f}, mean cosine between patch tokens {cosine:.3f}")

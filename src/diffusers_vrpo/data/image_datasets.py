@@ -202,7 +202,7 @@ def with_text_classes(data: Dataset, label_column: str, column: str) -> Dataset:
     """Replaces text labels by class ids, in the order of the class names; other data sets are returned unchanged.
 
     Args:
-        column: the column and the data set in words, for the log and errors.
+        column: a description of the column and the data set, for the log and errors.
 
     Raises:
         InputError: if a label is missing, or the texts are not classes.
@@ -223,7 +223,7 @@ def text_classes(texts: Iterable[str], nulls: int, count: int, column: str) -> l
         texts: the distinct labels.
         nulls: the number of rows without a label.
         count: the number of rows.
-        column: the column and the data set in words, for the log and errors.
+        column: a description of the column and the data set, for the log and errors.
 
     Raises:
         InputError: if a label is missing, or the texts are not classes.
@@ -298,7 +298,7 @@ def check_labels(
         nulls: the number of rows without a label.
         smallest, largest: the range of the labels.
         count: the number of rows.
-        column: the column and the data set in words, for the error.
+        column: a description of the column and the data set, for the error.
 
     Raises:
         InputError: if the labels are not class ids.
@@ -423,7 +423,7 @@ def check_images(data, rows: np.ndarray, values: PixelRange | None = None):
 
     Raises:
         InputError: if over 1 % of these images cannot be decoded, or over 3 % if `rows` are only a part of the data
-        set.
+            set.
     """
     corrupt = []
     for row in rows.tolist():

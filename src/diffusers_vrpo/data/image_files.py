@@ -66,7 +66,8 @@ class Listing:
 def list_images(folder: str | Path) -> Listing:
     """Lists the image files below a folder; links to files and folders are followed.
 
-    Only links cost a system call each; a data set may have a million files.
+    The listing of a folder tells the kind of each entry, so that only links need a system call of their own: a data set
+    may have a million files.
 
     Raises:
         OSError: if a folder cannot be read.

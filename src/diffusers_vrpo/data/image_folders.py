@@ -164,7 +164,8 @@ def folder_classes(
     """The images in class folders, their labels, and the names of the classes.
 
     Args:
-        option, source: the option that gives the folder, and both in words, for the log and errors.
+        option: the option that gives the folder.
+        source: the option and the folder, for the log and errors.
         listing: the files of the split.
         known: the images of the training split; its classes are used for another split that has no further ones.
 
@@ -215,6 +216,8 @@ def table_labels(option: str, folder: str, table: str, label_column: str) -> dic
         elif table.endswith(".jsonl"):
             with open(path, encoding="utf-8") as file:
                 records = [json.loads(line) for line in file if line.strip()]
+                if not all(isinstance(record, dict) for record in records):
+                    raise ValueError("a line is not a JSON object")
         else:
             records = pyarrow.parquet.read_table(path).to_pylist()
         columns = list(records[0]) if records else []

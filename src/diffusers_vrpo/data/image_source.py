@@ -21,8 +21,8 @@ from .samples import SampleStreams, TrainingSamples, ignore_signals
 
 
 CHECKED_IMAGES = 256  # images that are decoded before training
-# A fingerprint covers the content of about so many images, at least one for each of at most `MOST_CLASSES` classes,
-# and the sizes of about `MOST_FILE_SIZES` image files.
+# A fingerprint covers the content of about `FINGERPRINT_IMAGES` images, but of at least one for each of at most
+# `MOST_CLASSES` classes, and the sizes of about `MOST_FILE_SIZES` image files.
 FINGERPRINT_IMAGES = 64
 MOST_CLASSES = 1024
 MOST_FILE_SIZES = 100_000
@@ -39,8 +39,7 @@ class ImageSource:
     """Training data that returns images and labels by row; `TrainingData` documents the methods.
 
     To train on your own data, derive a class from this one. Set `num_classes` (and `id2label`, if the classes have
-    names)
-    and define two methods: `__len__`, and `__getitem__`, which takes a list of rows and returns
+    names) and define two methods: `__len__`, and `__getitem__`, which takes a list of rows and returns
     `{"image": [...], "label": [...]}`, as a `datasets.Dataset` does. An image is a PIL image, or a dictionary
     `{"bytes": ..., "path": ...}` with the content or the path of an image file.
 

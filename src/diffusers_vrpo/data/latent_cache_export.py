@@ -236,8 +236,8 @@ def write_imported(writer: CacheWriter, chunk: int, records: list[dict], corrupt
     Raises:
         InputError: if the rows lack a column or do not match the checksum.
     """
-    arrays = {"labels": np.array([record["label"] for record in records], dtype=np.int64)[None]}
     try:
+        arrays = {"labels": np.array([record["label"] for record in records], dtype=np.int64)[None]}
         for array, (dtype, row, copies) in array_layout(writer.config).items():
             if row:
                 columns = [array.replace("-", "_") + ("_flipped" if copy else "") for copy in range(copies)]

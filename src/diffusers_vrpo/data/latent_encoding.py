@@ -221,7 +221,7 @@ def write_chunks(writer: CacheWriter, data, encode: BatchEncoder, num_workers: i
         unit="image",
         disable=not writer.state.is_main_process,
     )
-    loaded, num_corrupt = iter(dataloader), 0
+    loaded, all_corrupt = iter(dataloader), []
     with ThreadPoolExecutor(1) as thread, progress:
         pending = deque()
         for chunk in writer.chunks:
@@ -241,9 +241,9 @@ def write_chunks(writer: CacheWriter, data, encode: BatchEncoder, num_workers: i
                         f"{name} of rows {rows[0]} to {rows[-1]} are not finite in float16; is the model sound, and does it "
                         "need `vae_dtype` float32?",
                     )
-            num_corrupt += len(corrupt)
-            if num_corrupt > 0.01 * config["count"]:
-                raise too_many_corrupt(corrupt, config["count"])
+            all_corrupt += corrupt
+            if len(all_corrupt) > 0.01 * config["count"]:
+                raise too_many_corrupt(all_corrupt, config["count"])
             arrays["labels"] = np.array(labels, dtype=np.int64)[None]
             pending.append(thread.submit(writer.write, chunk, arrays, images, corrupt))
             # At most three chunks are in memory: one being encoded and two being written.

@@ -368,7 +368,7 @@ def scaled(latents: torch.Tensor, kind: str, vae) -> torch.Tensor:
 
 
 def scale_problem(source, vae, rows: int = 64) -> str | None:
-    """Describes scaled latents whose standard deviation is far from 1, out of [0.4, 2.5]; None if it is not.
+    """Describes the problem if the standard deviation of scaled latents is outside [0.4, 2.5]; else returns None.
 
     Args:
         source: `RepaLatents` or `LightningLatents`.

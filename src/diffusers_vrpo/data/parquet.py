@@ -54,9 +54,9 @@ GROUPS_AT_ONCE = 64  # row groups whose labels are read between two checks wheth
 class ParquetRows(ImageSource):
     """Training data in parquet files that are read during training; `stream_image_dataset` opens them.
 
-    `rows[5]` is `{"image": {"bytes": ..., "path": None}, "label": ...}`, and `rows[[5, 7]]` is such a dictionary of
-    lists, as in the `Dataset` of `load_image_dataset`. A row group is read completely and kept until `hold` is called
-    without it.
+    `rows[5]` is `{"image": {"bytes": ..., "path": None}, "label": ...}`, and `rows[[5, 7]]` is a dictionary of lists,
+    as in the `Dataset` of `load_image_dataset`. A row group is read completely and kept until `hold` is called without
+    it.
 
     Args:
         files: the files, in the order of the rows.
@@ -166,10 +166,10 @@ class ParquetRows(ImageSource):
         return self.closed.is_set() or (seconds >= SIGNAL_SECONDS and self.interrupted())
 
     def hold(self, groups: Iterable[int], submit: Callable):
-        """Drops all other row groups, and fetches those of these that are missing, in order, by calling `submit`.
+        """Keeps only some row groups in memory, and fetches those that are missing, in order.
 
         Args:
-            groups: the row groups to keep in memory.
+            groups: the row groups to keep.
             submit: called as `submit(function, *arguments)`; runs the function, here or in a thread.
         """
         with self._lock:
@@ -293,8 +293,7 @@ def stream_image_dataset(
 
     Raises:
         InputError: if the data set, split or column does not exist, the files are not parquet, or the labels are not
-        class
-            ids.
+            class ids.
     """
     source = f"`dataset_name` {dataset_name}"
     builder = open_named("dataset_name", dataset_name, dataset_config_name, cache_dir, load_dataset_builder)
@@ -446,7 +445,7 @@ def read_text_classes(rows: ParquetRows, feature, source: str, column: str):
     Args:
         rows: the rows whose classes are set.
         feature: the feature of the column; if it is a `ClassLabel`, its names are the classes.
-        source, column: the data set and the column in words, for the log and errors.
+        source, column: descriptions of the data set and of the column, for the log and errors.
 
     Raises:
         InputError: if the column cannot be read, a label is missing, or the texts are not classes.

@@ -181,7 +181,7 @@ def read_columns(file: ParquetFile, group: int, columns: list[str]) -> pa.Table:
 
 
 class Threads:
-    """Threads as of a `ThreadPoolExecutor`, except that the process can exit while one waits for a server."""
+    """A thread pool like `ThreadPoolExecutor`, except that the process can exit while a thread waits for a server."""
 
     def __init__(self, number: int):
         self.tasks = queue.SimpleQueue()

@@ -137,7 +137,7 @@ class TrainingData(Protocol):
             samples: the examples that `samples` returns.
             batch_sampler: a `StreamBatchSampler`.
             num_workers: the number of processes or threads that prefetch batches; with 0, a batch is computed on
-            demand.
+                demand.
             pin_memory: whether batches are in pinned memory, for copies to a GPU.
         """
         ...

@@ -135,8 +135,7 @@ def folder_images(name: str, folder: str | Path, resolution: int | None = None) 
 
     Raises:
         InputError: if the folder has no images, an image cannot be read, the sizes differ, or the pixel values have no
-        known
-            range.
+            known range.
     """
     listing = list_images(folder)
     if not listing.images:

@@ -229,7 +229,7 @@ def check_precision(vae, dtype: str, image: np.ndarray):
 
     Raises:
         InputError: if the latents are not finite, or differ from those in float32 by more than a tenth of their
-        deviation.
+            deviation.
     """
     pixels = torch.from_numpy(image).to(vae.device).permute(2, 0, 1)[None].float() / 127.5 - 1
     exact, found = (encode_moments(each, pixels)[0] for each in (vae, encoding_in(vae, dtype)))
@@ -263,11 +263,9 @@ def images_at_a_time(pixels: torch.Tensor) -> int:
     """How many of `pixels [B,3,H,W]` are encoded together.
 
     On a GPU, it is `ON_A_GPU`: the activations of a batch of 256 images of 256 x 256 pixels would take tens of
-    gigabytes. On
-    a CPU, it is as many images as have 32,768 pixels together, but at least one and at most `ON_A_GPU`: with more,
-        each
-    layer's memory is above the 32 MB from which glibc returns it to the system, which clears it again for the next
-    layer.
+    gigabytes. On a CPU, it is as many images as have 32,768 pixels together, but at least one and at most `ON_A_GPU`:
+    with more, each layer's memory is above the 32 MB from which glibc returns it to the system, which clears it again
+    for the next layer.
     """
     if pixels.device.type != "cpu":
         return ON_A_GPU

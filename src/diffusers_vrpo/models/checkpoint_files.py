@@ -55,8 +55,7 @@ def read_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict]:
 
     Raises:
         InputError: if the file is not a checkpoint, is truncated, cannot be read without running code from it, or has
-        no
-            weights or several sets of them.
+            no weights or several sets of them.
     """
     content = load_content(path)
     training_args = content.get("args") if isinstance(content, dict) else None

@@ -80,8 +80,7 @@ def variational_bound(
 
     The term is `KL(q(x_{n-1} | x_n, x0) || p(x_{n-1} | x_n))` or, at n = 0, the negative log-likelihood of x0 in bins
     of width 2/255 (arXiv 2006.11239, eq. 13). The model's log-variance interpolates between `log beta` and the
-    posterior's
-    `log beta_tilde`: `(v+1)/2 log beta + (1-v)/2 log beta_tilde` (arXiv 2102.09672, eq. 15).
+    posterior's `log beta_tilde`: `(v+1)/2 log beta + (1-v)/2 log beta_tilde` (arXiv 2102.09672, eq. 15).
 
     Args:
         epsilon: predicted noise `[B, ...]`; no gradient flows into it.

@@ -176,7 +176,7 @@ def convert_with_projectors(
 
 
 def detect_format(state: dict, preset: str | None, training_args: dict, file_name: str) -> tuple[str, str]:
-    """Returns `sit`, `repa`, `irepa` or `dit`, and the evidence: the keys or, as SiT and DiT share them, other signs."""
+    """Returns `sit`, `repa`, `irepa` or `dit`, and the evidence: keys or, as SiT and DiT share these, other signs."""
     if any(name.startswith("projectors.") and ".projection_layer." in name for name in state):
         return "irepa", "its projectors"
     if any(name.startswith(("projectors.", "decoder_blocks.")) for name in state):
@@ -683,9 +683,9 @@ def default_scheduler(prediction_type: str):
 def flip_time(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Converts weights to the opposite direction of time: `v'(x, t) = -v(x, 1 - t)`.
 
-    The sign is absorbed by the last layer. With frequencies f, `cos f(1-t) = cos f cos ft + sin f sin ft` and `sin
-    f(1-t) = sin f cos ft - cos f sin ft`, so the flip is a linear map of the timestep's features, which is absorbed by
-    the first layer that reads them. The conversion is exact up to rounding.
+    The sign is absorbed by the last layer. With frequencies f, `cos f(1-t) = cos f cos ft + sin f sin ft` and
+    `sin f(1-t) = sin f cos ft - cos f sin ft`, so the flip is a linear map of the timestep's features, which is absorbed
+    by the first layer that reads them. The conversion is exact up to rounding.
 
     Args:
         state: weights by the names in our models. `time_embedding.linear_1.weight [D, 256]`, `proj_out.weight` and

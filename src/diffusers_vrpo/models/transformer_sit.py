@@ -1,9 +1,9 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """SiT (arXiv 2401.08740) and DiT (arXiv 2212.09748), one architecture, as a diffusers model.
 
-Patches, adaLN-zero blocks, one timestep and one label embedder shared by all blocks; the differences between checkpoints
-of the two (the prediction and the direction of time) are in the config. This file imports torch and diffusers only, so that it
-can be published together with the weights.
+The model consists of patches, adaLN-zero blocks, and a timestep and a label embedder that all blocks share. The config
+tells how checkpoints of the two differ: the prediction and the direction of time. This file imports only torch,
+diffusers and safetensors, so that it can be published together with the weights.
 """
 
 import difflib
@@ -40,11 +40,12 @@ SIT_SIZES = {
     "XL": {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72},
 }
 SIT_PATCH_SIZES = (1, 2, 4, 8)
-# Arguments of version 0.1 for projectors that were part of the model; its config.json files name them.
+# Arguments of version 0.1, whose config.json files contain them, for projectors that were part of the model.
 REMOVED_ARGUMENTS = ("alignment_layers", "alignment_dims", "projector_type", "projector_dim")
 # The names of the presets, `{SiT,DiT}-{XS,S,B,L,XL}/{1,2,4,8}`, for `sit_preset` and `VRPOTrainer(model=...)`.
 SIT_PRESETS = tuple(f"{kind}-{size}/{p}" for kind in ("SiT", "DiT") for size in SIT_SIZES for p in SIT_PATCH_SIZES)
-# The largest sizes, far above those of any published model: a wrong config.json is refused before anything is built.
+# The largest sizes, far above those of any published model, so that a wrong config.json is refused before a model is
+# built.
 LARGEST = {
     "sample_size": 65_536,
     "patch_size": 256,
@@ -78,11 +79,11 @@ def check_sizes(
     """Checks the sizes in the constructor arguments of a `SiTTransformer2DModel`, without building anything.
 
     Returns:
-        the number of its parameters, up to a few vectors.
+        the number of the model's parameters, without a few vectors.
 
     Raises:
-        ValueError: if one is not a whole number within the bounds of `LARGEST`, or the model would be larger than
-            `LARGEST_MODEL` or its position table than `LARGEST_POSITIONS`.
+        ValueError: if a size is not within the bounds of `LARGEST` or `LARGEST_MLP_RATIO`, or the model would be
+            larger than `LARGEST_MODEL` or its position table larger than `LARGEST_POSITIONS`.
     """
     sides = tuple(sample_size) if isinstance(sample_size, list | tuple) else (sample_size, sample_size)
     if len(sides) != 2:
@@ -140,7 +141,7 @@ def read_config(file: Path) -> dict:
 
 
 def saved_variants(names: Iterable[str]) -> set[str | None]:
-    """The variants of the weights among the names of a folder's files, such as `fp16`; None stands for plain weights."""
+    """The variants of the weights, such as `fp16`, among a folder's file names; None stands for plain weights."""
     variants = set()
     for name in names:
         found = re.fullmatch(rf"{WEIGHTS}(?:\.([\w-]+))?\.(?:safetensors|bin)", name)
@@ -192,12 +193,13 @@ def check_headers(folder: Path, model: nn.Module, variant: str | None = None):
     """Compares the headers of the safetensors files in a folder with a model: names, shapes and types of its weights.
 
     Args:
-        folder: of the model's config.json. Without safetensors files nothing is compared.
-        model: its weights may be on the meta device.
-        variant: of the files.
+        folder: the folder of the model's config.json. Without safetensors files, nothing is compared.
+        model: the model, whose weights may be on the meta device.
+        variant: the variant of the files.
 
     Raises:
-        ValueError: if a weight is missing, unknown, of another shape or not of floating point, or a file is something else.
+        ValueError: if a weight is missing, unknown, of another shape or not floating-point, or a file is not a
+            safetensors file.
     """
     found = {}
     for file in weight_files(folder, variant):
@@ -282,10 +284,11 @@ def sit_preset(name: str) -> dict:
 
 @dataclass
 class SiTTransformer2DModelOutput(BaseOutput):
-    """
+    """The output of [`SiTTransformer2DModel`].
+
     Args:
         sample (`torch.Tensor` of shape `(batch, channels, height, width)`): the predicted velocity or noise; with
-            `return_variance`, as many variance channels follow.
+            `return_variance`, it is followed by the same number of variance channels.
     """
 
     sample: torch.Tensor
@@ -298,7 +301,7 @@ class SiTAttnProcessor:
     _parallel_config = None
 
     def __call__(self, attn: "SiTAttention", hidden_states: torch.Tensor) -> torch.Tensor:
-        # Autocast would cast the input once for each of the three layers, and save all three copies for the backward pass.
+        # Autocast would cast the input for each of the three layers, and keep all three copies for the backward pass.
         device = hidden_states.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
@@ -316,20 +319,22 @@ class SiTAttnProcessor:
 
 
 class QKRMSNorm(nn.RMSNorm):
-    """RMSNorm of queries or keys in the dtype of its weight, which under autocast is float32."""
+    """RMSNorm of queries or keys, computed in the dtype of its weight, which is float32 under autocast."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x.to(self.weight.dtype))
 
 
 def make_qk_norm(kind: bool | str, dim_head: int) -> nn.Module | None:
-    """The norm of queries or keys of width `dim_head` that `qk_norm` of the model names; None for False."""
+    """Makes the norm of queries or keys of width `dim_head` for a value of the model's `qk_norm`; None for False."""
     if kind == RMS_NORM:
         return QKRMSNorm(dim_head, eps=1e-6)
     return nn.LayerNorm(dim_head) if kind else None
 
 
 class SiTAttention(nn.Module, AttentionModuleMixin):
+    """Multi-head self-attention, with optional norms of queries and keys."""
+
     _default_processor_cls = SiTAttnProcessor
     _available_processors = [SiTAttnProcessor]
 
@@ -348,10 +353,10 @@ class SiTAttention(nn.Module, AttentionModuleMixin):
         self.set_processor(self._default_processor_cls())
 
     def set_processor(self, processor):
-        """Sets the function `processor(attention, hidden_states)`.
+        """Sets the function `processor(attention, hidden_states)` that computes the attention.
 
         Raises:
-            ValueError: if it is not callable, or one of diffusers' for its own attention layers.
+            ValueError: if it is not callable, or is one that diffusers has for its own attention layers.
         """
         if not callable(processor) or type(processor).__module__ == "diffusers.models.attention_processor":
             raise ValueError(
@@ -365,14 +370,15 @@ class SiTAttention(nn.Module, AttentionModuleMixin):
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Returns `x (1 + scale) + shift` for tokens `x [B, N, D]`, and `shift` and `scale` `[B, D]`."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 class SiTTransformerBlock(nn.Module):
     """Pre-norm attention and feed-forward, each shifted, scaled and gated by the conditioning (adaLN-zero).
 
-    With `recomputed = "attention"` or `"mlp"` the backward pass computes that part, its norm and gate included, a second time
-    instead of keeping its activations.
+    With `recomputed = "attention"` or `"mlp"`, the activations of that part, its norm and gate included, are not kept,
+    and the backward pass computes them a second time.
     """
 
     recomputed: str | None = None
@@ -406,11 +412,13 @@ class SiTTransformerBlock(nn.Module):
 class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
     """Class-conditional transformer that predicts the velocity of a flow (SiT) or the noise of a diffusion (DiT).
 
-    Inputs and outputs are in the convention of the checkpoint, which the config names:
-    - `prediction_type="velocity"`: timesteps t in [0, 1], output `dx_t/dt` along the straight path between data x0 and
-      noise. `time_direction="data_to_noise"`: t = 1 is noise, the velocity is `noise - x0` (REPA, and what this package
-      trains); `"noise_to_data"`: t = 0 is noise, the velocity is `x0 - noise` (the SiT repository).
-    - `prediction_type="epsilon"`: integer timesteps 0 ... 999 of the linear DDPM schedule, output the noise (DiT).
+    Inputs and outputs follow the convention of the checkpoint, which the config describes:
+    - `prediction_type="velocity"`: timesteps are t in [0, 1], and the output is `dx_t/dt` along the straight path
+      between data x0 and noise. With `time_direction="data_to_noise"`, t = 1 is noise and the velocity is `noise - x0`
+      (REPA, and models that this package trains); with `"noise_to_data"`, t = 0 is noise and the velocity is
+      `x0 - noise` (SiT).
+    - `prediction_type="epsilon"`: timesteps are the integers 0 ... 999 of the linear DDPM schedule, and the output is
+      the noise (DiT).
 
     Example:
 
@@ -425,26 +433,30 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
     ```
 
     Args:
-        sample_size (`int` or `(int, int)`): height and width of the latents (or pixels) it is trained on. Other sizes
-            run too: the position table is stretched over them.
-        patch_size (`int`): side of a patch; tokens N = (height / patch_size) * (width / patch_size).
+        sample_size (`int` or `(int, int)`): height and width of the latents (or pixels) that the model is trained on.
+            Other sizes work, too: the position table is stretched over them.
+        patch_size (`int`): side of a patch; there are N = (height / patch_size) * (width / patch_size) tokens.
         in_channels (`int`): channels of the latents (4 for SD-VAE, 3 for pixels).
         num_layers, num_attention_heads, attention_head_dim (`int`): depth and width; D = heads * head_dim.
         mlp_ratio (`float`): hidden width of the feed-forward over D.
         num_classes (`int`): K; labels are 0 ... K-1.
-        null_class_id (`int`, *optional*): the label that means "no class", at least K; K when not given.
-        class_dropout_prob (`float`): share of labels replaced by the null class in training. With 0 and no
-            `null_class_id` the model has no null class and cannot be guided.
+        null_class_id (`int`, *optional*): the label that stands for no class, at least K; K by default.
+        class_dropout_prob (`float`): the share of labels that training replaces by the null class. With 0 and no
+            `null_class_id`, the model does not have a null class and cannot be guided.
         prediction_type (`str`): `"velocity"` or `"epsilon"`.
         time_direction (`str`): `"data_to_noise"` or `"noise_to_data"`; only the former with `"epsilon"`.
         learn_sigma (`bool`): the last layer also has variance channels; they are removed from the output unless requested.
-        guidance_channels (`int`, *optional*): how many channels the official sampler guides (3 of 4 in SiT and DiT);
-            all when not given.
+        guidance_channels (`int`, *optional*): how many channels, the first ones, the official sampler guides (3 of 4
+            for SiT and DiT); all by default.
         qk_norm (`bool` or `str`): norm of the queries and keys of each head: False for none, True for LayerNorm (REPA's
             code), `"rms_norm"` for RMSNorm (Stable Diffusion 3, LightningDiT).
-        downscale_freq_shift (`float`): the timestep's frequencies are `10000 ** (-i / (128 - downscale_freq_shift))`; 0
-            officially, 1 in diffusers' DiT.
-        norm2_eps (`float`): of the norm before the feed-forward; 1e-6 officially, 1e-5 in diffusers' DiT.
+        downscale_freq_shift (`float`): the timestep's frequencies are `10000 ** (-i / (128 - downscale_freq_shift))`;
+            0 in the official code, 1 in diffusers' DiT.
+        norm2_eps (`float`): epsilon of the norm before the feed-forward; 1e-6 in the official code, 1e-5 in diffusers'
+            DiT.
+
+    Raises:
+        ValueError: if an argument is not valid, or two of them cannot be combined.
     """
 
     # Written into config.json, so that `AutoModel.from_pretrained` finds the code next to the weights.
@@ -528,10 +540,14 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         self.initialize_weights()
 
     def initialize_weights(self, others: Iterable[nn.Module] = ()) -> None:
-        """SiT's initialisation: Xavier linears, N(0, 0.02) embedders, zeros where adaLN-zero wants the identity.
+        """Initialises the weights as SiT does.
+
+        Linear layers are Xavier uniform, embedders are N(0, 0.02), and the modulation and output layers are zero, so
+        that every block begins as the identity.
 
         Args:
-            others: modules trained together with this one. Their linear layers are drawn right after this model's.
+            others: modules that are trained together with this one. Their linear layers are drawn right after this
+                model's.
         """
         for module in itertools.chain(self.modules(), *(other.modules() for other in others)):
             if isinstance(module, nn.Linear):
@@ -548,9 +564,9 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "SiTTransformer2DModel":
-        """Opens a saved model as diffusers does, but refuses one whose weights are not whole.
+        """Opens a saved model as diffusers does, but refuses one whose weights are incomplete or wrong.
 
-        A folder that holds a single variant of the weights, such as `fp16`, opens without `variant`.
+        A folder with a single variant of the weights, such as `fp16`, is opened without `variant`.
 
         Raises:
             ValueError: if a weight is missing, unknown, of another shape, an integer, NaN or infinite.
@@ -569,7 +585,8 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
                     check_headers(folder, cls.from_config(config), kwargs["variant"])
         model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         if plain:
-            # Weights that an index promises and no file holds stay on the meta device, unless they are kept on the disk.
+            # Weights that an index lists but no file holds stay on the meta device, and so do those offloaded to the
+            # disk.
             whole = kwargs.get("device_map") is None
             absent = {name for name, tensor in model.named_parameters() if whole and tensor.is_meta}
             refuse_weights(
@@ -581,12 +598,13 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
             )
         return (model, info) if wants_info else model
 
-    # Pipelines ask for the arguments of this method by its signature, and pass only those on.
+    # Pipelines read the signature of this method, and pass only the arguments that it has.
     @functools.wraps(ModelMixin.save_pretrained)
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         super().save_pretrained(save_directory, *args, **kwargs)
         folder = Path(save_directory)
-        # safetensors writes files that only their owner can read; config.json has the permissions of the umask.
+        # safetensors writes files that only their owner can read; config.json has the permissions that the umask
+        # grants.
         for file in folder.glob(f"{WEIGHTS}*.safetensors"):
             file.chmod((folder / self.config_name).stat().st_mode & 0o777)
 
@@ -598,7 +616,7 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         return super().extract_init_dict(config_dict, **kwargs)
 
     def enable_cache(self, config: object) -> None:
-        """Enables caching at inference (`FirstBlockCacheConfig`, ...); registers the blocks' output for diffusers' hooks."""
+        """Enables caching at inference (`FirstBlockCacheConfig`, ...); tells diffusers' hooks what a block returns."""
         from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 
         TransformerBlockRegistry.register(SiTTransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0))
@@ -629,7 +647,13 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
                 or an integer timestep (see the class).
             class_labels (`torch.LongTensor` of shape `(batch,)`): 0 ... K-1, or `null_class_id` for no class.
             return_variance (`bool`): keep the variance channels of a model with `learn_sigma`.
-            return_dict (`bool`): a [`SiTTransformer2DModelOutput`] instead of a tuple.
+            return_dict (`bool`): return a [`SiTTransformer2DModelOutput`] instead of a tuple.
+
+        Returns:
+            the prediction, of the shape of `hidden_states`, or with twice as many channels with `return_variance`.
+
+        Raises:
+            ValueError: if height or width is not a multiple of the patch size.
         """
         patch = self.config.patch_size
         if hidden_states.shape[-2] % patch or hidden_states.shape[-1] % patch:
@@ -643,12 +667,12 @@ class SiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapter
         if (rows, columns) != self.grid_size:
             pos_embed = self._position_table(rows, columns).to(hidden_states.device)
 
-        # 1. Patches and conditioning. The frequencies stay float32 whatever the weights' dtype is.
-        # Under autocast the tokens between the blocks stay in the weights' float32, as in the official code.
+        # 1. Patches and conditioning. The timestep's sinusoids are computed in float32, whatever the weights' dtype
+        # is. Under autocast, the tokens between the blocks stay in the weights' float32, as in the official code.
         weight_dtype = self.patch_embed.weight.dtype
         hidden_states = self.patch_embed(hidden_states).flatten(2).transpose(1, 2).to(weight_dtype)
-        # Contiguous: Inductor's CPU backward gives wrong gradients for strided tokens (torch 2.13), and one layout lets all
-        # blocks share a compiled graph.
+        # Tokens are contiguous: Inductor's CPU backward gives wrong gradients for strided tokens (torch 2.13), and
+        # with one layout all blocks share a compiled graph.
         hidden_states = (hidden_states + pos_embed.to(weight_dtype)).contiguous()
         timestep = timestep.expand(batch_size)
         frequencies = self.time_proj(timestep).to(self.label_embedding.weight.dtype)

@@ -2,12 +2,12 @@
 """A folder of samples: a manifest, PNG files and an .npz file, written so that a stopped run continues where it stopped.
 
     manifest.json      pipeline and its checksum, options, versions, the label of every image, `complete`
-    000000.png ...     8-bit RGB (`output_format` png and `both`)
-    samples.npz        `arr_0` uint8 `[N,H,W,3]` and `arr_1` int64 `[N]`, the labels, as ADM writes them (`npz`, `both`)
-    parts/000000.npy   the images of a batch, until `samples.npz` is complete (`npz` only)
+    000000.png ...     8-bit RGB (`output_format` png and both)
+    samples.npz        `arr_0` uint8 `[N,H,W,3]` and `arr_1` int64 `[N]`, the labels, as ADM writes them (npz and both)
+    parts/000000.npy   the images of a batch, until `samples.npz` is complete (npz only)
 
-Files are written atomically (under a temporary name, then renamed), so a missing file is one that is still to be computed.
-Batches have a fixed composition: batch b is images `b batch_size ... (b + 1) batch_size - 1`.
+Files are written atomically (under a temporary name, then renamed), so that a missing file is one that must still be
+computed. The composition of batches is fixed: batch b has the images `b batch_size ... (b + 1) batch_size - 1`.
 """
 
 import itertools
@@ -29,7 +29,7 @@ from ..schemas import SAMPLES, check, read_object
 
 FORMAT = 1
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
-# How errors name a setting that differs.
+# How errors name a setting that differs, if not as an option.
 NAMES = {
     "pipeline_checksum": "the weights or the config of PIPELINE",
     "scheduler": "the scheduler of PIPELINE",
@@ -38,6 +38,7 @@ NAMES = {
 
 
 def cannot_write(folder: Path, error: OSError) -> InputError:
+    """The error for a folder that cannot be written."""
     return InputError("output_dir", f"`output_dir` {folder} cannot be written ({error.strerror or error})")
 
 
@@ -45,9 +46,9 @@ class SampleFolder:
     """The files of one set of samples.
 
     Args:
-        folder: its path.
+        folder: the path of the folder.
         manifest: `{"pipeline", "pipeline_checksum", "options": {"num_images", "batch_size", "output_format", ...},
-            "versions", "labels"}`, JSON types; checksum, options and versions must determine the images.
+            "versions", "labels"}`, of JSON types. Checksum, options and versions must determine the images.
     """
 
     def __init__(self, folder: Path, manifest: dict):
@@ -65,17 +66,21 @@ class SampleFolder:
         return self.folder / "parts" / f"{batch:06d}.npy"
 
     def indices(self, batch: int) -> range:
-        """The indices of a batch's images that are kept; the last batch is padded when it is computed."""
+        """The indices of a batch's images that are kept; the last batch is computed with padding."""
         return range(batch * self.batch_size, min((batch + 1) * self.batch_size, self.num_images))
 
     # ------------------------------------------------------------------------------------------------------------------
     # Before
 
     def prepare(self, overwrite: bool = False) -> tuple[list[int], list[str]]:
-        """Prepares the folder; one process calls it while no other writes.
+        """Prepares the folder; a single process calls it while no other writes.
+
+        Args:
+            overwrite: remove samples that are already there.
 
         Returns:
-            the batches with missing images, and how versions or device differ from those that started the folder.
+            the batches with missing images, and descriptions of how the versions differ from those recorded in the
+            folder.
 
         Raises:
             InputError: if the folder holds something else or other samples, or cannot be written.
@@ -167,9 +172,15 @@ class SampleFolder:
     # Images
 
     def write(self, batch: int, images: np.ndarray, pool: Executor) -> list[Future]:
-        """Writes the missing files of a batch in other threads; `images` are uint8 `[B,H,W,3]`, with the padding.
+        """Writes the missing files of a batch in the threads of a pool.
 
-        `result()` of a returned future raises OSError if its file could not be written.
+        Args:
+            batch: the number of the batch.
+            images: uint8 `[B,H,W,3]`, with the padding.
+            pool: the threads.
+
+        Returns:
+            a future per file, whose `result()` raises OSError if the file could not be written.
         """
         indices = self.indices(batch)
         if self.output_format == "npz":
@@ -184,7 +195,7 @@ class SampleFolder:
         return np.stack([np.asarray(open_image(self.png(i)).convert("RGB")) for i in self.indices(batch)])
 
     def finish(self):
-        """Writes `samples.npz` if requested and marks the manifest `complete`; one process calls it after all images.
+        """Writes `samples.npz` if requested and marks the manifest `complete`; a single process calls it at the end.
 
         Raises:
             InputError: if a file cannot be read or written.
@@ -202,7 +213,7 @@ class SampleFolder:
 
 
 def remove_samples(folder: Path):
-    """Removes the files of a `SampleFolder`, the manifest last: it marks the folder as one of samples until then."""
+    """Removes the files of a `SampleFolder`; the manifest is last, since it marks the folder as one of samples."""
     npz = folder / "samples.npz"
     for path in [*folder.glob("[0-9]*.png"), *folder.glob("parts/[0-9]*.npy"), npz]:
         if path == npz or path.stem.isdigit():
@@ -215,12 +226,12 @@ def unfinished_samples(folder: Path) -> int | None:
     try:
         manifest = read_object(folder / "manifest.json", {"complete": bool, "options": {"num_images": int}})
         return None if manifest["complete"] else manifest["options"]["num_images"]
-    except (OSError, ValueError):  # another program's manifest
+    except (OSError, ValueError):  # no manifest, or another program's
         return None
 
 
 def is_whole_png(path: Path) -> bool:
-    """Whether the file exists and has the end of a PNG, which a file truncated by a power failure lacks."""
+    """Whether the file exists and ends like a PNG, unlike a file that a power failure has truncated."""
     try:
         with path.open("rb") as file:
             file.seek(-len(PNG_END), os.SEEK_END)
@@ -230,7 +241,7 @@ def is_whole_png(path: Path) -> bool:
 
 
 def is_whole_part(path: Path, count: int) -> bool:
-    """Whether the file holds `count` images, as far as its header and its size tell."""
+    """Whether the file holds `count` images according to its header and size."""
     try:
         images = map_array(path)
     except (OSError, ValueError):
@@ -249,13 +260,13 @@ def write_array(path: Path, array: np.ndarray):
 
 
 def write_npz(path: Path, batches: Iterator[np.ndarray], num_images: int, labels: list[int]):
-    """Writes ADM's sample file, uncompressed, from batches uint8 `[n,H,W,3]`, with one batch in memory at a time."""
+    """Writes an uncompressed `.npz` of samples like ADM's, with one batch, uint8 `[n,H,W,3]`, in memory at a time."""
     with (
         replacing(path) as temporary,
         temporary.open("xb") as raw,
         zipfile.ZipFile(raw, "w", zipfile.ZIP_STORED) as archive,
     ):
-        # A ZipInfo without a date, so that the same samples give the same bytes.
+        # The ZipInfo has no date, so that the same samples give the same bytes.
         with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
             first = next(batches)
             header = {"descr": "|u1", "fortran_order": False, "shape": (num_images, *first.shape[1:])}

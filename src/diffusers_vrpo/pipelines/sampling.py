@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Samplers, and the random streams of sample i: drawing images from a pipeline in memory."""
+"""Draws images from a pipeline: the random streams of each image, the samplers, and grids of images."""
 
 import argparse
 import inspect
@@ -29,22 +29,22 @@ from .scheduling_sit_sde import SiTSDEScheduler
 
 
 def start_noise(seed: int, index: int, shape: tuple[int, int, int]) -> torch.Tensor:
-    """The noise that image `index` starts from, float32 `[C,H,W]` on the CPU."""
+    """The noise from which image `index` starts, float32 `[C,H,W]` on the CPU."""
     return torch.from_numpy(random_stream(seed, index, START).standard_normal(shape, dtype=np.float32))
 
 
 def step_generator(seed: int, index: int) -> torch.Generator:
     """The generator, on the CPU, of the noise that the steps add to image `index`.
 
-    torch's generator uses 32 bits of a seed: indices count up from an offset given by `seed`, so that no two images of a
-    run share a generator.
+    torch's generator uses 32 bits of a seed. Its seeds are the indices plus an offset that depends on `seed`, so that
+    no two images of a run share a generator.
     """
     first = int(random_stream(seed, 0, STEPS).integers(2**32))
     return torch.Generator().manual_seed((first + index) % 2**32)
 
 
 def image_label(seed: int, index: int, labels: list[int], class_balance: str) -> int:
-    """The class of image `index`: `labels` in turn (`"balanced"`), or a random one of them (`"random"`)."""
+    """The class of image `index`, out of `labels`: each in turn (`"balanced"`), or a random one (`"random"`)."""
     if class_balance == "balanced":
         return labels[index % len(labels)]
     return labels[random_stream(seed, index, LABEL).integers(len(labels))]
@@ -55,17 +55,21 @@ def image_label(seed: int, index: int, labels: list[int], class_balance: str) ->
 
 
 def flow_shift(own: dict) -> float:
-    """The shift of a pipeline's own flow scheduler, which another sampler keeps."""
+    """The shift of a pipeline's own flow scheduler, given its options; 1 by default. All samplers but SDE keep it."""
     return own.get("shift", own.get("flow_shift", 1.0))
 
 
 def flow_options(own: dict) -> dict:
-    """The options with which a multistep solver of diffusers integrates a flow."""
+    """The options with which a multistep solver of diffusers integrates a flow.
+
+    Args:
+        own: the options of the pipeline's own scheduler.
+    """
     return {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": flow_shift(own)}
 
 
 def noise_schedule(own: dict) -> dict:
-    """The betas of a pipeline's own diffusion scheduler, which another sampler keeps; DiT's by default."""
+    """The betas of a pipeline's own diffusion scheduler, given its options; DiT's by default. Samplers keep them."""
     names = ("num_train_timesteps", "beta_start", "beta_end")
     betas = {name: own.get(name, ddpm.SCHEDULER_CONFIG[name]) for name in names}
     return betas | {
@@ -74,8 +78,8 @@ def noise_schedule(own: dict) -> dict:
     }
 
 
-# The samplers for each kind of prediction. A row is a function of the transformer's config and the options of the
-# pipeline's own scheduler, which returns a scheduler.
+# The samplers for each kind of prediction. Each is a function that returns a scheduler, given the transformer's config
+# and the options of the pipeline's own scheduler.
 SAMPLERS: dict[str, dict[str, Callable]] = {
     "velocity": {
         "ode": lambda config, own: FlowMatchEulerDiscreteScheduler(shift=flow_shift(own)),
@@ -104,6 +108,11 @@ SAMPLERS: dict[str, dict[str, Callable]] = {
 def set_sampler(pipeline: VRPOPipeline, sampler: str, name: str):
     """Sets the pipeline's scheduler to that of `sampler`; `"default"` keeps the pipeline's own.
 
+    Args:
+        pipeline: the pipeline.
+        sampler: `"default"`, or a name of `SAMPLERS` for the kind of prediction.
+        name: the name of the pipeline, for the error.
+
     Raises:
         InputError: if the sampler cannot be combined with what the model predicts.
     """
@@ -121,7 +130,7 @@ def set_sampler(pipeline: VRPOPipeline, sampler: str, name: str):
 
 
 def check_steps(pipeline: VRPOPipeline, num_inference_steps: int, option: str = "num_inference_steps"):
-    """Checks the number of steps, and with a step on zeros that the noise comes from the image's generator.
+    """Checks the number of steps and, by a step on zeros, that the scheduler draws noise only from a given generator.
 
     Raises:
         InputError: if the scheduler does not accept the number of steps, or draws noise without the generator.
@@ -133,7 +142,8 @@ def check_steps(pipeline: VRPOPipeline, num_inference_steps: int, option: str = 
         raise InputError(option, f"`{option}` {num_inference_steps}: {first_line(error)}") from error
     scheduler = pipeline.scheduler
     if isinstance(scheduler, DDIMScheduler):
-        # DDIM always goes down by this stride (diffusers issue 12633), even if its next timestep is another.
+        # DDIM always steps down by this stride (diffusers issue 12633), even if its next timestep is at another
+        # distance.
         stride = scheduler.config.num_train_timesteps // num_inference_steps
         if (scheduler.timesteps[:-1] - scheduler.timesteps[1:] != stride).any():
             raise InputError(
@@ -191,7 +201,7 @@ def sampling_arguments(pipeline: VRPOPipeline, args: argparse.Namespace) -> dict
         raise InputError(
             "vae",
             f"PIPELINE {args.pipeline} has no autoencoder for its {config.in_channels}-channel latents; `vrpo convert` "
-            "puts one in with `vae`",
+            "adds one with `vae`",
         )
     if pipeline.vae is None and args.vae_dtype != "float32":
         raise InputError(
@@ -206,10 +216,14 @@ def sampling_arguments(pipeline: VRPOPipeline, args: argparse.Namespace) -> dict
 
 @torch.no_grad()
 def sample_batch(pipeline: VRPOPipeline, indices: range, labels: list[int], seed: int, arguments: dict) -> np.ndarray:
-    """Draws images `indices` of a run, of these classes: uint8 `[B,H,W,3]`, grey ones with three equal channels.
+    """Draws some images of a run, uint8 `[B,H,W,3]`; grey images have three equal channels.
 
     Args:
-        arguments: steps and guidance, as arguments of the pipeline's call.
+        pipeline: the pipeline.
+        indices: the numbers of the images in the run.
+        labels: their classes.
+        seed: the seed of the run.
+        arguments: steps and guidance, as `sampling_arguments` returns them.
 
     Raises:
         InputError: if an image is not finite.
@@ -236,8 +250,12 @@ def sample_batch(pipeline: VRPOPipeline, indices: range, labels: list[int], seed
 
 @torch.no_grad()
 def decoded_images(pipeline: VRPOPipeline, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Decodes latents to images uint8 `[B,3,H,W]` (grey ones get three equal channels), and whether each is finite."""
-    # The autoencoder keeps its own dtype, also under the autocast of training.
+    """Decodes latents to images, uint8 `[B,3,H,W]`; grey images get three equal channels.
+
+    Returns:
+        the images, and whether each is finite, bool `[B]`.
+    """
+    # The autoencoder computes in its own dtype, even under the autocast of training.
     with torch.autocast(latents.device.type, enabled=False):
         pixels = pipeline.decode_latents(latents)
     finite = latents.isfinite().flatten(1).all(1) & pixels.isfinite().flatten(1).all(1)
@@ -255,7 +273,10 @@ def image_grid(
     """Arranges images of one size in rows of `columns`; small ones are enlarged smoothly to at least `min_size`.
 
     Args:
-        captions: the names of the columns, which stand above them in up to two lines.
+        columns: the number of images in a row.
+        min_size: the smallest side of an image in the grid, in pixels.
+        gap: the distance between images in pixels.
+        captions: the names of the columns, which are written above them in up to two lines.
     """
     width, height = images[0].size
     factor = max(1, -(-min_size // min(width, height)))
@@ -273,7 +294,7 @@ def image_grid(
 
 
 def column_heads(captions: Sequence[str], width: int) -> list[Image.Image]:
-    """Draws captions, each on an image of this width: in one line or two, shortened where they do not fit."""
+    """Draws each caption on an image of this width, in one or two lines, which are shortened if they do not fit."""
     size = min(16, max(11, width // 8))
     font = ImageFont.load_default(size)
 

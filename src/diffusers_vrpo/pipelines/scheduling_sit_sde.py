@@ -15,14 +15,15 @@ class SiTSDEScheduler(SchedulerMixin, ConfigMixin):
     """Euler-Maruyama for the reverse SDE of a flow `x_t = (1 - t) x0 + t noise` with velocity `v = noise - x0`.
 
     The diffusion is `w = 2 t`, the score is `s = -(x + (1 - t) v) / t`, and so the drift is `v - w s / 2 = x + (2 - t) v`
-    (arXiv 2401.08740). Time runs over `linspace(1, last_step_size, num_inference_steps)` and then to 0; the last step
-    has the same drift and no noise (REPA's official sampler). The drift is linear in v, so that guiding v guides it.
+    (arXiv 2401.08740). Time runs over `linspace(1, last_step_size, num_inference_steps)` and then to 0. The last step
+    has the same drift but no noise, as in REPA's official sampler. The drift is linear in v, so guidance can be
+    applied to v.
 
-    Until `set_timesteps` is called the grid has `num_train_timesteps` steps.
+    Until `set_timesteps` is called, the grid has `num_train_timesteps` steps.
 
     Args:
-        num_train_timesteps (`int`): the timestep of t = 1, at least 2; `timesteps = num_train_timesteps * t`.
-        last_step_size (`float`): t before the last step, in (0, 1).
+        num_train_timesteps (`int`): the timestep at t = 1, at least 2; `timesteps = num_train_timesteps * t`.
+        last_step_size (`float`): t at the start of the last step, in (0, 1).
 
     Raises:
         ValueError: if `last_step_size` is outside (0, 1), or `num_train_timesteps` is below 2 or not an integer.
@@ -54,11 +55,11 @@ class SiTSDEScheduler(SchedulerMixin, ConfigMixin):
         """Sets `sigmas` (t and a final 0, float32 on the CPU) and `timesteps` (on `device`), before sampling.
 
         Args:
-            num_inference_steps (`int`): steps, and evaluations of the model; at least 2.
-            device (`str` or `torch.device`, *optional*): the device of `timesteps`.
+            num_inference_steps (`int`): the number of steps, which is that of the model's evaluations; at least 2.
+            device (`str` or `torch.device`, *optional*): the device of `timesteps`; the CPU by default.
 
         Raises:
-            ValueError: if it is not an integer of at least 2.
+            ValueError: if `num_inference_steps` is not an integer of at least 2.
         """
         if not isinstance(num_inference_steps, int | np.integer) or num_inference_steps < 2:
             raise ValueError(
@@ -74,16 +75,16 @@ class SiTSDEScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def step_index(self) -> int | None:
-        """The number of steps that are done; `None` before the first."""
+        """The index of the next step; `None` before the first step."""
         return self._step_index
 
     @property
     def begin_index(self) -> int | None:
-        """The step to start at, if `set_begin_index` has set it."""
+        """The step to start at, if `set_begin_index` has set it; else `None`."""
         return self._begin_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Starts at this step instead of looking up the first `timestep`."""
+        """Sets the step to start at, instead of looking up the first `timestep`."""
         self._begin_index = begin_index
 
     def index_for_timestep(self, timestep: float | torch.Tensor) -> int:
@@ -110,15 +111,16 @@ class SiTSDEScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             model_output (`torch.Tensor` of shape `(batch, ...)`): the velocity `noise - x0` at `sample` and t.
-            timestep (`float` or `torch.Tensor` of shape `()`): one of `timesteps`; it matters for the first step only,
-                later ones follow in order.
+            timestep (`float` or `torch.Tensor` of shape `()`): one of `timesteps`. Only the first step uses it; later
+                steps follow in order.
             sample (`torch.Tensor` of shape `(batch, ...)`): x_t.
             generator (`torch.Generator` or a list, one per sample): draws the noise.
             noise (`torch.Tensor` of shape `(batch, ...)`, *optional*): standard normal noise to use instead.
-            return_dict (`bool`): a [`SchedulerOutput`] instead of a tuple.
+            return_dict (`bool`): return a [`SchedulerOutput`] instead of a tuple.
 
         Returns:
-            The sample at the next t, in the dtype of `sample` but at least float32, since rounding errors add up.
+            The sample at the next t, in float32 or, if it is more precise, the dtype of `sample`, since rounding
+            errors add up.
 
         Raises:
             ValueError: if the first `timestep` is not one of `timesteps`, or `noise` has another shape.
@@ -142,7 +144,13 @@ class SiTSDEScheduler(SchedulerMixin, ConfigMixin):
         return SchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Returns `(1 - t) x0 + t noise`, `t = timesteps / num_train_timesteps`; `timesteps` has shape `(batch,)` or `()`."""
+        """Returns `(1 - t) x0 + t noise`, where `t = timesteps / num_train_timesteps`.
+
+        Args:
+            original_samples (`torch.Tensor` of shape `(batch, ...)`): x0.
+            noise (`torch.Tensor` of shape `(batch, ...)`): standard normal noise.
+            timesteps (`torch.Tensor` of shape `(batch,)` or `()`): timesteps in [0, `num_train_timesteps`].
+        """
         t = (timesteps / self.config.num_train_timesteps).to(original_samples)
         t = t.reshape(-1, *[1] * (original_samples.ndim - 1))
         return (1 - t) * original_samples + t * noise

@@ -140,7 +140,7 @@ def load_image_folder(option: str, folder: str, split: str, image_column: str, l
     else:
         listed = set(listing.images)
         rows = [name for name in labels if name in listed]
-        values, names = label_values(option, source, [labels[name] for name in rows], label_column)
+        values, names = label_values(source, [labels[name] for name in rows], label_column)
         listing.others.pop(os.path.splitext(table)[1], None)
         if not rows:
             raise InputError(
@@ -243,7 +243,7 @@ def table_labels(option: str, folder: str, table: str, label_column: str) -> dic
     return labels
 
 
-def label_values(option: str, source: str, values: list, label_column: str) -> tuple[list[int], list[str] | None]:
+def label_values(source: str, values: list, label_column: str) -> tuple[list[int], list[str] | None]:
     """Turns the labels of a table into class ids; returns these, and the class names, or None if labels are numbers.
 
     Raises:

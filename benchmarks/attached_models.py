@@ -5,14 +5,14 @@ r"""Trains every transformer of docs/models.md with and without alignment, and t
     python benchmarks/attached_models.py
     python benchmarks/attached_models.py overhead
 
-The first trains the tiny configurations of `alignment/tiny_transformers.py` on the embedded digits by flow matching, with
-VRPO's rewards attached and without: the same weights, batches and noise. Classes are ids, or texts whose embeddings are drawn at random, one text for each class. The table says how much the semantic reward rises, from the
-first step to the mean of the last 50, and what alignment does to the loss of flow matching in those 50. A training that has a
-line in `--results` is not repeated.
+The first command trains the tiny configurations of `alignment/tiny_transformers.py` on the embedded digits by flow matching,
+with VRPO's rewards and without, from the same weights, batches and noise. Classes are ids, or texts with random embeddings, one
+text per class. The table says how much the semantic reward rises from the first step to the mean of the last 50, and how
+alignment changes the flow-matching loss in those 50. Runs that have a line in `--results` are not repeated.
 
-The second takes training steps of a transformer alone and of the same in an `AlignedTransformer` that does not align, in
-turn and in random order, and counts the torch operations of both, which other work on the machine does not touch. Its
-`--results` are written again.
+The second command takes training steps of a transformer alone and in an `AlignedTransformer` that does not align, in turn and
+in random order. It also counts the torch operations of both, on which other work on the machine has no effect. Its `--results`
+are overwritten.
 """
 
 import argparse
@@ -47,10 +47,10 @@ PAPER = {
     "reward_weighting": "inverse_variance",
     "release": "gate",
 }  # VRPO as arXiv 2606.00583 has it
-LAST = 50  # steps whose mean is the end of a training
-LEAST_RISE, MOST_LOSS = 0.2, 1.02  # the aims
+LAST = 50  # the value at the end of a run is the mean over this many steps
+LEAST_RISE, MOST_LOSS = 0.2, 1.02  # the aims: least rise of the semantic reward, largest ratio of the losses
 VERSIONS = {"diffusers": diffusers.__version__, "torch": torch.__version__}
-# Arguments that are a text, with random values for each class.
+# Arguments that hold a text, and have random values for each class.
 TEXTS = ("encoder_hidden_states", "encoder_hidden_states_t5", "pooled_projections")
 
 
@@ -59,7 +59,7 @@ TEXTS = ("encoder_hidden_states", "encoder_hidden_states_t5", "pooled_projection
 
 
 def latents_of(pixels: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Grey digits `[B,3,8,8]` in the form of a transformer's input: four equal channels, folded or packed where it is smaller."""
+    """Converts grey digits `[B,3,8,8]` to a transformer's input: equal channels, folded or packed if the input is smaller."""
     grey = pixels[:, :1]
     if shape[1:] == (4, 8, 8):
         return grey.expand(-1, 4, -1, -1)
@@ -69,10 +69,10 @@ def latents_of(pixels: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 
 class Conditions:
-    """What a transformer is called with in addition to the noisy latents, for a batch of times and classes.
+    """The arguments of a transformer besides the noisy latents, for a batch of times and classes.
 
     Args:
-        arguments: those of the tiny transformer, for a batch of two.
+        arguments: the arguments of the tiny transformer for a batch of two.
     """
 
     def __init__(self, arguments: dict, generator: torch.Generator):
@@ -104,7 +104,7 @@ class Conditions:
 
 
 def build(name: str, seed: int) -> TinyTransformer:
-    """A tiny transformer as diffusers initialises it, from a seed."""
+    """Builds a tiny transformer with diffusers' initial weights, drawn from a seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, arguments, *options = TRANSFORMERS[name]()
@@ -114,13 +114,13 @@ def build(name: str, seed: int) -> TinyTransformer:
 def train(
     name: str, seed: int, steps: int, rewards: list[str], learning_rate: float, heads: int | None
 ) -> tuple[list[float], list[float]]:
-    """Trains one transformer on digits, with these rewards of VRPO; without any it is alone.
+    """Trains a transformer on digits, with these rewards of VRPO, or alone if there are none.
 
     Args:
-        heads: attention heads of a block, in the place of those of the tiny configuration.
+        heads: attention heads of a block, instead of those of the tiny configuration.
 
     Returns:
-        the loss of flow matching in each step; the semantic reward in each aligned step.
+        the flow-matching loss in each step, and the semantic reward in each aligned step.
     """
     tiny, generator = build(name, seed), torch.Generator().manual_seed(seed)
     if heads is not None:
@@ -153,7 +153,7 @@ def train(
         else:
             step = objective.begin(t)
             prediction, projections = model(**arguments, fork=step.fork, align=step.active)
-        # Some predict a variance, too, which is not trained.
+        # Some transformers also predict a variance, which is not trained.
         prediction = prediction[:, : x0.shape[1]]
         loss_fm = (prediction - (noise - x0)).square().flatten(1).mean(1)
         loss = loss_fm.mean()
@@ -202,12 +202,12 @@ def compare(
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The lines of a results file; none if it does not exist."""
+    """Reads the lines of a results file; empty if it does not exist."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def write_line(path: Path, line: dict) -> dict:
-    """Appends a line to a results file, and returns it with numbers of six decimals, as they are written."""
+    """Appends a line to a results file, with numbers rounded to six decimals, and returns it."""
     rounded = {name: round(value, 6) if isinstance(value, float) else value for name, value in line.items()}
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(rounded) + "\n")
@@ -215,7 +215,7 @@ def write_line(path: Path, line: dict) -> dict:
 
 
 def training_table(lines: list[dict]) -> str:
-    """The means over seeds in Markdown, and below it what misses an aim."""
+    """The means over seeds as a Markdown table, followed by the models that miss an aim."""
     rows = [
         "| model | semantic reward | rise | loss alone | loss aligned | ratio | of each seed |",
         "|---|---|---|---|---|---|---|",
@@ -243,7 +243,7 @@ def training_table(lines: list[dict]) -> str:
 
 
 def reward_without_image() -> tuple[float, float]:
-    """The mean semantic reward of the best single token, and of the best tokens that depend on their place alone."""
+    """The mean semantic reward of the best single token, and of the best tokens that depend only on their place."""
     pixels, _ = digits_pixels("train")
     with torch.no_grad():
         y = F.normalize(load_encoder("embedded:digits", grid_size=(4, 4))(pixels), dim=-1)
@@ -255,7 +255,7 @@ def reward_without_image() -> tuple[float, float]:
 # Overhead of the wrapper
 
 
-# Of width 128, with six blocks. At this size a step takes about 0.1 s of one core.
+# The transformers have width 128 and six blocks. At this size a step takes about 0.1 s of one core.
 WIDER = {"num_attention_heads": 4, "attention_head_dim": 32, "num_layers": 6}
 OVERHEAD_MODELS = {
     "SiTTransformer2DModel": {},
@@ -264,7 +264,7 @@ OVERHEAD_MODELS = {
     "PixArtTransformer2DModel": {"cross_attention_dim": 128},
 }
 OVERHEAD_BATCH_SIZE = 32
-# A second transformer that is alone shows how far chance goes.
+# A second transformer alone shows how much the ratio varies by chance.
 ARMS = ("alone", "alone again", "align=False", "ended")
 
 
@@ -279,7 +279,7 @@ class CountOperations(TorchDispatchMode):
 
 
 def arm_of_overhead(name: str, arm: str, seed: int) -> Callable[[], None]:
-    """A function that takes a training step of one arm on a fixed batch, after a first step and two without alignment."""
+    """Returns a function that takes a training step of an arm on a fixed batch, after a first step and two without alignment."""
     tiny, generator = build(name, seed), torch.Generator().manual_seed(seed)
     conditions = Conditions(tiny.arguments, generator)
     torch.manual_seed(seed)
@@ -326,7 +326,7 @@ def arm_of_overhead(name: str, arm: str, seed: int) -> Callable[[], None]:
 
 
 def measure_overhead(name: str, rounds: int, seed: int) -> dict:
-    """The line of the results for one class: processor time and operations of a step of each arm."""
+    """Measures the line of the results for one class: processor time and operations of a step of each arm."""
     steps = {arm: arm_of_overhead(name, arm, seed) for arm in ARMS}
     operations = {}
     for arm, step in steps.items():
@@ -353,7 +353,7 @@ def measure_overhead(name: str, rounds: int, seed: int) -> dict:
 
 
 def overhead_table(lines: list[dict]) -> str:
-    """The ratios in Markdown, as median with the first and third quartile, and the operations."""
+    """The ratios, as medians with first and third quartile, and the operations, as a Markdown table."""
     rows = [
         "| model | a step alone | alone again | `align=False` | alignment ended | operations |",
         "|---|---|---|---|---|---|",
@@ -374,26 +374,33 @@ def overhead_table(lines: list[dict]) -> str:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", choices=RESULTS, default="training")
-    parser.add_argument("--models", nargs="+", choices=TRANSFORMERS, help="default: all; for overhead, four of them")
     parser.add_argument(
-        "--seeds", nargs="+", type=int, default=[0, 1, 2], help="of weights and batches (default: 0 1 2)"
+        "--models",
+        nargs="+",
+        choices=TRANSFORMERS,
+        help="models to measure (default: all; for overhead, four of them)",
     )
-    parser.add_argument("--steps", type=int, default=200, help="of each training (default: 200)")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of weights and batches (default: 0 1 2)"
+    )
+    parser.add_argument("--steps", type=int, default=200, help="steps of each run (default: 200)")
     parser.add_argument(
         "--rewards",
         nargs="+",
         choices=("fidelity", "semantic", "structural"),
         default=REWARDS,
-        help="of VRPO, semantic among them (default: all)",
+        help="rewards of VRPO, which must include semantic (default: all)",
     )
-    parser.add_argument("--learning_rate", type=float, default=1e-3, help="of AdamW (default: 0.001)")
+    parser.add_argument("--learning_rate", type=float, default=1e-3, help="learning rate of AdamW (default: 0.001)")
     parser.add_argument(
         "--heads",
         type=int,
-        help="attention heads of a block, of 16 channels each (default: the tiny configuration's, 2)",
+        help="attention heads in a block, each with 16 channels (default: 2, as in the tiny configuration)",
     )
-    parser.add_argument("--rounds", type=int, default=60, help="of overhead: steps of each arm (default: 60)")
-    parser.add_argument("--results", type=Path, help="lines of JSON (default: next to this file)")
+    parser.add_argument("--rounds", type=int, default=60, help="for overhead, steps of each arm (default: 60)")
+    parser.add_argument(
+        "--results", type=Path, help="file for the results, as lines of JSON (default: next to this file)"
+    )
     return parser
 
 

@@ -8,17 +8,17 @@ r"""Run bad inputs through all commands and Python calls, and count those that e
 
 Every case runs in a process that is forked from one that has imported everything, in its own copy of small files, with a
 limit of time and memory and without the network. The ten seconds begin with the fork: importing torch and diffusers, which
-every command does first, comes on top. Not counted is the time in which the process could have run and other programs had all
-processors (the second number of /proc/PID/schedstat); waiting for anything else counts. It ends in one of these ways:
+every command does first, comes on top. The time in which the process could have run but other programs had all processors (the
+second number of /proc/PID/schedstat) does not count; waiting for anything else does. A case ends in one of these ways:
 
-- sentence: an error of this package (in Python also diffusers' OSError about a file that a pipeline lacks); the last line is
+- sentence: an error of this package (in Python also diffusers' OSError about a file that a pipeline lacks), whose last line is
   one sentence that names the option, argument or file;
-- unclear: it fails, but the last line does not name what is wrong;
+- unclear: an error whose last line does not name what is wrong;
 - traceback, accepted, too slow, killed;
-- wrote: it changed files that were there, wrote outside the working directory, or ran code from a file.
+- wrote: the case changed files that were there, wrote outside the working directory, or ran code from a file.
 
-Exits with 1 if fewer than 97 % of the cases end in a sentence, or one with a traceback, accepted or with a wrong write. Cases
-that are right to work with a warning are a group of their own.
+The program exits with 1 if fewer than 97 % of the cases end in a sentence, or if any case ends with a traceback, is accepted or
+writes what it must not. Cases that should work with a warning are a group of their own.
 """
 
 import argparse
@@ -58,12 +58,12 @@ from bad_inputs_files import OPTIONS, change, write_bad_files, write_good_files 
 SECONDS = 10
 MEMORY = 6 << 30  # bytes that a case may allocate beyond those of the process that it is forked from
 SHARE = 0.97
-MANY_LINES = 10  # a sentence that comes after more of the log is shown, too
+MANY_LINES = 10  # a case whose sentence follows more lines of the log is shown, too
 PASSING = ("sentence", "warned")
 
 
 def import_everything():
-    """Imports all modules of the package, so that forked processes need not."""
+    """Imports all modules of the package, so that forked processes need not import them."""
     import importlib
     import pkgutil
 
@@ -78,7 +78,7 @@ def import_everything():
 
 
 def command_line(case: Case) -> list[str]:
-    """The words of a command: those of its base, whose options the case replaces, adds to, or (`~--name`) removes."""
+    """The words of a command: those of its base, with options that the case replaces, adds, or removes (`~--name`)."""
     positional, options = split_options(shlex.split(BASES[case.command]))
     own_positional, changes = split_options(shlex.split(case.changes))
     for name, values in changes.items():
@@ -151,8 +151,8 @@ def run_python(case: Case):
     try:
         eval(case.changes, names)
     except (ValueError, TypeError, OSError) as error:
-        # The published files know nothing of the package and raise ValueError; what other libraries raise is not meant, but
-        # for the OSError of diffusers about a file or name, which those who open pipelines know.
+        # The published files do not use the package and raise ValueError. Errors of other libraries do not count as sentences,
+        # except the OSError of diffusers about a file or name, which people who open pipelines know.
         last = traceback.extract_tb(error.__traceback__)[-1]
         if "diffusers_vrpo" not in last.filename and not ("/diffusers/" in last.filename and type(error) is OSError):
             raise
@@ -202,7 +202,7 @@ def in_child(function, log: Path, folder: Path, seconds: float, memory: int | No
 
 
 def seconds_ready(pid: int) -> float:
-    """How long the main thread of a process was ready to run while other programs had all processors."""
+    """The seconds in which the main thread of a process was ready to run while other programs had all processors."""
     return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
 
 
@@ -262,7 +262,7 @@ def run_case(case: Case, files: Path, folder: Path) -> tuple[str, str, float, in
 
 
 def make_files(folder: Path):
-    """Makes the files that all cases copy, in a forked process, so that this one stays without threads."""
+    """Writes the files that all cases copy, in a forked process, so that this process has no threads."""
     folder.mkdir()
 
     def make():
@@ -303,7 +303,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="run the cases whose command and options contain this text")
     parser.add_argument("--every", type=int, default=1, help="run every n-th case")
-    parser.add_argument("--first", type=int, default=0, help="number of the first case, from 0")
+    parser.add_argument("--first", type=int, default=0, help="number of the first case to run, counted from 0")
     args = parser.parse_args()
     cases = [case for case in all_cases() if args.only in str(case)][args.first :: args.every]
     try:

@@ -1,8 +1,8 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""The bad inputs of bad_inputs.py: one line each, by command.
+"""The bad inputs of bad_inputs.py, one per line, by command.
 
-A line has the options that the case changes, what the last line must name (a regular expression), and how files are changed
-beforehand (`change` in bad_inputs_files.py). `~--name` removes an option of the base.
+A line has the options that the case changes, a regular expression for what the last line of the output must name, and changes
+of files beforehand (`change` in bad_inputs_files.py). `~--name` removes an option of the base.
 """
 
 from collections.abc import Iterator
@@ -15,12 +15,12 @@ class Case:
 
     Attributes:
         command: a command of `vrpo`, or `python`.
-        changes: options that replace those of `BASES`; for `python` an expression.
-        names: what the last line must match.
+        changes: options that replace those of `BASES`; for `python`, an expression.
+        names: a regular expression that the last line must match.
         given: changes of files.
-        expected: `sentence`, or `warned` where it is right to work with a warning that matches `names`.
+        expected: `sentence`, or `warned` if the command should work with a warning that matches `names`.
         item: a word for what the case is about.
-        may_write: whether files that are there may change if the command works.
+        may_write: whether the command may change existing files if it works.
     """
 
     command: str
@@ -55,7 +55,7 @@ BASES = {
     "latents import": "--dataset export --output_dir out",
 }
 
-# Values that no option of a kind takes.
+# Values that no option of a kind accepts.
 WRONG_WHOLE = ("a", "2.5", "", "-1", "nan", "1e3", "0x10", "-99999999999999999999")
 WRONG_NUMBER = ("a", "nan", "-1", "inf", "", "-inf", "1,5", "-1e400")
 WHOLE = {
@@ -795,7 +795,7 @@ PYTHON = [
     ("image_encoders.load_image_encoder('nowhere')", "nowhere"),
 ]
 
-# Tried once the cases above ended in sentences: the command, and then as above. Of the first try of these, 52 of 68 did.
+# These were tried once the cases above ended in sentences: the command, and then as above. At first 52 of these 68 did.
 MORE = [
     ("train", "--cache_dir model.json --fd_encoder me/x", "cache_dir|fd_encoder"),
     ("train", "--fd_encoder vae", "fd_encoder"),
@@ -896,7 +896,7 @@ MORE = [
     ("python", "load_training_data(VRPOConfig(dataset_name='digits', max_train_samples=0))", "max_train_samples"),
 ]
 
-# Right to work with a warning: the output must match the expression.
+# These should work with a warning: the output must match the expression.
 PLAN = [
     ("--gpu no-such", "gpu"),
     ("--mfu 2", "mfu"),
@@ -967,7 +967,7 @@ TABLES = {
 
 
 def wrong_values() -> Iterator[Case]:
-    """A wrong value for each numeric option of each command, in turn from the tables."""
+    """A wrong value for each numeric option of each command, taken from the tables in turn."""
     for table, values in ((WHOLE, WRONG_WHOLE), (NUMBERS, WRONG_NUMBER)):
         for command, names in table.items():
             for i, name in enumerate(names.split()):

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""The small files that the cases of bad_inputs.py start from: good ones in their places, and damaged ones in `bad/`."""
+"""Writes the small files with which the cases of bad_inputs.py start: good ones in their places, damaged ones in `bad/`."""
 
 import io
 import json
@@ -19,7 +19,7 @@ OPTIONS = (
 
 
 class RunsCode:
-    """Pickled, this creates a file called `ran-code` when it is loaded."""
+    """An object whose pickle creates a file called `ran-code` when it is loaded."""
 
     def __reduce__(self):
         return os.system, ("touch ran-code",)

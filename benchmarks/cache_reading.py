@@ -7,19 +7,20 @@ r"""Measure how fast the latent cache is read, compared with other stores of the
     python benchmarks/cache_reading.py --draws
 
 Reading: random latents of 4x32x32 in float16 (8 KB) with their labels, 256 random rows at a time, by one process without
-workers, from files that are in the page cache (every store is read once before):
+workers, from files that are in the page cache, because every store is read once before:
     cache, latents      `LatentCache.read` of one latent per image
-    cache, moments      the same of mean and standard deviation, 16 KB an image
+    cache, moments      the same for mean and standard deviation, 16 KB per image
     arrow               `datasets` with a `binary` column, as `export` writes it
     one file per image   `.npy` files in folders of 1,000, as in REPA's repository
     cache, all draws    `CachedSamples`: moments, noise, posterior noise, timestep and the rest of a batch
-The stores take turns; a figure is the median over rounds.
+The stores take turns, and a figure is the median over rounds.
 
-Draws (`--draws`, alone): whole batches of 256 in the order of an epoch, moments read and everything drawn, for 64 to 4,096 tokens, by
-both versions of the random draws in turn; samples/s of processor time of one thread.
+Draws (`--draws`, which measures nothing else): whole batches of 256 in the order of an epoch, with moments read and everything
+drawn, for 64 to 4,096 tokens, with both versions of the random draws in turn, in samples per second of processor time of one
+thread.
 
-Preparing: `prepare` with lossless images as well as latents, against decoding, cropping and encoding the same images by
-the same VAE and throwing the result away. The VAE is of Stable Diffusion's size with random weights.
+Preparing: `prepare` with lossless images as well as latents, compared with decoding, cropping and encoding the same images with
+the same VAE without keeping the result. The VAE has Stable Diffusion's size and random weights.
 """
 
 import argparse
@@ -73,7 +74,7 @@ def write_cache(folder: Path, rows: int, kind: str) -> LatentCache:
 
 
 def stores(folder: Path, rows: int) -> dict:
-    """Functions that give the latents `[B,4,32,32]` (or `[B,8,32,32]`) and labels `[B]` of an array of rows."""
+    """Functions, by store, that return the latents `[B,4,32,32]` (or `[B,8,32,32]`) and labels `[B]` of an array of rows."""
     cache, moments = (write_cache(folder / kind, rows, kind) for kind in ("sampled", "moments"))
     latents, labels = cache.arrays["latents"], cache["label"]
     paths = [folder / "files" / f"{row // 1000:05d}" / f"img-latents-{row:08d}.npy" for row in range(rows)]
@@ -104,7 +105,7 @@ def stores(folder: Path, rows: int) -> dict:
 
 
 def read_speed(folder: Path, rows: int, rounds: int) -> dict[str, list[float]]:
-    """Samples/s of every store in every round."""
+    """Measures the samples per second of every store in every round."""
     readers = stores(folder, rows)
     a, b = readers["cache, latents"](np.arange(300)), readers["one file per image"](np.arange(300))
     c = readers["arrow"](np.arange(300))
@@ -142,7 +143,7 @@ def draw_speed(folder: Path, rows: int, rounds: int) -> dict[tuple[int, int], li
 
 
 def prepare_cost(folder: Path, images: int, resolution: int, rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds of decoding and encoding alone, and of preparing, in every round."""
+    """Measures the seconds of decoding and encoding alone, and of preparing, in every round."""
     generator = np.random.default_rng(0)
     rows = {"image": [], "label": []}
     for _ in range(images):
@@ -186,14 +187,14 @@ def prepare_cost(folder: Path, images: int, resolution: int, rounds: int) -> tup
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=20_000, help="images in the stores (default: 20000)")
-    parser.add_argument("--rounds", type=int, default=5, help="(default: 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds that count (default: 5)")
+    parser.add_argument("--draws", action="store_true", help="only measure both versions of the random draws")
+    parser.add_argument("--prepare", action="store_true", help="also measure the cost of preparing a cache")
+    parser.add_argument("--prepare_images", type=int, default=64, help="images to prepare (default: 64)")
     parser.add_argument(
-        "--draws", action="store_true", help="measure both versions of the random draws, and nothing else"
+        "--resolution", type=int, default=64, help="side in pixels of the prepared images (default: 64)"
     )
-    parser.add_argument("--prepare", action="store_true", help="also measure what preparing costs")
-    parser.add_argument("--prepare_images", type=int, default=64, help="(default: 64)")
-    parser.add_argument("--resolution", type=int, default=64, help="of preparing, in pixels (default: 64)")
-    parser.add_argument("--dir", help="a folder on the disk to measure (default: the temporary one)")
+    parser.add_argument("--dir", help="folder on the disk to measure (default: the temporary folder)")
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args()
     torch.set_num_threads(1)

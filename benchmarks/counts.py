@@ -5,28 +5,30 @@ r"""Count what a training step does, without a GPU: launches, bytes, FLOPs, save
     python benchmarks/counts.py
     python benchmarks/counts.py --presets SiT-S/2 --batch_size 32 --objectives repa vrpo --json counts.json
 
-A step of the real model, objective, optimizer and averages runs on tensors that have shapes and no content, and every
-operation that would run a kernel is counted: views and allocations are not, and an operation on a list of tensors is as
-many launches as torch's kernels need for it. Bytes are those of its inputs and outputs, each once. An encoder's features of
-the targets are given, as in objective_overhead.py; autoencoder, encoder and loader are not in a step.
+A step of the real model, objective, optimizer and averaged weights runs on tensors that have shapes but no content. Every
+operation that would run a kernel is counted. Views and allocations are not counted, and an operation on a list of tensors has as
+many launches as torch's kernels need for it. Its bytes are those of its inputs and outputs, each counted once. The encoder's
+features are given, as in objective_overhead.py; a step includes neither autoencoder, encoder nor loader.
 
-Parts: `forward` of the transformer and its projectors; `loss` is what the objective computes between them and in the backward
-pass, with its fork; `images` are rewards of estimated images; `backward` is the rest of the backward pass; `optimizer` is clipping
-and fused AdamW, `average` the EMA, `statistics` the objective's and those of the log. REPI is counted after its scaffold phase. What
-the objective computes on the host, of numbers that one copy brings there, launches nothing and is counted by itself.
+Parts: `forward` is the forward pass of the transformer and its projectors; `loss` is the work of the objective between that and
+the backward pass, and of its fork in the backward pass; `images` is the work of image rewards; `backward` is the rest of the
+backward pass; `optimizer` is clipping and fused AdamW; `average` is the EMA; `statistics` are those of the objective and of the
+log. REPI is counted after its scaffold phase. The objective's computations on the host, from numbers that one copy brings there,
+launch nothing and are counted separately.
 
-`vrpo-perceptual` is VRPO with the perceptual reward: DINOv2-B compares, at 224 pixels, what AutoencoderTiny decodes of seven samples in
-ten (those with t <= 0.7). Its activations are freed before the backward pass, so that they are not among those saved.
+`vrpo-perceptual` is VRPO with the perceptual reward: DINOv2-B compares, at 224 pixels, the images that AutoencoderTiny decodes for
+seven samples in ten (those with t <= 0.7). Its activations are freed before the backward pass, so they are not among the saved ones.
 
 The roofline is the least time on a GPU: an operation takes its FLOPs over the peak or its bytes over the bandwidth, whichever is
-longer. `eager` adds all operations up. `compiled` takes runs of operations between two matrix products or attentions as one
-kernel each, which reads what was made before it once, and writes only what is used after it: what a compiler would
-reach that fuses all it can and recomputes nothing. Launches, and all that does not overlap, come on top.
+longer. `eager` is the sum over all operations. `compiled` treats each run of operations between two matrix products or attentions
+as one kernel, which reads once what was made before it, and writes only what is used after it. A compiler that fuses all it can
+and recomputes nothing would reach that. Launches, and everything that does not overlap, take further time.
 
-Two tables need a C++ compiler or some seconds each. Graph breaks: of the graphs that `--compile` makes (a block, the loss, the fork's
-backward pass, the gate's sums), and of the whole model with its fork, if it were compiled at once. Kernels: what Inductor makes of the
-loss and the statistics on a CPU, as C++ functions and as loop nests in them. A GPU's kernels lie in between: it fuses no less, but
-nests of unlike shapes that share a function here are kernels of their own there.
+Two tables need a C++ compiler or some seconds each. Graph breaks are counted in the graphs that `--compile` makes (a block, the
+loss, the backward pass of the fork, the sums of the gate), and in the whole model with its fork, as if it were compiled at once.
+Kernels are those that Inductor generates on a CPU for the loss and the statistics, as C++ functions and as loop nests in them. The
+number of a GPU's kernels lies in between: a GPU fuses no less, but nests of different shapes that share a function on a CPU are
+separate kernels there.
 """
 
 import argparse
@@ -100,7 +102,7 @@ class Operation(SimpleNamespace):
 
 
 class StepCounter(LiveBytes):
-    """Inside the `with` block, records the operations; `part(name)` is a context that says what they belong to."""
+    """Inside the `with` block, records the operations; `part(name)` is a context that names the part to which they belong."""
 
     def __init__(self):
         super().__init__()
@@ -158,7 +160,7 @@ class StepCounter(LiveBytes):
         )
 
     def _number(self, tensor: torch.Tensor) -> int:
-        """A number of the tensor's storage; addresses of freed ones are used again."""
+        """A unique number for the tensor's storage, because addresses of freed storages are used again."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._storages:  # made outside
@@ -176,13 +178,13 @@ class StepCounter(LiveBytes):
 
 
 def size_of(tensor: torch.Tensor) -> int:
-    """The bytes that a tensor's elements take in memory: what is expanded counts once."""
+    """The bytes that a tensor's elements take in memory; expanded elements count once."""
     shape = (size for size, stride in zip(tensor.shape, tensor.stride()) if stride or size == 0)
     return math.prod(shape) * tensor.element_size()
 
 
 def launches_of(tensors) -> int:
-    """The launches of a kernel that works on a list of tensors."""
+    """The number of launches that a kernel needs for a list of tensors."""
     chunks = sum(math.ceil(tensor.numel() / NUMBERS_OF_A_CHUNK) for tensor in tensors)
     return max(math.ceil(chunks / CHUNKS_OF_A_LAUNCH), math.ceil(len(tensors) / TENSORS_OF_A_LAUNCH))
 
@@ -203,7 +205,7 @@ def flops_of(packet, args, kwargs, result) -> int:
 
 
 class GivenFeatures:
-    """An encoder whose features are given with the batch, at no cost but theirs."""
+    """An encoder whose features come with the batch and cost only their memory."""
 
     def __init__(self, embed_dim: int, num_tokens: int):
         self.embed_dim, self.shape = embed_dim, (num_tokens, embed_dim)
@@ -217,10 +219,10 @@ class GivenFeatures:
 
 
 def build(objective: str, preset: str, depth: int | None = None, latent_size: int = 32, **options):
-    """The options of a run and its aligned transformer; called inside `FakeTensorMode`, unless it is to be real.
+    """Builds the options of a run and its aligned transformer; inside `FakeTensorMode` with fake tensors, else with real ones.
 
     Args:
-        depth: blocks, in the place of the preset's.
+        depth: number of blocks, instead of the preset's.
     """
     objective = objective.removesuffix("-perceptual")
     encoder = None if objective == "none" else ["given"]
@@ -242,7 +244,7 @@ def build(objective: str, preset: str, depth: int | None = None, latent_size: in
 
 
 def perceptual(config, latent_size: int) -> ImageRewards:
-    """The perceptual reward of what AutoencoderTiny decodes, in the features of a DINOv2-B that sees 14 pixels a token."""
+    """The perceptual reward of images that AutoencoderTiny decodes, in the features of a DINOv2-B with patches of 14 pixels."""
     from diffusers import AutoencoderTiny
     from transformers import AutoModel, Dinov2Config, PreTrainedModel
 
@@ -261,9 +263,9 @@ def count_step(objective: str, preset: str, batch_size: int, depth: int | None =
     """Counts a training step.
 
     Returns:
-        by part, `launches`, `read`, `written` and `flops` of the batch, `syncs`, and launches and bytes if all is `fused` that
-        can be; in the whole, also `saved` (activations of an image), operations on the `host`, and the seconds of the roofline,
-        `eager` and `compiled`, for each of `GPUS`.
+        for each part, `launches`, `read`, `written` and `flops` of the batch, `syncs`, and under `fused` the launches and bytes
+        if everything is fused that can be; for the whole step, also `saved` (bytes of the activations of an image), operations
+        on the `host`, and the seconds of the roofline, `eager` and `compiled`, for each of `GPUS`.
     """
     shape = (4, latent_size, latent_size)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -408,16 +410,17 @@ def totals(operations: list[Operation]) -> dict[str, int]:
 
 
 def fused_counts(operations: list[Operation], part: str | None = None) -> dict[str, int]:
-    """Launches and bytes, of a part or of all, where every run of operations between two matrix products is one kernel."""
+    """Launches and bytes of a part, or of all, if every run of operations between two matrix products is one kernel."""
     runs = [run for run in fused_runs(operations) if part in (None, run["part"])]
     return {"launches": sum(run["launches"] for run in runs), "bytes": sum(run["bytes"] for run in runs)}
 
 
 def fused_runs(operations: list[Operation]) -> list[dict]:
-    """Kernels of a compiler that fuses all it can: their launches, bytes and FLOPs, in order.
+    """The kernels of a compiler that fuses all it can, in order, with their launches, bytes and FLOPs.
 
-    Products, attentions and operations on lists stand for themselves. What is between two of them is a kernel that reads
-    storages made before it once and writes storages of its own that an operation after it reads; those at the end of the step stay.
+    Products, attentions and operations on lists are kernels by themselves. The operations between two of them are one kernel,
+    which reads storages made before it once, and writes those of its own storages that a later operation reads or that exist at
+    the end of the step.
     """
     last_use = {}
     for position, operation in enumerate(operations):
@@ -450,7 +453,7 @@ def alone(operation: Operation) -> bool:
 
 
 def roofline(operations: list[Operation], device: str, bandwidth: float) -> dict[str, float]:
-    """The least seconds of a step, of operations as they are (`eager`) and fused (`compiled`)."""
+    """The least seconds of a step, with operations as they are (`eager`) and fused (`compiled`)."""
     peak = peak_flops(device, torch.bfloat16)
 
     def seconds(kernels):
@@ -468,7 +471,7 @@ def roofline(operations: list[Operation], device: str, bandwidth: float) -> dict
 
 
 def small_step(objective: str):
-    """A step of a small model with real tensors: the options, the aligned transformer, its objective and a batch."""
+    """Builds a small model with real tensors: the options, the aligned transformer, its objective and a batch."""
     args, aligned = build(objective, "SiT-S/2", depth=2, mixed_precision="no", projector_dim=32)
     batch = blank_batch(args, aligned, (4, 32, 32), False, 4)
     batch["x0"] = torch.randn_like(batch["x0"])
@@ -476,7 +479,7 @@ def small_step(objective: str):
 
 
 def count_breaks(objective: str) -> dict[str, int]:
-    """Breaks of the graphs that `--compile` makes, and of the whole model with its fork, of a small model with real tensors."""
+    """Counts the breaks in the graphs that `--compile` makes, and in the whole model with its fork, for a small real model."""
     args, aligned, made, batch = small_step(objective)
     step = made.begin(batch["timestep"], batch["pixels"])
     found = {}
@@ -507,9 +510,9 @@ def count_breaks(objective: str) -> dict[str, int]:
 
 
 def count_kernels(objective: str) -> dict[str, int]:
-    """What Inductor generates on a CPU for the compiled loss, its backward pass, the fork and the gate, in one step.
+    """Counts the kernels that Inductor generates on a CPU for the compiled loss, its backward pass, the fork and the gate.
 
-    `kernels` are the fused nodes of its scheduler, products among them, and `bytes` what these read and write.
+    `kernels` is the number of fused nodes of its scheduler, including products, and `bytes` is what these read and write.
     """
     from torch._inductor import compile_fx, config, metrics
     from torch._inductor.utils import run_and_get_code
@@ -525,7 +528,7 @@ def count_kernels(objective: str) -> dict[str, int]:
         loss.backward()
         made.observe(state)
 
-    # The metrics of a graph are computed where their log is on, and not for a graph from a cache.
+    # The metrics of a graph are computed only if their log is on and the graph does not come from a cache.
     with config.patch(force_disable_caches=True), mock.patch.object(compile_fx, "inductor_metrics_log"):
         _, codes = run_and_get_code(step)
     found = {"graphs": len(codes), "functions": 0, "loop nests": 0, "products": 0}
@@ -575,7 +578,7 @@ def print_counts(preset: str, by_objective: dict, batch_size: int):
 
 
 def print_operations(objective: str, preset: str, batch_size: int, part: str):
-    """Prints the operations of a part, the most bytes first."""
+    """Prints the operations of a part, those with the most bytes first."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         args, aligned = build(objective, preset)
         step = TrainingStep(args, aligned, blank_batch(args, aligned, (4, 32, 32), False, batch_size))
@@ -593,16 +596,22 @@ def print_operations(objective: str, preset: str, batch_size: int, part: str):
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", default=list(PRESETS), help=f"default: {' '.join(PRESETS)}")
-    parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES), help="default: all")
-    parser.add_argument("--batch_size", type=int, default=256, help="images (default: 256)")
-    parser.add_argument("--no-breaks", dest="breaks", action="store_false", help="do not look for graph breaks")
+    parser.add_argument(
+        "--objectives",
+        nargs="+",
+        choices=OBJECTIVES,
+        default=list(OBJECTIVES),
+        help="objectives to count (default: all)",
+    )
+    parser.add_argument("--batch_size", type=int, default=256, help="images in a batch (default: 256)")
+    parser.add_argument("--no-breaks", dest="breaks", action="store_false", help="do not count graph breaks")
     parser.add_argument(
         "--kernels",
         action="store_true",
         help="also compile the loss of repa and vrpo with Inductor, and count kernels",
     )
     parser.add_argument("--operations", choices=PARTS, help="list the operations of this part instead")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
     return parser
 
 

@@ -1,16 +1,17 @@
 #!/usr/bin/env python
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-r"""What an update of the generative policy costs, in forward passes of the transformer for each generated image.
+r"""Measure what an update of the generative policy costs, in forward passes of the transformer per generated image.
 
     python benchmarks/generative_cost.py --preset SiT-S/4 --threads 1 --clock cpu
     python benchmarks/generative_cost.py --preset SiT-B/2 --device cuda --mixed_precision bf16 --batch_size 256 --rollout_classes 32
 
-An update is a rollout, its encoding, rewards and gradient, and the forward and backward passes of the real images that belong
-to it, by the callback `GenerativePolicy` and `VRPOTrainer.compute_loss`. It is compared with
+An update is a rollout with its encoding, rewards and gradient, and the forward and backward passes of the real images that belong
+to it, as the callback `GenerativePolicy` and `VRPOTrainer.compute_loss` compute them. It is compared with
     rollout_steps + encoder + 3 N_MC + 3 (real images per generated image)   (+ N_MC with the anchor)
-by FLOPs (counted: matrix products, convolutions, attention), which shows whether anything is computed twice, and by time: that of
-an update over that of a forward pass without gradients of the same batch, in turn within a round, medians over rounds. Weights
-of the transformer and of the DINOv2-sized encoder are random, images are noise. Autoencoder and optimizer are left out.
+by counted FLOPs (matrix products, convolutions, attention), which shows whether anything is computed twice, and by time: the time
+of an update divided by that of a forward pass of the same batch without gradients, in turn within a round, as medians over rounds.
+Weights of the transformer and of the DINOv2-sized encoder are random, and images are noise. Autoencoder and optimizer are not
+included.
 """
 
 import argparse
@@ -46,25 +47,46 @@ NUM_CLASSES = 10
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="SiT-S/4", help="as of train_vrpo.py (default: SiT-S/4)")
     parser.add_argument(
-        "--resolution", type=int, default=64, help="side of the images, which it works on (default: 64)"
-    )
-    parser.add_argument("--batch_size", type=int, default=8, dest="train_batch_size", help="real images (default: 8)")
-    parser.add_argument(
-        "--encoder_width", type=int, default=384, help="of the DINOv2; 384 is S, 768 is B (default: 384)"
+        "--preset", default="SiT-S/4", help="size of the model, as in train_vrpo.py (default: SiT-S/4)"
     )
     parser.add_argument(
-        "--encoder_pixels", type=int, default=112, help="side of the images that it sees (default: 112)"
+        "--resolution",
+        type=int,
+        default=64,
+        help="side in pixels of the images, on which the model works (default: 64)",
     )
-    parser.add_argument("--rounds", type=int, default=5, help="that count (default: 5)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if a GPU is available, otherwise cpu")
+    parser.add_argument(
+        "--batch_size", type=int, default=8, dest="train_batch_size", help="real images in a batch (default: 8)"
+    )
+    parser.add_argument(
+        "--encoder_width", type=int, default=384, help="width of the DINOv2; 384 is S, 768 is B (default: 384)"
+    )
+    parser.add_argument(
+        "--encoder_pixels",
+        type=int,
+        default=112,
+        help="side in pixels of the images that the encoder sees (default: 112)",
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="rounds that count (default: 5)")
+    parser.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        help="device to measure (default: cuda if a GPU is available, otherwise cpu)",
+    )
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
-    parser.add_argument("--threads", type=int, help="of the CPU; 1 is steadier where other work runs")
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: the process's processor time")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers")
+    parser.add_argument(
+        "--threads", type=int, help="CPU threads; 1 gives steadier times on a busy machine (default: torch's)"
+    )
+    parser.add_argument(
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="measure wall time or, with cpu, processor time of the process (default: wall)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
     add_options(parser, GenerativeConfig, options_of(GenerativeConfig))
-    # Small, so that a CPU can do it.
+    # The defaults are small, so that a CPU is fast enough.
     parser.set_defaults(rollout_classes=2, rollout_group_size=4, rollout_steps=10, rollout_every=1)
     return parser
 

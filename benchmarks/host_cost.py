@@ -1,16 +1,16 @@
 #!/usr/bin/env python
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-r"""Measure what the host spends on images and weights: encoding on a CPU, drafts of JPEG files, opening saved weights.
+r"""Measure what images and weights cost the host: encoding on a CPU, JPEG draft mode, and loading saved weights.
 
     python benchmarks/host_cost.py encoding
     python benchmarks/host_cost.py jpeg --parquet FILE.parquet --scale 4 --resolution 256
     python benchmarks/host_cost.py weights --preset SiT-XL/2
 
-`encoding` encodes 96 images of 128 pixels with a small autoencoder, 32 at a time and as many at a time as `encode_moments` does, in
-turn, and prints processor time, that of the system within it, and the pages that it cleared. `jpeg` enlarges the images of a parquet
-file, compresses them again, and decodes and crops them with and without `jpeg_draft`, in turn: images a second of processor time,
-and how much the squares differ. `weights` saves a transformer of random weights in a temporary folder, opens it in processes of
-their own, and prints the peaks of the memory that is theirs alone and of the pages of the file.
+`encoding` encodes 96 images of 128 pixels with a small autoencoder, in turn 32 at a time and as many at a time as `encode_moments`
+does. It prints processor time, the system's part of it, and the number of pages that the system cleared. `jpeg` enlarges the
+images of a parquet file, compresses them again, and decodes and crops them, in turn with and without `jpeg_draft`. It prints images
+per second of processor time, and how much the cropped squares differ. `weights` saves a transformer with random weights in a
+temporary folder, loads it in new processes, and prints the peaks of their private memory and of the pages of the file.
 """
 
 import argparse
@@ -38,20 +38,20 @@ from diffusers_vrpo.models.autoencoder import encode_moments
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["encoding", "jpeg", "weights", "open"])
-    parser.add_argument("--parquet", type=Path, help="with a column `image` of encoded images")
-    parser.add_argument("--images", type=int, default=96, help="default: 96")
+    parser.add_argument("--parquet", type=Path, help="parquet file with a column `image` of encoded images")
+    parser.add_argument("--images", type=int, default=96, help="number of images (default: 96)")
     parser.add_argument("--scale", type=float, default=4, help="enlarge the images by this factor (default: 4)")
-    parser.add_argument("--quality", type=int, default=90, help="of the JPEG files (default: 90)")
-    parser.add_argument("--resolution", type=int, default=128, help="default: 128")
-    parser.add_argument("--rounds", type=int, default=3, help="default: 3")
-    parser.add_argument("--preset", default="SiT-XL/2", help="default: SiT-XL/2")
-    parser.add_argument("--folder", help="of the weights that `open` opens")
-    parser.add_argument("--dtype", default="bfloat16", help="in which `open` opens them")
+    parser.add_argument("--quality", type=int, default=90, help="quality of the JPEG files (default: 90)")
+    parser.add_argument("--resolution", type=int, default=128, help="side in pixels of the images (default: 128)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds that count (default: 3)")
+    parser.add_argument("--preset", default="SiT-XL/2", help="size of the model (default: SiT-XL/2)")
+    parser.add_argument("--folder", help="folder of the weights that `open` loads")
+    parser.add_argument("--dtype", default="bfloat16", help="precision in which `open` loads them")
     return parser
 
 
 def spent(work: Callable[[], object]) -> tuple[float, float, int]:
-    """Processor seconds of a call, those of the system among them, and the pages that the system handed out."""
+    """Measures the processor seconds of a call, the system's part of them, and the pages that the system handed out."""
     before = resource.getrusage(resource.RUSAGE_SELF)
     work()
     after = resource.getrusage(resource.RUSAGE_SELF)
@@ -115,7 +115,7 @@ def measure_jpeg(args: argparse.Namespace):
 
 
 def resident() -> tuple[float, float]:
-    """The memory of this process in MiB: what is its own, and pages of files, which the system can take back."""
+    """The memory of this process in MiB: its private memory, and pages of files, which the system can reclaim."""
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
     found = {words[0]: int(words[1]) / 1024 for words in lines if words[0] in ("RssAnon:", "RssFile:")}
     return found["RssAnon:"], found["RssFile:"]

@@ -1,14 +1,14 @@
 #!/usr/bin/env python
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-r"""Compare our FID network and metrics with torch-fidelity's, and the network with pytorch-fid's where it is installed.
+r"""Compare our FID network and metrics with torch-fidelity's, and the network with pytorch-fid's if it is installed.
 
     pip install torch-fidelity pytorch-fid
     python benchmarks/metric_parity.py
     python benchmarks/metric_parity.py --weights weights-inception-2015-12-05-6726825d.pth
 
 The networks have the same weights: random ones, with activations of order one in every block, unless --weights is given.
-Images are random, of several sizes. What is printed is the largest difference over the largest value, of each feature. The
-metrics are those of the same random features; both values are printed.
+Images are random and of several sizes. For each feature the largest difference divided by the largest value is printed. The
+metrics are computed from the same random features, and both values are printed.
 """
 
 import tempfile
@@ -58,7 +58,7 @@ def torch_fidelity_features(model, images: torch.Tensor) -> dict[str, torch.Tens
 
 
 def pytorch_fid_features(state, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Its network on our resized input: its own resize is not TensorFlow's."""
+    """Features of pytorch-fid's network on our resized input, because its own resize is not TensorFlow's."""
     from pytorch_fid import inception
 
     load = inception.load_state_dict_from_url
@@ -80,7 +80,7 @@ def compare_metrics():
     moments = [*evaluation.mean_and_covariance(x), *evaluation.mean_and_covariance(y)]
     theirs = fid_statistics_to_metric(fid_features_to_statistics(x), fid_features_to_statistics(y), **quiet)
     print("FID:", evaluation.frechet_distance(*moments), theirs)
-    # One subset with all images: which ones others hold depends on the random numbers.
+    # One subset with all images is used, because the content of smaller ones depends on the random numbers.
     theirs = kid_features_to_metric(x, y, kid_subsets=1, kid_subset_size=600, **quiet)
     print("KID:", evaluation.kernel_distance(x, y, 1, 600), theirs)
     theirs = isc_features_to_metric(logits, splits=10, shuffle=False)
@@ -92,7 +92,7 @@ def compare_metrics():
 
 def main():
     parser = OneLineErrorParser(prog="metric_parity.py", description=__doc__)
-    parser.add_argument("--weights", help="file of the published weights; random ones without it")
+    parser.add_argument("--weights", help="file of the published weights; random weights if not given")
     args = parser.parse_args()
     state = load_inception(args.weights).state_dict() if args.weights else random_weights()
     ours = inception_from_state(state)

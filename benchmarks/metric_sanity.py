@@ -1,12 +1,12 @@
 #!/usr/bin/env python
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-r"""Whether distances order real, held-out and damaged images as they must.
+r"""Check that distances rank real, held-out and damaged images correctly.
 
     python benchmarks/metric_sanity.py --dataset_name path/to/tiny-imagenet-100 --encoder path/to/efficientnet-lite2
 
-The reference is a random part A of the training images. Compared with it, all of one size: another part B of them, images
-of the validation split, B blurred and with noise (two strengths each), and training images (not of A) of some classes
-only. B and the validation images must be nearest, then the damaged ones, by their strength.
+The reference is a random part A of the training images. It is compared with sets of the same size: another part B of the training
+images, images of the validation split, B blurred and B with noise (two strengths each), and training images outside A of some
+classes only. B and the validation images must be nearest, followed by the damaged images in the order of their strength.
 """
 
 import json
@@ -48,7 +48,7 @@ def blur(images: torch.Tensor, radius: float) -> torch.Tensor:
 
 
 def add_noise(images: torch.Tensor, std: float, random: np.random.Generator) -> torch.Tensor:
-    """Gaussian noise of this standard deviation in steps of 255."""
+    """Adds Gaussian noise; its standard deviation is in steps of 255."""
     noise = torch.from_numpy(random.normal(0, std, images.shape))
     return (images + noise).round().clamp(0, 255).to(torch.uint8)
 
@@ -60,7 +60,7 @@ def build_sets(train, validation, count: int, seed: int = 0) -> dict[str, torch.
         train, validation: splits as `load_image_dataset` gives them.
 
     Raises:
-        InputError: where there are not enough images.
+        InputError: if there are not enough images.
     """
     random = np.random.default_rng(seed)
     rows, labels = random.permutation(len(train)), np.asarray(train["label"][:])
@@ -127,10 +127,12 @@ def main(input_args: list[str] | None = None):
     parser = OneLineErrorParser(prog="metric_sanity.py", description=__doc__)
     parser.add_argument("--dataset_name", required=True, help="Hub name or folder of a labelled image data set")
     parser.add_argument("--validation_split", default="validation", help="split of held-out images")
-    parser.add_argument("--encoder", required=True, help="`inception`, or Hub name or folder of a vision model")
-    parser.add_argument("--count", type=number_in(In(6)), default=1000, help="images of each set")
-    parser.add_argument("--input_size", type=number_in(In(1)), help="side that images are resized to, of a conv net")
-    parser.add_argument("--seed", type=number_in(In(0)), default=0, help="of the parts and the noise")
+    parser.add_argument("--encoder", required=True, help="`inception`, or a vision model (Hub name or folder)")
+    parser.add_argument("--count", type=number_in(In(6)), default=1000, help="images in each set")
+    parser.add_argument(
+        "--input_size", type=number_in(In(1)), help="side in pixels to which images are resized, for a conv net"
+    )
+    parser.add_argument("--seed", type=number_in(In(0)), default=0, help="seed of the parts and the noise")
     parser.add_argument("--json", help="also write the numbers to this file")
     args = parser.parse_args(input_args)
     try:

@@ -7,28 +7,28 @@ r"""Measure what the VRPO objective costs in time and memory, compared with REPA
     python benchmarks/objective_overhead.py --arms repa rare repi vrpo-repi --threads 1 --clock cpu
     python benchmarks/objective_overhead.py --arms repa perceptual repa-perceptual --pixels --reward_encoder FOLDER
 
-Arms, each with its own model of the same seed, take turns step by step in one process:
+The arms take turns step by step in one process; each has its own model from the same seed:
     none            plain flow matching, without projectors
     repa            REPA's cosine loss
     vrpo            `--objective vrpo` with the defaults of train_vrpo.py: expected estimator, fork, statistics
     vrpo-stopped    the same, after `--alignment_stop_step`: neither encoder nor projectors run
-    irepa, rare     REPA's loss with their projector, targets and token weights
+    irepa, rare     REPA's loss with the projector, targets and token weights of iREPA and RARE
     repi            a scaffold alone, after its phase: the block's own keys and values, and their distance to the features'
-    repi-scaffold   the same in the scaffold phase
-    vrpo-repi       vrpo with such a scaffold, after its phase
+    repi-scaffold   a scaffold alone, in its phase
+    vrpo-repi       vrpo with a scaffold, after its phase
     perceptual, repa-perceptual
                     the perceptual reward on the image estimate of every sample with t <= 0.7, alone and together with REPA
-The first four are measured unless `--arms` names others; perceptual ones need `--reward_encoder`, which runs in the step, on
-pixels with `--pixels`, else on what an AutoencoderTiny with random weights decodes.
+By default the first four are measured. The perceptual arms need `--reward_encoder`, which runs in the step, with `--pixels` on
+pixels, and otherwise on images that an AutoencoderTiny with random weights decodes.
 
-A step is `VRPOTrainer.train_step`: forward, backward, clipping, AdamW, EMA, running means, the guard against NaN and the
-update of the statistics. Left out is what all arms share (decoding, the autoencoder) and the encoder: its features are given, random unit
-vectors. It costs repa and vrpo the same, so their ratio without it is the larger, the stricter one. On a GPU look at a
-small batch too: there the launches of small kernels are not hidden behind large ones.
+A step is `VRPOTrainer.train_step`: forward, backward, clipping, AdamW, EMA, running means, the guard against NaN and the update of
+the statistics. It does not include the work that all arms share (decoding, the autoencoder) or the encoder, whose features are
+given as random unit vectors. The encoder costs repa and vrpo the same, so their ratio is larger, and therefore stricter, without
+it. On a GPU, measure a small batch, too, because launches of small kernels are not hidden behind large kernels there.
 
-Every round has a new batch, the same for all arms, and a new order of the arms. Ratios are medians over rounds
-of the ratio within a round, which slow changes of the machine's load leave alone; intervals are a 95 % bootstrap over
-rounds. For memory every arm runs alone for a few steps, before the clock is used.
+Every round has a new batch, the same for all arms, and a new order of the arms. Ratios are medians over rounds of the ratio within
+a round, which slow changes of the machine's load do not affect; intervals are 95 % bootstrap intervals over rounds. Memory is
+measured first, with every arm alone for a few steps.
 """
 
 import argparse
@@ -60,12 +60,12 @@ from diffusers_vrpo.training.throughput import hardware_name
 
 
 MAX_TRAIN_STEPS = 400_000  # the gate's window is 2 % of it
-AFTER_ONE_STEP = 1 / MAX_TRAIN_STEPS  # a scaffold phase of one step: those that are timed come after it
+AFTER_ONE_STEP = 1 / MAX_TRAIN_STEPS  # a scaffold phase of one step, so that the timed steps come after it
 ARMS = {
     "none": {"objective": "none"},
     "repa": {"objective": "repa"},
     "vrpo": {"objective": "vrpo"},
-    # Step 0 aligns, as in a run: what the optimizer keeps of the projectors stays.
+    # Step 0 aligns, as in a run, so that the optimizer has moments for the projectors.
     "vrpo-stopped": {"objective": "vrpo", "alignment_stop_step": 1},
     "irepa": {"objective": "irepa"},
     "rare": {"objective": "rare", "target_norm": "none"},  # its targets are given whitened
@@ -76,7 +76,7 @@ ARMS = {
     "repa-perceptual": {"objective": "repa", "image_rewards": ["perceptual"]},
 }
 USUAL = ("none", "repa", "vrpo", "vrpo-stopped")
-# numerator, denominator, at most: of time, and of peak memory. Arms that are not measured are left out.
+# Numerator, denominator, and the largest ratios of time and of peak memory. Arms that are not measured are omitted.
 BESIDE_REPA = [(name, "repa", None) for name in ("irepa", "rare", "repi", "repi-scaffold", "vrpo-repi", "perceptual")]
 TIME_RATIOS = (
     ("vrpo", "repa", 1.03),
@@ -98,30 +98,53 @@ NUM_CLASSES = 1000
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(USUAL), help="what to measure")
-    parser.add_argument("--preset", default="SiT-B/2", help="as of train_vrpo.py (default: SiT-B/2, 256 tokens)")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(USUAL), help="arms to measure")
+    parser.add_argument(
+        "--preset", default="SiT-B/2", help="size of the model, as in train_vrpo.py (default: SiT-B/2, 256 tokens)"
+    )
     parser.add_argument("--latent_size", type=int, default=32, help="side of the four-channel latents (default: 32)")
     parser.add_argument("--embed_dim", type=int, default=768, help="width of the encoder's features (default: 768)")
-    parser.add_argument("--projector_dim", type=int, default=2048, help="hidden width (default: 2048)")
-    parser.add_argument("--batch_size", type=int, help="default: 256 on a GPU, 2 on the CPU")
+    parser.add_argument(
+        "--projector_dim", type=int, default=2048, help="hidden width of the projectors (default: 2048)"
+    )
+    parser.add_argument("--batch_size", type=int, help="images in a batch (default: 256 on a GPU, 2 on the CPU)")
     parser.add_argument("--repeats", type=int, default=20, help="rounds that count (default: 20)")
-    parser.add_argument("--warmup", type=int, default=3, help="rounds before them, at least 1 (default: 3)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if a GPU is available, otherwise cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16 is autocast")
-    parser.add_argument("--threads", type=int, help="of the CPU; 1 is steadier where other work runs")
+    parser.add_argument(
+        "--warmup", type=int, default=3, help="rounds before those that count, at least 1 (default: 3)"
+    )
+    parser.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        help="device to measure (default: cuda if a GPU is available, otherwise cpu)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="precision; bfloat16 means autocast (default: float32)",
+    )
+    parser.add_argument(
+        "--threads", type=int, help="CPU threads; 1 gives steadier times on a busy machine (default: torch's)"
+    )
     parser.add_argument(
         "--clock",
         choices=["wall", "cpu"],
         default="wall",
-        help="cpu: the process's own processor time; for a CPU that is shared with other work, with --threads 1",
+        help="measure wall time or, with cpu, processor time of the process, for a busy machine and with --threads 1",
     )
-    parser.add_argument("--pixels", action="store_true", help="no autoencoder: three channels of --latent_size pixels")
     parser.add_argument(
-        "--reward_encoder", metavar="FOLDER", help="a transformers vision model, for perceptual rewards"
+        "--pixels", action="store_true", help="train on images of --latent_size pixels instead of latents"
     )
-    parser.add_argument("--reward_resolution", type=int, default=224, help="side of the images it sees (default: 224)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and the order of the arms")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers, with the time of each step")
+    parser.add_argument(
+        "--reward_encoder", metavar="FOLDER", help="vision model of transformers for the perceptual rewards"
+    )
+    parser.add_argument(
+        "--reward_resolution", type=int, default=224, help="side in pixels of the images that it sees (default: 224)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and the order of the arms")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the numbers, with the time of each step, to this file"
+    )
     return parser
 
 
@@ -138,7 +161,7 @@ class GivenLatents(ImageSource):
         return 1_000_000
 
     def check(self):
-        """Does nothing: there are no images."""
+        """Does nothing, because there are no images."""
 
     def latents(self, vae, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return batch["x0"]
@@ -155,7 +178,7 @@ class GivenTargets:
 
 
 def random_whitening(embed_dim: int, num_dims: int = 128) -> Whitening:
-    """The size of RARE's targets: what it projects to does not change the time."""
+    """A random whitening of the size of RARE's; its values do not change the time of a step."""
     projection = torch.linalg.qr(torch.randn(embed_dim, num_dims, generator=torch.Generator().manual_seed(0)))[0]
     return Whitening(torch.zeros(embed_dim), projection)
 
@@ -171,15 +194,15 @@ class BeforeOptimizer(TrainerCallback):
 
 
 def build_trainer(name: str, settings, encoder, compile: bool = False, callbacks=()) -> VRPOTrainer:
-    """The trainer of one arm, ready for `train_step`. Accelerate has been started on the device and in the precision.
+    """Builds the trainer of an arm, ready for `train_step`; accelerate must have been started with device and precision.
 
     Args:
-        settings: `preset`, `projector_dim`, `latent_size`, `seed`, `dtype`; for others than the first four arms, also
-            `pixels`, `reward_encoder` and `reward_resolution`.
-        encoder: to align with; not used by the arm none.
+        settings: an object with `preset`, `projector_dim`, `latent_size`, `seed` and `dtype`; for arms other than the first
+            four, also with `pixels`, `reward_encoder` and `reward_resolution`.
+        encoder: the encoder to align with, which the arm none does not use.
     """
     threads, pixels, arm = torch.get_num_threads(), getattr(settings, "pixels", False), dict(ARMS[name])
-    # It is asked for the shape of its latents only: four channels, an eighth of the image's side.
+    # Only the shape of its latents is used: four channels, with an eighth of the image's side.
     vae = AutoencoderKL(
         latent_channels=4,
         block_out_channels=(1, 1, 1, 1),
@@ -222,7 +245,7 @@ def build_trainer(name: str, settings, encoder, compile: bool = False, callbacks
 
 
 def draw_batch(settings, batch_size: int, num_tokens: int, generator: torch.Generator, device) -> dict:
-    """What the loader, the autoencoder and the encoder would give for one step."""
+    """Draws a batch of random values as loader, autoencoder and encoder would return it for a step."""
     channels = 3 if getattr(settings, "pixels", False) else 4
     shape = (batch_size, channels, settings.latent_size, settings.latent_size)
     batch = {
@@ -240,7 +263,7 @@ def draw_batch(settings, batch_size: int, num_tokens: int, generator: torch.Gene
 
 
 def train_step(trainer: VRPOTrainer, batch: dict):
-    """An optimizer step on a batch, which stays as it is."""
+    """Takes an optimizer step on a batch, which does not change."""
     trainer.train_step(iter([dict(batch)]))
 
 
@@ -280,15 +303,15 @@ def median_ratio(above: list[float], below: list[float]) -> tuple[float, float, 
 
 
 def measure_memory(build, next_batch, device: torch.device, warmup: int = 2) -> dict[str, int]:
-    """Bytes of tensors that one arm, alone, has at most: in forward and backward (`gradients`), and in all of a step.
+    """Measures the peak bytes of tensors of an arm alone: in forward and backward pass (`gradients`), and in a whole step.
 
-    The objective costs in forward and backward only, and shows where activations decide: at a small batch all gradients
-    at the end of backward, or the average's temporary copy of the weights, are the peak whatever the objective is. On a
-    GPU the allocator counts the bytes; on the CPU the profiler does, since unlike the peak resident size of a process it
-    holds no libraries, no freed pages and no chance (nor scratch space inside MKL).
+    The objective needs memory in forward and backward pass only, and this shows only if activations dominate: with a small
+    batch, the gradients at the end of the backward pass or the temporary copy of the averaged weights are the peak for every
+    objective. On a GPU the allocator counts the bytes. On a CPU the profiler does, because its count, unlike the peak
+    resident size of a process, includes no libraries, freed pages and chance effects (and no scratch space inside MKL).
 
     Args:
-        build: makes the trainer of the arm, with the callbacks that it is given.
+        build: a function of callbacks that makes the trainer of the arm.
     """
     cuda = device.type == "cuda"
     before = torch.cuda.memory_allocated() if cuda else 0
@@ -320,7 +343,7 @@ def measure_memory(build, next_batch, device: torch.device, warmup: int = 2) -> 
     if cuda:
         result = run()
     else:
-        # The arm lives and dies inside the profile, which would otherwise see memory freed that it never saw taken.
+        # The arm is built and freed inside the profile, which would otherwise see memory freed that it did not see allocated.
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             run()
             gc.collect()

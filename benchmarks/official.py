@@ -1,31 +1,32 @@
 #!/usr/bin/env python
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-r"""Run the official code of REPA and SiT in turn with this package's, on the same geometry, batches and weights.
+r"""Run the official code of REPA and SiT in turn with this package's, with the same sizes, batches and weights.
 
     python benchmarks/official.py --repa REPA --sit SiT --threads 1 --clock cpu
     python benchmarks/official.py --repa REPA --what training --batch_size 4 --threads 1 --clock cpu
     python benchmarks/official.py --repa REPA --sit SiT --device cuda --json official.json
 
-REPA and SiT are folders with the two repositories (sihyun-yu/REPA and willisma/SiT on GitHub), of which nothing is in this one.
-REPA's model needs timm, SiT's samplers need torchdiffeq; torchvision, which timm imports and a step does not use, is
-replaced by placeholders where it cannot be imported.
+REPA and SiT are folders with clones of the two repositories (sihyun-yu/REPA and willisma/SiT on GitHub), of which this
+repository contains nothing. REPA's model needs timm, and SiT's samplers need torchdiffeq. torchvision, which timm imports but a
+step does not use, is replaced by placeholders if it cannot be imported.
 
 Training: REPA's step is the body of the training loop in its `train.py`, compiled from the file as it stands (posterior,
 label dropout, its loss, backward, clipping, AdamW, its average, and the losses that it reads), without the statements that
-save, draw samples and end the loop. Ours is `VRPOTrainer.train_step` with `--objective repa` and `vrpo`. Encoder features
-are given on both sides, random unit vectors: an encoder would cost both the same and hide the difference. The three models
-start from the same weights.
+save, draw samples and end the loop. Ours is `VRPOTrainer.train_step` with `--objective repa` and `vrpo`. On both sides the
+encoder's features are given as random unit vectors, because an encoder would cost both the same and hide the difference. The
+three models start from the same weights.
 
-Sampling: REPA's `euler_sampler` (Euler and Heun) and `euler_maruyama_sampler`, and SiT's `transport` samplers, beside
-`VRPOPipeline` up to the latents, guided at every step. Ratios are of the time for an evaluated row of the network, which is counted
-on both sides: SiT's SDE evaluates the network twice a step, its Heun once more at the end. REPA's model runs
-its projectors when it samples; `repa, no projectors` is the same code built without them, the stricter comparison. Samples of
-equal solvers from equal noise are compared, and their largest difference is printed.
+Sampling: REPA's `euler_sampler` (Euler and Heun) and `euler_maruyama_sampler`, and SiT's `transport` samplers, are compared with
+`VRPOPipeline` up to the latents, guided at every step. Ratios are of the time per row that the network evaluates, which is
+counted on both sides: SiT's SDE evaluates the network twice per step, and its Heun once more at the end. REPA's model runs its
+projectors when it samples; `repa, no projectors` is the same code built without them, which is the stricter comparison. Samples
+of equal solvers from equal noise are compared, and their largest difference is printed.
 
-On a CPU arms take turns within a round, in an order of the round's own; ratios are medians over rounds of the ratio within a
-round, intervals a 95 % bootstrap over rounds. On a GPU (`--device cuda`) every arm runs alone, for its memory: training of all
-presets eager and compiled (blocks on both sides), in bfloat16 autocast, with images/s, MFU and peak memory; sampling with
-TF32, and ours also in bfloat16 with compiled blocks, in 50 and 250 steps. A batch that does not fit is halved.
+On a CPU, arms take turns within a round, in a new order in each round. Ratios are medians over rounds of the ratio within a
+round, and intervals are 95 % bootstrap intervals over rounds. On a GPU (`--device cuda`) every arm runs alone, so that its memory
+can be measured: training of all presets, eager and with compiled blocks on both sides, in bfloat16 autocast, with images/s, MFU
+and peak memory; sampling with TF32, and ours also in bfloat16 with compiled blocks, in 50 and 250 steps. A batch that does not
+fit is halved.
 """
 
 import argparse
@@ -72,31 +73,62 @@ from diffusers_vrpo.training.throughput import peak_flops
 GPU_PRESETS = ("SiT-S/2", "SiT-B/2", "SiT-L/2", "SiT-XL/2")
 SAMPLERS = {"euler": "ode", "heun": "heun", "sde": "sde"}  # and their names in `vrpo sample`
 LATENT_SCALE = 0.18215
-AT_MOST = {"training": 0.9, "sampling": 0.95}  # of the official time
+AT_MOST = {"training": 0.9, "sampling": 0.95}  # largest accepted ratio of our time to the official one
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repa", type=Path, metavar="PATH", help="a clone of REPA's repository")
     parser.add_argument("--sit", type=Path, metavar="PATH", help="a clone of SiT's repository")
-    parser.add_argument("--what", nargs="+", choices=AT_MOST, default=list(AT_MOST), help="default: both")
-    parser.add_argument("--presets", nargs="+", help="default: SiT-S/2 on the CPU, S, B, L and XL on a GPU")
+    parser.add_argument(
+        "--what", nargs="+", choices=AT_MOST, default=list(AT_MOST), help="what to measure (default: both)"
+    )
+    parser.add_argument(
+        "--presets", nargs="+", help="sizes of the model (default: SiT-S/2 on the CPU, S, B, L and XL on a GPU)"
+    )
     parser.add_argument("--latent_size", type=int, default=32, help="side of the four-channel latents (default: 32)")
     parser.add_argument("--embed_dim", type=int, default=768, help="width of the encoder's features (default: 768)")
-    parser.add_argument("--projector_dim", type=int, default=2048, help="hidden width (default: 2048)")
-    parser.add_argument("--batch_size", type=int, help="of training; default: 256 on a GPU, 2 on the CPU")
-    parser.add_argument("--sampling_batch_size", type=int, help="images; default: 64 on a GPU, 1 on the CPU")
-    parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=list(SAMPLERS), help="default: all")
-    parser.add_argument("--num_inference_steps", type=int, nargs="+", help="default: 50 250 on a GPU, 10 on the CPU")
-    parser.add_argument("--guidance_scale", type=float, default=1.5, help="default: 1.5")
+    parser.add_argument(
+        "--projector_dim", type=int, default=2048, help="hidden width of the projectors (default: 2048)"
+    )
+    parser.add_argument(
+        "--batch_size", type=int, help="images in a training batch (default: 256 on a GPU, 2 on the CPU)"
+    )
+    parser.add_argument(
+        "--sampling_batch_size", type=int, help="images that are sampled together (default: 64 on a GPU, 1 on the CPU)"
+    )
+    parser.add_argument(
+        "--samplers", nargs="+", choices=SAMPLERS, default=list(SAMPLERS), help="samplers to measure (default: all)"
+    )
+    parser.add_argument(
+        "--num_inference_steps", type=int, nargs="+", help="solver steps (default: 50 and 250 on a GPU, 10 on the CPU)"
+    )
+    parser.add_argument("--guidance_scale", type=float, default=1.5, help="guidance scale (default: 1.5)")
     parser.add_argument("--repeats", type=int, default=9, help="rounds or steps that count (default: 9)")
-    parser.add_argument("--warmup", type=int, default=1, help="before them, at least 1 (default: 1)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if a GPU is available, otherwise cpu")
-    parser.add_argument("--peak_tflops", type=float, help="of the device, for MFU; known GPUs are looked up")
-    parser.add_argument("--threads", type=int, help="of the CPU; 1 is steadier where other work runs")
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: the process's processor time")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and the order of the arms")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers, with all times")
+    parser.add_argument(
+        "--warmup", type=int, default=1, help="rounds or steps before those that count, at least 1 (default: 1)"
+    )
+    parser.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        help="device to measure (default: cuda if a GPU is available, otherwise cpu)",
+    )
+    parser.add_argument(
+        "--peak_tflops", type=float, help="peak TFLOP/s of the device, for MFU; looked up for known GPUs"
+    )
+    parser.add_argument(
+        "--threads", type=int, help="CPU threads; 1 gives steadier times on a busy machine (default: torch's)"
+    )
+    parser.add_argument(
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="measure wall time or, with cpu, processor time of the process (default: wall)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and the order of the arms")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the numbers, with all times, to this file"
+    )
     return parser
 
 
@@ -105,7 +137,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class Placeholders(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds a package that is not installed, and gives its modules attributes that do nothing."""
+    """Makes a package that is not installed importable, with modules whose attributes do nothing."""
 
     def __init__(self, package: str):
         self.package = package
@@ -122,7 +154,7 @@ class Placeholders(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return module
 
     def exec_module(self, module):
-        """Does nothing: `create_module` has made all there is."""
+        """Does nothing, because `create_module` has made everything."""
 
 
 def _placeholder(name: str):
@@ -132,7 +164,7 @@ def _placeholder(name: str):
 
 
 def replace_if_missing(package: str):
-    """Lets `import package` succeed where the package is not installed or cannot be imported."""
+    """Lets `import package` succeed if the package is not installed or cannot be imported."""
     try:
         importlib.import_module(package)
     except Exception:  # an installed one may fail in many ways, such as against another torch
@@ -143,7 +175,7 @@ def replace_if_missing(package: str):
 
 @contextlib.contextmanager
 def importing_from(folder: Path):
-    """Imports modules of a repository's folder inside; afterwards their names (`models`, `utils`) are free again."""
+    """Imports modules from a repository's folder inside the block; afterwards their names (`models`, `utils`) are free again."""
     sys.path.insert(0, str(folder))
     before = set(sys.modules)
     try:
@@ -176,11 +208,11 @@ def load_official(folder: Path, option: str, names: Iterable[str]) -> list[types
 
 
 def training_step(folder: Path, names: dict) -> Callable[[tuple], None]:
-    """The body of the loop over the data loader in `train.py`, as a function of what the loader gives.
+    """Compiles the body of the loop over the data loader in `train.py` to a function of a batch of the loader.
 
     Args:
-        folder: of REPA's repository.
-        names: what the body uses of `main`, such as `model` and `optimizer`.
+        folder: the folder of REPA's repository.
+        names: the local variables of `main` that the body uses, such as `model` and `optimizer`.
 
     Raises:
         InputError: if the file has no such loop.
@@ -195,7 +227,7 @@ def training_step(folder: Path, names: dict) -> Callable[[tuple], None]:
     if len(loops) != 1:
         raise InputError("repa", f"`repa` {folder}: train.py has no single loop over its data loader in `main`")
 
-    # Imports that fail are of what the step does not use, such as wandb. `main` itself is not run.
+    # Imports may fail for packages that the step does not use, such as wandb. `main` itself is not run.
     imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node is not main]
     namespace: dict = {}
@@ -224,7 +256,7 @@ def training_step(folder: Path, names: dict) -> Callable[[tuple], None]:
 
 
 def build_ours(settings, preset: str, objective: str, compiled: bool) -> SimpleNamespace:
-    """Our trainer; zero-initialised layers are drawn, so that all of the network works."""
+    """Builds our trainer. Layers that are initialised with zeros get random weights, so that the whole network has an effect."""
     shapes = SimpleNamespace(
         preset=preset,
         projector_dim=settings.projector_dim,
@@ -242,7 +274,7 @@ def build_ours(settings, preset: str, objective: str, compiled: bool) -> SimpleN
 
 
 def official_model(settings, repa: types.ModuleType, preset: str, **options) -> torch.nn.Module:
-    """REPA's model of a preset's size; its projectors stand after block 8 unless `encoder_depth` says otherwise."""
+    """Builds REPA's model in a preset's size; its projectors follow block 8 unless `encoder_depth` says otherwise."""
     size = sit_preset(preset)
     dim = size["num_attention_heads"] * size["attention_head_dim"]
     options.setdefault("encoder_depth", min(8, size["num_layers"]))
@@ -263,7 +295,7 @@ def official_model(settings, repa: types.ModuleType, preset: str, **options) -> 
 
 
 def build_official(settings, preset: str, compiled: bool) -> SimpleNamespace:
-    """REPA's model with the weights that ours starts from, and its step."""
+    """Builds REPA's model with the weights from which ours starts, and its step."""
     sit, loss = load_official(settings.repa, "repa", ["models.sit", "loss"])
     ours = build_ours(settings, preset, "repa", False)
     aligned = ours.trainer.aligned
@@ -308,7 +340,7 @@ def build_official(settings, preset: str, compiled: bool) -> SimpleNamespace:
             "ema": average,
             "optimizer": optimizer,
             "loss_fn": loss.SILoss(accelerator=accelerator),
-            # The features stand where the images would, and this encoder returns what it is given.
+            # The batch has the features instead of images, and this encoder returns them unchanged.
             "encoders": [SimpleNamespace(forward_features=lambda features: features)],
             "encoder_types": ["given"],
             "architectures": ["given"],
@@ -344,7 +376,7 @@ def batches(settings, preset: str, batch_size: int):
 
 
 def compare_training(settings, preset: str) -> dict:
-    """On the CPU: seconds of each arm's step in each round."""
+    """On a CPU, measures the seconds of a step of each arm in each round."""
     arms = {name: build() for name, build in arm_builders(settings, preset, False).items()}
     calls = {name: arm.run for name, arm in arms.items()}
     seconds = take_turns(settings, calls, batches(settings, preset, settings.batch_size))
@@ -358,7 +390,7 @@ def compare_training(settings, preset: str) -> dict:
 
 
 def sweep_training(settings, preset: str, compiled: bool) -> list[dict]:
-    """On a GPU: images/s, MFU and peak memory of each arm, alone."""
+    """On a GPU, measures images/s, MFU and peak memory of each arm, which runs alone."""
     rows = []
     for name, build in arm_builders(settings, preset, compiled).items():
         row, batch_size = None, settings.batch_size
@@ -421,7 +453,7 @@ class CountedRows:
 
 
 def build_transformer(settings, preset: str, **config) -> SiTTransformer2DModel:
-    """Our model with random weights where SiT's are zero at the start."""
+    """Builds our model with random weights for the layers that SiT initialises with zeros."""
     torch.manual_seed(settings.seed)
     model = SiTTransformer2DModel(
         **sit_preset(preset), sample_size=settings.latent_size, num_classes=NUM_CLASSES, **config
@@ -432,7 +464,7 @@ def build_transformer(settings, preset: str, **config) -> SiTTransformer2DModel:
 
 
 def build_pipeline(settings, transformer, sampler: str, compiled: bool = False) -> SimpleNamespace:
-    """Our pipeline with a sampler, as a function of latents and labels."""
+    """Builds our pipeline with a sampler, as a function of latents and labels."""
     pipeline = VRPOPipeline(transformer, default_scheduler("velocity"))
     set_sampler(pipeline, SAMPLERS[sampler], "ours")
     pipeline.set_progress_bar_config(disable=True)
@@ -455,7 +487,7 @@ def build_pipeline(settings, transformer, sampler: str, compiled: bool = False) 
 
 
 def build_repa_sampler(settings, preset: str, sampler: str, z_dims: list[int], transformer) -> SimpleNamespace:
-    """REPA's sampler of the same weights; random projectors where there are any."""
+    """Builds REPA's sampler with the same weights, and with random projectors if the model has any."""
     sit, samplers = load_official(settings.repa, "repa", ["models.sit", "samplers"])
     model = official_model(settings, sit, preset, z_dims=z_dims)
     model.load_state_dict(export_checkpoint(transformer, "repa"), strict=not z_dims)
@@ -473,7 +505,7 @@ def build_repa_sampler(settings, preset: str, sampler: str, z_dims: list[int], t
 
 
 def build_sit_sampler(settings, preset: str, sampler: str, transformer) -> SimpleNamespace:
-    """SiT's sampler of the same weights."""
+    """Builds SiT's sampler with the same weights."""
     models, transport = load_official(settings.sit, "sit", ["models", "transport"])
     size = sit_preset(preset)
     model = models.SiT(
@@ -495,7 +527,7 @@ def build_sit_sampler(settings, preset: str, sampler: str, transformer) -> Simpl
         null = torch.full_like(labels, NUM_CLASSES)
         options = {"y": torch.cat([labels, null]), "cfg_scale": settings.guidance_scale}
         if sampler == "sde":
-            # It evaluates the network twice a step.
+            # SiT's SDE sampler evaluates the network twice per step.
             solve = samplers.sample_sde(sampling_method="Euler", num_steps=max(2, steps // 2))
         else:
             method = {"euler": "euler", "heun": "heun2"}[sampler]
@@ -507,7 +539,7 @@ def build_sit_sampler(settings, preset: str, sampler: str, transformer) -> Simpl
 
 
 def sampling_builders(settings, preset: str, sampler: str) -> dict[str, Callable]:
-    """What builds each arm, by its name; arms of one repository share their weights."""
+    """The functions that build each arm, by name; arms of the same repository share their weights."""
 
     def ours(compiled: bool = False, dtype: torch.dtype = torch.float32, **config):
         transformer = build_transformer(settings, preset, **config).to(settings.device)
@@ -546,7 +578,7 @@ def noise_batches(settings):
 
 
 def compare_sampling(settings, preset: str, sampler: str, steps: int) -> dict:
-    """On the CPU: seconds for each evaluated row of each arm in each round, and how far samples are apart."""
+    """On a CPU, measures the seconds per evaluated row of each arm in each round, and the differences between samples."""
     arms = {name: build() for name, build in sampling_builders(settings, preset, sampler).items()}
     given = next(noise_batches(settings))
     samples = {name: arm.run(given, steps) for name, arm in arms.items()}
@@ -569,7 +601,7 @@ def compare_sampling(settings, preset: str, sampler: str, steps: int) -> dict:
 
 
 def sweep_sampling(settings, preset: str, sampler: str, steps: int) -> list[dict]:
-    """On a GPU: images/s and peak memory of each arm, alone."""
+    """On a GPU, measures images/s and peak memory of each arm, which runs alone."""
     rows = []
     for name, build in sampling_builders(settings, preset, sampler).items():
         arm, source = build(), noise_batches(settings)
@@ -598,7 +630,7 @@ def sweep_sampling(settings, preset: str, sampler: str, steps: int) -> list[dict
 
 
 def take_turns(settings, calls: dict[str, Callable], source) -> dict[str, list[float]]:
-    """Seconds of each call on the same input, a number for every round that counts."""
+    """Measures the seconds of each call on the same input, one number for every round that counts."""
     clock = {"wall": time.perf_counter, "cpu": time.process_time}[settings.clock]
     order, warmup = random.Random(settings.seed), max(1, settings.warmup)
     seconds = {name: [] for name in calls}
@@ -698,7 +730,7 @@ def main(settings: argparse.Namespace) -> dict:
 
 
 def add(report: dict, kind: str, found: list[dict]):
-    """Adds results to the report and prints them at once: a run takes long."""
+    """Adds results to the report and prints them at once, because a run takes long."""
     report[kind] += found
     if kind == "rows":
         print_rows(found)

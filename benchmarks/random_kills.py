@@ -1,14 +1,14 @@
 #!/usr/bin/env python
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-r"""Kill tiny runs of thirteen kinds at random moments, continue each to its end, and compare it with a run that nobody killed.
+r"""Kill tiny runs of thirteen kinds at random moments, resume each to its end, and compare it with an undisturbed run.
 
     python benchmarks/random_kills.py                  # 130 kills, a few minutes on two cores
     python benchmarks/random_kills.py --kills 10 --only streaming two-processes
 
 A run is killed by SIGKILL at a moment drawn uniformly over the time that an undisturbed run takes: while it starts, trains,
-saves, resumes, or writes its result. The same command then continues it, and may be killed again. At the end the last
-checkpoint (weights, averages, optimizer, statistics), the pipeline, and every logged number but the speed must be equal bit by
-bit. The processes are forked from one that has imported everything, as in the tests, so that starts take no seconds.
+saves, resumes, or writes its result. The same command then resumes it, and may be killed again. At the end the last
+checkpoint (weights, averages, optimizer, statistics), the pipeline, and every logged number except the speed must be equal bit
+by bit. The processes are forked from one that has imported everything, as in the tests, so that they start at once.
 """
 
 import argparse
@@ -71,7 +71,7 @@ TIMED = ("images_per_second", "tflops_per_device", "train_seconds", "mfu")
 
 
 def write_inputs(folder: Path, start, command):
-    """Writes what some kinds read: a latent cache, parquet files in several row groups, and a model to adapt."""
+    """Writes the inputs of some kinds: a latent cache, parquet files with several row groups, and a model to adapt."""
     prepare = [
         "--dataset",
         "digits",
@@ -111,7 +111,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def same(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Whether two tensors have the same bits; NaN equals NaN, which marks what has not been measured yet."""
+    """Whether two tensors have the same bits. NaN equals NaN, because it marks values that have not been measured yet."""
     alike = left.dtype == right.dtype and left.shape == right.shape
     return (
         alike
@@ -181,11 +181,13 @@ def main():
     parser.add_argument(
         "--kills", type=int, default=130, help="kills in total, divided among the kinds (default: 130)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default: 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the moments at which runs are killed (default: 0)"
+    )
     parser.add_argument(
         "--only", nargs="+", metavar="KIND", help=f"kinds out of {', '.join(KINDS)} (spaces or dashes)"
     )
-    parser.add_argument("--json", metavar="FILE", help="also write the table as JSON")
+    parser.add_argument("--json", metavar="FILE", help="also write the table to this file, as JSON")
     args = parser.parse_args()
     kinds = [kind.replace("-", " ") for kind in args.only] if args.only else list(KINDS)
     if unknown := [kind for kind in kinds if kind not in KINDS]:

@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-r"""What a training recipe will cost: FLOPs counted from the model's shapes, hours at an assumed speed.
+r"""Estimate what a training recipe will cost: FLOPs counted from the model's shapes, and hours at an assumed speed.
 
     python benchmarks/recipe_cost.py configs/imagenet256/*.yaml --peak_tflops 989 --mfu 0.4
 
@@ -81,10 +81,13 @@ def main(argv: list[str] | None = None):
         "--peak_tflops",
         type=number_in(positive, float),
         default=989.0,
-        help="of a device (default: 989, H100/H200 bf16)",
+        help="peak TFLOP/s of a device (default: 989, that of an H100 or H200 in bf16)",
     )
     parser.add_argument(
-        "--mfu", type=number_in(positive, float), default=0.4, help="assumed share of it (default: 0.4)"
+        "--mfu",
+        type=number_in(positive, float),
+        default=0.4,
+        help="share of the peak that training is assumed to reach (default: 0.4)",
     )
     args = parser.parse_args(argv)
     encoder = dinov2_base_flops()

@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-r"""Measure what a guidance interval saves, and how many images a second a sampler gives.
+r"""Measure what a guidance interval saves, and how many images per second a sampler draws.
 
     python benchmarks/sampling_cost.py --preset SiT-XS/2 --batch_size 2 --threads 1 --clock cpu
     python benchmarks/sampling_cost.py --preset SiT-XL/2 --device cuda --dtype bfloat16 --batch_size 64
@@ -10,21 +10,22 @@ r"""Measure what a guidance interval saves, and how many images a second a sampl
 
 Without `--throughput` and `--first_block_cache`, three arms sample the same batch with the same model:
     always      guided at every step
-    interval    guided within `--guidance_interval` alone, the unconditional half left out elsewhere
+    interval    guided only within `--guidance_interval`, without the unconditional half of the batch elsewhere
     never       not guided
-The time of `interval` over that of `always` is to be at most its share of the rows that the model evaluates, which is
-counted, plus 3 %: what else a step costs must not eat up what guidance saves.
+The time of `interval` divided by that of `always` must be at most its share of the rows that the model evaluates, which are
+counted, plus 3 %, so that other costs of a step do not cancel what the interval saves.
 
 With `--throughput`, two arms sample with always guided steps: float32 eager, and bfloat16 with compiled blocks.
 
 With `--first_block_cache`, an arm `whole` computes all blocks in always guided steps, and one for each threshold has diffusers'
 first-block cache. Rows are the blocks that ran over the number of blocks, and samples are compared with those of `whole`: mean
-absolute difference over their standard deviation. That asks for trained weights, `--pipeline`: fresh blocks change nothing.
+absolute difference over their standard deviation. That needs the trained weights of `--pipeline`, because blocks with fresh
+weights change nothing.
 
-A call is `VRPOPipeline.__call__` up to the latents, with a generator for each image, as `vrpo sample` makes it;
-weights are fresh unless `--pipeline` names some. Arms take turns within a round, in an order of the round's own. Ratios are medians over rounds of the
-ratio within a round; intervals are a 95 % bootstrap over rounds. `--clock cpu` counts the process's processor time,
-for a machine that does other work too.
+A call is `VRPOPipeline.__call__` up to the latents, with a generator for each image, as in `vrpo sample`. Weights are fresh
+unless `--pipeline` is given. Arms take turns within a round, in a new order in each round. Ratios are medians over rounds of
+the ratio within a round; intervals are 95 % bootstrap intervals over rounds. `--clock cpu` measures processor time of the
+process, for a machine that also does other work.
 """
 
 import argparse
@@ -52,32 +53,63 @@ THROUGHPUT_ARMS = {"float32, eager": ("float32", False), "bfloat16, compiled": (
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="SiT-S/2", help="as of train_vrpo.py (default: SiT-S/2)")
+    parser.add_argument(
+        "--preset", default="SiT-S/2", help="size of the model, as in train_vrpo.py (default: SiT-S/2)"
+    )
     parser.add_argument("--pipeline", metavar="FOLDER", help="sample from this pipeline instead of a preset")
     parser.add_argument("--latent_size", type=int, default=32, help="side of the four-channel latents (default: 32)")
-    parser.add_argument("--batch_size", type=int, help="default: 64 on a GPU, 2 on the CPU")
-    parser.add_argument("--sampler", default="default", help="as of `vrpo sample` (default: the pipeline's, Euler)")
-    parser.add_argument("--num_inference_steps", type=int, default=50, help="default: 50")
-    parser.add_argument("--guidance_scale", type=float, default=1.5, help="default: 1.5")
-    parser.add_argument("--guidance_interval", type=float, nargs=2, default=[0.0, 0.7], help="default: 0 0.7")
-    parser.add_argument("--throughput", action="store_true", help="compare precisions instead of intervals")
+    parser.add_argument("--batch_size", type=int, help="images in a batch (default: 64 on a GPU, 2 on the CPU)")
     parser.add_argument(
-        "--first_block_cache", type=float, nargs="+", metavar="THRESHOLD", help="compare these thresholds instead"
+        "--sampler", default="default", help="sampler, as in `vrpo sample` (default: the pipeline's, Euler)"
     )
-    parser.add_argument("--rounds", type=int, default=9, help="that count (default: 9)")
-    parser.add_argument("--warmup", type=int, default=1, help="rounds before them, at least 1 (default: 1)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if a GPU is available, otherwise cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the transformer (default: float32)")
+    parser.add_argument("--num_inference_steps", type=int, default=50, help="solver steps (default: 50)")
+    parser.add_argument("--guidance_scale", type=float, default=1.5, help="guidance scale (default: 1.5)")
+    parser.add_argument(
+        "--guidance_interval",
+        type=float,
+        nargs=2,
+        default=[0.0, 0.7],
+        help="noise levels with guidance (default: 0 0.7)",
+    )
+    parser.add_argument("--throughput", action="store_true", help="compare precisions instead of guidance intervals")
+    parser.add_argument(
+        "--first_block_cache",
+        type=float,
+        nargs="+",
+        metavar="THRESHOLD",
+        help="compare these thresholds of the first-block cache instead",
+    )
+    parser.add_argument("--rounds", type=int, default=9, help="rounds that count (default: 9)")
+    parser.add_argument(
+        "--warmup", type=int, default=1, help="rounds before those that count, at least 1 (default: 1)"
+    )
+    parser.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        help="device to measure (default: cuda if a GPU is available, otherwise cpu)",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="precision of the transformer (default: float32)"
+    )
     parser.add_argument("--compile", action="store_true", help="compile the blocks")
-    parser.add_argument("--threads", type=int, help="of the CPU; 1 is steadier where other work runs")
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: the process's processor time")
-    parser.add_argument("--seed", type=int, default=0, help="of noise and of the order of the arms")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers, with the time of each call")
+    parser.add_argument(
+        "--threads", type=int, help="CPU threads; 1 gives steadier times on a busy machine (default: torch's)"
+    )
+    parser.add_argument(
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="measure wall time or, with cpu, processor time of the process (default: wall)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise and of the order of the arms")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the numbers, with the time of each call, to this file"
+    )
     return parser
 
 
 def build_pipeline(settings, dtype: str, compiled: bool) -> VRPOPipeline:
-    """A pipeline with the sampler: `--pipeline`, or the preset with fresh weights and without an autoencoder."""
+    """Builds a pipeline with the sampler: that of `--pipeline`, or the preset with fresh weights and no autoencoder."""
     if settings.pipeline:
         pipeline = VRPOPipeline.from_pretrained(settings.pipeline)
         model = pipeline.transformer
@@ -100,7 +132,7 @@ def build_pipeline(settings, dtype: str, compiled: bool) -> VRPOPipeline:
 
 
 def build_arms(settings) -> dict:
-    """`{name: function}`; each samples a batch of given latents."""
+    """Builds the arms as `{name: function}`; each function samples a batch from given latents."""
 
     def arm(pipeline, **guidance):
         def call(latents, generators):

@@ -7,13 +7,13 @@ r"""Measure how cost grows with size: rows, tokens, classes, aligned blocks, enc
     python benchmarks/scaling.py --full --only draws
     python benchmarks/scaling.py --full --only metrics
 
-A cost is processor time of one thread (the least of some repeats), and, where memory matters, the highest resident memory
-above that before (Linux only). The exponent is the slope of a line through the logarithms of cost and size over the larger
-half of the sizes, where fixed costs hide the least: 1 means that the cost grows as the size does, 0 that it does not grow.
-Work that compares all pairs is quadratic by definition and says so; everything else is to stay at or below 1.05.
+A cost is processor time of one thread (the least of some repeats) and, if memory matters, the peak of resident memory above its
+value before (Linux only). The exponent is the slope of a line through the logarithms of cost and size over the larger half of
+the sizes, where fixed costs matter least: 1 means that the cost is proportional to the size, 0 that it does not grow. Work that
+compares all pairs is quadratic by definition and is marked so; the exponent of everything else must be at most 1.05.
 
-Rows of data are faked: a latent cache is a sparse file, an image of a table is one byte, which nothing decodes. `--full` goes
-to 10^7 rows of a table and 50,000 features of metrics. The metrics then take six minutes, and the other parts less than one
+Rows of data are faked: a latent cache is a sparse file, and an image of a table is one byte, which nothing decodes. `--full` goes
+to 10^7 rows of a table and 50,000 features for metrics. The metrics then take six minutes, and the other parts less than one
 each; `--quick` is for tests.
 """
 
@@ -45,7 +45,7 @@ from diffusers_vrpo.evaluation.metrics import density_coverage, kernel_distance,
 from diffusers_vrpo.reporting.runs import merge_rows
 
 
-MOST = 1.05  # exponent of what is not quadratic by definition
+MOST = 1.05  # largest exponent of work that is not quadratic by definition
 BATCH = 256
 
 
@@ -54,13 +54,13 @@ class Scale:
     """A cost that is measured at several sizes.
 
     Attributes:
-        name: what costs, for the table.
-        unit: what the size counts.
+        name: name of the work, for the table.
+        unit: unit of the size.
         sizes: in ascending order.
         prepare: makes the function to measure, given the size and an empty folder.
         shared_by: samples that share the cost, by which it is divided.
-        quadratic: whether the work is so by definition.
-        repeats: how often it is measured.
+        quadratic: whether the work is quadratic by definition.
+        repeats: number of measurements, of which the least counts.
         memory: whether memory is measured, too.
     """
 
@@ -94,7 +94,7 @@ def draws(num_rows: int, num_tokens: int, version: int = 2) -> Callable[[], obje
 
 
 def order(num_rows: int) -> Callable[[], object]:
-    """The rows of one batch in an epoch that has not been asked for before."""
+    """The rows of a batch in a new epoch."""
     samples, epoch = SampleStreams(num_rows, 0, (4, 32, 32), 1000), iter(range(1, 10**9))
 
     def look_up():
@@ -117,7 +117,7 @@ def streamed_order(num_rows: int) -> Callable[[], object]:
 
 
 def open_cache(num_rows: int, folder: Path) -> Callable[[], object]:
-    """Opening a latent cache of moments of 4x32x32, and the fingerprint that a continued run is checked by."""
+    """Opens a latent cache of moments of 4x32x32, and computes the fingerprint by which a resumed run is checked."""
     config = {"count": num_rows, "resolution": 256, "kind": "moments", "latent_shape": [4, 32, 32], "flip": False}
     config |= {"images": "none", "features": [], "chunk_rows": 1024, "seed": 0}
     about = {"vae": "random", "num_classes": 1000, "class_names": None}
@@ -141,13 +141,13 @@ def image_table(num_rows: int, num_classes: int) -> datasets.Dataset:
 
 
 def open_table(num_rows: int, num_classes: int) -> Callable[[], object]:
-    """Checking the columns and labels of an image data set, and its fingerprint."""
+    """Checks the columns and labels of an image data set, and computes its fingerprint."""
     table = image_table(num_rows, num_classes)
     return lambda: ImageDataset(*image_and_label(table, "train_dataset", "(a table)", "image", "label")).fingerprint()
 
 
 def aligned_step(num_tokens: int = 64, blocks: int = 1, encoders: int = 1, num_classes: int = 10, depth: int = 2):
-    """Forward, backward and statistics of VRPO on a narrow model, of whose cost projectors and rewards are a large part."""
+    """Forward pass, backward pass and statistics of VRPO on a narrow model, in whose cost projectors and rewards are large."""
     torch.manual_seed(0)
     side = math.isqrt(num_tokens)
     model = SiTTransformer2DModel(
@@ -189,7 +189,7 @@ def merge(rows: list[dict]) -> Callable[[], object]:
 
 
 def log_rows(number: int) -> list[dict]:
-    """Rows of a run that was continued ten times from a checkpoint a little before."""
+    """The log rows of a run that was resumed ten times, each time from a slightly earlier checkpoint."""
     steps = [
         step for part in range(10) for step in range(part * number // 10 - min(part, 1) * 5, (part + 1) * number // 10)
     ]
@@ -202,7 +202,7 @@ def features(number: int, dim: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def scales(quick: bool, full: bool) -> dict[str, list[Scale]]:
-    """All measurements by the names that `--only` takes."""
+    """All measurements, by the names for `--only`."""
     powers = [10**k for k in range(3, 5 if quick else 8)]
     tables = powers if full or quick else powers[:-1]
     tokens = [64, 144] if quick else [64, 256, 1024, 4096]
@@ -257,7 +257,7 @@ def scales(quick: bool, full: bool) -> dict[str, list[Scale]]:
 
 
 def peak_memory(function: Callable[[], object]) -> float | None:
-    """MiB of resident memory that a call needs at its highest above that before it; None where Linux's files are missing."""
+    """The peak of resident memory in a call above the memory before it, in MiB; None without Linux's files about processes."""
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
     def read(name: str) -> float:
@@ -318,8 +318,10 @@ def print_result(result: dict):
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two or three small sizes of each, as the tests take")
-    parser.add_argument("--full", action="store_true", help="also the sizes that take minutes each")
+    parser.add_argument(
+        "--quick", action="store_true", help="measure only two or three small sizes of each, as the tests do"
+    )
+    parser.add_argument("--full", action="store_true", help="also measure sizes that take minutes each")
     parser.add_argument(
         "--only", nargs="+", choices=list(scales(True, False)), help="measure only these (default: all)"
     )

@@ -5,14 +5,15 @@ r"""Measure how fast `--streaming` reads, compared with the same images from the
     python benchmarks/streaming.py path/to/parquet-folder --resolution 256
     python benchmarks/streaming.py --imagenet
 
-Both give whole training batches: read, decoded, cropped, with noise of the autoencoder's latents and all other draws. The
+Both make whole training batches: images are read, decoded and cropped, and noise and all other random numbers are drawn. The
 data set is a folder with parquet files, which is in the page cache after the first round.
-    streamed, 2     `StreamedBatches` with two threads; 0 decodes in the thread that asks
+    streamed, 2     `StreamedBatches` with two threads; with 0 the calling thread decodes
     on disk, 2      `DataLoader` with two worker processes over `load_dataset`'s memory-mapped copy
-They take turns; a figure is the median over rounds. The first batch (row groups read, processes started) counts apart.
+They take turns, and a figure is the median over rounds. The first batch, which reads row groups and starts processes, is
+reported separately.
 
-`--imagenet` reads nothing: it counts the row groups that a process would hold and read in an epoch of 1,281,167 images in
-row groups of 100, with 256 samples a step.
+`--imagenet` reads nothing. It counts the row groups that a process would hold and read in an epoch of 1,281,167 images in row
+groups of 100, with 256 samples per step.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from diffusers_vrpo.data.streamed_samples import StreamedSamples, StreamOrder
 
 
 def count_row_groups(processes: int) -> tuple[int, int, int]:
-    """Row groups that the first of so many processes holds at most and reads in an epoch, and how many there are."""
+    """Counts row groups: the most that the first of `processes` processes holds, those that it reads in an epoch, and all."""
     rows = np.full(12_812, 100)
     rows[-1] = 67
     order = StreamOrder(0, rows, rows * 110_000, 256)
@@ -50,13 +51,15 @@ def count_row_groups(processes: int) -> tuple[int, int, int]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", help="with parquet files of images")
-    parser.add_argument("--imagenet", action="store_true", help="count row groups")
-    parser.add_argument("--resolution", type=int, default=256, help="(default: 256)")
-    parser.add_argument("--batch_size", type=int, default=64, help="(default: 64)")
-    parser.add_argument("--batches", type=int, default=12, help="of a round, after the first (default: 12)")
-    parser.add_argument("--rounds", type=int, default=3, help="(default: 3)")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
+    parser.add_argument("folder", nargs="?", help="folder with parquet files of images")
+    parser.add_argument("--imagenet", action="store_true", help="only count row groups of ImageNet")
+    parser.add_argument("--resolution", type=int, default=256, help="side in pixels of the images (default: 256)")
+    parser.add_argument("--batch_size", type=int, default=64, help="images in a batch (default: 64)")
+    parser.add_argument("--batches", type=int, default=12, help="batches in a round, after the first (default: 12)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds that count (default: 3)")
+    parser.add_argument(
+        "--workers", type=int, nargs="+", default=[0, 1, 2], help="numbers of workers to measure (default: 0 1 2)"
+    )
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args()
     if args.imagenet == bool(args.folder):

@@ -1,29 +1,29 @@
 #!/usr/bin/env python
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-r"""Compare this package's training step with a plain REPA step, and list what each improvement is worth.
+r"""Compare this package's training step with a plain REPA step, and list the effect of each improvement.
 
     python benchmarks/train_step.py --device cuda --dtype bfloat16 --batch_size 256
     python benchmarks/train_step.py --batch_size 4 --threads 1 --clock cpu --json train_step.json
     python benchmarks/train_step.py --device cuda --dtype bfloat16 --sweep
 
-The plain step is REPA's method written down in the most direct way, in this file: eager, a loop over samples in the loss,
-the average tensor by tensor, AdamW as torch makes it by default, the encoder in float32, losses read at every step. Model
-and projectors are the same code, batches and starting weights are the same numbers. Arms, each with its own model, that
+The plain step is REPA's method, written in this file in the most direct way: eager, with a loop over samples in the loss, the
+average updated tensor by tensor, torch's default AdamW, the encoder in float32, and losses that are read at every step. Model and
+projectors are the same code as ours, and batches and starting weights are the same numbers. The arms, each with its own model,
 take turns in one process:
     plain           the above
     + ...           plain with one improvement, for its share; improvements need not add up
     plain, all      plain with all of them
     repa, vrpo      `VRPOTrainer.train_step` with `--objective repa` and with its default
-A step takes a batch on the CPU (uint8 images, latents, noise, labels), runs the encoder online, forward, backward,
-clipping, AdamW and the average. Decoding and the autoencoder are left out. The encoder is a DINOv2 with random weights
-unless one is given. Under bfloat16 the plain encoder in float32 is the slow part: the ratio to `+ encoder in half
-precision`, the same teacher in the same precision, is the strict one.
+A step starts with a batch on the CPU (uint8 images, latents, noise, labels) and runs the encoder, forward and backward pass,
+clipping, AdamW and the average. It does not include decoding and the autoencoder. The encoder is a DINOv2 with random weights
+unless one is given. With bfloat16 the plain encoder in float32 is the slow part, so the strict comparison is the ratio to
+`+ encoder in half precision`, which has the same encoder in the same precision.
 
-Every round has a new batch, the same for all arms, and a new order of the arms. Ratios are medians over rounds
-of the ratio within a round; intervals are a 95 % bootstrap over rounds.
+Every round has a new batch, the same for all arms, and a new order of the arms. Ratios are medians over rounds of the ratio within
+a round; intervals are 95 % bootstrap intervals over rounds.
 
-`--sweep` measures the vrpo step alone over model sizes: images/s, TFLOP/s, MFU, peak memory. Latents are given, the
-encoder is online; its work counts, recomputation would not. A batch that does not fit is halved.
+`--sweep` measures the vrpo step alone for several model sizes: images/s, TFLOP/s, MFU, peak memory. Latents are given, but the
+encoder runs in the step; its work counts, while recomputation would not. A batch that does not fit is halved.
 """
 
 import argparse
@@ -63,7 +63,7 @@ from diffusers_vrpo.training.throughput import peak_flops, throughput_metrics
 
 ENCODER_SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}
 SWEEP = ("SiT-S/2", "SiT-B/2", "SiT-L/2", "SiT-XL/2")
-# What each improvement replaces in the plain step.
+# What each improvement changes in the plain step.
 IMPROVEMENTS = {
     "fused AdamW": "adamw",
     "average in one pass": "ema",
@@ -80,24 +80,54 @@ TARGETS = {"cpu": 1.0, "cuda": 1.3}
 def build_parser() -> argparse.ArgumentParser:
     flag = argparse.BooleanOptionalAction
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="SiT-S/2", help="as of train_vrpo.py (default: SiT-S/2)")
+    parser.add_argument(
+        "--preset", default="SiT-S/2", help="size of the model, as in train_vrpo.py (default: SiT-S/2)"
+    )
     parser.add_argument("--latent_size", type=int, default=32, help="side of the four-channel latents (default: 32)")
-    parser.add_argument("--projector_dim", type=int, default=2048, help="hidden width (default: 2048)")
-    parser.add_argument("--encoder", help="of train_vrpo.py; a random DINOv2 without it")
-    parser.add_argument("--encoder_size", choices=ENCODER_SIZES, default="base", help="of the random one")
-    parser.add_argument("--batch_size", type=int, help="default: 256 on a GPU, 4 on the CPU")
+    parser.add_argument(
+        "--projector_dim", type=int, default=2048, help="hidden width of the projectors (default: 2048)"
+    )
+    parser.add_argument("--encoder", help="encoder, as in train_vrpo.py; a DINOv2 with random weights if not given")
+    parser.add_argument("--encoder_size", choices=ENCODER_SIZES, default="base", help="size of that DINOv2")
+    parser.add_argument("--batch_size", type=int, help="images in a batch (default: 256 on a GPU, 4 on the CPU)")
     parser.add_argument("--repeats", type=int, default=15, help="rounds that count (default: 15)")
-    parser.add_argument("--warmup", type=int, default=2, help="rounds before them, at least 1 (default: 2)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if a GPU is available, otherwise cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16 is autocast")
-    parser.add_argument("--compile", action=flag, help="blocks and encoder of our step; by default on a GPU")
-    parser.add_argument("--ablations", action=flag, default=True, help="one arm for each improvement")
+    parser.add_argument(
+        "--warmup", type=int, default=2, help="rounds before those that count, at least 1 (default: 2)"
+    )
+    parser.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        help="device to measure (default: cuda if a GPU is available, otherwise cpu)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="precision; bfloat16 means autocast (default: float32)",
+    )
+    parser.add_argument(
+        "--compile", action=flag, help="compile the blocks and the encoder of our step (default: on a GPU only)"
+    )
+    parser.add_argument(
+        "--ablations", action=flag, default=True, help="also measure an arm for each improvement alone"
+    )
     parser.add_argument("--sweep", nargs="*", metavar="PRESET", help=f"by default {' '.join(SWEEP)}")
-    parser.add_argument("--peak_tflops", type=float, help="of the device, for MFU; known GPUs are looked up")
-    parser.add_argument("--threads", type=int, help="of the CPU; 1 is steadier where other work runs")
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: the process's processor time")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and the order of the arms")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers, with the time of each step")
+    parser.add_argument(
+        "--peak_tflops", type=float, help="peak TFLOP/s of the device, for MFU; looked up for known GPUs"
+    )
+    parser.add_argument(
+        "--threads", type=int, help="CPU threads; 1 gives steadier times on a busy machine (default: torch's)"
+    )
+    parser.add_argument(
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="measure wall time or, with cpu, processor time of the process (default: wall)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and the order of the arms")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the numbers, with the time of each step, to this file"
+    )
     return parser
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Aligns to an encoder that is not in transformers: a plain torch module, trained here on the classes of the same images.
+"""Aligns with an encoder that is not in transformers: a plain torch module, which is trained here to classify the images.
 
     accelerate launch examples/custom_encoder.py  # handwritten digits, without a download
 
@@ -7,8 +7,8 @@
         --model SiT-B/2 --vae stabilityai/sd-vae-ft-ema --resolution 256 --encoder_patch_size 16 --encoder_dim 512 \
         --encoder_steps 50000 --encoder_weights patches.safetensors --train_batch_size 32 --learning_rate 1e-4
 
-An encoder is whatever maps images `[B,3,H,W]` in [-1, 1] to patch embeddings `[B,M,E]`, row by row of a square grid, and
-has the attribute `embed_dim`, E. The grid may differ from the transformer's.
+An encoder is any callable that maps images `[B,3,H,W]` in [-1, 1] to patch embeddings `[B,M,E]`, row by row of a square grid,
+and has the attribute `embed_dim`, E. The grid may differ from the transformer's.
 """
 
 import argparse
@@ -27,11 +27,11 @@ from diffusers_vrpo import VRPOConfig, VRPOTrainer, load_digits_dataset
 
 
 class PatchNetwork(nn.Module):
-    """Embeds patches and their surroundings by convolutions."""
+    """Embeds patches and their surroundings with convolutions."""
 
     def __init__(self, embed_dim: int, patch_size: int):
         super().__init__()
-        self.embed_dim = embed_dim  # what the trainer asks for
+        self.embed_dim = embed_dim  # the trainer reads this
         self.layers = nn.Sequential(
             nn.Conv2d(3, embed_dim, patch_size, stride=patch_size),
             nn.GELU(),
@@ -45,7 +45,7 @@ class PatchNetwork(nn.Module):
 
 
 def train_encoder(encoder, dataset, args, device):
-    """Trains the encoder to tell the classes apart by the mean of its embeddings."""
+    """Trains the encoder to classify images by the mean of their embeddings."""
     classifier = nn.Linear(encoder.embed_dim, dataset.features[args.label_column].num_classes).to(device)
     parameters = [*encoder.parameters(), *classifier.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3)
@@ -66,17 +66,17 @@ def train_encoder(encoder, dataset, args, device):
         loss.backward()
         optimizer.step()
     right = (logits.argmax(1) == labels).float().mean().item()
-    print(f"the encoder knows the classes of {right:.0%} of its last {len(labels)} images")
+    print(f"the encoder classifies {right:.0%} of its last {len(labels)} images correctly")
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Trains SiT, aligned to an encoder that is defined here.")
+    parser = argparse.ArgumentParser(description="Train SiT, aligned with an encoder that is defined here.")
     parser.add_argument("--model", default="SiT-XS/2", help="a preset, or weights to start from")
     parser.add_argument("--vae", default="none", help="an autoencoder of diffusers; none for pixels")
     parser.add_argument("--encoder_patch_size", type=int, default=2)
     parser.add_argument("--encoder_dim", type=int, default=64)
     parser.add_argument("--encoder_steps", type=int, default=300)
-    parser.add_argument("--encoder_weights", help="read from this file, or written to it if it does not exist")
+    parser.add_argument("--encoder_weights", help="file with the encoder's weights; written after training if missing")
     parser.add_argument("--dataset_name", default="embedded:digits", help="a data set of the Hub, or a folder of one")
     parser.add_argument("--image_column", default="image")
     parser.add_argument("--label_column", default="label")
@@ -87,7 +87,7 @@ def parse_args(argv=None):
     parser.add_argument("--max_train_steps", type=int, default=800)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--ema_decay", type=float, default=0.99)
-    parser.add_argument("--num_inference_steps", type=int, default=50, help="of the samples at the end")
+    parser.add_argument("--num_inference_steps", type=int, default=50, help="solver steps for the samples at the end")
     parser.add_argument("--dataloader_num_workers", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", default="outputs/custom-encoder")
@@ -104,7 +104,7 @@ def main(args):
     else:
         dataset = load_dataset(args.dataset_name, split="train")
 
-    # Encoder: the same on all processes, since all train it on the same images
+    # Encoder: all processes train the same one, because they start from the same seed and see the same images
     encoder = PatchNetwork(args.encoder_dim, args.encoder_patch_size).to(state.device)
     if args.encoder_weights and Path(args.encoder_weights).exists():
         encoder.load_state_dict(load_file(args.encoder_weights))
@@ -114,7 +114,7 @@ def main(args):
             save_file(encoder.state_dict(), args.encoder_weights)
     encoder.requires_grad_(False).eval()
 
-    # Training. A run that is continued must be given the same encoder, so keep its weights.
+    # Training. A resumed run needs the same encoder, so keep its weights with --encoder_weights.
     names = ("image_column", "label_column", "resolution", "objective", "projector_dim", "train_batch_size")
     names += ("max_train_steps", "learning_rate", "ema_decay", "seed", "output_dir")
     names += ("num_inference_steps", "dataloader_num_workers")

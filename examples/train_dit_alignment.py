@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Trains diffusers' `DiTTransformer2DModel` on images with classes, aligned to a vision encoder by REPA or VRPO.
+"""Trains diffusers' `DiTTransformer2DModel` on images with classes, aligned with a vision encoder by REPA or VRPO.
 
     accelerate launch examples/train_dit_alignment.py  # handwritten digits, without a download
 
@@ -7,8 +7,8 @@
         --pretrained_model_name_or_path facebook/DiT-XL-2-256 --encoder facebook/dinov2-base --layer 8 \
         --projector_dim 2048 --resolution 256 --learning_rate 1e-4 --random_flip
 
-This is a plain loop of accelerate. The six lines that end in `# alignment` attach the encoder to it. Two others change: the
-model returns the projected tokens along with the prediction, and the loss gets a second term.
+This is a plain training loop with accelerate. The six lines that end in `# alignment` attach the encoder. Two other lines
+differ from a loop without alignment: the model also returns the projected tokens, and the loss has a second term.
 """
 
 import argparse
@@ -33,15 +33,20 @@ OBJECTIVES = {"repa": REPA, "vrpo": VRPO}
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Trains diffusers' DiT, aligned to a vision encoder.")
+    parser = argparse.ArgumentParser(description="Train diffusers' DiT, aligned with a vision encoder.")
     parser.add_argument("--pretrained_model_name_or_path", help="a pipeline with a DiT and its autoencoder")
-    parser.add_argument("--vae", help="an autoencoder of diffusers; without one the model is trained on pixels")
-    parser.add_argument("--num_layers", type=int, default=4, help="of a new model")
-    parser.add_argument("--num_attention_heads", type=int, default=4, help="of a new model; each has 32 channels")
-    parser.add_argument("--patch_size", type=int, default=2, help="of a new model")
+    parser.add_argument("--vae", help="an autoencoder of diffusers; if not given, a new model is trained on pixels")
+    parser.add_argument("--num_layers", type=int, default=4, help="number of blocks of a new model")
+    parser.add_argument(
+        "--num_attention_heads",
+        type=int,
+        default=4,
+        help="number of attention heads of a new model, each with 32 channels",
+    )
+    parser.add_argument("--patch_size", type=int, default=2, help="patch size of a new model")
     parser.add_argument("--encoder", default="embedded:digits", help="a vision model of transformers")
     parser.add_argument("--objective", choices=OBJECTIVES, default="vrpo")
-    parser.add_argument("--layer", type=int, default=2, help="the aligned block, counted from 1")
+    parser.add_argument("--layer", type=int, default=2, help="block to align, counted from 1")
     parser.add_argument("--projector_dim", type=int, default=256, help="hidden width of the projector")
     parser.add_argument("--dataset_name", default="embedded:digits", help="a data set of the Hub, or a folder of one")
     parser.add_argument("--image_column", default="image")
@@ -63,7 +68,7 @@ def parse_args(argv=None):
 
 @torch.no_grad()
 def sample(transformer, vae, scheduler, labels, shape, args):
-    """Draws an image for each of `labels`, a list of PIL images."""
+    """Draws an image for each of `labels`; returns a list of PIL images."""
     device, no_class = transformer.device, transformer.config.num_embeds_ada_norm
     latents = torch.randn(len(labels), *shape, generator=torch.Generator().manual_seed(args.seed)).to(device)
     both = torch.tensor([*labels, *[no_class] * len(labels)], device=device)
@@ -121,11 +126,11 @@ def main(args):
             patch_size=args.patch_size,
             num_embeds_ada_norm=num_classes,
         )
-        # This schedule keeps more of small images. Sampling clips the estimated image to the range of pixels.
+        # This schedule keeps more of the signal in small images. Sampling clips the estimated image to the range of pixels.
         noise_scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=vae is None)
     transformer.to(device).train()
-    # Guidance needs a prediction without the class, by the last row of the tables. Left to themselves, the blocks would drop
-    # the class independently of each other, so that hardly a sample is without it in all of them.
+    # Guidance needs predictions without a class, which the last row of the class embeddings stands for. By default each block
+    # would drop the class independently, so that hardly any sample would be without it in all blocks.
     no_class = transformer.config.num_embeds_ada_norm
     for block in transformer.transformer_blocks:
         block.norm1.emb.class_embedder.dropout_prob = 0.0
@@ -157,7 +162,7 @@ def main(args):
                 timesteps = torch.randint(1000, (len(latents),), device=device)
                 noisy = noise_scheduler.add_noise(latents, noise, timesteps)
 
-                # Alignment counts time as flow matching does: the share of the noise, 1 / (1 + sqrt(signal-to-noise)).
+                # Alignment measures time as flow matching does, by the share of noise, 1 / (1 + sqrt(signal-to-noise ratio)).
                 step = objective.begin(1 / (1 + compute_snr(noise_scheduler, timesteps).sqrt()))  # alignment
                 prediction, projections = model(noisy, timesteps, labels, fork=step.fork, align=step.active)
 
@@ -182,14 +187,14 @@ def main(args):
             if global_step == args.max_train_steps:
                 break
 
-    # Saving: the transformer as it was, without projectors
+    # Saving: the transformer without projectors
     if accelerator.is_main_process:
         output_dir = Path(args.output_dir)
         transformer.eval().save_pretrained(output_dir / "transformer")
         noise_scheduler.save_pretrained(output_dir / "scheduler")
         labels = [number % num_classes for number in range(40)]
         images = sample(transformer, vae, noise_scheduler, labels, (channels, side, side), args)
-        # Tiny images are enlarged, so that they can be looked at.
+        # Tiny images are enlarged to be visible.
         images = [ImageOps.scale(image, max(1, 48 // image.width)) for image in images]
         images = [ImageOps.expand(image, border=2, fill="gray") for image in images]
         make_image_grid(images, rows=4, cols=10).save(output_dir / "samples.png")

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Trains or adapts a PixArt transformer on images with captions, aligned to a vision encoder by REPA or VRPO.
+"""Trains or adapts a PixArt transformer on images with captions, aligned with a vision encoder by REPA or VRPO.
 
     accelerate launch examples/train_text_to_image_alignment.py  # handwritten digits, without a download
 
@@ -9,7 +9,7 @@
         --encoder facebook/dinov2-base --layer 8 --projector_dim 2048 --learning_rate 1e-4 --train_batch_size 8
 
 Without `--caption_column` the captions are the names of the classes. Without `--pretrained_model_name_or_path` a small new
-transformer is trained on pixels, with the features of a small T5 with random weights, which tell captions apart.
+transformer is trained on pixels, with text features of a small T5 with random weights, which suffice to tell captions apart.
 """
 
 import argparse
@@ -36,22 +36,26 @@ OBJECTIVES = {"repa": REPA, "vrpo": VRPO}
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Trains PixArt on captions, aligned to a vision encoder.")
+    parser = argparse.ArgumentParser(description="Train PixArt on captions, aligned with a vision encoder.")
     parser.add_argument("--pretrained_model_name_or_path", help="a PixArt pipeline of 256 or 512 pixels")
     parser.add_argument("--lora_rank", type=int, default=0, help="0 trains all weights of the transformer")
-    parser.add_argument("--num_layers", type=int, default=4, help="of a new model")
+    parser.add_argument("--num_layers", type=int, default=4, help="number of blocks of a new model")
     parser.add_argument("--encoder", default="embedded:digits", help="a vision model of transformers")
     parser.add_argument("--objective", choices=OBJECTIVES, default="vrpo")
-    parser.add_argument("--layer", type=int, default=2, help="the aligned block, counted from 1")
+    parser.add_argument("--layer", type=int, default=2, help="block to align, counted from 1")
     parser.add_argument("--projector_dim", type=int, default=256, help="hidden width of the projector")
     parser.add_argument("--dataset_name", default="embedded:digits", help="a data set of the Hub, or a folder of one")
     parser.add_argument("--image_column", default="image")
-    parser.add_argument("--caption_column", default="label", help="texts, or classes whose names are the captions")
+    parser.add_argument(
+        "--caption_column", default="label", help="column with captions, or with classes whose names are the captions"
+    )
     parser.add_argument("--resolution", type=int, default=8)
     parser.add_argument("--train_batch_size", type=int, default=64)
     parser.add_argument("--max_train_steps", type=int, default=1000)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--validation_prompts", nargs="*", help="by default the first captions of the data")
+    parser.add_argument(
+        "--validation_prompts", nargs="*", help="captions for the samples at the end; by default the first ten"
+    )
     parser.add_argument("--num_inference_steps", type=int, default=100)
     parser.add_argument("--guidance_scale", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=0)
@@ -61,7 +65,7 @@ def parse_args(argv=None):
 
 @torch.no_grad()
 def sample(transformer, vae, scheduler, text, shape, args):
-    """Draws an image for each caption; `text` is what `encode` returns for the captions and as many empty ones."""
+    """Draws an image for each caption; `text` is the result of `encode` for the captions and as many empty ones."""
     device, batch_size = transformer.device, len(text["encoder_hidden_states"])
     latents = torch.randn(batch_size // 2, *shape, generator=torch.Generator().manual_seed(args.seed)).to(device)
     scheduler.set_timesteps(args.num_inference_steps)
@@ -89,7 +93,7 @@ def main(args):
         transformer = PixArtTransformer2DModel.from_pretrained(source, subfolder="transformer")
         noise_scheduler = DDPMScheduler.from_pretrained(source, subfolder="scheduler", clip_sample=False)
     else:
-        tokenizer = ByT5Tokenizer()  # of bytes, without a vocabulary to load
+        tokenizer = ByT5Tokenizer()  # its tokens are bytes, so there is no vocabulary to download
         text_encoder = T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=64, d_ff=128, num_layers=1))
         transformer = PixArtTransformer2DModel(
             num_attention_heads=4,
@@ -102,7 +106,7 @@ def main(args):
             caption_channels=text_encoder.config.d_model,
             use_additional_conditions=False,
         )
-        # This schedule keeps more of small images. Sampling clips the estimated image to the range of pixels.
+        # This schedule keeps more of the signal in small images. Sampling clips the estimated image to the range of pixels.
         noise_scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=True)
     text_encoder.requires_grad_(False).eval().to(device)
     transformer.to(device).train()
@@ -135,7 +139,7 @@ def main(args):
         tokens = tokenizer(captions, max_length=120, padding=True, truncation=True, return_tensors="pt").to(device)
         features = text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
         text = {"encoder_hidden_states": features, "encoder_attention_mask": tokens.attention_mask}
-        # The image's size is a condition of PixArt's models of 1024 pixels alone.
+        # Only PixArt's models of 1024 pixels are conditioned on the size of the image.
         return {**text, "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
 
     data = dataset.with_transform(preprocess)
@@ -143,7 +147,7 @@ def main(args):
     sampler = torch.utils.data.RandomSampler(data, num_samples=count)
     dataloader = torch.utils.data.DataLoader(data, args.train_batch_size, sampler=sampler)
 
-    # Optimizer: of the adapters or the transformer, and of the projectors
+    # Optimizer: for the adapters or the transformer, and for the projectors
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0)
     lr_scheduler = get_scheduler("cosine", optimizer, None, 50, args.max_train_steps)
@@ -156,13 +160,13 @@ def main(args):
         if vae is not None:
             with torch.no_grad():
                 latents = vae.encode(images).latent_dist.sample() * vae.config.scaling_factor
-        # One caption in ten is empty, for guidance.
+        # One caption in ten is empty, as classifier-free guidance requires.
         text = encode([caption if torch.rand(()) > 0.1 else "" for caption in batch["captions"]])
         noise = torch.randn_like(latents)
         timesteps = torch.randint(1000, (len(latents),), device=device)
         noisy = noise_scheduler.add_noise(latents, noise, timesteps)
 
-        # Alignment counts time as flow matching does: the share of the noise, 1 / (1 + sqrt(signal-to-noise)).
+        # Alignment measures time as flow matching does, by the share of noise, 1 / (1 + sqrt(signal-to-noise ratio)).
         step = objective.begin(1 / (1 + compute_snr(noise_scheduler, timesteps).sqrt()))
         prediction, projections = model(noisy, timestep=timesteps, **text, fork=step.fork, align=step.active)
 
@@ -181,7 +185,7 @@ def main(args):
             logs = {name: f"{value.item():.3f}" for name, value in step.logs.items()}
             progress.set_postfix({"mse": f"{mse.mean().item():.3f}", **logs})
 
-    # Saving: the adapters, or the transformer as it was, without projectors
+    # Saving: the adapters, or the transformer without projectors
     if accelerator.is_main_process:
         output_dir = Path(args.output_dir)
         part = "transformer" if adapters is None else "lora"
@@ -189,7 +193,7 @@ def main(args):
         prompts = args.validation_prompts or (names or [data[row]["captions"] for row in range(10)])[:10]
         text = encode([*prompts * 4, *[""] * len(prompts) * 4])
         images = sample(transformer.eval(), vae, noise_scheduler, text, (channels, side, side), args)
-        # Tiny images are enlarged, so that they can be looked at.
+        # Tiny images are enlarged to be visible.
         images = [ImageOps.scale(image, max(1, 48 // image.width)) for image in images]
         images = [ImageOps.expand(image, border=2, fill="gray") for image in images]
         make_image_grid(images, rows=4, cols=len(prompts)).save(output_dir / "samples.png")

@@ -1,9 +1,10 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-r"""A page to sample from a pipeline, in the browser of a computer or a phone; also a Space.
+r"""A web page that samples from a pipeline, for the browser of a computer or a phone.
 
     vrpo app outputs/digits
 
-It is `app.py` of a Space, too, where the variable VRPO_PIPELINE names the pipeline: a repository of the Hub. docs/app.md says more.
+This file is also the `app.py` of a Space on the Hub, where the environment variable VRPO_PIPELINE names the repository of the
+pipeline. docs/app.md says more.
 """
 
 import argparse
@@ -57,8 +58,8 @@ SAMPLER_NAMES = {
     "dpmsolver++": "DPM-Solver++",
     "unipc": "UniPC",
 }
-# The fonts of the device: those of gradio's themes would be fetched from Google.
-# Small text and the main button have a contrast of at least 4.5 to 1, which gradio's own greys and indigo miss.
+# The page uses the fonts of the device, because those of gradio's themes would be fetched from Google. Small text and the
+# main button have a contrast of at least 4.5 to 1, which gradio's own greys and indigo do not reach.
 THEME = gr.themes.Default(
     primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
 ).set(
@@ -70,8 +71,8 @@ THEME = gr.themes.Default(
     button_primary_background_fill_hover_dark="*primary_500",
 )
 STYLE = Path(__file__).parent / "style.css"
-MAX_BODY = 64 * 1024  # bytes of a request; the largest that the page sends has a few hundred
-# A thread for each run that waits, and some for the rest. The page takes no files: the limit is the smallest there is.
+MAX_BODY = 64 * 1024  # bytes in a request; the largest requests of the page have a few hundred
+# There is a thread for each waiting run, and some more. The page accepts no files, so their limit is the smallest possible.
 LAUNCH = {"max_file_size": 1, "max_threads": MAX_RUNS + 32, "ssr_mode": False}
 logger = logging.getLogger("app")
 
@@ -81,9 +82,9 @@ class BodyTooLong(Exception):
 
 
 class Guard:
-    """Middleware that refuses long requests and uploads, which the page does not use, and logs what fails in one line.
+    """Middleware that refuses long requests and uploads, which the page does not use, and logs each failure in one line.
 
-    The line has nothing that the sender wrote: neither the address that was asked for nor the content.
+    The line contains nothing that the sender wrote, neither the requested address nor the content.
     """
 
     def __init__(self, app):
@@ -104,7 +105,7 @@ class Guard:
 
         async def noted_send(message):
             nonlocal answered
-            if received <= MAX_BODY:  # else FastAPI's own answer to BodyTooLong
+            if received <= MAX_BODY:  # otherwise this is FastAPI's own answer to BodyTooLong
                 answered = True
                 await send(message)
 
@@ -115,22 +116,22 @@ class Guard:
 
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if scope["path"].rstrip("/").endswith("/upload"):
-            return await refuse(403, "this page takes no files")
+            return await refuse(403, "this page accepts no files")
         if not length.isdigit() or len(length) > 12 or int(length) > MAX_BODY:
-            return await refuse(413, f"a request may have {MAX_BODY} bytes")
+            return await refuse(413, f"a request may have at most {MAX_BODY} bytes")
         failure = None
         try:
             await self.app(scope, counted_receive, noted_send)
         except Exception as error:
             failure = error
         if received > MAX_BODY:
-            await refuse(413, f"a request may have {MAX_BODY} bytes")
+            await refuse(413, f"a request may have at most {MAX_BODY} bytes")
         elif failure is not None:
-            await refuse(500, f"it cannot be answered ({origin(failure)})")
+            await refuse(500, f"the request cannot be answered ({origin(failure)})")
 
 
 class Page(gr.Blocks):
-    """`gr.Blocks` that logs a call that fails in one line, without what the sender wrote."""
+    """`gr.Blocks` that logs each failed call in one line, without anything that the sender wrote."""
 
     async def process_api(self, *arguments, **options):
         try:
@@ -151,13 +152,17 @@ def origin(error: BaseException) -> str:
 
 
 def client_of(request: gr.Request) -> str:
-    """The address of a client. In a Space it is the one that the Hub's proxy passes on, which all requests come from."""
+    """The address of a client. In a Space, where all requests come from the Hub's proxy, it is the one that the proxy names."""
     passed_on = request.headers.get("x-forwarded-for", "") if "SPACE_ID" in os.environ else ""
     return passed_on.split(",")[0].strip() or (request.client.host if request.client else "")
 
 
 def write_files(images: list, pipeline: VRPOPipeline, folder: Path) -> tuple[list[tuple[str, str]], str]:
-    """Writes the images of `generate` as PNG, and all in a .zip; returns `(path, caption)` of each, and the archive."""
+    """Writes the images of `generate` as PNG files, and all of them into a .zip file.
+
+    Returns:
+        `(path, caption)` of each image, and the path of the .zip file.
+    """
     shown, archive = [], folder / "samples.zip"
     with zipfile.ZipFile(archive, "w") as files:
         for image, class_id, seed in images:
@@ -170,7 +175,7 @@ def write_files(images: list, pipeline: VRPOPipeline, folder: Path) -> tuple[lis
 
 
 def examples(pipeline: VRPOPipeline) -> list[tuple[str, list[int], int]]:
-    """What the row of examples has: for each its text, its classes and the images of a class."""
+    """The examples that the page offers: for each its text, its classes and the number of images per class."""
     ids, found = pipeline.trained_labels, []
     spread = [ids[i * len(ids) // 4] for i in range(min(4, len(ids)))]
     for class_id in dict.fromkeys([spread[0], spread[-1]]):
@@ -181,7 +186,7 @@ def examples(pipeline: VRPOPipeline) -> list[tuple[str, list[int], int]]:
 
 
 def introduction(pipeline: VRPOPipeline, title: str, name: str | None) -> str:
-    """The head of the page as Markdown: the title, what the page is for, facts about the model, and its card on the Hub."""
+    """The head of the page as Markdown: title, purpose, facts about the model, and a link to its card on the Hub."""
     config, side = pipeline.transformer.config, pipeline.transformer.config.sample_size
     height, width = (side, side) if isinstance(side, int) else side
     factor = 1 if pipeline.vae is None else side_factor(pipeline.vae)
@@ -194,10 +199,11 @@ def introduction(pipeline: VRPOPipeline, title: str, name: str | None) -> str:
 
 
 def build_app(pipeline: VRPOPipeline, title: str, name: str | None = None) -> gr.Blocks:
-    """The page; `main` starts it.
+    """Builds the page, which `serve` starts.
 
     Args:
-        name: the folder or Hub repository of the pipeline, whose model card is linked if it is one of the Hub.
+        title: the title of the page.
+        name: the folder or Hub repository of the pipeline; the page links to the model card of a Hub repository.
     """
     config, turn, turns = pipeline.transformer.config, threading.Lock(), Turns()
     choices = class_choices(pipeline)
@@ -224,14 +230,15 @@ def build_app(pipeline: VRPOPipeline, title: str, name: str | None = None) -> gr
                         return
                     if time.monotonic() - begin > MAX_RUN:
                         raise InputError(
-                            None, f"The run took more than {MAX_RUN // 60} minutes and was ended; take fewer images"
+                            None,
+                            f"The run took more than {MAX_RUN // 60} minutes and was stopped; choose fewer images",
                         )
                     if isinstance(item, tuple):
                         bar = "<progress value={0} max={1} aria-label='steps'></progress><p>Step {0} of {1}</p>"
                         yield bar.format(*item), gr.skip(), gr.skip(), gr.skip()
         except InputError as error:
             raise gr.Error(html.escape(str(error), quote=False), duration=None, print_exception=False) from error
-        with tempfile.TemporaryDirectory() as folder:  # gradio copies the files before it asks for more
+        with tempfile.TemporaryDirectory() as folder:  # gradio copies the files before this generator continues
             shown, archive = write_files(item, pipeline, Path(folder))
             status = f"<p>{len(shown)} images in {time.monotonic() - begin:.1f} s, from seed {seed}</p>"
             yield status, shown, archive, seed
@@ -283,11 +290,11 @@ def build_app(pipeline: VRPOPipeline, title: str, name: str | None = None) -> gr
             return gr.Button(interactive=not is_running), gr.Button(interactive=is_running)
 
         def on_press(count):
-            # A row for each class, where it fits.
+            # Each class has a row of its own if that fits.
             columns = min(int(count), 8) if count > 2 else 4
             return *buttons(True), threading.Event(), gr.Gallery(columns=columns)
 
-        # An event for each press of Generate, kept with the session: the run looks at it after every step.
+        # Each press of Generate makes an event that the session keeps. The run checks it after every step.
         stopped = gr.State(None)
         quick = {"queue": False, "api_visibility": "private"}
         for button, (_, of_classes, each) in zip(tried, examples(pipeline)):
@@ -298,7 +305,7 @@ def build_app(pipeline: VRPOPipeline, title: str, name: str | None = None) -> gr
             [stopped, classes, count, steps, scale, low, high, sampler, seed, is_random],
             [status, gallery, download, seed],
             api_name="generate",
-            concurrency_limit=MAX_RUNS,  # `turns` has one computed at a time
+            concurrency_limit=MAX_RUNS,  # `turns` lets one run compute at a time
             show_progress="minimal",
             show_progress_on=status,
         )
@@ -315,7 +322,7 @@ def build_app(pipeline: VRPOPipeline, title: str, name: str | None = None) -> gr
 
 
 def serve(args: argparse.Namespace, parser: argparse.ArgumentParser):
-    """Opens the page of a pipeline and serves it until the process ends; `parser` reports errors."""
+    """Opens a pipeline and serves its page until the process ends; `parser` reports errors."""
     try:
         pipeline = open_pipeline(args.pipeline, args.dtype)
     except InputError as error:

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""What the page's buttons do, without the page: opening a pipeline, and samples from it that can be stopped."""
+"""The work behind the page: opening a pipeline, the order of runs, and sampling that can be stopped."""
 
 import copy
 import math
@@ -19,22 +19,22 @@ from diffusers_vrpo.pipelines.sampling import check_steps, set_sampler
 
 
 MAX_STEPS, MAX_IMAGES_PER_CLASS, MAX_IMAGES, MAX_GUIDANCE_SCALE, MAX_SEED = 250, 16, 64, 8, 2**32 - 1
-# Runs that are computed or wait, of all clients and of one; the longest that one may wait, and take, in seconds.
+# The largest number of runs that compute or wait, of all clients and of one client; the seconds that a run may wait, and take.
 MAX_RUNS, MAX_RUNS_PER_CLIENT, MAX_WAIT, MAX_RUN = 32, 4, 600, 600
 
 
 class Stopped(Exception):
-    """Raised between two steps of a run that nobody waits for any more."""
+    """Raised between two steps of a run whose result is not wanted any more."""
 
 
 def open_pipeline(name: str, dtype: str | None = None) -> VRPOPipeline:
-    """The pipeline of a folder or Hub repository, on the GPU where there is one.
+    """Opens the pipeline of a folder or Hub repository, on the GPU if there is one.
 
     Args:
-        dtype: of the transformer, such as `"bfloat16"`; when not given, that on a GPU and `"float32"` on a CPU.
+        dtype: precision of the transformer, such as `"bfloat16"`; by default `"bfloat16"` on a GPU and `"float32"` on a CPU.
 
     Raises:
-        InputError: when it cannot be opened, or makes no images.
+        InputError: if the pipeline cannot be opened, or cannot make images.
     """
     pipeline = load_pipeline(name, revision=None, variant=None, cache_dir=None)
     try:
@@ -50,18 +50,22 @@ def open_pipeline(name: str, dtype: str | None = None) -> VRPOPipeline:
 
 
 def class_choices(pipeline: VRPOPipeline) -> list[tuple[str, int]]:
-    """`(text, id)` of every trained class; the text has the name, where there is one, and the id: it is found by both."""
+    """`(text, id)` of every trained class. The text has the id and, if there is one, the name, so that both can be searched."""
     names = pipeline.config.id2label
     return [(f"{names[str(i)]} ({i})" if str(i) in names else f"class {i}", i) for i in pipeline.trained_labels]
 
 
 def class_name(pipeline: VRPOPipeline, class_id: int) -> str:
-    """The first of a class's synonyms."""
+    """The first of the synonyms in the name of a class, or `class ID` if it has no name."""
     return pipeline.config.id2label.get(str(class_id), f"class {class_id}").split(",")[0].strip()
 
 
 def check_number(name: str, value, low: int, high: int, is_whole: bool = True):
-    """An InputError if `value` is not a number in `low ... high`."""
+    """Checks that `value` is a number from `low` to `high`, both included.
+
+    Raises:
+        InputError: if it is not.
+    """
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
     if not is_number or not low <= value <= high or (is_whole and value != int(value)):
         raise InputError(
@@ -70,11 +74,11 @@ def check_number(name: str, value, low: int, high: int, is_whole: bool = True):
 
 
 class Turns:
-    """The order of the runs: one is computed at a time, in the order of their arrival.
+    """The order of the runs: one run computes at a time, in the order of their arrival.
 
     Args:
-        most: runs that may be computed or wait at once.
-        most_per_client: those of one client.
+        most: largest number of runs that compute or wait at the same time.
+        most_per_client: largest number of these runs for one client.
         longest_wait: seconds after which a run that still waits is refused.
     """
 
@@ -90,19 +94,19 @@ class Turns:
         """Holds a place in the order, for `wait`, until the context ends.
 
         Args:
-            client: who asks, such as an address.
+            client: identifies who asks, such as an address.
 
         Raises:
-            InputError: if this client, or all together, have too many runs already.
+            InputError: if this client, or all clients together, already have too many runs.
         """
         place = (client, object())
         with self.changed:
             if sum(each == client for each, _ in self.places) >= self.most_per_client:
                 raise InputError(
-                    None, f"You have {self.most_per_client} runs here already; wait until one of them has ended"
+                    None, f"You already have {self.most_per_client} runs here; wait until one of them has ended"
                 )
             if len(self.places) >= self.most:
-                raise InputError(None, f"{self.most} runs are waiting here already; try again in some minutes")
+                raise InputError(None, f"{self.most} runs are already waiting here; try again in a few minutes")
             self.places.append(place)
         try:
             yield place
@@ -112,7 +116,7 @@ class Turns:
                 self.changed.notify_all()
 
     def wait(self, place: tuple[str, object]) -> Iterator[int]:
-        """Yields the number of runs before a place, every second, until its turn.
+        """Yields the number of runs before a place, about every second, until it is the place's turn.
 
         Raises:
             InputError: after `longest_wait` seconds.
@@ -132,15 +136,16 @@ class Turns:
 
 
 def run(pipeline: VRPOPipeline, turn: threading.Lock, **arguments) -> Iterator[tuple[int, int] | list]:
-    """Yields `(steps done, steps)` while the pipeline runs, then its images; closed, it ends the run after a step.
+    """Yields `(completed steps, steps)` while the pipeline runs, and then its images.
 
-    The pipeline runs in a thread of its own, so that closing never waits for it.
+    The pipeline runs in a thread of its own. Closing the generator never waits for it; the pipeline then stops after a step.
 
     Args:
-        turn: held while the pipeline runs, so that a run waits for one that is about to end.
+        turn: a lock that is held while the pipeline runs, so that a run waits for a closed one that is about to end.
+        arguments: arguments of the pipeline.
 
     Raises:
-        InputError: when latents are not finite. What else the pipeline raises is raised too.
+        InputError: if latents are not finite. Any other exception of the pipeline is raised, too.
     """
     news, unwanted = queue.SimpleQueue(), threading.Event()
 
@@ -148,9 +153,7 @@ def run(pipeline: VRPOPipeline, turn: threading.Lock, **arguments) -> Iterator[t
         if unwanted.is_set():
             raise Stopped
         if not tensors["latents"].isfinite().all():
-            raise InputError(
-                None, f"Step {step + 1} gave numbers that are not finite; is the guidance scale too high?"
-            )
+            raise InputError(None, f"The numbers of step {step + 1} are not finite; try a lower guidance scale")
         news.put((step + 1, pipeline.num_timesteps))
         return tensors
 
@@ -166,7 +169,7 @@ def run(pipeline: VRPOPipeline, turn: threading.Lock, **arguments) -> Iterator[t
         item = None
         while not isinstance(item, list):
             item = news.get()
-            while not news.empty():  # steps that are over need not be shown
+            while not news.empty():  # only the newest step is shown
                 item = news.get()
             if isinstance(item, Exception):
                 raise item
@@ -184,10 +187,10 @@ def check_choices(
     guided_to: float,
     seed: int,
 ):
-    """Checks what somebody has chosen, before it waits for its turn.
+    """Checks the choices for a run, before it waits for its turn.
 
     Raises:
-        InputError: for the first choice that cannot work.
+        InputError: about the first choice that cannot work.
     """
     if not isinstance(classes, list) or not classes:
         raise InputError(None, "Choose at least one class.")
@@ -200,7 +203,7 @@ def check_choices(
     if len(classes) * images_per_class > MAX_IMAGES:
         raise InputError(
             None,
-            f"{len(classes)} classes with {images_per_class} images each are more than {MAX_IMAGES} images; take fewer",
+            f"{len(classes)} classes with {images_per_class} images each are more than {MAX_IMAGES} images; choose fewer",
         )
 
 
@@ -216,18 +219,19 @@ def generate(
     sampler: str,
     seed: int,
 ) -> Iterator[tuple[int, int] | list]:
-    """As `run`; at the end a list of `(image, class id, seed)`. Image k of every class has the seed `seed + k`.
+    """Yields as `run` does, and at the end a list of `(image, class id, seed)`. Image k of each class has the seed `seed + k`.
 
     Args:
-        sampler: one of `sample.SAMPLERS` for what the model predicts, or `"default"`.
+        turn: the lock of `run`.
+        sampler: one of the `SAMPLERS` for what the model predicts, or `"default"`.
 
     Raises:
-        InputError: for what the pipeline does not take, in a sentence.
+        InputError: if the pipeline does not accept a choice.
     """
     check_choices(classes, images_per_class, steps, guidance_scale, guided_from, guided_to, seed)
     count = int(images_per_class)
 
-    # Weights are shared by all users, schedulers are not: what one chose must not stay for the next.
+    # All users share the weights but not the scheduler, so that one user's choice has no effect on the next user.
     scheduler = copy.deepcopy(pipeline.scheduler)
     names, trained_labels = pipeline.config.id2label, pipeline.trained_labels
     pipeline = VRPOPipeline(pipeline.transformer, scheduler, pipeline.vae, names, trained_labels)
@@ -248,9 +252,9 @@ def generate(
         ):
             yield item if isinstance(item, tuple) else list(zip(item, labels, seeds))
     except ValueError as error:
-        # In the words of the page, not of the library.
+        # Names of options are replaced by the labels of the page.
         words = {"`num_inference_steps`": "Steps", "`sampler`": "Sampler", "`guidance_scale`": "Guidance scale"}
         field = error.field if isinstance(error, InputError) else None
         raise InputError(field, re.sub("|".join(words), lambda found: words[found[0]], str(error))) from error
     except torch.OutOfMemoryError as error:
-        raise InputError(None, f"There is not enough memory for {len(labels)} images at once; take fewer") from error
+        raise InputError(None, f"There is not enough memory for {len(labels)} images at once; choose fewer") from error

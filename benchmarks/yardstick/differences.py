@@ -5,7 +5,7 @@ import statistics
 
 
 def paired(values: list[float]) -> dict[str, float]:
-    """Mean, standard error and two-sided t-test against 0 of differences seed by seed."""
+    """Mean, standard error and p-value of a two-sided t-test against 0, of differences between two arms for each seed."""
     from scipy import stats
 
     error = statistics.stdev(values) / len(values) ** 0.5
@@ -14,7 +14,7 @@ def paired(values: list[float]) -> dict[str, float]:
 
 
 def with_error(values: list[float], digits: int | None = None) -> str:
-    """`mean ± standard error`, with so many decimals (by default 3, or 2 from 2 on); the mean alone of one value."""
+    """`mean ± standard error` with `digits` decimals (by default 3, or 2 if the mean is at least 2); one value has no error."""
     if digits is None:
         digits = 2 if max(map(abs, values)) >= 2 else 3
     text = f"{statistics.mean(values):.{digits}f}"
@@ -22,7 +22,7 @@ def with_error(values: list[float], digits: int | None = None) -> str:
 
 
 def difference(own: dict[int, dict], base: dict[int, dict], key: str, digits: int = 3) -> str:
-    """The paired difference to the reference with its standard error, p and number of seeds."""
+    """The paired difference to the reference, with its standard error, p-value and number of seeds."""
     values = [own[seed][key] - base[seed][key] for seed in sorted(own) if seed in base]
     if len(values) < 2:
         return f"{values[0]:+.{digits}f} (one seed)" if values else "–"

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Arms that go on from one base: its weights, their average, the optimizer's moments and its place in the data."""
+"""Lets arms continue from one base: from its weights, averaged weights, optimizer moments and position in the data."""
 
 import json
 from pathlib import Path
@@ -12,14 +12,14 @@ from diffusers_vrpo.training.callbacks import TrainerCallback
 
 
 class Fork(TrainerCallback):
-    """Lets a new run begin where a checkpoint of another one ended, although the objectives differ.
+    """Lets a new run continue from a checkpoint of another run, although the objectives differ.
 
     `resume_from_checkpoint` would refuse another objective, and starting from weights alone would lose the moments of AdamW
-    and the average. The checkpoint's run trains without alignment, so that projectors, which it does not have, begin
-    again in every arm. The run counts its steps from 0, but takes the examples that follow those of the base.
+    and the averaged weights. The run of the checkpoint has no alignment, so each arm starts with new projectors. The new run
+    counts its steps from 0, but its examples follow those of the base.
 
     Args:
-        checkpoint: of a run of one process with the same transformer and batch size.
+        checkpoint: a checkpoint of a run in one process with the same transformer and batch size.
     """
 
     def __init__(self, checkpoint: Path):
@@ -43,7 +43,7 @@ class Fork(TrainerCallback):
             source = SiTTransformer2DModel.from_pretrained(self.checkpoint / folder)
             for target, tensor in zip(targets, source.parameters(), strict=True):
                 target.copy_(tensor)
-        # Keyed by the place of a parameter; the transformer's are the first.
+        # The state is keyed by the position of a parameter; the parameters of the transformer come first.
         optimizer = trainer.optimizer.optimizer
         for place, parameter in enumerate(parameters):
             optimizer.state[parameter] = {name: tensor.clone() for name, tensor in saved[place].items()}
@@ -52,4 +52,4 @@ class Fork(TrainerCallback):
     def on_train_begin(self, trainer):
         trainer.ema.optimization_step = (
             self.state["step"] + trainer.step
-        )  # the first step of a new average would reset it
+        )  # otherwise the first step would reset the average

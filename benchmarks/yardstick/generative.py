@@ -6,10 +6,10 @@ r"""Does the generative policy beat flow matching at equal wall time? Arms x see
     python benchmarks/yardstick/generative.py cpu --table
     python benchmarks/yardstick/generative.py cpu-annealed --seeds 1 2 3 --workers 2
 
-All arms of a comparison start from the averaged weights of the same base, which is trained first, once. The budget is the wall
-time of `budget_steps` steps of flow matching; an arm that follows rewards pays from it for its rollouts, likelihoods, the
-statistics of the training images and the guards' first look. Results append to `results-generative-NAME.jsonl`; a run that has
-a line is left out.
+All arms of a comparison start from the averaged weights of the same base, which is trained once, before them. The budget is
+the wall time of `budget_steps` steps of flow matching. An arm that follows rewards pays from it for its rollouts, likelihoods,
+the statistics of the training images and the first measurement of the guards. Results are appended to
+`results-generative-NAME.jsonl`; runs that already have a line there are skipped.
 """
 
 import argparse
@@ -64,10 +64,10 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """A `generative-NAME.yaml`; fields are its keys.
+    """A comparison, as read from `generative-NAME.yaml`, whose keys are the fields.
 
     Args:
-        base: options of the training that all arms start from; or `comparison` and `arm`, whose run it is.
+        base: options of the training run from which all arms start, or `comparison` and `arm`, which name such a run.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Comparison:
 
 
 def load_comparison(name: str) -> Comparison:
-    """A comparison by its name, or its file.
+    """Reads a comparison by its name or its file.
 
     Raises:
         InputError: if the file is not a comparison.
@@ -98,12 +98,12 @@ def load_comparison(name: str) -> Comparison:
 
 
 def runs_folder(comparison: Comparison, work: Path) -> Path:
-    """Where the runs of a comparison are."""
+    """The folder of the runs of a comparison."""
     return work / f"generative-{comparison.name}"
 
 
 def base_folder(comparison: Comparison, work: Path) -> Path:
-    """Where the model is that all arms start from."""
+    """The folder of the model from which all arms start."""
     if "comparison" not in comparison.base:
         return runs_folder(comparison, work) / "base"
     first = load_comparison(comparison.base["comparison"])
@@ -115,7 +115,7 @@ def run_name(arm: str, steps: int, seed: int) -> str:
 
 
 def arm_options(comparison: Comparison, arm: dict, reward_encoder: str) -> dict:
-    """Options of `train_vrpo.py` in addition to those of the size."""
+    """The options of `train_vrpo.py` for an arm, in addition to those of the size."""
     options = {"objective": "none"} | comparison.train
     if arm.get("policy"):
         options |= comparison.policy | {"reward_encoder": reward_encoder}
@@ -125,7 +125,7 @@ def arm_options(comparison: Comparison, arm: dict, reward_encoder: str) -> dict:
 def arm_argv(
     comparison: Comparison, recipe: Recipe, arm: dict, steps: int, seed: int, work: Path, folder: Path, more=None
 ) -> list[str]:
-    """The command line of a run from the base."""
+    """The command line of a run that starts from the base."""
     options = arm_options(comparison, arm, make_reward_encoder(comparison, recipe, work))
     start = {
         "pretrained_model_name_or_path": str(base_folder(comparison, work)),
@@ -133,14 +133,14 @@ def arm_argv(
         "model_config": None,
         "checkpointing_steps": 10**6,
     }
-    # The samples of training are not those that the base began with.
+    # Training does not see the same samples as the base did in its first steps.
     return train_argv(
         recipe, options, {"steps": steps, "alignment_stop_step": None}, 100 + seed, work, folder, start | (more or {})
     )
 
 
 def make_base(comparison: Comparison, recipe: Recipe, work: Path, workers: Workers) -> Path:
-    """The trained model that all arms start from; once."""
+    """Trains the model from which all arms start, unless it is already trained, and returns its folder."""
     folder = base_folder(comparison, work)
     if "comparison" in comparison.base:
         first = load_comparison(comparison.base["comparison"])
@@ -162,7 +162,7 @@ def make_base(comparison: Comparison, recipe: Recipe, work: Path, workers: Worke
 def train_arm(
     comparison: Comparison, recipe: Recipe, name: str, steps: int, seed: int, work: Path, workers: Workers
 ) -> bool:
-    """Trains an arm from the base, once, and leaves its pipeline only; whether it came to its end."""
+    """Trains an arm from the base, unless that is done, and keeps only its pipeline; returns whether training was completed."""
     folder = runs_folder(comparison, work) / run_name(name, steps, seed)
     if (folder / "trained").exists():
         return True
@@ -178,7 +178,7 @@ def train_arm(
 
 
 def make_reward_encoder(comparison: Comparison, recipe: Recipe, work: Path) -> str:
-    """A copy of the aligning encoder that sees images of `reward_pixels`; its folder."""
+    """Makes a copy of the aligning encoder that sees images of `reward_pixels` pixels, and returns its folder."""
     if recipe.encoder == "digits":
         return recipe.encoder
     folder = work / "packed" / "reward"
@@ -195,7 +195,7 @@ def make_reward_encoder(comparison: Comparison, recipe: Recipe, work: Path) -> s
 # Time
 
 
-# Numbers that an update computes with: other ones take as long.
+# Options whose values do not change the time of an update.
 FREE = (
     "lr_scheduler",
     "learning_rate",
@@ -207,17 +207,17 @@ FREE = (
 
 
 def cost_key(arm: dict) -> str:
-    """What the time of an arm's step depends on; the same for arms that cost the same."""
+    """The options on which the time of an arm's step depends, as text; equal for arms that cost the same."""
     return json.dumps({name: value for name, value in arm.items() if name not in FREE}, sort_keys=True)
 
 
 def measure_times(comparison: Comparison, recipe: Recipe, work: Path, kinds: list[str], rounds: int) -> dict:
-    """Seconds of a step and of what comes before the first, of flow matching and of each kind of arm with a policy.
+    """Measures the seconds of a step, and before the first step, of flow matching and of each kind of arm with a policy.
 
-    Short runs of all of them in turn, in one process on the cores that it may use; medians over the rounds.
+    They are the medians, over the rounds, of short runs in turn, in one process on the cores that it may use.
 
     Args:
-        kinds: by `cost_key`.
+        kinds: the `cost_key` of each kind.
     """
     plain = cost_key({})
     seen = {kind: {"step": [], "setup": []} for kind in [plain, *kinds]}
@@ -227,7 +227,7 @@ def measure_times(comparison: Comparison, recipe: Recipe, work: Path, kinds: lis
         for kind, times in seen.items():
             arm, folder = json.loads(kind), work / "timing"
             shutil.rmtree(folder, ignore_errors=True)
-            # Whole rollouts; the first, which meets everything for the first time, is left out.
+            # Only whole rollouts count, and not the first, which includes one-time work.
             every = (comparison.policy | arm).get("rollout_every", 2) if arm else 4
             steps, start = 8 * every, time.perf_counter()
             AcceleratorState._reset_state(reset_partial_state=True)
@@ -240,7 +240,7 @@ def measure_times(comparison: Comparison, recipe: Recipe, work: Path, kinds: lis
             times["setup"].append(whole - rows[-1])
     shutil.rmtree(work / "timing")
     times = {kind: {name: statistics.median(values) for name, values in each.items()} for kind, each in seen.items()}
-    # What a run without a policy needs as well is not the policy's.
+    # The time that a run without a policy also needs is not charged to the policy.
     return {
         kind: {"step": each["step"], "setup": max(0.0, each["setup"] - times[plain]["setup"])}
         for kind, each in times.items()
@@ -248,10 +248,10 @@ def measure_times(comparison: Comparison, recipe: Recipe, work: Path, kinds: lis
 
 
 def plan_steps(comparison: Comparison, name: str, arm: dict, times: dict) -> tuple[int, float]:
-    """Steps of an arm for the budget (or as many as the arm `steps_of` has), and its nominal seconds.
+    """The steps of an arm for the budget, or as many as the arm `steps_of` has, and its nominal seconds.
 
     Raises:
-        InputError: where the budget does not pay for a step.
+        InputError: if the budget does not suffice for one step.
     """
     if "steps_of" in arm:
         steps = plan_steps(comparison, arm["steps_of"], comparison.arms[arm["steps_of"]], times)[0]
@@ -311,12 +311,12 @@ def run_job(job: dict, comparison: Comparison, recipe: Recipe, work: Path, resul
 
 
 def table(lines: list[dict]) -> str:
-    """Mean ± standard deviation over seeds, and the held-out distance against `fm-annealed` seed by seed."""
+    """A table of mean ± standard deviation over seeds, and of the held-out distance against `fm-annealed`, seed by seed."""
     arms = {}
     for line in lines:
         arms.setdefault(line["arm"], {})[line["seed"]] = line
     columns = {key: name for key, name in COLUMNS.items() if all(key in line for line in lines)}
-    # The samples of a seed differ from another's, the base's loss does not.
+    # The samples depend on the seed, but the loss of the base does not.
     base_loss = next((line.get("loss_train") for line in lines if line["arm"] == "base"), None)
     head = ["arm", "seeds", "steps", "seconds", *columns.values()]
     head += ["loss on training images, against the base", "against fm-annealed, seed by seed"]
@@ -341,7 +341,7 @@ def table(lines: list[dict]) -> str:
 
 
 def plot(lines: list[dict], file: Path):
-    """Distances of each arm, seed by seed and on average, in the features that no reward sees and in the reward's."""
+    """Plots the distances of each arm, of each seed and on average, in features that no reward sees and in the reward's."""
     from matplotlib.figure import Figure
 
     arms = list(dict.fromkeys(line["arm"] for line in lines))
@@ -360,7 +360,7 @@ def plot(lines: list[dict], file: Path):
 
 
 def grid(comparison: Comparison, work: Path, lines: list[dict], file: Path):
-    """Two samples of each class and arm from the same noise, guided at the middle of the scales, of the first seed."""
+    """Draws two samples of each class and arm from the same noise, for the first seed and the middle guidance scale."""
     seed, rows = min(line["seed"] for line in lines), []
     scale = statistics.median_low(comparison.guidance_scales or [1.0])
     for line in lines:
@@ -385,13 +385,16 @@ def main(argv: list[str] | None = None) -> int:
     add_common_options(parser)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="(default: 1 2 3)")
     parser.add_argument(
-        "--workers", type=int, default=1, help="runs side by side, each on a core of its own (default: 1); 0 is here"
+        "--workers",
+        type=int,
+        default=1,
+        help="number of runs at the same time, each on a core of its own (default: 1); 0 runs one by one in this process",
     )
     parser.add_argument(
         "--threads", type=number_in(In(1)), default=None if torch.cuda.is_available() else 1, help="of each run"
     )
-    parser.add_argument("--rounds", type=number_in(In(1)), default=3, help="of the timing (default: 3)")
-    parser.add_argument("--table", action="store_true", help="print what is recorded, draw a plot and samples")
+    parser.add_argument("--rounds", type=number_in(In(1)), default=3, help="rounds of the timing (default: 3)")
+    parser.add_argument("--table", action="store_true", help="print the recorded results, and draw a plot and samples")
     args = parser.parse_args(argv)
     resolve_folders(args)
     if args.workers < 0:
@@ -429,7 +432,7 @@ def main(argv: list[str] | None = None) -> int:
     if missing or not known:
         with one_core():
             found = measure_times(comparison, recipe, work, missing, args.rounds)
-        # Ratios hold from one day to the next; seconds of flow matching stay those of the first.
+        # Ratios of times hold from one day to the next. The seconds of flow matching stay those of the first measurement.
         factor = known[plain]["step"] / found[plain]["step"] if known else 1.0
         found = {kind: {name: value * factor for name, value in each.items()} for kind, each in found.items()}
         known = found | known

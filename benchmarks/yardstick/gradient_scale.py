@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""The control of every reward that changes how strongly a noise level is trained: flow matching at another gradient scale."""
+"""Flow matching at another gradient scale, as a control for rewards that change how strongly a noise level is trained."""
 
 import torch
 
@@ -7,10 +7,11 @@ from diffusers_vrpo.training.callbacks import TrainerCallback
 
 
 class GradientScale(TrainerCallback):
-    """Multiplies the gradient that arrives at the prediction, or at a block's output, by a factor of the sample's noise level.
+    """Multiplies the gradient at the prediction, or at the output of a block, by a factor that depends on the noise level.
 
-    The logged loss stays what it was. At the prediction it is the loss that is weighed, `factor(t_i) L_FM,i`; at a block's
-    output the blocks up to that one get the longer gradient, as the fidelity reward's share at the fork gives them.
+    The logged loss does not change. At the prediction this is equivalent to weighting the loss, `factor(t_i) L_FM,i`. At the
+    output of a block, the blocks up to that one get the longer gradient, as they do from the fidelity reward's share at the
+    fork.
 
     Args:
         factor (`float` or `list[float]`): one factor, or one for each of as many timestep bins of equal width.

@@ -9,7 +9,8 @@ r"""Digit grids: train arms x seeds on images whose digits obey a rule, and coun
 
 Runs that have a line in `results-grids.jsonl` are skipped, and a stopped run continues from its checkpoint. All arms of a
 seed start from the same weights and see the same images and noise; all runs are judged on samples from the same noise.
-`time` measures what a step of each arm costs, `picture` shows samples of each. Arms are in grids.yaml: options of `VRPOConfig` that differ from the others'.
+`time` measures what a step of each arm costs, and `picture` shows samples of each arm. The arms are in grids.yaml, each with the
+options of `VRPOConfig` in which it differs.
 """
 
 import argparse
@@ -57,7 +58,7 @@ from diffusers_vrpo.training.metrics import read_metrics
 from diffusers_vrpo.training.throughput import hardware_name
 
 
-NOISE_SEED = 1234  # of the samples, for all arms and seeds
+NOISE_SEED = 1234  # the seed of the samples' noise, for all arms and seeds
 SHOWN_SAMPLES = 12
 COLUMNS = {
     "pairs": "pairs",
@@ -71,17 +72,17 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Study:
-    """A file such as grids.yaml.
+    """A study, as read from a file such as grids.yaml.
 
     Attributes:
-        steps: of each run.
-        evaluate_every: steps between two points of the curve, each of `curve_samples` samples.
-        final_samples: of the last judgement.
-        solver_steps: Euler steps of a sample, from the averaged weights.
-        reference: the arm that others are compared with.
+        steps: training steps of each run.
+        evaluate_every: steps between two points of the curve, each of which is measured on `curve_samples` samples.
+        final_samples: number of samples for the last judgement.
+        solver_steps: Euler steps for a sample, which is drawn from the averaged weights.
+        reference: the arm with which others are compared.
         model: arguments of the transformer.
         train: options of `VRPOConfig` that all arms share.
-        arms: those that differ.
+        arms: the other options of each arm, by its name.
     """
 
     name: str
@@ -110,10 +111,10 @@ def load_study(path: Path) -> Study:
 
 
 def chosen_arms(study: Study, names: list[str] | None) -> dict[str, dict]:
-    """The arms that are named, or all.
+    """The arms with these names, or all arms if `names` is None.
 
     Raises:
-        InputError: if a name is not an arm's.
+        InputError: if there is no arm of a name.
     """
     if unknown := [name for name in names or [] if name not in study.arms]:
         raise InputError(None, f"--arms {unknown[0]} is not one of {', '.join(study.arms)}")
@@ -121,7 +122,7 @@ def chosen_arms(study: Study, names: list[str] | None) -> dict[str, dict]:
 
 
 def run_hash(study: Study, arm: dict) -> str:
-    """Names everything that a result depends on but the seed."""
+    """A hash of everything but the seed on which a result depends."""
     values = asdict(study)
     for name in ("name", "arms", "reference", "evaluate_every", "curve_samples"):
         del values[name]
@@ -133,9 +134,9 @@ def run_hash(study: Study, arm: dict) -> str:
 
 
 def starting_weights(study: Study, seed: int, work: Path) -> Path:
-    """The folder of the weights that all arms of a seed start from; drawn where it is missing.
+    """The folder of the weights from which all arms of a seed start; they are drawn if the folder is missing.
 
-    Without it the weights would depend on the arm, since a transformer is drawn together with its projectors.
+    Otherwise the weights would depend on the arm, because a transformer is drawn together with its projectors.
     """
     model = study.model | {"sample_size": study.train["resolution"], "in_channels": 1, "num_classes": 1}
     model |= {"class_dropout_prob": study.train["label_dropout"]}
@@ -146,14 +147,14 @@ def starting_weights(study: Study, seed: int, work: Path) -> Path:
             transformer = SiTTransformer2DModel(**model)
         partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
         transformer.save_pretrained(partial)
-        with contextlib.suppress(OSError):  # another run has drawn the same
+        with contextlib.suppress(OSError):  # another run may have written the same weights
             partial.rename(folder)
         shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
 def make_trainer(study: Study, arm: dict, steps: int, seed: int, work: Path, output_dir: Path, callbacks=()):
-    """The trainer of a run, which continues what is in `output_dir`."""
+    """Makes the trainer of a run, which resumes from any checkpoint in `output_dir`."""
     options = dict(in_full(arm))
     scale = options.pop("gradient_scale", None)
     aligned = options["objective"] != "none"
@@ -180,10 +181,10 @@ def make_trainer(study: Study, arm: dict, steps: int, seed: int, work: Path, out
 
 @torch.no_grad()
 def draw(pipeline, count: int, solver_steps: int, oracle=None) -> torch.Tensor:
-    """Samples `[count, 1, 16, 16]`, float32; the first ones are the same however many are drawn.
+    """Draws samples `[count, 1, 16, 16]`, float32; sample i is the same for every `count`.
 
     Args:
-        oracle: an aligned transformer whose scaffold gets the features of held-out grids.
+        oracle: an aligned transformer whose scaffold sees the features of held-out grids while it draws.
     """
     pipeline.set_progress_bar_config(disable=True)
     if oracle is not None:
@@ -199,9 +200,9 @@ def draw(pipeline, count: int, solver_steps: int, oracle=None) -> torch.Tensor:
 
 
 def trainer_samples(trainer: VRPOTrainer, count: int, solver_steps: int) -> torch.Tensor:
-    """Samples `[count, 1, 16, 16]` of the averaged weights.
+    """Draws samples `[count, 1, 16, 16]` from the averaged weights.
 
-    A scaffold phase that lasts for the whole run makes the arm an oracle: its samples are told what to show.
+    An arm whose scaffold phase lasts for the whole run is an oracle: it sees features of real grids while it draws.
     """
     oracle = trainer.aligned if trainer.args.scaffold_fraction == 1 else None
     with (
@@ -226,7 +227,7 @@ class Curve(TrainerCallback):
     def on_train_begin(self, trainer):
         rows = read_metrics(trainer.metrics_file.path)
         if trainer.step and not any(row["step"] == trainer.step and "grids/pairs" in row for row in rows):
-            self.on_evaluate(trainer)  # the run was killed between the checkpoint and the judgement
+            self.on_evaluate(trainer)  # in case the run was killed between the checkpoint and the judgement
 
     def on_evaluate(self, trainer):
         if trainer.step % self.study.evaluate_every == 0:
@@ -298,7 +299,7 @@ def run_one(args: argparse.Namespace, study: Study):
 
 
 def run_all(args: argparse.Namespace, study: Study) -> int:
-    """`run`: every run without a result, `--workers` side by side; returns how many are still to do."""
+    """`run`: makes every run without a result, `--workers` at the same time; returns how many runs are still to be made."""
     jobs = missing_runs(args, study)
     print(f"{len(jobs)} of {len(chosen_arms(study, args.arms)) * len(args.seeds)} runs to do", flush=True)
     workers = Workers(args, SimpleNamespace(name=study.name))
@@ -346,7 +347,7 @@ def timing_file(args: argparse.Namespace, study: Study) -> Path:
 
 
 def time_arms(args: argparse.Namespace, study: Study):
-    """`time`: seconds of a step of each arm over those of the reference in the same round; medians over the rounds."""
+    """`time`: measures the seconds of a step of each arm, relative to the reference in the same round, as medians over rounds."""
     torch.set_num_threads(args.threads)
     arms = chosen_arms(study, args.arms)
     arms = {study.reference: study.arms[study.reference]} | arms
@@ -376,7 +377,7 @@ def time_arms(args: argparse.Namespace, study: Study):
 
 
 class StepClock(TrainerCallback):
-    """The time after each step."""
+    """Records the time after each step."""
 
     def __init__(self):
         self.times = []
@@ -390,7 +391,7 @@ class StepClock(TrainerCallback):
 
 
 def steps_to(line: dict, target: float) -> float | None:
-    """Steps at which a run's curve first reaches a share of pairs, interpolated; None if it never does."""
+    """The step at which a run's curve first reaches the share `target` of pairs, interpolated; None if it never does."""
     before = (0, 0.1)
     for point in line["curve"]:
         step, pairs = point["step"], point["pairs"]
@@ -401,23 +402,23 @@ def steps_to(line: dict, target: float) -> float | None:
 
 
 def pairs_at(line: dict, step: float) -> float:
-    """A run's share of pairs after so many steps, between the points of its curve; at most the last one."""
+    """A run's share of pairs after `step` steps, interpolated between the points of its curve; beyond the last, that one's."""
     points = [(0, 0.1), *((point["step"], point["pairs"]) for point in line["curve"])]
     return float(np.interp(step, *zip(*points)))
 
 
 def equal_compute(own: dict[int, dict], base: dict[int, dict], ratio: float, steps: int) -> str:
-    """The paired difference of pairs where both have taken the reference's seconds, from their curves."""
+    """The paired difference in the share of pairs after equal time, that of the whole reference run, from the curves."""
     points = {seed: {"pairs": pairs_at(line, steps / ratio)} for seed, line in own.items()}
     return difference(points, {seed: {"pairs": pairs_at(line, steps)} for seed, line in base.items()}, "pairs")
 
 
 def table(study: Study, lines: list[dict], timing: dict, reference: str, arms: dict[str, dict]) -> str:
-    """Means over seeds with their standard errors, and differences to the reference seed by seed."""
+    """A table of means over seeds with their standard errors, and of differences to the reference for each seed."""
     hashes = {name: run_hash(study, arm) for name, arm in arms.items()}
     runs = {name: {line["seed"]: line for line in lines if line["recipe"] == key} for name, key in hashes.items()}
     base = runs.get(reference, {})
-    # The reference's last point of the curve, which has as many samples as the others'.
+    # The target is the last point of the reference's curve, which has as many samples as the points of other curves.
     target = statistics.mean(line["curve"][-1]["pairs"] for line in base.values()) if base else None
     head = ["arm", "seeds", "step", *COLUMNS.values()]
     head += [f"pairs against {reference}", f"FD of grids against {reference}"]
@@ -439,7 +440,7 @@ def table(study: Study, lines: list[dict], timing: dict, reference: str, arms: d
 
 
 def print_table(args: argparse.Namespace, study: Study):
-    """`table`: everything that is recorded of the current study, or the seeds that are named."""
+    """`table`: prints all results of the current study, or those of the given seeds."""
     lines = read_results(results_file(args, study))
     if args.seeds:
         lines = [line for line in lines if line["seed"] in args.seeds]
@@ -453,7 +454,7 @@ def print_table(args: argparse.Namespace, study: Study):
 
 
 def save_picture(args: argparse.Namespace, study: Study):
-    """`picture`: the first samples of each arm that has run, a row for each arm and seed, in `samples.png` of the work folder."""
+    """`picture`: draws the first samples of each arm and seed that has run, one row each, in `samples.png` of the work folder."""
     rows = []
     for name in chosen_arms(study, args.arms):
         for seed in args.seeds:
@@ -478,12 +479,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "action", choices=("run", "one", "time", "table", "picture"), help="`one` runs in this process"
     )
-    parser.add_argument("--arms", nargs="+", help="of the study (default: all)")
-    parser.add_argument("--seeds", nargs="+", type=int, help="(default: 1 2 3; of `table`: all that have run)")
-    parser.add_argument("--workers", type=number_in(In(1)), default=1, help="runs side by side (default: 1)")
+    parser.add_argument("--arms", nargs="+", help="arms of the study to use (default: all)")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, help="seeds to use (default: 1 2 3; for `table`, all that have run)"
+    )
+    parser.add_argument(
+        "--workers", type=number_in(In(1)), default=1, help="number of runs at the same time (default: 1)"
+    )
     parser.add_argument("--threads", type=number_in(In(1)), default=1, help="of each run (default: 1)")
     parser.add_argument("--rounds", type=number_in(In(1)), default=5, help="of `time` (default: 5)")
-    parser.add_argument("--reference", help="arm of `table` that others are compared with (default: the study's)")
+    parser.add_argument("--reference", help="arm with which `table` compares the others (default: the study's)")
     parser.add_argument("--study", type=Path, default=HERE / "grids.yaml", help="(default: grids.yaml)")
     parser.add_argument("--work", type=Path, help="folder of the runs (default: outputs/yardstick/STUDY)")
     parser.add_argument("--results", type=Path, default=HERE, help="folder of results and timing (default: this one)")

@@ -1,8 +1,8 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """The exact judge of digit grids: do the four digits of a sample obey the rule of the training images?
 
-It sees pixels only. A support vector machine fitted on the training digits names the class of every cell; distances are
-those of the principal components of the training digits' pixels. No part of it is shared with an encoder or a reward.
+It sees pixels only. A support vector machine that is fitted to the training digits classifies every cell. Distances are
+measured in principal components of the training digits' pixels. It shares nothing with an encoder or a reward.
 """
 
 import math
@@ -21,10 +21,10 @@ COMPONENTS = 20  # principal components of a cell's 64 pixels
 
 
 class GridJudge:
-    """Compares grids with the held-out ones; `grid_judge()` gives the one of this process.
+    """Compares grids with the held-out ones; `grid_judge()` returns the judge of this process.
 
     Attributes:
-        accuracy (`float`): of the classifier, on held-out digits.
+        accuracy (`float`): accuracy of the classifier on held-out digits, in [0, 1].
     """
 
     def __init__(self):
@@ -44,7 +44,7 @@ class GridJudge:
 
     @staticmethod
     def cells(images: torch.Tensor) -> torch.Tensor:
-        """The pixels of each cell, `[B, 4, 64]`, of images `[B, 1, 16, 16]`, limited to [-1, 1]."""
+        """The pixels of each cell, `[B, 4, 64]`, of images `[B, 1, 16, 16]`, clamped to [-1, 1]."""
         return images_to_cells(images.float().clamp(-1, 1)).flatten(2)
 
     def moments(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,7 +53,7 @@ class GridJudge:
         return mean_and_covariance(components.flatten(1))
 
     def latent_classes(self, cells: torch.Tensor) -> torch.Tensor:
-        """The class c that each cell, `[B, 4, 64]`, tells of its grid: its own, or pi's inverse of it; int64 `[B, 4]`."""
+        """The class c of the grid that each cell `[B, 4, 64]` implies: its own class, or pi's inverse of it; int64 `[B, 4]`."""
         classes = self.classifier.predict(cells.flatten(0, 1).numpy()).reshape(-1, 4)
         inverse = np.argsort(PARTNERS)
         classes[:, 1:3] = inverse[classes[:, 1:3]]
@@ -64,9 +64,10 @@ class GridJudge:
 
         Returns:
             `pairs`: share of the six pairs of cells that obey the rule (chance 0.10, real held-out grids 0.96);
-            `rule`: share of grids in which all four cells do (0.001 and 0.93); `entropy`: of the most frequent class c of
-            each grid, relative to ten equally frequent classes; `nn`: mean distance of a cell to the nearest training
-            digit; `fd_cell`, `fd_joint`: Fréchet distances to held-out cells, and to held-out grids as a whole.
+            `rule`: share of grids in which all four cells obey it (chance 0.001, real 0.93); `entropy`: entropy of the most
+            frequent class c of each grid, relative to that of ten equally frequent classes; `nn`: mean distance of a cell to
+            the nearest training digit; `fd_cell`, `fd_joint`: Fréchet distances to held-out cells, and to held-out grids as a
+            whole.
         """
         cells = self.cells(images)
         votes = F.one_hot(self.latent_classes(cells), 10).sum(1)

@@ -17,7 +17,7 @@ class GridEncoder(torch.nn.Module):
 
     `load_encoder("embedded:digits")` would see a whole grid at half its size. Here each cell is encoded by itself, and its
     4x4 patch tokens are averaged to 2x2, so that a grid has 4x4 tokens of 4x4 pixels. The training and held-out digits are
-    encoded in advance; a cell with other pixels is encoded when it comes.
+    encoded in advance; cells with other pixels are encoded when needed.
 
     Attributes:
         embed_dim (`int`): 64.
@@ -47,7 +47,7 @@ class GridEncoder(torch.nn.Module):
 
 
 class GreyImages(torch.nn.Module):
-    """In place of an autoencoder: the latents of a grey image are its one channel, so that noise has one channel, too."""
+    """Stands for an autoencoder. The latents of a grey image are its one channel, so that the noise also has one channel."""
 
     dtype, config = torch.float32, SimpleNamespace()
 

@@ -1,22 +1,22 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """A judge without any network: distances of images by their gradients, colours and frequencies.
 
-It shares nothing with the encoders of rewards and targets, nor with networks that were trained on the same images: neither
-weights, nor data, nor labels. Images are uint8 `[N, 3, H, W]`, whose sides are multiples of 8. Pixels p are in [0, 1]; grey is
-`0.299 R + 0.587 G + 0.114 B`. Three groups of statistics:
+It shares neither weights, data nor labels with the encoders of rewards and targets, or with any network that was trained on
+the same images. Images are uint8 `[N, 3, H, W]` with sides that are multiples of 8. Pixels p are in [0, 1]; grey is
+`0.299 R + 0.587 G + 0.114 B`. There are three groups of statistics:
 
 hog     histograms of oriented gradients (Dalal and Triggs 2005). Central differences gx, gy of grey with edges repeated;
         each pixel votes its magnitude `|g| = sqrt(gx^2 + gy^2)` for its orientation `atan2(gy, gx) mod pi`, divided
         linearly between the two nearest of 8 bins; averaged over each of 4x4 regions, 128 numbers h. A region's numbers are
-        divided by `sqrt(e + 0.01^2)`, e the mean of `sum of h^2` over the 3x3 regions around it: the shape of edges
-        counts and not their contrast, and flat regions stay near 0.
+        divided by `sqrt(e + 0.01^2)`, where e is the mean of `sum of h^2` over the 3x3 regions around it, so that the shape
+        of edges counts instead of their contrast, and flat regions stay near 0.
 colour  mean and standard deviation of Y, Cb and Cr (of JPEG) in 2x2 regions, 24 numbers.
 dct     for each of the 14 diagonals u + v = 1 ... 14 of 8x8 cosine transforms (orthonormal, of grey), and each of 2x2
         regions: the root of the mean of the squared coefficients, 56 numbers. Blur and noise show here.
 
-Each statistic is divided by its standard deviation over the training images, and by the root of the number of statistics in its
-group. So the groups have one unit: a group's variances over the training images sum to 1. The distance of two sets is
-the sum over the groups of the Fréchet distance of Gaussians with the sets' means and covariances.
+Each statistic is divided by its standard deviation over the training images, and by the root of the number of statistics in
+its group. All groups then have the same unit: the variances of a group over the training images sum to 1. The distance of two
+sets is the sum, over the groups, of the Fréchet distance of Gaussians with the means and covariances of the sets.
 """
 
 import itertools
@@ -34,7 +34,7 @@ GREY = (0.299, 0.587, 0.114)
 
 
 def grey_images(pixels: torch.Tensor) -> torch.Tensor:
-    """`[N, 1, H, W]` of `[N, 3, H, W]`."""
+    """Converts images `[N, 3, H, W]` to grey ones, `[N, 1, H, W]`."""
     return (pixels * torch.tensor(GREY, dtype=pixels.dtype).view(1, 3, 1, 1)).sum(1, keepdim=True)
 
 
@@ -53,7 +53,7 @@ def oriented_gradients(pixels: torch.Tensor) -> torch.Tensor:
     votes.scatter_add_(1, (low.long() + 1) % ORIENTATIONS, magnitude * (place - low))
     histograms = F.adaptive_avg_pool2d(votes, EDGE_REGIONS)
 
-    # Normalised by the energy around a region: means, so that borders have the same scale.
+    # Regions are normalised by the energy around them. It is a mean, so that regions at the border have the same scale.
     energy = F.avg_pool2d(histograms.square().sum(1, keepdim=True), 3, 1, padding=1, count_include_pad=False)
     return (histograms / (energy + 0.01**2).sqrt()).flatten(1)
 
@@ -99,7 +99,7 @@ def statistics_distances(
     Args:
         images: uint8 `[N, 3, H, W]`.
         reference: `image_statistics` of the images to compare with.
-        training: those of the training images, which set the unit of a group.
+        training: `image_statistics` of the training images, which determine the unit of a group.
     """
     own, distances = image_statistics(images), {}
     for name in GROUPS:

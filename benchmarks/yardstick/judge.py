@@ -4,12 +4,11 @@ r"""Judge one finished run of a yardstick; `run.py` calls this.
 
     python benchmarks/yardstick/judge.py cpu --run outputs/yardstick/cpu/runs/repa-1a2b3c4d-0 --output judged.json
 
-Samples of the averaged weights, unguided, every class as often, are set against training and validation images:
+Unguided samples of the averaged weights, with equally many of each class, are compared with training and validation images by
     Fréchet distance, KID, recall and coverage in the features of an encoder that no reward or target uses;
     sliced Wasserstein distance of the pixels, and Fréchet distance of gradients, colours and frequencies
-    (image_statistics.py), which use no learned features at all;
-    flow-matching loss on these images;
-and a linear probe reads the class off the block that the recipe aligns.
+    (image_statistics.py), which use no learned features at all.
+The flow-matching loss is measured on these images, and a linear probe predicts the class from the block that the recipe aligns.
 """
 
 import argparse
@@ -50,13 +49,13 @@ from diffusers_vrpo.pipelines.sampling import sample_batch
 from diffusers_vrpo.random_streams import NOISE, random_stream
 
 
-ORACLE_SAMPLES = "oracle_samples.safetensors"  # of a run that is told what to draw (oracle.py)
+ORACLE_SAMPLES = "oracle_samples.safetensors"  # samples of a run with an oracle (oracle.py)
 
 
 def sliced_wasserstein(x: torch.Tensor, y: torch.Tensor, projections: int = 512, seed: int = 0) -> float:
     """The root of the mean over random directions of the squared 2-Wasserstein distance of the projected sets.
 
-    In one dimension that distance is the one of the quantiles, of which as many are compared as the smaller set has.
+    In one dimension this is the distance between quantiles, of which as many are compared as the smaller set has points.
 
     Args:
         x, y: `[M, D]` and `[N, D]`, float32 on one device.
@@ -76,20 +75,20 @@ def sliced_wasserstein(x: torch.Tensor, y: torch.Tensor, projections: int = 512,
 
 
 def flat_pixels(images: torch.Tensor) -> torch.Tensor:
-    """uint8 `[N,3,H,W]` -> float32 `[N, 3 H W]` in [0, 1]."""
+    """Converts images, uint8 `[N,3,H,W]`, to vectors, float32 `[N, 3 H W]` in [0, 1]."""
     return images.flatten(1).float() / 255
 
 
 def spread_rows(total: int, count: int) -> np.ndarray:
-    """`count` of `total` rows, evenly spread; all where there are fewer."""
+    """The numbers of `count` of `total` rows, evenly spread, or of all rows if there are fewer."""
     count = min(count, total)
     return np.arange(count) * total // count
 
 
 def make_references(recipe: Recipe, work: Path) -> dict[str, torch.Tensor]:
-    """Images uint8 `[N,3,R,R]`, labels and features of the judge, of both splits; kept in a file.
+    """Reads images, uint8 `[N,3,R,R]`, and labels of both splits, and computes the judge's features; keeps them in a file.
 
-    Of the training images `reference_images`, evenly spread; features are of these, mean and covariance as well.
+    Of the training images it uses `reference_images`, evenly spread, for the features and for mean and covariance.
     """
     file = work / "references.safetensors"
     if file.exists():
@@ -122,10 +121,10 @@ def draw(
     count: int | None = None,
     around: Callable = lambda indices, labels: contextlib.nullcontext(),
 ) -> torch.Tensor:
-    """Samples, uint8 `[N,3,R,R]` on the CPU. Their noise is not that of the curve's.
+    """Draws samples, uint8 `[N,3,R,R]` on the CPU, from other noise than those of the curve.
 
     Args:
-        around: gives the context in which the samples of these indices and classes are drawn.
+        around: a function of indices and classes, which returns the context in which these samples are drawn.
     """
     pipeline.set_progress_bar_config(disable=True)
     count, classes = count or recipe.final_samples, pipeline.trained_labels
@@ -140,7 +139,7 @@ def draw(
 
 
 def probe(recipe: Recipe, pipeline: VRPOPipeline, references: dict) -> float:
-    """Accuracy on validation images of a linear probe after the first block of the recipe's, in every arm."""
+    """The accuracy on validation images of a linear probe after the first block that the recipe aligns, the same in all arms."""
     scope = str(recipe.train.get("layer_scope", "early"))
     block = alignment_layers(scope, len(pipeline.transformer.transformer_blocks))[0] - 1
     features, first = [], 0
@@ -158,7 +157,7 @@ def probe(recipe: Recipe, pipeline: VRPOPipeline, references: dict) -> float:
 def real_loss(transformer, images: torch.Tensor, labels: torch.Tensor) -> float:
     """Flow-matching loss on real images uint8 `[N,3,R,R]`, with the same noise and evenly spread timesteps for every run."""
     device, losses = default_device(), []
-    times = (torch.arange(len(images)) * 0.618034 + 0.5) % 1  # those of a class are evenly spread, too
+    times = (torch.arange(len(images)) * 0.618034 + 0.5) % 1  # the times of each class are evenly spread, too
     for rows in torch.arange(len(images)).split(256 if device.type == "cuda" else 32):
         streams = (random_stream(1, i, NOISE) for i in rows.tolist())
         noise = np.stack([stream.standard_normal(images.shape[1:], dtype=np.float32) for stream in streams])
@@ -194,14 +193,15 @@ def judge(
     guidance_scales: list[float] = (),
     guided_samples: int | None = None,
 ) -> dict:
-    """Everything that is measured on a finished run.
+    """Measures a finished run.
 
     Args:
-        reward_encoder: folder of an encoder whose features the distance is computed in, too, as `fd_reward`.
-        guidance_scales: for each, the distance of `guided_samples` guided samples to the training images.
+        reward_encoder: folder of an encoder in whose features a distance is measured, too, as `fd_reward`.
+        guidance_scales: scales for each of which the distance of `guided_samples` guided samples to the training images is
+            measured.
 
     Raises:
-        InputError: where samples are not finite.
+        InputError: if samples are not finite.
     """
     references, device = make_references(recipe, work), default_device()
     pipeline = VRPOPipeline.from_pretrained(run)
@@ -229,7 +229,7 @@ def judge(
         result["fd_reward"] = reward_distance(work, reward_encoder, references, images)
     if guidance_scales:
         train, guided = mean_and_covariance(references["train_features"]), {}
-        # Unguided ones as many, since the distance depends on their number.
+        # There are as many unguided samples, because the distance depends on their number.
         guided[1.0] = frechet_distance(
             *train, *mean_and_covariance(features[:: max(1, len(features) // guided_samples)])
         )
@@ -243,12 +243,19 @@ def judge(
 def main(argv: list[str] | None = None):
     parser = OneLineErrorParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_options(parser)
-    parser.add_argument("--run", type=Path, help="output folder of the run; without it only the references are made")
-    parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
-    parser.add_argument("--reward_encoder", help="folder of an encoder whose features are looked at, too")
+    parser.add_argument(
+        "--run", type=Path, help="output folder of the run; if not given, only the references are made"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default: 0)")
+    parser.add_argument("--reward_encoder", help="folder of an encoder in whose features a distance is measured, too")
     parser.add_argument("--guidance_scales", nargs="+", type=float, default=[], help="also judge guided samples")
-    parser.add_argument("--guided_samples", type=number_in(In(1)), default=500, help="of each scale (default: 500)")
-    parser.add_argument("--output", type=Path, help="JSON file with the numbers")
+    parser.add_argument(
+        "--guided_samples",
+        type=number_in(In(1)),
+        default=500,
+        help="number of guided samples for each scale (default: 500)",
+    )
+    parser.add_argument("--output", type=Path, help="JSON file to which the numbers are written")
     args = parser.parse_args(argv)
     resolve_folders(args)
     recipe = load_recipe(args.size)

@@ -15,10 +15,10 @@ from diffusers_vrpo.training.distributed import ema_weights, full_pipeline
 
 
 class OracleSamples(TrainerCallback):
-    """Draws the samples of the last judgement at the end of a run whose scaffold phase never ends.
+    """Draws the samples for the last judgement at the end of a run whose scaffold phase never ends.
 
-    Sample i is told to look like a validation image of its class, in the order of these. The judge reads the samples from
-    `oracle_samples.safetensors` in the output folder, since the pipeline alone cannot draw them.
+    Each sample sees the features of a validation image of its class, in the order of these images. The judge reads the
+    samples from `oracle_samples.safetensors` in the output folder, because the pipeline alone cannot draw them.
     """
 
     def __init__(self, recipe: Recipe, work: Path):
@@ -34,7 +34,7 @@ class OracleSamples(TrainerCallback):
         of_class = {label: torch.nonzero(labels == label)[:, 0].tolist() for label in labels.unique().tolist()}
 
         def told(indices: range, classes: list[int]):
-            """The oracle for samples `indices` of these classes."""
+            """A context in which the samples `indices` of these classes see the features of validation images."""
             rows = [of_class[label][i % len(of_class[label])] for i, label in zip(indices, classes)]
             features = encoder(images[rows].float() / 127.5 - 1)
             return trainer.aligned.oracle({"features_0": features})

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""A yardstick's size as a YAML file, its arms, and how many steps each arm gets for the same wall time."""
+"""Reads the size of a yardstick from a YAML file, and its arms, and plans the steps of each arm for the same wall time."""
 
 import dataclasses
 import json
@@ -17,21 +17,25 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Recipe:
-    """One size.
+    """One size of the yardstick, as read from its YAML file.
 
     Attributes:
-        dataset, encoder, judge: folders inside the shared one, or `digits`; the judge makes no reward and no target.
-        judge_pixels: side of the images that the judge sees; null is its own. It is packed: change it with a new folder.
-        classes: how many, spread over those of the data set.
+        dataset, encoder, judge: folders inside the shared folder, or `digits`; the judge is an encoder that no reward and no
+            target uses.
+        judge_pixels: side of the images that the judge sees; null is the judge's own size. A packed judge keeps its value,
+            so a change needs a new folder.
+        classes: number of classes, spread evenly over those of the data set.
         train: options of `train_vrpo.py` that all arms share.
         reference: the arm whose training sets the budget.
-        reference_steps: its steps. The budget is what they take, plus the encoder's features where `charge_features`.
-        charge_features: whether each aligned arm pays for the features of one pass over the data.
-        evaluations: points of the curve, the last one at the end; each of `curve_samples` samples.
-        final_samples: of the last judgement, which has more than the curve: recall, coverage, sliced Wasserstein.
-        reference_images: training images behind recall, coverage, sliced Wasserstein and the probe.
+        reference_steps: steps of the reference. The budget is the time that they take, plus that of the encoder's features
+            if `charge_features`.
+        charge_features: whether each aligned arm pays for computing the features in one pass over the data.
+        evaluations: number of points of the curve, the last one at the end; each is measured on `curve_samples` samples.
+        final_samples: number of samples for the last judgement, which also measures recall, coverage and sliced Wasserstein.
+        reference_images: number of training images for recall, coverage, sliced Wasserstein and the probe.
         probe_timestep: t of the linear probe; 1 is noise.
-        base: where all arms go on from one unaligned training: its `steps` and its `seed`; its time is charged to all.
+        base: `steps` and `seed` of one unaligned training run from which all arms continue, if they do; its time is charged
+            to all of them.
     """
 
     name: str
@@ -63,7 +67,7 @@ def read_yaml(path: Path) -> dict:
 
 
 def load_recipe(name: str) -> Recipe:
-    """A size by its name (`cpu`, `gpu`) or its file.
+    """Reads a size by its name (`cpu`, `gpu`) or its file.
 
     Raises:
         InputError: if the file is not a recipe.
@@ -79,18 +83,19 @@ def load_recipe(name: str) -> Recipe:
 
 
 def load_arms(path: Path = HERE / "arms.yaml") -> dict[str, dict]:
-    """Options of each arm by its name: those of `train_vrpo.py`, `stop`, a share of the budget, and `from_base`.
+    """Reads the options of each arm by its name.
 
-    `from_base: false` trains an arm of a recipe with a base from scratch, for the time of the base and the arm together.
+    They are options of `train_vrpo.py`, `stop` (the share of the budget after which alignment stops), and `from_base`, with
+    which false trains the arm from scratch, for the time of the recipe's base and the arm together.
     """
     return read_yaml(path)
 
 
 def choose_arms(wanted: list[str] | None, recipe: Recipe) -> dict[str, dict]:
-    """The arms that are named, or all.
+    """The arms with the names in `wanted`, or all arms if it is None.
 
     Raises:
-        InputError: if a name is not an arm's.
+        InputError: if there is no arm of a name.
     """
     arms = load_arms()
     if unknown := [name for name in wanted or [] if name not in arms]:
@@ -100,12 +105,12 @@ def choose_arms(wanted: list[str] | None, recipe: Recipe) -> dict[str, dict]:
     return {name: arms[name] for name in wanted or arms}
 
 
-# What `objective: vrpo` alone stands for in an arm: the defaults of version 0.1, of which each arm names what it changes.
+# The options that an arm with `objective: vrpo` has unless it names others; they are the defaults of version 0.1.
 VRPO_ARM = {"alignment_coeff": 0.5, "reward_weighting": "inverse_variance"}
 
 
 def in_full(arm: dict) -> dict:
-    """The options of an arm, with those that all arms of VRPO have unless they name others."""
+    """The options of an arm, including those that all VRPO arms have unless they name others."""
     if arm["objective"] != "vrpo":
         return arm
     gate = {} if {"release", "conflict"} & set(arm) else {"conflict": "gate"}
@@ -113,7 +118,7 @@ def in_full(arm: dict) -> dict:
 
 
 def aligned_flags(arm: dict) -> dict:
-    """Options of an arm while it aligns."""
+    """The options of an arm while it aligns."""
     return {name: value for name, value in arm.items() if name != "stop"}
 
 
@@ -122,36 +127,39 @@ def starts_from_base(recipe: Recipe, arm: dict) -> bool:
     return recipe.base is not None and arm.get("from_base", True)
 
 
-# Numbers that an arm computes with: other ones take as long.
+# Options whose values do not change the time of a step.
 FREE = ("alignment_coeff", "reward_weighting", "timestep_weighting", "gradient_scale", "from_base")
 
 
 def cost_flags(arm: dict) -> dict:
-    """Options that the time of a step depends on, while the arm aligns."""
+    """The options on which the time of a step depends while the arm aligns."""
     return {name: value for name, value in aligned_flags(arm).items() if name not in FREE}
 
 
 def step_ratio(arm: dict, timing: dict) -> float | None:
-    """A step's time in steps of the reference; None where it was not measured."""
+    """The time of a step of an arm, in steps of the reference; None if it was not measured."""
     return next((timed["ratio"] for timed in timing["arms"] if timed["flags"] == cost_flags(arm)), None)
 
 
 def equal_compute(recipe: Recipe, arm: dict, name: str, timing: dict) -> dict:
-    """Steps of an arm that take as long as the reference's, and the step at which it stops to align.
+    """Plans the steps of an arm that take as long as the reference's, and the step at which it stops aligning.
 
-    With r a step's time in steps of the reference, F the features' and B = N (+ F) the budget:
-    N_arm = (B - F [aligned]) / r_arm; with a stop after the share f of that, f (B - F) / r_arm + (1 - f) (B - F) / r_none.
+    With r the time of a step and F that of the features, both in steps of the reference, and the budget B = N (+ F):
+    N_arm = (B - F [if aligned]) / r_arm. With a stop after the share f of that time, it is
+    f (B - F) / r_arm + (1 - f) (B - F) / r_none.
 
-    The time of a base comes before that, the same for all; an arm without it gets the base's steps of its own, in its own time.
+    The time of a base is the same for all arms and comes before that. An arm that does not start from the base has as much
+    time for steps of its own.
 
     Args:
-        timing: of the size, as `timing.py` writes it.
+        timing: the times of the size, as `timing.py` writes them.
 
     Returns:
-        `steps`, `alignment_stop_step` (or None), and `nominal_seconds`: `(step, seconds)` points of a piecewise linear cost.
+        `steps`, `alignment_stop_step` (or None), and `nominal_seconds`, the `(step, seconds)` points of a piecewise linear
+        cost.
 
     Raises:
-        InputError: for an arm that was not timed.
+        InputError: if the arm was not timed.
     """
     ratio, plain = step_ratio(arm, timing), step_ratio({"objective": "none"}, timing)
     for each, found in ((name, ratio), ("none", plain if "stop" in arm or recipe.base else 1.0)):
@@ -182,14 +190,14 @@ def equal_compute(recipe: Recipe, arm: dict, name: str, timing: dict) -> dict:
 
 
 def recorded_options(recipe: Recipe) -> dict:
-    """`train` as results and times record it: those of before the average had a warm-up do not name it."""
+    """The options `train` as results and times record them; records from before the EMA warm-up existed do not name it."""
     return {name: value for name, value in recipe.train.items() if (name, value) != ("ema_warmup", False)}
 
 
 def recipe_hash(recipe: Recipe, arm: dict, plan: dict) -> str:
-    """Names everything that a result depends on but the seed: equal for equal recipes only."""
+    """A hash of everything but the seed on which a result depends; only equal recipes have equal hashes."""
     values = dataclasses.asdict(recipe)
-    for name in ("reference", "reference_steps", "charge_features"):  # the plan has what follows from these
+    for name in ("reference", "reference_steps", "charge_features"):  # the plan has the values that follow from these
         del values[name]
     if recipe.base is None:
         del values["base"]

@@ -1,12 +1,13 @@
 #!/usr/bin/env python
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-r"""Does VRPO beat REPA at equal compute? Train arms x seeds of a size, judge them, append a line each to the results.
+r"""Does VRPO beat REPA at equal compute? Train arms x seeds of a size, judge them, and append one line per run to the results.
 
     python benchmarks/yardstick/run.py cpu --arms none repa vrpo --seeds 1 2 3 --workers 2
     python benchmarks/yardstick/table.py cpu
 
 Arms without a time in `timing-SIZE.json` are timed first, as `timing.py` does. Runs that are in `results-SIZE.jsonl` are
-skipped; a run that was stopped (Ctrl-C, SIGTERM, `--time_limit_s`) continues when the same command is given again. How equal compute is meant: README.md.
+skipped; a run that was stopped (Ctrl-C, SIGTERM, `--time_limit_s`) continues when the same command is given again. README.md
+explains what equal compute means.
 """
 
 import argparse
@@ -64,7 +65,7 @@ from diffusers_vrpo.training.checkpoints import list_checkpoints
 from diffusers_vrpo.training.metrics import read_metrics
 
 
-GRACE = 60  # seconds for a run to save where it is
+GRACE = 60  # seconds that a stopped run has to save a checkpoint
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -72,7 +73,7 @@ GRACE = 60  # seconds for a run to save where it is
 
 
 def read_results(path: Path) -> list[dict]:
-    """The lines of a results file; an incomplete line, left by a kill, is skipped."""
+    """Reads the lines of a results file, and skips an incomplete line, which a killed process may have left."""
     lines = []
     for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
@@ -81,7 +82,7 @@ def read_results(path: Path) -> list[dict]:
 
 
 def append_result(path: Path, line: dict):
-    """Adds a line, whole, also after one that was cut short and while other processes do the same."""
+    """Appends a whole line, even after a line that was cut short and while other processes append theirs."""
     with path.open("a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         end = file.seek(0, os.SEEK_END)
@@ -95,7 +96,7 @@ def append_result(path: Path, line: dict):
 
 
 def commit() -> str:
-    """The checkout's commit, with + where files differ from it; `unknown` outside a checkout."""
+    """The commit of the checkout, with a + if files differ from it; `unknown` outside a checkout."""
     try:
         options = {"cwd": ROOT, "capture_output": True, "text": True, "check": True}
         found = subprocess.run(["git", "rev-parse", "HEAD"], **options).stdout.strip()
@@ -115,7 +116,7 @@ def versions() -> dict[str, str]:
 
 
 def result_line(job: dict, recipe: Recipe, folder: Path) -> dict:
-    """What a finished, judged run adds to the table."""
+    """The line of a finished and judged run for the results file."""
     rows = read_metrics(folder / "metrics.jsonl")
     metric = next(name for row in rows for name in row if name.startswith("validation/fd_"))
     last = [row for row in rows if "train_seconds" in row][-1]
@@ -149,10 +150,10 @@ def result_line(job: dict, recipe: Recipe, folder: Path) -> dict:
 
 
 def plan_jobs(recipe: Recipe, arms: dict[str, dict], seeds: list[int], timing: dict, done: list[dict]) -> list[dict]:
-    """Runs that are not in `done`, all arms of a seed before the next seed.
+    """Plans the runs that are not in `done`, all arms of a seed before the next seed.
 
     Raises:
-        InputError: for an arm without a time.
+        InputError: if an arm was not timed.
     """
     known = {(line["recipe"], line["seed"]) for line in done}
     jobs = []
@@ -167,7 +168,7 @@ def plan_jobs(recipe: Recipe, arms: dict[str, dict], seeds: list[int], timing: d
 
 
 def share_cores(workers: int, threads: int | None) -> list[list[int]]:
-    """The cores of each worker; empty lists, which stand for all of them, where threads are not limited."""
+    """The cores of each worker, as lists; empty lists, which mean all cores, if threads are not limited."""
     if not threads or not hasattr(os, "sched_getaffinity"):
         return [[]] * workers
     cores = sorted(os.sched_getaffinity(0))
@@ -175,21 +176,21 @@ def share_cores(workers: int, threads: int | None) -> list[list[int]]:
 
 
 def untimed(args: argparse.Namespace, recipe: Recipe, arms: dict[str, dict]) -> list[str]:
-    """The arms whose steps have no time yet; an arm that stops aligning continues as `none`, and a base is one."""
+    """The arms that are not timed yet, including `none`, as which an arm continues that stops aligning, and a base runs."""
     known, plain = read_timing(recipe, args.results), {"none": {"objective": "none"}}
     needed = arms | (plain if recipe.base or any("stop" in arm for arm in arms.values()) else {})
     return [name for name, arm in needed.items() if step_ratio(arm, known) is None]
 
 
 def measure_missing(args: argparse.Namespace, recipe: Recipe, arms: dict[str, dict]):
-    """Times the arms that have no time."""
+    """Times the arms that are not timed yet."""
     if missing := untimed(args, recipe, arms):
         places = ["--shared", str(args.shared), "--work", str(args.work), "--results", str(args.results)]
         time_arms(build_timing_parser().parse_args([args.size, *places]), recipe, missing)
 
 
 class Workers:
-    """Runs jobs side by side, each in processes of its own, until they are done or the time is over."""
+    """Runs jobs at the same time, each in processes of its own, until they are done or the time is over."""
 
     def __init__(self, args: argparse.Namespace, recipe: Recipe):
         self.args, self.recipe, self.work = args, recipe, args.work / recipe.name
@@ -201,7 +202,7 @@ class Workers:
         self.lock, self.stopping = threading.Lock(), threading.Event()
 
     def train(self, argv: list[str], log: Path) -> bool:
-        """Whether train_arm.py came to its end, in a process of its own or, with `--workers 0`, here."""
+        """Runs train_arm.py in a process of its own or, with `--workers 0`, in this one; returns whether it was completed."""
         if self.args.workers:
             return self.call([sys.executable, str(ARM_SCRIPT), *argv], log)
         if self.stopping.is_set():
@@ -211,7 +212,7 @@ class Workers:
         return True
 
     def judge(self, folder: Path, seed: int, output: Path, log: Path) -> bool:
-        """The same for judge.py."""
+        """Runs judge.py in the same way; returns whether it was completed."""
         argv = [self.args.size, "--run", str(folder), "--seed", str(seed), "--work", str(self.args.work)]
         argv += ["--output", str(output)]
         if self.args.workers:
@@ -220,14 +221,14 @@ class Workers:
         return True
 
     def stop(self):
-        """Every run saves where it is; none starts."""
+        """Lets every run save a checkpoint and stop, and starts no other run."""
         self.stopping.set()
         with self.lock:
             for process in self.processes:
                 process.terminate()
 
     def call(self, command: list[str], log: Path) -> bool:
-        """Whether a command ended well; False as well when all are to stop."""
+        """Runs a command; returns whether it succeeded, which is False, too, if all runs are being stopped."""
         cores = self.cores.get()
         try:
             return self.call_on(cores, command, log)
@@ -243,7 +244,7 @@ class Workers:
                 if self.stopping.is_set():
                     return False
                 process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
-                if cores:  # the interpreter has started by then, torch's threads have not
+                if cores:  # this is after the interpreter has started and before torch starts its threads
                     os.sched_setaffinity(process.pid, cores)
                 self.processes.add(process)
             code = process.wait()
@@ -259,7 +260,7 @@ class Workers:
         return code == 0
 
     def run(self, job: dict) -> bool:
-        """Trains, judges and records; whether it came to its end."""
+        """Trains, judges and records a run; returns whether it was completed."""
         folder = self.work / "runs" / f"{job['arm']}-{job['hash']}-{job['seed']}"
         folder.mkdir(parents=True, exist_ok=True)
         log, trained, judged = folder / LOG, folder / "trained", folder / "judged.json"
@@ -291,15 +292,15 @@ class Workers:
 
 
 def base_checkpoint(recipe: Recipe, work: Path) -> Path:
-    """The checkpoint that all arms of a recipe with a base go on from."""
+    """The checkpoint from which all arms of a recipe with a base continue."""
     return work / "base" / f"checkpoint-{recipe.base['steps']}"
 
 
 def make_base(recipe: Recipe, work: Path, workers: Workers):
-    """Trains what all arms go on from, without alignment; once.
+    """Trains the base from which all arms continue, without alignment, unless it is already trained.
 
     Raises:
-        InputError: if it did not come to its end, for which its log has the reason.
+        InputError: if training was not completed, for which its log has the reason.
     """
     folder, wanted = work / "base", base_checkpoint(recipe, work)
     if wanted.exists():
@@ -322,19 +323,29 @@ def build_parser() -> argparse.ArgumentParser:
         "--workers",
         type=int,
         default=1,
-        help="runs side by side, each in its own process (default: 1); 0 is one by one in this one",
+        help="number of runs at the same time, each in its own process (default: 1); 0 runs one by one in this process",
     )
     parser.add_argument(
-        "--threads", type=number_in(In(1)), help="of each run (default: 1 without a GPU, else torch's)"
+        "--threads",
+        type=number_in(In(1)),
+        help="CPU threads of each run (default: 1 without a GPU, torch's default with one)",
     )
-    parser.add_argument("--time_limit_s", type=number_in(In(1), float), help="save and leave after this many seconds")
-    parser.add_argument("--prepare_only", action="store_true", help="pack data and encoders, to carry them elsewhere")
-    parser.add_argument("--dry_run", action="store_true", help="show what would be trained for how long")
+    parser.add_argument(
+        "--time_limit_s",
+        type=number_in(In(1), float),
+        help="stop all runs, with a checkpoint, after this many seconds",
+    )
+    parser.add_argument(
+        "--prepare_only",
+        action="store_true",
+        help="only pack data and encoders into a folder, to copy it to another machine",
+    )
+    parser.add_argument("--dry_run", action="store_true", help="only show what would be trained, and for how long")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the number of runs that are still to be done."""
+    """Runs the command; returns the number of runs that are still to be made."""
     start = time.monotonic()
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -382,7 +393,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def leave(number, _):
         workers.stop()
-        if not args.workers:  # a training that can save has a handler of its own in place of this one
+        if not args.workers:  # while a run trains, its own handler, which saves a checkpoint, replaces this one
             sys.exit(128 + number)
 
     def time_is_over():

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""What a yardstick needs in one small folder: some classes of a data set, and the two encoders."""
+"""Packs what a yardstick needs into one small folder: some classes of a data set, and the two encoders."""
 
 import json
 import shutil
@@ -16,13 +16,15 @@ SPLITS = ("train", "validation")
 
 
 def write_subset(dataset_name: str, num_classes: int, folder: Path) -> dict[str, int]:
-    """Writes `num_classes` classes, spread evenly over all, with new ids: parquet files of both splits, images as they are.
+    """Writes `num_classes` classes, spread evenly over all, as parquet files of both splits.
+
+    Classes have new ids; the image files do not change.
 
     Returns:
-        images of each split.
+        the number of images of each split.
 
     Raises:
-        InputError: where the data set has not that many classes, or lacks a split.
+        InputError: if the data set has fewer classes, or lacks a split.
     """
     counts = {}
     folder.mkdir(parents=True, exist_ok=True)
@@ -43,16 +45,16 @@ def write_subset(dataset_name: str, num_classes: int, folder: Path) -> dict[str,
 
 
 def show_smaller(processor: Path, side: int):
-    """Makes a packed encoder see images of `side` pixels: upsampled ones hold no more at the size it was made for."""
+    """Makes a packed encoder see images of `side` pixels, because upsampling to its usual size adds no information."""
     values = json.loads(processor.read_text())
     processor.write_text(json.dumps(values | {"do_center_crop": False, "size": {"height": side, "width": side}}))
 
 
 def pack(recipe, shared: Path, folder: Path):
-    """Data and encoders of a recipe as `data/` and `encoders/` in `folder`; what is there already stays.
+    """Writes data and encoders of a recipe to `data/` and `encoders/` in `folder`; parts that are already there stay.
 
     Raises:
-        InputError: where `shared` has not what the recipe names.
+        InputError: if `shared` lacks the data or an encoder that the recipe names.
     """
     if (folder / "data" / "validation-00000-of-00001.parquet").exists():
         return
@@ -72,5 +74,5 @@ def pack(recipe, shared: Path, folder: Path):
 
 
 def packed(folder: Path, name: str) -> str:
-    """What to give as the name of an encoder that was packed."""
+    """The name by which a packed encoder is loaded."""
     return name if name == "digits" else str(folder / name)

@@ -1,16 +1,16 @@
 #!/usr/bin/env python
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-r"""The table and the plots of a yardstick, from its results file alone.
+r"""Make the table and the plots of a yardstick from its results file.
 
     python benchmarks/yardstick/table.py cpu
     python benchmarks/yardstick/table.py fork --against repa-4 --seeds 1 2 3 4
 
-Prints the table and writes it, `report.html` and the plots (quality against steps, time and FLOPs; last values) to
-`outputs/yardstick/SIZE/report`. Seconds are nominal ones: steps times what `timing.py` measured, since runs side by side slow
-one another down; those that were spent are in the results file.
+The command prints the table and writes it, `report.html` and the plots (quality against steps, time and FLOPs; last values) to
+`outputs/yardstick/SIZE/report`. Seconds are nominal: they are steps times the seconds per step that `timing.py` measured,
+because runs at the same time slow one another down. The results file also has the seconds that were spent.
 
-`--against ARM` prints two other tables, of the seeds that are named: the means over seeds with their standard errors, and the
-differences to this arm seed by seed, with a two-sided t-test.
+`--against ARM` prints two other tables: the means over the given seeds with their standard errors, and the differences to this
+arm for each seed, with a two-sided t-test.
 """
 
 import argparse
@@ -47,7 +47,7 @@ COLUMNS = {
     "probe_accuracy": "probe",
 }
 
-# What `--against` shows, and with how many decimals.
+# The measures that `--against` shows, and their numbers of decimals.
 MEASURES = {
     "hog_train": ("gradients", 4),
     "fd_train": ("judge", 1),
@@ -61,7 +61,7 @@ MEASURES = {
 
 
 def group_lines(lines: list[dict], hashes: dict[str, str]) -> dict[str, list[dict]]:
-    """The lines of each arm by seed, those of the current recipe only; a seed counts once."""
+    """Groups the lines of the current recipe by arm; each seed counts once."""
     arms = {}
     for name, key in hashes.items():
         found = {line["seed"]: line for line in lines if line["recipe"] == key}
@@ -71,7 +71,7 @@ def group_lines(lines: list[dict], hashes: dict[str, str]) -> dict[str, list[dic
 
 
 def in_std(arm: list[float], base: list[float]) -> float | None:
-    """Difference of the means in pooled standard deviations over seeds; None where no arm has two seeds."""
+    """The difference of the means in pooled standard deviations over seeds; None if neither arm has two seeds."""
     freedom = len(arm) + len(base) - 2
     squares = sum((len(values) - 1) * statistics.variance(values) for values in (arm, base) if len(values) > 1)
     pooled = (squares / freedom) ** 0.5 if freedom else 0.0
@@ -79,7 +79,7 @@ def in_std(arm: list[float], base: list[float]) -> float | None:
 
 
 def paired(arm: list[dict], base: list[dict], key: str = "fd_train") -> str:
-    """Mean ± standard deviation of the differences seed by seed; runs of a seed share weights, samples and noise."""
+    """Mean ± standard deviation of the differences for each seed; runs of a seed share weights, samples and noise."""
     other = {line["seed"]: line[key] for line in base}
     differences = [line[key] - other[line["seed"]] for line in arm if line["seed"] in other]
     if len(differences) < 2:
@@ -88,9 +88,9 @@ def paired(arm: list[dict], base: list[dict], key: str = "fd_train") -> str:
 
 
 def table_rows(arms: dict[str, list[dict]], reference: str) -> tuple[list[str], list[list[str]]]:
-    """Heading and rows: mean ± standard deviation over seeds, and the difference of FD to the reference.
+    """Heading and rows of the table: mean ± standard deviation over seeds, and the difference of FD to the reference.
 
-    The difference of the means in pooled standard deviations over seeds, and the differences seed by seed.
+    The difference is given in pooled standard deviations over seeds, and as the differences for each seed.
     """
     head = [
         "arm",
@@ -105,7 +105,7 @@ def table_rows(arms: dict[str, list[dict]], reference: str) -> tuple[list[str], 
     ]
     rows = []
     for name, lines in arms.items():
-        # Lines of earlier judges lack some measures.
+        # Lines that earlier versions of the judge wrote lack some measures.
         values = {key: [line[key] for line in lines if key in line] for key in COLUMNS}
         row = [name, str(len(lines)), f"{lines[0]['steps']:,}", f"{lines[0]['nominal_seconds'][-1][1]:.0f}"]
         row.append(report.flop_count(statistics.mean(line["train_flops"] for line in lines)))
@@ -123,7 +123,7 @@ def table_rows(arms: dict[str, list[dict]], reference: str) -> tuple[list[str], 
 
 
 def tables_against(arms: dict[str, list[dict]], reference: str, seeds: list[int] | None) -> str:
-    """Means with standard errors, and differences to an arm seed by seed, each as a table of `MEASURES`.
+    """Two tables of `MEASURES`: means with their standard errors, and differences to the arm `reference` for each seed.
 
     Raises:
         InputError: if the arm has none of the seeds.
@@ -159,7 +159,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def write_run(line: dict, folder: Path):
-    """A result as the folder of a run, for `diffusers_vrpo.commands.report`; seconds are the nominal ones."""
+    """Writes a result as the output folder of a run, with nominal seconds, for `diffusers_vrpo.commands.report`."""
     folder.mkdir(parents=True)
     options = line["flags"] | {"seed": line["seed"], "fd_encoder": line["metric"].removeprefix("validation/fd_")}
     (folder / "train_config.yaml").write_text(yaml.safe_dump(options))
@@ -179,7 +179,7 @@ def write_run(line: dict, folder: Path):
 
 
 def write_plots(arms: dict[str, list[dict]], reference: str, output_dir: Path) -> list[str]:
-    """The report of these results; gives its sentences about speed-up."""
+    """Writes the report of these results, and returns its sentences about speed-ups."""
     with tempfile.TemporaryDirectory() as temporary:
         chosen = []
         for i, (name, lines) in enumerate(arms.items()):
@@ -198,8 +198,8 @@ def write_plots(arms: dict[str, list[dict]], reference: str, output_dir: Path) -
 def main(argv: list[str] | None = None):
     parser = OneLineErrorParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_options(parser)
-    parser.add_argument("--against", metavar="ARM", help="print means and differences to this arm instead")
-    parser.add_argument("--seeds", nargs="+", type=int, help="of --against (default: all)")
+    parser.add_argument("--against", metavar="ARM", help="print means, and differences to this arm, instead")
+    parser.add_argument("--seeds", nargs="+", type=int, help="seeds for --against (default: all)")
     args = parser.parse_args(argv)
     resolve_folders(args)
     if args.seeds and not args.against:
@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None):
     recipe = load_recipe(args.size)
     timing, hashes = read_timing(recipe, args.results), {}
     for name, arm in choose_arms(args.arms, recipe).items():
-        with contextlib.suppress(InputError):  # not timed, so never run
+        with contextlib.suppress(InputError):  # an arm that was not timed has no runs
             hashes[name] = recipe_hash(recipe, arm, equal_compute(recipe, arm, name, timing))
     arms = group_lines(read_results(args.results / f"results-{recipe.name}.jsonl"), hashes)
     if not arms:

@@ -4,10 +4,10 @@ r"""Measure what a training step of each arm costs, in steps of the reference ar
 
     python benchmarks/yardstick/timing.py cpu --arms none repa vrpo
 
-Each round trains every arm for a few steps by train_vrpo.py itself, in random order in one process; a round's ratio is that
-arm's seconds a step over the reference's in the same round, and the median over rounds is kept. So what slows the machine
-for minutes slows both. The first steps of a burst are left out. Arms that have a time, and the same options, are kept.
-Without a GPU the seconds are processor time of the process on one core, which other processes change little.
+Each round trains every arm for a few steps with train_vrpo.py itself, in random order in one process. The ratio in a round is the
+arm's seconds per step divided by the reference's in the same round, and the result is the median over rounds. Whatever slows the
+machine for minutes therefore slows both. The first steps of each burst do not count. Arms that are already timed with the same
+options are skipped. Without a GPU, seconds are the processor time of the process on one core, which other processes hardly change.
 """
 
 import argparse
@@ -41,16 +41,16 @@ def timing_file(recipe: Recipe, folder: Path = HERE) -> Path:
 
 
 def timed_options(recipe: Recipe) -> dict:
-    """What of a recipe the times are of."""
+    """The options of a recipe on which the times depend."""
     options = {"classes": recipe.classes, "encoder": recipe.encoder, "reference": recipe.reference}
     return options | {"train": recorded_options(recipe)}
 
 
 def read_timing(recipe: Recipe, folder: Path = HERE) -> dict:
-    """The file of a size; without any times if it does not exist yet.
+    """Reads the timing file of a size; there are no times if it does not exist yet.
 
     Raises:
-        InputError: where its times are of other options.
+        InputError: if its times are of other options.
     """
     path = timing_file(recipe, folder)
     found = {"file": path.name, "arms": []}
@@ -65,7 +65,7 @@ def read_timing(recipe: Recipe, folder: Path = HERE) -> dict:
 
 @contextlib.contextmanager
 def one_core():
-    """Without a GPU, the one core that run.py gives a run by default: train_vrpo.py takes all that it may use."""
+    """Without a GPU, limits the process to one core, as run.py does by default; train_vrpo.py would use all cores."""
     if torch.cuda.is_available() or not hasattr(os, "sched_setaffinity"):
         yield
         return
@@ -80,7 +80,7 @@ def one_core():
 
 
 class Clock(TrainerCallback):
-    """Notes the time after every step."""
+    """Records the time after each step."""
 
     def __init__(self):
         self.after = {}
@@ -90,7 +90,7 @@ class Clock(TrainerCallback):
 
 
 def burst(recipe: Recipe, arm: dict, work: Path, steps: int, skipped: int) -> float:
-    """Seconds a step, without the first `skipped` steps."""
+    """Trains for a few steps; returns the seconds per step, without the first `skipped` steps."""
     folder = work / "timing"
     shutil.rmtree(folder, ignore_errors=True)
     plan = {"steps": skipped + steps, "alignment_stop_step": None}
@@ -106,7 +106,7 @@ def burst(recipe: Recipe, arm: dict, work: Path, steps: int, skipped: int) -> fl
         "oracle": None,
     }
     if arm["objective"] == "rare" or arm.get("release") == "plateau":
-        few["release"] = "none"  # so few steps would end the alignment, whose cost is measured
+        few["release"] = "none"  # otherwise so short a run could end alignment, whose cost is measured
     AcceleratorState._reset_state(reset_partial_state=True)
     clock = Clock()
     train_arm.main(train_argv(recipe, arm, plan, 0, work, folder, few), [clock])
@@ -120,10 +120,10 @@ def burst(recipe: Recipe, arm: dict, work: Path, steps: int, skipped: int) -> fl
 
 
 def measure(recipe: Recipe, arms: dict[str, dict], work: Path, rounds: int, steps: int, skipped: int) -> dict:
-    """Seconds a step of each arm, a number for every round.
+    """Measures the seconds per step of each arm, one number for every round.
 
     Raises:
-        InputError: where a run cannot work.
+        InputError: if a run cannot work.
     """
     order, seconds = random.Random(0), {name: [] for name in arms}
     for round_ in range(rounds):
@@ -134,7 +134,7 @@ def measure(recipe: Recipe, arms: dict[str, dict], work: Path, rounds: int, step
 
 
 def summarize(recipe: Recipe, arms: dict[str, dict], seconds: dict[str, list[float]], old: dict) -> dict:
-    """The content of the file: what was there, and medians over rounds of the ratio within a round."""
+    """The content of the timing file: the old times, and the new medians over rounds of the ratio within a round."""
     reference = np.array(seconds[recipe.reference])
     first = {
         "options": timed_options(recipe),
@@ -147,15 +147,15 @@ def summarize(recipe: Recipe, arms: dict[str, dict], seconds: dict[str, list[flo
         if step_ratio(arms[name], {"arms": known}) is None:
             ratio = float(np.median(np.array(values) / reference))
             known.append({"name": name, "flags": cost_flags(arms[name]), "ratio": ratio, "seconds": values})
-    # What is there stays: later runs go on with the same steps.
+    # Old times are kept, so that later runs have the same number of steps.
     return first | old | {"arms": known}
 
 
 def time_arms(args: argparse.Namespace, recipe: Recipe, names: list[str] | None):
-    """Measures those of the named arms (None is all) that have no time yet, and writes the file.
+    """Times the arms `names` (None means all) that are not timed yet, and writes the file.
 
     Args:
-        args: of `build_parser`.
+        args: the options, from `build_parser`.
     """
     work, old = args.work / recipe.name, {"arms": []} if args.again else read_timing(recipe, args.results)
     arms = {}
@@ -165,7 +165,7 @@ def time_arms(args: argparse.Namespace, recipe: Recipe, names: list[str] | None)
     if not arms:
         print(f"{timing_file(recipe, args.results)} has all of them")
         return
-    # The reference takes part always, and under its own name.
+    # The reference always takes part, under its own name.
     reference = choose_arms([recipe.reference], recipe)
     arms = reference | {n: a for n, a in arms.items() if cost_flags(a) != cost_flags(reference[recipe.reference])}
     pack(recipe, args.shared, work / "packed")
@@ -186,12 +186,22 @@ def build_parser() -> argparse.ArgumentParser:
         prog="timing.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_common_options(parser)
-    parser.add_argument("--rounds", type=number_in(In(1)), default=5, help="bursts of every arm (default: 5)")
-    parser.add_argument("--steps", type=number_in(In(1)), help="steps of a burst that count (default: 8, on a GPU 30)")
     parser.add_argument(
-        "--skipped", type=number_in(In(1)), help="steps of a burst before these (default: 3, on a GPU 20)"
+        "--rounds", type=number_in(In(1)), default=5, help="number of bursts of every arm (default: 5)"
     )
-    parser.add_argument("--again", action="store_true", help="also the arms that have a time: their steps will change")
+    parser.add_argument(
+        "--steps", type=number_in(In(1)), help="steps of a burst that count (default: 8, or 30 on a GPU)"
+    )
+    parser.add_argument(
+        "--skipped",
+        type=number_in(In(1)),
+        help="steps of a burst before those that count (default: 3, or 20 on a GPU)",
+    )
+    parser.add_argument(
+        "--again",
+        action="store_true",
+        help="also time arms that are already timed, which changes their number of steps",
+    )
     return parser
 
 

@@ -18,7 +18,7 @@ from diffusers_vrpo.training.callbacks import TrainerCallback
 
 
 def split_argv(argv: list[str]) -> tuple[list[str], list]:
-    """The options of train_vrpo.py, and the callbacks that the others stand for."""
+    """Splits a command line into the options of train_vrpo.py and the callbacks for the other options."""
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--fork_from", type=Path)
     own.add_argument("--gradient_scale", type=json.loads)

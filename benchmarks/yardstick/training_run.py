@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""The command line of one training run, the cache that all runs of a size share, and options of all commands here."""
+"""The command line of a training run, the cache that all runs of a size share, and the options that all commands share."""
 
 import argparse
 import dataclasses
@@ -25,13 +25,13 @@ from diffusers_vrpo.models.start import read_start
 ROOT = HERE.parents[1]
 TRAIN_SCRIPT = ROOT / "train_vrpo.py"
 ARM_SCRIPT = HERE / "train_arm.py"
-LOG = "train.log"  # of a run; a training accepts a folder that holds files of that kind
+LOG = "train.log"  # the log of a run; training accepts an output folder that has such a file
 ONE_STEP = {"steps": 1, "alignment_stop_step": None}
 
 
 @cache
 def train_script():
-    """train_vrpo.py as a module."""
+    """Imports train_vrpo.py as a module."""
     spec = importlib.util.spec_from_file_location("train_vrpo", TRAIN_SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -39,7 +39,10 @@ def train_script():
 
 
 def to_argv(options: dict) -> list[str]:
-    """`{name: value}` as a command line: lists as many words, true as a flag, false as `--no-flag`, None not at all."""
+    """Converts `{name: value}` to a command line: a list to several words, True to `--flag`, False to `--no-flag`.
+
+    Options with the value None are omitted.
+    """
     argv = []
     for name, value in options.items():
         if value is None:
@@ -56,11 +59,11 @@ def to_argv(options: dict) -> list[str]:
 def train_argv(
     recipe: Recipe, arm: dict, plan: dict, seed: int, work: Path, output_dir: Path, more: dict | None = None
 ) -> list[str]:
-    """Options of train_arm.py, which are those of train_vrpo.py and a few more, for a run.
+    """The command line of train_arm.py, which has the options of train_vrpo.py and a few more, for a run.
 
     Args:
-        arm: its options, without `stop`.
-        plan: `steps` and `alignment_stop_step`.
+        arm: the options of the arm, without `stop`.
+        plan: `steps` and `alignment_stop_step` of the arm.
         more: options that replace others.
     """
     every = math.ceil(plan["steps"] / recipe.evaluations)
@@ -92,9 +95,9 @@ def train_argv(
 
 
 def seconds_now() -> float:
-    """A clock whose differences are costs: the processor's time of this process without a GPU, else the wall's.
+    """A clock whose differences are costs: without a GPU the processor time of this process, with a GPU the wall time.
 
-    Processes that share the cores stretch the wall's time, and hardly the processor's.
+    Other processes on the same cores stretch the wall time, but hardly the processor time.
     """
     if not torch.cuda.is_available():
         return time.process_time()
@@ -103,13 +106,13 @@ def seconds_now() -> float:
 
 
 def make_cache(recipe: Recipe, work: Path) -> float:
-    """Pixels and encoder features of the training images, in `work/cache`; once for all runs.
+    """Writes pixels and encoder features of the training images to `work/cache`, once for all runs.
 
     Returns:
-        the seconds that it took when it was made: decoding, the encoder, writing.
+        the seconds that decoding, encoding and writing took when the cache was made.
 
     Raises:
-        InputError: where the recipe's options cannot work.
+        InputError: if the recipe's options cannot work.
     """
     done, start = work / "cache_seconds.json", seconds_now()
     if done.exists():
@@ -133,7 +136,7 @@ def make_cache(recipe: Recipe, work: Path) -> float:
 
 
 def make_moments(recipe: Recipe, work: Path) -> Path:
-    """The moments of the training images behind the curve's Fréchet distance, as a run leaves them; once for all runs."""
+    """Computes the moments of the training images for the curve's Fréchet distance, in the file of a run, once for all runs."""
     file, folder = work / "fd_reference.safetensors", work / "first_step"
     if not file.exists():
         few = {"num_fd_samples": 2, "num_inference_steps": 1, "num_validation_images": 1}
@@ -147,18 +150,18 @@ def make_moments(recipe: Recipe, work: Path) -> Path:
 
 def add_common_options(parser: argparse.ArgumentParser):
     parser.add_argument("size", help="cpu, gpu, or a YAML file such as cpu.yaml")
-    parser.add_argument("--arms", nargs="+", help="of arms.yaml (default: all)")
+    parser.add_argument("--arms", nargs="+", help="arms of arms.yaml to use (default: all)")
     parser.add_argument(
         "--shared",
         type=Path,
         default=Path(os.environ.get("VRPO_SHARED", ROOT.parent / "shared")),
-        help="folder with the data and encoders that a recipe names (default: VRPO_SHARED, or ../shared)",
+        help="folder with the data and encoders that the recipe names (default: the environment variable VRPO_SHARED, or ../shared)",
     )
     parser.add_argument(
         "--work",
         type=Path,
         default=ROOT / "outputs" / "yardstick",
-        help="caches and runs (default: outputs/yardstick)",
+        help="folder of caches and runs (default: outputs/yardstick)",
     )
     parser.add_argument("--results", type=Path, default=HERE, help="folder of results and timing (default: this one)")
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""The command `vrpo`, with all programs as subcommands."""
+"""The command `vrpo`, which has all programs as subcommands."""
 
 import difflib
 import os
@@ -10,25 +10,25 @@ from . import __version__
 from .files import packaged
 
 
-# Commands and their descriptions. Each calls `main(argv, prog)` of its module in `commands`.
+# The commands and their descriptions. A command calls `main(argv, prog)` of its module in `commands`.
 COMMANDS = {
     "train": "train a transformer, with or without alignment",
-    "plan": "compute memory, disk and time of a training, without a GPU",
+    "plan": "compute the memory, disk and time that a training run needs, without a GPU",
     "prepare": "encode a data set once, for train --latents_dir",
-    "latents": "verify what prepare has written, export it to the Hub, import it",
+    "latents": "verify what prepare has written, export it to the Hub, or import it",
     "sample": "draw many images from a pipeline, as PNG files or an .npz",
     "evaluate": "measure FID and other metrics of images against a reference",
-    "fid": "sample and evaluate in one",
+    "fid": "sample and evaluate in one command",
     "probe": "measure linear probes and CKNNA of a transformer's blocks",
     "layers": "suggest which block to align with which layer of an encoder",
-    "convert": "convert checkpoints of SiT, REPA, iREPA and DiT to pipelines and back",
+    "convert": "convert checkpoints of SiT, REPA, iREPA and DiT to pipelines, or back",
     "report": "compare training runs: quality against steps, time and FLOPs",
     "push": "publish a run or a pipeline on the Hub",
     "app": "open a page in the browser that samples from a pipeline",
 }
-# They share their work among several processes.
+# Commands that share their work among several processes.
 LAUNCHED = ("train", "prepare", "sample", "evaluate", "fid", "probe")
-# Commands whose options are read by a module that does not import torch.
+# Commands whose options are parsed by a module that does not import torch, and the names of these modules.
 PARSED_FIRST = {"train": "train", "sample": "sample_options"}
 USAGE = """usage: vrpo COMMAND [options]
        vrpo {launched} [options of `accelerate launch`] -- [options]
@@ -38,9 +38,9 @@ Train, sample, measure and publish class-conditional diffusion transformers with
 commands:
 {commands}
 
-`vrpo COMMAND --help` shows the options of a command, `vrpo --version` the version.
+`vrpo COMMAND --help` shows the options of a command, and `vrpo --version` the version.
 
-A first run, on a CPU in about five minutes, and images of it:
+A first run, which takes about five minutes on a CPU, and images from it:
 
     pip install 'diffusers-vrpo[train]'
     vrpo train --config digits
@@ -60,6 +60,7 @@ def launch(name: str, launcher: list[str], argv: list[str]):
     """Replaces this process by `accelerate launch`, so that signals and exit codes are those of the launcher.
 
     Args:
+        name: the command.
         launcher: options of `accelerate launch`; its `--config_file` may also name a file of `configs/accelerate`.
         argv: the options of the command.
     """
@@ -72,7 +73,7 @@ def launch(name: str, launcher: list[str], argv: list[str]):
             launcher[i] = str(known)
     given = {word.split("=")[0].replace("-", "_").strip("_") for word in launcher}
     if "config_file" not in given and not is_configured():
-        # accelerate's own defaults: it would warn about each that is not given.
+        # These are accelerate's own defaults, which it would warn about if they were not given.
         for option, value in {"num_machines": "1", "mixed_precision": "no", "dynamo_backend": "no"}.items():
             launcher += [] if option in given else [f"--{option}", value]
     # `-q` suppresses the launcher's traceback after the command's error message.
@@ -83,7 +84,7 @@ def launch(name: str, launcher: list[str], argv: list[str]):
 
 
 def run(name: str, argv: list[str]):
-    """Runs a command in this process, or as many processes as are asked for."""
+    """Runs a command in this process, or in as many processes as its launcher options ask for."""
     prog = f"vrpo {name}"
     if name in LAUNCHED and "--" in argv:
         split = argv.index("--")
@@ -91,7 +92,7 @@ def run(name: str, argv: list[str]):
     from .command_line import missing_extras
 
     with missing_extras(prog):
-        # What is wrong or asks for help ends here, before torch is imported.
+        # A wrong option or a call for help ends the process here, before torch is imported.
         if name in PARSED_FIRST:
             import_module(f"diffusers_vrpo.commands.{PARSED_FIRST[name]}").parse_args(argv, prog)
         command = import_module(f"diffusers_vrpo.commands.{name}")

@@ -33,7 +33,7 @@ from .errors import InputError, TrainingStopped
 from .files import packaged
 
 
-# The options of training that `--help` shows. All others are for those who know what they look for.
+# The options of training that `--help` shows. `--help-all` shows the others, too.
 COMMON = (
     "config",
     "output_dir",
@@ -57,14 +57,14 @@ COMMON = (
     "push_to_hub",
 )
 
-# Warnings of other libraries about which users can do nothing, or need not: diffusers passes that argument with every file
-# that it fetches, and a few workers more than processors do no harm.
+# Warnings of other libraries that users can or need do nothing about: diffusers passes that argument with every file that
+# it downloads, and a few more workers than processors do no harm.
 HARMLESS_WARNINGS = (
     "The `local_dir_use_symlinks` argument is deprecated",
     "This DataLoader will create .* worker processes in total",
 )
 
-# Options whose values may name code, and whether a value does.
+# Options whose values may name code to run, and functions that tell whether a value does.
 CODE_OPTIONS: dict[str, Callable[[str], bool]] = {
     "encoder": names_code,
     "image_rewards": lambda value: ":" in value,
@@ -76,7 +76,7 @@ CODE_OPTIONS: dict[str, Callable[[str], bool]] = {
 
 
 def sentence(text: str) -> str:
-    """A help text with a capital letter and a full stop, before its `(default: ...)` if it has one."""
+    """A help text with a capital letter at the beginning and a full stop at the end, before any `(default: ...)`."""
     body, mark, default = text.partition(" (default: ")
     body = body[:1].upper() + body[1:]
     return body + ("" if body.endswith(".") else ".") + mark + default
@@ -101,7 +101,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
 
 def in_usage(action: argparse.Action) -> str:
-    """A positional argument, or a required option, as the usage shows it."""
+    """A positional argument or a required option in the form that the usage shows."""
     name = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
     if action.nargs in ("*", "+"):
         name += " ..."
@@ -122,8 +122,8 @@ class OneLineErrorParser(argparse.ArgumentParser):
     """A parser without abbreviated flags, whose errors are one line that names the flag.
 
     Args:
-        common (`Sequence[str]`): names of the options that `--help` shows in addition to the required ones; `--help-all` then shows
-            all. Without them `--help` does.
+        common (`Sequence[str]`): names of the options that `--help` shows in addition to the required ones; a further flag,
+            `--help-all`, then shows all options. If empty, `--help` shows all.
     """
 
     def __init__(
@@ -140,7 +140,11 @@ class OneLineErrorParser(argparse.ArgumentParser):
             self.add_argument("--help-all", action=WholeHelp, help="show all options and exit")
 
     def format_help(self, whole: bool = False) -> str:
-        """As argparse, with the common options only, or in the whole help before the others of their group."""
+        """Formats the help as argparse does, but only with the common options.
+
+        Args:
+            whole: whether to show all options, of each group the common ones first.
+        """
         whole = whole or not self.common
 
         def is_common(action) -> bool:
@@ -161,7 +165,7 @@ class OneLineErrorParser(argparse.ArgumentParser):
             formatter.add_arguments([action for action in actions if whole or is_common(action)])
             formatter.end_section()
         if not whole:
-            number = sum(bool(action.option_strings) for action in self._actions) - 2  # these two
+            number = sum(bool(action.option_strings) for action in self._actions) - 2  # without --help and --help-all
             formatter.add_text(
                 f"These are the options that most calls need; `{self.prog} --help-all` shows all {number}."
             )
@@ -169,7 +173,7 @@ class OneLineErrorParser(argparse.ArgumentParser):
         return formatter.format_help()
 
     def parse_known_args(self, args=None, namespace=None):
-        """As argparse; a `~` that the shell has left, as in `--output_dir=~/x`, becomes the home folder."""
+        """Parses as argparse does, and replaces each `~` that the shell has left, as in `--output_dir=~/x`."""
         namespace, rest = super().parse_known_args(args, namespace)
         for name, value in vars(namespace).items():
             if isinstance(value, (str, Path, list)):
@@ -177,13 +181,13 @@ class OneLineErrorParser(argparse.ArgumentParser):
         return namespace, rest
 
     def error(self, message: str | Exception):
-        # argparse writes "argument --batch_size: 0 must be at least 1"; in a sentence the value follows the flag.
+        # argparse writes "argument --batch_size: 0 must be at least 1"; the message reads "--batch_size 0 must ...".
         text = re.sub(r"^argument (--\w+): (?=\S+ must )", r"\1 ", with_flags(message, flags_of(self)))
         self.exit(2, f"{self.prog}: error: {text}\n")
 
 
 class SwitchAction(argparse.Action):
-    """A flag that stands alone, is negated by `--no-`, or has a value."""
+    """A flag that may stand alone, be negated by `--no-`, or be followed by a value."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **kwargs):
         negated = [f"--no-{text[2:]}" for text in option_strings]
@@ -192,12 +196,12 @@ class SwitchAction(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         negated = option_string.startswith("--no-")
         if negated and values is not None:
-            parser.error(f"{option_string} takes no value, but {values} follows it")
+            parser.error(f"{option_string} takes no value, but is followed by {values}")
         setattr(namespace, self.dest, False if negated else True if values is None else values)
 
 
 def number_in(limits: In, kind: type = int) -> Callable[[str], float]:
-    """Returns a `type=` for argparse: an `int` or `float` within limits."""
+    """Returns a function for argparse's `type=` that parses an `int` or `float` and checks its limits."""
 
     def parse(text: str):
         value = kind(text)
@@ -211,7 +215,7 @@ def number_in(limits: In, kind: type = int) -> Callable[[str], float]:
 
 def as_id(label: int | str) -> int | str:
     """Converts a class id from the command line to a number; returns anything else unchanged."""
-    return int(label) if str(label).lstrip("-").isdigit() else label
+    return int(label) if str(label).removeprefix("-").isdecimal() else label
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -227,7 +231,7 @@ def flags_of(parser: argparse.ArgumentParser) -> dict[str, str]:
 
 
 def with_flags(error: BaseException | str, flags: dict[str, str]) -> str:
-    """Converts a message of the library for the command line: each field in backticks becomes its flag.
+    """Converts a message of the library for the command line by replacing each field in backticks by its flag.
 
     Args:
         flags: the result of `flags_of`.
@@ -246,7 +250,7 @@ EXTRAS = {
 
 @contextlib.contextmanager
 def missing_extras(prog: str):
-    """Ends the process with a line that says what to install if a package of an extra is missing."""
+    """Ends the process with a one-line message that says what to install, if a package of an extra is missing."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -255,14 +259,14 @@ def missing_extras(prog: str):
             if package in packages:
                 name = {"sklearn": "scikit-learn"}.get(package, package)
                 sys.exit(
-                    f"{prog}: error: this needs {name}, which is not installed; run: pip install 'diffusers-vrpo[{extra}]'"
+                    f"{prog}: error: {name} is needed but not installed; run: pip install 'diffusers-vrpo[{extra}]'"
                 )
         raise
 
 
 @contextlib.contextmanager
 def one_line_errors(parser: argparse.ArgumentParser):
-    """Ends the process with a one-line message if the library raises an InputError or TrainingStopped, or an extra is missing."""
+    """Ends the process with a one-line message after an InputError or TrainingStopped, or if an extra is missing."""
     try:
         with missing_extras(parser.prog), warnings.catch_warnings():
             for message in HARMLESS_WARNINGS:
@@ -282,7 +286,7 @@ def is_configured() -> bool:
 
 
 def add_option(group, option: Option, *spellings: str, suppress: bool = False, **changes):
-    """Adds the flag of an option to a parser or a group of one.
+    """Adds the flag of an option to a parser or to one of its groups.
 
     Args:
         spellings: further spellings, such as `"--dataset"`.
@@ -307,14 +311,19 @@ def add_option(group, option: Option, *spellings: str, suppress: bool = False, *
 
 
 def add_options(group, config: type, names: Iterable[str], spellings: Sequence[str] = (), **changes):
-    """Adds the flags of some options of a configuration class to a parser or a group of one, as `add_option` does."""
+    """Adds the flags of some options of a configuration class to a parser or to one of its groups, with `add_option`.
+
+    Args:
+        names: names of the options.
+        spellings, changes: as for `add_option`, the same for all of these options.
+    """
     options = options_of(config)
     for name in names:
         add_option(group, options[name], *spellings, **changes)
 
 
 def training_parser(common: Sequence[str] = COMMON, **arguments) -> argparse.ArgumentParser:
-    """Creates the parser of all options of `VRPOConfig`, for `parse_config`; it returns only the given options.
+    """Creates a parser of all options of `VRPOConfig`, for `parse_config`. It returns only the options that are given.
 
     Args:
         common: names of the options that the short help shows.
@@ -328,9 +337,9 @@ def training_parser(common: Sequence[str] = COMMON, **arguments) -> argparse.Arg
 
 
 def parse_config(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> VRPOConfig:
-    """Parses a command line; it overrides the options of the YAML file that its `--config` names.
+    """Parses a command line, which overrides the options of the YAML file that its `--config` names.
 
-    Ends the process with a one-line message if an option is wrong or a required one is missing.
+    If an option is wrong or a required one is missing, the process ends with a one-line message.
 
     Args:
         parser: the result of `training_parser`.
@@ -345,7 +354,7 @@ def parse_config(parser: argparse.ArgumentParser, argv: list[str] | None = None)
 
 
 def given_options(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> dict:
-    """The options of a command line and of the file of its `--config`, which it overrides, by name.
+    """The options, by name, of a command line and of the file that its `--config` names; the command line takes precedence.
 
     Args:
         parser: the result of `training_parser`, possibly with flags of another command added.
@@ -354,7 +363,7 @@ def given_options(parser: argparse.ArgumentParser, argv: list[str] | None = None
     given = vars(parser.parse_args(argv))
     if "config" in given:
         of_file = vars(parser.parse_args(file_to_argv(parser, given["config"])))
-        # An alternative on the command line replaces another one in the file.
+        # An option on the command line replaces its alternatives in the file.
         for names in alternatives(VRPOConfig):
             if not given.keys().isdisjoint(names):
                 of_file = {name: value for name, value in of_file.items() if name not in names}
@@ -365,14 +374,14 @@ def given_options(parser: argparse.ArgumentParser, argv: list[str] | None = None
             code = [value for value in values if is_code(value)]
             if code and given[name] is values:
                 parser.error(
-                    f"--config {given['config']}: {name} {code[0]} names code to run, which only the command line may do; "
-                    f"give it as --{name}"
+                    f"--config {given['config']}: {name} {code[0]} names code to run, which a file must not do; give it on the "
+                    f"command line as --{name}"
                 )
     return given
 
 
 def recipes() -> dict[str, Path]:
-    """The files of training options that the package has, by name, such as `digits`."""
+    """The files of training options in the package, by name, such as `digits`."""
     files = [path for path in packaged("configs").rglob("*.yaml") if path.parent.name != "accelerate"]
     return {path.stem: path for path in sorted(files)}
 
@@ -386,7 +395,7 @@ def recipe_or_file(name: str) -> Path:
     path, known = Path(name), recipes()
     if not path.is_file() and name in known:  # a folder may have the name of a recipe
         return known[name]
-    if path.exists() and not path.is_file():  # a pipe would be waited for
+    if path.exists() and not path.is_file():  # reading a pipe would block
         raise OSError("it is not a file")
     if not path.exists():
         raise OSError(f"there is no such file, and the recipes are {', '.join(known)}")

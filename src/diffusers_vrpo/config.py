@@ -2,9 +2,9 @@
 """The options of training: dataclasses in which one field defines everything about an option.
 
 A field has a type, a default and a help text. Its annotation may also say which values are allowed (`Literal`, [`In`]),
-on which other option it depends ([`Needs`], [`OneOf`]), and what happens to it when a run is resumed ([`Resume`]; an
+on which other options it depends ([`Needs`], [`OneOf`]), and what happens to it when a run is resumed ([`Resume`]; an
 option without such a mark must keep its value). The command line, the settings of checkpoints and the model card are
-derived from that. Each check across several options is a function at the end of the file.
+derived from the fields. Each check across several options is a function at the end of the file.
 
 This module imports neither torch nor transformers nor diffusers.
 """
@@ -25,19 +25,19 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, 
 from .errors import InputError
 
 
-# Where neither max_train_steps nor num_train_epochs is given, a run sees this many images (400,000 steps of 256, or 80 epochs
-# of ImageNet), in at most this many epochs.
+# If neither max_train_steps nor num_train_epochs is given, a run sees DEFAULT_IMAGES_SEEN images (400,000 steps of 256, or
+# 80 epochs of ImageNet), but passes over the data at most MOST_EPOCHS times.
 DEFAULT_IMAGES_SEEN = 102_400_000
 MOST_EPOCHS = 200
-# Where checkpointing_steps or validation_steps is not given: this part of the run, and at least this many steps; and the steps
-# after which a first sample grid is drawn.
+# If checkpointing_steps or validation_steps is not given, the run is divided into DEFAULT_INTERVALS intervals of at least
+# SHORTEST_INTERVAL steps. Sample grids are then also drawn after the steps in EARLY_GRIDS.
 DEFAULT_INTERVALS = 20
 SHORTEST_INTERVAL = 100
 EARLY_GRIDS = (1, 100, 500)
 CHECKPOINTS_TO_KEEP = 3
 DIGITS = "digits"  # the data set and the encoder in the package, unless there is a folder of that name
-EMBEDDED_DIGITS = "embedded:digits"  # their name that no folder can have
-EMBEDDED_GRIDS = "embedded:digit-grids"  # a data set: grids of four of these digits
+EMBEDDED_DIGITS = "embedded:digits"  # the same, even if there is a folder called `digits`
+EMBEDDED_GRIDS = "embedded:digit-grids"  # the data set of grids of four of these digits
 DTYPES = ("float32", "bfloat16", "float16")  # precisions of a model that is not trained
 
 
@@ -50,7 +50,7 @@ class In:
     """The range of a number: at least `low` (above it if `exclusive`), below `high` and at most `most`; never NaN.
 
     Args:
-        why (`str`): the reason for the range, for the error message.
+        why (`str`): the reason for the lower limit, for the error message.
     """
 
     low: float = -math.inf
@@ -65,7 +65,7 @@ class In:
 
     def __str__(self) -> str:
         if self.most < math.inf:
-            reason = f": {self.why};" if self.why else ""  # it is that of the lower end
+            reason = f": {self.why};" if self.why else ""
             return f"be {'above' if self.exclusive else 'at least'} {self.low}{reason} and at most {self.most}"
         if (self.low, self.high) == (-math.inf, math.inf):
             text = "be finite"
@@ -94,18 +94,18 @@ class Needs:
 
 @dataclass(frozen=True)
 class OneOf:
-    """At most one of the options with the same mark can be given."""
+    """At most one of the options with the same `group` can be given."""
 
     group: str
 
 
 class Repeated:
-    """The flag of a list takes one value and may be given several times."""
+    """The option is a list whose flag accepts one value and may be given several times."""
 
 
 @dataclass(frozen=True)
 class Switch:
-    """The option is off (False), on (True, which means the value `on`), or names a way of being on."""
+    """The option is False (off), True (on, replaced by the text `on`), or a text that selects a variant."""
 
     on: str
 
@@ -119,11 +119,11 @@ class Resume(enum.Enum):
     NAME = "must keep the last part of its name, since folders may have moved"
     DATA = "must keep its value unless `allow_changed_data` is given"
     DATA_NAME = "must keep the last part of its name unless `allow_changed_data` is given"
-    RESOLVED = "is not compared itself; `run_settings` compares what it has led to"
+    RESOLVED = "is not compared itself; `run_settings` compares the values derived from it"
 
 
 class Changeable:
-    """A continued run may have another value of this option if `allow_changed` names it: it acts from there on."""
+    """A resumed run may change this option if `allow_changed` names it; the new value applies from then on."""
 
 
 T = TypeVar("T")
@@ -135,7 +135,7 @@ Data = Annotated[T, Resume.DATA]
 DataName = Annotated[T, Resume.DATA_NAME]
 Resolved = Annotated[T, Resume.RESOLVED]
 
-# The largest values are far above what anybody has trained with, and below what exhausts the memory at once or overflows.
+# The upper limits are far above what anybody has trained with, and below values that exhaust the memory at once or overflow.
 NUM_STEPS = In(1, most=10**9)
 NUM_IMAGES = In(1, most=10**9)
 NUM_SAMPLES = In(1, most=10**7)
@@ -162,7 +162,7 @@ LearningRate = Annotated[float, In(0, most=10, exclusive=True)]
 Share = Annotated[float, In(0, 1)]
 Fraction = Annotated[float, In(0, exclusive=True, most=1)]
 
-# What an objective sets of the options that are not given themselves, instead of what follows for all of them.
+# The options that an objective sets if they are not given. UNLESS_THE_OBJECTIVE_SETS_IT has the values for all others.
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "none": {},
     "repa": {},
@@ -196,12 +196,12 @@ MEASURED = Needs("fd_encoder")
 
 
 def set_by_objective(objective: str) -> dict[str, Any]:
-    """The values that options have with an objective unless they are given, by name."""
+    """The values, by name, of the options that depend on the objective and are not given."""
     return UNLESS_THE_OBJECTIVE_SETS_IT | OBJECTIVES[objective]
 
 
 def option(default, help: str, metavar: str | None = None):
-    """A field of a configuration: its default and help text, and what stands for its value in the usage."""
+    """Declares a field of a configuration: its default, its help text and the placeholder for its value in the usage."""
     return field(default=default, metadata={"help": help} | ({"metavar": metavar} if metavar else {}))
 
 
@@ -210,12 +210,15 @@ class Option:
     """An option, read from a field.
 
     Attributes:
-        name (`str`): of the field and, after two dashes, of the flag.
-        kind (`type`): `bool`, `int`, `float` or `str`; of the items if there are many.
+        name (`str`): the name of the field; the flag is this name after two dashes.
+        kind (`type`): `bool`, `int`, `float` or `str`; the type of the items if the value is a list.
         many (`bool`): whether the value is a list.
         optional (`bool`): whether None is allowed.
-        choices (`tuple`, *optional*): the allowed values.
+        choices (`tuple`, *optional*): the allowed values; None if they are not listed.
         marks (`tuple`): what else the annotation says, such as `In(0)`.
+        default (`Any`): the default of the field.
+        help (`str`): the help text.
+        metavar (`str`, *optional*): the placeholder for the value in the usage; None for one that follows from `kind`.
     """
 
     name: str
@@ -229,12 +232,12 @@ class Option:
     metavar: str | None
 
     def marked(self, kind: type[T]) -> list[T]:
-        """The marks of a kind."""
+        """The marks that are instances of `kind`."""
         return [mark for mark in self.marks if isinstance(mark, kind)]
 
     @property
     def resume(self) -> Resume | None:
-        """What happens to it when a run is resumed; None if it must keep its value."""
+        """What happens to the option when a run is resumed; None if it must keep its value."""
         return next(iter(self.marked(Resume)), None)
 
 
@@ -260,7 +263,7 @@ def read_annotation(hint) -> tuple[type, bool, bool, tuple | None, tuple]:
 
 @functools.cache
 def options_of(config: type) -> dict[str, Option]:
-    """The options of a configuration class by name, in order of declaration; those of `VRPOConfig` are ordered by group."""
+    """The options of a configuration class by name, in order of declaration; for `VRPOConfig` group by group."""
     if config.__bases__ != (Options,):
         return {name: option for group in config.__bases__ for name, option in options_of(group).items()}
     hints = get_type_hints(config, include_extras=True)
@@ -308,19 +311,20 @@ class RunConfig(Options):
     )
     output_dir: Machine[str] = option(
         "vrpo-model",
-        "write checkpoints, metrics, sample grids and the final pipeline to this folder; the same command continues the run that "
-        "is there",
+        "write checkpoints, metrics, sample grids and the final pipeline to this folder; repeating the command resumes the run "
+        "in it",
     )
     cache_dir: Machine[str | None] = option(None, "folder for downloads; the Hub's own cache if not given")
     seed: Annotated[int, SEED] = option(
         0,
-        "draw the starting weights, and the noise, crops and labels of each sample, from this seed; change it to repeat a run with "
-        "other random numbers",
+        "seed of all random numbers: the starting weights, and the noise, crops and labels of each sample; change it to repeat a "
+        "run with other random numbers",
     )
     random_streams: Resolved[Literal[1, 2] | None] = option(
         None,
-        "version of the random draws of samples: 2 draws faster and without work that grows with rows or tokens, 1 repeats runs from "
-        "before it; 2 for a new run, and that of the run for a continued one, if not given",
+        "version of the generator that draws the order, crops and noise of training samples: 2 is faster, above all with many images "
+        "or tokens; 1 reproduces runs from before version 2 existed; if not given, 2 for a new run and the run's own version for "
+        "a resumed one",
     )
     mixed_precision: Resolved[Literal["no", "fp16", "bf16"] | None] = option(
         None,
@@ -329,13 +333,15 @@ class RunConfig(Options):
     )
     allow_tf32: Resolved[bool | None] = option(
         None,
-        "compute float32 matrix products in TF32 on Ampere and later GPUs, several times as fast with three digits, as the official "
-        "code of SiT and REPA does; on if not given, but a resumed run goes on as it began",
+        "compute float32 matrix products in TF32 on Ampere and later GPUs, which is several times as fast but keeps only three "
+        "digits, as the official code of SiT and REPA does; if not given, on for a new run and unchanged for a resumed one",
     )
     report_to: Machine[str] = option(
         "tensorboard", "experiment trackers, separated by commas (tensorboard, wandb, ...), or none"
     )
-    tracker_project_name: Machine[str] = option("vrpo", "project of the run in the trackers (TensorBoard: its folder)")
+    tracker_project_name: Machine[str] = option(
+        "vrpo", "name of the project in the trackers (for TensorBoard, of the folder inside --logging_dir)"
+    )
     tracker_run_name: Machine[str | None] = option(
         None,
         "name of the run in trackers that name runs (wandb, mlflow, ...); the name of the output folder if not given",
@@ -355,37 +361,38 @@ class DataConfig(Options):
 
     dataset_name: Annotated[DataName[str | None], OneOf("data")] = option(
         None,
-        "take the images from this data set: its name on the Hub, a folder that `datasets` opens, or `digits`, which is in the package",
+        "train on this data set: a name on the Hub, a folder that `datasets` can open, or `digits`, which is part of the package",
     )
     dataset_config_name: Data[str | None] = option(None, "configuration of that data set, where it has several")
     dataset_split: Data[str] = option("train", "split of the data set")
     train_data_dir: Annotated[Resolved[str | None], OneOf("data")] = option(
-        None, "take the images from this folder, which has a folder for each class, instead of --dataset_name"
+        None, "train on the images in this folder, which has one folder per class, instead of on --dataset_name"
     )
     latents_dir: Annotated[Resolved[str | None], OneOf("data")] = option(
         None,
-        "take the encoded images that `vrpo prepare` has written to this folder, instead of --dataset_name, which saves the "
-        "time of the autoencoder in every pass over the data",
+        "train on the encoded images that `vrpo prepare` has written to this folder, instead of on --dataset_name; this saves "
+        "the time of the autoencoder in every pass over the data",
     )
     streaming: Resolved[bool] = option(
-        False, "read the parquet files of --dataset_name during training, without a copy on the disk"
+        False,
+        "read the parquet files of --dataset_name during training instead of copying the data set to the disk first",
     )
     image_column: Data[str] = option("image", "column with the images")
     label_column: Data[str] = option("label", "column with the class labels; `none` trains without classes")
     max_train_samples: Data[Images | None] = option(None, "number of images to use, drawn at random; all if not given")
     allow_changed_data: Free[bool] = option(
-        False, "continue a run although the images, labels or class names have changed"
+        False, "resume a run although the images, labels or class names have changed"
     )
     resolution: Annotated[int, RESOLUTION] = option(
         256, "crop and scale the images to squares with sides of this many pixels"
     )
     jpeg_draft: bool = option(
         False,
-        "decode JPEG images at a half, a quarter or an eighth of their size where their shorter side is still at least --resolution: "
-        "faster for large images, with slightly other pixels than ADM's halving",
+        "decode JPEG images at a half, a quarter or an eighth of their size if the shorter side is still at least --resolution: "
+        "this is faster for large images, but the pixels differ slightly from those of ADM's repeated halving",
     )
     center_crop: bool = option(True, "crop images in the centre, as ADM does, instead of at random")
-    random_flip: bool = option(False, "mirror half of the images, drawn at random")
+    random_flip: bool = option(False, "mirror each image with a probability of one half")
 
 
 @dataclass(kw_only=True)
@@ -396,12 +403,12 @@ class ModelConfig(Options):
 
     preset: Resolved[str | None] = option(
         None,
-        "train a transformer of this size, {SiT,DiT}-{XS,S,B,L,XL}/{1,2,4,8}: XS to XL have 2 to 675 million parameters, and the number "
-        "is the side of a patch (smaller patches cost more and give better images); SiT-B/2 if no option names a model",
+        "train a transformer of this size, {SiT,DiT}-{XS,S,B,L,XL}/{1,2,4,8}: XS to XL have 2 to 675 million parameters, and the "
+        "number is the patch size (smaller patches cost more and give better images); SiT-B/2 if no option names a model",
     )
     model_config: Resolved[str | None] = option(
         None,
-        "file with arguments of SiTTransformer2DModel as JSON; arguments that follow from the data are replaced",
+        "JSON file with the arguments of SiTTransformer2DModel; arguments that follow from the data are replaced",
         "FILE.json",
     )
     pretrained_model_name_or_path: Name[str | None] = option(
@@ -415,32 +422,34 @@ class ModelConfig(Options):
     )
     lora_rank: Thousands | None = option(
         None,
-        "train LoRA adapters of this rank, and the projectors, on frozen weights; all weights are trained if not given",
+        "train only the projectors and LoRA adapters of this rank, and keep all other weights frozen; if not given, all weights "
+        "are trained",
     )
     lora_alpha: Annotated[Ratio | None, ADAPTED] = option(
         None, "scale of the LoRA adapters: their output is multiplied by lora_alpha / lora_rank, or by 1 if not given"
     )
     lora_dropout: Annotated[Share, ADAPTED] = option(
-        0.0, "probability with which an input of a LoRA adapter is set to 0 in training"
+        0.0, "probability with which each input of a LoRA adapter is set to 0 in training"
     )
     lora_target: Annotated[list[str] | None, ADAPTED] = option(
         None,
-        "linear layers with LoRA adapters: the ends of their names, such as to_q to_v modulation, or a regular expression that "
-        "matches whole names; all layers of attention and feed-forward if not given",
+        "linear layers that get LoRA adapters: the ends of their names, such as to_q to_v modulation, or a regular expression "
+        "that matches whole names; if not given, all linear layers of attention and feed-forward",
         "NAME|REGEX",
     )
     prediction_type: Resolved[Literal["velocity", "epsilon"] | None] = option(
         None,
-        "what the model predicts: velocity (SiT) or epsilon, the noise (DiT); follows from the preset or the starting weights if not given",
+        "what the model predicts: the velocity (velocity, as SiT) or the noise (epsilon, as DiT); if not given, it follows from the "
+        "preset or the starting weights",
     )
     learn_sigma: Resolved[bool | None] = option(
         None,
-        "also train the variance of models that predict noise; follows from the preset or the starting weights if not given",
+        "also train the variance of models that predict noise; if not given, it follows from the preset or the starting weights",
     )
     qk_norm: Resolved[bool] = option(
         False,
         "normalise the queries and keys of each attention head (RMSNorm), which keeps attention stable in large models and long "
-        "runs; starting weights keep what they have",
+        "runs; a model that starts from given weights keeps its own setting",
     )
     vae: Resolved[str | None] = option(
         None,
@@ -449,13 +458,13 @@ class ModelConfig(Options):
     )
     vae_dtype: Literal["float32", "bfloat16", "float16"] = option(
         "float32",
-        "compute the encoding of images in this precision; half precision takes half the time on a GPU and changes the latents in "
-        "their third digit, and some autoencoders overflow in float16",
+        "precision in which the autoencoder encodes images; half precision takes half the time on a GPU but changes the third "
+        "digit of the latents, and some autoencoders overflow in float16",
     )
     label_dropout: Resolved[Share | None] = option(
         None,
-        "share of the samples that are trained without their class, which classifier-free guidance needs; the starting weights' "
-        "share, or 0.1, if not given",
+        "share of the samples that are trained without their class, which classifier-free guidance needs; if not given, the share "
+        "of the starting weights, or 0.1",
     )
 
 
@@ -479,23 +488,23 @@ class AlignmentConfig(Options):
     )
     encoder_layer: list[Layer] | None = option(
         None,
-        "hidden state of the encoder to align with: one index for all encoders, or one for each; if not given, the output (for conv "
-        "nets, the stage of stride 16)",
+        "index of the encoder's hidden state to align with: one for all encoders, or one for each; if not given, the output (for "
+        "conv nets, the stage of stride 16)",
     )
     layer_scope: Annotated[str, ALIGNED] = option(
         "early", "transformer blocks to align: early (2/7 of the depth), mid, all, or a list such as 4,8"
     )
     alignment_coeff: Annotated[Coefficient | None, ALIGNED] = option(
-        None, "weight of the alignment loss; 4 for vrpo and 0.5 for others if not given"
+        None, "weight of the alignment loss; if not given, 4 for vrpo and 0.5 for others"
     )
     alignment_stop_step: Annotated[Step | None, ENCODED] = option(
-        None, "end alignment at this step at the latest; alignment lasts for the whole run if not given"
+        None, "optimizer step at which alignment ends at the latest; if not given, only --release can end it"
     )
     release: Annotated[Resolved[Literal["none", "stop", "gate", "plateau"] | None], ALIGNED] = option(
         None,
-        "what ends alignment: nothing (none), --alignment_stop_step (stop), a conflict with flow matching, at each noise level by itself "
-        "(gate), or a distance to the targets that no longer falls (plateau); if neither this nor --conflict is given, plateau for rare, "
-        "and none or stop for the others",
+        "what ends alignment: nothing (none), --alignment_stop_step (stop), gradients that oppose those of flow matching, judged for "
+        "each range of noise levels by itself (gate), or a distance to the targets that no longer falls (plateau); if neither this "
+        "nor --conflict is given, plateau for rare, and for others stop with --alignment_stop_step and none without it",
     )
     timestep_weighting: Annotated[Literal["uniform", "low_noise"] | None, ALIGNED] = option(
         None,
@@ -524,31 +533,34 @@ class AlignmentConfig(Options):
     )
     conflict: Annotated[Resolved[Literal["none", "gate", "project"] | None], ALIGNED] = option(
         None,
-        "what happens where alignment's gradient opposes that of flow matching: gate (as --release gate) ends alignment at these noise "
-        "levels, project removes the opposing part, none changes nothing; follows from --release if not given",
+        "what happens at noise levels where alignment's gradient opposes that of flow matching: gate (as --release gate) ends "
+        "alignment there, project removes the opposing part of the gradient, none changes nothing; if not given, it follows from "
+        "--release",
     )
     log_gradients: Annotated[Free[bool], Needs("objective", REPA_LOSS)] = option(
         False,
-        "log the cosine and the ratio of alignment's and flow matching's gradients, also without the gate; vrpo always logs them",
+        "log the cosine between alignment's and flow matching's gradients and the ratio of their norms even without the gate; "
+        "vrpo always logs them",
     )
     scaffold_layer: Annotated[Annotated[int, In(1, most=1000)] | None, ENCODED] = option(
         None,
-        "scaffold this block, counted from 1: at first it attends to the encoder's features, later it learns to work without them (REPI); "
-        "if not given, the early block for repi and no block for others",
+        "scaffold this block, counted from 1: it first attends to the encoder's features and later learns to work without them (REPI); "
+        "if not given, the block of --layer_scope early for repi and no block for others",
     )
     scaffold_fraction: Annotated[float, In(0, most=1, exclusive=True), ENCODED] = option(
         0.05,
-        "part of the training in which the scaffold's block attends to the encoder's features; with 1 it always does, as a control "
-        "for evaluations (docs/method.md)",
+        "share of the training steps, from the first on, in which the scaffolded block attends to the encoder's features; with 1 it "
+        "always does, which serves as a control (docs/method.md)",
     )
     scaffold_coeff: Annotated[Coefficient, ENCODED] = option(
         2.0,
-        "weight of the loss after that part, which pulls the block's own keys and values to those made from the features",
+        "weight of the loss that, after those steps, pulls the scaffolded block's own keys and values towards those made from the "
+        "encoder's features",
     )
 
     def __post_init__(self):
         super().__post_init__()
-        # Also options of other groups, where this is a part of `VRPOConfig`.
+        # In a `VRPOConfig`, this also sets options of other groups, such as `reward_weighting`.
         for name, value in set_by_objective(self.objective).items():
             if getattr(self, name, value) is None:
                 setattr(self, name, value)
@@ -562,24 +574,27 @@ class PolicyConfig(Options):
 
     reward_weighting: Annotated[str | None, VRPO] = option(
         None,
-        "weights of the rewards: the paper's inverse_variance; equal shares (equal, or inverse_std, which computes the same); the "
-        "rewards' own sizes (raw); fixed shares of fidelity, semantic and structural reward such as 0.2,0.5,0.3; or auto, which is "
-        "0,2,1, and equal for rewards that are given from Python; auto if not given",
+        "weights of the rewards: the paper's inverse_variance; equal shares (equal, or inverse_std, which computes the same); "
+        "shares in proportion to the rewards' standard deviations (raw); fixed shares of the fidelity, semantic and structural "
+        "reward, such as 0.2,0.5,0.3; or auto, which means 0,2,1, or equal for rewards passed from Python; auto if not given",
     )
     estimator: Annotated[Literal["expected", "sampled"], VRPO] = option(
         "expected",
-        "update the policy in closed form, the limit of small noise (expected), or from drawn actions (sampled)",
+        "compute the policy gradient in closed form, as its limit for small noise (expected), or from sampled actions (sampled)",
     )
-    policy_noise: Annotated[Ratio, VRPO] = option(0.1, "standard deviation of the policy's actions")
+    policy_noise: Annotated[Ratio, VRPO] = option(
+        0.1, "standard deviation of the policy's actions, relative to the unit length of a token"
+    )
     group_size: Annotated[int, In(2, why="advantages are relative to the group", most=65_536), VRPO, SAMPLED] = option(
-        8, "actions drawn for each token"
+        8, "actions sampled for each token"
     )
-    policy_epochs: Annotated[Thousands, VRPO, SAMPLED] = option(1, "optimizer steps on the same drawn actions")
+    policy_epochs: Annotated[Thousands, VRPO, SAMPLED] = option(1, "optimizer steps on the same sampled actions")
     clip_range: Annotated[Ratio, VRPO, SAMPLED] = option(
         0.2, "largest deviation of the probability ratio from 1, with --policy_epochs above 1"
     )
     kl_coeff: Annotated[Coefficient, VRPO] = option(
-        0.0, "weight of the policy's divergence from its starting weights; above 0 it costs a second forward pass"
+        0.0,
+        "weight of the KL divergence from the policy of the starting weights; above 0 it costs a second forward pass",
     )
 
 
@@ -591,67 +606,69 @@ class ImageRewardConfig(Options):
 
     image_rewards: list[str] | None = option(
         None,
-        "rewards of the clean image that each prediction implies: perceptual, image_semantic, or package.module:name of a function "
-        "`reward(x0_hat, x0)`; none if not given",
+        "rewards for the clean image that each prediction implies: perceptual, image_semantic, or package.module:name of a "
+        "function `reward(x0_hat, x0)`; none if not given",
     )
     image_reward_share: list[Ratio] | None = option(
         None,
-        "length of the image rewards' gradient at the prediction, relative to flow matching's: one number for all rewards or one "
-        "for each; 0.5 if not given",
+        "norm of the image rewards' gradient with respect to the prediction, relative to that of flow matching: one number for all "
+        "rewards or one for each; 0.5 if not given",
     )
     image_reward_max_t: Fraction = option(0.7, "largest noise level t at which images are rewarded")
-    image_reward_every: Steps = option(1, "reward images in one of this many optimizer steps")
+    image_reward_every: Steps = option(1, "optimizer steps from one step with image rewards to the next")
     image_reward_fraction: Fraction = option(1.0, "share of the samples whose images are rewarded")
-    image_reward_start_step: Step = option(0, "first step with image rewards")
+    image_reward_start_step: Step = option(0, "first optimizer step with image rewards")
     image_reward_encoder: Name[str | None] = option(
-        None, "frozen vision encoder of transformers that sees the images; the first --encoder if not given"
+        None, "frozen vision encoder of transformers that judges these images; the first --encoder if not given"
     )
     image_reward_resolution: Annotated[int, RESOLUTION] | None = option(
-        None, "side in pixels to which images are resized for that encoder; the same as for alignment if not given"
+        None,
+        "side in pixels of the squares to which images are resized for that encoder; if not given, the same as for alignment",
     )
     perceptual_layer: list[Layer] | None = option(
         None,
-        "hidden states of that encoder for the perceptual reward; if not given, three in the first half of the depth (for conv nets the "
-        "last of each resolution in that half)",
+        "indices of that encoder's hidden states for the perceptual reward; if not given, three in the first half of its depth (for "
+        "conv nets, the last of each resolution in that half)",
     )
     image_semantic_layer: Layer | None = option(
         None,
-        "hidden state of that encoder for the image_semantic reward; if not given, its output (for conv nets the stage of stride 16)",
+        "index of that encoder's hidden state for the image_semantic reward; if not given, its output (for conv nets, the stage of "
+        "stride 16)",
     )
     reward_vae: Name[str | None] = option(
         None,
-        "autoencoder of diffusers that decodes the images to reward, such as a small AutoencoderTiny for the same latents; "
+        "autoencoder of diffusers that decodes the images for their rewards, such as a small AutoencoderTiny for the same latents; "
         "--vae if not given",
     )
     image_reward_batch_size: Free[Batch | None] = option(
         None,
-        "images that are decoded and rewarded at a time, which bounds the memory; 8 with an autoencoder and 64 without if "
-        "not given",
+        "images that are decoded and rewarded at a time, which bounds the memory; if not given, 8 with an autoencoder and 64 "
+        "without",
     )
 
 
 @dataclass(kw_only=True)
 class OptimizationConfig(Options):
-    """Batch size, length of the run, AdamW and the averaged weights."""
+    """Batch size, length of the run, optimizer and averaged weights."""
 
     _argument_group_name: ClassVar[str] = "optimization"
 
     train_batch_size: Annotated[Free[Batch], Changeable()] = option(
         256,
-        "compute this many samples together on each process (a step has --gradient_accumulation_steps such micro-steps); lower it if "
-        "the GPU runs out of memory",
+        "samples in a micro-step of each process (an optimizer step has --gradient_accumulation_steps micro-steps); lower it if the "
+        "GPU runs out of memory",
     )
     gradient_accumulation_steps: Annotated[Free[Batch], Changeable()] = option(1, "micro-steps in an optimizer step")
     gradient_checkpointing: Annotated[Free[bool | str], Switch("full")] = option(
         False,
-        "compute activations again in the backward pass instead of keeping them, which saves memory: those of whole blocks (full, "
-        "or the flag alone), of the attention or the mlp of each block, or of every k-th block (every:k)",
+        "recompute activations in the backward pass instead of keeping them, which saves memory: those of whole blocks (full, or "
+        "the flag alone), of the attention or the mlp of each block, or of every K-th block (every:K)",
         "full|attention|mlp|every:K",
     )
     max_train_steps: Annotated[Free[Steps | None], OneOf("steps")] = option(
         None,
-        f"train for this many optimizer steps; if --num_train_epochs is not given either, for {MOST_EPOCHS} epochs, but not "
-        f"beyond {DEFAULT_IMAGES_SEEN:,} images, and for one epoch at least",
+        f"train for this many optimizer steps; if --num_train_epochs is not given either, for {MOST_EPOCHS} epochs or "
+        f"{DEFAULT_IMAGES_SEEN:,} images, whichever is shorter, but for at least one epoch",
     )
     num_train_epochs: Annotated[Free[Steps | None], OneOf("steps")] = option(
         None, "train for this many passes over the data, instead of --max_train_steps"
@@ -668,8 +685,8 @@ class OptimizationConfig(Options):
     )
     optimizer: str = option(
         "adamw",
-        "optimizer: adamw, adamw8bit (of bitsandbytes), a class of torch.optim such as SGD, NAdam or Adafactor, or one of torchao.optim "
-        "such as torchao:AdamW8bit",
+        "optimizer: adamw, adamw8bit (from bitsandbytes), a class of torch.optim such as SGD, NAdam or Adafactor, or a class of "
+        "torchao.optim such as torchao:AdamW8bit",
     )
     optimizer_args: str | None = option(
         None,
@@ -685,7 +702,7 @@ class OptimizationConfig(Options):
         Changeable(),
     ] = option("constant_with_warmup", "schedule of the learning rate")
     lr_warmup_steps: Annotated[Step, Changeable()] = option(
-        0, "optimizer steps in which the learning rate rises from 0"
+        0, "optimizer steps over which the learning rate rises from 0"
     )
     adam_beta1: Annotated[Share, ADAMW, Changeable()] = option(0.9, "decay per step of AdamW's average of gradients")
     adam_beta2: Annotated[Share, ADAMW, Changeable()] = option(
@@ -694,23 +711,23 @@ class OptimizationConfig(Options):
     adam_weight_decay: Annotated[Coefficient, ADAMW, Changeable()] = option(0.0, "weight decay of AdamW")
     adam_epsilon: Annotated[Ratio, ADAMW, Changeable()] = option(1e-8, "constant in the denominator of AdamW's update")
     max_grad_norm: Annotated[Ratio, Changeable()] = option(
-        1.0, "largest norm of the gradient; longer ones are clipped"
+        1.0, "largest norm of the gradient; a larger gradient is scaled down to this norm"
     )
     use_ema: bool = option(True, "average the weights; sample grids and the result use the average")
     ema_decay: Share = option(0.9999, "decay per step of the averaged weights")
     ema_warmup: Free[bool] = option(
         True,
         "lower the decay in the first steps, to (1 + n) / (10 + n) after n steps, so that the average of a short run does not "
-        "consist of its starting weights; a resumed run continues as it began",
+        "consist mainly of its starting weights; a resumed run continues as it began",
     )
     ema_every: Steps = option(
         1,
-        "move the average only in every so many steps, with the decay of them all (--ema_decay to that power), which saves memory "
-        "traffic; the steps between are not in it",
+        "update the averaged weights once in this many steps, with --ema_decay to the power of that number, which saves memory "
+        "traffic; the weights of the steps in between do not enter the average",
     )
 
     def __post_init__(self):
-        # Python may give the arguments as a dictionary; one spelling of the same options lets a run be resumed.
+        # Python callers may pass a dictionary. The same arguments are always spelled alike, so that a run can be resumed.
         if isinstance(self.optimizer_args, Mapping):
             self.optimizer_args = json.dumps(dict(self.optimizer_args))
         super().__post_init__()
@@ -722,7 +739,7 @@ class OptimizationConfig(Options):
 
 @dataclass(kw_only=True)
 class SpeedConfig(Options):
-    """What changes how fast a run is, but, except for `fp8`, not what it computes."""
+    """Options that change how fast a run is but, except for `fp8`, not what it computes."""
 
     _argument_group_name: ClassVar[str] = "speed"
 
@@ -731,23 +748,22 @@ class SpeedConfig(Options):
         Free[Literal["default", "max-autotune-no-cudagraphs", "reduce-overhead"]], Needs("compile")
     ] = option(
         "default",
-        "how torch compiles: default; max-autotune-no-cudagraphs tries kernels for minutes at the start; reduce-overhead records "
-        "CUDA graphs, for small models whose launches set the pace",
+        "mode of torch.compile: default; max-autotune-no-cudagraphs, which tries kernels for minutes at the start; or "
+        "reduce-overhead, which records CUDA graphs, for small models that wait for kernel launches",
     )
     fp8: bool = option(
         False,
-        "compute attention's and feed-forward's linear layers in 8 bits (torchao, on GPUs from Ada and Hopper on), which changes "
-        "the numbers; with --mixed_precision bf16",
+        "compute the linear layers of attention and feed-forward in 8 bits (torchao, on Ada, Hopper and later GPUs), which changes "
+        "the results; needs --mixed_precision bf16",
     )
     attention_backend: Free[str | None] = option(
         None,
         "attention backend of diffusers: native, flash, _flash_3, _native_cudnn, sage, ...; diffusers' default if not given",
     )
-    profile: Machine[Steps | None] = option(
-        None, "measure this many steps part by part and print their times as a table", "STEPS"
-    )
+    profile: Machine[Steps | None] = option(None, "time the parts of this many steps and print a table", "STEPS")
     peak_tflops: Watched[Ratio | None] = option(
-        None, "peak speed of a device in TFLOP/s, of which the log shows the used share (MFU); known for common GPUs"
+        None,
+        "peak speed of one device in TFLOP/s, of which the log shows the share in use (MFU); if not given, known for common GPUs",
     )
 
 
@@ -759,8 +775,7 @@ class CheckpointConfig(Options):
 
     checkpointing_steps: Watched[Steps | None] = option(
         None,
-        f"save a checkpoint whenever this many optimizer steps are done; 1/{DEFAULT_INTERVALS} of the run, at least {SHORTEST_INTERVAL}, if not "
-        "given",
+        f"optimizer steps between two checkpoints; if not given, 1/{DEFAULT_INTERVALS} of the run, but at least {SHORTEST_INTERVAL}",
     )
     checkpoints_total_limit: Watched[Step | None] = option(
         None,
@@ -768,8 +783,8 @@ class CheckpointConfig(Options):
     )
     resume_from_checkpoint: Machine[str] = option(
         "latest",
-        "checkpoint to continue from: the latest in the output folder, if there is one; none, to start a new run; the one on the Hub "
-        "(hub); or a checkpoint's folder",
+        "checkpoint to continue from: the latest in the output folder, if there is one (latest); none, to start a new run (none); the "
+        "one on the Hub (hub); or the folder of a checkpoint",
         "latest|none|hub|DIR",
     )
     allow_changed: Free[list[str] | None] = option(
@@ -780,31 +795,33 @@ class CheckpointConfig(Options):
     )
     overwrite_output_dir: Machine[bool] = option(
         False,
-        "start a run in an output folder that is not empty and has no checkpoint to continue: files that training wrote there are "
-        "removed, others stay; with --resume_from_checkpoint none, checkpoints are removed, too",
+        "start a run in an output folder that is not empty and has no checkpoint to continue from: files that training wrote there "
+        "are removed and others stay; with --resume_from_checkpoint none, checkpoints are removed, too",
     )
     stop_on_failed_checkpoint: Machine[bool] = option(
-        False, "stop if a checkpoint cannot be written, instead of trying again at the next one"
+        False, "stop if a checkpoint cannot be written, instead of training on and trying again at the next one"
     )
     skip_nonfinite: Free[bool] = option(
         False, "skip steps whose loss or gradient is NaN or infinite, instead of stopping there"
     )
     validation_steps: Watched[Steps | None] = option(
         None,
-        f"draw a grid of samples whenever this many optimizer steps are done; 1/{DEFAULT_INTERVALS} of the run, at least {SHORTEST_INTERVAL}, and steps "
-        f"{', '.join(map(str, EARLY_GRIDS))} if not given",
+        f"optimizer steps between two grids of samples; if not given, 1/{DEFAULT_INTERVALS} of the run, but at least {SHORTEST_INTERVAL}, and "
+        f"further grids after steps {', '.join(map(str, EARLY_GRIDS))}",
     )
     validation_labels: Watched[list[str] | None] = option(
         None, "draw these classes, by name or id, as columns of the grid; ten classes if not given"
     )
     num_validation_images: Watched[Thousands] = option(4, "rows of the grid: images of each class")
-    num_inference_steps: Free[SolverSteps] = option(50, "solver steps of the samples in the grid and for --fd_encoder")
+    num_inference_steps: Free[SolverSteps] = option(
+        50, "solver steps for the samples in the grid and for --fd_encoder"
+    )
     guidance_scale: Free[Annotated[float, GUIDANCE]] = option(
         1.5, "strength of classifier-free guidance in the grid; 1 turns it off"
     )
     fd_encoder: Free[str | None] = option(
         None,
-        "log the Fréchet distance between samples and training images in the features of this vision encoder",
+        "log the Fréchet distance between samples and training images in the features of this vision encoder with every grid",
     )
     num_fd_samples: Annotated[Free[Samples | None], MEASURED] = option(
         None, "number of unguided samples for that distance; 2048 if not given"
@@ -830,32 +847,34 @@ class GenerativeConfig(Options):
     rollout_every: Annotated[Steps, GENERATIVE] = option(2, "optimizer steps between two rollouts")
     rollout_epochs: Annotated[Thousands, GENERATIVE] = option(1, "optimizer steps that use the samples of a rollout")
     mc_samples: Annotated[Thousands, GENERATIVE] = option(
-        4, "noise levels at which the likelihood of a sample is estimated"
+        4, "noise levels from which the likelihood of a sample is estimated"
     )
     generative_coeff: Annotated[Coefficient, GENERATIVE] = option(1.0, "weight of these rewards' loss")
     max_gradient_ratio: Annotated[Ratio, GENERATIVE] = option(
-        0.5, "largest length of these rewards' gradient, relative to the gradient of the real images"
+        0.5,
+        "largest norm of these rewards' gradient, relative to the gradient on real images; a larger one is scaled down",
     )
     rollout_clip_range: Annotated[Ratio, GENERATIVE] = option(
         8e-3, "largest deviation of the likelihood ratio from 1, with --rollout_epochs above 1"
     )
     anchor_coeff: Annotated[Coefficient | None, GENERATIVE] = option(
         None,
-        "weight of the distance to the model that drew the samples; 0, or 0.3 with --rollout_epochs above 1, if not given",
+        "weight of the distance to the model that drew the samples; if not given, 0, or 0.3 with --rollout_epochs above 1",
     )
     generative_learning_rate: Annotated[LearningRate, GENERATIVE] = option(
-        1e-5, "learning rate from the start step on"
+        1e-5, "learning rate from --generative_policy_start_step on"
     )
     reward_encoder: Annotated[Resolved[str | None], GENERATIVE] = option(
         None, "frozen vision encoder of transformers that judges samples; the first --encoder if not given"
     )
     reward_shallow_layer: Annotated[Layer | None, GENERATIVE] = option(
-        None, "hidden state of that encoder for the perceptual reward; the one at a quarter of the depth if not given"
+        None,
+        "index of that encoder's hidden state for the perceptual reward; the one at a quarter of the depth if not given",
     )
     fidelity_reward: Annotated[Literal["auto", "frechet", "mmd"], GENERATIVE] = option(
         "auto",
-        "distance from which the fidelity and perceptual rewards are made: Fréchet distance or MMD (maximum mean discrepancy); auto "
-        "takes the MMD for fewer than 10000 training images",
+        "distance from which the fidelity and perceptual rewards are derived: Fréchet distance or MMD (maximum mean discrepancy); "
+        "auto uses the MMD with fewer than 10000 training images",
     )
     reward_function: Annotated[Resolved[list[str] | None], Repeated(), GENERATIVE] = option(
         None, "user-defined reward `reward(images, features, labels)`; the flag may be repeated", "FILE.py:NAME"
@@ -899,10 +918,12 @@ class HubConfig(Options):
 
     push_to_hub: Machine[bool] = option(
         False,
-        "publish the result on the Hub, with a model card; log in by `hf auth login` first (docs/publishing.md)",
+        "publish the result on the Hub, with a model card; log in with `hf auth login` first (docs/publishing.md)",
     )
     hub_model_id: Annotated[Machine[str | None], PUBLISHED] = option(
-        None, "repository to publish in; the name of the output folder if not given", "OWNER/NAME"
+        None,
+        "repository to publish in; if not given, one of your own with the name of the output folder",
+        "OWNER/NAME",
     )
     hub_private_repo: Annotated[Machine[bool], PUBLISHED] = option(
         False, "make the repository private if it does not exist yet"
@@ -933,11 +954,12 @@ class VRPOConfig(
     GenerativeConfig,
     HubConfig,
 ):
-    """All options of training, checked when they are made. `vrpo train --help-all` explains each.
+    """All options of training, checked on construction. `vrpo train --help-all` explains each.
 
-    Attributes are those of the groups above, under the names of the flags of `vrpo train`. Data set, autoencoder and
-    encoders may be missing: [`VRPOTrainer`] also takes them as objects. Options that the objective sets (`OBJECTIVES`) have
-    their values from the beginning, which `dataclasses.replace` keeps, also with another objective.
+    The attributes are those of the groups above and have the names of the flags of `vrpo train`. Data set, autoencoder and
+    encoders may be missing, because [`VRPOTrainer`] also accepts them as objects. Options that depend on the objective
+    (`OBJECTIVES`) and are not given are filled in on construction; `dataclasses.replace` keeps these values even if it
+    changes the objective.
 
     Example:
 
@@ -965,10 +987,10 @@ class VRPOConfig(
 
 
 def checked_value(option: Option, value):
-    """The value of an option: paths as text, tuples as lists.
+    """Returns the value of an option with paths as text and tuples as lists.
 
     Raises:
-        InputError: if it has the wrong type or is out of range.
+        InputError: if the value has the wrong type or is out of range.
     """
     name = option.name
     if isinstance(value, bool) and (switch := option.marked(Switch)):
@@ -985,7 +1007,7 @@ def checked_value(option: Option, value):
 
 
 def expanded(value):
-    """A text, or each text of a list, with the home folder in place of a `~` at its beginning; others unchanged."""
+    """Replaces `~` at the beginning of a text, or of each text in a list, by the home folder; returns others unchanged."""
     if isinstance(value, list):
         return [expanded(item) for item in value]
     is_path = isinstance(value, (str, Path)) and str(value).startswith("~")
@@ -993,12 +1015,15 @@ def expanded(value):
 
 
 def is_embedded_digits(name: str | None) -> bool:
-    """Whether a name of a data set or an encoder means the embedded one: `embedded:digits`, or `digits` without such a folder."""
+    """Whether the name of a data set or an encoder means the embedded one.
+
+    That is `embedded:digits`, or `digits` if there is no folder of that name.
+    """
     return name == EMBEDDED_DIGITS or (name == DIGITS and not os.path.isdir(DIGITS))
 
 
 def is_embedded_dataset(name: str | None) -> bool:
-    """Whether a name of a data set means one of the package: the digits, or the grids of them."""
+    """Whether the name of a data set means one in the package: the digits, or the grids of them."""
     return name == EMBEDDED_GRIDS or is_embedded_digits(name)
 
 
@@ -1008,7 +1033,7 @@ def names_code(name: str) -> bool:
 
 
 def checked_item(option: Option, value):
-    """`checked_value` of an option that is not a list, or of an item of one that is."""
+    """`checked_value` for a value that is not a list, or for one item of a list."""
     name = option.name
     if option.kind is str and isinstance(value, os.PathLike):
         value = os.fspath(value)
@@ -1043,12 +1068,12 @@ def alternatives(config: type) -> list[list[str]]:
 
 
 def last_part(name: str) -> str:
-    """The last part of a name or path, by which a run or a cache knows it; both names of the embedded digits are one."""
+    """The last part of a name or path, by which a run or a cache records it; `embedded:digits` is recorded as `digits`."""
     return DIGITS if name == EMBEDDED_DIGITS else Path(name).name
 
 
 def kept_value(option: Option, value):
-    """The value of an option in a checkpoint: the last part of names and paths, or `none` without a name."""
+    """The value of an option in a checkpoint: the last part of names and paths, or `none` if no name is given."""
     if option.resume not in (Resume.NAME, Resume.DATA_NAME):
         return value
     return [last_part(item) for item in value or []] if option.many else last_part(value or "none")
@@ -1057,16 +1082,16 @@ def kept_value(option: Option, value):
 def settings_to_keep(config: Options, group: type) -> dict[str, Any]:
     """The options of a group that a resumed run must keep, as JSON values by name.
 
-    They do not include the data's (`data_settings_to_keep`), those from which `run_settings` derives other values, and those
-    that have no effect here, such as the weights of rewards in a run without rewards: their defaults may differ between
-    versions.
+    They include neither the options of the data (`data_settings_to_keep`) nor those from which `run_settings` derives other
+    values. Options without effect are omitted, too, such as the weights of rewards in a run without rewards, because their
+    defaults may differ between versions.
     """
     options = [each for each in options_of(group).values() if each.resume in (None, Resume.NAME)]
     return {each.name: kept_value(each, getattr(config, each.name)) for each in options if has_effect(config, each)}
 
 
 def has_effect(config: Options, of: Option) -> bool:
-    """Whether the options that this one needs have the values that it needs."""
+    """Whether the options that the option `of` needs have the values that it needs."""
     return all(need.met_by(getattr(config, need.name)) for need in of.marked(Needs))
 
 
@@ -1087,7 +1112,7 @@ def names_marked(*kinds: Resume) -> set[str]:
 
 
 def is_default(config: Options, name: str) -> bool:
-    """Whether an option has the value that it has when it is not given."""
+    """Whether an option has the value that it would have if it were not given."""
     of_objective = set_by_objective(config.objective) if isinstance(config, AlignmentConfig) else {}
     return getattr(config, name) == of_objective.get(name, options_of(type(config))[name].default)
 
@@ -1113,7 +1138,7 @@ def optimizer_arguments(config: OptimizationConfig) -> dict[str, Any]:
 
 
 def check_alternatives(config: "VRPOConfig"):
-    """At most one of the options that exclude each other is given."""
+    """Checks that at most one of the options that exclude each other is given."""
     for names in alternatives(type(config)):
         given = [name for name in names if getattr(config, name) is not None]
         if len(given) > 1:
@@ -1122,7 +1147,7 @@ def check_alternatives(config: "VRPOConfig"):
 
 
 def check_unused(config: "VRPOConfig"):
-    """No option is given that has no effect with the others."""
+    """Checks that no option is given whose effect needs another option that is not set."""
     for each in options_of(type(config)).values():
         for need in each.marked(Needs):
             if not need.met_by(getattr(config, need.name)) and not is_default(config, each.name):
@@ -1132,7 +1157,7 @@ def check_unused(config: "VRPOConfig"):
 
 
 def check_streaming(config: DataConfig):
-    """Streaming reads parquet files of a data set, all of them."""
+    """Checks that streaming reads all parquet files of a data set."""
     if not config.streaming:
         return
     for name, why in (
@@ -1153,15 +1178,16 @@ def check_streaming(config: DataConfig):
 
 
 def check_model_config(config: ModelConfig):
-    """A file of arguments is the whole description of a model."""
+    """Checks that no other option names a model if a file of arguments describes it."""
     if config.model_config and (config.preset or config.pretrained_model_name_or_path):
         raise InputError(
-            "model_config", "`model_config` excludes `preset` and `pretrained_model_name_or_path`; give one of them"
+            "model_config",
+            "`model_config` cannot be combined with `preset` or `pretrained_model_name_or_path`; give only one of them",
         )
 
 
 def check_vae_dtype(config: "VRPOConfig"):
-    """The precision is that of an autoencoder which encodes images in training."""
+    """Checks that a precision of the encoding is given only if an autoencoder encodes images in training."""
     if is_default(config, "vae_dtype"):
         return
     for name, value in (("latents_dir", config.latents_dir), ("vae", config.vae if config.vae == "none" else None)):
@@ -1174,7 +1200,7 @@ def check_vae_dtype(config: "VRPOConfig"):
 
 
 def check_jpeg_draft(config: DataConfig):
-    """A cache has been decoded, as its own record says."""
+    """Checks that JPEG draft mode is not combined with a latent cache, whose images are already decoded."""
     if config.jpeg_draft and config.latents_dir is not None:
         raise InputError(
             "jpeg_draft",
@@ -1183,7 +1209,7 @@ def check_jpeg_draft(config: DataConfig):
 
 
 def check_encoder_layers(config: AlignmentConfig):
-    """One layer is given for all encoders, or one for each."""
+    """Checks that one layer is given for all encoders, or one for each."""
     encoders, layers = config.encoder or [], config.encoder_layer or []
     if len(layers) > 1 and len(layers) != len(encoders):
         raise InputError(
@@ -1204,18 +1230,18 @@ def whitened_dims(target_norm: str) -> int | None:
     if kind != "whiten" or not (number.isascii() and number.isdigit()) or int(number) < 2:
         raise InputError(
             "target_norm",
-            f"`target_norm` {target_norm!r} is neither none nor whiten:K with a number K of dimensions, at least 2, such as "
+            f"`target_norm` {target_norm!r} is neither none nor whiten:K with a number K of at least 2 dimensions, such as "
             "whiten:128",
         )
     return int(number)
 
 
 def end_of_alignment(conflict: str | None, release: str | None, alignment_stop_step: int | None) -> tuple[str, str]:
-    """Resolves `conflict` and `release`, of which each may be None: the gate belongs to both.
+    """Resolves `conflict` and `release`, each of which may be None. The gate is a value of both.
 
     Returns:
-        the treatment of opposing gradients, `"none"`, `"gate"` or `"project"`; what ends alignment, `"none"`, `"stop"`,
-        `"gate"` or `"plateau"`, the last two possibly sooner at `alignment_stop_step`.
+        the treatment of opposing gradients (`"none"`, `"gate"` or `"project"`), and what ends alignment (`"none"`, `"stop"`,
+        `"gate"` or `"plateau"`). With the last two, `alignment_stop_step` may end it sooner.
 
     Raises:
         InputError: if the options contradict each other.
@@ -1247,7 +1273,7 @@ def alignment_end_of(config: AlignmentConfig) -> tuple[str, str]:
 
 
 def objective_in_full(config: "VRPOConfig") -> str:
-    """The objective and the values of the options that it may set or follows from, in one line for the log."""
+    """One line for the log: the objective and the values of the options that it may set or that define it."""
     conflict, release = alignment_end_of(config)
     values = {name: getattr(config, name) for name in UNLESS_THE_OBJECTIVE_SETS_IT} | {"release": release}
     values |= {"conflict": conflict, "layer_scope": config.layer_scope}
@@ -1262,7 +1288,7 @@ def objective_in_full(config: "VRPOConfig") -> str:
 
 
 def options_without_effect(config: "VRPOConfig") -> list[str]:
-    """Sentences for the log about options that do nothing, but are not refused: runs that are compared often share them."""
+    """Sentences for the log about options that have no effect but are not refused, because runs to compare often share them."""
     objective, found = f"`objective` {config.objective}", []
     if config.objective == "none":
         if config.encoder and (config.image_reward_encoder or not config.image_rewards):
@@ -1277,27 +1303,27 @@ def options_without_effect(config: "VRPOConfig") -> list[str]:
 
 
 def check_release(config: AlignmentConfig):
-    """What ends alignment is one thing."""
+    """Checks that the options agree on what ends alignment."""
     alignment_end_of(config)
 
 
 def check_target_norm(config: AlignmentConfig):
-    """The normalisation of targets is a known one."""
+    """Checks that the normalisation of targets is a known one."""
     whitened_dims(config.target_norm)
 
 
 def check_policy_noise(config: "VRPOConfig"):
-    """The expected update is the limit for small noise; its size acts on drawn actions and the divergence."""
+    """Checks that the size of the policy's noise has an effect, as it does on sampled actions and the divergence."""
     if config.estimator == "expected" and not config.kl_coeff and not is_default(config, "policy_noise"):
         raise InputError(
             "policy_noise",
-            f"`policy_noise` {config.policy_noise} has no effect without `estimator` sampled or `kl_coeff`: the expected "
-            "update is its limit for small noise",
+            f"`policy_noise` {config.policy_noise} has no effect without `estimator` sampled or `kl_coeff`, because "
+            "`estimator` expected is the limit for small noise; remove it",
         )
 
 
 def check_clip_ranges(config: "VRPOConfig"):
-    """Clipping acts from the second step with the same draw on."""
+    """Checks that a clip range is given only with several steps per draw, because the first step is never clipped."""
     for epochs, clip_range in (("policy_epochs", "clip_range"), ("rollout_epochs", "rollout_clip_range")):
         if getattr(config, epochs) == 1 and not is_default(config, clip_range):
             raise InputError(
@@ -1307,7 +1333,7 @@ def check_clip_ranges(config: "VRPOConfig"):
 
 
 def check_policy_epochs(config: "VRPOConfig"):
-    """Steps that share drawn actions are saved together."""
+    """Checks that no checkpoint separates steps that share sampled actions."""
     steps = {"checkpointing_steps": config.checkpointing_steps, "max_train_steps": config.max_train_steps}
     for name, value in steps.items():
         if (value or 0) % config.policy_epochs:
@@ -1318,7 +1344,7 @@ def check_policy_epochs(config: "VRPOConfig"):
 
 
 def check_warmup(config: OptimizationConfig):
-    """The constant schedule of diffusers ignores the warm-up."""
+    """Checks that the constant schedule of diffusers, which ignores the warm-up, is given without one."""
     if config.lr_scheduler == "constant" and config.lr_warmup_steps:
         raise InputError(
             "lr_scheduler", "`lr_scheduler` constant has no warm-up; use constant_with_warmup, or `lr_warmup_steps` 0"
@@ -1326,10 +1352,13 @@ def check_warmup(config: OptimizationConfig):
 
 
 def recomputed_part(gradient_checkpointing: str) -> tuple[str, int]:
-    """What `gradient_checkpointing` computes again: `attention`, `mlp` or `block`, and in every how many-th block.
+    """Reads `gradient_checkpointing`.
+
+    Returns:
+        the recomputed part, `"attention"`, `"mlp"` or `"block"`, and k if it is recomputed in every k-th block.
 
     Raises:
-        InputError: if it is none of its values.
+        InputError: if the value is not an allowed one.
     """
     if gradient_checkpointing in ("attention", "mlp"):
         return gradient_checkpointing, 1
@@ -1339,20 +1368,20 @@ def recomputed_part(gradient_checkpointing: str) -> tuple[str, int]:
     if kind != "every" or not (number.isascii() and number.isdigit()) or int(number) < 1:
         raise InputError(
             "gradient_checkpointing",
-            f"`gradient_checkpointing` {gradient_checkpointing!r} is neither full, attention, mlp nor every:K with a number K of "
-            "blocks, at least 1, such as every:2",
+            f"`gradient_checkpointing` {gradient_checkpointing!r} is neither full, attention, mlp nor every:K with a whole "
+            "number K of at least 1, such as every:2",
         )
     return "block", int(number)
 
 
 def check_gradient_checkpointing(config: OptimizationConfig):
-    """What is computed again is a known part."""
+    """Checks that the recomputed part is a known one."""
     if config.gradient_checkpointing:
         recomputed_part(config.gradient_checkpointing)
 
 
 def check_fp8(config: "VRPOConfig"):
-    """8-bit products take inputs in bfloat16, and weights that are all trained."""
+    """Checks that 8-bit products have bfloat16 inputs and layers without adapters."""
     if not config.fp8:
         return
     if config.mixed_precision not in (None, "bf16"):  # None is what accelerate is configured for
@@ -1360,12 +1389,12 @@ def check_fp8(config: "VRPOConfig"):
     if config.lora_rank:
         raise InputError(
             "fp8",
-            f"`fp8` cannot be combined with `lora_rank` {config.lora_rank}, whose layers have adapters; remove one",
+            f"`fp8` cannot be combined with `lora_rank` {config.lora_rank}, which adds adapters to the layers; remove one",
         )
 
 
 def check_ema_every(config: OptimizationConfig):
-    """The average moves within the run, and exists."""
+    """Checks that there are averaged weights, and that they are updated at least once in the run."""
     if is_default(config, "ema_every"):
         return
     if not config.use_ema:
@@ -1373,23 +1402,23 @@ def check_ema_every(config: OptimizationConfig):
     if config.max_train_steps is not None and config.ema_every > config.max_train_steps:
         raise InputError(
             "ema_every",
-            f"`ema_every` {config.ema_every}: the average would never move in the {config.max_train_steps} steps of "
-            "`max_train_steps`; give a lower number",
+            f"`ema_every` {config.ema_every} would never update the averaged weights, because `max_train_steps` is "
+            f"{config.max_train_steps}; give a lower number",
         )
 
 
 def check_generative_start(config: "VRPOConfig"):
-    """The generative policy begins before the run ends."""
+    """Checks that the generative policy starts before the run ends."""
     start, steps = config.generative_policy_start_step, config.max_train_steps
     if start is not None and steps is not None and start >= steps:
         raise InputError(
             "generative_policy_start_step",
-            f"`generative_policy_start_step` {start} is never reached: `max_train_steps` {steps} must be above it",
+            f"`generative_policy_start_step` {start} is never reached; it must be below `max_train_steps` {steps}",
         )
 
 
 def check_rollouts(config: "VRPOConfig"):
-    """Samples are used before the next ones replace them, and steps that share samples are saved together."""
+    """Checks that samples are used before the next rollout replaces them, and that no checkpoint separates their steps."""
     every, epochs = config.rollout_every, config.rollout_epochs
     if config.generative_policy_start_step is None:
         return
@@ -1420,21 +1449,21 @@ def check_rollouts(config: "VRPOConfig"):
 
 
 def check_reward_encoder(config: GenerativeConfig):
-    """The encoder that judges results does not give rewards."""
+    """Checks that the encoder that judges results does not also give rewards."""
     if config.reward_encoder == "inception":
         raise InputError(
             "reward_encoder",
-            "`reward_encoder` inception judges results (FID): a reward must not see it; use another",
+            "`reward_encoder` inception judges results (FID) and must not give rewards; use another encoder",
         )
 
 
 def has_scaffold(config: AlignmentConfig) -> bool:
-    """Whether a block gets keys and values from the encoders' features."""
+    """Whether a block gets its keys and values from the encoders' features at first."""
     return config.objective == "repi" or config.scaffold_layer is not None
 
 
 def check_scaffold(config: "VRPOConfig"):
-    """A scaffold has nothing to do without a block, and excludes what needs the block's own keys and values."""
+    """Checks that options of the scaffold have a block, and that no option needs the block's own keys and values."""
     if not has_scaffold(config):
         for name in ("scaffold_fraction", "scaffold_coeff"):
             if not is_default(config, name):
@@ -1446,7 +1475,7 @@ def check_scaffold(config: "VRPOConfig"):
     given = "`objective` repi" if config.scaffold_layer is None else f"`scaffold_layer` {config.scaffold_layer}"
     for name, why in (
         ("lora_rank", "adapters change keys and values that the scaffold replaces"),
-        ("kl_coeff", "the model at the start has no scaffold"),
+        ("kl_coeff", "its reference, the model of the starting weights, has no scaffold"),
     ):
         if getattr(config, name):
             raise InputError(
@@ -1461,18 +1490,18 @@ def check_scaffold(config: "VRPOConfig"):
             if getattr(config, name) in ("gate", "plateau") and not is_default(config, name):
                 raise InputError(
                     name,
-                    f"`{name}` {getattr(config, name)} has no effect with `scaffold_fraction` 1: it begins after the scaffold "
-                    "phase, which never ends; remove it",
+                    f"`{name}` {getattr(config, name)} has no effect with `scaffold_fraction` 1, because it acts only after the "
+                    "scaffold phase, which then never ends; remove it",
                 )
     if config.max_train_steps is not None:
         check_scaffold_ends(config, config.max_train_steps)
 
 
 def check_scaffold_ends(config: "VRPOConfig", steps: int):
-    """Checks that in a run of `steps` optimizer steps the scaffold phase ends before anything is drawn.
+    """Checks that in a run of `steps` optimizer steps the scaffold phase ends before the first rollout.
 
     Raises:
-        InputError: if it does not.
+        InputError: if the scaffold phase ends later.
     """
     start = config.generative_policy_start_step
     if start is None or not has_scaffold(config):
@@ -1481,8 +1510,8 @@ def check_scaffold_ends(config: "VRPOConfig", steps: int):
     if start < end:
         raise InputError(
             "generative_policy_start_step",
-            f"`generative_policy_start_step` {start} must be at least {math.ceil(end)}, the end of the scaffold phase: before "
-            "it nothing can be drawn",
+            f"`generative_policy_start_step` {start} must be at least {math.ceil(end)}, the end of the scaffold phase, before "
+            "which no samples can be drawn",
         )
 
 
@@ -1492,41 +1521,42 @@ def changeable_options() -> list[str]:
 
 
 def allowed_changes(config: CheckpointConfig) -> set[str]:
-    """The names in `allow_changed`, which commas may separate, too."""
+    """The names in `allow_changed`, whose entries may each have several names separated by commas."""
     return {name.strip() for entry in config.allow_changed or [] for name in entry.split(",") if name.strip()}
 
 
 def check_allowed_changes(config: CheckpointConfig):
-    """Only options whose change a run can follow may change."""
+    """Checks that `allow_changed` names only options that may change within a run."""
     for name in sorted(allowed_changes(config).difference(changeable_options())):
         raise InputError(
             "allow_changed",
-            f"`allow_changed` {name}: it cannot change within a run; {', '.join(changeable_options())} can",
+            f"`allow_changed` {name} names an option that cannot change within a run; those that can are "
+            f"{', '.join(changeable_options())}",
         )
 
 
 def check_resume_from_hub(config: "VRPOConfig"):
-    """A run that continues from the Hub keeps its training state there."""
+    """Checks that a run that resumes from the Hub also uploads its training state there."""
     if config.resume_from_checkpoint == "hub" and not config.push_training_state:
         raise InputError(
             "resume_from_checkpoint",
-            "`resume_from_checkpoint` hub continues from a training state on the Hub; add `push_to_hub` "
-            "`push_training_state`, which also keep it there (with the `hub_model_id` that the run had)",
+            "`resume_from_checkpoint` hub continues from a training state on the Hub and needs `push_to_hub` and "
+            "`push_training_state`, which keep that state up to date; also give the `hub_model_id` that the run had",
         )
 
 
 def image_reward_names(config: ImageRewardConfig) -> list[str]:
-    """The entries of `image_rewards`, which commas may separate, too."""
+    """The names in `image_rewards`, whose entries may each have several names separated by commas."""
     return [name for entry in config.image_rewards or [] for name in entry.split(",") if name]
 
 
 def check_image_rewards(config: "VRPOConfig"):
     """Checks the options of image rewards together.
 
-    It is called for complete configurations only, since Python may give the rewards to the trainer.
+    Only complete configurations are checked, because Python callers may pass the rewards to the trainer instead.
 
     Raises:
-        InputError: if one has no effect, or something is missing.
+        InputError: if an option has no effect, or one that is needed is missing.
     """
     names = image_reward_names(config)
     for name in options_of(ImageRewardConfig):
@@ -1556,16 +1586,16 @@ def check_image_rewards(config: "VRPOConfig"):
 
 
 def check_image_rewards_begin(config: ImageRewardConfig, steps: int | None):
-    """Checks that image rewards begin before a run of `steps` optimizer steps ends, if its length is known.
+    """Checks that image rewards start before a run of `steps` optimizer steps ends; None is a run of unknown length.
 
     Raises:
-        InputError: if they do not.
+        InputError: if they would never start.
     """
     start = config.image_reward_start_step
     if config.image_rewards and steps is not None and start >= steps:
         raise InputError(
             "image_reward_start_step",
-            f"`image_reward_start_step` {start} is never reached: the run has {steps} steps; give a lower one",
+            f"`image_reward_start_step` {start} is never reached, because the run has {steps} steps; give a lower one",
         )
 
 
@@ -1596,10 +1626,10 @@ CHECKS = (
 
 
 def check_complete(config: VRPOConfig):
-    """Checks the options that the command line requires, since it cannot pass objects.
+    """Checks that the options are given which the command line needs, because it cannot pass objects.
 
     Raises:
-        InputError: if the data set, autoencoder or encoder is missing.
+        InputError: if the data set, autoencoder or encoder is missing, or `check_image_rewards` finds an error.
     """
     if [config.dataset_name, config.train_data_dir, config.latents_dir].count(None) == 3:
         raise InputError(

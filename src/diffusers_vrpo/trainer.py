@@ -1,8 +1,8 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""The trainer: flow matching with representation alignment (none, REPI, REPA, VRPO), on one or more processes.
+"""The trainer: flow matching with or without representation alignment (REPA, REPI, VRPO), on one or more processes.
 
-`compute_loss` is the method on one screen. `train_step` makes an optimizer step of it, and `train` repeats that until the
-run is done. What happens around the steps (validation, publishing, the generative policy) is a callback.
+`compute_loss` is the method on one screen. `train_step` turns it into an optimizer step, and `train` repeats that until
+the run is done. What happens around the steps (validation, publishing, the generative policy) is done by callbacks.
 """
 
 import contextlib
@@ -132,8 +132,8 @@ logger = get_logger(__name__)
 class VRPOTrainer:
     """Trains a class-conditional diffusion transformer (SiT, DiT, or one of diffusers) with representation alignment.
 
-    `train` continues from the newest checkpoint in `args.output_dir`. Arguments that are not given are taken from `args`, so
-    that `VRPOTrainer(args=args)` is what `vrpo train` makes.
+    `train` continues from the newest checkpoint in `args.output_dir`, unless `args.resume_from_checkpoint` says otherwise.
+    Arguments that are not given are taken from `args`; `vrpo train` calls `VRPOTrainer(args=args)`.
 
     Example:
 
@@ -156,28 +156,30 @@ class VRPOTrainer:
             and have an attribute `embed_dim`, E. Each gets a projector.
         vae (`str` or a diffusers autoencoder, *optional*): encodes the images; `"none"` trains on pixels.
         train_dataset (`datasets.Dataset` or `TrainingData`, *optional*): images and class labels.
-        rewards (`list`, *optional*): of `objective="vrpo"`: names out of `"fidelity"`, `"semantic"` and `"structural"`, and
-            token rewards of your own: callables `reward(action, mu, y, subset) -> [B,N]` or `"package.module:name"`.
-        image_rewards (`list`, *optional*): with any objective: `"perceptual"`, `"image_semantic"`, and rewards of estimated
-            images of your own: callables `reward(x0_hat, x0) -> [B]` or `"package.module:name"`.
-        transformer (`diffusers.ModelMixin`, *optional*): instead of `model`, the transformer to train, with its weights.
+        rewards (`list`, *optional*): the token rewards of `objective="vrpo"`: any of `"fidelity"`, `"semantic"` and
+            `"structural"` (all three by default), and rewards of your own, which are callables
+            `reward(action, mu, y, subset) -> [B,N]` or names `"package.module:name"` of such.
+        image_rewards (`list`, *optional*): rewards for the images that predictions imply, with any objective: `"perceptual"`,
+            `"image_semantic"`, and rewards of your own, which are callables `reward(x0_hat, x0) -> [B]` or names
+            `"package.module:name"` of such; those of `args` by default.
+        transformer (`diffusers.ModelMixin`, *optional*): the transformer to train, with its weights, instead of `model`.
         adapter ([`ModelAdapter`], *optional*): how to call, sample and save that transformer; diffusers'
             `DiTTransformer2DModel` needs none.
-        args (`VRPOConfig`, *optional*): all options; the defaults without it.
-        callbacks (`list[TrainerCallback]`): called around the steps, after the trainer's own.
+        args (`VRPOConfig`, *optional*): all options; `VRPOConfig()` by default.
+        callbacks (`list[TrainerCallback]`): callbacks of your own, called after the trainer's.
 
     Attributes:
         step (`int`): the number of completed optimizer steps.
-        pipeline ([`VRPOPipeline`], or that of the adapter): the pipeline of the weights in training; `save_model` saves the
-            averaged ones.
+        pipeline ([`VRPOPipeline`], or that of the adapter): a pipeline with the weights in training; `save_model` saves one
+            with the averaged weights.
         transformer: the model in training, without projectors.
         model: the transformer with its projectors, wrapped by accelerate; training calls it.
 
     Raises:
-        InputError: if options, data or checkpoints cannot work, before any long work.
+        InputError: if options, data or checkpoints cannot work, before any long work begins.
     """
 
-    # Attributes that are set by methods which the constructor calls.
+    # Attributes that methods of the constructor set.
     pipeline: DiffusionPipeline | TransformerAlone
     transformer: torch.nn.Module
     model: torch.nn.Module
@@ -217,7 +219,9 @@ class VRPOTrainer:
         self.saved_step = 0
         self.logged_step = 0
         self.logged_seconds = 0.0
-        self.changes: dict[str, list] = {}  # of options since the checkpoint, as `allow_changed` permits
+        self.changes: dict[
+            str, list
+        ] = {}  # options that `allow_changed` lets differ from the checkpoint: [before, now]
         self.corrupt_rows: set[int] = set()
         self.num_corrupt = 0
 
@@ -257,7 +261,7 @@ class VRPOTrainer:
         self.close()
 
     def close(self) -> None:
-        """Unlocks the output folder for other runs; the end of the process also does so."""
+        """Unlocks the output folder for other runs, as the end of the process also does."""
         self._resources.close()
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -266,12 +270,12 @@ class VRPOTrainer:
     def compute_loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Computes the loss of a micro-batch, `L = L_FM + lambda L_rep` (docs/method.md), a scalar.
 
-        Models that learn the variance of their diffusion also get its variational bound, and image rewards have a term of
-        their own.
+        Models that learn the variance of their diffusion also have its variational bound as a loss, and image rewards add a
+        term of their own.
 
         Args:
-            batch: tensors on the device: `pixels [B,3,R,R]` in [-1, 1] or the entries of a latent cache; `class_labels [B]`;
-                further inputs of the objective.
+            batch: tensors on the device: `pixels [B,3,R,R]` in [-1, 1] or the entries of a latent cache, `class_labels [B]`,
+                the drawn `noise` and `timestep`, and further inputs of the objective.
         """
         channels, learns_variance = self.latent_shape[0], self.adapter.learns_variance
 
@@ -280,9 +284,9 @@ class VRPOTrainer:
             x0 = self.data.latents(self.encoding_vae, batch)
         x_t, timestep, target, t = forward_process(x0, batch["noise"], batch["timestep"], self.adapter)
 
-        # One forward pass gives the prediction and the projected tokens of the aligned blocks. A scaffold needs the
-        # encoders' features before.
-        images = batch.get("pixels", batch)  # a cache has the encoders' features in their place
+        # One forward pass returns the prediction and the projected tokens of the aligned blocks. A scaffold needs the
+        # encoders' features before that pass.
+        images = batch.get("pixels", batch)  # a cache may have the encoders' features instead of pixels
         self.alignment = alignment = self.objective.begin(t, images)
         if alignment.scaffold is not None:
             self.profile.mark("encoder")
@@ -300,7 +304,7 @@ class VRPOTrainer:
             loss = loss + loss_vb
             self.metrics.add(loss_vb=loss_vb)
 
-        # REPA's cosine, or VRPO's rewards of the projected tokens; the fidelity reward joins in at the fork.
+        # REPA's cosine, or VRPO's rewards for the projected tokens; the fork adds the fidelity reward in the backward pass.
         if self.aligned.layers:
             with self.profile("encoder"):
                 alignment.targets = self.objective.targets(images, features=alignment.features)
@@ -312,13 +316,13 @@ class VRPOTrainer:
             loss = loss + self.args.alignment_coeff * loss_rep
             self.metrics.add(**alignment.logs)
 
-        # REPI: after the scaffold phase, the block's own keys and values follow those of the encoders' features.
+        # REPI: after the scaffold phase, the block's own keys and values are pulled to those from the encoders' features.
         if alignment.scaffold is not None:
             distance = alignment.scaffold_distance()
             loss = loss + self.args.scaffold_coeff * distance
             self.metrics.add(scaffold_distance=distance)
 
-        # Rewards of the image that the prediction implies.
+        # Rewards for the image that the prediction implies.
         if self.image_rewards.active():
             with self.profile("image rewards"):
                 states = (prediction[:, :channels], target, x0, x_t, t, timestep)
@@ -330,9 +334,10 @@ class VRPOTrainer:
     # The loop
 
     def train(self) -> None:
-        """Trains until `max_train_steps`, from the checkpoint of `args.resume_from_checkpoint` if it exists.
+        """Trains until step `max_train_steps`, starting from the checkpoint of `args.resume_from_checkpoint` if it exists.
 
         Raises:
+            InputError: if that checkpoint has other options or data than this run.
             TrainingStopped: if the run cannot continue.
             TrainingInterrupted: after SIGTERM or SIGINT, once a checkpoint has been saved.
         """
@@ -359,14 +364,14 @@ class VRPOTrainer:
             self._call("on_train_end")
 
     def train_step(self, batches: Iterator[dict[str, torch.Tensor]]) -> None:
-        """Takes one optimizer step on `gradient_accumulation_steps` of the `batches`.
+        """Takes one optimizer step on the next `gradient_accumulation_steps` of `batches`.
 
         Raises:
-            TrainingStopped: if the loss or the gradient is not finite, unless such steps are skipped.
+            TrainingStopped: if the loss or the gradient is not finite, unless `skip_nonfinite` skips such steps.
         """
         accelerator, args = self.accelerator, self.args
         for _ in range(args.gradient_accumulation_steps):
-            if args.compile_mode == "reduce-overhead":  # the outputs of the last micro-step are not needed any more
+            if args.compile_mode == "reduce-overhead":  # the outputs of the last micro-step may be overwritten
                 torch.compiler.cudagraph_mark_step_begin()
             batch = self._next_batch(batches)
             with accelerator.accumulate(self.model):
@@ -376,19 +381,19 @@ class VRPOTrainer:
                     accelerator.backward(loss)
                 self.objective.observe(self.alignment)
                 if accelerator.sync_gradients:
-                    # The guard, which is asked later, waits for this copy, too.
+                    # The guard, whose answer is read later, also waits for this copy to the host.
                     self.objective.collect(self.all_reduce)
                     self._call("before_optimizer_step")
                     grad_norm = clip_grad_norm(accelerator, self.model, args.max_grad_norm)
                     self.metrics.add(grad_norm=grad_norm)
                     self.guard.ask(grad_norm)
-                # Between two optimizer steps both do nothing.
+                # Both do nothing while gradients are accumulated.
                 with self.profile("optimizer"):
                     if not accelerator.sync_gradients or self.guard.may_step():
                         self.optimizer.step()
                     self.optimizer.zero_grad()
 
-        # A step that is not finite has changed nothing: the optimizer left weights and moments as they were.
+        # A step with a loss or gradient that is not finite has changed neither weights nor moments.
         if problem := self.guard.answer():
             self._skip_or_stop(problem)
         self.flops += self._flops_of_step()
@@ -397,7 +402,7 @@ class VRPOTrainer:
         self.samples_seen += self.global_batch_size if self.step % args.policy_epochs == 0 else 0
         self.lr_scheduler.step()
         if self.aligned.ended:
-            self.encoders = []  # the last reference, unless an image reward uses one
+            self.encoders = []  # frees the encoders, unless an image reward uses one
         if self.ema is not None:
             with self.profile("average"):
                 self.ema.step(trainable_parameters(self.aligned))
@@ -407,7 +412,7 @@ class VRPOTrainer:
             self.progress.update()
 
     def log_if_due(self) -> None:
-        """Reads the metrics and logs them to the trackers, every `logging_steps` and at the end."""
+        """Reads the metrics and logs them, every `logging_steps` steps and after the last step."""
         args = self.args
         if self.step % args.logging_steps and self.step < self.max_train_steps:
             return
@@ -433,11 +438,12 @@ class VRPOTrainer:
         log_values(self.accelerator, values, self.step)
 
     def save_if_due(self) -> None:
-        """Saves a checkpoint every `checkpointing_steps`, at the end, and after a signal.
+        """Saves a checkpoint every `checkpointing_steps` steps, after the last step, and after a signal.
 
         Raises:
-            TrainingStopped: if the last one cannot be saved.
-            TrainingInterrupted: after a signal.
+            TrainingStopped: if the checkpoint of the last step or after a signal cannot be saved, or any checkpoint with
+                `stop_on_failed_checkpoint`.
+            TrainingInterrupted: after a signal, once the checkpoint is saved.
         """
         last = self.step == self.max_train_steps
         leaving = self.guard.signum and self.can_save()
@@ -447,17 +453,21 @@ class VRPOTrainer:
                 raise not_saved(self.output_dir, self.step)
         if leaving:
             name = signal.Signals(self.guard.signum).name
-            logger.info(f"{name}: the same command continues from step {self.step}")
+            logger.info(f"stopped by {name}; repeating the command continues from step {self.step}")
             self.end()
             raise TrainingInterrupted(self.guard.signum, self.step)
 
     def can_save(self, begun: bool = False) -> bool:
-        """Whether a checkpoint of this step would hold everything to resume, that is, no drawn actions are in use."""
+        """Whether a run can resume from a checkpoint of this step, that is, no sampled actions or rollouts are in use.
+
+        Args:
+            begun: whether the next step has begun and failed, as for [`TrainerCallback.can_save`].
+        """
         whole = self.step % self.args.policy_epochs == 0
         return whole and all(callback.can_save(self.step, begun) for callback in self.callbacks)
 
     def save_checkpoint(self) -> bool:
-        """Saves `checkpoint-{step}`, on all processes; returns whether it could be written."""
+        """Saves `checkpoint-{step}`; all processes must call this. Returns whether the checkpoint could be written."""
         state = {
             "step": self.step,
             "samples_seen": self.samples_seen,
@@ -466,7 +476,9 @@ class VRPOTrainer:
             "lr_scheduler": schedule_state(self.lr_scheduler),
             "alignment": self.objective.release_state(),
             "length": dataclasses.asdict(self.length),
-            "reward_weightings": list(WEIGHTINGS),  # among them `raw`, which version 0.1 called `equal`
+            "reward_weightings": list(
+                WEIGHTINGS
+            ),  # without `raw` the state is of version 0.1, which called it `equal`
             "callbacks": [name for name, callback in stateful(self.callbacks).items() if callback.state_dict()],
             "train_seconds": self.stopwatch.seconds(),
             "train_flops": self.flops,
@@ -487,20 +499,23 @@ class VRPOTrainer:
     def save_model(self) -> None:
         """Writes the result to the output folder: a pipeline with the averaged weights, a grid of samples, and curves.
 
-        `VRPOPipeline.from_pretrained(args.output_dir)` opens it, or the class of the pipeline that a [`ModelAdapter`] has
-        made; without one, the averaged transformer is in `transformer/`. Low-rank adapters are also saved by themselves, in
-        `lora/`.
+        `VRPOPipeline.from_pretrained(args.output_dir)` loads it. If a [`ModelAdapter`] has made another pipeline, its class
+        loads it; if the adapter has made none, the averaged transformer is in `transformer/`. LoRA adapters are also saved
+        separately, in `lora/`.
+
+        Raises:
+            TrainingStopped: if a file cannot be written.
         """
         args, output_dir = self.args, self.output_dir
         share = 0.0 if self.ema is None else self.ema.share_of_start(self.step)
         if share > 0.01:
             logger.warning(
-                f"{share:.0%} of the averaged weights of step {self.step} are those that the run started with"
+                f"the averaged weights of step {self.step} still contain {share:.0%} of the weights that the run started with"
             )
         if self.objective.scaffolding(self.step - 1):
             logger.warning(
-                f"the scaffold phase has not ended at step {self.step}: the pipeline draws noise, since block "
-                f"{self.aligned.scaffold_layer} gets no encoder features there (`scaffold_fraction` {args.scaffold_fraction})"
+                f"the scaffold phase has not ended at step {self.step} (`scaffold_fraction` {args.scaffold_fraction}): samples of "
+                f"the pipeline are noise, because block {self.aligned.scaffold_layer} gets no encoder features in sampling"
             )
         with (
             self.interruption,
@@ -524,7 +539,7 @@ class VRPOTrainer:
         self.end()
 
     def push_to_hub(self) -> None:
-        """Publishes the output folder, with a model card, as `args.hub_model_id` (the folder's name without it)."""
+        """Publishes the output folder, with a model card, as `args.hub_model_id`; by default under the folder's name."""
         publisher = next((callback for callback in self.callbacks if isinstance(callback, HubPublisher)), None)
         if publisher is not None:
             with self.interruption:
@@ -535,7 +550,7 @@ class VRPOTrainer:
             push_folder(self.output_dir, repo_id, private=args.hub_private_repo or None, license=args.hub_license)
 
     def end(self) -> None:
-        """Ends the trackers and waits until the processes may exit."""
+        """Waits until all processes may exit, and ends the trackers."""
         wait_before_exit(self.accelerator)
         end_trackers(self.accelerator)
         self.accelerator.end_training()
@@ -553,11 +568,13 @@ class VRPOTrainer:
                 if args.jpeg_draft and not isinstance(data, ImageSource):
                     raise InputError(
                         "jpeg_draft",
-                        f"`jpeg_draft` has no effect with a {type(data).__name__}: it decodes no images; remove it",
+                        f"`jpeg_draft` has no effect with a {type(data).__name__}, which decodes no images; remove it",
                     )
                 if args.jpeg_draft:
                     data.jpeg_draft = True
-        data.give_up_when(lambda: self.interruption.signum > 0)  # in an outage, a signal ends the waiting
+        data.give_up_when(
+            lambda: self.interruption.signum > 0
+        )  # while a server does not answer, a signal ends the waiting
         if accelerator.is_main_process:
             data.check()
         if notice := classes_notice(data):
@@ -572,10 +589,10 @@ class VRPOTrainer:
         return None if name == "none" else load_vae(name, self.args.cache_dir).to(self.accelerator.device)
 
     def _check_reconstruction(self):
-        """Warns if the autoencoder cannot reconstruct an image; not for streams, which would read it from a server.
+        """Warns if the autoencoder cannot reconstruct an image; streams, which would fetch it from a server, are not checked.
 
         Raises:
-            InputError: if it cannot encode it in `vae_dtype`.
+            InputError: if the autoencoder cannot encode the image in `vae_dtype`.
         """
         data = self.data
         in_half = self.args.vae_dtype != "float32"
@@ -590,7 +607,7 @@ class VRPOTrainer:
             logger.warning(f"`vae`: {problem}")
 
     def _load_encoders(self, encoders: list | None, grid_size: tuple[int, int]) -> list:
-        """Returns the encoders to align with: the given ones, those with cached features, or loaded ones."""
+        """Returns the encoders to align with: the given ones, stand-ins that read cached features, or loaded ones."""
         args, accelerator = self.args, self.accelerator
         if args.objective == "none":
             return []
@@ -613,12 +630,12 @@ class VRPOTrainer:
         return loaded
 
     def _load_image_rewards(self, rewards: list | None, encoders: list) -> ImageRewards:
-        """Builds the rewards of estimated images, and counts what a sample costs on average."""
+        """Builds the image rewards, and counts the FLOPs that they cost per sample on average."""
         args, accelerator = self.args, self.accelerator
-        # Cached features stand for an encoder that is not loaded.
+        # An entry of `self.encoders` may only read cached features; then the encoder has to be loaded.
         loaded = [encoder for encoder in self.encoders[:1] if isinstance(encoder, PatchEncoder)]
         on_gpu = accelerator.device.type != "cpu"
-        # Autoencoders overflow in fp16: there they decode in float32.
+        # Autoencoders may overflow in float16, so with fp16 they decode in float32.
         half = on_gpu and accelerator.mixed_precision == "bf16"
         with accelerator.main_process_first():
             image_rewards = image_rewards_from_config(
@@ -643,7 +660,7 @@ class VRPOTrainer:
         return image_rewards
 
     def _make_validation(self) -> Validation | None:
-        """Returns the validation of the pipeline; None if the adapter does not have one."""
+        """Returns what draws samples in training; None if there is only a transformer and no pipeline."""
         parts = (self.args, self.accelerator, self.pipeline, self.data, self.output_dir, self.interruption)
         if isinstance(self.pipeline, TransformerAlone):
             return None
@@ -652,10 +669,10 @@ class VRPOTrainer:
         return AdapterValidation(*parts, self.adapter)
 
     def _build_model(self, encoders, rewards, image_rewards, given: torch.nn.Module | None):
-        """Builds transformer, projectors, pipeline, optimizer, averages and objective, prepared for all processes.
+        """Builds transformer, projectors, pipeline, optimizer, averaged weights and objective, prepared for all processes.
 
         Args:
-            given: the transformer, if it is not to be built.
+            given: a transformer to train; None builds one from the options.
         """
         args, accelerator, data = self.args, self.accelerator, self.data
         start = read_start(args) if given is None else None
@@ -708,7 +725,7 @@ class VRPOTrainer:
             num_warmup_steps=args.lr_warmup_steps,
             num_training_steps=self.max_train_steps,
         )
-        # An optimizer may keep its rates in tensors, which are rounded to float32.
+        # An optimizer may keep its learning rates in tensors, rounded to float32; the scheduler uses the exact value.
         self.lr_scheduler.base_lrs = [args.learning_rate for _ in self.lr_scheduler.base_lrs]
         self.objective = objective_from_config(
             args,
@@ -720,19 +737,19 @@ class VRPOTrainer:
         )
         if args.compile:
             self.objective.compile()
-        # Both are logged by name; names in the options are those of modules.
+        # Rewards of both kinds are logged by name, so the names must differ.
         if both := sorted({*self.objective.reward_names} & {*self.image_rewards.names}):
             raise InputError(
                 "image_rewards",
-                f"`image_rewards` {both[0]}: a reward of tokens has that name, too; rename one of them",
+                f"`image_rewards` {both[0]} has the same name as a token reward; rename one of them",
             )
-        # Classes without images here count as trained if they were in the weights that the run starts from.
+        # Classes without images here still count as trained if the starting weights have learned them.
         trained = sorted({*classes_to_sample(data), *getattr(transformer, "learned_labels", [])})
         pipeline = self.adapter.pipeline(transformer, self.vae, data.id2label, trained)
         self.pipeline = TransformerAlone(transformer) if pipeline is None else pipeline
         check_pipeline(args, self.adapter, self.pipeline)
 
-        # FSDP replaces the weights: the averages are of the new ones.
+        # FSDP replaces the parameters, so the averaged weights are made from the prepared model.
         self.model, self.optimizer = prepare(accelerator, self.aligned, optimizer)
         if given is not None:
             keep_first_block(accelerator, self.transformer)
@@ -749,13 +766,13 @@ class VRPOTrainer:
         )
         if self.args.random_streams is None and self.saved_state is not None:
             self.settings["random_streams"] = recorded_streams(self.saved_state)
-        if not isinstance(self.adapter, SiTAdapter):  # whose model has these in its config
+        if not isinstance(self.adapter, SiTAdapter):  # a SiT has these in its config
             self.settings["the model's class"] = type(self.transformer).__name__
             for name in ("prediction_type", "time_direction", "learns_variance", "null_class_id"):
                 self.settings[f"the adapter's {name}"] = getattr(self.adapter, name)
         if self.objective.reward_names:
             self.settings["the rewards"] = list(self.objective.reward_names)
-        # What a checkpoint may lack, because another version has made it.
+        # States that a checkpoint of another version may lack.
         optional = stateful(self.callbacks) | (
             {"image_rewards": self.image_rewards} if self.image_rewards.rewards else {}
         )
@@ -781,14 +798,14 @@ class VRPOTrainer:
             if self.changes:
                 take_changes(self.args, self.changes, self.lr_scheduler)
                 changed = (f"{name} {before} -> {now}" for name, (before, now) in self.changes.items())
-                logger.info(f"changed from here on: {', '.join(changed)}")
+                logger.info(f"options changed from step {state['step']} on: {', '.join(changed)}")
             self.step = state["step"]
             self.samples_seen = state["samples_seen"]
             self.flops = state["train_flops"]
             self.guard.skipped = state["skipped"]
             self.stopwatch = Stopwatch(state["train_seconds"])
             self.logged_step, self.logged_seconds = self.step, state["train_seconds"]
-            # A checkpoint in another folder is not copied: this folder has no checkpoint yet.
+            # A checkpoint in another folder is not copied, so this folder has none of this step yet.
             own = self.checkpoint.parent.resolve() == self.output_dir.resolve()
             self.saved_step = self.step if own else 0
             if self.ema is not None:
@@ -803,10 +820,10 @@ class VRPOTrainer:
             )
 
     def _begin_average(self, warmup: bool | None):
-        """Sets the warm-up of the average, and warns if much of the starting weights will be left in it.
+        """Sets the warm-up of the averaged weights, and warns if the starting weights will remain a large part of them.
 
         Args:
-            warmup: whether the run began with one; None for a checkpoint from before there was a warm-up.
+            warmup: whether the run began with a warm-up; None for a checkpoint of a version that had none.
         """
         ema, warmup = self.ema, bool(warmup)
         self.settings["ema_warmup"] = warmup
@@ -816,8 +833,8 @@ class VRPOTrainer:
         share = ema.share_of_start(self.max_train_steps)
         if share > 0.01:
             logger.warning(
-                f"`ema_decay` {ema.decay}: after the {self.max_train_steps} steps of this run, {share:.0%} of the averaged "
-                "weights, which are sampled and published, will be those that it started with; a lower `ema_decay` follows faster"
+                f"`ema_decay` {ema.decay} is high for a run of {self.max_train_steps} steps: its averaged weights, which are "
+                f"sampled and published, will still contain {share:.0%} of the starting weights; a lower `ema_decay` reduces this"
             )
 
     def _record_start(self):
@@ -890,7 +907,7 @@ class VRPOTrainer:
         )
         pin_memory = accelerator.device.type == "cuda"
         loader = self.data.loader(samples, sampler, args.dataloader_num_workers, pin_memory)
-        # A new iterator draws a number from torch's generator, whose state is that of the checkpoint.
+        # A new iterator draws a number from torch's generator, whose restored state must not change.
         with torch.random.fork_rng(devices=[], enabled=self.checkpoint is not None):
             return iter(loader)
 
@@ -905,7 +922,7 @@ class VRPOTrainer:
         times = (self.args.timestep_sampling, self.args.logit_mean, self.args.logit_std)
         batch["timestep"] = sample_time(batch["timestep"], *times)
         if self.image_rewards.active():
-            # Chosen on the CPU, where it does not wait for the device.
+            # The rows are chosen on the CPU, so that nothing waits for the device.
             batch["rewarded"] = self.image_rewards.rows(flow_time(batch["timestep"], self.adapter), index)
         batch = self.to_device(batch)
         if "pixels" in batch:
@@ -925,14 +942,14 @@ class VRPOTrainer:
             if self.step != self.saved_step and self.can_save(begun=True):
                 self.save_checkpoint()
             raise self.guard.stop(where, self.output_dir, self.saved_step)
-        logger.warning(f"{where} is NaN or infinite; the step is skipped, {self.guard.skipped} so far")
+        logger.warning(f"{where} is NaN or infinite; the step is skipped ({self.guard.skipped} skipped so far)")
 
     def _flops_of_step(self) -> float:
         own = self.flops_per_image[self.alignment.active] + self.image_rewards.active() * self.image_reward_flops
         return own * self.global_batch_size + sum(callback.flops(self.step) for callback in self.callbacks)
 
     def _what_follows(self) -> str:
-        """What remains to be done after the last step, in a sentence for the log."""
+        """Returns a sentence for the log that says what remains to be done after the last step."""
         parts = ["a checkpoint", *["samples"] * (self.validation is not None)]
         parts.append("the transformer" if self.validation is None else "the pipeline")
         hub = ", which is then published" if self.args.push_to_hub else ""

@@ -445,7 +445,7 @@ def test_the_command_line_answers_in_a_line(capsys, monkeypatch, tmp_path, folde
     app = load_module("app")
     taken = socket.create_server(("127.0.0.1", 0))
     for arguments, sentence in [
-        ([], "PIPELINE is missing: name a folder or Hub repository, or set VRPO_PIPELINE"),
+        ([], "PIPELINE is missing; give a folder or Hub repository, or set the environment variable VRPO_PIPELINE"),
         (["--pipline", "x"], "unrecognized arguments: --pipline x"),
         (["--pipeline", str(tmp_path / "none")], "none is not a folder"),
         (["--pipeline", str(tmp_path), "--dtype", "int8"], "invalid choice: 'int8'"),

@@ -147,7 +147,7 @@ def test_deepspeed_accumulates_clips_and_trains_adapters_in_bf16(command, traine
     )
     trainer = trainers(other, hook="deepspeed", processes=2)
     assert trainer.wait() == [1, 1]
-    message = r"ended by InputError: .* \(zero2_0_of_2.safetensors is not in it: it was not saved by as many processes"
+    message = r"ended by InputError: .* \(it has no zero2_0_of_2.safetensors, because it was not saved by the same number of processes"
     assert re.search(message, trainer.log.read_text())
 
 

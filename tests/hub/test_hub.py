@@ -327,13 +327,13 @@ def test_a_run_publishes_itself_and_never_fails_for_it(hub, tmp_path_factory):
     refusals = [line.split(" ", 2)[1:] for line in output.splitlines() if line.startswith("REFUSED")]
     reasons = [
         "--hub_license no-such is not known to the Hub; give one such as apache-2.0",
-        "--hub_model_id org/digits has the weights that the adapters are for; give the adapters another name",
-        "--resume_from_checkpoint hub continues from a training state on the Hub; add --push_to_hub",
-        "--hub_model_id other/x: the token may not write to other/x (403); take one with write access to it",
+        "--hub_model_id org/digits has the weights that the adapters change; publish the adapters under another name",
+        "--resume_from_checkpoint hub continues from a training state on the Hub and needs --push_to_hub and --push_training_state",
+        "--hub_model_id other/x: the token may not write to other/x (403); use one with write access to it",
         "--hub_model_id a/b/c: that is not the name of a repository; give owner/name",
         "--hub_model_id org/open-state: org/open-state already exists and is public; make it private",
         "--hub_model_id org/x: no token was found; run `hf auth login` or set HF_TOKEN",
-        "--hub_model_id org/x: the token may only read; take one with write access",
+        "--hub_model_id org/x: the token may only read; use one with write access",
         "--hub_model_id org/x: the Hub does not know the token (401); run `hf auth login` again or set HF_TOKEN to another token",
         "--push_to_hub: the Hub cannot be reached",
     ]
@@ -478,7 +478,7 @@ def test_adapters_leave_the_weights_that_are_there(here, tmp_path):
     base = here.repositories["org/base"] = Repository(private=False)
     before = {"transformer/diffusion_pytorch_model.safetensors": b"weights", "README.md": b"card"}
     base.commit("Weights", before)
-    with pytest.raises(InputError, match="has the weights that the adapters are for"):
+    with pytest.raises(InputError, match="has the weights that the adapters change"):
         push_folder(run, "org/base")
     assert base.files() == before
     mixed = here.repositories["org/mixed"] = Repository(private=False)

@@ -132,7 +132,7 @@ def test_nothing_but_the_pipeline_and_its_record_is_published(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
     assert set(published_files(tmp_path)) == expected | kept
-    with pytest.raises(InputError, match="holds no pipeline"):
+    with pytest.raises(InputError, match="has no pipeline"):
         published_files(tmp_path / "logs")
 
 
@@ -299,7 +299,7 @@ def test_links_to_files_outside_are_not_published(tmp_path):
     folder = tmp_path / "run"
     save_pipeline(folder)
     (folder / "samples.png").symlink_to(private)
-    with pytest.raises(InputError, match="samples.png is a link to .*private.txt, outside the folder"):
+    with pytest.raises(InputError, match="samples.png is a link to .*private.txt outside the folder"):
         published_files(folder)
     (folder / "samples.png").unlink()
     # A component of this name is outside, too.
@@ -383,7 +383,7 @@ def test_adapters_of_a_checkpoint_and_its_card(tmp_path):
     weights = {"transformer_blocks.0.attn.to_q.lora_A.default.weight": pipeline.transformer.proj_out.weight.data}
     save_file(weights, tmp_path / "run" / "checkpoint-30" / "transformer_ema.safetensors")
     pipeline.transformer.adapters_suffice = False
-    with pytest.raises(InputError, match="cannot be used by others"):
+    with pytest.raises(InputError, match="cannot be used without the rest of the pipeline"):
         stage_pipeline(pipeline, tmp_path / "run" / "checkpoint-30", tmp_path / "refused")
     pipeline.transformer.adapters_suffice = True
     stage_pipeline(pipeline, tmp_path / "run" / "checkpoint-30", tmp_path / "staged")
@@ -400,7 +400,7 @@ def test_mistakes_in_the_code_and_a_full_disk_are_not_the_hubs(tmp_path):
     full = OSError(28, "No space left on device", str(tmp_path / "x"))
     assert not is_passing(full) and hub_sentence(full, "org/x") == "the local disk is full; make room"
     mistake = KeyError("reward")
-    assert not is_passing(mistake) and hub_sentence(mistake, "org/x").startswith("an error of this program: KeyError")
+    assert not is_passing(mistake) and hub_sentence(mistake, "org/x").startswith("this program has failed (KeyError")
     assert is_passing(ConnectionError()) and "cannot be reached" in hub_sentence(ConnectionError(), "org/x")
 
 

@@ -158,7 +158,7 @@ def test_the_steps_before_it_are_those_without_it(finished):
 
 
 def test_without_a_start_step_there_is_no_policy():
-    with pytest.raises(InputError, match="`generative_policy_start_step` is not given"):
+    with pytest.raises(InputError, match="`generative_policy_start_step` is missing"):
         GenerativePolicy(SimpleNamespace(generative_policy_start_step=None))
 
 
@@ -180,7 +180,9 @@ def test_statistics_of_the_training_images_are_read_again(finished, tmp_path, mo
         run(short)
     assert given.stat().st_mtime_ns == before and not (tmp_path / "run" / "reward_reference.safetensors").exists()
     # What is of other images is not overwritten.
-    with pytest.raises(InputError, match="reference.safetensors holds something else: .*; give another file"):
+    with pytest.raises(
+        InputError, match="reference.safetensors has statistics of other images, .*; give another file"
+    ):
         run(
             options(**POLICY | {"reward_reference_images": 150}, output_dir=tmp_path / "other", reward_reference=given)
         )
@@ -306,7 +308,7 @@ def test_it_may_join_a_run_that_was_begun_without_it(finished, tmp_path):
     assert_same_state(folder / "one" / "checkpoint-8", joined / "checkpoint-8")
 
     late = stopped_at(folder / "plain", 4, tmp_path / "late")
-    message = "`generative_policy_start_step` 2 is behind step 4, from which the run continues; give 4 or more"
+    message = "`generative_policy_start_step` 2 is before step 4, from which the run continues; give 4 or more"
     with pytest.raises(InputError, match=message):
         run(options(**ONE_EPOCH, output_dir=late))
     # Other parts of a checkpoint must be there.
@@ -422,7 +424,8 @@ def test_latents_without_images_are_refused_before_any_work(command, encoded, mo
     cached = {"dataset_name": None, "vae": None, "latents_dir": encoded / "none"}
     monkeypatch.setattr(generative_training, "load_image_encoder", lambda *a, **k: pytest.fail("work"))
     with pytest.raises(
-        InputError, match="compares with images, and `latents_dir` .*none has none; prepare it with `images`"
+        InputError,
+        match="needs images to compare with, and `latents_dir` .*none has none; prepare it again with `images`",
     ):
         run(command(**{**ALONE, **cached}))
 
@@ -514,9 +517,7 @@ def test_each_guard_stops_a_run_that_goes_wrong(command, tmp_path, name):
     looks = {row["step"]: row for row in rows_of(folder) if "guard/loss_fm" in row}
     step, best = max(looks), min(looks, key=lambda step: looks[step]["guard/held_out"])
     assert step > 20 and best < step
-    message = (
-        f"step {step}: .*In .*run, checkpoint-{step} has this step, best the averaged pipeline of step {best}: start"
-    )
+    message = f"step {step}: .*In .*run, checkpoint-{step} has this step, and best has the averaged pipeline of step {best}: start"
     assert stopped.match(message)
     assert [path.name for path in list_checkpoints(folder)] == [f"checkpoint-{step}"]
     assert load_file(folder / f"checkpoint-{step}" / STATE)["best"].tolist()[1] == best
@@ -542,7 +543,7 @@ def test_a_sample_that_is_not_finite_stops_the_run(command, monkeypatch):
 
     monkeypatch.setattr(GenerativePolicy, "_draw", broken)
     with pytest.raises(
-        TrainingStopped, match="step 4: a sample of the rollout is not finite; a lower `generative_learning_rate`"
+        TrainingStopped, match="step 4: a sample of the rollout is not finite; try a lower `generative_learning_rate`"
     ):
         run(command(**ALONE, checkpointing_steps=100))
     calls[:] = [0, 0]  # the next is the first look's
@@ -562,7 +563,7 @@ def test_a_sample_that_is_not_finite_stops_the_run(command, monkeypatch):
             {"generative_policy_start_step": None},
             "--rollout_classes 2 has no effect without --generative_policy_start_step",
         ),
-        ({"generative_policy_start_step": 6}, "6 is never reached: --max_train_steps 6 must be above it"),
+        ({"generative_policy_start_step": 6}, "6 is never reached; it must be below --max_train_steps 6"),
         ({"guard_distance_rise": 0.1}, "--guard_distance_rise 0.1 has no effect without --fd_encoder"),
         ({"rollout_group_size": 1}, "--rollout_group_size 1 must be at least 2: advantages are relative to the group"),
         ({"rollout_epochs": 2}, "--rollout_epochs 2 must be at most --rollout_every 1"),
@@ -590,7 +591,7 @@ def test_a_sample_that_is_not_finite_stops_the_run(command, monkeypatch):
             "--max_train_steps 400000 must be a multiple of --rollout_every 3",
         ),
         ({"reward_encoder": None}, "--generative_policy_start_step needs --reward_encoder"),
-        ({"reward_encoder": "inception"}, "--reward_encoder inception judges results (FID): a reward must not see it"),
+        ({"reward_encoder": "inception"}, "--reward_encoder inception judges results (FID) and must not give rewards"),
         ({"guard_samples": 3}, "--guard_samples 3 must be at least 4"),
         ({"reward_queue_size": 7}, "--reward_queue_size 7 must be at least 8: the queue holds a whole rollout"),
         ({"rollout_classes": 0}, "--rollout_classes 0 must be at least 1"),
@@ -612,9 +613,9 @@ def test_options_that_cannot_work(command, capsys, changes, message):
         ),
         ({"distributed_type": DistributedType.DEEPSPEED}, "cannot be combined with FSDP and DeepSpeed"),
         ({"mixed_precision": "fp16"}, "cannot be combined with `mixed_precision` fp16; use bf16 or no"),
-        ({"num_processes": 3}, "`rollout_classes` 2 must be a multiple of the 3 processes, which have whole groups"),
-        ({}, "judges images, which these latents are not; give `vae`"),
-        ({"steps": 0}, "`generative_policy_start_step` 0 is never reached: the run has 0 steps"),
+        ({"num_processes": 3}, "`rollout_classes` 2 must be a multiple of 3, the number of processes"),
+        ({}, "judges images, and the latents cannot be decoded without a `vae`"),
+        ({"steps": 0}, "`generative_policy_start_step` 0 is never reached, because the run has 0 steps"),
         ({"weights": "1"}, "`reward_weights` 1 must be 3 numbers >= 0"),
         ({"weights": "1,1,nan"}, "`reward_weights` 1,1,nan must be 3 numbers"),
     ],

@@ -290,10 +290,10 @@ class WrongShape(CaptionedPixArt):
         ("lora_rank", "at most 32, the width", {"lora_rank": 33}),
         (
             "lora_rank",
-            "no attention with layers called to_q",
+            "no attention layers called to_q",
             {"transformer": prx(), "adapter": Captioned(), "lora_rank": 4},
         ),
-        ("compile", "no repeated blocks", {"compile": True}),
+        ("compile", "needs a transformer with `_repeated_blocks`", {"compile": True}),
         ("push_to_hub", "pipeline", {"transformer": pixart(), "adapter": CaptionedPixArt(), "vae": "none", "push": 1}),
         ("fd_encoder", "pipeline", {"transformer": pixart(), "adapter": CaptionedPixArt(), "vae": "none", "fd": 1}),
         ("label_dropout", "null_class_id", {"adapter": ModelAdapter(), "label_dropout": 0.1}),

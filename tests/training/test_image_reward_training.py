@@ -233,7 +233,7 @@ class Colours:
             {"image_rewards": ["perceptual"], "image_reward_start_step": 23, "max_train_steps": None}
             | {"num_train_epochs": 1},
             {},
-            "`image_reward_start_step` 23 is never reached: the run has 23 steps",
+            "`image_reward_start_step` 23 is never reached, because the run has 23 steps",
         ),
         ({"image_reward_resolution": 8}, {"image_rewards": [darkness]}, "`image_reward_resolution` 8 has no effect"),
         ({"image_reward_encoder": "x"}, {"image_rewards": [darkness]}, "`image_reward_encoder` x has no effect"),
@@ -248,12 +248,12 @@ class Colours:
         (
             {"objective": "vrpo"},
             {"rewards": ["semantic", darkness], "image_rewards": [darkness]},
-            "`image_rewards` darkness: a reward of tokens has that name, too",
+            "`image_rewards` darkness has the same name as a token reward",
         ),
         (
             {"objective": "irepa", "image_rewards": [f"{__name__}:semantic"]},
             {},
-            "`image_rewards` semantic: a reward of tokens has that name, too",
+            "`image_rewards` semantic has the same name as a token reward",
         ),
     ],
 )

@@ -269,13 +269,13 @@ def test_arguments_of_optimizers():
         (
             {"optimizer": "SGD", "optimizer_args": '{"beta": 1}'},
             "optimizer_args",
-            "has 'beta', which SGD does not take there; its further arguments are momentum, dampening,",
+            "has 'beta', which it cannot set for SGD; the arguments that it can set are momentum, dampening,",
         ),
         ({"optimizer": "SGD", "optimizer_args": '{"lr": 1}'}, "optimizer_args", "has 'lr', which SGD does not take"),
         (
             {"optimizer_args": '{"betas": [0.9, 0.9]}'},
             "optimizer_args",
-            "has 'betas', which adamw does not take there",
+            "has 'betas', which it cannot set for adamw",
         ),
         (
             {"optimizer": "SGD", "optimizer_args": '{"momentum": "high"}'},
@@ -495,7 +495,7 @@ def test_only_the_command_line_and_python_name_code_to_run(command, tmp_path, ca
         recorded.write_text(f"{option}: [{json.dumps(value)}]\n")
         with pytest.raises(SystemExit):
             run(command(config=recorded, encoder=None))
-        expected = f"{value} names code to run, which only the command line may do; give it as --{option}"
+        expected = f"{value} names code to run, which a file must not do; give it on the command line as --{option}"
         assert expected in capsys.readouterr().err
     for load in (lambda: load_encoder(name, (4, 4)), lambda: load_image_encoder(name)):
         with pytest.raises(InputError, match="names code to run, which only `encoder` of training may do"):

@@ -151,7 +151,7 @@ def test_what_needs_several_classes_says_so(tmp_path, monkeypatch):
         GenerativePolicy._check(policy, SimpleNamespace(num_classes=1), 10)
     monkeypatch.setattr(probe, "open_pipeline", lambda *arguments: None)
     folder = write_table(tmp_path / "table")
-    with pytest.raises(InputError, match="has one class; probing needs the labels of several"):
+    with pytest.raises(InputError, match="has one class, and probing needs several"):
         probe.probe(
             probe.parse_args(["x", "--dataset_name", folder, "--cache_dir", str(tmp_path), "--output_file", "x.json"])
         )

@@ -141,7 +141,10 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(command, tw
         run(command(resume_from_checkpoint="checkpoint-4"))
     # One checkpoint is kept, and it is the whole one until the next is complete.
     run(command(max_train_steps=3, checkpoints_total_limit=1))
-    assert "checkpoint-4 is damaged (optimizer.bin is not what was saved): continuing from checkpoint-2" in caplog.text
+    assert (
+        "checkpoint-4 is damaged (optimizer.bin is not what was saved) and was renamed to checkpoint-4.damaged"
+        in caplog.text
+    )
     assert sorted(p.name for p in folder.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4.damaged"]
     run(command())
     assert sorted(p.name for p in folder.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
@@ -159,7 +162,9 @@ def test_every_kind_of_damage_has_a_name(two_checkpoints):
     (path / "manifest.json").unlink()
     assert find_damage(path) == "manifest.json is missing"
     os.truncate(two_checkpoints / "checkpoint-2" / "training_state.json", 7)
-    with pytest.raises(InputError, match="no checkpoint in .* is whole .checkpoint-4: .*; checkpoint-2: .* 7 bytes"):
+    with pytest.raises(
+        InputError, match="all checkpoints in .* are damaged .checkpoint-4: .*; checkpoint-2: .* 7 bytes"
+    ):
         find_checkpoint("latest", two_checkpoints)
     assert len(list_checkpoints(two_checkpoints)) == 2
 
@@ -206,7 +211,9 @@ def test_a_loss_that_is_nan_stops_with_the_state_before_it(command, tmp_path, na
     # With the option it goes on, and to the same end as if it had been there from the start.
     for folder in ("run", "skipped"):
         run([*command(**options, output_dir=tmp_path / folder), "--skip_nonfinite"])
-    assert "step 4 (samples 48 to 63): the loss is NaN or infinite; the step is skipped, 1 so far" in caplog.text
+    assert (
+        "step 4 (samples 48 to 63): the loss is NaN or infinite; the step is skipped (1 skipped so far)" in caplog.text
+    )
     assert_same_end(tmp_path / "run", tmp_path / "skipped", 6)
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [row["skipped_steps"] for row in rows[3:]] == [1, 1, 1]
@@ -290,8 +297,11 @@ def test_a_full_disk_leaves_the_checkpoint_before(command, trainers, tmp_path):
     log = trainer.log.read_text()
     for step in (4, 6):
         assert f"full/checkpoint-{step} could not be saved (" in log
-    assert "GB were free): " in log and "full/checkpoint-2 is whole, and the run can be continued from it" in log
-    assert "ended by TrainingStopped: step 6 could not be saved; make room and run the same command again" in log
+    assert "GB were free); " in log and "the run can be continued from " in log
+    assert (
+        "ended by TrainingStopped: the checkpoint of step 6 could not be saved; make room and repeat the command"
+        in log
+    )
     assert [path.name for path in (tmp_path / "full").glob("*checkpoint-*")] == ["checkpoint-2"]
     assert trainers(full).wait() == [0]
     assert_same_end(tmp_path / "run", tmp_path / "full", 6)
@@ -300,7 +310,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(command, trainers, tmp_path):
 @pytest.mark.slow
 def test_a_full_disk_at_the_start_and_at_the_end(command, trainers, tmp_path, monkeypatch):
     options = command(max_train_steps=2)
-    again = "cannot be written .*; make room and run the same command again"
+    again = "cannot be written .*; make room and repeat the command"
 
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

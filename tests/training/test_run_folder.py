@@ -59,7 +59,7 @@ def test_a_finished_run_without_its_checkpoints_is_not_begun_again(command, fold
     remove_checkpoints(folder)
     before = contents(folder)
     refused = (
-        "`output_dir` .*/run holds model_index.json, transformer, scheduler, and no checkpoint .* choose another folder, or give "
+        "`output_dir` .*/run holds model_index.json, transformer, scheduler, but no checkpoint .* choose another folder, or give "
         "`overwrite_output_dir`"
     )
     with pytest.raises(InputError, match=refused) as error:
@@ -76,7 +76,7 @@ def test_metrics_of_a_longer_run_are_not_lost(command, folder):
     run_config = folder / "train_config.yaml"
     run_config.write_text(run_config.read_text().replace("checkpointing_steps: 10000", "checkpointing_steps: 1"))
     before = contents(folder)
-    with pytest.raises(InputError, match="holds .* and no checkpoint that this run can continue"):
+    with pytest.raises(InputError, match="holds .* but no checkpoint from which this run can continue"):
         run(command())
     assert contents(folder) == before
 
@@ -229,7 +229,7 @@ def test_one_bad_row_of_the_metrics_does_not_end_a_run(tmp_path, bad):
 
 def test_a_run_is_not_resumed_beyond_its_end(command, folder):
     before = contents(folder)
-    with pytest.raises(InputError, match="`max_train_steps` 1 is below the step 2 of .*checkpoint-2; give at least 2"):
+    with pytest.raises(InputError, match="`max_train_steps` 1 is below step 2 of .*checkpoint-2; give at least 2"):
         run(command(max_train_steps=1))
     assert contents(folder) == before
 
@@ -249,7 +249,9 @@ def fails_at(monkeypatch, step: int):
 def test_a_checkpoint_that_fails_can_stop_a_run(command, tmp_path, monkeypatch):
     fails_at(monkeypatch, 1)
     options = command(checkpointing_steps=1, max_train_steps=2)
-    with pytest.raises(TrainingStopped, match="step 1 could not be saved; make room and run the same command again"):
+    with pytest.raises(
+        TrainingStopped, match="the checkpoint of step 1 could not be saved; make room and repeat the command"
+    ):
         run(options + ["--stop_on_failed_checkpoint"])
     run(options)
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
@@ -381,7 +383,7 @@ def test_a_report_does_not_replace_other_files_nor_follow_links(finished, folder
     arguments = ["--metric", "loss_fm", "--output_dir", str(tmp_path / "report")]
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "final.png").write_text("mine")
-    with pytest.raises(SystemExit, match="--output_dir .*report holds final.png, which no report has written"):
+    with pytest.raises(SystemExit, match="--output_dir .*report holds final.png, not written by `vrpo report`"):
         main([str(finished), *arguments])
     assert (tmp_path / "report" / "final.png").read_text() == "mine"
     (tmp_path / "report" / "final.png").unlink()

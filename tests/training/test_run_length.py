@@ -93,7 +93,7 @@ def test_when_grids_are_drawn():
 
 def test_the_warning_of_many_epochs():
     assert passes_notice(200, 500) is None
-    assert "the run passes its 500 images 1000 times; above 200" in passes_notice(1000, 500)
+    assert "the run passes over its 500 images 1000 times; beyond 200" in passes_notice(1000, 500)
 
 
 def test_the_notice_of_the_speed(caplog):
@@ -115,7 +115,7 @@ def test_the_notice_of_the_speed(caplog):
         trainer.step = step
         notice.on_step_end(trainer)
     (text,) = [record.getMessage() for record in caplog.records]
-    assert "7200 steps = 100 epochs of 720 images, about 4.0 hours at the measured speed of 2 s a step" in text
+    assert "7200 steps = 100 epochs of 720 images, about 4.0 hours at the measured speed of 2 s per step" in text
     assert "from step 50 on" in text
     assert (duration(20), duration(600), duration(5400)) == ("1 minute(s)", "10 minute(s)", "1.5 hours")
 
@@ -155,7 +155,8 @@ def test_which_options_may_change(capsys):
     assert {"learning_rate", "lr_scheduler", "lr_warmup_steps", "train_batch_size", "max_grad_norm"} <= set(names)
     for name in ("seed", "resolution", "objective", "lerning_rate"):
         with pytest.raises(
-            InputError, match=f"`allow_changed` {name}: it cannot change within a run; .*learning_rate.* can"
+            InputError,
+            match=f"`allow_changed` {name} names an option that cannot change within a run; those that can are .*learning_rate",
         ):
             VRPOConfig(allow_changed=[f"learning_rate,{name}"])
     assert allowed_changes(VRPOConfig(allow_changed=["learning_rate, max_grad_norm", "adam_beta1"])) == {
@@ -170,7 +171,7 @@ def test_the_batch_of_a_stream_may_change(option, tmp_path):
     state = {"settings": {"the number of samples a step": 16}}
     expected = {"the number of samples a step": 32}
     with pytest.raises(
-        InputError, match="is 32, but .* with 16; keep to that, give `allow_changed` train_batch_size to"
+        InputError, match="is 32, but .* with 16; keep that value, give `allow_changed` train_batch_size to"
     ):
         check_settings(state, expected, tmp_path)
     assert check_settings(state, expected, tmp_path, {option}) == {"the number of samples a step": [16, 32]}
@@ -208,7 +209,7 @@ def test_a_run_without_a_length(command, tmp_path, caplog):
     assert sorted(path.name for path in (folder / "samples").iterdir()) == ["step-0000001.png", "step-0000025.png"]
     assert "25 steps = 200 epochs of 8 images, about 1 minute(s) at the measured speed" in caplog.text
     assert "a step has 64 samples: `train_batch_size` 64 x 1 process x `gradient_accumulation_steps` 1" in caplog.text
-    assert "passes its" not in caplog.text
+    assert "passes over its" not in caplog.text
     state = check(json.loads((folder / "checkpoint-25" / "training_state.json").read_text()), TRAINING_STATE)
     assert state["length"] == dataclasses.asdict(RunLength(25, 100, 100, True, 3))
     used = yaml.safe_load((folder / "train_config.yaml").read_text())

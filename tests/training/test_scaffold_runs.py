@@ -132,7 +132,7 @@ def test_an_oracle_draws_what_it_is_shown(tmp_path, caplog):
                     pictures.append(trainer.pipeline([1, 2], generator=generator, **draw).images)
         assert not torch.equal(*map(torch.as_tensor, pictures))
         trainer.save_model()
-    assert "the scaffold phase has not ended at step 2: the pipeline draws noise" in caplog.text
+    assert "the scaffold phase has not ended at step 2" in caplog.text
 
     # The same from what is saved: the published pipeline, and the maps of its checkpoint.
     pipeline = VRPOPipeline.from_pretrained(tmp_path / "run")

@@ -348,4 +348,6 @@ def test_learned_variance_needs_a_diffusion(command, capsys):
         run(command() + ["--learn_sigma"])
     with pytest.raises(SystemExit):
         run(command(pretrained_model_name_or_path="x"))
-    assert "--model_config excludes --preset and --pretrained_model_name_or_path" in capsys.readouterr().err
+    assert (
+        "--model_config cannot be combined with --preset or --pretrained_model_name_or_path" in capsys.readouterr().err
+    )

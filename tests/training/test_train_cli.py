@@ -243,7 +243,7 @@ def test_accumulation_gives_the_same_losses(command, tmp_path):
         (["--dataloader_num_workers", "-1"], "--dataloader_num_workers -1 must be at least 0"),
         (["--alignment_coeff", "nan"], "--alignment_coeff nan must be at least 0"),
         (["--seed", str(2**64)], "--seed 18446744073709551616 must lie in"),
-        (["--preset", "SiT-B/2"], "--model_config excludes --preset and"),
+        (["--preset", "SiT-B/2"], "--model_config cannot be combined with --preset or"),
         (["--conf", "x.yaml"], "unrecognized arguments: --conf"),
         (["--config"], "--config: expected one argument"),
         (["--lerning_rate", "1"], "unrecognized arguments: --lerning_rate"),

@@ -95,7 +95,7 @@ def test_a_run_without_a_distance_continues_from_a_validated_step(command, tmp_p
 
 
 def test_what_cannot_be_compared(command, capsys):
-    with pytest.raises(InputError, match="`num_fd_samples` 1 has no covariance; use 2048 or more"):
+    with pytest.raises(InputError, match="`num_fd_samples` 1 is too few for a covariance; use 2048 or more"):
         run(command(fd_encoder="digits", num_fd_samples=1))
     with pytest.raises(SystemExit):
         run(command(num_fd_samples=9))

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from diffusers_vrpo import __version__, cli
-from diffusers_vrpo.command_line import OneLineErrorParser, one_line_errors, recipes, sentence
+from diffusers_vrpo.command_line import OneLineErrorParser, as_id, one_line_errors, recipes, sentence
 from diffusers_vrpo.commands import train
 from support.paths import ROOT, TRAINING_SCRIPT
 from support.processes import no_network_environment
@@ -206,3 +206,8 @@ def test_the_page_gets_the_pipeline_in_each_way(monkeypatch, capsys):
         ("me/run", "bfloat16", "vrpo app"),
         ("of/a-space", None, "vrpo app"),
     ]
+
+
+def test_only_decimal_digits_are_class_ids():
+    assert [as_id(label) for label in (3, "12", "-1")] == [3, 12, -1]
+    assert [as_id(label) for label in ("²", "--1", "1.5", "three", "")] == ["²", "--1", "1.5", "three", ""]

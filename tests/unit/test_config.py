@@ -180,7 +180,7 @@ def test_paths_and_tuples_are_taken():
         ),
         ({"max_train_steps": 4, "num_train_epochs": 1}, "give either `max_train_steps` or `num_train_epochs`"),
         ({"streaming": True, "max_train_samples": 5}, "`streaming` cannot be combined with `max_train_samples` 5"),
-        ({"model_config": "a.json", "preset": "SiT-B/2"}, "`model_config` excludes `preset`"),
+        ({"model_config": "a.json", "preset": "SiT-B/2"}, "`model_config` cannot be combined with `preset`"),
         ({"encoder": ["a"], "encoder_layer": [1, 2]}, "`encoder_layer` has 2 numbers for 1 encoders"),
         (
             {"objective": "none", "projector": "conv"},
@@ -201,11 +201,14 @@ def test_paths_and_tuples_are_taken():
         ({"mc_samples": 2}, "`mc_samples` 2 has no effect without `generative_policy_start_step`"),
         (
             {"generative_policy_start_step": 4, "max_train_steps": 4},
-            "`generative_policy_start_step` 4 is never reached: `max_train_steps` 4 must be above it",
+            "`generative_policy_start_step` 4 is never reached; it must be below `max_train_steps` 4",
         ),
         ({"hub_private_repo": True}, "`hub_private_repo` has no effect without `push_to_hub`"),
         ({"hub_model_id": "a/b"}, "`hub_model_id` a/b has no effect without `push_to_hub`"),
-        ({"resume_from_checkpoint": "hub"}, "`resume_from_checkpoint` hub .* add `push_to_hub` `push_training_state`"),
+        (
+            {"resume_from_checkpoint": "hub"},
+            "`resume_from_checkpoint` hub .* needs `push_to_hub` and `push_training_state`",
+        ),
     ],
 )
 def test_contradictions(capsys, options, message):

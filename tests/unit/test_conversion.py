@@ -458,7 +458,10 @@ def test_the_script_refuses_what_would_not_sample(tmp_path):
     (tmp_path / "file").write_text("")
     pixels = saved(tmp_path, official_state(channels=3), "pixels.pt")
     for arguments, message in (
-        ((pixels, tmp_path / "out", "--vae", tmp_path / "vae"), "`vae` .* has 4 channels, the transformer 3"),
+        (
+            (pixels, tmp_path / "out", "--vae", tmp_path / "vae"),
+            "`vae` .* makes latents of 4 channels, but the transformer takes 3",
+        ),
         ((state, tmp_path / "out", "--id2label", tmp_path / "names.json"), "names class 99, but .* ids 0 ... 6"),
         ((state, tmp_path / "file" / "out"), "OUTPUT_DIR .* cannot be created as a folder"),
         ((state, tmp_path / "file" / "out.pt", "--to", "sit"), "out.pt cannot be written"),
@@ -561,7 +564,7 @@ def test_nothing_is_written_over(tmp_path):
     # A run's folder has a pipeline too, and more.
     (output / "metrics.jsonl").write_text("{}")
     for overwrite in ([], ["--overwrite"]):
-        with pytest.raises(InputError, match="holds metrics.jsonl, which is not a pipeline's; choose another folder"):
+        with pytest.raises(InputError, match="holds metrics.jsonl, not only a pipeline; choose another folder"):
             convert_script(source, output, "--vae", "none", *overwrite)
     assert (output / "metrics.jsonl").read_text() == "{}" and written.exists()
 

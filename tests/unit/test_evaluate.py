@@ -107,7 +107,7 @@ def test_folders_of_samples(run, tmp_path, caplog):
     assert "unfinished" not in caplog.text
     (folder / "manifest.json").write_text(json.dumps(manifest | {"complete": False}))
     run(folder, folder)
-    assert f"SAMPLES {folder} is an unfinished set of 40 samples; only those that exist count" in caplog.text
+    assert f"SAMPLES {folder} is an unfinished set of 40 samples; only those that exist are measured" in caplog.text
     (tmp_path / "npz").mkdir()
     np.savez(tmp_path / "npz" / "samples.npz", pictures(30))
     with pytest.raises(SystemExit, match="SAMPLES .*npz has no image files; give .*npz/samples.npz, which is in it"):
@@ -368,7 +368,7 @@ def test_bad_input_ends_in_a_sentence(run, tmp_path, capsys):
         ),
         (good, good, ["--resolution", 16], "--resolution 16: .*good.npz is used as it is"),
         (good, good, ["--reference_split", "test"], "--reference_split test needs a data set"),
-        (good, good, ["--output_file", tmp_path / "no" / "a.json"], "its folder does not exist"),
+        (good, good, ["--output_file", tmp_path / "no" / "a.json"], "does not exist; create it, or choose another"),
     ):
         with pytest.raises(SystemExit, match=message):
             run(samples, reference, *options)
@@ -381,7 +381,7 @@ def test_bad_input_ends_in_a_sentence(run, tmp_path, capsys):
         (["x", "--reference", "y", "--pooling", "mean"], "--pooling mean cannot be combined with --encoder inception"),
         (["x", "--reference", "y", "--metrics", "fd"], "invalid choice: 'fd'"),
         (["x", "--metrics", "is", "--image_column", "y"], "--image_column y has no effect without --reference"),
-        (["x", "--reference", "y.safetensors", "--encoder", "a", "b"], "holds the statistics of one encoder"),
+        (["x", "--reference", "y.safetensors", "--encoder", "a", "b"], "has the statistics of one encoder"),
     ):
         with pytest.raises(SystemExit):
             main(arguments)

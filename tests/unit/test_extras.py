@@ -80,6 +80,6 @@ def test_what_runs_without_extras(inception_weights, tmp_path):
     for line, (package, extra) in REFUSED.items():
         name = line.split()[0]
         assert (
-            f"ended {line} | vrpo {name}: error: this needs {package}, which is not installed; run: "
+            f"ended {line} | vrpo {name}: error: {package} is needed but not installed; run: "
             f"pip install 'diffusers-vrpo[{extra}]'"
         ) in lines

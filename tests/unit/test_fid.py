@@ -79,7 +79,7 @@ def test_what_cannot_be_measured_is_not_sampled(run):
         ([], "nowhere.npz", "`reference` nowhere.npz: the file does not exist"),
         ([], "./nowhere", "`reference` ./nowhere does not exist"),
         (["--resolution", "4"], "reference", "its images are 4x4, those of SAMPLES 8x8"),
-        (["--output_file", "no/fid.json"], "reference", "`output_file` no/fid.json: its folder does not exist"),
+        (["--output_file", "no/fid.json"], "reference", "the folder of `output_file` no/fid.json does not exist"),
         (["--encoder", "./nothing"], "reference", "`encoder` ./nothing"),
     ):
         args = fid.parse_args(["model", "--reference", reference, *options])

@@ -308,7 +308,7 @@ def test_folders_with_something_else(tmp_path, vae_folder, monkeypatch):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"vae": "none", "encoder": None}, "--vae none: a cache of pixels is for encoder features"),
+        ({"vae": "none", "encoder": None}, "--vae none makes a cache of pixels, which only saves time with --encoder"),
         ({"vae": "none", "vae_dtype": "float16"}, "--vae_dtype float16 has no effect with --vae none; remove it"),
         ({"dataset_name": None}, "give either --dataset_name, --train_data_dir or --from"),
         ({"chunk_rows": 0}, "--chunk_rows 0 must be at least 1"),

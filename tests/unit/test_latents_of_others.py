@@ -269,7 +269,7 @@ def test_a_damaged_shard_and_folders_without_latents(vae, tmp_path):
 
 
 def test_another_autoencoder_or_resolution(vae, tmp_path):
-    message = r"has latents of \[4, 8, 8\], but `vae` makes \[4, 16, 16\] of images with `resolution` 32"
+    message = r"has latents of \[4, 8, 8\], but `vae` .* with `resolution` 32 makes \[4, 16, 16\]"
     with pytest.raises(InputError, match=message):
         prepare("repa-zip", write_repa(tmp_path / "data"), vae, tmp_path / "cache", "--resolution", 32)
 
@@ -280,7 +280,7 @@ def test_options_of_images_to_encode_are_refused(vae, tmp_path, capsys):
         (["--dataset", "digits"], "--dataset_name cannot be combined with --from"),
         (["--encoder", "digits"], "--encoder cannot be combined with --from"),
         (["--vae", "none"], "--vae none cannot be combined with --from"),
-        (["--from", "rae", "x"], "--from rae: the format must be repa-zip or lightningdit"),
+        (["--from", "rae", "x"], "--from rae is not a known format; give repa-zip or lightningdit"),
     ):
         with pytest.raises(SystemExit):
             command.parse_args(argv("repa-zip", tmp_path, vae, tmp_path / "cache", *more))

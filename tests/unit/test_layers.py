@@ -140,7 +140,7 @@ def test_a_checkpoint_and_its_run(tmp_path, capsys):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--encoder_layer", "99"], "--encoder_layer 99: the encoder has token maps at 0, 1"),
+        (["--encoder_layer", "99"], "--encoder_layer 99 is not a layer with tokens; give one of 0, 1"),
         (["--num_train", "100000"], "--num_train 100000 and --num_test 32 need 100032 images"),
     ],
 )

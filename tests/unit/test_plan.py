@@ -153,7 +153,7 @@ def test_the_command(capsys, tmp_path):
         ("--vae none --encoder org/vit", "--encoder org/vit: its shape is not known without a download"),
         (
             "--vae none --objective none --pretrained_model_name_or_path SiT.pt",
-            "--preset is missing: the size of --pretrained",
+            "--preset is missing, and the size of --pretrained",
         ),
         ("--vae none --objective none --lora_rank 4", "--lora_rank adapts trained weights; it needs --pretrained"),
         ("--vae none --objective none --resolution 16 --num_train_epochs 3", "--num_train_epochs needs --num_images"),

@@ -110,12 +110,12 @@ def test_training_and_test_images_differ(digits_pipeline, monkeypatch):
 
 def test_bad_input_ends_in_a_sentence(digits_pipeline, tmp_path, capsys):
     for options, message in (
-        (["--num_train", 10**6], "need 1000060 images; the split has"),
-        (["--test_split", "validation", "--num_test", 10**6], "--num_test 1000000: the split has"),
+        (["--num_train", 10**6], "need 1000060 images, but the split has"),
+        (["--test_split", "validation", "--num_test", 10**6], "--num_test 1000000 is too high, because the split has"),
         (["--dataset_split", "nothing"], "--dataset_split 'nothing' is not in"),
         (["--test_split", "nothing"], "--test_split 'nothing' is not in"),
-        (["--num_train", "1"], "--num_train 1: these images are of one class"),
-        (["--output_file", tmp_path / "no" / "x.json"], "its folder does not exist"),
+        (["--num_train", "1"], "--num_train 1 draws images of one class only"),
+        (["--output_file", tmp_path / "no" / "x.json"], "does not exist; create it, or choose another"),
         (["--encoder", tmp_path / "nowhere"], "the folder does not exist"),
     ):
         with pytest.raises(SystemExit, match=message):
@@ -124,10 +124,10 @@ def test_bad_input_ends_in_a_sentence(digits_pipeline, tmp_path, capsys):
         run(tmp_path / "nowhere")
     model = tiny_model(sample_size=(4, 8), in_channels=3, num_classes=10)
     VRPOPipeline(model, FlowMatchEulerDiscreteScheduler()).save_pretrained(tmp_path / "wide")
-    with pytest.raises(SystemExit, match="its images are not square"):
+    with pytest.raises(SystemExit, match="images that are not square"):
         run(tmp_path / "wide")
     VRPOPipeline(tiny_model(in_channels=4), FlowMatchEulerDiscreteScheduler()).save_pretrained(tmp_path / "latents")
-    with pytest.raises(SystemExit, match="has no autoencoder for its 4 channels"):
+    with pytest.raises(SystemExit, match="has no autoencoder for its latents of 4 channels"):
         run(tmp_path / "latents")
     for options, message in (
         (["--timesteps", "1"], "--timesteps 1.0 must lie in"),

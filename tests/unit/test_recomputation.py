@@ -89,9 +89,13 @@ def test_a_given_transformer():
     assert all(
         torch.equal(a.grad, b.grad) for a, b in zip(plain.parameters(), other.parameters()) if a.grad is not None
     )
-    with pytest.raises(InputError, match="`gradient_checkpointing` mlp is for SiT and DiT of this package"):
+    with pytest.raises(
+        InputError, match="`gradient_checkpointing` mlp works with the SiT and DiT of this package only"
+    ):
         recompute(other, "mlp")
-    with pytest.raises(InputError, match="every:3 would compute nothing again: DiTTransformer2DModel has 2 blocks"):
+    with pytest.raises(
+        InputError, match="every:3 would recompute nothing, because DiTTransformer2DModel has 2 blocks"
+    ):
         recompute(other, "every:3")
 
 
@@ -125,7 +129,7 @@ def test_the_flag_alone_its_negation_and_its_values(tmp_path, capsys):
 
 @pytest.mark.parametrize("value", ["some", "every", "every:0", "every:-1", "every:x", "mlp:2"])
 def test_values_that_cannot_work(value):
-    with pytest.raises(InputError, match="is neither full, attention, mlp nor every:K with a number K"):
+    with pytest.raises(InputError, match="is neither full, attention, mlp nor every:K with a whole number K"):
         VRPOConfig(gradient_checkpointing=value)
     with pytest.raises(InputError, match="`gradient_checkpointing` must be text, not 3"):
         VRPOConfig(gradient_checkpointing=3)

@@ -145,10 +145,16 @@ def test_some_seeds_reach_it_none_do_and_the_baseline_gets_worse(tmp_path, capsy
     assert repa["steps"]["factor_first_to_first"] == pytest.approx(190 / (200 + 200 / 3))
     assert vrpo["reached"] == 0 and vrpo["flops"]["share"] is vrpo["flops"]["factor_first_to_first"] is None
     first, second, third = found["sentences"]
-    assert "38 % of none's steps" in first and "It is not monotone: that is the first crossing" in first
-    assert f"repa: 1 of 2 seeds reach the last {FD} of none (12); their mean does in 53 % of none's steps" in second
+    assert (
+        "38 % of none's steps" in first and "That is where it first does; a later evaluation is worse again." in first
+    )
+    assert (
+        f"repa: 1 of 2 seeds reach the last {FD} of none (12); their mean reaches it in 53 % of none's steps" in second
+    )
     assert third == f"vrpo does not reach the last {FD} of none (12)."
-    assert any("none itself first has its last value after 38 % of its steps" in text for text in found["warnings"])
+    assert any(
+        "none itself first reaches its last value after 38 % of its steps" in text for text in found["warnings"]
+    )
     assert any("fewer than three seeds (none: 1; repa: 2; vrpo: 1)" in text for text in found["warnings"])
     assert "does not reach" in (tmp_path / "report" / "report.html").read_text()
 
@@ -239,7 +245,7 @@ def test_costs_of_a_log_that_has_none(tmp_path):
     assert found.global_batch_size() == 32
     assert found.cost("seconds", [10, 20]) == pytest.approx([20, 30])
     assert found.cost("flops", [10, 20]) == pytest.approx([2 * 0.5e12 * 20, 2e13 + 2 * 1e12 * 10])
-    assert "wall time and FLOPs follow from images_per_second" in warnings[0]
+    assert "training time and FLOPs follow from images_per_second" in warnings[0]
 
 
 def test_a_report_without_time(tmp_path, capsys):
@@ -247,7 +253,7 @@ def test_a_report_without_time(tmp_path, capsys):
     b = write_run(tmp_path / "b", {100: 4, 200: 3}, objective="vrpo")
     found = report(tmp_path, a, b, "--baseline", "repa")
     assert "in at most 50 % of repa's steps (one seed)" in found["sentences"][1]
-    assert any("do not tell the training time" in text for text in found["warnings"])
+    assert any("lack the training time" in text for text in found["warnings"])
     assert not (tmp_path / "report" / "quality_vs_time.png").exists()
 
 
@@ -296,6 +302,18 @@ def test_runs_that_differ_in_the_seed_are_one_arm(tmp_path):
     assert any("small $x has the same seed more than once" in text for text in found["warnings"])
 
 
+def test_options_without_effect_in_any_run_are_not_said_to_differ(tmp_path):
+    shared = {"objective": "none", "num_fd_samples": 64}
+    runs = [
+        write_run(tmp_path / "a", {100: 1.0}, learning_rate=1e-4, **shared),
+        # As a version might record options that it has and the other has not.
+        write_run(tmp_path / "b", {100: 1.0}, learning_rate=2e-4, estimator="expected", alignment_coeff=0.5, **shared),
+    ]
+    assert list(numbers(*runs)["options"]) == ["learning_rate"]
+    repa = write_run(tmp_path / "c", {100: 1.0}, learning_rate=1e-4, objective="repa", alignment_coeff=4.0)
+    assert list(numbers(*runs, repa)["options"]) == ["objective", "alignment_coeff", "learning_rate"]
+
+
 def test_names_that_the_last_part_of_a_path_would_not_tell_apart(tmp_path):
     runs = [write_run(tmp_path / name, {100: 1.0}, latents_dir=f"/{name}/latents", objective="repa") for name in "ab"]
     found = numbers(*runs)
@@ -316,24 +334,24 @@ def test_input_that_cannot_work(tmp_path, capsys):
     (foreign / "train_config.yaml").write_text("- a list")
     (tmp_path / "file").write_text("")
     for arguments, message in [
-        ([], "give the folders of one run or more"),
+        ([], "give the folders of one or more runs"),
         (
             [tmp_path / "nowhere"],
-            "nowhere is not the folder of a run .no train_config.yaml and no metrics.jsonl in it",
+            "nowhere is not the output folder of a run, because it has no train_config.yaml and no metrics.jsonl",
         ),
-        ([tmp_path / "empty"], "empty is not the folder of a run"),
-        ([new], "metrics.jsonl has no whole line; let the run reach"),
+        ([tmp_path / "empty"], "empty is not the output folder of a run"),
+        ([new], "metrics.jsonl has no metrics yet; let the run reach"),
         ([foreign], "train_config.yaml is not what `vrpo train` wrote"),
         (
             [run_a, "--metric", "kid"],
             f"--metric kid is not in these runs; they have {FD}, train_seconds, train_flops",
         ),
-        ([run_a, other, "--metric", "loss"], f"--metric loss: .*a has no loss_fm, .* use one of {FD}, train_seconds"),
+        ([run_a, other, "--metric", "loss"], f"--metric loss: .*a has no loss_fm, .* give one of {FD}, train_seconds"),
         ([run_a, tmp_path / "other" / ".." / "a"], "a is given twice"),
         ([run_a, other, "--baseline", "sit"], "--baseline sit is not one of the arms; they are repa, none"),
         (["--arms", f"{run_a}"], "--arms .* must be NAME=DIR or NAME=DIR,DIR"),
         (["--arms", f"x={run_a}", f"x={other}"], "--arms names x twice"),
-        ([other, "--arms", f"none={run_a}"], "--arms: none is also what another run is called"),
+        ([other, "--arms", f"none={run_a}"], "--arms none is also the name of other runs"),
         ([run_a, "--target", "nan"], "--target nan must be finite"),
         ([run_a, "--output_dir", tmp_path / "file" / "x"], "--output_dir .* cannot be written"),
     ]:
@@ -456,7 +474,10 @@ def test_the_page_says_what_it_shows(tmp_path):
         "This page compares 4 training runs of 2 kinds by their Fréchet distance (digits), where lower is better, against training "
         "steps, training time and training compute." in text
     )
-    assert "An arm is the runs that differ only in the seed" in text and "last Fréchet distance (digits)</th>" in text
+    assert (
+        "An arm consists of the runs that differ only in the seed" in text
+        and "last Fréchet distance (digits)</th>" in text
+    )
     assert found["metric"] == FD and text.count(FD) == 1  # its name in metrics.jsonl, once
     labels = {"loss_fm": "flow-matching loss", "reward/semantic": "semantic reward", "guard/fd_x": "guard: fd x"}
     assert {name: metric_label(name) for name in labels} == labels
@@ -489,7 +510,7 @@ def test_grids_that_do_not_compare(tmp_path, capsys):
     assert any("step-0000100.png is damaged and is not shown" in text for text in found["warnings"])
     text = (tmp_path / "report" / "report.html").read_text()
     assert text.count("data:image/jpeg") == 1 and text.count("data:image/png") == 4
-    assert "not from the same noise" in text
+    assert "do not start from the same noise" in text
 
 
 class CountedRow(dict):

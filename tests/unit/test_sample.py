@@ -558,7 +558,7 @@ def test_what_is_no_pipeline(models, tmp_path):
     index = json.loads((dit / "model_index.json").read_text())
     index["transformer"] = ["diffusers", "DiTTransformer2DModel"]
     (dit / "model_index.json").write_text(json.dumps(index))
-    assert "holds DiTTransformer2DModel, not a SiTTransformer2DModel" in refused(dit, tmp_path / "out")
+    assert "has DiTTransformer2DModel instead of a SiTTransformer2DModel" in refused(dit, tmp_path / "out")
     latents = tmp_path / "latents"
     VRPOPipeline(tiny_model(), FlowMatchEulerDiscreteScheduler()).save_pretrained(latents)
     assert "has no autoencoder for its 4-channel latents" in refused(latents, tmp_path / "out")

@@ -91,7 +91,7 @@ def test_each_image_is_measured_against_prototypes_without_it():
 
 def test_too_few_images_for_classes():
     features = torch.randn(4, 3)
-    with pytest.raises(InputError, match=r"`reward_reference_images` 4 has 1: use more"):
+    with pytest.raises(InputError, match=r"`reward_reference_images` 4 has 1; use more"):
         class_statistics(features, torch.tensor([0, 0, 1, 2]), 3)
 
 
@@ -317,7 +317,7 @@ def test_reward_functions(tmp_path, real):
     broken.write_text("import nothing_of_that_name\n")
     for argument, message in (
         (f"{tmp_path}/nowhere.py:f", "does not exist"),
-        (str(file), "give FILE.py:NAME"),
+        (str(file), "is not FILE.py:NAME"),
         ("no_such_package:bright", "cannot be imported .*no_such_package"),
         (f"{file}:dark", "has no function 'dark'"),
         (f"{file}:number", "has no function 'number'"),
@@ -326,7 +326,7 @@ def test_reward_functions(tmp_path, real):
         with pytest.raises(InputError, match=message):
             import_reward(argument)
     for arguments in ([f"{file}:semantic"], [f"{file}:bright", f"{file}:bright"]):
-        with pytest.raises(InputError, match="already; give it another name"):
+        with pytest.raises(InputError, match="is already called"):
             load_reward_functions(arguments)
     for name, message in (
         ("wide", r"'wide' must return a tensor of shape \[3\], not \[3, 4\]"),

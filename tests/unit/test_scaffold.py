@@ -364,11 +364,11 @@ def test_without_an_objective_for_it_the_scaffold_rests():
         ({"scaffold_layer": 2, "alignment_coeff": 0.0}, "`alignment_coeff` 0 ends alignment"),
         (
             {"scaffold_layer": 2, "scaffold_fraction": 1.0, "release": "plateau"},
-            "`release` plateau has no effect with `scaffold_fraction` 1: it begins after the scaffold phase",
+            "`release` plateau has no effect with `scaffold_fraction` 1, because it acts only after the scaffold phase",
         ),
         (
             {"scaffold_layer": 2, "scaffold_fraction": 1.0, "conflict": "gate"},
-            "`conflict` gate has no effect with `scaffold_fraction` 1: it begins after the scaffold phase",
+            "`conflict` gate has no effect with `scaffold_fraction` 1, because it acts only after the scaffold phase",
         ),
         (
             {"objective": "repi", "projector": "conv"},

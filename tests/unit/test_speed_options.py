@@ -96,7 +96,10 @@ def test_a_cpu_encodes_few_large_images_at_a_time():
         ({"fp8": True, "mixed_precision": "fp16"}, "`fp8` needs `mixed_precision` bf16, not fp16"),
         ({"fp8": True, "lora_rank": 4}, "`fp8` cannot be combined with `lora_rank` 4"),
         ({"ema_every": 4, "use_ema": False}, "`ema_every` 4 has no effect without `use_ema`"),
-        ({"ema_every": 11, "max_train_steps": 10}, "`ema_every` 11: the average would never move in the 10 steps"),
+        (
+            {"ema_every": 11, "max_train_steps": 10},
+            "`ema_every` 11 would never update the averaged weights, because `max_train_steps` is 10",
+        ),
         ({"ema_every": 0}, "`ema_every` 0 must be at least 1"),
     ],
 )
@@ -187,10 +190,10 @@ def test_layers_in_8_bits(monkeypatch):
     with pytest.raises(InputError, match="`fp8` needs torchao, which cannot be imported .*; pip install torchao"):
         to_fp8(model)
     for device, kind, precision, rows, message in (
-        ("cpu", "NO", "bf16", 64, "`fp8` needs a GPU from Ada or Hopper on, and this is "),
+        ("cpu", "NO", "bf16", 64, "`fp8` needs an Ada, Hopper or later GPU, and this is "),
         ("cuda", "FSDP", "bf16", 64, "`fp8` cannot be combined with FSDP"),
         ("cuda", "NO", "no", 64, "`fp8` needs `mixed_precision` bf16, not no"),
-        ("cuda", "NO", "bf16", 60, "`fp8` needs a multiple of 16 tokens in a micro-step, and there are 60"),
+        ("cuda", "NO", "bf16", 60, "`fp8` needs a multiple of 16 tokens in a micro-step, not 60"),
     ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
         accelerator = SimpleNamespace(

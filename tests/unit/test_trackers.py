@@ -111,7 +111,8 @@ def test_an_outage_is_one_warning(start, wandb, broken, logged, tmp_path, caplog
     (warning,) = [record for record in caplog.records if "wandb" in record.getMessage()]
     assert warning.levelname == "WARNING"
     assert (
-        f"wandb cannot be written ({broken}: the server is out of reach); it is not used again" in warning.getMessage()
+        f"the tracker wandb has failed ({broken}: the server is out of reach) and is not used again"
+        in warning.getMessage()
     )
     # The others have everything.
     assert [row["loss_fm"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1.0, 2.0]

@@ -131,7 +131,7 @@ def test_what_earlier_versions_did_before_there_was_an_option(tmp_path):
 def test_what_equal_meant_in_earlier_versions(tmp_path):
     old = fake_checkpoint(tmp_path, 5, {"--reward_weighting": "equal"})
     assert checked_state(old, {"reward_weighting": "raw"})["step"] == 5
-    with pytest.raises(InputError, match="is called raw now; give `reward_weighting` raw to continue"):
+    with pytest.raises(InputError, match="is now called raw: give `reward_weighting` raw to continue"):
         checked_state(old, {"reward_weighting": "equal"})
     with pytest.raises(InputError, match="`reward_weighting` is inverse_std, but .* was trained with raw"):
         checked_state(old, {"reward_weighting": "inverse_std"})

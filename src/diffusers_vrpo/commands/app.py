@@ -1,11 +1,11 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-r"""Open a page that samples from a pipeline, in the browser of a computer or a phone.
+r"""Serve a web page that samples from a pipeline, for the browser of a computer or a phone.
 
     vrpo app outputs/digits
     vrpo app me/digits-vrpo --server_name 0.0.0.0          (a phone in the same network can open it)
 
-The command prints the address of the page. The page can also run as a Space on the Hub, where the variable VRPO_PIPELINE names
-the pipeline.
+The command prints the address of the page. The page can also run as a Space on the Hub, where the environment variable
+VRPO_PIPELINE names the pipeline.
 """
 
 import argparse
@@ -25,18 +25,20 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         nargs="?",
         metavar="PIPELINE",
         default=argparse.SUPPRESS,
-        help="output folder of a run, any other folder of a VRPOPipeline, or its name on the Hub; VRPO_PIPELINE if not given",
+        help="output folder of a run, any other folder of a VRPOPipeline, or a name on the Hub; if not given, the value of the "
+        "environment variable VRPO_PIPELINE",
     )
     parser.add_argument("--pipeline", default=os.environ.get("VRPO_PIPELINE"), help="another way to give PIPELINE")
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="precision of the transformer; bfloat16 on a GPU and float32 on a CPU if not given",
+        help="precision of the transformer; if not given, bfloat16 on a GPU and float32 on a CPU",
     )
     parser.add_argument(
         "--server_name",
         metavar="HOST",
-        help="address to listen on; this computer alone if not given, 0.0.0.0 for all in the same network",
+        help="address at which the page is served: 0.0.0.0 for all devices in the same network; if not given, for this computer "
+        "alone",
     )
     parser.add_argument(
         "--server_port",
@@ -51,14 +53,16 @@ def parse_args(argv: list[str] | None = None, prog: str = "vrpo app") -> argpars
     parser = build_parser(prog)
     args = parser.parse_args(argv)
     if not args.pipeline:
-        parser.error("PIPELINE is missing: name a folder or Hub repository, or set VRPO_PIPELINE (a Space's variable)")
+        parser.error(
+            "PIPELINE is missing; give a folder or Hub repository, or set the environment variable VRPO_PIPELINE"
+        )
     return args
 
 
 def main(argv: list[str] | None = None, prog: str = "vrpo app"):
     """Runs the command; `prog` is its name in errors."""
     args = parse_args(argv, prog)
-    sys.path.insert(0, str(packaged("space")))  # whose modules lie side by side in a Space
+    sys.path.insert(0, str(packaged("space")))  # its modules import each other without a package, as in a Space
     import_module("app").serve(args, build_parser(prog))
 
 

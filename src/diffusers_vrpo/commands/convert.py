@@ -6,7 +6,7 @@ r"""Convert checkpoints of SiT, REPA, iREPA and DiT into pipelines, and transfor
     vrpo convert facebook/DiT-XL-2-256 dit-xl
     vrpo convert sit-xl-vrpo sit-xl-vrpo.pt --to sit
 
-The result opens with `VRPOPipeline.from_pretrained` and starts a training with `--pretrained_model_name_or_path`.
+`VRPOPipeline.from_pretrained` loads the result, and `vrpo train --pretrained_model_name_or_path` starts from it.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from ..training.output_dir import check_writable
 
 logger = logging.getLogger("convert")
 
-# What a folder may hold that --overwrite replaces.
+# The files and folders that a folder may have for --overwrite to replace it.
 PIPELINE_FILES = {
     "model_index.json",
     "pipeline_vrpo.py",
@@ -58,25 +58,28 @@ PIPELINE_FILES = {
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
     parser = OneLineErrorParser(prog=prog, description=__doc__)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="official file, or folder or Hub name of a model")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="file of official weights, or folder or Hub name of a model"
+    )
     parser.add_argument(
         "output",
         metavar="OUTPUT_DIR",
-        help="folder of the pipeline; with --to a .pt or .safetensors file, or a folder",
+        help="folder for the pipeline; with --to, a .pt or .safetensors file, or a folder",
     )
     parser.add_argument(
         "--format",
         choices=FORMATS,
         default="auto",
-        help="format of CHECKPOINT; auto looks at the names of its weights",
+        help="format of CHECKPOINT; auto recognises it by the names of the weights",
     )
     parser.add_argument(
-        "--preset", help="expected size of the model in a file, such as SiT-XL/2 or DiT-XL/2; another size is an error"
+        "--preset",
+        help="size that the model in a file must have, such as SiT-XL/2 or DiT-XL/2; other sizes are refused",
     )
     parser.add_argument(
         "--num_attention_heads",
         type=number_in(In(1, most=1024)),
-        help="attention heads of a model whose depth and width are not those of a published size",
+        help="number of attention heads, for a model whose depth and width are not those of a published size",
     )
     parser.add_argument(
         "--num_classes",
@@ -86,27 +89,36 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--alignment_layer",
         type=number_in(In(1, most=1000)),
-        help="block that feeds REPA's projectors, if the file does not say so",
+        help="block after which REPA's projectors are attached, counted from 1, if the file does not say so",
     )
-    parser.add_argument("--vae", help="autoencoder of the pipeline, Hub name or folder; `none` for a model of pixels")
-    parser.add_argument("--id2label", metavar="FILE.json", help="class names, as a map from id to name")
+    parser.add_argument(
+        "--vae", help="autoencoder for the pipeline (Hub name or folder), or `none` for a model of pixels"
+    )
+    parser.add_argument(
+        "--id2label", metavar="FILE.json", help="file with class names, as a JSON object from id to name"
+    )
     parser.add_argument("--to", choices=LAYOUTS, help="write an official state dict instead of a pipeline")
     parser.add_argument(
         "--ema_key",
         action="store_true",
-        help="put the state dict of --to under the key 'ema', as training files have it",
+        help="put the state dict of --to under the key 'ema', as in the official training checkpoints; needs a .pt file",
     )
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace a pipeline in OUTPUT_DIR, or the file of --to; a folder with anything else is never replaced",
+        help="replace a pipeline in OUTPUT_DIR, or the file of --to; a folder with other files is never replaced",
     )
     parser.add_argument("--cache_dir", help="folder for downloads")
     return parser
 
 
 def source_parts(name_or_path: str, cache_dir: str | None) -> tuple[object, dict | None, list[int] | None, bool]:
-    """Scheduler, class names, trained classes and whether there is an autoencoder, of a pipeline; else None and False."""
+    """Reads the parts of a pipeline besides its transformer.
+
+    Returns:
+        the scheduler, the class names, the ids of the trained classes, and whether there is an autoencoder; None, None, None
+        and False if this is not a pipeline.
+    """
     index = pipeline_index(name_or_path, cache_dir)
     if index is None:
         return None, None, None, False
@@ -116,29 +128,31 @@ def source_parts(name_or_path: str, cache_dir: str | None) -> tuple[object, dict
     if scheduler_class is not None:
         scheduler = scheduler_class.from_pretrained(name_or_path, subfolder="scheduler", cache_dir=cache_dir)
     else:
-        logger.warning(f"{name_or_path}: its scheduler {library}.{class_name} is unknown here; taking the default")
+        logger.warning(
+            f"the scheduler {library}.{class_name} of {name_or_path} is unknown here, so the default is used instead"
+        )
     return scheduler, index.get("id2label"), index.get("trained_labels"), index.get("vae", [None])[0] is not None
 
 
 def check_pipeline_folder(output: Path, overwrite: bool):
-    """Checks that a pipeline can be written to a folder without loss of what is there.
+    """Checks that a pipeline can be written to a folder without losing other files, and creates the folder.
 
     Raises:
-        InputError: if the folder cannot be made; it has files and `overwrite` is false; or it has files that no pipeline has,
-            such as those of a training run.
+        InputError: if the folder cannot be created, has a pipeline and `overwrite` is false, or has files that are not part
+            of a pipeline, such as those of a training run.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
         names = sorted(path.name for path in output.iterdir())
     except OSError as error:
         raise InputError(
-            None, f"OUTPUT_DIR {output} cannot be created as a folder ({error.strerror}); choose another"
+            None, f"OUTPUT_DIR {output} cannot be created as a folder ({error.strerror}); choose another place"
         ) from error
     others = [name for name in names if name not in PIPELINE_FILES]
     if others:
         raise InputError(
             None,
-            f"OUTPUT_DIR {output} holds {', '.join(others[:3])}, which is not a pipeline's; choose another folder",
+            f"OUTPUT_DIR {output} holds {', '.join(others[:3])}, not only a pipeline; choose another folder",
         )
     if names and not overwrite:
         raise InputError(
@@ -150,10 +164,10 @@ def write_pipeline(pipeline: VRPOPipeline, output: Path):
     """Writes a pipeline to a temporary folder next to `output` and then renames it, so that a failure leaves `output` intact.
 
     Raises:
-        InputError: if it cannot be written, for example on a full disk.
+        InputError: if the pipeline cannot be written, for example on a full disk.
     """
     output = output.resolve()
-    # The folder is on the same disk, and nobody else uses its name.
+    # The temporary folder is on the same disk, and its name is unique.
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
         written, before = Path(scratch) / "pipeline", Path(scratch) / "before"
         try:
@@ -170,14 +184,14 @@ def write_pipeline(pipeline: VRPOPipeline, output: Path):
 
 
 def read_id2label(file: str) -> dict[int, str]:
-    """Reads the class names of a JSON file, by their ids.
+    """Reads class names by id from a JSON file.
 
     Raises:
-        InputError: if it is something else.
+        InputError: if the file is something else.
     """
     path = Path(file)
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
+        if path.exists() and not path.is_file():  # reading a pipe would block
             raise OSError("it is not a file")
         names = json.loads(path.read_text())
         if problem := id2label_problem(names):
@@ -190,23 +204,30 @@ def read_id2label(file: str) -> dict[int, str]:
 
 
 def is_ours(name_or_path: str, cache_dir: str | None) -> bool:
-    """Whether a folder or Hub name holds a transformer of this package, and not diffusers' DiT."""
+    """Whether a folder or Hub name has a transformer of this package, as opposed to diffusers' DiT."""
     return find_transformer(name_or_path, cache_dir)[0]["_class_name"] == "SiTTransformer2DModel"
 
 
 def check_latents(vae, name: str, config):
-    """Raises InputError if a transformer with a config does not work on what an autoencoder encodes images to."""
+    """Checks that a transformer of this config can work on the latents of an autoencoder.
+
+    Raises:
+        InputError: if their number of channels or their size does not fit.
+    """
     sides = [config.sample_size] if isinstance(config.sample_size, int) else config.sample_size
     shape = latent_shape(vae, (side_factor(vae) or 1) * max(sides), config.patch_size)
     if shape[0] != config.in_channels:
-        raise InputError("vae", f"`vae` {name} has {shape[0]} channels, the transformer {config.in_channels}")
+        raise InputError(
+            "vae",
+            f"`vae` {name} makes latents of {shape[0]} channels, but the transformer takes {config.in_channels}; give another",
+        )
 
 
 def convert(args: argparse.Namespace):
     """Converts a checkpoint and writes the result.
 
     Raises:
-        InputError: if the input cannot work.
+        InputError: if options, checkpoint or output folder cannot work.
     """
     output = Path(args.output)
     is_file = output.suffix in (".pt", ".pth", ".safetensors") and not output.is_dir()
@@ -243,14 +264,14 @@ def convert(args: argparse.Namespace):
     if args.to is not None:
         state = export_checkpoint(transformer, args.to, projectors)
         if args.ema_key and file.suffix == ".safetensors":
-            raise InputError("ema_key", "`ema_key` needs a .pt file: safetensors are flat")
+            raise InputError("ema_key", f"`ema_key` needs a .pt file, because {file.suffix} files have no nested keys")
         save_official({"ema": state} if args.ema_key else state, file)
         logger.info(f"wrote {file}: {len(state)} tensors, learn_sigma={config.learn_sigma and args.to != 'repa'}")
         return
 
     if projectors is not None:
         logger.info(
-            f"{args.checkpoint} also holds alignment projectors, which only training needs; they are not part of the pipeline"
+            f"{args.checkpoint} also has alignment projectors, which only training needs; they are not part of the pipeline"
         )
     scheduler, names, trained_labels, has_vae = source_parts(args.checkpoint, args.cache_dir)
     vae = None
@@ -259,7 +280,9 @@ def convert(args: argparse.Namespace):
     elif args.vae is None and has_vae:
         vae = load_vae(args.checkpoint, args.cache_dir)
     elif args.vae is None and config.in_channels not in (1, 3):
-        logger.warning("without --vae the pipeline returns latents only; SiT and DiT use stabilityai/sd-vae-ft-ema")
+        logger.warning(
+            "without --vae the pipeline returns latents instead of images; SiT and DiT use stabilityai/sd-vae-ft-ema"
+        )
     if vae is not None:
         name = args.vae or args.checkpoint
         check_latents(vae, name, config)
@@ -288,7 +311,7 @@ def main(argv: list[str] | None = None, prog: str = "vrpo convert"):
             parser.error(f"{name} is empty; give a path")
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    # Weights, scheduler and autoencoder ask once.
+    # Whether the Hub is in reach is asked once for weights, scheduler and autoencoder.
     with one_line_errors(parser), offline_if_out_of_reach(args.checkpoint):
         convert(args)
 

@@ -6,10 +6,10 @@ r"""Compare generated images with a reference: FID, sFID, Inception Score, KID, 
     vrpo evaluate --multi_gpu -- samples/ --reference path/to/images --encoder inception facebook/dinov2-large
 
 SAMPLES is a folder with PNG or JPEG files at any depth, or an .npz as ADM writes it (arr_0, uint8 [N, H, W, 3]). The
-reference is also one of these, or a data set (Hub name or folder of `datasets`, centre-cropped as for training), one of ADM's
+reference may also be one of these, a data set (Hub name or folder of `datasets`, centre-cropped as for training), one of ADM's
 reference batches (.npz with mu, sigma, mu_s, sigma_s and arr_0), or a statistics file that --save_reference wrote.
 
-Compare only values for equal numbers of images: FID and most other metrics depend on the number.
+Compare only values for equal numbers of images, because FID and most other metrics depend on that number.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def evaluate(args: argparse.Namespace) -> dict | None:
     """Computes the requested metrics; the main process returns the content of the JSON file, the others None.
 
     Raises:
-        InputError: if the input cannot work.
+        InputError: if options, images or files cannot work.
     """
     state = start_processes()
     check_files(args)
@@ -116,7 +116,9 @@ def evaluate(args: argparse.Namespace) -> dict | None:
         with writing_result("plot_file", args.plot_file):
             plot_features(comparison.features, Path(args.plot_file), args.seed)
     elif args.plot_file:
-        logger.warning("--plot_file needs features of a reference; nothing is drawn")
+        logger.warning(
+            f"--plot_file {args.plot_file} is not drawn, because that needs features of a reference's images"
+        )
     return report
 
 
@@ -124,7 +126,7 @@ def check_files(args: argparse.Namespace):
     """Checks the files that the options name for results and statistics.
 
     Raises:
-        InputError: if one cannot be written, or would replace something else.
+        InputError: if a file cannot be written, or would replace something else.
     """
     check_output_files(args, "output_file", "plot_file", "save_reference")
     if args.output_file:
@@ -133,7 +135,7 @@ def check_files(args: argparse.Namespace):
 
 
 def write_report(path: Path, text: str):
-    """Writes the JSON file atomically; a pipe or device that was named, such as /dev/stdout, gets the text."""
+    """Writes the JSON file atomically, or writes the text to a pipe or device such as /dev/stdout."""
     if path.exists() and not path.is_file():
         path.write_text(text)
     else:
@@ -144,7 +146,7 @@ def refuse_other_report(output_file: str):
     """Checks that a file to be replaced is an earlier result of this command.
 
     Raises:
-        InputError: if it is another file.
+        InputError: if the file is something else.
     """
     path = Path(output_file)
     if not path.is_file():
@@ -154,7 +156,7 @@ def refuse_other_report(output_file: str):
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             "output_file",
-            f"`output_file` {output_file} exists and is not a result of `vrpo evaluate`; choose another file",
+            f"`output_file` {output_file} already exists and is not a result of `vrpo evaluate`; choose another file",
         ) from error
 
 
@@ -162,7 +164,7 @@ def warn_of_unfinished(name: str, source: str):
     """Warns if a folder of samples is not complete."""
     wanted = unfinished_samples(Path(source).expanduser())
     if wanted is not None:
-        logger.warning(f"{name} {source} is an unfinished set of {wanted} samples; only those that exist count")
+        logger.warning(f"{name} {source} is an unfinished set of {wanted} samples; only those that exist are measured")
 
 
 def format_table(results: dict[str, dict]) -> str:
@@ -195,10 +197,11 @@ def check_output_files(args: argparse.Namespace, *names: str):
     """Checks that the files which these options name can be written, before any work.
 
     Args:
-        names: options; `plot_file` must be an image, and only `output_file` may be a pipe or device, such as /dev/stdout.
+        names: names of options. `plot_file` must name an image, and only `output_file` may name a pipe or device, such as
+            /dev/stdout.
 
     Raises:
-        InputError: if one cannot be written, matplotlib does not know its format, or two of them are the same file.
+        InputError: if a file cannot be written, matplotlib does not know its format, or two options name the same file.
     """
     seen: dict[Path, str] = {}
     for name in names:
@@ -213,10 +216,10 @@ def check_output_files(args: argparse.Namespace, *names: str):
             if name == "output_file" and path.exists() and not path.is_file() and not path.is_dir():
                 continue
             if not path.parent.is_dir():
-                raise InputError(name, f"`{name}` {file}: its folder does not exist")
+                raise InputError(name, f"the folder of `{name}` {file} does not exist; create it, or choose another")
             if path.exists() and not path.is_file():
-                raise InputError(name, f"`{name}` {file} cannot be written: it is not a file; choose another file")
-            # As `replacing` writes it; permissions alone do not tell of read-only disks or names that are too long.
+                raise InputError(name, f"`{name}` {file} is not a file; choose another")
+            # `replacing` writes such a file. Permissions alone do not show a read-only disk or a name that is too long.
             with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"):
                 pass
         except (OSError, RuntimeError) as error:  # a RuntimeError is a loop of links
@@ -225,10 +228,10 @@ def check_output_files(args: argparse.Namespace, *names: str):
 
 
 def check_reference_cache(folder: str | None):
-    """Checks the folder that keeps the statistics of references; one that exists may be read-only.
+    """Checks the folder that keeps the statistics of references. A folder that exists may be read-only.
 
     Raises:
-        InputError: if it is not a folder, or cannot be created.
+        InputError: if the path is not a folder, or the folder cannot be created.
     """
     if folder is None or Path(folder).is_dir():
         return
@@ -238,10 +241,10 @@ def check_reference_cache(folder: str | None):
 
 
 def check_plot_format(file: str):
-    """Checks that matplotlib can write an image with the ending of `plot_file`; without an ending it is a PNG.
+    """Checks that matplotlib can write an image with the ending of `plot_file`; a name without an ending is a PNG.
 
     Raises:
-        InputError: if it cannot.
+        InputError: if matplotlib cannot.
     """
     from matplotlib.backend_bases import FigureCanvasBase
 
@@ -259,15 +262,15 @@ def add_reference_options(parser: argparse.ArgumentParser, **reference):
     g = parser.add_argument_group("reference")
     g.add_argument(
         "--reference",
-        help="compare with these images: a folder, an .npz, one of ADM's reference batches, a data set (`datasets` name or "
-        "folder), or the file that --save_reference wrote; only the Inception Score needs no reference",
+        help="compare with these images: a folder, an .npz, one of ADM's reference batches, a data set (Hub name or folder of "
+        "`datasets`), or a file that --save_reference wrote; only the Inception Score needs no reference",
         **reference,
     )
     g.add_argument(
         "--resolution",
         type=number_in(RESOLUTION),
-        help="crop the reference's images in the centre, to squares with sides of this many pixels; if not given, those "
-        "of a data set are cropped to the size of the samples",
+        help="crop the reference's images in the centre, to squares with sides of this many pixels; if not given, images of a "
+        "data set are cropped to the size of the samples",
     )
     g.add_argument("--dataset_config_name", help="configuration of a data set given as --reference")
     g.add_argument("--reference_split", default="train", help="split of a data set given as --reference")
@@ -275,18 +278,18 @@ def add_reference_options(parser: argparse.ArgumentParser, **reference):
     g.add_argument(
         "--reference_cache",
         metavar="FOLDER",
-        help="folder for the statistics of references, to be used again (default: ~/.cache/diffusers-vrpo/statistics)",
+        help="folder that keeps the statistics of references for later calls (default: ~/.cache/diffusers-vrpo/statistics)",
     )
     g.add_argument(
         "--save_reference",
         metavar="FILE.safetensors",
-        help="additional file for the reference's statistics, which --reference takes; with one --encoder",
+        help="also write the reference's statistics to this file, which --reference can read; needs a single --encoder",
     )
     add_options(g, RunConfig, ["cache_dir"])
 
 
 def add_metric_options(parser: argparse.ArgumentParser):
-    """Adds the group of options of the metrics, but --seed."""
+    """Adds the group of options of the metrics, except --seed."""
     neighbour = number_in(In(1, most=10_000))
     g = parser.add_argument_group("metrics")
     g.add_argument(
@@ -300,72 +303,73 @@ def add_metric_options(parser: argparse.ArgumentParser):
         "--encoder",
         nargs="+",
         default=["inception"],
-        help="compare the images in the features of these networks: `inception` gives FID, a vision model of transformers "
-        "(Hub name or folder) a Fréchet distance, facebook/dinov2-large FD-DINOv2",
+        help="compare the images in the features of these networks: `inception` for FID, or vision models of transformers (Hub "
+        "names or folders) for other Fréchet distances, such as facebook/dinov2-large for FD-DINOv2",
     )
     g.add_argument(
         "--pooling",
         choices=POOLINGS,
         default="auto",
-        help="feature vector of a transformers model: as usual for its family, or the mean of its patch tokens",
+        help="feature vector of a transformers model: the usual one of its family (auto), or the mean of its patch tokens (mean)",
     )
     g.add_argument(
         "--inception_weights",
         metavar="FILE",
-        help="weights of the Inception network of FID; torch hub's cache, or a download into it, if not given",
+        help="weights of the Inception network for FID; if not given, those in torch hub's cache, or downloaded into it",
     )
     g.add_argument(
         "--max_features",
         type=number_in(NUM_SAMPLES),
         default=50_000,
-        help="largest number of images of each set, drawn at random, for metrics other than FID and sFID, which use all",
+        help="largest number of images of each set, drawn at random, for all metrics except FID and sFID, which use all images",
     )
     g.add_argument(
         "--kid_subsets",
         type=number_in(In(1, most=10**6)),
         default=100,
-        help="number of subsets that KID is averaged over",
+        help="number of subsets over which KID is averaged",
     )
     g.add_argument(
         "--kid_subset_size",
         type=number_in(In(2, most=10**7)),
-        help="images of each subset (default: 1000, or half of a smaller set)",
+        help="images in each subset for KID (default: 1000, or half of the smaller set if that is less)",
     )
     g.add_argument(
         "--inception_score_splits",
         type=number_in(In(1, most=10**6)),
         default=10,
-        help="number of parts of the Inception Score",
+        help="number of parts of the samples over which the Inception Score is averaged",
     )
     g.add_argument(
         "--shuffle",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="draw these parts at random instead of in the images' order, as ADM does, which is wrong for images sorted by class",
+        help="draw these parts at random; --no-shuffle takes them in the order of the images, as ADM does, which gives wrong "
+        "scores for images sorted by class",
     )
     g.add_argument(
         "--precision_recall_k",
         type=neighbour,
         default=3,
-        help="neighbour that sets the radius of precision and recall",
+        help="k of the k-th nearest neighbour whose distance is the radius for precision and recall",
     )
     g.add_argument(
         "--density_coverage_k",
         type=neighbour,
         default=5,
-        help="neighbour that sets the radius of density and coverage",
+        help="k of the k-th nearest neighbour whose distance is the radius for density and coverage",
     )
 
 
 def add_output_options(parser: argparse.ArgumentParser):
-    """Adds the group of options of the result's files."""
+    """Adds the group of options about the work and the files of the result, and returns it."""
     g = parser.add_argument_group("work and output")
     add_options(g, RunConfig, ["dataloader_num_workers"], help="processes that decode images, for each that encodes")
     g.add_argument("--output_file", metavar="FILE.json", help="write all numbers and settings to this file")
     g.add_argument(
         "--plot_file",
         metavar="FILE.png",
-        help="draw both sets in two dimensions, and the distances to nearest neighbours, in this file",
+        help="draw both sets of images in two dimensions, and their distances to nearest neighbours, in this file",
     )
     return g
 
@@ -381,7 +385,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     g.add_argument(
         "--batch_size",
         type=number_in(BATCH),
-        help="encode this many images together on each process (default: 64, on a CPU 4)",
+        help="encode this many images together on each process (default: 64 on a GPU, 4 on a CPU)",
     )
     g.add_argument(
         "--seed", type=number_in(SEED), default=0, help="seed of KID's subsets and the Inception Score's parts"
@@ -392,25 +396,29 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace):
     """Ends the process with a one-line message if options of reference and metrics contradict each other."""
     if args.reference is None and args.metrics != ["is"]:
-        parser.error("--reference is missing: a folder, an .npz or a data set (only `--metrics is` needs none)")
+        parser.error("--reference is missing; give a folder, an .npz or a data set (only `--metrics is` needs none)")
     if args.save_reference and (len(args.encoder) > 1 or args.reference is None):
-        parser.error("--save_reference needs a --reference and one --encoder: a file holds the statistics of one")
+        parser.error(
+            "--save_reference needs a --reference and a single --encoder, because a file has statistics of one"
+        )
     if args.save_reference and not args.save_reference.endswith(".safetensors"):
         parser.error(f"--save_reference {args.save_reference} must end in .safetensors")
     if len(set(args.encoder)) < len(args.encoder):
-        parser.error("--encoder names one twice")
+        parser.error("--encoder names the same encoder twice; give each once")
     if args.inception_weights and "inception" not in args.encoder:
         parser.error("--inception_weights has no effect without --encoder inception; remove it")
     if args.pooling != "auto" and args.encoder == ["inception"]:
         parser.error(
-            f"--pooling {args.pooling} cannot be combined with --encoder inception, which has its own; remove it"
+            f"--pooling {args.pooling} cannot be combined with --encoder inception, which has its own pooling; remove it"
         )
     for name in ("resolution", *DATASET_OPTIONS):
         value = getattr(args, name)
         if args.reference is None and value != parser.get_default(name):
             parser.error(f"--{name} {value} has no effect without --reference; remove it")
     if (args.reference or "").endswith(".safetensors") and len(args.encoder) > 1:
-        parser.error(f"--reference {args.reference} holds the statistics of one encoder; name that --encoder alone")
+        parser.error(
+            f"--reference {args.reference} has the statistics of one encoder; give only that one as --encoder"
+        )
 
 
 def parse_args(argv: list[str] | None = None, prog: str = "vrpo evaluate") -> argparse.Namespace:

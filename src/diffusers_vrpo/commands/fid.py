@@ -5,8 +5,8 @@ r"""Sample from a pipeline and compare the images with a reference: `vrpo sample
     vrpo fid --multi_gpu -- sit-xl --reference VIRTUAL_imagenet256_labeled.npz --sampler sde --num_inference_steps 250 \
         --batch_size 128 --dtype bfloat16
 
-A stopped command continues with the images that exist already when it is run again. The images are removed once they are
-measured, unless --keep_images is given or --output_dir held a complete set before.
+A stopped command that is run again continues with the images that already exist. The images are removed once they are
+measured, unless --keep_images is given or --output_dir already had a complete set before.
 
 Compare only values for equal numbers of images and equal sampling options.
 """
@@ -38,11 +38,11 @@ def fid(args: argparse.Namespace) -> dict | None:
     """Samples and measures; the main process returns the content of the JSON file of `vrpo evaluate`, the others None.
 
     Raises:
-        InputError: if options cannot work, before anything is sampled where that can be known.
+        InputError: if options cannot work, if possible before anything is sampled.
     """
     state = start_processes()
     folder = Path(args.output_dir or f"{Path(args.pipeline).resolve().name}-fid")
-    # Whole sets in a folder that was named may be those of `vrpo sample`.
+    # A complete set in a folder that --output_dir names may come from `vrpo sample`, and is kept.
     were_there = (folder / "manifest.json").is_file() and unfinished_samples(folder) is None
     keep = args.keep_images or (args.output_dir is not None and were_there)
     evaluate.check_files(args)
@@ -50,21 +50,23 @@ def fid(args: argparse.Namespace) -> dict | None:
     check_measurable(args, pipeline, state)
     given = vars(args) | {"output_dir": str(folder), "samples": str(folder), "output_format": "png"}
     sample.sample(argparse.Namespace(**given), pipeline)
-    report = evaluate.evaluate(argparse.Namespace(**given | {"batch_size": None}))  # encoders have one of their own
+    report = evaluate.evaluate(
+        argparse.Namespace(**given | {"batch_size": None})
+    )  # that of sampling is not meant for encoders
     if state.is_main_process and not keep:
         remove_samples(folder)
-        with contextlib.suppress(OSError):  # other files stay, and the folder with them
+        with contextlib.suppress(OSError):  # the folder stays if it has other files
             folder.rmdir()
-        logger.info(f"removed the {args.num_images} images of {folder}; --keep_images keeps them")
+        logger.info(f"removed the {args.num_images} images in {folder}; --keep_images keeps them")
     state.wait_for_everyone()
     return report
 
 
 def check_measurable(args: argparse.Namespace, pipeline: VRPOPipeline, state: PartialState):
-    """Opens the encoders, and the reference for images of the pipeline's size, since sampling can take hours.
+    """Checks the encoders and the reference before sampling, which can take hours.
 
     Raises:
-        InputError: if one cannot be opened or used.
+        InputError: if an encoder or the reference cannot be opened, or does not fit images of the pipeline's size.
     """
     config = pipeline.transformer.config
     size = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
@@ -88,7 +90,7 @@ def check_measurable(args: argparse.Namespace, pipeline: VRPOPipeline, state: Pa
 def build_parser(prog: str) -> argparse.ArgumentParser:
     parser = OneLineErrorParser(prog=prog, description=__doc__, common=COMMON)
     sample_options.add_sampling_options(
-        parser, default=50_000, help="sample this many images; published values are of 50000, and fewer raise FID"
+        parser, default=50_000, help="sample this many images; published values use 50000, and fewer images raise FID"
     )
     evaluate.add_reference_options(parser, required=True)
     evaluate.add_metric_options(parser)
@@ -96,11 +98,11 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     g.add_argument(
         "--output_dir",
         metavar="DIR",
-        help="write the images to this folder, a new or empty one, or that of an earlier call; the name of PIPELINE with "
-        "-fid, in the current folder, if not given",
+        help="write the images to this folder, which must be new, empty, or that of an earlier call; if not given, to a folder "
+        "in the current one that is called like PIPELINE, with -fid at the end",
     )
     g.add_argument("--keep_images", action="store_true", help="keep the images instead of removing them at the end")
-    g.add_argument("--overwrite", action="store_true", help="remove samples that are in DIR first")
+    g.add_argument("--overwrite", action="store_true", help="remove the samples in --output_dir first")
     return parser
 
 

@@ -37,11 +37,11 @@ def import_(args: argparse.Namespace):
     """Rebuilds a cache from an export.
 
     Raises:
-        InputError: if it is not a complete export.
+        InputError: if the source is not a complete export, or several processes were started.
     """
     state = start_processes()
     if state.num_processes > 1:
-        raise InputError(None, "import runs in one process; start it without a launcher")
+        raise InputError(None, f"{state.num_processes} processes were started, but import runs in one; start one")
     import_cache(args.dataset, args.output_dir, state, args.cache_dir)
 
 
@@ -49,18 +49,18 @@ def verify(args: argparse.Namespace):
     """Compares all files of a cache with its checksums.
 
     Raises:
-        InputError: if they differ.
+        InputError: if a file differs from its checksum.
     """
     cache = LatentCache(args.latents_dir)
     if damaged := cache.damaged_chunks(lambda chunks: tqdm(chunks, desc="verifying", unit="chunk")):
         raise damage(args.latents_dir, cache, damaged)
     logger.info(
-        f"{args.latents_dir}: {len(cache)} images, {num_chunks(cache.config)} chunks, all as they were written"
+        f"{args.latents_dir} is intact: {len(cache)} images in {num_chunks(cache.config)} chunks are as they were written"
     )
 
 
 def build_parser(prog: str) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """The parser, and those of its commands by name."""
+    """The parser of the command, and the parsers of its subcommands by name."""
     parser = OneLineErrorParser(prog=prog, description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{verify,export,import}")
 
@@ -75,10 +75,12 @@ def build_parser(prog: str) -> tuple[argparse.ArgumentParser, dict[str, argparse
     p = command("export", "write a cache as parquet files for the Hub", export)
     p.add_argument("--latents_dir", required=True, help="folder of the cache")
     p.add_argument("--output_dir", required=True, help="folder of the export")
-    p.add_argument("--push_to_hub", metavar="REPO", help="dataset repository to which the export is uploaded, too")
-    p.add_argument("--private", action="store_true", help="create that repository as a private one")
+    p.add_argument(
+        "--push_to_hub", metavar="REPO", help="also upload the export to this data set repository, OWNER/NAME"
+    )
+    p.add_argument("--private", action="store_true", help="make the repository private if it does not exist yet")
 
-    p = command("import", "make a cache of an export", import_)
+    p = command("import", "rebuild a cache from an export", import_)
     p.add_argument("--dataset", required=True, help="folder or Hub name of the export")
     p.add_argument("--output_dir", required=True, help="folder of the cache")
     add_options(p, RunConfig, ["cache_dir"])

@@ -3,13 +3,15 @@ r"""Suggest which block of a transformer to align with which layer of an encoder
 
     vrpo layers MODEL --dataset_name ILSVRC/imagenet-1k --encoder facebook/dinov2-base --output_file layers.json
 
-MODEL is a short run without alignment or an early checkpoint: the folder of the run or of a checkpoint-N, or a pipeline. Images are
-encoded and noised to each of --timesteps (t = 1 is noise), the transformer sees them without a class, and a ridge regression predicts
-the encoder's unit features of the clean image, layer by layer, from the tokens of each block.
+MODEL is a short run without alignment or an early checkpoint, given as the folder of the run, of a checkpoint-N or of a
+pipeline. Images are encoded and noised to each of --timesteps (t = 1 is noise), and the transformer sees them without a
+class. From the tokens of each block, a ridge regression predicts the encoder's features of the clean image, scaled to
+length 1, for each layer of the encoder.
 
-recoverability is R² on held-out images: the share of the differences between images that the regression predicts. gap is how much
-lower it is than the best block's. The suggested pair is the one whose block reaches about half of the best block's: the model builds
-these features later, and could build them here. It is a heuristic, not a measurement of what alignment gains.
+The recoverability is R² on held-out images: the share of the differences between images that the regression predicts.
+The gap is how far the recoverability of a block is below that of the best block. In the suggested pair the block reaches
+about half of the best block's recoverability: the model builds these features only later, and alignment could make it
+build them here. This is a heuristic, not a measurement of what alignment gains.
 """
 
 import argparse
@@ -44,14 +46,17 @@ from .probe import LabelledImages, image_side, open_pipeline, recorded_blocks, s
 logger = logging.getLogger("layers")
 # The options that the short help shows in addition to the required ones.
 COMMON = ("num_train", "num_test", "encoder_layer", "timesteps", "output_file")
-SEVERAL = In(2, most=10**7)  # images that differ from one another
+SEVERAL = In(2, most=10**7)  # R² needs at least two images
 
 
 def open_model(args: argparse.Namespace):
-    """Opens the transformer and its autoencoder (None for pixels) from a pipeline, the folder of a run or a checkpoint.
+    """Opens the transformer and its autoencoder from a pipeline, the folder of a run or a checkpoint.
+
+    Returns:
+        the transformer, and its autoencoder or, for a model of pixels, None.
 
     Raises:
-        InputError: if there is neither, or the autoencoder of a checkpoint is not known.
+        InputError: if none of these is found, or the autoencoder of a checkpoint is not known.
     """
     folder = Path(args.model).expanduser()
     is_pipeline = (folder / "model_index.json").is_file() or not folder.is_dir()
@@ -74,7 +79,7 @@ def open_model(args: argparse.Namespace):
 
 
 def vae_of_run(folder: Path) -> str | None:
-    """The autoencoder in the record of a run's options; None without a record."""
+    """The autoencoder in the record of a run's options; None if there is no record."""
     try:
         recorded = yaml.safe_load((folder / "train_config.yaml").read_text())
     except (OSError, ValueError, yaml.YAMLError):
@@ -84,11 +89,12 @@ def vae_of_run(folder: Path) -> str | None:
 
 
 def batches(part: LabelledImages, batch_size: int, num_workers: int):
-    """Yields the rows and the pixels `[B,3,R,R]` in [-1, 1] of a data set's part, with a progress bar."""
+    """Yields rows and their pixels, `[B,3,R,R]` in [-1, 1], of a part of a data set, with a progress bar."""
     rows = range(len(part.images))
     drawn = [list(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
     loader = torch.utils.data.DataLoader(Batches(part.images), batch_size=None, sampler=drawn, num_workers=num_workers)
-    for numbers, pixels in zip(drawn, tqdm(loader, desc=part.images.name, unit="batch")):
+    # zip asks the progress bar first, which therefore reaches its end.
+    for pixels, numbers in zip(tqdm(loader, desc=part.images.name, unit="batch"), drawn):
         if isinstance(pixels, str):
             raise InputError(None, pixels)
         yield numbers, pixels.float() / 127.5 - 1
@@ -96,7 +102,10 @@ def batches(part: LabelledImages, batch_size: int, num_workers: int):
 
 @torch.no_grad()
 def tokens_at(transformer, x0: torch.Tensor, noise: torch.Tensor, t: float) -> list[torch.Tensor]:
-    """The tokens `[B,N,D]` of every block for latents noised to t, without a class (class 0 of a model without null class)."""
+    """The tokens `[B,N,D]` of every block for latents noised to t, without a class.
+
+    A model without a null class sees class 0.
+    """
     label = transformer.null_class_id if transformer.null_class_id is not None else 0
     u = torch.full((len(x0),), t, device=x0.device)
     x_t, timestep, _, _ = forward_process(x0, noise, u, transformer.config)
@@ -107,18 +116,20 @@ def tokens_at(transformer, x0: torch.Tensor, noise: torch.Tensor, t: float) -> l
 
 
 def layers(args: argparse.Namespace) -> dict:
-    """Fits and scores the read-outs; returns the content of the JSON file.
+    """Fits and scores the regressions, and returns the content of the JSON file.
 
     Raises:
-        InputError: if the input cannot work.
+        InputError: if options, model or data cannot work.
     """
     state = start_processes()
     if state.num_processes > 1:
-        raise InputError(None, f"{state.num_processes} processes were started; vrpo layers runs on one")
+        raise InputError(None, f"{state.num_processes} processes were started, but vrpo layers runs in one; start one")
     check_output_files(args, "output_file")
     transformer, vae = open_model(args)
     if vae is None and transformer.config.in_channels != 3:
-        raise InputError("vae", f"MODEL {args.model} takes {transformer.config.in_channels} channels; give its `vae`")
+        raise InputError(
+            "vae", f"MODEL {args.model} takes latents of {transformer.config.in_channels} channels; give its `vae`"
+        )
     data, _, _ = load_image_dataset(
         args.dataset_name,
         args.dataset_config_name,
@@ -179,10 +190,14 @@ def layers(args: argparse.Namespace) -> dict:
 
 
 def chosen_layers(features: dict, layers: list[int] | None) -> dict:
-    """The features of the layers of `--encoder_layer`, counted as there; without it of all but 0, the pixels' embedding.
+    """The features of the layers that `--encoder_layer` names; by default of all but 0, the embedding of the pixels.
+
+    Args:
+        features: features by index of the layer; the index of the output is None.
+        layers: indices of layers; negative ones count from the last layer.
 
     Raises:
-        InputError: if the encoder does not have one.
+        InputError: if the encoder does not have such a layer.
     """
     if layers is None:
         return {index: values for index, values in features.items() if index != 0}
@@ -192,13 +207,15 @@ def chosen_layers(features: dict, layers: list[int] | None) -> dict:
         index = layer + last + 1 if layer < 0 else layer
         if index not in features:
             known = ", ".join(str(index) for index in features if index is not None)
-            raise InputError("encoder_layer", f"`encoder_layer` {layer}: the encoder has token maps at {known}")
+            raise InputError(
+                "encoder_layer", f"`encoder_layer` {layer} is not a layer with tokens; give one of {known}"
+            )
         chosen[index] = features[index]
     return chosen
 
 
 def format_layers(report: dict) -> str:
-    """Formats both tables, blocks by layers, and the recommendation."""
+    """Formats both tables of blocks by layers, and the recommendation."""
     layers = report["encoder_layers"]
     lines = []
     for name, of in (("recoverability", "R² on held-out images"), ("gap", "to the best block")):
@@ -208,14 +225,14 @@ def format_layers(report: dict) -> str:
             lines += [f"{block + 1:>6}" + "".join(f"{value:8.3f}" for value in values)]
     pair = report["recommendation"]
     if pair is None:
-        return "\n".join([*lines, "no pair is suggested: no block is clearly behind a later one in any layer"])
+        return "\n".join([*lines, "no pair is suggested, because no block is clearly behind a later one in any layer"])
     block, layer = pair["block"], pair["encoder_layer"]
     index = layers.index("output" if layer is None else layer)
     found, gap = (report[name][block - 1][index] for name in ("recoverability", "gap"))
     what = "the output" if layer is None else f"layer {layer}"
     flags = f"--layer_scope {block}" + ("" if layer is None else f" --encoder_layer {layer}")
     text = f"align block {block} with {what}: recoverability {found:.3f}, {gap:.3f} below the best block ({flags})"
-    return "\n".join([*lines, text, "this is a heuristic; compare it with --layer_scope early in a short run of each"])
+    return "\n".join([*lines, text, "this is a heuristic; compare it with --layer_scope early by a short run of each"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -227,9 +244,12 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="read the transformer of this run, checkpoint-N or pipeline (folder or Hub name)",
+        help="measure the transformer of this run, checkpoint-N or pipeline (folder, or Hub name of a pipeline)",
     )
-    parser.add_argument("--vae", help="autoencoder of a checkpoint; its run's if not given, `none` for pixels")
+    parser.add_argument(
+        "--vae",
+        help="autoencoder of the model (Hub name or folder), or `none` for pixels; if not given, that of the run",
+    )
     g = parser.add_argument_group("data")
     add_options(g, DataConfig, ["dataset_name"], required=True)
     add_options(g, DataConfig, ["dataset_config_name", "dataset_split", "image_column", "label_column"])
@@ -237,40 +257,42 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         "--num_train",
         type=number_in(SEVERAL),
         default=1024,
-        help="fit the read-outs on this many images, drawn at random",
+        help="fit the regressions on this many images, drawn at random",
     )
-    g.add_argument("--num_test", type=number_in(SEVERAL), default=256, help="score them on this many other images")
+    g.add_argument(
+        "--num_test", type=number_in(SEVERAL), default=256, help="score the regressions on this many other images"
+    )
     add_options(g, RunConfig, ["cache_dir"])
     g = parser.add_argument_group("what is measured")
     g.add_argument(
         "--encoder",
         required=True,
-        help="look for layers of this vision encoder of transformers (Hub name or folder, usually facebook/dinov2-base), or of "
-        "`digits`, which is in the package",
+        help="compare with the layers of this vision encoder of transformers (Hub name or folder, usually "
+        "facebook/dinov2-base), or of `digits`, which is part of the package",
     )
     g.add_argument(
         "--encoder_layer",
         type=number_in(LAYER),
         nargs="+",
-        help="look only at these hidden states of the encoder; at all of them except 0, and at its output, if not given",
+        help="compare only with these hidden states of the encoder, by index; if not given, with all except 0 and with its output",
     )
     g.add_argument(
         "--timesteps",
         type=number_in(In(0, 1), float),
         nargs="+",
         default=[0.1, 0.3, 0.5, 0.7, 0.9],
-        help="measure at these noise levels t, between 0 (the image) and 1 (noise); of a model that predicts noise, shares of "
-        "its 1000 timesteps",
+        help="measure at these noise levels t, from 0 (the image) up to but not including 1 (noise); for a model that predicts "
+        "noise, they are shares of its 1000 timesteps",
     )
     g.add_argument(
         "--l2",
         type=number_in(In(0, most=10**9), float),
         default=1e-3,
-        help="penalty on the weights of the read-outs, on standardised tokens",
+        help="penalty on the squared weights of the regressions, which see standardised tokens",
     )
     g.add_argument("--seed", type=number_in(SEED), default=0, help="seed of the drawn images and the noise")
     g = parser.add_argument_group("work and output")
-    g.add_argument("--batch_size", type=number_in(BATCH), default=32, help="images in a batch")
+    g.add_argument("--batch_size", type=number_in(BATCH), default=32, help="compute this many images together")
     add_options(g, RunConfig, ["dataloader_num_workers"], help="processes that decode images")
     g.add_argument("--output_file", metavar="FILE.json", help="write all numbers to this file")
     return parser

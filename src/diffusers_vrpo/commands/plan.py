@@ -1,11 +1,11 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-r"""Compute what a training will need: parameters, memory, disk, FLOPs and hours. Nothing is downloaded or trained.
+r"""Compute what a training run will need: parameters, memory, disk, FLOPs and hours. Nothing is downloaded or trained.
 
     vrpo plan --preset SiT-XL/2 --resolution 256 --vae stabilityai/sd-vae-ft-ema --encoder facebook/dinov2-base \
         --mixed_precision bf16 --train_batch_size 64 --num_images 500
 
-The options are those of `vrpo train`, and so is --config. Memory is counted: a step of the real model and objective runs on
-tensors without content (docs/speed.md says what is not in it).
+The options are those of `vrpo train`, including --config. Memory is counted by running a step of the real model and
+objective on tensors without content; docs/speed.md says what the count does not include.
 """
 
 import argparse
@@ -63,7 +63,7 @@ GPUS = {
     "H100-80GB": ("NVIDIA H100 80GB HBM3", 81_559),
     "H200-141GB": ("NVIDIA H200", 143_771),
 }
-# Shapes of usual autoencoders, where their config.json is not on this machine.
+# Shapes of usual autoencoders, for machines that do not have their config.json.
 STABLE_DIFFUSION = {
     "in_channels": 3,
     "out_channels": 3,
@@ -78,8 +78,8 @@ AUTOENCODERS = {
     "stabilityai/sd-vae-ft-mse": STABLE_DIFFUSION,
     "stabilityai/sdxl-vae": STABLE_DIFFUSION,
 }
-FLOAT32 = 4  # bytes; of weights, gradients, each moment and averages
-ENCODED_AT_A_TIME = 32  # images, by the autoencoder
+FLOAT32 = 4  # bytes of each weight, gradient, moment and averaged weight
+ENCODED_AT_A_TIME = 32  # images that the autoencoder encodes together
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -87,9 +87,9 @@ ENCODED_AT_A_TIME = 32  # images, by the autoencoder
 
 
 def open_local_data(args: VRPOConfig) -> TrainingData | None:
-    """The data of a training if they are on this machine; None otherwise, also if none are named.
+    """The data of a training run if they are on this machine; None if they are not, or if no option names data.
 
-    A latent cache that is not here yet has the shapes of its autoencoder, and images for encoders.
+    A latent cache that is not on this machine is planned with the latents of `vae` and with images for the encoders.
     """
     is_local = is_embedded_dataset(args.dataset_name) or Path(args.dataset_name or "").is_dir()
     if (
@@ -102,10 +102,10 @@ def open_local_data(args: VRPOConfig) -> TrainingData | None:
 
 
 def planned_start(args: VRPOConfig) -> Start:
-    """The transformer's arguments: of the preset or the file, or of a local folder of weights.
+    """The arguments of the transformer: from the preset, from `model_config`, or from a local folder of weights.
 
     Raises:
-        InputError: if the weights to start from do not tell their size without being read.
+        InputError: if the size of the starting weights is not known without reading them.
     """
     name = args.pretrained_model_name_or_path
     if name is None or args.preset:
@@ -116,8 +116,8 @@ def planned_start(args: VRPOConfig) -> Start:
         if not found:
             raise InputError(
                 "preset",
-                f"`preset` is missing: the size of `pretrained_model_name_or_path` {name} is not known without reading it; "
-                f"give its `preset` too, such as {SIT_PRESETS[-3]}, or the folder that `vrpo convert` makes of it",
+                f"`preset` is missing, and the size of `pretrained_model_name_or_path` {name} is not known without reading it; "
+                f"give its `preset`, too, such as {SIT_PRESETS[-3]}, or the folder that `vrpo convert` makes of it",
             )
         try:
             config = public_config(read_config(found[0]))
@@ -146,13 +146,13 @@ def autoencoder_without_weights(name: str, cache_dir: str | None) -> torch.nn.Mo
     if name not in AUTOENCODERS:
         raise InputError(
             "vae",
-            f"`vae` {name}: its shape is not known without a download; give its folder, or one of {', '.join(AUTOENCODERS)}",
+            f"the size of `vae` {name} is not known without a download; give its folder, or one of {', '.join(AUTOENCODERS)}",
         )
     return AutoencoderKL(**AUTOENCODERS[name]).eval().requires_grad_(False)
 
 
 class FeaturesOfCache:
-    """Stands for the features of an encoder in a latent cache."""
+    """Stands for an encoder whose features are in a latent cache."""
 
     def __init__(self, cached):
         self.embed_dim, self.grid_size = cached.embed_dim, cached.grid_size
@@ -162,7 +162,7 @@ class FeaturesOfCache:
 
 
 def planned_encoders(args: VRPOConfig, data: TrainingData | None, grid_size: tuple[int, int]) -> list:
-    """The encoders that targets come from, on fake tensors; called under `FakeTensorMode`."""
+    """The encoders to align with, on fake tensors; called under `FakeTensorMode`."""
     if args.objective == "none":
         return []
     layers = layers_of_encoders(args.encoder, args.encoder_layer)
@@ -237,18 +237,19 @@ def disk_bytes(args: VRPOConfig, latent_shape: tuple, has_posterior: bool, encod
 
 @dataclass
 class CountedStep:
-    """A training step on tensors without content, counted.
+    """What a training step needs, counted on tensors without content.
 
     Attributes:
-        aligned, vae: model and autoencoder, on fake tensors.
+        aligned, vae: model and autoencoder, on fake tensors; `vae` is None for a model of pixels.
         latent_shape (`tuple`): channels, height and width.
-        tokens (`int`): N.
-        timelines (`dict[str, Timeline]`): of a micro-step, without (`plain`) and with `gradient_checkpointing`, whole blocks
-            if the option is not given.
-        encoding (`Timeline`, *optional*): of the autoencoder, if images are encoded in training.
-        flops, recomputed, vae_flops (`float`): of one image, through what is trained with its encoders, again in the backward
-            pass with `gradient_checkpointing`, and through the autoencoder.
-        disk (`tuple[int, int]`): bytes of an image's latents and features in a latent cache.
+        tokens (`int`): N, the number of tokens of an image.
+        timelines (`dict[str, Timeline]`): memory of a micro-step without (`plain`) and with `gradient_checkpointing`, which
+            recomputes whole blocks if the option is not given.
+        encoding (`Timeline`, *optional*): memory of the autoencoder, if images are encoded in training.
+        flops (`float`): FLOPs per image of training, with the encoders.
+        recomputed (`float`): FLOPs per image that `gradient_checkpointing` recomputes in the backward pass.
+        vae_flops (`float`): FLOPs per image of the autoencoder.
+        disk (`tuple[int, int]`): bytes of an image's latents and of its features in a latent cache.
     """
 
     aligned: AlignedTransformer
@@ -263,12 +264,12 @@ class CountedStep:
     disk: tuple[int, int]
 
     def peak(self, name: str, images: int) -> int:
-        """The largest number of bytes of a micro-step, which encodes its images first."""
+        """The largest number of bytes that a micro-step holds, including the encoding of its images."""
         encoded = 0 if self.encoding is None else self.encoding.peak(min(images, ENCODED_AT_A_TIME))
         return max(self.timelines[name].peak(images), encoded)
 
     def most_images(self, name: str, memory: float) -> int:
-        """The largest number of images whose micro-step stays within `memory` bytes."""
+        """The largest number of images in a micro-step that stays within `memory` bytes."""
         images = self.timelines[name].most_images(memory)
         if self.encoding is None or self.encoding.peak(min(images, ENCODED_AT_A_TIME)) <= memory:
             return images
@@ -276,7 +277,7 @@ class CountedStep:
 
 
 def count_step(args: VRPOConfig, data: TrainingData | None, start: Start, num_classes: int) -> CountedStep:
-    """Builds all parts of a training without weights, and counts a step of it."""
+    """Builds all parts of a training run without weights, and counts what a step needs."""
     vae_name = args.vae or (None if data is None else data.vae) or "none"
     from_images, patch_size = args.latents_dir is None, start.config["patch_size"]
 
@@ -319,14 +320,14 @@ def plan(
     mfu: float = 0.4,
     memory_reserve: float = 0.1,
 ) -> dict:
-    """Computes parameters, bytes, FLOPs and hours of a training.
+    """Computes parameters, bytes, FLOPs and hours of a training run.
 
     Args:
-        args: the options of the training. Data, autoencoder and encoders are looked at only where they are on this machine.
-        num_images: the number of training images, if the data are elsewhere.
-        num_processes: GPUs, each of which holds all weights (DDP).
-        gpus: names of `GPUS`; all by default.
-        mfu: the assumed share of a GPU's peak.
+        args: the options of the run. Data, autoencoder and encoders are read only if they are on this machine.
+        num_images: the number of training images; by default that of the data, if they are on this machine.
+        num_processes: the number of GPUs, each of which holds all weights (DDP).
+        gpus: names of entries of `GPUS`; all by default.
+        mfu: the share of a GPU's peak FLOP/s that training is assumed to reach, in (0, 1].
         memory_reserve: the share of a GPU's memory that is kept free for the CUDA context, workspaces and fragmentation.
 
     Returns:
@@ -339,13 +340,15 @@ def plan(
     data = open_local_data(args)
     num_images = num_images or (None if data is None else len(data))
     if args.num_train_epochs and num_images is None:
-        raise InputError("num_images", "`num_train_epochs` needs `num_images`, since the data are not on this machine")
+        raise InputError(
+            "num_images", "`num_train_epochs` needs `num_images`, because the data are not on this machine"
+        )
     start = planned_start(args)
     num_classes = start.config.get("num_classes", 1000) if data is None else data.num_classes
     step = count_step(args, data, start, num_classes)
     found = sizes(args, step, num_processes)
 
-    # Memory: the gradients are in the timelines already.
+    # Memory. The timelines already include the gradients.
     held = sum(found["bytes"].values()) - found["bytes"]["gradients"]
     chosen = {name: GPUS[name] for name in gpus or GPUS}
     found["activations"] = {name: timeline.saved[1] for name, timeline in step.timelines.items()}
@@ -355,10 +358,10 @@ def plan(
         memory = (1 - memory_reserve) * mib * 2**20 - held
         found["largest_batch"][gpu] = {name: step.most_images(name, memory) for name in step.timelines}
     found["disk_bytes_per_image"] = dict(zip(("latents", "features"), step.disk))
-    # The trained weights, two moments, and the averages.
+    # A checkpoint has the trained weights, two moments, and the averaged weights.
     found["checkpoint_bytes"] = FLOAT32 * (3 * found["parameters"]["trained"] + found["parameters"]["average"])
 
-    # Time: of all images that steps process.
+    # Time, for all images that the steps process.
     global_batch_size = args.train_batch_size * num_processes * args.gradient_accumulation_steps
     steps = length_of_run(args, num_images, global_batch_size)
     images = steps * global_batch_size
@@ -397,13 +400,16 @@ def check_planned(args: VRPOConfig):
     """Checks that the options name what a plan needs.
 
     Raises:
-        InputError: if one is missing.
+        InputError: if an option is missing.
     """
     here = args.latents_dir is not None and Path(args.latents_dir).is_dir()  # a cache names its autoencoder
     if args.vae is None and not here:
         raise InputError("vae", "give `vae`, such as stabilityai/sd-vae-ft-ema, or `vae` none to train on pixels")
     if args.lora_rank and not args.pretrained_model_name_or_path:
-        raise InputError("lora_rank", "`lora_rank` adapts trained weights; it needs `pretrained_model_name_or_path`")
+        raise InputError(
+            "lora_rank",
+            f"`lora_rank` {args.lora_rank} adapts trained weights and needs `pretrained_model_name_or_path`",
+        )
     if args.objective != "none" and not args.encoder:
         raise InputError("encoder", f"`objective` {args.objective} needs `encoder`, such as facebook/dinov2-base")
 
@@ -429,7 +435,7 @@ def sizes(args: VRPOConfig, step: CountedStep, num_processes: int) -> dict:
         },
         "bytes": {
             "weights": FLOAT32 * weights,
-            # DDP's gradients are views of its buckets, which stay between steps.
+            # With DDP, gradients are views of its buckets, which exist all the time.
             "gradients": FLOAT32 * trained if num_processes == 1 else 0,
             "moments": 2 * FLOAT32 * trained,
             "average": FLOAT32 * trained if args.use_ema else 0,
@@ -446,7 +452,7 @@ def sizes(args: VRPOConfig, step: CountedStep, num_processes: int) -> dict:
 
 
 def section(title: str, unit: str, values: dict[str, float], scale: float) -> list[str]:
-    """The lines of a group of numbers, without those that are 0."""
+    """The lines of a group of numbers; numbers that are 0 are omitted."""
     lines = [f"{title:<46}{unit:>12}"]
     lines += [f"  {name.replace('_', ' '):<44}{value / scale:>12,.2f}" for name, value in values.items() if value]
     return [*lines, ""]
@@ -494,13 +500,13 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         "--num_images",
         type=number_in(NUM_IMAGES),
         default=missing,
-        help="train on this many images; if not given, as many as the data set has, which must then be on this machine",
+        help="number of training images; if not given, that of the data set if it is on this machine",
     )
     group.add_argument(
         "--num_processes",
         type=number_in(In(1, most=100_000)),
         default=missing,
-        help="train on this many GPUs together, each with all weights (default: 1)",
+        help="number of GPUs that train together, each with all weights (default: 1)",
     )
     group.add_argument(
         "--gpu",
@@ -508,7 +514,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         choices=[*GPUS],
         dest="gpus",
         default=missing,
-        help="show these GPUs in the table; all if not given",
+        help="GPUs to show in the table; all if not given",
     )
     group.add_argument(
         "--mfu",
@@ -522,7 +528,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         default=missing,
         help="share of a GPU's memory to keep free for the CUDA context, workspaces and fragmentation (default: 0.1)",
     )
-    group.add_argument("--json", metavar="FILE", default=missing, help="write all numbers to this file, too")
+    group.add_argument("--json", metavar="FILE", default=missing, help="also write all numbers to this file, as JSON")
     return parser
 
 
@@ -535,7 +541,7 @@ def main(argv: list[str] | None = None, prog: str = "vrpo plan"):
     with one_line_errors(parser):
         args = VRPOConfig(**{name: value for name, value in given.items() if name not in of_plan})
         if file is not None and not Path(file).absolute().parent.is_dir():
-            raise InputError("json", f"`json` {file}: the folder does not exist; create it, or name another")
+            raise InputError("json", f"the folder of `json` {file} does not exist; create it, or choose another")
         found = plan(args, **of_plan)
         print(table(args, found))
         if file is not None:

@@ -5,7 +5,7 @@ r"""Encode a data set once, for `vrpo train --latents_dir`.
         --resolution 256 --flip --output_dir imagenet-256
     vrpo prepare --multi_gpu -- --dataset ILSVRC/imagenet-1k ...          (several GPUs)
 
-A command that was stopped continues when it is run again.
+A stopped command continues when it is run again.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def prepare(args: argparse.Namespace):
     """
     state = start_processes()
     if args.images == "none" and not args.encoder:
-        logger.info("--images none: the cache can be used only with --objective none")
+        logger.info("with --images none and no --encoder, the cache can only be used with --objective none")
     with state.main_process_first():
         data = load_images(args)
     if state.is_main_process:
@@ -98,7 +98,7 @@ def prepare(args: argparse.Namespace):
 
 
 def prepare_from_latents(args: argparse.Namespace):
-    """Writes the cache from what another repository has encoded, on all processes.
+    """Writes the cache from latents that another repository has encoded, on all processes.
 
     Raises:
         InputError: if files, labels or shapes are wrong, or the folder holds another cache.
@@ -108,14 +108,14 @@ def prepare_from_latents(args: argparse.Namespace):
     source = FORMATS[kind](path)
     images = args.images if source.has_images else "none"
     if images == "none" and state.is_main_process:
-        logger.info(f"the cache has no images ({path}): it can be used only with --objective none")
+        logger.info(f"the cache of {path} has no images, so it can only be used with --objective none")
     vae = load_vae(args.vae, args.cache_dir)
     shape, has_posterior = latent_layout(vae, args.resolution, args.patch_size)
     if shape != source.shape:
         raise InputError(
             "from_latents",
-            f"`from_latents` {path} has latents of {list(source.shape)}, but `vae` makes {list(shape)} of images with "
-            f"`resolution` {args.resolution}; give the autoencoder and the resolution that made them",
+            f"`from_latents` {path} has latents of {list(source.shape)}, but `vae` {args.vae} with `resolution` "
+            f"{args.resolution} makes {list(shape)}; give the autoencoder and the resolution that made the latents",
         )
     if state.is_main_process and (problem := scale_problem(source, vae)):
         logger.warning(f"--from {kind} {path}: {problem}")
@@ -144,12 +144,14 @@ def prepare_from_latents(args: argparse.Namespace):
 
 
 def fill(writer: CacheWriter, num_images: int, write: Callable[[], None]):
-    """Writes a cache to its end, unless it is complete already."""
+    """Writes what a cache lacks, unless it is already complete."""
     if writer.complete:
-        logger.info(f"{writer.folder} is complete already: {num_images} images")
+        logger.info(f"{writer.folder} is already complete with {num_images} images")
         return
     if writer.num_done:
-        logger.info(f"continuing: {writer.num_done} of {num_chunks(writer.config)} chunks are written")
+        logger.info(
+            f"continuing in {writer.folder}: {writer.num_done} of {num_chunks(writer.config)} chunks are written"
+        )
     write()
     writer.finish()
     logger.info(f"wrote {num_images} images to {writer.folder}; train with --latents_dir {writer.folder}")
@@ -163,7 +165,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         dest="from_latents",
         nargs=2,
         metavar=("FORMAT", "PATH"),
-        help="read latents that another repository has encoded, instead of images: repa-zip and the folder with REPA's "
+        help="read latents that another repository has encoded, instead of images: repa-zip and the folder that contains REPA's "
         "vae-sd and images, or lightningdit and the folder with LightningDiT's safetensors files",
     )
     add_options(g, DataConfig, ["dataset_name"], spellings=["--dataset"])
@@ -183,57 +185,57 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         "--vae_dtype",
         choices=["float32", "bfloat16", "float16"],
         default="float32",
-        help="precision of the autoencoder; float32 gives what training from images gives",
+        help="precision of the autoencoder; float32 gives the same latents as training from images",
     )
     g.add_argument(
         "--sampled",
         action="store_true",
-        help="keep one drawn latent for each image, half the size of mean and deviation",
+        help="keep one sampled latent for each image, which takes half the space of its mean and standard deviation",
     )
     g.add_argument("--seed", type=number_in(SEED), default=0, help="seed of --sampled")
     g.add_argument(
         "--flip",
         action="store_true",
-        help="keep every image mirrored, too, for a training with --random_flip; the folder gets twice as large",
+        help="also keep every image mirrored, for training with --random_flip; this doubles the size of the folder",
     )
     g.add_argument(
         "--images",
         choices=list(IMAGE_FORMATS),
         default="webp",
-        help="also keep the cropped images, which the encoder of alignment sees: without loss (webp), half as "
-        "large (jpeg, quality 95), or not at all (none), which suits --objective none",
+        help="how to keep the cropped images, which the encoder of alignment needs: without loss (webp), at half the size "
+        "(jpeg, quality 95), or not at all (none), which suits --objective none",
     )
     g.add_argument(
         "--encoder",
         nargs="+",
-        help="keep the features of these encoders of transformers, too, which saves their time in training and takes much "
-        "space; then --images none suffices",
+        help="also keep the features of these vision encoders of transformers (Hub names or folders), which saves their time "
+        "in training but takes much space; --images none then suffices",
     )
     g.add_argument(
         "--encoder_layer",
         type=number_in(LAYER),
         nargs="+",
-        help="hidden state to keep, one index for all encoders or one for each; their output if not given",
+        help="index of the hidden state to keep, one for all encoders or one for each; if not given, their output",
     )
     g.add_argument(
         "--patch_size",
         type=number_in(In(1, most=1024)),
         default=2,
-        help="patch size of the model to be trained, which sets the token grid of the features",
+        help="patch size of the model to be trained, which determines the token grid of the features",
     )
     g = parser.add_argument_group("work")
     g.add_argument(
         "--output_dir",
         required=True,
         metavar="DIR",
-        help="write to this folder; an interrupted command continues there",
+        help="write the cache to this folder; an interrupted command continues there",
     )
     add_options(g, RunConfig, ["dataloader_num_workers"], help="processes that decode images, for each that encodes")
     g.add_argument(
         "--chunk_rows",
         type=number_in(In(1, most=10**6)),
         default=1024,
-        help="images in a chunk, which has one checksum; an interruption costs at most one chunk",
+        help="images per chunk; each chunk has its own checksum, and an interruption costs at most one chunk",
     )
     g.add_argument(
         "--verify", action="store_true", help="compare existing chunks with their checksums and replace damaged ones"
@@ -250,7 +252,9 @@ def parse_args(argv: list[str] | None = None, prog: str = "vrpo prepare") -> arg
     if (args.dataset_name is None) == (args.train_data_dir is None):
         parser.error("give either --dataset_name, --train_data_dir or --from")
     if args.vae == "none" and not args.encoder:
-        parser.error("--vae none: a cache of pixels is for encoder features; give --encoder, or train from the images")
+        parser.error(
+            "--vae none makes a cache of pixels, which only saves time with --encoder; give it, or train on the images"
+        )
     if args.vae == "none" and args.vae_dtype != "float32":
         parser.error(f"--vae_dtype {args.vae_dtype} has no effect with --vae none; remove it")
     if args.encoder_layer and not args.encoder:
@@ -266,12 +270,12 @@ def parse_args(argv: list[str] | None = None, prog: str = "vrpo prepare") -> arg
 
 
 def check_from(parser: argparse.ArgumentParser, args: argparse.Namespace):
-    """Ends with a message if `--from` names no known format, or is given with options that concern images to encode."""
+    """Ends the process with a message if `--from` has an unknown format, or comes with options about images to encode."""
     kind = args.from_latents[0]
     if kind not in FORMATS:
-        parser.error(f"--from {kind}: the format must be {' or '.join(FORMATS)}")
+        parser.error(f"--from {kind} is not a known format; give {' or '.join(FORMATS)}")
     if args.vae == "none":
-        parser.error("--vae none cannot be combined with --from: give the autoencoder that made the latents")
+        parser.error("--vae none cannot be combined with --from; give the autoencoder that made the latents")
     concerned = ["dataset_name", "train_data_dir", "dataset_config_name", "dataset_split", "image_column"]
     concerned += [
         "label_column",

@@ -4,10 +4,10 @@ r"""Measure a transformer's blocks: linear probes and alignment with vision enco
     vrpo probe PIPELINE --dataset_name ILSVRC/imagenet-1k --test_split validation \
       --encoder facebook/dinov2-large --output_file probe.json --plot_file probe.png
 
-These measurements motivate REPA (arXiv 2410.06940): images are encoded and noised to each of --timesteps (t = 1 is noise),
-the transformer sees them without a class, and the hidden states of every block, averaged over the tokens, are given
-    to a linear probe: multinomial logistic regression on the training images, accuracy on the test images;
-    to CKNNA (arXiv 2405.07987): whether the test images have the same neighbours as in an encoder's features.
+These measurements motivate REPA (arXiv 2410.06940). Images are encoded and noised to each of --timesteps (t = 1 is noise),
+and the transformer sees them without a class. The hidden states of every block, averaged over the tokens, are measured by
+    a linear probe: the accuracy on the test images of a logistic regression that is fitted to the training images;
+    CKNNA (arXiv 2405.07987): whether the test images have the same neighbours as in an encoder's features.
 """
 
 import argparse
@@ -50,13 +50,13 @@ COMMON = ("test_split", "num_train", "num_test", "timesteps", "encoder", "batch_
 
 
 def pooled_blocks(transformer: nn.Module):
-    """`recorded_blocks` of the hidden states averaged over tokens, float32 `[B, D]`."""
+    """`recorded_blocks` for the hidden states averaged over tokens, float32 `[B, D]`."""
     return recorded_blocks(transformer, lambda tokens: tokens.float().mean(1))
 
 
 @contextmanager
 def recorded_blocks(transformer: nn.Module, function: Callable[[torch.Tensor], torch.Tensor]):
-    """Yields a list that each forward pass fills with a function of every block's hidden states, `[B, N, D]`."""
+    """Yields a list that each forward pass fills again with `function` of every block's hidden states `[B, N, D]`."""
     states: list[torch.Tensor] = []
     blocks = list(transformer.transformer_blocks)
 
@@ -79,7 +79,7 @@ def block_features(
 ) -> torch.Tensor:
     """Computes the features of all blocks for latents noised to t, float32 `[N, blocks, D]` on the CPU.
 
-    The class is the null class, or class 0 of a model without one: the true label would give the answer to the probe.
+    The class is the null class, or class 0 for a model without one, because the true label would give the probe its answer.
 
     Args:
         latents, noise: `[N, C, H, W]`.
@@ -99,17 +99,17 @@ def block_features(
 
 
 class LabelledImages:
-    """A random subset of a labelled data set, cropped for a transformer, and the share of this process.
+    """A subset of a labelled data set, cropped for a transformer, and the part of it that this process encodes.
 
     Attributes:
         images (`ImageSet`), labels (int64 `[N]`): the subset.
-        rows: the rows of this process.
+        rows: the rows of the subset that this process encodes.
         latents, noise: float32 latents and noise of these rows, on the CPU.
-        vectors: the vectors `[N, D]` by encoder, on the main process.
+        vectors: the feature vectors `[N, D]` of the whole subset by encoder, on the main process.
     """
 
     def __init__(self, data, rows: np.ndarray, resolution: int, name: str, first_index: int):
-        # Of all rows, so that training and test images of one split have the same range.
+        # The sample is drawn from all rows, so that training and test images of one split have the same pixel range.
         sample = (data[row]["image"] for row in sample_rows(len(data)))
         pixel_range = find_pixel_range(sample, name)
         data = data.select(rows)
@@ -144,7 +144,7 @@ class LabelledImages:
         }
 
     def block_features(self, transformer, t: float, state: PartialState, batch_size: int) -> torch.Tensor | None:
-        """Computes the features of all blocks; returns `[N, blocks, D]` on the main process, else None."""
+        """Computes the features of all blocks; returns `[N, blocks, D]` on the main process, and None on the others."""
         features = block_features(transformer, self.latents, self.noise, t, batch_size)
         gathered = gather_rows(features.flatten(1), self.rows, len(self.images), state)
         return None if gathered is None else gathered.unflatten(1, features.shape[1:])
@@ -154,7 +154,7 @@ def open_pipeline(name: str, cache_dir: str | None) -> VRPOPipeline:
     """Opens the pipeline to probe.
 
     Raises:
-        InputError: if it cannot be opened.
+        InputError: if the pipeline cannot be opened.
     """
     try:
         with offline_if_out_of_reach(name):
@@ -167,15 +167,16 @@ def open_pipeline(name: str, cache_dir: str | None) -> VRPOPipeline:
 
 
 def image_side(transformer, vae) -> int:
-    """The side in pixels of the images that a transformer was trained on.
+    """The side in pixels of the images on which a transformer was trained.
 
     Raises:
-        InputError: if they were not square.
+        InputError: if the images were not square.
     """
     size = transformer.config.sample_size
     if not isinstance(size, int):
         raise InputError(
-            None, f"PIPELINE: its images are not square ({size[0]}x{size[1]} latents); only squares are probed"
+            None,
+            f"PIPELINE makes images that are not square ({size[0]}x{size[1]} latents), and only squares are supported",
         )
     if vae is None:
         return size
@@ -184,7 +185,7 @@ def image_side(transformer, vae) -> int:
 
 @contextlib.contextmanager
 def naming(option: str, of: str):
-    """Makes the errors about the option `of` inside the `with` block name another option instead."""
+    """Inside the `with` block, makes errors about the option `of` name `option` instead."""
     try:
         yield
     except InputError as error:
@@ -194,7 +195,10 @@ def naming(option: str, of: str):
 
 
 def split_rows(args, data, test_data) -> tuple[np.ndarray, np.ndarray]:
-    """Draws the rows of the training and test images; without `--test_split` they are disjoint parts of one split.
+    """Draws the rows of the training and test images.
+
+    Args:
+        test_data: the data set of `--test_split`; if it is None, both are disjoint parts of `data`.
 
     Raises:
         InputError: if there are not enough images.
@@ -205,8 +209,8 @@ def split_rows(args, data, test_data) -> tuple[np.ndarray, np.ndarray]:
         if len(rows) < needed:
             raise InputError(
                 "num_train",
-                f"`num_train` {args.num_train} and `num_test` {args.num_test} need {needed} images; the split has "
-                f"{len(rows)}",
+                f"`num_train` {args.num_train} and `num_test` {args.num_test} need {needed} images, but the split has "
+                f"{len(rows)}; give lower numbers",
             )
         return rows[: args.num_train], rows[args.num_train : needed]
     test_rows = random_stream(args.seed, 1, ORDER).permutation(len(test_data))
@@ -215,7 +219,7 @@ def split_rows(args, data, test_data) -> tuple[np.ndarray, np.ndarray]:
         ("num_test", args.num_test, len(test_rows)),
     ):
         if found < wanted:
-            raise InputError(option, f"`{option}` {wanted}: the split has {found} images")
+            raise InputError(option, f"`{option}` {wanted} is too high, because the split has {found} images")
     return rows[: args.num_train], test_rows[: args.num_test]
 
 
@@ -223,7 +227,7 @@ def probe(args: argparse.Namespace) -> dict | None:
     """Runs the requested measurements; the main process returns the content of the JSON file, the others None.
 
     Raises:
-        InputError: if the input cannot work.
+        InputError: if options, pipeline or data cannot work.
     """
     state = start_processes()
     check_output_files(args, "output_file", "plot_file")
@@ -236,7 +240,7 @@ def probe(args: argparse.Namespace) -> dict | None:
         if num_classes < 2:
             raise InputError(
                 "label_column",
-                f"`dataset_name` {args.dataset_name} has one class; probing needs the labels of several",
+                f"`dataset_name` {args.dataset_name} has one class, and probing needs several; give another `label_column`",
             )
         test_data = None
         if args.test_split:
@@ -248,7 +252,7 @@ def probe(args: argparse.Namespace) -> dict | None:
         if len(np.unique(column_values(data, "label").to_numpy()[rows])) < 2:
             raise InputError(
                 "num_train",
-                f"`num_train` {args.num_train}: these images are of one class, and a probe needs training images of at least 2",
+                f"`num_train` {args.num_train} draws images of one class only, and a probe needs at least two; give more",
             )
         encoders = {
             name: load_image_encoder(
@@ -261,10 +265,11 @@ def probe(args: argparse.Namespace) -> dict | None:
     if vae is None and transformer.config.in_channels != 3:
         raise InputError(
             None,
-            f"PIPELINE {args.pipeline} has no autoencoder for its {transformer.config.in_channels} channels; save it with one",
+            f"PIPELINE {args.pipeline} has no autoencoder for its latents of {transformer.config.in_channels} channels; save it "
+            "with one",
         )
     if transformer.null_class_id is None:
-        logger.warning("the transformer has no null class: its hidden states are those of class 0")
+        logger.warning("the transformer has no null class, so its hidden states are those for class 0")
     side = image_side(transformer, vae)
     train = LabelledImages(data, rows, side, "training images", 0)
     test = LabelledImages(data if test_data is None else test_data, test_rows, side, "test images", len(rows))
@@ -327,12 +332,12 @@ def probe(args: argparse.Namespace) -> dict | None:
 
 
 def probe_accuracy(x, labels, z, test_labels, l2, device) -> tuple[float, float]:
-    """Calls `linear_probe` on a device."""
+    """The accuracies of `linear_probe` on test and training images, computed on `device`."""
     return linear_probe(x.to(device), labels.to(device), z.to(device), test_labels.to(device), l2)
 
 
 def format_probe(report: dict) -> str:
-    """Formats the best block at each timestep as text."""
+    """Formats as text the best block at each noise level, and the encoders' own accuracies."""
     lines = [f"chance {1 / report['num_classes']:.3f}"]
     for i, t in enumerate(report["timesteps"]):
         accuracy = report["accuracy"][i]
@@ -348,7 +353,7 @@ def format_probe(report: dict) -> str:
 
 
 def plot_probe(report: dict, file: Path):
-    """Plots accuracy and alignment over the blocks, with one line for each timestep."""
+    """Plots accuracy and alignment over the blocks, with one line for each noise level."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -375,27 +380,26 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "pipeline",
         metavar="PIPELINE",
-        help="measure the transformer of this pipeline: the output folder of a run, what `vrpo convert` wrote, or a name on "
-        "the Hub",
+        help="measure the transformer of this pipeline: the output folder of a run or of `vrpo convert`, or a name on the Hub",
     )
     g = parser.add_argument_group("data")
     add_options(g, DataConfig, ["dataset_name"], required=True)
     add_options(g, DataConfig, ["dataset_config_name", "dataset_split"])
     g.add_argument(
-        "--test_split", help="take the test images from this split; from others of --dataset_split if not given"
+        "--test_split", help="split with the test images; if not given, they are other images of --dataset_split"
     )
     add_options(g, DataConfig, ["image_column", "label_column"])
     g.add_argument(
         "--num_train",
         type=number_in(NUM_SAMPLES),
         default=10_000,
-        help="train the probes on this many images, drawn at random; more take longer and raise the accuracies",
+        help="fit the probes to this many images, drawn at random; more images take longer and raise the accuracies",
     )
     g.add_argument(
         "--num_test",
         type=number_in(NUM_SAMPLES),
         default=2000,
-        help="test on this many images, drawn at random; compare CKNNA only at equal numbers",
+        help="test on this many images, drawn at random; compare values of CKNNA only for equal numbers",
     )
     add_options(g, RunConfig, ["cache_dir"])
     g = parser.add_argument_group("what is measured")
@@ -404,7 +408,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         type=number_in(In(0, 1), float),
         nargs="+",
         default=[0.1, 0.3, 0.5, 0.7, 0.9],
-        help="measure at these noise levels t, between 0 (the image) and 1 (noise)",
+        help="measure at these noise levels t, from 0 (the image) up to but not including 1 (noise)",
     )
     g.add_argument(
         "--encoder",
@@ -415,15 +419,16 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         "--pooling",
         choices=POOLINGS,
         default="mean",
-        help="feature vector of the encoders: mean of the patch tokens, as of the hidden states, or as usual for the family",
+        help="feature vector of the encoders: the mean of the patch tokens (mean), as for the blocks, or the usual one of their "
+        "family (auto)",
     )
-    g.add_argument("--inception_weights", metavar="FILE", help="weights of the Inception network of FID")
-    g.add_argument("--cknna_k", type=number_in(In(2, most=10_000)), default=10, help="number of neighbours of CKNNA")
+    g.add_argument("--inception_weights", metavar="FILE", help="weights of the Inception network for FID")
+    g.add_argument("--cknna_k", type=number_in(In(2, most=10_000)), default=10, help="number of neighbours for CKNNA")
     g.add_argument(
         "--l2",
         type=number_in(In(0, most=10**9), float),
         default=1e-3,
-        help="weight decay of the probes, on standardised features",
+        help="penalty on the squared weights of the probes, which see standardised features",
     )
     g.add_argument("--seed", type=number_in(SEED), default=0, help="seed of the drawn images and the noise")
     g = parser.add_argument_group("work and output")
@@ -448,7 +453,7 @@ def parse_args(argv: list[str] | None = None, prog: str = "vrpo probe") -> argpa
             parser.error(f"--{name} {value} has no effect without --encoder; remove it")
     if args.pooling != parser.get_default("pooling") and args.encoder == ["inception"]:
         parser.error(
-            f"--pooling {args.pooling} cannot be combined with --encoder inception, which has its own; remove it"
+            f"--pooling {args.pooling} cannot be combined with --encoder inception, which has its own pooling; remove it"
         )
     if args.inception_weights and "inception" not in (args.encoder or []):
         parser.error("--inception_weights has no effect without --encoder inception; remove it")

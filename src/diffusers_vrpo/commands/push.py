@@ -3,7 +3,7 @@
 
     vrpo push outputs/digits --hub_model_id me/digits-vrpo
 
-Log in by `hf auth login` first.
+Log in with `hf auth login` first.
 """
 
 import logging
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None, prog: str = "vrpo push"):
     if args.hub_model_id is not None and not args.hub_model_id.strip():
         parser.error("--hub_model_id is empty; give OWNER/NAME, or remove it")
     if not args.folder or not Path(args.folder).is_dir():
-        parser.error(f"OUTPUT_DIR {args.folder} is not a folder")
+        parser.error(f"OUTPUT_DIR {args.folder} is not a folder; give the output folder of a run or a saved pipeline")
     repo_id = args.hub_model_id or Path(args.folder).resolve().name
     with one_line_errors(parser):
         try:

@@ -1,12 +1,12 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-r"""Compare training runs: quality against steps, wall time and FLOPs, with the spread over seeds.
+r"""Compare training runs: quality against steps, training time and FLOPs, with the spread over seeds.
 
     vrpo report outputs/repa-0 outputs/repa-1 outputs/vrpo-0 outputs/vrpo-1 --baseline repa
     vrpo report --arms ours=outputs/vrpo-0,outputs/vrpo-1 repa=outputs/repa-0 --metric loss_fm
 
-Runs that differ only in the seed form one arm; the report shows its mean and standard deviation. `--output_dir` gets
-`report.html` (a self-contained file), `report.json` with every number, and the plots as PNG and SVG. docs/report.md
-explains how each number is computed.
+Runs that differ only in the seed form one arm; the report shows its mean and standard deviation. The folder
+`--output_dir` then has `report.html` (a self-contained file), `report.json` with every number, and the plots as PNG and
+SVG. docs/report.md explains how each number is computed.
 """
 
 import argparse
@@ -44,7 +44,7 @@ NOISE = ["num_validation_images", "validation_labels", "resolution", "vae"]
 
 
 def number(value: float | None, std: float | None = None) -> str:
-    """Formats `12.34 ± 0.21`, with two digits of the standard deviation; without one, with four digits in all."""
+    """Formats a number as `12.34 ± 0.21`, with two digits of the standard deviation; without one, with four digits."""
     if value is None:
         return "–"
     if not std:
@@ -80,7 +80,7 @@ def listing(parts: list[str]) -> str:
 
 
 def spent_text(record: dict, result: dict, costs: list[str]) -> str:
-    """Formats the cost until an arm reaches the target: the mean over seeds if all reach it, else that of the mean curve."""
+    """Formats the cost until an arm reaches the target: the mean over seeds if all reach it, else that of its mean curve."""
     whole, base = record["reached"] == record["n"], result["baseline"]
     parts = []
     for cost in costs:
@@ -111,13 +111,13 @@ def speed_up_sentences(report: dict) -> list[str]:
             sentences.append(f"{name} reaches {aim} in {spent_text(record, result, costs)} ({seeds}).")
         elif mean_reaches:
             spent = spent_text(record, result, costs)
-            sentences.append(f"{name}: {reached} of {n} seeds reach {aim}; their mean does in {spent}.")
+            sentences.append(f"{name}: {reached} of {n} seeds reach {aim}; their mean reaches it in {spent}.")
         elif reached:
             sentences.append(f"{name}: {reached} of {n} seeds reach {aim}; their mean does not.")
         else:
             sentences.append(f"{name} does not reach {aim}.")
         if record["worse_again"]:
-            sentences[-1] += " It is not monotone: that is the first crossing, and a later evaluation is worse again."
+            sentences[-1] += " That is where it first does; a later evaluation is worse again."
     return sentences
 
 
@@ -186,11 +186,12 @@ def hardware_table(report: dict) -> tuple[list[str], list[list[str]]]:
 
 
 def sample_grids(arms: dict[str, list[Run]], warn: Callable[[str], None], most_steps: int = 3) -> dict | None:
-    """Collects the grids of one run per arm, at up to `most_steps` common steps, the last one first; None without any.
+    """Collects the sample grids of one run per arm, at up to `most_steps` common steps, beginning with the last step.
 
     Returns:
-        `seeds` and `files` (`{step: {arm: path}}`), and `same_noise`: whether each position of the grids starts from the
-        same noise. The noise is a function of the seed and of the grid's shape, so runs of the same seed are preferred.
+        a dictionary of `seeds`, `files` (`{step: {arm: path}}`) and `same_noise`, which is whether each position of the grids
+        starts from the same noise; None if the arms have no common step. The noise is a function of the seed and of the
+        grid's shape, so runs of the same seed are preferred.
     """
     common = set.intersection(*({run.seed for run in group} for group in arms.values()))
     seed = min(common, default=None)
@@ -209,7 +210,7 @@ def sample_grids(arms: dict[str, list[Run]], warn: Callable[[str], None], most_s
     same = seed is not None and len(settings) == 1
     if not same:
         why = "no seed that all arms have" if seed is None else f"different {', '.join(NOISE)}"
-        warn(f"sample grids: {why}, so they do not start from the same noise")
+        warn(f"the sample grids have {why}, so they do not start from the same noise")
     return {
         "seeds": {name: run.seed for name, run in chosen.items()},
         "same_noise": same,
@@ -218,8 +219,13 @@ def sample_grids(arms: dict[str, list[Run]], warn: Callable[[str], None], most_s
 
 
 def small_image(path: Path, widest: int = 1320) -> str | None:
-    """Encodes a picture as a data URI, as a JPEG of width `widest` if it is larger; returns None if it is damaged or huge."""
-    if path.is_symlink() or not path.is_file():  # a run folder of somebody else could show other files, or wait
+    """Encodes a picture as a data URI, or a large one as a JPEG of at most `widest` pixels in width.
+
+    Returns None if the picture is damaged or huge.
+    """
+    if (
+        path.is_symlink() or not path.is_file()
+    ):  # in somebody else's folder, a link could show a private file, a pipe block
         return None
     try:
         data = path.read_bytes()
@@ -276,7 +282,7 @@ def html_grids(grids: dict, warn: Callable[[str], None]) -> str:
 
 
 def first_sentence(report: dict) -> str:
-    """What the page shows, in one sentence."""
+    """Says in one sentence what the page shows."""
     label, costs = metric_label(report["metric"]), listing([COST_WORDS[cost] for cost in report["costs"]])
     direction = "higher is better" if report["higher_is_better"] else "lower is better"
     count, kinds = sum(arm["n"] for arm in report["arms"]), len(report["arms"])
@@ -292,7 +298,7 @@ def page(report: dict, plots: list[str], grids: str) -> str:
     title = f"Training runs: {names}"
     parts = [f"<h1>{html.escape(title)}</h1>", f"<p>{html.escape(first_sentence(report))}</p>"]
     several = any(arm["n"] > 1 for arm in report["arms"])
-    about_arms = " An arm is the runs that differ only in the seed; curves are their mean." if several else ""
+    about_arms = " An arm consists of the runs that differ only in the seed; curves are their mean." if several else ""
     parts.append(
         f'<p class="faint">The metric is <code>{html.escape(metric)}</code> in metrics.jsonl.{about_arms}</p>'
     )
@@ -305,16 +311,16 @@ def page(report: dict, plots: list[str], grids: str) -> str:
     if report["speed_up"] and report["speed_up"]["reference"]:
         parts.append(html_table(*speed_up_table(report)))
         parts.append(
-            '<p class="faint">Between evaluations quality is taken as linear in steps. The last columns compare like with '
-            "like: what the baseline's mean needs until it first is that good, over what the arm's mean needs.</p>"
+            '<p class="faint">Quality is interpolated linearly between evaluations. The last columns compare like with like: '
+            "the cost until the baseline's mean first reaches the target, divided by the cost until the arm's mean does.</p>"
         )
     parts.append(
         f'<h2>{html.escape(label[0].upper() + label[1:])} against cost</h2>\n<div class="figures">{"".join(plots)}</div>'
     )
     parts.append(
-        '<p class="faint">Lines are means over seeds, bands one standard deviation; markers are evaluations, of many only some. Training time '
-        "leaves out checkpoints, sample grids and evaluations. FLOPs are those of transformer, projectors and encoders on "
-        "all devices; the autoencoder, losses and optimizer are not counted.</p>"
+        '<p class="faint">Lines are means over seeds, bands are one standard deviation, and markers are evaluations (if there are many, '
+        "only some of them). Training time does not include checkpoints, sample grids and evaluations. FLOPs are those of "
+        "transformer, projectors and encoders on all devices, without autoencoder, losses and optimizer.</p>"
     )
     parts.append("<h2>Arms</h2>")
     parts.append(html_table(*main_table(report)))
@@ -329,8 +335,10 @@ def page(report: dict, plots: list[str], grids: str) -> str:
         else:
             parts.append(html_table(["option", *arms], rows))
     if grids:
-        noise = "from the same noise in each place" if report["grids"]["same_noise"] else "not from the same noise"
-        parts.append(f'<h2>Samples</h2>\n<p class="faint">One run per arm, {noise}.</p>\n{grids}')
+        noise = "start from the same noise" if report["grids"]["same_noise"] else "do not start from the same noise"
+        parts.append(
+            f'<h2>Samples</h2>\n<p class="faint">Each grid is of one run per arm; images at the same place {noise}.</p>\n{grids}'
+        )
     parts.append("<h2>Runs</h2>")
     rows = [[a["name"], str(r["seed"]), f"{r['steps'][-1]:,}", r["folder"]] for a in report["arms"] for r in a["runs"]]
     parts.append(html_table(["arm", "seed", "last evaluation", "folder"], rows))
@@ -352,32 +360,34 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         nargs="+",
         action="extend",
         metavar="NAME=DIR,DIR",
-        help="compare these runs together under NAME; if not given, runs that differ only in the seed are taken together",
+        help="treat these runs as one arm called NAME; if not given, runs that differ only in the seed form an arm",
     )
     parser.add_argument(
-        "--metric", default="fd", help="column of metrics.jsonl, by its name or the start of the last part of its name"
+        "--metric",
+        default="fd",
+        help="column of metrics.jsonl to compare, named in full or by the beginning of its part after the last slash",
     )
     parser.add_argument(
         "--higher_is_better",
         action="store_true",
-        help="take higher values of the metric as better, instead of lower ones",
+        help="treat higher values of the metric as better, instead of lower ones",
     )
     parser.add_argument(
         "--baseline",
         metavar="ARM",
-        help="arm (group of runs that differ only in the seed) with which the others are compared",
+        help="arm with which the others are compared (an arm is a group of runs that differ only in the seed, or NAME of --arms)",
     )
     parser.add_argument(
         "--target",
         type=number_in(FINITE, float),
-        help="value of the metric to reach; the last one of the baseline if not given",
+        help="value of the metric for which the report computes what each arm needs to reach it; the baseline's last if not given",
     )
-    parser.add_argument("--output_dir", default="report", help="folder of the report")
+    parser.add_argument("--output_dir", default="report", help="folder to which the report is written")
     return parser
 
 
 def collect(args: argparse.Namespace) -> tuple[dict, dict | None]:
-    """Computes the numbers of `report.json` and the `sample_grids` for the options.
+    """Computes the content of `report.json`, and collects the `sample_grids`, for the options of the command.
 
     Raises:
         InputError: if a folder, metric or arm does not exist.
@@ -416,7 +426,7 @@ def write_report(report: dict, grids: dict | None, output_dir: Path):
         inline.append(html_plot(light["svg"], dark["svg"], f"{metric_label(metric)}: {name.replace('_', ' ')}"))
     pictures = html_grids(grids, report["warnings"].append) if grids else ""
     files["report.html"] = page(report, inline, pictures).encode()
-    # Written first, since it marks the other files as those of a report.
+    # This file is written first, because it marks the other files as those of a report.
     files = {"report.json": json.dumps(report, indent=1, allow_nan=False).encode()} | files
     refuse_other_files(output_dir, files)
     with writing_result("output_dir", output_dir):
@@ -425,10 +435,10 @@ def write_report(report: dict, grids: dict | None, output_dir: Path):
 
 
 def refuse_other_files(output_dir: Path, names: Iterable[str]):
-    """Checks that a folder has no files with the names of a report's, unless they are a report's.
+    """Checks that a report would not replace files of the same names that are not a report's.
 
     Raises:
-        InputError: if it has.
+        InputError: if it would.
     """
     with contextlib.suppress(OSError, ValueError):
         read_object(output_dir / "report.json", {"metric": str, "arms": list, "warnings": list})
@@ -436,7 +446,7 @@ def refuse_other_files(output_dir: Path, names: Iterable[str]):
     if found := [name for name in names if os.path.lexists(output_dir / name)]:
         raise InputError(
             "output_dir",
-            f"`output_dir` {output_dir} holds {', '.join(found[:3])}, which no report has written; choose another folder",
+            f"`output_dir` {output_dir} holds {', '.join(found[:3])}, not written by `vrpo report`; choose another folder",
         )
 
 

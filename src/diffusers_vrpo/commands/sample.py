@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""The work of `vrpo sample`: many images of a pipeline in a folder. Its options are in `sample_options.py`."""
+"""The work of `vrpo sample`, which writes many images of a pipeline to a folder. Its options are in `sample_options.py`."""
 
 import argparse
 import json
@@ -63,7 +63,7 @@ def load_pipeline(name_or_path: str, revision: str | None, variant: str | None, 
         if found != "SiTTransformer2DModel":
             raise InputError(
                 None,
-                f"PIPELINE {name_or_path} holds {found}, not a SiTTransformer2DModel; `vrpo convert` converts DiT",
+                f"PIPELINE {name_or_path} has {found} instead of a SiTTransformer2DModel; `vrpo convert` converts DiT",
             )
     try:
         with offline_if_out_of_reach(name_or_path):
@@ -87,7 +87,7 @@ def checksum(pipeline: VRPOPipeline) -> int:
 
 
 def open_pipeline(args: argparse.Namespace, state: PartialState) -> VRPOPipeline:
-    """`load_pipeline` of the options, on all processes; one of them downloads."""
+    """Loads the pipeline that the options name, on all processes; only one of them downloads it."""
     with state.main_process_first():
         return load_pipeline(args.pipeline, args.revision, args.variant, args.cache_dir)
 
@@ -96,10 +96,10 @@ def sample(args: argparse.Namespace, pipeline: VRPOPipeline | None = None):
     """Writes the samples that the options describe, on all processes.
 
     Args:
-        pipeline: that of the options, if it is open.
+        pipeline: the pipeline that the options name; None loads it.
 
     Raises:
-        InputError: if options cannot work, or the folder holds something else.
+        InputError: if options cannot work, or the output folder has files other than these samples.
     """
     state = start_processes()
     use_tf32(state.device, args.allow_tf32)
@@ -118,7 +118,7 @@ def sample(args: argparse.Namespace, pipeline: VRPOPipeline | None = None):
         and (untrained := pipeline.transformer.config.num_classes - len(classes))
         and state.is_main_process
     ):
-        logger.info(f"{untrained} classes had no images in training and are not sampled; --labels samples them too")
+        logger.info(f"{untrained} classes had no images in training and are not sampled; --labels can name them")
 
     # 1. The folder: one process checks it, and all learn what is missing or wrong.
     manifest = build_manifest(pipeline, args, arguments, classes, state)
@@ -134,11 +134,13 @@ def sample(args: argparse.Namespace, pipeline: VRPOPipeline | None = None):
         raise InputError(None, problem)
     if state.is_main_process:
         if differences:
-            logger.warning(f"continuing with other versions, so bytes may differ: {'; '.join(differences)}")
+            logger.warning(
+                f"continuing with other versions, so new images may differ in their bytes: {'; '.join(differences)}"
+            )
         if 0 < len(missing) < folder.num_batches:
-            logger.info(f"continuing: {len(missing)} of {folder.num_batches} batches are missing")
+            logger.info(f"continuing in {args.output_dir}: {len(missing)} of {folder.num_batches} batches are missing")
 
-    # 2. The missing batches. Each has the full size, even the last one, since images depend on the batch size.
+    # 2. The missing batches. Each has the full size, even the last one, because images depend on the batch size.
     pipeline.to(state.device)
     for model, dtype in ((pipeline.transformer, args.dtype), (pipeline.vae, args.vae_dtype)):
         if model is not None and model.dtype != getattr(torch, dtype):
@@ -178,14 +180,15 @@ def sample(args: argparse.Namespace, pipeline: VRPOPipeline | None = None):
 
 
 def build_manifest(pipeline, args, arguments: dict, classes: list[int], state: PartialState) -> dict:
-    """Describes everything that the images depend on, and the label of each, as JSON.
+    """Describes everything that the images depend on, and the label of each image, as JSON.
 
-    The checksum is None but on the main process, which alone compares and writes it: it reads all weights, 2.7 GB of SiT-XL/2.
+    Only the main process, which compares and writes the checksum, computes it; on the others it is None. It reads all
+    weights, which are 2.7 GB for SiT-XL/2.
     """
     device = torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else state.device.type
-    # An option that version 0.1 did not have stands in the manifest only where it is given.
+    # An option that version 0.1 did not have is in the manifest only if it is given.
     cache = {} if args.first_block_cache is None else {"first_block_cache": args.first_block_cache}
-    # Some kernels split sums by threads, which changes their rounding.
+    # Some kernels split sums among threads, so the rounding depends on their number.
     threads = f", {torch.get_num_threads()} thread(s)" if state.device.type == "cpu" else ", TF32" * args.allow_tf32
     manifest = {
         "pipeline": args.pipeline,
@@ -217,7 +220,9 @@ def build_manifest(pipeline, args, arguments: dict, classes: list[int], state: P
         },
         "labels": [image_label(args.seed, i, classes, args.class_balance) for i in range(args.num_images)],
     }
-    return json.loads(json.dumps(manifest, default=str))  # as it is read back: lists, not tuples
+    return json.loads(
+        json.dumps(manifest, default=str)
+    )  # equal to what is read back from the file, with lists for tuples
 
 
 def main(argv: list[str] | None = None, prog: str = "vrpo sample"):

@@ -5,11 +5,11 @@ r"""Sample many images from a pipeline into a folder, as PNG files or an .npz fi
     vrpo sample --multi_gpu -- sit-xl --num_images 50000 --output_dir samples --sampler sde --num_inference_steps 250 \
         --guidance_scale 1.8 --guidance_interval 0 0.7 --batch_size 128 --dtype bfloat16 --compile --output_format npz
 
-Image i is a function of (seed, i) and the options: one process, several, or a stopped command that is run again write the
-same files. Existing files are kept.
+Image i depends only on the seed, on i and on the options, so one process, several processes, and a stopped command that is
+run again all write the same files. Existing files are kept.
 """
 
-# Neither torch nor diffusers is imported here: `vrpo sample --help` and errors of the command line come at once.
+# Neither torch nor diffusers is imported here, so that `vrpo sample --help` and errors of the command line appear at once.
 
 import argparse
 
@@ -19,7 +19,7 @@ from ..config import BATCH, DTYPES, GUIDANCE, NUM_SAMPLES, SEED, SOLVER_STEPS, I
 
 # The options that the short help shows in addition to the required ones.
 COMMON = ("labels", "seed", "sampler", "num_inference_steps", "guidance_scale", "batch_size", "dtype")
-# The names in `SAMPLERS` of `pipelines/sampling.py`, of both kinds of prediction.
+# The names in `SAMPLERS` of `pipelines/sampling.py`, for velocity and noise prediction.
 SAMPLER_NAMES = ("default", "ode", "heun", "dpmsolver++", "unipc", "sde", "ddim", "ddpm")
 CACHE_THRESHOLD = In(0, most=10, exclusive=True)
 
@@ -28,12 +28,12 @@ def channels(text: str) -> int | str:
     if text != "all" and not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number of channels nor `all`")
     if text == "0":
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1, or `all`")
+        raise argparse.ArgumentTypeError("0 must be at least 1, or `all`")
     return text if text == "all" else int(text)
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, **num_images):
-    """Adds PIPELINE and the options of what is sampled and how, but those of the files.
+    """Adds PIPELINE and all options of sampling except those about files.
 
     Args:
         num_images: arguments of `add_argument` for --num_images, such as `default`.
@@ -41,7 +41,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, **num_images):
     parser.add_argument(
         "pipeline",
         metavar="PIPELINE",
-        help="sample from this pipeline: the output folder of a run, what `vrpo convert` wrote, or a name on the Hub",
+        help="sample from this pipeline: the output folder of a run or of `vrpo convert`, or a name on the Hub",
     )
     g = parser.add_argument_group("what is sampled")
     g.add_argument("--num_images", type=number_in(NUM_SAMPLES), metavar="N", **num_images)
@@ -49,38 +49,38 @@ def add_sampling_options(parser: argparse.ArgumentParser, **num_images):
         "--labels",
         nargs="+",
         metavar="LABEL",
-        help="sample these classes, by name or id, in turn; all classes that had images in training if not given",
+        help="sample these classes, by name or id; if not given, all classes that had images in training",
     )
     g.add_argument(
         "--class_balance",
         choices=["balanced", "random"],
         default="balanced",
-        help="labels in turn, image by image, or drawn at random",
+        help="order of the labels: image by image in turn (balanced), or drawn at random (random)",
     )
     g.add_argument(
         "--seed",
         type=number_in(SEED),
         default=0,
-        help="draw noise and random labels from this seed; the same seed and options give the same images",
+        help="seed of the noise and of random labels; the same seed and options give the same images",
     )
     g = parser.add_argument_group("how")
     g.add_argument(
         "--sampler",
         choices=SAMPLER_NAMES,
         default="default",
-        help="sample with this scheduler: the pipeline's own (`default`); ode (Euler), heun or sde for SiT, which predicts "
-        "velocity; ddim or ddpm for DiT, which predicts noise; dpmsolver++ or unipc, which need fewer steps, for both",
+        help="sample with this scheduler: the pipeline's own (default); ode (Euler), heun or sde for SiT, which predicts "
+        "velocities; ddim or ddpm for DiT, which predicts noise; dpmsolver++ or unipc, which need fewer steps, for both",
     )
     g.add_argument(
         "--num_inference_steps",
         type=number_in(SOLVER_STEPS),
         default=50,
-        help="solve in this many steps, each a pass of the transformer (two for heun); published FIDs use 250",
+        help="number of solver steps, each of which evaluates the transformer once (twice with heun); published FIDs use 250",
     )
     g.add_argument(
         "--guidance_scale",
         type=number_in(GUIDANCE, float),
-        help="push images towards their class by this much (classifier-free guidance): 1 turns it off and takes half the "
+        help="strength of classifier-free guidance, which pushes images towards their class: 1 turns it off and takes half the "
         "time, 4 gives typical images of little variety (default: 1.5; 1 for a model with one class or without a null class)",
     )
     g.add_argument(
@@ -89,14 +89,14 @@ def add_sampling_options(parser: argparse.ArgumentParser, **num_images):
         nargs=2,
         metavar=("LOW", "HIGH"),
         default=[0.0, 1.0],
-        help="noise levels t at which guidance acts; t = 1 is noise",
+        help="lowest and highest noise level t at which guidance acts, between 0 (the image) and 1 (noise)",
     )
     g.add_argument(
         "--guidance_channels",
         type=channels,
         metavar="N",
-        help="latent channels that guidance changes: the first N (SiT, DiT: 3) or `all` (REPA); as the config of the "
-        "model says if not given",
+        help="latent channels that guidance changes: the first N (3 for SiT and DiT) or `all` (for REPA); if not given, as the "
+        "config of the model says",
     )
     g = parser.add_argument_group("computation")
     g.add_argument(
@@ -123,8 +123,8 @@ def add_sampling_options(parser: argparse.ArgumentParser, **num_images):
         "--first_block_cache",
         type=number_in(CACHE_THRESHOLD, float),
         metavar="THRESHOLD",
-        help="compute the first transformer block alone in steps in which its output changed, since the last whole step, by "
-        "less than this share (0.05 to 0.2), and add what the other blocks added then: faster, and other images",
+        help="reuse what the transformer blocks after the first added in the last full step, as long as the output of the first "
+        "block has changed by less than this share since then, usually 0.05 to 0.2; this is faster but changes the images",
     )
     g.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub repository")
     g.add_argument("--variant", metavar="NAME", help="variant of the weights' files, such as fp16")
@@ -138,16 +138,16 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         "--output_dir",
         required=True,
         metavar="DIR",
-        help="write the images to this folder, a new or empty one; an interrupted command continues in its own",
+        help="write the images to this folder, which must be new, empty, or that of the same command before it was interrupted",
     )
     g.add_argument(
         "--output_format",
         choices=["png", "npz", "both"],
         default="png",
-        help="write 000000.png and so on (png), samples.npz as ADM's evaluator reads it (npz), or both",
+        help="write the images as 000000.png and so on (png), as samples.npz for ADM's evaluator (npz), or both",
     )
-    g.add_argument("--overwrite", action="store_true", help="remove the samples in DIR first")
-    g.add_argument("--cache_dir", metavar="DIR", help="folder for downloads")
+    g.add_argument("--overwrite", action="store_true", help="remove the samples in --output_dir first")
+    g.add_argument("--cache_dir", metavar="DIR", help="folder for downloads; the Hub's own cache if not given")
     return parser
 
 
@@ -158,8 +158,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace):
         parser.error(f"--guidance_interval {low} {high} must be LOW HIGH with 0 <= LOW <= HIGH <= 1 (t = 1 is noise)")
     if args.compile and args.first_block_cache is not None:
         parser.error(
-            f"--first_block_cache {args.first_block_cache} cannot be combined with --compile: what it computes depends on the "
-            "step, so that torch compiles again and again, and then gives up"
+            f"--first_block_cache {args.first_block_cache} cannot be combined with --compile, because its computation changes "
+            "from step to step and torch would compile it again and again; remove one of the two"
         )
 
 

@@ -6,8 +6,8 @@ r"""Train a class-conditional diffusion transformer (SiT, DiT) with representati
         --encoder facebook/dinov2-base --objective vrpo --output_dir sit-b-vrpo
     vrpo train --num_processes 8 -- --config sit-b-2-repa           (options of `accelerate launch` before the --)
 
-`--objective none` is plain flow matching, `repa` adds REPA's cosine loss, `vrpo` replaces that loss by group-relative
-rewards on the projected tokens. Running the same command again continues the run.
+`--objective none` is plain flow matching, `repa` adds REPA's cosine loss, and `vrpo` replaces that loss by group-relative
+rewards for the projected tokens. Running the same command again continues the run.
 """
 
 import argparse
@@ -29,17 +29,17 @@ def parse_args(argv: list[str] | None = None, prog: str = "vrpo train") -> VRPOC
 
 
 def train(args: VRPOConfig, callbacks: Iterable = ()):
-    """Trains, or continues where the newest checkpoint of `output_dir` ends.
+    """Trains, or continues from the newest checkpoint in `output_dir`, and writes the result.
 
     Args:
-        callbacks: `TrainerCallback`s of a caller, besides those that the options ask for.
+        callbacks: `TrainerCallback`s of the caller, in addition to those that the options require.
 
     Raises:
-        InputError: for options, data or checkpoints that cannot work.
-        TrainingStopped: when the run cannot go on.
-        SystemExit: 128 + the number of a signal (143, 130), after a checkpoint was saved.
+        InputError: if options, data or checkpoints cannot work.
+        TrainingStopped: if the run cannot continue.
+        SystemExit: after a signal, once a checkpoint has been saved; the code is 128 + its number (143 or 130).
     """
-    # Not before the options are read: torch and diffusers take several seconds to import.
+    # Imported after the options are read, because torch and diffusers take several seconds to import.
     from ..trainer import VRPOTrainer
 
     callbacks = list(callbacks)
@@ -59,9 +59,9 @@ def train(args: VRPOConfig, callbacks: Iterable = ()):
 
 
 def launcher_options() -> list[str] | None:
-    """What `accelerate launch` needs to train on all devices of this machine; None where this process suffices.
+    """The options for `accelerate launch` to train on all devices of this machine; None if this process suffices.
 
-    A machine on which `accelerate config` was run is launched as configured.
+    If `accelerate config` was run on this machine, there are no options, and its configuration applies.
     """
     if "WORLD_SIZE" in os.environ:  # a launcher has started this process
         return None

@@ -39,12 +39,12 @@ from .publish import (
 
 
 logger = logging.getLogger(__name__)
-KEPT_STATES = 2  # training states in the Hub's newest commit
+KEPT_STATES = 2  # training states that are kept in the newest commit on the Hub
 HISTORY = ("metrics.jsonl", "starts.jsonl")  # files of the output folder that are uploaded with a training state
 
 
 def link_tree(source: Path, target: Path):
-    """Copies a folder with hard links (or copies if links are not supported), so that deleting `source` keeps the files."""
+    """Copies a folder as hard links, or as copies if links are not supported, so that the files outlive `source`."""
     for path in source.rglob("*"):
         if path.is_file():
             copy = target / path.relative_to(source)
@@ -56,15 +56,15 @@ def link_tree(source: Path, target: Path):
 
 
 def stage_pipeline(pipeline: VRPOPipeline, checkpoint: Path, folder: Path):
-    """Writes what is published of a checkpoint: the pipeline with its averaged weights, or its adapters.
+    """Writes what is published of a checkpoint: the pipeline with the averaged weights, or its adapters.
 
     Args:
         pipeline: the pipeline in training; its transformer's weights are not changed.
-        checkpoint: `checkpoint-N` of the run.
-        folder: a new folder.
+        checkpoint: the folder `checkpoint-N` of the run.
+        folder: a folder that does not exist yet.
 
     Raises:
-        InputError: if the adapters cannot be used without the rest.
+        InputError: if the adapters cannot be used without the other weights of the run.
     """
     output_dir, step = checkpoint.parent, int(checkpoint.name.split("-")[1])
     folder.mkdir(parents=True)
@@ -78,7 +78,8 @@ def stage_pipeline(pipeline: VRPOPipeline, checkpoint: Path, folder: Path):
     else:
         if not getattr(pipeline.transformer, "adapters_suffice", False):
             raise InputError(
-                None, "its adapters alone cannot be used by others; the result will be the whole pipeline"
+                None,
+                "its adapters cannot be used without the rest of the pipeline, which is published at the end of the run",
             )
         weights = load_file(checkpoint / f"{averaged}.safetensors")
         adapters = {
@@ -88,7 +89,7 @@ def stage_pipeline(pipeline: VRPOPipeline, checkpoint: Path, folder: Path):
         }
         (folder / "lora").mkdir()
         save_file(adapters, folder / "lora" / ADAPTERS)
-        pipeline.transformer.save_config(folder / "transformer")  # for the card: what the model predicts
+        pipeline.transformer.save_config(folder / "transformer")  # tells the model card what the model predicts
     (folder / STAGED).write_text(json.dumps({"step": step}))
     for name in ("train_config.yaml", *HISTORY):
         if (output_dir / name).is_file():
@@ -99,7 +100,7 @@ def stage_pipeline(pipeline: VRPOPipeline, checkpoint: Path, folder: Path):
 
 
 def stage_state(checkpoint: Path, folder: Path):
-    """Copies a complete checkpoint, together with the run's metrics and starts so far, which checkpoints do not contain."""
+    """Copies a complete checkpoint, together with the run's metrics and starts so far, which checkpoints do not have."""
     link_tree(checkpoint, folder)
     for name in HISTORY:
         if (checkpoint.parent / name).is_file():
@@ -107,9 +108,9 @@ def stage_state(checkpoint: Path, folder: Path):
 
 
 def push_state(folder: Path, repo_id: str):
-    """Uploads a whole checkpoint to the repository of training states; keeps the one before and removes later steps.
+    """Uploads a whole checkpoint to the repository of training states, which keeps it and the one before it.
 
-    Later steps belong to another run, or this run was continued from before them.
+    States of later steps are removed: they belong to another run, or this run was resumed from an earlier step.
     """
     files = {
         f"{folder.name}/{path.relative_to(folder).as_posix()}": path for path in folder.rglob("*") if path.is_file()
@@ -132,12 +133,12 @@ def push_state(folder: Path, repo_id: str):
 
 
 def fetch_state(repo_id: str, output_dir: Path):
-    """Downloads the newest intact training state from the Hub, unless the output folder already has one as new.
+    """Downloads the newest intact training state from the Hub, unless the output folder has one that is at least as new.
 
-    It also downloads the metrics and starts of the run.
+    The metrics and starts of the run are downloaded with it.
 
     Raises:
-        InputError: if the Hub has training states, but all are damaged.
+        InputError: if the Hub has training states, but all are damaged, and the output folder has no intact checkpoint.
     """
     there = with_retries(HfApi().list_repo_files, repo_id)
     steps = sorted({int(found[1]) for path in there if (found := re.match(r"checkpoint-(\d+)/", path))}, reverse=True)
@@ -158,23 +159,23 @@ def fetch_state(repo_id: str, output_dir: Path):
                     os.replace(download / name / history, output_dir / history)
             os.replace(download / name, output_dir / name)
             shutil.rmtree(download, ignore_errors=True)
-            logger.info(f"{repo_id}: fetched the training state of step {step}")
+            logger.info(f"downloaded the training state of step {step} from {repo_id}")
             return
-        logger.warning(f"{repo_id}: {name} is damaged ({damage}); trying the one before")
+        logger.warning(f"{name} in {repo_id} is damaged ({damage}); trying the one before it")
     if steps and not local:
         raise InputError(
             "resume_from_checkpoint",
             f"`resume_from_checkpoint` hub: every training state of {repo_id} is damaged; remove the option to start a new run",
         )
     if not steps:
-        logger.info(f"{repo_id} has no training state yet: starting a new run")
+        logger.info(f"{repo_id} has no training state yet; starting a new run")
 
 
 def check_license(license: str):
-    """Asks the Hub whether it accepts a licence, as it does at every push.
+    """Asks the Hub whether it accepts a license, as it checks at every push.
 
     Raises:
-        InputError: if it does not.
+        InputError: if the Hub does not.
     """
     card = {"repoType": "model", "content": f"---\n{ModelCardData(license=license).to_yaml()}\n---\n"}
     answer = get_session().post(f"{HfApi().endpoint}/api/validate-yaml", json=card)
@@ -187,20 +188,20 @@ def check_license(license: str):
 
 
 class HubPublisher(TrainerCallback):
-    """Publishes a run: its checkpoints while training goes on, its result at the end.
+    """Publishes a run: its checkpoints during training, and its result at the end.
 
-    Only the main process uploads. A push that fails is retried, and then logged as a warning. If checkpoints come faster than
-    they can be uploaded, only the newest is. Uploads are staged in `.hub/` of the output folder (as hard links), so that
-    training does not wait for the network.
+    Only the main process uploads. A push that fails is retried, and then logged as a warning. If checkpoints are saved faster
+    than they can be uploaded, only the newest is uploaded. Uploads are staged in `.hub/` of the output folder, as hard links,
+    so that training does not wait for the network.
 
     Args:
         args (`HubConfig`): what to publish, and where.
         accelerator: the accelerator of the training.
         output_dir: the output folder of the run.
-        interruption: once it has received a signal, nothing waits for uploads.
+        interruption: the run's record of signals; once it has a signal, nothing waits for uploads.
 
     Raises:
-        InputError: before training, if the token may not write, or the Hub cannot be reached and the run is a new one.
+        InputError: before training, if the token may not write, or a new run cannot reach the Hub.
     """
 
     def __init__(self, args, accelerator: Accelerator, output_dir: Path, interruption: Interruption):
@@ -210,9 +211,9 @@ class HubPublisher(TrainerCallback):
         self.staging = output_dir / ".hub"
         self.sends = accelerator.is_main_process
         self.repo_id = args.hub_model_id or output_dir.resolve().name
-        self.missing: dict[str, str] = {}  # what is not on the Hub: the reason by name
+        self.missing: dict[str, str] = {}  # the names of what is not on the Hub, and why
         self._last_step = 0
-        self._waiting, self._working = None, None  # jobs: a name and a function
+        self._waiting, self._working = None, None  # jobs, each a name and a function, or None
         self._changed = threading.Condition()
         run_and_share_errors(accelerator, self._open, where=self.sends)
 
@@ -242,10 +243,10 @@ class HubPublisher(TrainerCallback):
             problem = f"`push_to_hub`: {hub_sentence(error, self.repo_id)}"
             if not is_passing(error) or not list_checkpoints(self.output_dir):
                 raise InputError(
-                    None, f"{problem}; or train without it and publish later: {self._command()}"
+                    None, f"{problem}; or train without `push_to_hub` and publish the result later: {self._command()}"
                 ) from error
             logger.warning(f"{problem}; the run continues and tries again at its next push")
-        # A daemon thread: a run that ends early does not wait for it.
+        # It is a daemon thread, so that a run that ends early does not wait for it.
         threading.Thread(target=self._work, daemon=True, name="hub").start()
         atexit.register(self._say_what_is_left)
 
@@ -269,7 +270,7 @@ class HubPublisher(TrainerCallback):
         for name, part, stage in parts:
             try:
                 stage()
-            except Exception as error:  # such as a full disk, as Python or safetensors raise it; training goes on
+            except Exception as error:  # for example on a full disk; training continues
                 self._failed(name, unwritable(error) or first_line(error))
                 shutil.rmtree(part, ignore_errors=True)
         if not any(part.is_dir() for _, part, _ in parts):
@@ -282,7 +283,10 @@ class HubPublisher(TrainerCallback):
             self._changed.notify_all()
 
     def push_result(self):
-        """Publishes the output folder last and waits for it; failures are logged in one line and not raised."""
+        """Publishes the output folder, after a waiting checkpoint, and waits for the end.
+
+        Failures are logged in one line and not raised.
+        """
         if not self.sends:
             return
         with self._changed:
@@ -297,7 +301,7 @@ class HubPublisher(TrainerCallback):
                     self.missing[job[0]] = "interrupted"
         if self.missing:
             what = ", ".join(f"{name} ({why})" for name, why in self.missing.items())
-            remedy = f". The result is safe in {self.output_dir}; publish it by `{self._command()}`"
+            remedy = f". The result is safe in {self.output_dir}; publish it with `{self._command()}`"
             logger.warning(f"not on the Hub: {what}{remedy if 'the result' in self.missing else ''}")
         else:
             logger.info(f"published: {HfApi().endpoint}/{self.repo_id}")
@@ -315,7 +319,7 @@ class HubPublisher(TrainerCallback):
         """Warns about unfinished uploads when the run ends early."""
         for job in (self._working, self._waiting):
             if job is not None:
-                logger.warning(f"{job[0]} was not uploaded to the Hub in full; the next push will do so")
+                logger.warning(f"{job[0]} was not uploaded to the Hub completely; the next push replaces it")
 
     # The thread
 
@@ -341,7 +345,7 @@ class HubPublisher(TrainerCallback):
             logger.warning(f"{name} could not be sent to the Hub: {why}; training is not affected")
 
     def _send_checkpoint(self, folder: Path, step: int):
-        # The training state comes first, since a run needs it to continue; a failure of one does not block the other.
+        # The training state comes first, because a run needs it to resume. The failure of one does not block the other.
         try:
             if (folder / f"checkpoint-{step}").is_dir():
                 push_state(folder / f"checkpoint-{step}", f"{self.repo_id}-state")

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Model cards, rendered from the files of a run or pipeline at every push."""
+"""Model cards, which are rendered from the files of a run or pipeline at every push."""
 
 import json
 import math
@@ -17,8 +17,8 @@ from ..markup import code, one_line, quoted, shown
 from ..schemas import METRICS_ROW, START_FACTS, merge_steps, read_rows
 
 
-STAGED = "staged.json"  # in the folder of a checkpoint on its way to the Hub: its step
-DISTANCE = "validation/fd_"  # in `metrics.jsonl`, before the encoder's name
+STAGED = "staged.json"  # holds the step of a checkpoint, in the folder from which it is uploaded
+DISTANCE = "validation/fd_"  # the prefix of an encoder's name in `metrics.jsonl`
 # Metrics in an evaluation file and in `metrics.jsonl`: their names for readers, and the Hub's names for its results index.
 METRIC_NAMES = {
     "fid": ("FID", "fid"),
@@ -39,7 +39,7 @@ OBJECTIVES = {
     "rare": "RARE's representation alignment",
     "vrpo": "VRPO's reward-weighted representation alignment",
 }
-# What the objectives that others have published are cited as; VRPO has a paragraph of its own.
+# How a card cites the work that an objective builds on; VRPO itself has a paragraph of its own.
 CITATIONS = {
     "repa": "alignment: [REPA](https://arxiv.org/abs/2410.06940)",
     "irepa": "alignment: [iREPA](https://arxiv.org/abs/2512.10794), after [REPA](https://arxiv.org/abs/2410.06940)",
@@ -55,10 +55,10 @@ def is_hub_id(name) -> bool:
 
 
 def public_name(value, local: list[str] | None = None):
-    """An option's value without the local folders in it.
+    """An option's value with local paths shortened to their last part.
 
     Args:
-        local: the values that were files or folders on the machine of the run; None checks this machine.
+        local: the values that were files or folders on the machine of the run; None checks for them on this machine.
     """
     if isinstance(value, list):
         return [public_name(item, local) for item in value]
@@ -67,12 +67,12 @@ def public_name(value, local: list[str] | None = None):
     if is_hub_id(value) and not (Path(value).exists() if local is None else value in local):
         return value
     if "://" in value:
-        value = re.split("[?#]", value)[0]  # what follows may be a key
+        value = re.split("[?#]", value)[0]  # the rest may be a secret key
     return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
 
 
 def public_json(value):
-    """`public_name` of every string in a JSON value, keys too."""
+    """Applies `public_name` to every string in a JSON value, including keys."""
     if isinstance(value, dict):
         return {public_name(key): public_json(item) for key, item in value.items()}
     return [public_json(item) for item in value] if isinstance(value, list) else public_name(value)
@@ -80,9 +80,9 @@ def public_json(value):
 
 def read_mapping(file: Path) -> dict:
     """Reads the mapping in a JSON or YAML file; returns an empty one if the file cannot be read."""
-    if not file.is_file():  # a pipe would be waited for
+    if not file.is_file():  # reading a pipe would block
         return {}
-    # JSON is not read as YAML, which takes 1e-06 for text.
+    # JSON is not parsed as YAML, which reads 1e-06 as text.
     parse = json.loads if file.suffix == ".json" else yaml.safe_load
     try:
         content = parse(file.read_text(encoding="utf-8"))
@@ -96,16 +96,16 @@ def is_finite(value) -> bool:
 
 
 def mapping(value) -> dict:
-    """A value from a file if it is a mapping, else an empty one."""
+    """Returns a value from a file if it is a mapping, and an empty mapping otherwise."""
     return value if isinstance(value, dict) else {}
 
 
 def known_options(given: dict, local: list[str] | None) -> dict:
-    """The options of training in a record that a card may show: known ones with a possible value, without local folders.
+    """The options in a run's record that a card may show: known ones with an allowed value, without local folders.
 
     Args:
         given: the content of `train_config.yaml`.
-        local: as in `public_name`.
+        local: the argument of `public_name`.
     """
     known, private = {}, names_marked(Resume.MACHINE)
     for name, option in options_of(VRPOConfig).items():
@@ -113,7 +113,7 @@ def known_options(given: dict, local: list[str] | None) -> dict:
         if value is None or name in private:
             continue
         if option.many and isinstance(value, str):
-            value = [value]  # as older records have it
+            value = [value]  # older records have a single value here
         try:
             value = public_name(checked_value(option, value), local)
         except InputError:
@@ -159,7 +159,7 @@ def evaluations(folder: Path) -> list[dict]:
 
 
 def read_run(folder: str | Path) -> dict:
-    """Reads the facts about a run or pipeline for the template; those that no file holds are None or empty."""
+    """Reads the facts about a run or pipeline for the template; facts that no file has are None or empty."""
     folder = Path(folder)
     given = read_mapping(folder / "train_config.yaml")
     rows, starts = (
@@ -169,14 +169,14 @@ def read_run(folder: str | Path) -> dict:
     rows, starts = merge_steps(rows), [known_facts(start) for start in starts]
     start = starts[-1] if starts else {}
     options = known_options(given, start.get("local"))
-    # The last finite number of each column, and its step, since columns such as validation have separate rows.
+    # The last finite number of each column with its step, because columns such as validation have separate rows.
     columns = {name: (row["step"], value) for row in rows for name, value in row.items() if is_finite(value)}
 
     def last(name):
         return columns[name][1] if name in columns else None
 
     rewards = [name.split("/", 1)[1] for name in columns if name.startswith("reward/")]
-    # Rewards of estimated images have one number more, and neither std nor weight.
+    # Image rewards have one more column, and neither std nor weight.
     of_images = [name for name in rewards if f"image_share/{name}" in columns]
     rewards = [name for name in rewards if name not in of_images]
     hardware = [
@@ -222,7 +222,7 @@ def read_run(folder: str | Path) -> dict:
 
 
 def pushes_adapters_only(run: dict) -> bool:
-    """Whether only the adapters of a run are published, as its record of starts says (`build_transformer`)."""
+    """Whether only the adapters of a run are published, because its record of starts says that they suffice."""
     return bool(run["lora_rank"]) and bool(run["start"].get("adapters_suffice"))
 
 
@@ -234,20 +234,20 @@ def foreign_class(run: dict) -> str | None:
 
 
 def predicts_noise(run: dict) -> bool:
-    """Whether the model predicts the noise of a diffusion, and not velocities."""
+    """Whether the model predicts noise instead of velocities."""
     preset, said = str(run["options"].get("preset") or ""), run["start"].get("prediction_type")
     return "epsilon" in (run["transformer"].get("prediction_type"), said) or preset.startswith("DiT")
 
 
 def kind(run: dict) -> str:
-    """The architecture's name: of a transformer of this package DiT if it predicts noise, else SiT."""
+    """The architecture's name; a transformer of this package is a DiT if it predicts noise, and a SiT otherwise."""
     if name := foreign_class(run):
         return re.sub(r"(Transformer)?(2D)?Model$", "", name) or name
     return "DiT" if predicts_noise(run) else "SiT"
 
 
 def card_data(run: dict, repo_id: str, license: str | None) -> ModelCardData:
-    """The card's metadata, with values that the Hub knows."""
+    """The card's metadata, in the Hub's vocabulary."""
     options, name = run["options"], repo_id.split("/")[-1]
     base, dataset = options.get("pretrained_model_name_or_path"), options.get("dataset_name")
     tags = ["diffusers", "image-generation", "class-conditional", kind(run).lower(), "diffusers-vrpo"]
@@ -325,7 +325,7 @@ def summary(run: dict) -> str:
 
 
 def trained_labels(index: dict) -> list[int]:
-    """The ids of the classes that had images in training, if a pipeline's index says that some had none; else none."""
+    """The ids of the classes that had images in training; empty if the pipeline's index does not list them."""
     found = index.get("trained_labels")
     return [label for label in found if type(label) is int] if isinstance(found, list) else []
 
@@ -345,11 +345,11 @@ def optimizer(run: dict) -> str:
 
 
 def render_card(folder: str | Path, repo_id: str, license: str | None = None, **extra) -> str:
-    """Renders the model card of a run's or pipeline's folder from its files.
+    """Renders the model card for the folder of a run or pipeline from its files.
 
     Args:
-        folder: with `model_index.json` or `lora/`, and perhaps `train_config.yaml`, `metrics.jsonl`, `starts.jsonl`,
-            `samples.png`, `training.png`, `evaluation*.json`.
+        folder: a folder with `model_index.json` or `lora/`, and perhaps `train_config.yaml`, `metrics.jsonl`,
+            `starts.jsonl`, `samples.png`, `training.png`, `evaluation*.json`.
         repo_id: `owner/name` of the repository.
         license: license of the weights, as the Hub spells it. By default `apache-2.0` for weights trained from scratch,
             `other` for weights that continue others, and none for a pipeline without the record of a run.
@@ -360,7 +360,7 @@ def render_card(folder: str | Path, repo_id: str, license: str | None = None, **
     options, objective = run["options"], run["objective"]
     labels, trained = mapping(run["index"].get("id2label")), trained_labels(run["index"])
     is_unconditional = run["transformer"].get("num_classes") == 1
-    # The example is of a class that can be drawn.
+    # The example draws a class that had training images.
     first = trained[0] if trained else 0
     named = labels.get(str(first), next(iter(labels.values()), None))
     options_as_yaml = yaml.safe_dump(options).strip()
@@ -386,7 +386,7 @@ def render_card(folder: str | Path, repo_id: str, license: str | None = None, **
         "example_scale": "1.0" if is_unconditional else "1.5",
         "number": number,
         "options_as_yaml": options_as_yaml,
-        # A fence that is longer than any run of backticks inside it.
+        # The fence of the code block is longer than any run of backticks inside it.
         "fence": "`" * max([3, *(1 + len(ticks) for ticks in re.findall("`+", options_as_yaml))]),
         "card_data": card_data(run, repo_id, license).to_yaml(),
     }
@@ -394,5 +394,5 @@ def render_card(folder: str | Path, repo_id: str, license: str | None = None, **
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"shown": shown, "code": code, "quoted": quoted}
     card = environment.from_string(template).render(**run | extra)
-    # Parse the card, so that invalid metadata raise an error here and not on the Hub.
+    # The card is parsed here, so that invalid metadata raise an error before the upload.
     return str(ModelCard(re.sub(r"\n{3,}", "\n\n", card).rstrip() + "\n"))

@@ -3,8 +3,8 @@ r"""Publish the folder of a pipeline or a run on the Hub, with a model card made
 
     vrpo push outputs/sit-xl --hub_model_id org/sit-xl-vrpo
 
-Only the pipeline, its code, adapters, sample grid, curves and metrics go there. The token is that of `hf auth login` or
-HF_TOKEN.
+Only the pipeline, its code, adapters, sample grid, curves, metrics and evaluations are published. The token is that of
+`hf auth login` or HF_TOKEN.
 """
 
 import errno
@@ -45,23 +45,23 @@ WEIGHTS = re.compile(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What goes there
+# What is published
 
 
 def component_folders(folder: Path) -> list[str]:
-    """The folders of a pipeline's components, according to its index; only those that lie in the folder itself."""
+    """The names of a pipeline's components in its index; names that could lead out of the folder are omitted."""
     index = read_mapping(folder / "model_index.json")
     components = {name for name, value in index.items() if isinstance(value, list) and value and value[0]}
     return [name for name in index if name in components and re.fullmatch(r"(?!_)\w+", name)]
 
 
 def check_inside(folder: Path, file: Path):
-    """Checks that a file of a folder is not a link to elsewhere, such as to a private file of this machine.
+    """Checks that a file of a folder is not a link to a file outside it, such as a private file of this machine.
 
     Links of the Hub's cache are allowed: a snapshot there consists of links to `blobs/` of the same repository.
 
     Raises:
-        InputError: if it is.
+        InputError: if the file is such a link.
     """
     target = file.resolve()
     allowed = [folder.resolve()]
@@ -69,15 +69,15 @@ def check_inside(folder: Path, file: Path):
         allowed.append(folder.resolve().parents[1] / "blobs")
     if not any(target.is_relative_to(place) for place in allowed):
         raise InputError(
-            None, f"{file} is a link to {target}, outside the folder, and is not published; replace it by a copy"
+            None, f"{file} is a link to {target} outside the folder, which is not published; replace it by a copy"
         )
 
 
 def published_files(folder: str | Path) -> dict[str, Path]:
-    """The files of a folder that are published: paths on the Hub and local files. All other files are ignored.
+    """The files of a folder that are published, as paths on the Hub and local files. All other files are ignored.
 
     Raises:
-        InputError: if the folder holds neither a pipeline nor adapters, or a link to a file outside.
+        InputError: if the folder has neither a pipeline nor adapters, or has a link to a file outside.
     """
     folder = Path(folder)
     files = {}
@@ -94,12 +94,12 @@ def published_files(folder: str | Path) -> dict[str, Path]:
                     files[path.relative_to(folder).as_posix()] = path
         if "model_index.json" not in files:
             raise InputError(
-                None, f"{folder} holds no pipeline (no model_index.json); give the output folder of a finished run"
+                None, f"{folder} has no pipeline (no model_index.json); give the output folder of a finished run"
             )
         if not component_folders(folder):
             raise InputError(
                 None,
-                f"{folder}/model_index.json is damaged: it names no component; give the folder of a saved pipeline",
+                f"{folder}/model_index.json is damaged, because it names no component; give the folder of a saved pipeline",
             )
     for path in [folder / name for name in RUN_FILES] + sorted(folder.glob("evaluation*.json")):
         if path.is_file():
@@ -110,22 +110,27 @@ def published_files(folder: str | Path) -> dict[str, Path]:
 
 
 def without_paths(path: str, file: Path, local: list[str] | None = None) -> Path | bytes:
-    """Prepares a file for the Hub: removes local folders from the content of reports and configurations.
+    """Prepares a file for the Hub by removing local folders from the content of reports and configurations.
 
     Args:
-        local: the options of the run that were files or folders, according to its record (`public_name`).
+        path: the path on the Hub.
+        file: the local file.
+        local: the values of options that were files or folders, as the run's record says (`public_name`).
+
+    Returns:
+        the file itself, or its changed content.
     """
     content = read_mapping(file) if path.endswith(".json") else {}
     if path.startswith("evaluation"):
         return json.dumps(public_json(content), indent=2).encode() + b"\n"
-    if isinstance(content.get("_name_or_path"), str):  # the path that diffusers loaded it from
+    if isinstance(content.get("_name_or_path"), str):  # the path from which diffusers loaded the component
         content["_name_or_path"] = public_name(content["_name_or_path"], local)
         return json.dumps(content, indent=2, sort_keys=True).encode() + b"\n"
     return file
 
 
 def variant_of(path: str) -> str | None:
-    """The variant of a weights file or its index, such as `.fp16`; "" without a variant, None for other files."""
+    """The variant of a weights file or of its index, such as `.fp16`; "" if it has none, None for other files."""
     match = WEIGHTS.fullmatch(path.split("/")[-1])
     return None if match is None else match["index_variant"] or match["variant"] or ""
 
@@ -137,7 +142,7 @@ def outdated_files(there: list[str], files: dict[str, Path], folders: list[str],
         there: paths on the Hub.
         files: the result of `published_files`.
         folders: the folders of the components.
-        replace_variants: replace all variants, instead of only those in `files`.
+        replace_variants: whether all variants are replaced, instead of only those in `files`.
     """
     new = {variant_of(path) for path in files}
     outdated = []
@@ -164,11 +169,11 @@ def disk_is_full(error: BaseException) -> bool:
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether an error is transient: not a refusal, bad metadata or a missing local file."""
+    """Whether an error is transient, unlike a refusal, bad metadata or a missing local file."""
     status = status_of(error)
     if status is not None:
         return status >= 500 or status in (408, 409, 412, 425, 429)
-    # A proxy's page instead of the Hub's answer; or no answer, and no file in the cache.
+    # A proxy has answered with a page of its own, or the Hub has not answered and the cache lacks the file.
     if "JSONDecodeError" in type(error).__name__ or isinstance(error, LocalEntryNotFoundError):
         return True
     if isinstance(error, (LocalTokenNotFoundError, OfflineModeIsEnabled, *DEFECTS)) or disk_is_full(error):
@@ -184,11 +189,11 @@ def hub_sentence(error: BaseException, repo_id: str) -> str:
     if isinstance(error, HFValidationError):
         return "that is not the name of a repository; give owner/name"
     if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set; go online"
+        return "HF_HUB_OFFLINE is set, which forbids access to the Hub; unset it"
     if status == 401 and not isinstance(error, RepositoryNotFoundError):
         return "the Hub does not know the token (401); run `hf auth login` again or set HF_TOKEN to another token"
     if status == 403:
-        return f"the token may not write to {repo_id} (403); take one with write access to it"
+        return f"the token may not write to {repo_id} (403); use one with write access to it"
     if status == 404 or isinstance(error, RepositoryNotFoundError):
         return f"{repo_id} does not exist for this token ({status}); check the name and the token's access"
     if status is not None and status < 500 and status != 429:
@@ -199,7 +204,7 @@ def hub_sentence(error: BaseException, repo_id: str) -> str:
     if disk_is_full(error):
         return "the local disk is full; make room"
     if isinstance(error, DEFECTS):
-        return f"an error of this program: {type(error).__name__}: {first_line(error)}"
+        return f"this program has failed ({type(error).__name__}: {first_line(error)})"
     if isinstance(error, InputError | ValueError) and not isinstance(error, LocalEntryNotFoundError):
         return first_line(error)
     if isinstance(error, OSError) and error.strerror and error.filename:
@@ -208,7 +213,14 @@ def hub_sentence(error: BaseException, repo_id: str) -> str:
 
 
 def with_retries(action: Callable, *arguments, retries: int | None = None, **options):
-    """Calls `action`, retrying transient errors with the first `retries` delays of `WAITS`; returns its result."""
+    """Calls `action` and returns its result, retrying transient errors after the first `retries` delays of `WAITS`.
+
+    Args:
+        retries: the number of retries; by default as many as `WAITS` has delays.
+
+    Raises:
+        Exception: the last error of `action`, or its first one that is not transient.
+    """
     for wait in (*WAITS[:retries], None):
         try:
             return action(*arguments, **options)
@@ -226,7 +238,7 @@ def without_signature(record: logging.LogRecord) -> bool:
 
 
 def keep_addresses_private():
-    """Keeps the signed addresses of uploads out of the log, where anyone who reads them could use them."""
+    """Keeps signed addresses of uploads out of the log, because anyone who reads them could use them."""
     for name in ("httpx", "httpx2", "httpcore", "urllib3"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub.utils._http").addFilter(without_signature)
@@ -237,7 +249,7 @@ def keep_addresses_private():
 
 
 def make_repository(repo_id: str, private: bool | None = None, token: str | None = None) -> str:
-    """Creates the repository if needed; returns its full name.
+    """Creates the repository if needed, and returns its full name.
 
     Raises:
         InputError: if `private` is set and the repository exists and is public.
@@ -252,17 +264,17 @@ def make_repository(repo_id: str, private: bool | None = None, token: str | None
 
 
 def open_repository(repo_id: str, private: bool | None = None, token: str | None = None) -> str:
-    """Creates the repository if needed and checks that the token may write to it; returns its full name.
+    """Creates the repository if needed, checks that the token may write to it, and returns its full name.
 
     Raises:
-        InputError: if it may not.
+        InputError: if the token may not, or the Hub refuses for another reason.
     """
     keep_addresses_private()
     api = HfApi(token=token)
     try:
         role = api.whoami().get("auth", {}).get("accessToken", {}).get("role")
         if role == "read":
-            raise InputError(None, "the token may only read; take one with write access")
+            raise InputError(None, "the token may only read; use one with write access")
         repo_id = make_repository(repo_id, private, token)
         # Ask how a file would be uploaded, which requires write access.
         api.preupload_lfs_files(repo_id, [CommitOperationAdd("README.md", b"-")])
@@ -325,18 +337,23 @@ def push_folder(
     ```
 
     Args:
-        folder: as `save_pretrained` or a run wrote it; other files in it are ignored.
+        folder: the folder that `save_pretrained` or a run has written; other files in it are ignored.
         repo_id: `owner/name`; the repository is created if needed.
-        private: whether a new repository is private; None uses the owner's default.
+        private: whether a new repository is private; None (the default) uses the owner's setting.
         token: token to use instead of that of `hf auth login` or HF_TOKEN.
-        license: license of the weights, as the Hub spells it; see `render_card`.
-        create_pr: propose the commit instead of making it.
-        subfolder: folder in the repository for all files; no model card is written.
+        license: license of the weights, as the Hub spells it; by default as in `render_card`.
+        commit_message: message of the commit.
+        create_pr: whether to open a pull request with the commit instead of committing to the main branch.
+        subfolder: folder in the repository for all files; no model card is then written.
         tag: a tag for the commit; an existing tag is moved.
-        replace_variants: also remove variants (`fp16`) that the folder does not have.
+        replace_variants: whether to remove variants, such as `fp16`, that the folder does not have.
+
+    Returns:
+        the commit, with its address as `commit_url`.
 
     Raises:
-        InputError: if the folder is not a pipeline, adapters would be pushed to their base's repository, or the Hub refuses.
+        InputError: if the folder is not a pipeline, adapters would be pushed to the repository of the weights that they
+            adapt, or the Hub refuses.
         HfHubHTTPError, OSError, RuntimeError: if the Hub could not be reached after all retries.
     """
     keep_addresses_private()
@@ -344,7 +361,7 @@ def push_folder(
     run = read_run(folder)
     local = run["start"].get("local")
     files = {path: without_paths(path, file, local) for path, file in published_files(folder).items()}
-    # Pushing only adapters replaces no weights: the folder's pipeline is not pushed.
+    # If only adapters are pushed, they replace no weights, because the folder's pipeline is not pushed.
     folders = component_folders(folder) if "model_index.json" in files and not subfolder else []
     if subfolder:
         files = {f"{subfolder}/{path}": file for path, file in files.items()}
@@ -375,14 +392,16 @@ def check_base(repo_id: str, options: dict):
     """Checks that a run may be published in a repository.
 
     Raises:
-        InputError: if the run has adapters and the repository is that of their base.
+        InputError: if the run has adapters and the repository is that of the weights that they adapt.
     """
     if options.get("lora_rank") and options.get("pretrained_model_name_or_path") == repo_id:
-        raise InputError(None, f"{repo_id} has the weights that the adapters are for; give the adapters another name")
+        raise InputError(
+            None, f"{repo_id} has the weights that the adapters change; publish the adapters under another name"
+        )
 
 
 def card_there(repo_id: str, license: str | None = None, token: str | None = None) -> str | None:
-    """Downloads a repository's model card, without repeated tags and with `license` if given; None if it has no card."""
+    """Downloads a repository's model card, removes repeated tags and sets `license` if given; None if there is no card."""
     api = HfApi(token=token)
     if "README.md" not in api.list_repo_files(repo_id):
         return None
@@ -397,12 +416,12 @@ def card_there(repo_id: str, license: str | None = None, token: str | None = Non
 
 
 def has_step_tags(repo_id: str, token: str | None = None) -> bool:
-    """Whether the repository has tags `step-N`, which a run that pushes its checkpoints sets."""
+    """Whether the repository has tags `step-N`, which are set by runs that push their checkpoints."""
     return any(tag.name.startswith("step-") for tag in HfApi(token=token).list_repo_refs(repo_id).tags)
 
 
 def move_tag(repo_id: str, tag: str, revision: str, token: str | None = None):
-    """Sets a tag; moves it if it exists."""
+    """Sets a tag, or moves it if it already exists."""
     api = HfApi(token=token)
     try:
         api.create_tag(repo_id, tag=tag, revision=revision)

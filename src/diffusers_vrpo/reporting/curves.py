@@ -10,7 +10,7 @@ from ..training.metrics import read_metrics
 
 
 MOST_PANELS = 5
-FLAT = 1e-3  # a curve that varies by a smaller part of its largest value shows nothing
+FLAT = 1e-3  # a curve that varies by less than this part of its largest absolute value counts as flat
 
 
 @dataclass
@@ -18,10 +18,10 @@ class Panel:
     """A panel of the curves.
 
     Attributes:
-        title: what it shows.
-        lines: the metrics by their labels.
-        logarithmic: whether its values are shown on a logarithmic scale.
-        measured: whether its values are few and exact, so that they have markers and are not smoothed.
+        title: the title.
+        lines: the metrics to draw, by their labels.
+        logarithmic: whether the values are shown on a logarithmic scale.
+        measured: whether the values are few and exact, so that they are drawn with markers and without smoothing.
     """
 
     title: str
@@ -59,7 +59,7 @@ def candidates(rows: list[dict]) -> list[Panel]:
 
 
 def points_of(rows: list[dict], name: str, logarithmic: bool) -> tuple[list[int], list[float]]:
-    """Steps and finite values of a metric; those of `mean:PREFIX` are means over the metrics with that prefix."""
+    """Steps and finite values of a metric. The name `mean:PREFIX` means the mean over all metrics with that prefix."""
     steps, values = [], []
     for row in rows:
         if name.startswith("mean:"):
@@ -76,15 +76,15 @@ def points_of(rows: list[dict], name: str, logarithmic: bool) -> tuple[list[int]
 
 
 def varies(values: Sequence[float]) -> bool:
-    """Whether a curve of these values is more than a flat line."""
+    """Whether a curve of these values is not flat."""
     return len(values) > 1 and max(values) - min(values) > FLAT * max(map(abs, values))
 
 
 def smoothed(values: Sequence[float], logarithmic: bool = False) -> list[float]:
-    """The mean of the values around each, over a fifteenth of all of them, and over fewer near both ends.
+    """Replaces each value by the mean around it, over a fifteenth of all values, or over fewer near both ends.
 
     Args:
-        logarithmic: take the geometric mean, which does not lift a loss that falls fast.
+        logarithmic: whether to take the geometric mean, which does not lift a loss that falls fast.
     """
     if logarithmic:
         return [math.exp(mean) for mean in smoothed([math.log(value) for value in values])]
@@ -102,7 +102,7 @@ def smoothed(values: Sequence[float], logarithmic: bool = False) -> list[float]:
 def chosen_panels(rows: list[dict]) -> list[tuple[Panel, dict[str, tuple[list[int], list[float]]]]]:
     """The first panels with a curve that is neither empty nor flat, and the points of their lines by label.
 
-    Where no curve varies, as in a run of one step, the loss alone.
+    If no curve varies, as in a run of one step, it is the first panel with any point, which is the loss.
     """
     found, only = [], []
     for panel in candidates(rows):
@@ -116,9 +116,15 @@ def chosen_panels(rows: list[dict]) -> list[tuple[Panel, dict[str, tuple[list[in
 
 
 def plot_metrics(metrics_file: str | Path, output_file: str | Path, title: str = ""):
-    """Plots what a run did over its steps: loss, rewards and their shares, gradients and speed, from a `metrics.jsonl`.
+    """Plots the metrics of a run over its steps: loss, rewards and their shares, gradients and speed.
 
-    There are at most five panels, without those that would be empty or flat. Strong lines are smoothed, pale ones are as logged.
+    There are at most five panels; those that would be empty or flat are omitted. Strong lines are smoothed, pale ones show
+    the values as logged. Without any metric, no file is written.
+
+    Args:
+        metrics_file: a `metrics.jsonl`.
+        output_file: the picture to write.
+        title: a title above all panels.
     """
     # The object interface draws without changing the global backend of matplotlib.
     from matplotlib.figure import Figure
@@ -127,7 +133,7 @@ def plot_metrics(metrics_file: str | Path, output_file: str | Path, title: str =
     panels = chosen_panels(read_metrics(metrics_file))
     if not panels:
         return
-    # Each panel has one cell of a grid; of five the first has two.
+    # Each panel has one cell of a grid; the first of five has two.
     columns = len(panels) if len(panels) < 4 else 2 if len(panels) == 4 else 3
     rows = -(-len(panels) // columns)
     width, height = 4.6 * columns, 3.3 * rows + 0.4
@@ -157,7 +163,7 @@ def plot_metrics(metrics_file: str | Path, output_file: str | Path, title: str =
         if panel.logarithmic:
             axis.set_yscale("log")
             low, high = axis.get_ylim()
-            if high < 10 * low:  # within one power of ten its own ticks would be one or none
+            if high < 10 * low:  # within one power of ten, a logarithmic locator finds at most one tick
                 axis.yaxis.set_major_locator(MaxNLocator(6))
                 axis.yaxis.set_major_formatter(ScalarFormatter())
             else:

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogFormatter, LogLocator, MaxNLocator
 
 
-# Colours of Okabe and Ito, which are distinct for any colour vision; on a dark background, lighter ones of the same hues.
-# Line styles and markers have cycles of other lengths, so that no two of a dozen arms look alike.
+# Colours of Okabe and Ito, which are distinct for any colour vision, and lighter ones of the same hues for a dark background.
+# Line styles and markers repeat with other periods than the colours, so that no two of a dozen arms look alike.
 COLORS = {
     "light": ["#0072B2", "#D55E00", "#009E73", "#AA4499", "#8A6D00", "#000000", "#56B4E9"],
     "dark": ["#56B4E9", "#FF8A3D", "#2FD3A2", "#F0A6D0", "#F0E442", "#FFFFFF", "#8FA8FF"],
@@ -25,7 +25,7 @@ THEMES = {
 
 
 def style(theme: str) -> dict:
-    """matplotlib's settings for a theme; the same data always give the same SVG file."""
+    """matplotlib's settings for a theme, with which the same data always give the same SVG file."""
     ink, ground = THEMES[theme]["ink"], THEMES[theme]["ground"]
     names = "text.color axes.labelcolor axes.edgecolor axes.titlecolor xtick.color ytick.color legend.labelcolor grid.color"
     return dict.fromkeys(names.split(), ink) | {
@@ -44,7 +44,7 @@ def style(theme: str) -> dict:
 
 
 def flop_unit(flops: float) -> tuple[float, str]:
-    """The divisor for a number of FLOPs, and the unit of the result."""
+    """The divisor for a number of FLOPs, and the unit of the quotient."""
     power = min(7, max(0, int(math.log10(flops) / 3))) if flops > 0 else 0
     return 1000.0**power, ["", "k", "M", "G", "T", "P", "E", "Z"][power] + "FLOP"
 
@@ -65,7 +65,12 @@ COST_WORDS = {"steps": "training steps", "seconds": "training time", "flops": "t
 
 
 def scale_of(axis: str, largest: float) -> tuple[float, str]:
-    """The divisor for a cost, and the label of the axis; `axis` is `steps`, `seconds` or `flops`."""
+    """The divisor for a cost, and the label of its axis.
+
+    Args:
+        axis: `steps`, `seconds` or `flops`.
+        largest: the largest cost that is shown.
+    """
     if axis == "steps":
         return 1.0, COST_WORDS["steps"]
     if axis == "seconds":
@@ -86,12 +91,15 @@ def logarithmic_quality(axes):
 
 
 def curves(arms: list[dict], axis: str, metric: str, target: tuple[float, str] | None, theme: str) -> Figure:
-    """Plots quality against `axis`: the mean over seeds, a marker at every evaluation, and a band of one standard deviation.
+    """Plots quality against a cost: the mean over seeds with markers at evaluations, and a band of one standard deviation.
 
     Args:
-        arms: the arms of the report: `name`, `n`, `curve` with `mean`, `std` and the costs, and `runs`, which are drawn one
-            by one if they share no evaluated step.
-        target: a value to draw a line at, and its name.
+        arms: the arms of the report, with `name`, `n`, `curve` (`mean`, `std` and the costs), and `runs`, which are drawn
+            one by one if they share no evaluated step.
+        axis: the cost: `steps`, `seconds` or `flops`.
+        metric: the name of the metric in `metrics.jsonl`.
+        target: the value at which a horizontal line is drawn, and its name; or None.
+        theme: `light` or `dark`.
     """
     longest = max([len(f"{arm['name']} (n = {arm['n']})") for arm in arms] + [len(target[1]) if target else 0])
     columns = 1 if longest > 30 else 2 if longest > 17 else 3
@@ -117,7 +125,7 @@ def curves(arms: list[dict], axis: str, metric: str, target: tuple[float, str] |
         axes.plot(x, mean, label=name, markevery=max(1, len(x) // 15), **look)
         if curve["std"]:
             std = np.array(curve["std"])
-            # A logarithmic axis has no values below zero: the band ends at half the mean.
+            # A logarithmic axis has no values below zero, so the band ends at half the mean there.
             below = np.where(logarithmic & (std >= mean), mean / 2, mean - std)
             axes.fill_between(x, below, mean + std, color=look["color"], alpha=0.2, linewidth=0)
             if len(x) == 1:
@@ -138,7 +146,7 @@ def curves(arms: list[dict], axis: str, metric: str, target: tuple[float, str] |
 
 
 def final_values(arms: list[dict], metric: str, theme: str) -> Figure:
-    """Plots the last value of each arm: mean and standard deviation over seeds, and each seed as a small ring."""
+    """Plots the last value of each arm: mean and standard deviation over seeds, and the value of each seed as a ring."""
     figure = Figure(figsize=(5.2, 1.2 + 0.42 * len(arms)), layout="constrained")
     axes = figure.subplots()
     for i, arm in enumerate(arms):
@@ -172,7 +180,7 @@ def as_bytes(figure: Figure, kind: str) -> bytes:
 
 
 def draw(plot, *arguments, theme: str, kinds: tuple[str, ...]) -> dict[str, bytes]:
-    """Calls `plot(*arguments, theme)` and returns the figure as files of these kinds."""
+    """Calls `plot(*arguments, theme)` and returns the figure as files, by their kinds `png` and `svg`."""
     with matplotlib.rc_context(style(theme)):
         figure = plot(*arguments, theme)
         return {kind: as_bytes(figure, kind) for kind in kinds}

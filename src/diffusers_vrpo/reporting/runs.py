@@ -6,20 +6,22 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import yaml
 
-from ..config import Resume, VRPOConfig, names_marked, options_of
+from ..config import Resume, VRPOConfig, has_effect, names_marked, options_of
 from ..errors import InputError, first_line
 from ..files import read_regular
 from ..markup import printable
 from ..schemas import METRICS_ROW, RECORDED_OPTIONS, START, mismatch, read_rows
 
 
-# Options about folders, logging and saving, which affect neither the training nor its evaluation.
+# The seed, and options about folders, logging and saving, which affect neither the method nor its evaluation.
 HOUSEKEEPING = {"seed"} | names_marked(Resume.MACHINE, Resume.WATCHED)
-# Options of the evaluation: values of runs that differ in one of these cannot be compared.
+# Options on which the evaluation depends: the metrics of runs that differ in one of these cannot be compared.
 JUDGED_ON = (
     "dataset_name dataset_config_name dataset_split train_data_dir latents_dir max_train_samples resolution vae "
     "num_inference_steps guidance_scale fd_encoder num_fd_samples"
@@ -28,11 +30,11 @@ COSTS = {"steps": "steps", "seconds": "training time", "flops": "FLOPs"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What runs wrote
+# Reading runs
 
 
 def merge_rows(rows: list[dict]) -> list[dict]:
-    """Merges the rows of each step. If steps go back, the run was continued there, and the later rows are dropped."""
+    """Merges the rows of each step. If steps go back, the run was resumed there, and the rows that it replaced are dropped."""
     merged: list[dict] = []
     for row in rows:
         if merged and row["step"] < merged[-1]["step"]:
@@ -55,11 +57,13 @@ class Run:
     Attributes:
         options: the options in `train_config.yaml`, without unset ones.
         rows: the rows of `metrics.jsonl`, one per step.
+        seed: the seed of the run.
+        last_step: the last logged step.
         starts: the starts in `starts.jsonl` that were followed by steps.
-        costs: cumulative `steps`, `seconds` and `flops`, each `(at steps, values)`; None if unknown.
+        costs: cumulative `steps`, `seconds` and `flops`, each as arrays `(at steps, values)`; None if unknown.
 
     Raises:
-        InputError: if the folder is not that of a run, or the run has not logged anything yet.
+        InputError: if the folder is not the output folder of a run, or the run has not logged anything yet.
     """
 
     def __init__(self, folder: str | Path, warn: Callable[[str], None]):
@@ -68,8 +72,8 @@ class Run:
         if missing := [path.name for path in files if not path.is_file()]:
             raise InputError(
                 None,
-                f"{folder} is not the folder of a run (no {' and no '.join(missing)} in it); give an `output_dir` of "
-                "`vrpo train`",
+                f"{folder} is not the output folder of a run, because it has no {' and no '.join(missing)}; give an "
+                "`output_dir` of `vrpo train`",
             )
         try:
             self.options = yaml.safe_load(read_regular(files[0]))
@@ -79,14 +83,14 @@ class Run:
         except (OSError, RecursionError, yaml.YAMLError) as error:
             raise InputError(None, f"{folder} cannot be read ({first_line(error)}); give another run") from error
         if not isinstance(self.options, dict):
-            raise InputError(None, f"{files[0]} is not what `vrpo train` wrote: it holds no options; give another run")
+            raise InputError(None, f"{files[0]} is not what `vrpo train` wrote (it has no options); give another run")
         if problem := mismatch(self.options, RECORDED_OPTIONS):
             raise InputError(None, f"{files[0]} is not what `vrpo train` wrote ({problem}); give another run")
         if damaged:
             warn(f"{files[1]}: {damaged} damaged line(s) skipped")
         self.rows = merge_rows(rows)
         if not self.rows:
-            raise InputError(None, f"{files[1]} has no whole line; let the run reach its first `logging_steps`")
+            raise InputError(None, f"{files[1]} has no metrics yet; let the run reach its first `logging_steps`")
         self.seed = self.options.get("seed", 0)
         self.last_step = self.rows[-1]["step"]
         self.starts = [start for start in self.starts if start["step"] < self.last_step]
@@ -99,7 +103,7 @@ class Run:
         costs = {"steps": [(self.last_step, self.last_step)]}
         costs |= {"seconds": column("train_seconds"), "flops": column("train_flops")}
         if not costs["seconds"] and (batch := self.global_batch_size()):
-            # Older logs do not have these: compute the seconds from the images per second of each interval.
+            # Older logs do not have these columns. The seconds then follow from the images per second of each interval.
             seconds = flops = before = 0.0
             processes = batch / (self.options.get("train_batch_size", batch) * self.accumulation())
             for row in self.rows:
@@ -112,11 +116,11 @@ class Run:
                         costs["flops"].append((row["step"], flops))
             if costs["seconds"]:
                 warn(
-                    f"{self.folder}: no train_seconds in its metrics; wall time and FLOPs follow from images_per_second"
+                    f"{self.folder}: its metrics lack train_seconds; training time and FLOPs follow from images_per_second"
                 )
         for name in ("seconds", "flops"):
             if not costs[name]:
-                warn(f"{self.folder}: its metrics do not tell the {COSTS[name]}, which is missing in the report")
+                warn(f"{self.folder}: its metrics lack the {COSTS[name]}, which the report therefore omits")
         return {
             name: tuple(np.array([(0, 0), *points], float).T) if points else None for name, points in costs.items()
         }
@@ -125,7 +129,7 @@ class Run:
         return self.options.get("gradient_accumulation_steps", 1)
 
     def global_batch_size(self) -> int | None:
-        """Training examples per step, or None if they were not logged."""
+        """Training examples per optimizer step, or None if they were not logged."""
         if self.starts and is_number(self.starts[-1].get("global_batch_size")):
             return self.starts[-1]["global_batch_size"]
         seen = [
@@ -136,11 +140,20 @@ class Run:
         return round(max(seen) * self.options.get("policy_epochs", 1)) if seen else None
 
     def cost(self, name: str, steps) -> np.ndarray:
-        """Cumulative cost at `steps`, linear between logged ones and beyond the last."""
+        """Cumulative cost at `steps`, interpolated linearly between logged steps and extrapolated beyond the last."""
         at, values = self.costs[name]
         steps = np.asarray(steps, float)
         slope = (values[-1] - values[-2]) / (at[-1] - at[-2]) if at[-1] > at[-2] else 0.0
         return np.interp(steps, at, values) + slope * np.maximum(0, steps - at[-1])
+
+    def is_affected_by(self, name: str) -> bool:
+        """Whether an option, or another fact that `method` returns, has an effect in this run."""
+        options = options_of(VRPOConfig)
+        if name not in options:
+            return True
+        values = {each.name: self.options.get(each.name, each.default) for each in options.values()}
+        config: Any = SimpleNamespace(**values)  # not a VRPOConfig, which would refuse options of other versions
+        return has_effect(config, options[name])
 
     def scalars(self) -> list[str]:
         """The names of the logged numbers, in the order of the log."""
@@ -150,7 +163,7 @@ class Run:
         """Sets `steps` and `values`, arrays `[E]`: the steps at which `key` is finite, and its values."""
         if broken := [row["step"] for row in self.rows if key in row and not is_number(row[key])]:
             warn(
-                f"{self.folder}: {key} is not a finite number at step {', '.join(map(str, broken[:5]))}; left out there"
+                f"{self.folder}: {key} is not a finite number at step {', '.join(map(str, broken[:5]))}, which is skipped"
             )
         found = [(row["step"], row[key]) for row in self.rows if is_number(row.get(key))]
         self.steps, self.values = np.array(found, float).T
@@ -167,7 +180,9 @@ class Run:
 
 
 def choose_metric(runs: list[Run], metric: str) -> str:
-    """Finds the column for `metric`: by its name, else the first whose last part begins with it, or that contains it.
+    """Finds the column for `metric`: the one of that name, or the first whose last part begins with it or that contains it.
+
+    A column that all runs have is preferred.
 
     Raises:
         InputError: if a run does not have it; the message lists the columns.
@@ -187,7 +202,7 @@ def choose_metric(runs: list[Run], metric: str) -> str:
     run = next(run for run, keys in zip(runs, known) if matches[0] not in keys)
     raise InputError(
         "metric",
-        f"`metric` {metric}: {run.folder} has no {matches[0]}, which others have; remove that run, or use one of "
+        f"`metric` {metric}: {run.folder} has no {matches[0]}, which other runs have; remove that run, or give one of "
         f"{', '.join(key for key in every if all(key in keys for keys in known))}",
     )
 
@@ -202,8 +217,8 @@ def method(run: Run) -> dict[str, str]:
     def text(value) -> str:
         return "+".join(map(text, value)) if isinstance(value, list) else printable(value)
 
-    # A switch that is off equals one that an older version did not have. Names that are not options, such as a token
-    # that somebody has written into the file, are not shown.
+    # A switch that is off counts like a switch that an older version did not have. Names that are not options are not
+    # shown: somebody may have written a token into the file.
     known = options_of(VRPOConfig)
     chosen = {name: value for name, value in run.options.items() if name in known and value is not False}
     options = {name: text(value) for name, value in chosen.items() if name not in HOUSEKEEPING}
@@ -218,7 +233,7 @@ def differences(methods: list[dict[str, str]]) -> list[str]:
 
 
 def derive_arms(runs: list[Run]) -> dict[str, list[Run]]:
-    """Groups runs by `method`, under names of the options that differ, such as `repa` or `repa alignment_coeff=0.5`."""
+    """Groups runs by `method`, and names each group by options that differ, such as `repa` or `repa alignment_coeff=0.5`."""
     groups: dict[tuple, list[Run]] = {}
     for run in runs:
         groups.setdefault(tuple(sorted(method(run).items())), []).append(run)
@@ -255,7 +270,7 @@ def group_runs(folders: list[str], arms: list[str], warn: Callable[[str], None])
 
     Args:
         folders: folders of runs to group by their options.
-        arms: `NAME=DIR,DIR,...` each.
+        arms: named groups of runs, each as `NAME=DIR,DIR,...`.
 
     Raises:
         InputError: if a folder is given twice, names clash, or no run is given.
@@ -267,11 +282,11 @@ def group_runs(folders: list[str], arms: list[str], warn: Callable[[str], None])
         if not name or not named_folders:
             raise InputError("arms", f"`arms` {text} must be NAME=DIR or NAME=DIR,DIR,...")
         if name in named:
-            raise InputError("arms", f"`arms` names {name} twice; give its folders with commas between")
+            raise InputError("arms", f"`arms` names {name} twice; give all its folders at once, separated by commas")
         named[name] = named_folders
     given = [*(folder for listed in named.values() for folder in listed), *folders]
     if not given:
-        raise InputError("arms", "give the folders of one run or more, or `arms` NAME=DIR,DIR")
+        raise InputError("arms", "no run is given; give the folders of one or more runs, or `arms` NAME=DIR,DIR")
     places = [Path(folder).resolve() for folder in given]
     for folder, place in zip(given, places):
         if places.count(place) > 1:
@@ -279,7 +294,7 @@ def group_runs(folders: list[str], arms: list[str], warn: Callable[[str], None])
     groups = {name: [Run(folder, warn) for folder in listed] for name, listed in named.items()}
     derived = derive_arms([Run(folder, warn) for folder in folders]) if folders else {}
     if clash := set(groups) & set(derived):
-        raise InputError("arms", f"`arms`: {clash.pop()} is also what another run is called; choose another name")
+        raise InputError("arms", f"`arms` {clash.pop()} is also the name of other runs; choose another name")
     return groups | derived
 
 
@@ -287,21 +302,25 @@ def check_comparable(arms: dict[str, list[Run]], warn: Callable[[str], None]):
     """Warns about differences that make a comparison unfair."""
     runs = [run for group in arms.values() for run in group]
     methods = [method(run) for run in runs]
-    # Options of the evaluation that are not listed have this prefix.
+    # Options of the evaluation that JUDGED_ON does not list have this prefix.
     for name in (n for n in differences(methods) if n in JUDGED_ON.split() or n.startswith("validation_")):
         values = list(dict.fromkeys(each.get(name, "not set") for each in methods))
-        warn(f"the runs differ in {name} ({', '.join(values)}), on which quality depends: it may not be comparable")
+        warn(
+            f"the runs differ in {name} ({', '.join(values)}), on which the metric depends, so it may not be comparable"
+        )
     for name, group in arms.items():
         if within := differences([method(run) for run in group]):
             warn(f"runs of arm {name} differ in more than the seed ({', '.join(within)}) and are averaged anyway")
         seeds = [run.seed for run in group]
         if len(set(seeds)) < len(seeds):
-            warn(f"arm {name} has the same seed more than once: its spread is not one over seeds")
+            warn(f"arm {name} has the same seed more than once, so its spread is not one over seeds")
     if len(arms) > 1 and (few := [f"{name}: {len(group)}" for name, group in arms.items() if len(group) < 3]):
-        warn(f"fewer than three seeds ({'; '.join(few)}): a spread is unknown or a rough guess")
+        warn(f"there are fewer than three seeds ({'; '.join(few)}), so a spread is unknown or a rough guess")
     hardware = {run.model_facts()["hardware"] for run in runs} - {""}
     if len(hardware) > 1:
-        warn(f"the runs were trained on different hardware ({'; '.join(sorted(hardware))}): wall times do not compare")
+        warn(
+            f"the runs were trained on different hardware ({'; '.join(sorted(hardware))}), so their times do not compare"
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -309,12 +328,12 @@ def check_comparable(arms: dict[str, list[Run]], warn: Callable[[str], None]):
 
 
 def spread(values) -> float | None:
-    """Standard deviation over seeds (n - 1), or None for one seed."""
+    """Standard deviation over seeds, with the divisor n - 1; None for one seed."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def mean_curve(group: list[Run], costs: list[str]) -> dict:
-    """Mean, standard deviation and mean costs over the runs, at the steps that all have evaluated."""
+    """Mean and standard deviation over the runs, and their mean costs, at the steps that all runs have evaluated."""
     shared = sorted(set.intersection(*(set(run.steps) for run in group)))
     values = np.array([[run.values[np.searchsorted(run.steps, step)] for step in shared] for run in group])
     curve = {"steps": [int(step) for step in shared], "mean": values.mean(0).tolist(), "std": None}
@@ -322,15 +341,15 @@ def mean_curve(group: list[Run], costs: list[str]) -> dict:
         curve["std"] = values.std(0, ddof=1).tolist()
     for name in costs:
         curve[name] = np.mean([run.cost(name, shared) for run in group], 0).tolist()
-    return curve | {"steps": [int(step) for step in shared]}  # integers, also if they are a cost
+    return curve | {"steps": [int(step) for step in shared]}  # integers, even if `costs` has made them floats
 
 
 def first_crossing(steps, values, target: float, higher_is_better: bool) -> tuple[float, bool, bool] | None:
-    """Finds where a curve first reaches `target`, linear between evaluations; returns None if it never does.
+    """Finds where a curve first reaches `target`, interpolating linearly between evaluations.
 
     Returns:
-        the step; whether that is the first evaluation, so that the true crossing is at or before it; whether a later
-        evaluation is worse than `target` again.
+        the step; whether that is the first evaluation, so that the true crossing is at or before it; and whether a later
+        evaluation is worse than `target` again. None if the curve never reaches it.
     """
     sign = 1.0 if higher_is_better else -1.0
     ahead = sign * (np.asarray(values, float) - target)
@@ -354,10 +373,12 @@ def describe_arm(name: str, group: list[Run], costs: list[str], higher_is_better
         best = int(np.argmax(curve["mean"]) if higher_is_better else np.argmin(curve["mean"]))
         best = {"value": curve["mean"][best], "step": curve["steps"][best]}
         if any(run.steps[-1] > last for run in group):
-            warn(f"runs of arm {name} were evaluated at different steps: its mean goes to step {last}, which all have")
+            warn(
+                f"runs of arm {name} were evaluated at different steps; its mean ends at step {last}, the last that all have"
+            )
     else:
         last, best, values = None, None, [float(run.values[-1]) for run in group]
-        warn(f"runs of arm {name} share no evaluated step: each is drawn alone, and their last values are averaged")
+        warn(f"runs of arm {name} share no evaluated step; each is drawn alone, and their last values are averaged")
     final = {"step": last, "mean": float(np.mean(values)), "std": spread(values), "values": values}
     for cost in costs:
         spent = [float(run.cost(cost, run.steps[-1] if last is None else last)) for run in group]
@@ -381,7 +402,10 @@ def describe_arm(name: str, group: list[Run], costs: list[str], higher_is_better
 
 
 def difference(arm: dict, base: dict) -> dict | None:
-    """The difference to the baseline's mean at the last common step, also in pooled standard deviations over seeds."""
+    """The difference to the baseline's mean at the last common step, as a value and in pooled standard deviations.
+
+    None if the arms share no step; `pooled_std` and `in_std` are None if neither arm has several seeds.
+    """
     shared = sorted(set(arm["curve"]["steps"]) & set(base["curve"]["steps"]))
     if not shared:
         return None
@@ -462,7 +486,7 @@ def compare(
     target: float | None,
     warn: Callable[[str], None],
 ) -> dict:
-    """Computes all numbers of the report: per arm, against the baseline, and the differing options; JSON types only."""
+    """Computes all numbers of the report, as JSON types: of each arm, against the baseline, and the options that differ."""
     runs = [run for group in arms.values() for run in group]
     for run in runs:
         run.evaluate(metric, warn)
@@ -479,10 +503,12 @@ def compare(
         share = next(each for each in speed_up["arms"] if each["arm"] == baseline)["steps"]["share_of_mean_curve"]
         if share is not None and share < 0.999:
             warn(
-                f"{baseline} itself first has its last value after {100 * share:.0f} % of its steps: the shares of its whole "
-                "run favour the others; the columns 'first to first' do not"
+                f"{baseline} itself first reaches its last value after {100 * share:.0f} % of its steps, so shares of its whole "
+                "run favour the other arms; the columns 'first to first' do not"
             )
-    methods = [method(group[0]) for group in arms.values()]
+    firsts = [group[0] for group in arms.values()]
+    methods = [method(run) for run in firsts]
+    telling = [name for name in differences(methods) if any(run.is_affected_by(name) for run in firsts)]
     return {
         "metric": metric,
         "higher_is_better": higher_is_better,
@@ -490,5 +516,5 @@ def compare(
         "costs": costs,
         "arms": list(described.values()),
         "speed_up": speed_up,
-        "options": {name: [each.get(name) for each in methods] for name in differences(methods)},
+        "options": {name: [each.get(name) for each in methods] for name in telling},
     }

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 class TrainerCallback:
     """Hooks around the steps of a [`VRPOTrainer`]. Each does nothing unless a subclass overrides it.
 
-    All processes call the hooks at the same places, so that they may communicate. `trainer.step` counts the optimizer
-    steps that are done.
+    All processes call the hooks at the same points, so that hooks may communicate between processes. `trainer.step` is the
+    number of completed optimizer steps.
 
-    A callback that has `state_dict()` and `load_state_dict(state)`, both of tensors, is saved with every checkpoint under
-    `state_name`; a checkpoint that lacks that file leaves it as it is.
+    A callback with a `state_name` is saved with every checkpoint: its `state_dict()` returns tensors by name, and
+    `load_state_dict(state)` restores them. If a checkpoint lacks that file, the callback keeps its initial state.
 
     Example:
 
@@ -39,25 +39,26 @@ class TrainerCallback:
     ```
 
     Attributes:
-        state_name (`str`): name of its file in a checkpoint, without `.safetensors`.
+        state_name (`str`): name of the callback's file in a checkpoint, without `.safetensors`; empty (the default) if the
+            callback has no state.
     """
 
     state_name = ""
 
     def on_init_end(self, trainer: VRPOTrainer) -> None:
-        """Called when model and data are loaded, before a checkpoint is; raises InputError for what cannot work."""
+        """Called after model and data are loaded and before a checkpoint is; may raise InputError."""
 
     def on_train_begin(self, trainer: VRPOTrainer) -> None:
         """Called after a checkpoint was loaded, before the first step."""
 
     def before_optimizer_step(self, trainer: VRPOTrainer) -> None:
-        """Called with the gradients of all micro-batches, before they are clipped and `trainer.step` is counted."""
+        """Called once all micro-batches have added their gradients, before these are clipped and `trainer.step` rises."""
 
     def on_step_end(self, trainer: VRPOTrainer) -> None:
-        """Called after a step and before its checkpoint: update here what a checkpoint must hold."""
+        """Called after a step and before its checkpoint. State that the checkpoint must hold is updated here."""
 
     def on_save(self, trainer: VRPOTrainer, checkpoint: Path) -> None:
-        """Called after a checkpoint is on the disk."""
+        """Called after a checkpoint has been written to the folder `checkpoint`."""
 
     def on_evaluate(self, trainer: VRPOTrainer) -> None:
         """Called at the end of a step, after its checkpoint if one was due, for long work such as validation.
@@ -66,7 +67,7 @@ class TrainerCallback:
         """
 
     def on_log(self, trainer: VRPOTrainer, values: dict[str, float]) -> None:
-        """Called after metrics of a step were written."""
+        """Called after the metrics of a step, `values` by name, have been written."""
 
     def on_train_end(self, trainer: VRPOTrainer) -> None:
         """Called after the last step and its checkpoint."""
@@ -75,12 +76,13 @@ class TrainerCallback:
         """Whether a checkpoint after `step` steps would hold all that the callback needs to continue.
 
         Args:
-            begun: whether the next step has begun and failed, so that changes of the callback for it cannot be undone.
+            begun: whether the next step has begun and failed. What the callback has changed for that step is then in the
+                checkpoint, too.
         """
         return True
 
     def flops(self, step: int) -> float:
-        """The FLOPs that the callback adds to step number `step`, counted from 0."""
+        """The FLOPs that the callback adds to the step with index `step`, on all processes together."""
         return 0.0
 
 
@@ -90,14 +92,15 @@ def stateful(callbacks: list[TrainerCallback]) -> dict[str, TrainerCallback]:
 
 
 def check_states(checkpoint: Path, names: list[str] | None, callbacks: list[TrainerCallback]):
-    """Checks that a run is continued with all callbacks whose state is in its checkpoint.
+    """Checks that a run resumes with all callbacks whose state is in its checkpoint.
 
     Args:
         checkpoint: the checkpoint to continue from.
-        names: the callbacks whose state it holds; None for a checkpoint of version 0.1, which does not list them.
+        names: the `state_name` of each callback whose state it holds; None for version 0.1, which does not list them.
+        callbacks: the callbacks of the run.
 
     Raises:
-        InputError: if one of them is not given.
+        InputError: if one of these callbacks is missing.
     """
     if names is None:
         file = checkpoint / "generative_policy.safetensors"
@@ -106,5 +109,5 @@ def check_states(checkpoint: Path, names: list[str] | None, callbacks: list[Trai
         raise InputError(
             "callbacks",
             f"{checkpoint} was trained with the callback {missing[0]} and cannot be continued without it; give the options "
-            "that it began with, or start a new run from these weights with `pretrained_model_name_or_path`",
+            "that the run began with, or start a new run from these weights with `pretrained_model_name_or_path`",
         )

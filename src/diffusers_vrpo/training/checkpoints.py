@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Checkpoints: written atomically with a manifest, found, checked, and loaded."""
+"""Checkpoints: writes them atomically with a manifest, finds, checks and loads them."""
 
 import contextlib
 import json
@@ -47,7 +47,7 @@ from .setup import set_learning_rate, trainable_parameters
 
 
 logger = get_logger(__name__)
-# What version 0.1 did where there are options now, so that its runs are not continued with other values of them.
+# The behaviour of version 0.1 where there are options now, so that its runs are not continued with other values.
 BEFORE_IT_WAS_AN_OPTION = {
     "token_weighting": "uniform",
     "target_norm": "none",
@@ -63,7 +63,7 @@ BEFORE_IT_WAS_AN_OPTION = {
     "jpeg_draft": False,
     "fp8": False,
 }
-SAMPLES_A_STEP = "the number of samples a step"
+SAMPLES_A_STEP = "the number of samples a step"  # recorded in checkpoints
 OPTIONS_OF_A_STEP = ("train_batch_size", "gradient_accumulation_steps")
 MANIFEST = "manifest.json"  # in a checkpoint: size and CRC-32 of every other file
 
@@ -73,13 +73,13 @@ MANIFEST = "manifest.json"  # in a checkpoint: size and CRC-32 of every other fi
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Lists the checkpoints of a run, the oldest first."""
+    """Lists the checkpoints of a run, in ascending order of their steps."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
 def checksum(path: Path) -> int:
-    """CRC-32 of a file: 4 GB/s, enough to detect torn writes and bit rot."""
+    """CRC-32 of a file, which is enough to detect torn writes and bit rot, and runs at 4 GB/s."""
     value = 0
     with path.open("rb") as file:
         while block := file.read(1 << 24):
@@ -96,7 +96,7 @@ def write_manifest(folder: Path):
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """Reads all of a checkpoint and describes the first damage; None if every file is as it was saved."""
+    """Reads all files of a checkpoint and describes the first damage; None if every file is as it was saved."""
     name = MANIFEST
     try:
         table = read_object(checkpoint / MANIFEST, MANIFEST_SCHEMA)["size and CRC-32"]
@@ -116,7 +116,7 @@ def find_damage(checkpoint: Path) -> str | None:
         return f"{name} cannot be read: {error.strerror or error}"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is not what was saved"
-    # What the manifest does not list has not been checked, and a link or a pipe is not to be read.
+    # Files that the manifest does not list have not been checked yet; none of them may be a link or a pipe.
     if irregular := find_irregular(checkpoint):
         return f"{irregular[0].name} is {irregular[1]}"
     return None
@@ -129,7 +129,7 @@ def is_within(name: str) -> bool:
 
 
 def tidy_checkpoints(output_dir: str | Path):
-    """Removes checkpoints that a killed process left half written or half deleted; renames one that is complete."""
+    """Removes checkpoints that a killed process left half written or half deleted; completes one that only lacks its name."""
     for path in Path(output_dir).glob(".checkpoint-*.tmp"):
         final = path.with_name(path.name[1 : -len(".tmp")])
         if not final.exists() and find_damage(path) is None:
@@ -143,7 +143,7 @@ def tidy_checkpoints(output_dir: str | Path):
 
 
 def remove_checkpoint(checkpoint: Path):
-    """Deletes a checkpoint; if the process is killed meanwhile, nothing remains that looks like one."""
+    """Deletes a checkpoint. If the process is killed in the meantime, nothing remains that looks like a checkpoint."""
     doomed = checkpoint.with_name(f".{checkpoint.name}.old")
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(checkpoint, doomed)
@@ -151,17 +151,18 @@ def remove_checkpoint(checkpoint: Path):
 
 
 def find_checkpoint(resume_from_checkpoint: str, output_dir: str | Path, overwrite: bool = False) -> Path | None:
-    """Finds the folder for `resume_from_checkpoint`: `latest` (None if there are no checkpoints), `none`, or a path.
+    """Finds the folder for `resume_from_checkpoint`; returns None for a new run.
 
-    `latest` is the newest intact checkpoint: damaged ones are reported and renamed to `checkpoint-N.damaged`. `hub` is
-    `latest` after the download from the Hub. Only one process calls it.
+    `latest` is the newest intact checkpoint, or None if there are no checkpoints; newer damaged ones are reported and renamed
+    to `checkpoint-N.damaged`. `hub` is `latest` after the download from the Hub. `none` is None. Anything else is a path,
+    possibly relative to the output folder. Only one process may call this.
 
     Args:
-        overwrite: with `none`, ignore checkpoints of the output folder, which are to be removed.
+        overwrite: whether `none` ignores checkpoints of the output folder, because they will be removed.
 
     Raises:
-        InputError: if the path is not a checkpoint or is damaged, all checkpoints are damaged, or `none` is given and the
-            output folder already holds a run.
+        InputError: if the path is not a checkpoint, is damaged or is older than the newest one of the output folder, all
+            checkpoints are damaged, or `none` is given and the output folder already holds a run.
     """
     tidy_checkpoints(output_dir)
     existing = list_checkpoints(output_dir)
@@ -182,26 +183,26 @@ def find_checkpoint(resume_from_checkpoint: str, output_dir: str | Path, overwri
         known = f"; {output_dir} has {', '.join(p.name for p in existing)}" if existing else ""
         raise InputError(
             "resume_from_checkpoint",
-            f"`resume_from_checkpoint` {resume_from_checkpoint} is not a checkpoint of this script (no "
-            f"training_state.json in it); give a checkpoint-N folder or `latest`{known}",
+            f"`resume_from_checkpoint` {resume_from_checkpoint} is not a checkpoint of this trainer, because it has no "
+            f"training_state.json; give a checkpoint-N folder or `latest`{known}",
         )
     if existing and path.resolve().parent == Path(output_dir).resolve() and path.name != existing[-1].name:
         raise InputError(
             "resume_from_checkpoint",
             f"`resume_from_checkpoint` {resume_from_checkpoint} is older than {existing[-1]}; to branch off from it choose "
-            "another `output_dir`, to continue that run take `latest`",
+            "another `output_dir`, to continue that run give `latest`",
         )
     if damage := find_damage(path):
         raise InputError(
             "resume_from_checkpoint",
             f"`resume_from_checkpoint` {resume_from_checkpoint} is damaged ({damage}); give another, or `latest` for the "
-            "newest whole one of `output_dir`",
+            "newest undamaged one in `output_dir`",
         )
     return path
 
 
 def newest_whole_checkpoint(existing: list[Path]) -> Path | None:
-    """Returns the last of `existing` whose files are as they were saved; renames damaged ones after it.
+    """Returns the last of `existing` whose files are as they were saved, and renames the damaged ones after it.
 
     Raises:
         InputError: if all checkpoints are damaged.
@@ -216,17 +217,17 @@ def newest_whole_checkpoint(existing: list[Path]) -> Path | None:
         if existing:
             raise InputError(
                 "output_dir",
-                f"no checkpoint in {existing[0].parent} is whole ({'; '.join(f'{p.name}: {d}' for p, d in damaged)}); "
-                "repair one, remove them to start again, or choose another `output_dir`",
+                f"all checkpoints in {existing[0].parent} are damaged ({'; '.join(f'{p.name}: {d}' for p, d in damaged)}); "
+                "restore one, remove them to start again, or choose another `output_dir`",
             )
         return None
     for bad, damage in damaged:
         aside = bad.with_name(f"{bad.name}.damaged")
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(bad, aside)
-        # accelerate's logger cannot be used, since only one process gets here.
+        # accelerate's logger cannot be used, because only one process gets here.
         logging.getLogger(__name__).warning(
-            f"{bad} is damaged ({damage}): continuing from {path.name}; the damaged one was renamed to {aside.name}"
+            f"{bad} is damaged ({damage}) and was renamed to {aside.name}; continuing from {path.name}"
         )
     return path
 
@@ -235,7 +236,7 @@ def choose_checkpoint(accelerator: Accelerator, args: VRPOConfig, output_dir: Pa
     """Calls `find_checkpoint` and `claim_output_dir` on the main process; returns the checkpoint on all processes.
 
     Raises:
-        InputError: as these do; or if the processes do not share the output folder.
+        InputError: if these functions raise it, or the processes do not share the output folder.
     """
     found: list[str | None] = [None]
     mark = output_dir / broadcast_object_list([f".shared-{time.time_ns()}"])[0]
@@ -275,7 +276,7 @@ def read_training_state(checkpoint: Path) -> dict:
     """Reads the JSON state of a checkpoint.
 
     Raises:
-        InputError: if it is damaged.
+        InputError: if the state is damaged.
     """
     try:
         return read_object(checkpoint / "training_state.json", TRAINING_STATE)
@@ -283,7 +284,7 @@ def read_training_state(checkpoint: Path) -> dict:
         raise InputError(
             "resume_from_checkpoint",
             f"`resume_from_checkpoint` {checkpoint} is damaged (training_state.json: {first_line(error)}); remove it to "
-            "continue from the one before",
+            "continue from the checkpoint before it",
         ) from error
 
 
@@ -291,12 +292,14 @@ def check_settings(state: dict, expected: dict, checkpoint: Path, allowed: Set[s
     """Checks that the state of a checkpoint belongs to the same run.
 
     Args:
-        expected: settings that must not have changed, by name (`run_settings`). Those that the checkpoint does not have,
-            because an older version made it, are compared with what that did, or not at all.
+        state: the state, as `read_training_state` returns it.
+        expected: settings that must not have changed, by name (`run_settings`). A setting that the checkpoint does not
+            have, because an older version made it, is compared with the behaviour of that version, or not at all.
+        checkpoint: the checkpoint, for the error message.
         allowed: names of options that may have changed.
 
     Returns:
-        what has changed, `{name: [before, now]}`.
+        the settings that have changed, `{name: [before, now]}`.
 
     Raises:
         InputError: if another setting has changed.
@@ -305,13 +308,13 @@ def check_settings(state: dict, expected: dict, checkpoint: Path, allowed: Set[s
     # Version 0.1 kept options under the names of their flags.
     settings = {name.removeprefix("--"): value for name, value in state["settings"].items()}
     if settings.get("reward_weighting") == "equal" and "reward_weightings" not in state:
-        # In version 0.1 this was the name of what is `raw` now.
+        # Version 0.1 called `equal` what is called `raw` now.
         settings["reward_weighting"] = "raw"
         if expected.get("reward_weighting") == "equal":
             raise InputError(
                 "reward_weighting",
-                f"`reward_weighting` equal: in the version that saved {checkpoint} this meant weights of 1 for the raw "
-                "rewards, which is called raw now; give `reward_weighting` raw to continue the run",
+                f"`reward_weighting` equal has another meaning since the version that saved {checkpoint}; what it meant is now "
+                "called raw: give `reward_weighting` raw to continue the run",
             )
     for name, value in BEFORE_IT_WAS_AN_OPTION.items():
         settings.setdefault(name, value)
@@ -329,35 +332,36 @@ def check_settings(state: dict, expected: dict, checkpoint: Path, allowed: Set[s
         permit = f", give `allow_changed` {options[0]} to change it here" if options[0] in changeable_options() else ""
         raise InputError(
             name if is_option else None,
-            f"{f'`{name}`' if is_option else name} is {value}, but {checkpoint} was trained with {settings[name]}; keep to "
-            f"that{permit}, or start a new run in another `output_dir`",
+            f"{f'`{name}`' if is_option else name} is {value}, but {checkpoint} was trained with {settings[name]}; keep that "
+            f"value{permit}, or start a new run in another `output_dir`",
         )
     return changes
 
 
 def recorded_streams(state: dict) -> int:
-    """The version of the random draws of the run that the state of a checkpoint belongs to.
+    """The version of the random draws in the state of a checkpoint.
 
     Raises:
-        InputError: if this version of the package does not know it.
+        InputError: if this version of the package does not know that version.
     """
     version = state["settings"].get("random_streams", BEFORE_IT_WAS_AN_OPTION["random_streams"])
     if version not in STREAM_VERSIONS:
         raise InputError(
             "resume_from_checkpoint",
-            f"`resume_from_checkpoint`: the run draws its samples by version {version} of the random draws, and this version "
-            f"of the package knows {', '.join(map(str, STREAM_VERSIONS))}; continue it with the one that began it",
+            f"`resume_from_checkpoint`: the run uses version {version} of the random draws, and this version of the package "
+            f"knows {', '.join(map(str, STREAM_VERSIONS))}; continue the run with the version of the package that began it",
         )
     return version
 
 
 def take_changes(args: VRPOConfig, changes: dict[str, list], scheduler: torch.optim.lr_scheduler.LambdaLR):
-    """Gives the loaded optimizer and schedule the values of the options that have changed.
+    """Sets the changed values of options in the loaded optimizer and schedule.
 
-    A learning rate that is not the run's own, such as that of the generative policy once it has begun, stays.
+    A learning rate that is not `learning_rate`, such as that of the generative policy once it has begun, does not change.
 
     Args:
-        changes: what `check_settings` returned.
+        args: the options, with their new values.
+        changes: the result of `check_settings`.
         scheduler: the schedule, with its optimizer.
     """
     before, now = changes.get("learning_rate", (None, None))
@@ -394,7 +398,7 @@ def run_settings(
         if group is not GenerativeConfig:
             settings |= settings_to_keep(config, group)
 
-    # Options without a fixed value are compared by the value that they have led to.
+    # Options marked `RESOLVED` are compared by the values that follow from them.
     transformer = aligned.transformer
     settings["mixed_precision"] = mixed_precision
     settings["vae"] = Path(config.vae or data.vae or "none").name
@@ -402,7 +406,7 @@ def run_settings(
     settings["label_dropout"] = label_dropout
     settings["allow_tf32"] = config.allow_tf32
     settings["random_streams"] = config.random_streams or NEWEST_STREAMS
-    settings["streaming"] = config.streaming or None  # as version 0.1 wrote it
+    settings["streaming"] = config.streaming or None  # the form in which version 0.1 recorded it
     if config.streaming:
         settings[SAMPLES_A_STEP] = global_batch_size  # the order of the images depends on it
     if config.lora_rank:
@@ -416,10 +420,10 @@ def run_settings(
 
 
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path):
-    """Loads what `save_checkpoint` saved: weights, averages, optimizer, statistics.
+    """Loads a checkpoint that `save_checkpoint` has saved: weights, averaged weights, optimizer and statistics.
 
     Raises:
-        InputError: if a part is missing, does not fit, or was saved with other options.
+        InputError: if a part of it is missing, does not fit, or was saved with other options.
     """
 
     def load():
@@ -431,11 +435,11 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path):
             raise InputError(
                 "resume_from_checkpoint",
                 f"`resume_from_checkpoint` {checkpoint} cannot be loaded ({first_line(error)}); remove it to continue from "
-                "the one before",
+                "the checkpoint before it",
             ) from error
 
     run_and_share_errors(accelerator, load)
-    # Only whole steps are saved, so micro-steps count from 0 again, also if accumulation has changed.
+    # Only whole steps are saved, so micro-steps are counted from 0, even if gradient accumulation has changed.
     accelerator.step = 0
 
 
@@ -444,12 +448,15 @@ def save_checkpoint(
 ) -> bool:
     """Saves `checkpoint-{step}` on all processes.
 
-    It is written to a temporary folder, which is renamed when every file is on the disk, so that a failure does not affect
-    earlier checkpoints. If it cannot be written, an error is logged and all processes get False.
+    The files are written to a temporary folder, which is renamed once all of them are on the disk, so that a failure does
+    not affect earlier checkpoints. If they cannot be written, an error is logged.
 
     Args:
-        state: what `read_training_state` returns; JSON types only.
-        limit: the number of checkpoints to keep; the oldest are removed after the new one is complete.
+        state: the state that `read_training_state` will return; JSON types only.
+        limit: the number of checkpoints to keep; the oldest are removed after the new one is complete. None or 0 keeps all.
+
+    Returns:
+        whether the checkpoint was saved, the same on all processes.
     """
     final, temporary = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.tmp"
 
@@ -495,16 +502,16 @@ def save_checkpoint(
             free = f"; {shutil.disk_usage(output_dir).free / 1e9:.1f} GB were free"
         shutil.rmtree(temporary, ignore_errors=True)
         kept = list_checkpoints(output_dir)
-        before = f"{kept[-1]} is whole, and the run can be continued from it" if kept else "there is none before it"
-        logger.error(f"{final} could not be saved ({failure}{free}): {before}")
+        before = f"the run can be continued from {kept[-1]}" if kept else "there is no checkpoint before it"
+        logger.error(f"{final} could not be saved ({failure}{free}); {before}")
     accelerator.wait_for_everyone()
     return failure is None
 
 
 def save_lora(model: torch.nn.Module, folder: Path):
-    """Writes the adapters, and then merges them into the model's weights.
+    """Writes the LoRA adapters of a model to a folder, and then merges them into the model's weights.
 
-    `VRPOPipeline.load_lora_weights(folder)` and `transformer.load_lora_adapter`, where the class has it, load what it writes.
+    `VRPOPipeline.load_lora_weights(folder)` loads the adapters, as does `transformer.load_lora_adapter` if the class has it.
     """
     from peft import get_peft_model_state_dict
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -515,7 +522,7 @@ def save_lora(model: torch.nn.Module, folder: Path):
         model.fuse_lora()
         model.unload_lora()
         return
-    # Some classes of diffusers have no methods for adapters.
+    # Some classes of diffusers do not have these methods.
     for layer in model.modules():
         if isinstance(layer, BaseTunerLayer):
             layer.merge()
@@ -530,16 +537,16 @@ def register_model_hooks(
     means: "RunningMeans",
     optional: Collection[str] = (),
 ):
-    """Registers hooks with accelerate that save and load the weights, their averages, and further tensors.
+    """Registers hooks with accelerate that save and load the weights, the averaged weights, and further tensors.
 
-    The transformer's weights are in `transformer/` and `transformer_ema/`, which `from_pretrained` opens, the projectors'
-    next to them in `projectors.safetensors` and `projectors_ema.safetensors`, a scaffold's in `scaffold.safetensors` and
-    `scaffold_ema.safetensors`. If most of the transformer is frozen, only its
-    trained weights are saved, in `transformer.safetensors` and `transformer_ema.safetensors`. Checkpoints of version 0.1,
-    which has the projectors among the transformer's weights, can also be loaded.
+    The transformer's weights are in `transformer/` and `transformer_ema/`, which `from_pretrained` opens. The projectors' are
+    in `projectors.safetensors` and `projectors_ema.safetensors`, and a scaffold's in `scaffold.safetensors` and
+    `scaffold_ema.safetensors`. If only adapters of the transformer are trained, only their weights are saved, in
+    `transformer.safetensors` and `transformer_ema.safetensors`. Checkpoints of version 0.1, which has the projectors among
+    the transformer's weights, can also be loaded.
 
     Args:
-        tensors: objects with `state_dict` and `load_state_dict` of tensors, by name, the same on all processes; each is
+        tensors: objects by name, the same on all processes, whose `state_dict` and `load_state_dict` handle tensors; each is
             saved as `{name}.safetensors`.
         means: the running means of each process, saved as `running_means_{process}.safetensors`.
         optional: names of `tensors` that a checkpoint may lack; these objects then keep their state.
@@ -579,7 +586,7 @@ def register_model_hooks(
 
 
 def is_whole(transformer: torch.nn.Module) -> bool:
-    """Whether all weights of a transformer are trained, and not only adapters."""
+    """Whether all weights of a transformer are trained, instead of adapters only."""
     return all(parameter.requires_grad for parameter in transformer.parameters())
 
 
@@ -591,14 +598,20 @@ def trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def save_aligned(
     accelerator: Accelerator, aligned: AlignedTransformer, average: EMAModel | None, folder: Path, suffix: str
 ):
-    """Writes the weights of transformer, projectors and scaffold, or their averages; all processes must call it."""
+    """Writes the weights of transformer, projectors and scaffold to files whose names end in `suffix`.
+
+    All processes must call it.
+
+    Args:
+        average: averaged weights to write instead of the model's own.
+    """
     with full_model(accelerator, aligned.transformer, average) as transformer:
         if accelerator.is_main_process and is_whole(aligned.transformer):
             transformer.save_pretrained(folder / f"transformer{suffix}")
         elif accelerator.is_main_process:
             weights = {name: tensor.contiguous() for name, tensor in trained(transformer).items()}
             save_file(weights, folder / f"transformer{suffix}.safetensors")
-    # The averages are in the order of the trained parameters, the projectors' and then the scaffold's last.
+    # The averaged weights are in the order of the trained parameters: the transformer's, the projectors', the scaffold's.
     averages = [] if average is None else list(average.shadow_params)
     for name, part in reversed(attached_parts(aligned).items()):
         names = list(part.state_dict())
@@ -618,7 +631,7 @@ def attached_parts(aligned: AlignedTransformer) -> dict[str, torch.nn.Module]:
 
 
 def load_aligned(aligned: AlignedTransformer, folder: Path, suffix: str) -> list[torch.Tensor]:
-    """Reads what `save_aligned` or version 0.1 wrote: the weights in the order of the trained parameters."""
+    """Reads the weights that `save_aligned` or version 0.1 wrote, in the order of the trained parameters."""
     transformer = aligned.transformer
     if is_whole(transformer):
         path = folder / f"transformer{suffix}"

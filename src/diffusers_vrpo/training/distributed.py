@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Distributed training: starting processes, FSDP and DeepSpeed, sharded models, and errors shared by all processes."""
+"""Distributed training: connecting processes, FSDP and DeepSpeed, sharded models, and errors shared by all processes."""
 
 import contextlib
 import copy
@@ -31,13 +31,13 @@ from .output_dir import unwritable
 
 
 def start_processes() -> PartialState:
-    """Connects the launched processes; only the first one logs.
+    """Connects the launched processes, and sets up the log: the first process logs everything, the others only warnings.
 
     Raises:
-        InputError: if they cannot be connected.
+        InputError: if accelerate does not connect the processes.
     """
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
-    # Waiting for the slowest process can take long.
+    # The slowest process can take long.
     several = {"timeout": timedelta(hours=12)} if int(os.environ.get("WORLD_SIZE", 1)) > 1 else {}
     state = PartialState(cpu=on_cpu, **several)
     if state.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
@@ -55,31 +55,33 @@ def start_processes() -> PartialState:
 
 
 def use_tf32(device: torch.device, allowed: bool):
-    """Lets a GPU compute float32 matrix products in TF32, or not; convolutions do by torch's default. A CPU knows none."""
+    """Allows or forbids TF32 for the float32 matrix products of a GPU; convolutions use it by torch's default anyway."""
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def plain_lines(num_processes: int):
-    """Takes from the log, once it is set up, what libraries add to it and a user cannot use."""
+    """Removes from the log, once it is set up, what libraries add to it and is of no use to users."""
     logging.getLogger("accelerate").setLevel(
         logging.WARNING
-    )  # it names each file of a checkpoint, under its temporary name
-    logging.getLogger("huggingface_hub").handlers.clear()  # its lines would come twice, once by the root's handler
+    )  # its lines name each file of a checkpoint, under its temporary name
+    logging.getLogger(
+        "huggingface_hub"
+    ).handlers.clear()  # else its lines would appear twice: the root's handler has them
     if num_processes == 1:
         for handler in logging.root.handlers:
             handler.addFilter(without_rank)
 
 
 def without_rank(record: logging.LogRecord) -> bool:
-    """Removes accelerate's mark of the process from a line, and keeps the line."""
+    """A filter that keeps every line, but removes accelerate's mark of the process from it."""
     if isinstance(record.msg, str):
         record.msg = record.msg.removeprefix("[RANK 0] ")
     return True
 
 
 class AboveTheBar:
-    """A stream that writes above the progress bars of tqdm, in the place of one that would write into them."""
+    """A stream that writes above the progress bars of tqdm; `stream`, which it replaces, would write into them."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream
@@ -93,7 +95,7 @@ class AboveTheBar:
 
 @contextlib.contextmanager
 def lines_above_the_bar():
-    """Log lines on the console stand above the progress bar inside the `with` block."""
+    """Inside the `with` block, writes log lines to the console above the progress bar."""
     consoles = [each for each in logging.root.handlers if getattr(each, "stream", None) in (sys.stderr, sys.stdout)]
     streams = [handler.setStream(AboveTheBar(handler.stream)) for handler in consoles]
     try:
@@ -106,15 +108,18 @@ def lines_above_the_bar():
 def check_distributed(accelerator: Accelerator, lora: bool):
     """Checks and prepares accelerate's configuration for several devices.
 
+    Args:
+        lora: whether only LoRA adapters are trained.
+
     Raises:
-        InputError: if this trainer does not support it.
+        InputError: if the trainer does not support the configuration.
     """
     kind = accelerator.distributed_type
     if kind in (DistributedType.MEGATRON_LM, DistributedType.XLA):
         raise InputError(
             None,
-            f"accelerate is configured for {kind.value}, which averages, guards and checkpoints of this script do not "
-            "support; use configs/accelerate/fsdp2.yaml or ddp.yaml",
+            f"accelerate is configured for {kind.value}, which this trainer does not support; use "
+            "configs/accelerate/fsdp2.yaml or ddp.yaml",
         )
     if kind == DistributedType.DEEPSPEED:
         check_deepspeed(accelerator)
@@ -130,7 +135,7 @@ def check_distributed(accelerator: Accelerator, lora: bool):
             option,
             f"`{option}`{value} cannot be combined with FSDP; use configs/accelerate/ddp.yaml{'' if lora else ', or bf16'}",
         )
-    # Use autocast, as everywhere else, instead of casting the inputs: t needs more digits than bfloat16 has.
+    # FSDP would cast the inputs, and t needs more digits than bfloat16 has. Autocast is used instead, as everywhere else.
     accelerator.state.fsdp_plugin.mixed_precision_policy = None
 
 
@@ -138,7 +143,7 @@ def check_deepspeed(accelerator: Accelerator):
     """Prepares DeepSpeed's ZeRO-2.
 
     Raises:
-        InputError: if it is configured for something else.
+        InputError: if DeepSpeed is configured for something else, or has its own optimizer or schedule.
     """
     config = accelerator.deepspeed_plugin.deepspeed_config
     zero = config["zero_optimization"]
@@ -168,10 +173,10 @@ def check_deepspeed(accelerator: Accelerator):
 
 
 def prepare(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
-    """Calls `accelerator.prepare`; the class and weights of a sharded model change in place."""
+    """Calls `accelerator.prepare`, and returns model and optimizer. A sharded model changes class and weights in place."""
     autocasts = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     if autocasts and accelerator.mixed_precision == "bf16":
-        # accelerate does this for all other kinds.
+        # For all other kinds of distributed training, accelerate does this.
         model.forward = convert_outputs_to_fp32(torch.autocast(accelerator.device.type, torch.bfloat16)(model.forward))
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return prepare_deepspeed(accelerator, model, optimizer)
@@ -183,9 +188,9 @@ def prepare(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.o
 def ddp_options(model: torch.nn.Module) -> DistributedDataParallelKwargs:
     """How DDP treats gradients and buffers.
 
-    Gradients are views of the buckets that are summed, which saves a copy of all of them. Buffers are the same on all processes
-    from the beginning (position tables) and are not sent in every forward pass, unless a norm changes its own in training.
-    The graph is not static: projectors and a scaffold take part in some steps only.
+    Gradients are views of the buckets that are summed, which saves a copy of all of them. Buffers, such as position tables,
+    are the same on all processes from the beginning and are not sent in every forward pass, unless a normalisation layer
+    changes its buffers in training. The graph is not static, because projectors and a scaffold take part in some steps only.
     """
     norms = (module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._NormBase))
     changes = any(norm.track_running_stats for norm in norms)
@@ -193,19 +198,19 @@ def ddp_options(model: torch.nn.Module) -> DistributedDataParallelKwargs:
 
 
 def prepare_deepspeed(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
-    """Returns DeepSpeed's engine and its optimizer, called in the order of this script's loop.
+    """Returns DeepSpeed's engine and its optimizer, changed so that the trainer's loop can call them.
 
     accelerate would let the engine step within `accelerator.backward`, before the gradients can be checked. Here `backward`
-    accumulates them, `clip_grad_norm` clips them, and `optimizer.step` updates: an AdamW over this process's part of the
-    weights, which StepGuard can tell to skip a step, and then an all-gather.
+    accumulates the gradients, `clip_grad_norm` clips them, and `optimizer.step` updates the weights: an AdamW, which
+    StepGuard can tell to skip a step, updates this process's part of them, and an all-gather follows.
     """
     config = accelerator.deepspeed_plugin.deepspeed_config
     accumulation = accelerator.gradient_accumulation_steps
-    # The options override accelerate's file; DeepSpeed uses the batch size only in its progress lines.
+    # The trainer's options override accelerate's file. DeepSpeed uses the batch size only in its progress lines.
     config |= {"train_micro_batch_size_per_gpu": 1, "train_batch_size": accelerator.num_processes * accumulation}
     config |= {"gradient_accumulation_steps": accumulation, "gradient_clipping": 0.0}
     config["zero_optimization"].setdefault("reduce_bucket_size", 50_000_000)  # 0.2 GB; DeepSpeed's default takes 2 GB
-    # Float32 weights and autocast, as everywhere else: DeepSpeed's bf16 has no float32 weights to average.
+    # Weights are float32, with autocast, as everywhere else: DeepSpeed's bf16 keeps no float32 weights to average.
     precision, config["bf16"] = config.get("bf16"), {"enabled": False}
     engine, optimizer = accelerator.prepare(model, optimizer)
     config["bf16"] = precision
@@ -217,7 +222,7 @@ def prepare_deepspeed(accelerator: Accelerator, model: torch.nn.Module, optimize
     accelerator.deepspeed_engine_wrapped.backward = backward
     # The engine's own step does nothing between two accumulation boundaries.
     optimizer.step = engine.step
-    # DeepSpeed's own files are not used, since reading them can run code.
+    # DeepSpeed's own files are not used, because reading them can run code.
     engine.save_checkpoint = lambda folder, name: save_partition(accelerator, engine, folder)
     engine.load_checkpoint = lambda folder, name: load_partition(accelerator, engine, folder)
     return engine, optimizer
@@ -260,10 +265,10 @@ def load_partition(accelerator: Accelerator, engine, folder: str):
     path = partition_path(accelerator, folder)
     if not os.path.exists(path):
         raise ValueError(
-            f"{os.path.basename(path)} is not in it: it was not saved by the same number of processes with DeepSpeed"
+            f"it has no {os.path.basename(path)}, because it was not saved by the same number of processes with DeepSpeed"
         )
     tensors, state = load_file(path), {}
-    # A new scheduler has set the learning rates to those of step 0, and steps next after the optimizer.
+    # The new scheduler has set the learning rates to those of step 0, and sets them again only after the next step.
     rates = tensors.pop("learning rates").tolist()
     for i, part in enumerate(engine.optimizer.single_partition_of_fp32_groups):
         part.copy_(tensors.pop(f"{i}.weights"))
@@ -276,7 +281,7 @@ def load_partition(accelerator: Accelerator, engine, folder: str):
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Gathers a tensor that may be sharded. All processes must call it."""
+    """Returns the whole of a tensor that may be sharded. All processes must call it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -298,7 +303,7 @@ def copy_tensors(targets: list[torch.Tensor], sources: list[torch.Tensor]):
 
 
 def original_class(model: torch.nn.Module) -> type:
-    """The class of a model before FSDP2 replaced it by a subclass."""
+    """The class that a model had before FSDP2 replaced it by a subclass."""
     return next(c for c in type(model).__mro__ if not c.__name__.startswith("FSDP"))
 
 
@@ -309,10 +314,10 @@ _copies: WeakKeyDictionary = WeakKeyDictionary()
 def full_copy(model: torch.nn.Module, weights: list[torch.Tensor], here: bool) -> torch.nn.Module | None:
     """Copies a sharded model to the CPU, with all its weights.
 
-    All processes must call it, since the weights are gathered.
+    All processes must call it, because the weights are gathered.
 
     Args:
-        weights: in the order of `model.parameters()`; may be sharded.
+        weights: the weights of the copy, in the order of `model.parameters()`; they may be sharded.
         here: whether this process gets the copy; the others get None.
     """
     if here and model not in _copies:
@@ -327,12 +332,12 @@ def full_copy(model: torch.nn.Module, weights: list[torch.Tensor], here: bool) -
 
 @contextlib.contextmanager
 def ema_weights(ema: EMAModel | None, model: torch.nn.Module):
-    """Gives the model its averaged weights inside the `with` block; without an average it keeps its own."""
+    """Gives the model its averaged weights inside the `with` block; if `ema` is None, it keeps its own."""
     if ema is None:
         yield
         return
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # Not diffusers' store and restore, which copy all weights to the host and back.
+    # The storages are swapped, because diffusers' `store` and `restore` copy all weights to the host and back.
     own = [parameter.data for parameter in parameters]
     for parameter, average in zip(parameters, ema.shadow_params):
         parameter.data = average.data
@@ -347,11 +352,11 @@ def ema_weights(ema: EMAModel | None, model: torch.nn.Module):
 def full_model(accelerator: Accelerator, model: torch.nn.Module, ema: EMAModel | None, everywhere: bool = False):
     """Yields the model with its averaged weights, not sharded, on the main process; None on the others.
 
-    All processes must enter it. Sharded weights are gathered, tensor by tensor, into a copy on the CPU.
+    All processes must enter the block. Sharded weights are gathered, tensor by tensor, into a copy on the CPU.
 
     Args:
-        ema: the average; the model's own weights are used without it.
-        everywhere: yield the model on every process.
+        ema: the averaged weights; None for the model's own weights.
+        everywhere: whether every process gets the model.
     """
     here = everywhere or accelerator.is_main_process
     if is_sharded(model):
@@ -365,7 +370,7 @@ def full_model(accelerator: Accelerator, model: torch.nn.Module, ema: EMAModel |
 
 @contextlib.contextmanager
 def full_pipeline(accelerator: Accelerator, pipeline, ema: EMAModel | None, everywhere: bool = False):
-    """Yields a pipeline to sample from where `full_model` yields a model, which is in evaluation mode; else None."""
+    """Yields a pipeline in evaluation mode on the processes where `full_model` yields a model; None on the others."""
     transformer = pipeline.transformer
     training = transformer.training
     transformer.eval()
@@ -389,20 +394,21 @@ def full_pipeline(accelerator: Accelerator, pipeline, ema: EMAModel | None, ever
 def run_and_share_errors(accelerator: Accelerator, action: Callable, *arguments, where: bool = True) -> str | None:
     """Calls `action` on the processes where `where` is true, and tells all processes if it failed on any of them.
 
-    Thus a process that fails never leaves the others waiting for it. All processes must call it.
+    A process that fails therefore never leaves the others waiting for it. All processes must call this.
 
     Returns:
         why a file could not be read or written, the same on all processes; None if nothing failed.
 
     Raises:
-        InputError: for any other failure, if it was an `InputError`.
-        RuntimeError: for any other failure of another process; the failing one raises its own exception.
+        InputError: if `action` raised one, on every process.
+        RuntimeError: if `action` raised anything else that is not about a file, on the processes where it did not fail; the
+            failing process raises its own exception.
     """
     own, outcome = None, []
     try:
         if where:
             action(*arguments)
-    except (Exception, CheckpointException) as error:  # the other processes must learn of any error
+    except (Exception, CheckpointException) as error:  # the other processes must learn of every error
         own, reason = error, unwritable(error)
         field = (error.field,) if isinstance(error, InputError) else ()
         outcome = [(reason is not None, field, reason or str(error))]

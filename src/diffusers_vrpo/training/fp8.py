@@ -11,7 +11,7 @@ from ..models.start import LORA_TARGETS
 from .throughput import hardware_name
 
 
-MULTIPLE = 16  # of all sides of a matrix in 8 bits
+MULTIPLE = 16  # 8-bit products need matrices whose sides are multiples of this
 
 
 def use_fp8(accelerator: Accelerator, transformer: torch.nn.Module, rows: int):
@@ -24,8 +24,8 @@ def use_fp8(accelerator: Accelerator, transformer: torch.nn.Module, rows: int):
         rows: samples times tokens of a micro-step, which the backward pass sums over in 8 bits.
 
     Raises:
-        InputError: if torchao is not installed, the device cannot do it, the weights are sharded, or `rows` is not a multiple
-            of 16.
+        InputError: if torchao is not installed, the device has no 8-bit products, the mixed precision is not bf16, the weights
+            are sharded, or `rows` is not a multiple of 16.
     """
     kind, device = accelerator.distributed_type, accelerator.device
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
@@ -34,18 +34,18 @@ def use_fp8(accelerator: Accelerator, transformer: torch.nn.Module, rows: int):
         raise InputError("fp8", f"`fp8` needs `mixed_precision` bf16, not {accelerator.mixed_precision}")
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
         raise InputError(
-            "fp8", f"`fp8` needs a GPU from Ada or Hopper on, and this is {hardware_name(device)}; remove it"
+            "fp8", f"`fp8` needs an Ada, Hopper or later GPU, and this is {hardware_name(device)}; remove it"
         )
     if rows % MULTIPLE:
         raise InputError(
             "fp8",
-            f"`fp8` needs a multiple of {MULTIPLE} tokens in a micro-step, and there are {rows}; give another `train_batch_size`",
+            f"`fp8` needs a multiple of {MULTIPLE} tokens in a micro-step, not {rows}; give another `train_batch_size`",
         )
     to_fp8(transformer)
 
 
 def to_fp8(transformer: torch.nn.Module):
-    """`use_fp8` on a device that can do it.
+    """`use_fp8` without the checks of the device.
 
     Raises:
         InputError: if torchao is not installed.

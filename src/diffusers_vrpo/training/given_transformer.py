@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""A transformer that the trainer is given as an object: what it can do is checked before any long work."""
+"""Checks and prepares a transformer that is passed to the trainer as an object, before any long work begins."""
 
 from collections.abc import Iterable
 
@@ -21,7 +21,7 @@ from .callbacks import TrainerCallback
 from .throughput import counted_flops
 
 
-# Options that describe the package's own transformers, or weights that they start from.
+# Options that describe the package's own transformers or their starting weights.
 OF_OWN_MODELS = (
     "preset",
     "model_config",
@@ -43,7 +43,7 @@ def check_transformer(
         adapter: the trainer's argument; by default the package's for that class.
 
     Raises:
-        InputError: if it cannot.
+        InputError: if the trainer cannot train it.
     """
     if not isinstance(transformer, ModelMixin):
         raise InputError(
@@ -55,19 +55,19 @@ def check_transformer(
         if getattr(args, name) not in (None, False):
             raise InputError(
                 name,
-                f"`{name}` {getattr(args, name)} cannot be combined with `transformer`, which already is the model",
+                f"`{name}` {getattr(args, name)} cannot be combined with `transformer`, which already is the model; remove one",
             )
     if any(callback.state_name == "generative_policy" for callback in callbacks):
         raise InputError(
             "callbacks",
-            f"`callbacks`: the generative policy samples by VRPOPipeline and cannot train the {type(transformer).__name__} "
-            "given as `transformer`; name a preset or checkpoint as `model`",
+            f"`callbacks`: the generative policy samples with VRPOPipeline and cannot train the {type(transformer).__name__} "
+            "given as `transformer`; give a preset or checkpoint as `model` instead",
         )
     if frozen := [name for name, parameter in transformer.named_parameters() if not parameter.requires_grad]:
         raise InputError(
             "transformer",
-            f"`transformer` has frozen parameters such as {frozen[0]}; the trainer trains all of them, or freezes them itself "
-            "for `lora_rank`",
+            f"`transformer` has frozen parameters such as {frozen[0]}; call requires_grad_(True) on it, because the trainer "
+            "trains all of them, or freezes them itself for `lora_rank`",
         )
     check_peft(args.lora_rank)
     if adapter is not None and not isinstance(adapter, ModelAdapter):
@@ -81,16 +81,17 @@ def check_transformer(
     if adapter.null_class_id is None and args.label_dropout:
         raise InputError(
             "label_dropout",
-            f"`label_dropout` {args.label_dropout}: the adapter {type(adapter).__name__} has no `null_class_id`; remove it",
+            f"`label_dropout` {args.label_dropout} has no effect, because the adapter {type(adapter).__name__} has no "
+            "`null_class_id`; remove it",
         )
     return adapter
 
 
 def check_pipeline(args: VRPOConfig, adapter: ModelAdapter, pipeline):
-    """Checks that no option needs a pipeline which an adapter does not have.
+    """Checks that no option needs a pipeline if the adapter does not have one.
 
     Raises:
-        InputError: if one does.
+        InputError: if an option does.
     """
     if not isinstance(pipeline, TransformerAlone):
         return
@@ -111,11 +112,12 @@ def align_transformer(
     grid_size: tuple[int, int],
     encoders: list,
 ) -> AlignedTransformer:
-    """Attaches the alignment of the options to a given transformer, which keeps its weights, and adapters for `lora_rank`.
+    """Attaches projectors, scaffold and LoRA adapters, as the options say, to a given transformer, which keeps its weights.
 
     All processes get the weights of the first one. Projectors, scaffold and adapters are drawn from torch's generator.
 
     Args:
+        encoders: the encoders to align with, each with the width of its embeddings as `embed_dim`.
         latent_shape: channels, height and width of the training input.
         grid_size: rows and columns of the transformer's tokens.
 
@@ -126,20 +128,21 @@ def align_transformer(
     if adapter.num_classes not in (None, data.num_classes):
         raise InputError(
             "transformer",
-            f"`transformer` has {adapter.num_classes} classes, and the data have {data.num_classes}; build it for those",
+            f"`transformer` has {adapter.num_classes} classes, and the data have {data.num_classes}; build it for that number",
         )
     channels, size = transformer.config.get("in_channels"), transformer.config.get("sample_size")
     if channels not in (None, latent_shape[0]):
         raise InputError(
             "vae",
-            f"`vae` gives {latent_shape[0]} channels, but the {name} given as `transformer` takes {channels}; give another",
+            f"`vae` gives {latent_shape[0]} channels, but the {name} given as `transformer` takes {channels}; give another "
+            "autoencoder",
         )
     sides = (size, size) if isinstance(size, int) else size
     if sides is not None and tuple(sides) != latent_shape[1:]:
         raise InputError(
             "resolution",
             f"`resolution` {args.resolution} gives inputs of {latent_shape[1]} x {latent_shape[2]}, but the {name} given as "
-            f"`transformer` has the sample_size {size}",
+            f"`transformer` has the sample_size {size}; give the resolution that fits it",
         )
     if accelerator.num_processes > 1:
         transformer.to(accelerator.device)
@@ -166,14 +169,16 @@ def align_transformer(
     if args.lora_rank:
         add_lora(transformer, args)
     if args.compile and not getattr(transformer, "_repeated_blocks", None):
-        raise InputError("compile", f"`compile`: diffusers names no repeated blocks of {name}; remove it")
+        raise InputError(
+            "compile", f"`compile` needs a transformer with `_repeated_blocks`, and {name} has none; remove it"
+        )
     return aligned
 
 
 def add_lora(transformer: ModelMixin, args: VRPOConfig):
-    """Freezes a given transformer and adds the low-rank adapters of `lora_rank` to the layers of `lora_target`.
+    """Freezes a given transformer and adds LoRA adapters of rank `lora_rank` to the layers of `lora_target`.
 
-    By default these are the attention and feed-forward layers of its blocks.
+    By default these are the attention and feed-forward layers of the transformer's blocks.
 
     Raises:
         InputError: if the rank is too high, a target names no linear layer, or the attention layers have other names.
@@ -214,8 +219,8 @@ def usual_lora_layers(transformer: ModelMixin) -> list[str]:
     if not any(target.endswith(".to_q") for target in targets):
         raise InputError(
             "lora_rank",
-            f"`lora_rank`: the blocks of {type(transformer).__name__} have no attention with layers called to_q, to_k and to_v, "
-            "which the adapters are for by default; name others as `lora_target`, or remove it",
+            f"`lora_rank`: the blocks of {type(transformer).__name__} have no attention layers called to_q, to_k and to_v, to "
+            "which adapters are added by default; name other layers with `lora_target`, or remove `lora_rank`",
         )
     return targets
 
@@ -230,7 +235,7 @@ def try_call(
     """Calls the adapter with one blank example, and returns the FLOPs of the transformer's forward pass.
 
     Raises:
-        InputError: if the adapter fails, or returns something of another shape than the target.
+        InputError: if the adapter fails, or its prediction does not have the shape of the target.
     """
     x = torch.zeros(1, *latent_shape, device=device)
     labels = torch.zeros(1, dtype=torch.long, device=device)
@@ -271,8 +276,8 @@ def try_call(
 def keep_first_block(accelerator: Accelerator, transformer: torch.nn.Module):
     """With FSDP2, lets every process keep the whole first block between forward and backward pass.
 
-    Some transformers call a layer of their first block again behind the last one (diffusers' DiT embeds the timestep so),
-    where FSDP would have only a part of its weights.
+    Some transformers call a layer of their first block again after the last one, as diffusers' DiT does to embed the
+    timestep. FSDP would then have only a part of that layer's weights.
     """
     first = transformer_blocks(transformer)[0]
     if accelerator.distributed_type == DistributedType.FSDP and hasattr(first, "set_reshard_after_forward"):

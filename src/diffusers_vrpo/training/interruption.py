@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Ending a run early: after a signal or a loss that is not finite, at the same step on all processes."""
+"""Ends a run early, after a signal or a loss that is not finite, at the same step on all processes."""
 
 import os
 import signal
@@ -14,14 +14,17 @@ from ..errors import TrainingStopped
 
 
 SKIPPED_IN_A_ROW = 100  # consecutive steps that `skip_nonfinite` skips before the run stops
-OVERFLOWS_IN_A_ROW = 40  # fp16: the scaler halves its scale at each overflow; from 2^40 it would be at 1
+OVERFLOWS_IN_A_ROW = 40  # fp16: the scaler halves its scale at each overflow, so even a scale of 2^40 would fall to 1
 
 
 class Interruption:
     """Records SIGTERM (a cluster's preemption) and SIGINT (Ctrl-C), so that the loop can stop at the end of a step.
 
-    It acts only inside a `with` block. A second SIGINT stops the process immediately, unless it follows within a second:
-    terminal and launcher may both pass on the same Ctrl-C.
+    It acts only inside a `with` block. A second SIGINT stops the process immediately, unless it follows within a second,
+    because terminal and launcher may both pass on the same Ctrl-C.
+
+    Attributes:
+        signum (`int`): the number of the first signal, or 0.
     """
 
     def __init__(self):
@@ -57,8 +60,9 @@ class Interruption:
 def wait_before_exit(accelerator: Accelerator):
     """Sleeps before several processes exit, so that gloo's threads can finish.
 
-    When the model is freed, torch (2.13) joins gloo's threads while it holds the interpreter's lock, which such a thread
-    needs to free the tensors of the last reduction: the process would never exit. A sleeping thread does not hold the lock.
+    When the model is freed, torch (2.13) joins gloo's threads while it holds the interpreter's lock. Such a thread needs
+    that lock to free the tensors of the last reduction, so the process would never exit. A sleeping thread does not hold
+    the lock.
     """
     if accelerator.num_processes > 1:
         time.sleep(0.5)
@@ -67,16 +71,16 @@ def wait_before_exit(accelerator: Accelerator):
 class StepGuard:
     """Checks once per optimizer step, on all processes, for signals and for a loss or gradient that is not finite.
 
-    The check is one all-reduce of three numbers after that of the gradients. The optimizer gets the result on the device
-    (`found_inf` of the fused AdamW): a step whose loss or gradient is not finite leaves weights, moments and step counts
-    unchanged. The host reads the result after it has launched the optimizer, so that the device has work meanwhile; the
-    host is never more than one step ahead. With fp16, `found_inf` is the scaler's: an infinite gradient is normal there,
-    unless there are `OVERFLOWS_IN_A_ROW`.
+    The check is one all-reduce of three numbers after that of the gradients. A fused optimizer, such as AdamW, gets the
+    result on the device as `found_inf`, and a step whose loss or gradient is not finite leaves weights, moments and step
+    counts unchanged. The host reads the result only after it has launched the optimizer, so that the device is busy in the
+    meantime, and the host is never more than one step ahead. With fp16 the scaler sets `found_inf`: an infinite gradient is
+    normal there, unless there are more than `OVERFLOWS_IN_A_ROW` of them.
 
-    Optimizers other than the fused ones cannot skip a step themselves: for them the host reads the result before it.
+    Optimizers that are not fused cannot skip a step themselves. The host therefore reads the result before their step.
 
-    A micro-step calls `watch(loss)`, then backward; an optimizer step `ask(grad_norm)`, `optimizer.step()` if `may_step()`,
-    and `answer()`.
+    In a micro-step, call `watch(loss)` before the backward pass. In an optimizer step, call `ask(grad_norm)`, then
+    `optimizer.step()` if `may_step()`, then `answer()`.
 
     Attributes:
         signum (`int`): a signal that any process has received, or 0.
@@ -90,7 +94,7 @@ class StepGuard:
         while hasattr(optimizer, "optimizer"):  # unwrap accelerate's and DeepSpeed's optimizers
             optimizer = optimizer.optimizer
         self.optimizer = optimizer
-        # Fused optimizers of torch say so to the scaler of fp16, which asks the same of them.
+        # With this attribute, torch's fused optimizers tell the scaler of fp16 that they can skip a step.
         self.skips_on_device = getattr(optimizer, "_step_supports_amp_scaling", False)
         self.signum = 0
         self.skipped = 0
@@ -119,7 +123,7 @@ class StepGuard:
             self._event.record()
 
     def may_step(self) -> bool:
-        """Whether the optimizer is to step: always, if it can skip a step itself; others wait for the result here."""
+        """Whether to call the optimizer's step: always if it can skip a step itself; otherwise this waits for the result."""
         if self.skips_on_device or self.accelerator.scaler is not None:
             return True
         return not any(self._read()[1:])
@@ -131,7 +135,10 @@ class StepGuard:
         return (self._flags if self._host is None else self._host).tolist()
 
     def answer(self) -> str | None:
-        """Returns what was not finite, the same on every process, or None; called after the optimizer's step."""
+        """Returns what was not finite, `"the loss"` or `"the gradient"`, or None; called after the optimizer's step.
+
+        All processes return the same.
+        """
         signum, bad_loss, bad_gradient = self._read()
         self.signum = int(signum)
         if self.accelerator.scaler is not None:
@@ -150,15 +157,17 @@ class StepGuard:
         return not self.skip_nonfinite or self.skipped_in_a_row >= SKIPPED_IN_A_ROW
 
     def stop(self, where: str, output_dir: Path, saved_step: int) -> TrainingStopped:
-        """The error that ends the run; `saved_step` is the last step with a checkpoint, or 0 without one."""
+        """Returns the error that ends the run; `saved_step` is the last step with a checkpoint, or 0 if there is none."""
         if self.skip_nonfinite:
-            remedy = f"it is the {SKIPPED_IN_A_ROW}th in a row, which skipping does not fix"
+            remedy = (
+                f"{SKIPPED_IN_A_ROW} steps in a row were skipped, which does not help; try a lower `learning_rate`"
+            )
         else:
-            remedy = "the same command tries it again, `skip_nonfinite` skips such steps"
+            remedy = "repeating the command tries again from there, and `skip_nonfinite` skips such steps"
         saved = (
             f"{output_dir / f'checkpoint-{saved_step}'} is the newest checkpoint"
             if saved_step
-            else "no step before it has one"
+            else "there is no checkpoint yet"
         )
         wait_before_exit(self.accelerator)
         return TrainingStopped(f"{where} is NaN or infinite; {saved}, and {remedy}")

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""How long a run is, and when it saves and validates: what is given, and what follows from the data where nothing is."""
+"""How long a run is, and when it saves and validates: as the options say, or as follows from the data."""
 
 import dataclasses
 import math
@@ -27,14 +27,14 @@ MEASURED_STEPS = 20
 
 @dataclass
 class RunLength:
-    """Length and intervals of a run. They are saved with every checkpoint, and a continued run keeps those it is not given.
+    """Length and intervals of a run. Every checkpoint has them, and a resumed run keeps those that are not given again.
 
     Attributes:
         max_train_steps (`int`): optimizer steps of the whole run.
         checkpointing_steps (`int`): optimizer steps between two checkpoints.
         validation_steps (`int`): optimizer steps between two validations.
         early_grids (`bool`): whether sample grids are also drawn after the steps of `EARLY_GRIDS`.
-        checkpoints_to_keep (`int`): number of checkpoints to keep where `checkpoints_total_limit` is not given; all if 0.
+        checkpoints_to_keep (`int`): number of checkpoints to keep if `checkpoints_total_limit` is not given; 0 keeps all.
     """
 
     max_train_steps: int
@@ -44,32 +44,32 @@ class RunLength:
     checkpoints_to_keep: int
 
     def validates(self, step: int) -> bool:
-        """Whether there is a validation after this step, between the first and the last one."""
+        """Whether there is a validation after this step because of `validation_steps`."""
         return step > 0 and step % self.validation_steps == 0
 
     def draws_early(self, step: int) -> bool:
-        """Whether there is nothing but a grid after this step."""
+        """Whether only a sample grid is drawn after this step, without the rest of a validation."""
         return self.early_grids and step in EARLY_GRIDS and not self.validates(step)
 
 
-# What version 0.1 did where an option was not given; its checkpoints do not say it.
+# What version 0.1 did by default; its checkpoints do not record it.
 BEFORE_IT_WAS_RECORDED = RunLength(400_000, 10_000, 10_000, early_grids=False, checkpoints_to_keep=0)
 
 
 def shared_steps(args: VRPOConfig) -> int:
-    """The steps between two that share neither drawn actions nor rollouts: lengths and intervals are multiples of it."""
+    """The number of steps that share sampled actions or a rollout; lengths and intervals are multiples of it."""
     return math.lcm(args.policy_epochs, args.rollout_every if args.rollout_epochs > 1 else 1)
 
 
 def length_of_run(args: VRPOConfig, num_images: int | None, global_batch_size: int) -> int:
-    """The optimizer steps of a new run.
+    """The number of optimizer steps of a new run.
 
-    `num_train_epochs` are rounded up to whole draws of actions and rollouts, and so that the last epoch is complete. Without
-    any length, a run sees `DEFAULT_IMAGES_SEEN` images, but none more than `MOST_EPOCHS` times on average, and each of them
-    once at least.
+    The steps for `num_train_epochs` are rounded up so that the last epoch and the last draw of actions or rollout are
+    complete. If no length is given, a run sees `DEFAULT_IMAGES_SEEN` images, but makes at most `MOST_EPOCHS` passes over
+    the data and at least about one.
 
     Args:
-        num_images: None if it is not known, as for a plan without data.
+        num_images: number of training images; None if it is not known, as for a plan without data.
         global_batch_size: examples per optimizer step on all processes.
     """
     if args.max_train_steps:
@@ -87,11 +87,12 @@ def length_of_run(args: VRPOConfig, num_images: int | None, global_batch_size: i
 def resolve_length(
     args: VRPOConfig, num_images: int, global_batch_size: int, recorded: RunLength | None = None
 ) -> RunLength:
-    """Length and intervals of a run: as given, else as recorded, else from the data and from each other.
+    """Length and intervals of a run: as given, or else as recorded, or else as they follow from the data.
 
     Args:
+        num_images: number of training images.
         global_batch_size: examples per optimizer step on all processes.
-        recorded: those of the checkpoint that is continued.
+        recorded: length and intervals in the checkpoint from which the run resumes; None for a new run.
     """
     given = {
         "max_train_steps": args.max_train_steps,
@@ -110,41 +111,41 @@ def resolve_length(
 
 
 def recorded_length(state: dict) -> RunLength:
-    """The length in the state of a checkpoint."""
+    """Length and intervals in the state of a checkpoint."""
     return RunLength(**state["length"]) if "length" in state else BEFORE_IT_WAS_RECORDED
 
 
 def check_length(checkpoint: Path, step: int, max_train_steps: int):
-    """Checks that a checkpoint is not beyond the end of the run that continues from it.
+    """Checks that a checkpoint of step `step` is not beyond the end of the run that continues from it.
 
     Raises:
-        InputError: if it is.
+        InputError: if `step` is above `max_train_steps`.
     """
     if step > max_train_steps:
         raise InputError(
             "max_train_steps",
-            f"`max_train_steps` {max_train_steps} is below the step {step} of {checkpoint}; give at least {step}, or start a "
+            f"`max_train_steps` {max_train_steps} is below step {step} of {checkpoint}; give at least {step}, or start a "
             "new run in another `output_dir`",
         )
 
 
 def num_epochs(trainer) -> float:
-    """How many times a whole run passes its data, on average."""
+    """How many times a whole run passes over its data."""
     return trainer.max_train_steps * trainer.global_batch_size / trainer.args.policy_epochs / len(trainer.data)
 
 
 def passes_notice(epochs: float, num_images: int) -> str | None:
-    """A sentence for the log if a run passes its data very often; None otherwise."""
+    """A sentence for the log if a run passes over its data more than `MOST_EPOCHS` times; None otherwise."""
     if epochs <= MOST_EPOCHS:
         return None
     return (
-        f"the run passes its {num_images} images {epochs:.0f} times; above {MOST_EPOCHS} times a model mostly memorises them: "
-        "watch the sample grids, and give fewer `max_train_steps`, more images or starting weights"
+        f"the run passes over its {num_images} images {epochs:.0f} times; beyond {MOST_EPOCHS} times a model mostly memorises "
+        "them: watch the sample grids, and give fewer `max_train_steps`, more images or starting weights"
     )
 
 
 class SpeedNotice(TrainerCallback):
-    """Logs once how long a run is and takes, when the speed of some steps is measured; the first step is a warm-up."""
+    """Logs once the length of a run and the time it will take, measured over `MEASURED_STEPS` steps after a warm-up step."""
 
     def on_train_begin(self, trainer):
         self.first, self.seconds = trainer.step, 0.0
@@ -157,13 +158,13 @@ class SpeedNotice(TrainerCallback):
             speed = (trainer.stopwatch.seconds() - self.seconds) / MEASURED_STEPS
             logger.info(
                 f"{trainer.max_train_steps} steps = {num_epochs(trainer):.3g} epochs of {len(trainer.data)} images, about "
-                f"{duration(speed * (trainer.max_train_steps - self.first))} at the measured speed of {speed:.3g} s a step"
+                f"{duration(speed * (trainer.max_train_steps - self.first))} at the measured speed of {speed:.3g} s per step"
                 f"{f' from step {self.first} on' if self.first else ''}, without checkpoints and validation"
             )
 
 
 def duration(seconds: float) -> str:
-    """A duration in words: hours, or minutes below one hour."""
+    """A duration in words: in hours, or in minutes if it is below one hour."""
     if seconds < 3600:
         return f"{max(1, round(seconds / 60))} minute(s)"
     return f"{seconds / 3600:.1f} hours"

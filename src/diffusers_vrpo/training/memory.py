@@ -1,13 +1,14 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""What a training step needs of a GPU's memory, counted without a GPU and without data.
+"""Counts the GPU memory that a training step needs, without a GPU and without data.
 
 A micro-step of the real model and the real objective runs on fake tensors, which have shapes and types but no content, and
-every storage that is made or freed is followed. Two runs, of two and of three images, give each moment of the step as
-`constant + images * slope`, so that the peak is known for any batch. A formula of the block would have to be changed with the
-block; this is exact and takes seconds for SiT-XL/2. The tests compare it with such a formula and with what autograd saves.
+every storage that is made or freed is tracked. Two runs, with two and with three images, give the bytes at each moment of
+the step as `constant + images * slope`, so that the peak is known for any batch size. A formula for a block would have to
+be changed with the block; this count is exact and takes seconds for SiT-XL/2. The tests compare it with such a formula and
+with what autograd saves.
 
-The CUDA context, workspaces of kernels, and memory that the allocator holds in pieces too small to use are not in it; nor
-are compiled blocks, rewards of estimated images, and the generative policy.
+The count includes neither the CUDA context, workspaces of kernels and memory lost to fragmentation, nor compiled blocks,
+image rewards and the generative policy.
 """
 
 import contextlib
@@ -31,11 +32,11 @@ HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class LiveBytes(TorchDispatchMode):
-    """Inside the `with` block, follows how many bytes the tensors hold that operations make there.
+    """Tracks how many bytes are held by the tensors that operations inside the `with` block make.
 
     Attributes:
-        bytes (`int`): held now.
-        timeline (`list[int]`): held after each new storage.
+        bytes (`int`): bytes that are held now.
+        timeline (`list[int]`): bytes that were held after each new storage.
     """
 
     def __init__(self):
@@ -67,33 +68,34 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass
 class Timeline:
-    """The bytes at every moment of some work, each as `constant + images * slope`.
+    """The bytes that some work holds at every moment, each as `constant + images * slope`.
 
     Attributes:
         moments (`list[tuple[int, int]]`): constant and slope after each new storage.
-        saved (`tuple[int, int]`): the same between forward and backward pass, when autograd holds what it has saved.
+        saved (`tuple[int, int]`): constant and slope between forward and backward pass, when autograd holds what it has
+            saved.
     """
 
     moments: list[tuple[int, int]]
     saved: tuple[int, int]
 
     def peak(self, images: int) -> int:
-        """The largest number of bytes held with a number of images."""
+        """The largest number of bytes held at any moment with `images` images."""
         return max(constant + images * slope for constant, slope in self.moments)
 
     def most_images(self, memory: float) -> int:
-        """The largest number of images whose peak is at most `memory` bytes; 0 if one is too many."""
+        """The largest number of images whose peak is at most `memory` bytes; 0 if even one image needs more."""
         if self.peak(1) > memory:
             return 0
         return int(min((memory - constant) // slope for constant, slope in self.moments if slope > 0))
 
 
 def timeline_of(work: Callable[[int, LiveBytes], int]) -> Timeline:
-    """The timeline of work on fake tensors.
+    """Measures the timeline of work on fake tensors.
 
     Args:
-        work: called as `work(images, live)` inside `live`, must do the same for any number of images, and returns the bytes
-            held between its forward and its backward pass.
+        work: a function `work(images, live)` that is called inside `live`, makes the same tensors for any number of images,
+            and returns the bytes held between its forward and its backward pass.
     """
     lines, saved = [], []
     for images in (2, 3):
@@ -111,13 +113,14 @@ def timeline_of(work: Callable[[int, LiveBytes], int]) -> Timeline:
 def training_timeline(
     args: VRPOConfig, aligned: AlignedTransformer, latent_shape: tuple[int, int, int], with_pixels: bool
 ) -> Timeline:
-    """The timeline of a micro-step: the batch, forward pass, encoders, losses, backward pass and gradients.
+    """Measures the timeline of a micro-step: the batch, forward pass, encoders, losses, backward pass and gradients.
 
-    Weights, averages and moments are not in it. With accumulation it is a later micro-step, which finds gradients there.
+    It does not include weights, averaged weights and the optimizer's moments. With gradient accumulation it is the timeline
+    of two micro-steps, of which the second starts with gradients in memory.
 
     Args:
-        args: `objective` and its options, `mixed_precision` and `gradient_accumulation_steps`.
-        aligned: on fake tensors, with encoders that take what `with_pixels` says.
+        args: the options; read are `objective` and its options, `mixed_precision` and `gradient_accumulation_steps`.
+        aligned: the model on fake tensors, with encoders that accept batches as `with_pixels` describes them.
         latent_shape: channels, height and width.
         with_pixels: whether a batch holds images, for encoders or an autoencoder; a latent cache with features has none.
     """
@@ -125,7 +128,7 @@ def training_timeline(
     def work(images: int, live: LiveBytes) -> int:
         for parameter in aligned.parameters():
             parameter.grad = None
-        # The mean weight of a diffusion's timesteps would be read from a tensor, which fake ones cannot.
+        # With epsilon, the mean weight over timesteps would be read from a tensor, and fake tensors have no values.
         objective = objective_from_config(args, aligned, 10**9, prediction_type="velocity")
         for _ in range(min(2, args.gradient_accumulation_steps)):
             batch = blank_batch(args, aligned, latent_shape, with_pixels, images)
@@ -140,7 +143,7 @@ def training_timeline(
 def blank_batch(
     args: VRPOConfig, aligned: AlignedTransformer, latent_shape: tuple[int, int, int], with_pixels: bool, images: int
 ) -> dict[str, torch.Tensor]:
-    """What the loader and an autoencoder give for a micro-step, without content; arguments as of `training_timeline`."""
+    """A blank batch of a micro-step, as loader and autoencoder would return it; arguments as for `training_timeline`."""
     side = args.resolution if with_pixels else 1
     pixels = torch.zeros(images, 3, side, side)
     x0 = pixels if latent_shape == tuple(pixels.shape[1:]) else torch.zeros(images, *latent_shape)
@@ -159,11 +162,14 @@ def micro_step(
     batch: dict[str, torch.Tensor],
     part: Callable = contextlib.nullcontext,
 ) -> tuple[torch.Tensor, AlignmentStep]:
-    """The loss of a micro-step as `VRPOTrainer.compute_loss` computes it, and the objective's step.
+    """Computes the loss of a micro-step as `VRPOTrainer.compute_loss` does.
 
     Args:
         batch: as `blank_batch` returns it.
-        part: called with the name of a part of the step, `objective` or `forward`; a context in which the part runs.
+        part: called with the name of a part of the step, `objective` or `forward`; returns a context in which it runs.
+
+    Returns:
+        the loss, and the objective's step.
     """
     dtype, t, x0, noise = HALF.get(args.mixed_precision), batch["timestep"], batch["x0"], batch["noise"]
     channels = x0.shape[1]
@@ -190,7 +196,7 @@ def micro_step(
         loss_fm = flow_matching_loss(prediction[:, :channels], target)
         loss = loss_fm.mean()
         if learns_variance:
-            # The bound has a few tensors of this size.
+            # A stand-in for the variational bound, which makes a few tensors of this size.
             loss = loss + (prediction[:, channels:].sigmoid() * target).square().mean()
         if aligned.layers:
             step.targets = objective.targets(batch["pixels"], features=step.features)
@@ -202,7 +208,7 @@ def micro_step(
 
 
 def encoding_timeline(vae: torch.nn.Module, resolution: int) -> Timeline:
-    """The timeline of encoding images by an autoencoder, of at most as many as a GPU encodes at a time (`ON_A_GPU`)."""
+    """Measures the timeline of encoding images with an autoencoder, at most `ON_A_GPU` of them at a time, as on a GPU."""
 
     def work(images: int, live: LiveBytes) -> int:
         latents = encode_images(vae, torch.zeros(images, 3, resolution, resolution), at_a_time=ON_A_GPU)

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Metrics of a run: running means, `metrics.jsonl`, and the record of its starts."""
+"""Metrics of a run: running means, the file `metrics.jsonl`, and the record of the run's starts."""
 
 import contextlib
 import json
@@ -26,7 +26,7 @@ def shown_values(values: dict[str, float]) -> dict[str, str]:
     """Formats loss, rewards and speed for the progress bar."""
     shown = {"loss": f"{values['loss_fm']:.4f}"}
     rewards = {name.removeprefix("reward/"): values[name] for name in values if name.startswith("reward/")}
-    shown |= {name: f"{value:.4f}" for name, value in rewards.items() if name != "fidelity"}  # which is minus the loss
+    shown |= {name: f"{value:.4f}" for name, value in rewards.items() if name != "fidelity"}  # it is minus the loss
     speed = values["images_per_second"]
     shown["images/s"] = f"{speed:.1f}" if speed < 100 else f"{speed:.0f}"
     if "mfu" in values:
@@ -39,7 +39,7 @@ def shown_values(values: dict[str, float]) -> dict[str, str]:
 
 
 class Stopwatch:
-    """Measures the seconds between `start` and `stop`, added to those of earlier starts.
+    """Adds up the seconds between each `start` and the next `stop`.
 
     Args:
         seconds (`float`): the initial value.
@@ -62,9 +62,10 @@ class Stopwatch:
 
 
 class RunningMeans:
-    """Means of device scalars between two reads: adding never waits for the device, reading waits once.
+    """Means of device scalars between two reads. Adding never waits for the device; reading waits once.
 
-    Numbers that are not finite are skipped. `commit` ends a step: a checkpoint saves only what was added before it.
+    Values that are not finite are skipped. `commit` ends a step, and a checkpoint saves only what was added before the last
+    `commit`.
     """
 
     def __init__(self):
@@ -76,14 +77,14 @@ class RunningMeans:
         new = torch.stack([value.detach().float() for value in values.values()])
         finite = new.isfinite()
         new = torch.stack([torch.where(finite, new, 0.0), finite.float()])
-        # Not in place, since `commit` keeps the tensors.
+        # The sums are not changed in place, because `commit` keeps these tensors.
         self.groups[tuple(values)] = self.groups.get(tuple(values), 0.0) + new
 
     def commit(self):
         self.committed = dict(self.groups)
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
-        """Returns the means over all processes since the last read, NaN without a finite number, and resets them."""
+        """Returns the means over all processes since the last read, and resets them; NaN if no value was finite."""
         keys = sorted(self.groups)
         if not keys:
             return {}
@@ -99,7 +100,7 @@ class RunningMeans:
         return {"|".join(key): tensor.contiguous() for key, tensor in self.committed.items()}
 
     def load_state_dicts(self, saved: list[dict[str, torch.Tensor]], accelerator: Accelerator):
-        """Continues from the sums of every process; if their number has changed, the first process takes all sums."""
+        """Restores the sums of every process; if the number of processes has changed, the first one gets the sum of all."""
         for state in saved:
             state.update({name: tensor.to(accelerator.device) for name, tensor in state.items()})
         if len(saved) == accelerator.num_processes:
@@ -118,7 +119,7 @@ class MetricsFile(GeneralTracker):
 
     Args:
         path: path of the file.
-        resume_step: step of the checkpoint that is resumed; later lines are removed.
+        resume_step: step of the checkpoint from which the run resumes; lines of later steps are removed.
     """
 
     name = "metrics.jsonl"
@@ -130,7 +131,7 @@ class MetricsFile(GeneralTracker):
         self.path = path
         rows, damaged = read_rows(path, METRICS_ROW) if path.exists() else ([], 0)
         if damaged:
-            logger.warning(f"{path}: {damaged} damaged line(s), such as a crash leaves, are removed")
+            logger.warning(f"{path}: removed {damaged} damaged line(s), such as a crash leaves behind")
         kept = [row for row in merge_steps(rows) if row["step"] <= resume_step]
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
@@ -139,20 +140,20 @@ class MetricsFile(GeneralTracker):
         return self.path
 
     def store_init_configuration(self, values: dict):
-        """Does nothing: `train_config.yaml` has the options."""
+        """Does nothing, because `train_config.yaml` has the options."""
 
     def log(self, values: dict[str, float], step: int | None = None, **kwargs):
-        """Adds a line.
+        """Appends a line with the step and the values.
 
         Raises:
             TrainingStopped: if the file cannot be written.
         """
-        flags = os.O_WRONLY | os.O_APPEND  # not to be created: a folder that was moved away is an error
+        flags = os.O_WRONLY | os.O_APPEND  # without O_CREAT, so that a folder that was moved away is an error
         with writing(f"step {step} of {self.path}"), os.fdopen(open_regular(self.path, flags), "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
     def sync(self):
-        """Waits until the lines are on the disk, as a checkpoint requires."""
+        """Waits until all lines are on the disk, so that they are there if the checkpoint is."""
         with contextlib.suppress(OSError):
             sync_to_disk(self.path)
 
@@ -168,10 +169,11 @@ def write_start(
     prediction_type: str,
     changes: dict[str, list] | None = None,
 ):
-    """Adds a line to `starts.jsonl`: the first step, the hardware, and the size of the model.
+    """Appends a line to `starts.jsonl` with the first step, the hardware and the size of the model.
 
     Args:
-        options: the given options; the line lists those whose values are local files or folders.
+        step: completed steps when the run starts or resumes.
+        options: the given options; the line lists those of their values that are local files or folders.
         prediction_type: what the transformer predicts.
         changes: options that have changed since the checkpoint, `{name: [before, now]}`.
     """
@@ -196,7 +198,7 @@ def write_start(
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """Reads what a run has logged, one row per step, without lines that are damaged, as a crash leaves the last one.
+    """Reads what a run has logged, as one row per step, and skips damaged lines, such as a crash leaves behind.
 
     Example:
 
@@ -211,7 +213,7 @@ def read_metrics(path: str | Path) -> list[dict]:
         path: the `metrics.jsonl` of an output folder.
 
     Returns:
-        the rows in the order of their steps: numbers by name, among them `step`.
+        the rows in the order of their steps; each maps names, among them `step`, to numbers.
 
     Raises:
         OSError: if the file cannot be read.

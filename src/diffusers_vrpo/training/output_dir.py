@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""The output folder of a run: checks what it holds and that it can be written, and locks it for one run at a time."""
+"""The output folder of a run: checks its contents and that it can be written, and locks it for one run at a time."""
 
 import contextlib
 import errno
@@ -64,7 +64,7 @@ def prepare_output_dir(output_dir: str) -> Path:
     """Creates the folder of a run and checks that files can be written in it.
 
     Raises:
-        InputError: if they cannot, or the folder holds a link or special file under a name that training reads or writes.
+        InputError: if no file can be written, or the folder has a link or special file under a name that training uses.
     """
     path = Path(output_dir)
     try:
@@ -90,11 +90,11 @@ def is_ours(name: str) -> bool:
 
 
 def check_inputs(args: VRPOConfig, folder: Path):
-    """Checks that nothing which a run reads is what it writes.
+    """Checks that a run does not overwrite or remove what it reads.
 
     Raises:
-        InputError: if weights or data are the output folder itself, or with `overwrite_output_dir` something in it that
-            would be removed.
+        InputError: if weights or data are the output folder itself, a part of the pipeline in it, or with
+            `overwrite_output_dir` something in it that would be removed.
     """
     place = folder.resolve()
     for name in INPUTS:
@@ -117,15 +117,15 @@ def check_inputs(args: VRPOConfig, folder: Path):
 def claim_output_dir(args: VRPOConfig, folder: Path, checkpoint: Path | None):
     """Checks that a run may begin in a folder, and removes what an earlier one left there if `overwrite_output_dir` is set.
 
-    A run that continues from a checkpoint of the folder may; so may one that begins again because it ended before its first
-    checkpoint. Otherwise the folder must hold nothing but the trackers' folder, hidden files, log files and the file of an
-    option. One process calls it.
+    A run may begin if it continues from a checkpoint of the folder, or if the run in the folder ended before its first
+    checkpoint. Otherwise the folder must hold nothing but the trackers' folder, hidden files, log files and the files that
+    `config` or `model_config` name. Only one process may call this.
 
     Args:
-        checkpoint: the checkpoint to continue from.
+        checkpoint: the checkpoint to continue from, or None.
 
     Raises:
-        InputError: if something would be lost.
+        InputError: if files of an earlier run would be lost.
     """
     if checkpoint is not None and checkpoint.resolve().parent == folder.resolve():
         return
@@ -150,14 +150,14 @@ def claim_output_dir(args: VRPOConfig, folder: Path, checkpoint: Path | None):
     shown = results or sorted(found)
     raise InputError(
         "output_dir",
-        f"`output_dir` {args.output_dir} holds {', '.join(shown[:3])}{' and more' if len(shown) > 3 else ''}, and no checkpoint "
-        "that this run can continue; choose another folder, or give `overwrite_output_dir` to remove what training has "
+        f"`output_dir` {args.output_dir} holds {', '.join(shown[:3])}{' and more' if len(shown) > 3 else ''}, but no checkpoint "
+        "from which this run can continue; choose another folder, or give `overwrite_output_dir` to remove what training has "
         "written there",
     )
 
 
 def ended_before_first_checkpoint(folder: Path) -> bool:
-    """Whether a run in a folder without checkpoints ended before it could save one, so that it loses nothing by beginning."""
+    """Whether the run in a folder ended before it could save a checkpoint, so that starting again loses nothing."""
     try:
         steps = yaml.safe_load((folder / "train_config.yaml").read_text())["checkpointing_steps"]
         files = [folder / name for name in ("starts.jsonl", "metrics.jsonl")]
@@ -186,8 +186,8 @@ def remove_run(folder: Path):
         if not ((path / "manifest.json").is_file() or (path / "training_state.json").is_file()):
             raise InputError(
                 "output_dir",
-                f"`output_dir` {folder} holds {path.name}, which training has not written, so that `overwrite_output_dir` does "
-                "not remove it; choose another folder",
+                f"`output_dir` {folder} holds {path.name}, which training has not written and `overwrite_output_dir` therefore "
+                "does not remove; choose another folder",
             )
     for path in checkpoints:
         shutil.rmtree(path)
@@ -197,7 +197,7 @@ def remove_run(folder: Path):
             if path.is_file() and (pattern != "*.py" or is_pipeline):
                 path.unlink()
     for name in ("transformer", "scheduler", "vae", "lora", "samples", *(f"best/{p}" for p in COMPONENTS), "best"):
-        with contextlib.suppress(OSError):  # missing, or it holds other files
+        with contextlib.suppress(OSError):  # the folder is missing, or it holds other files
             (folder / name).rmdir()
 
 
@@ -243,14 +243,15 @@ def locked(folder: Path):
 
 
 def check_writable(option: str | None, name: str, target: str | Path):
-    """Checks that a file or folder can be created in the first folder above it that exists; creates nothing.
+    """Checks that a file or folder can be created in the nearest folder above it that exists, without creating it.
 
     Args:
-        option: the option that names `target`, if it is one.
-        name: what the error calls the option, such as `"`output_dir`"`.
+        option: the option that names `target`, or None.
+        name: how the error names the option, such as `"`output_dir`"`.
+        target: the file or folder.
 
     Raises:
-        InputError: if it cannot.
+        InputError: if the file or folder cannot be created.
     """
     path = Path(target)
     try:
@@ -270,6 +271,9 @@ def writing_result(option: str, target: str | Path):
 
     Args:
         option: the option that names the file or folder `target`.
+
+    Raises:
+        InputError: if the block raises an OSError.
     """
     try:
         yield
@@ -293,13 +297,13 @@ def writing(what: str):
         if (reason := unwritable(error)) is None:
             raise
         raise TrainingStopped(
-            f"{what} cannot be written ({reason}); {remedy(reason)} and run the same command again: it continues from the newest "
+            f"{what} cannot be written ({reason}); {remedy(reason)} and repeat the command, which continues from the newest "
             "checkpoint"
         ) from error
 
 
 def remedy(reason: str) -> str:
-    """What to do about a file that could not be written, from the system's words for the reason."""
+    """What to do about a file that could not be written; `reason` is the system's error message."""
     if any(os.strerror(code) in reason for code in (errno.ENOENT, errno.ENOTCONN, errno.ESTALE)):
         return "the folder has disappeared: put it back or mount it again"
     if any(os.strerror(code) in reason for code in (errno.EROFS, errno.EACCES)):
@@ -308,7 +312,7 @@ def remedy(reason: str) -> str:
 
 
 def not_saved(folder: Path, step: int) -> TrainingStopped:
-    """The error that ends a run whose checkpoint could not be saved."""
+    """Returns the error that ends a run whose checkpoint could not be saved."""
     if not folder.is_dir():
         problem = errno.ENOENT
     elif not os.access(folder, os.W_OK):
@@ -316,16 +320,16 @@ def not_saved(folder: Path, step: int) -> TrainingStopped:
     else:
         problem = errno.ENOSPC
     what = remedy(os.strerror(problem))
-    return TrainingStopped(f"step {step} could not be saved; {what} and run the same command again")
+    return TrainingStopped(f"the checkpoint of step {step} could not be saved; {what} and repeat the command")
 
 
 def unwritable(error: BaseException) -> str | None:
-    """Describes why a file could not be read or written; None for an exception of another kind.
+    """Describes why a file could not be read or written; None if the exception has another cause.
 
     Args:
-        error: as Python, safetensors or torch raise it for a disk that fails or is full.
+        error: an exception of Python, safetensors or torch, such as they raise if a disk fails or is full.
     """
-    if isinstance(error, CheckpointException):  # from sharded weights: the errors by process
+    if isinstance(error, CheckpointException):  # of sharded weights; it has the errors of each process
         return next(iter({unwritable(failure[0]) for failure in error.failures.values()}), None)
     if isinstance(error, OSError):
         return error.strerror or first_line(error)

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Activation checkpointing: which parts of a transformer the backward pass computes a second time."""
+"""Activation checkpointing: which parts of a transformer are recomputed in the backward pass."""
 
 from collections.abc import Callable
 
@@ -13,11 +13,11 @@ from ..models.transformer_sit import SiTTransformer2DModel
 
 
 def recompute(transformer: torch.nn.Module, gradient_checkpointing: bool | str):
-    """Sets what the backward pass of a transformer computes a second time; weights and results stay the same.
+    """Sets which parts of a transformer are recomputed in the backward pass; weights and results stay the same.
 
     Args:
-        transformer: of diffusers. `attention` and `mlp` are parts of the package's own blocks; others know whole blocks.
-        gradient_checkpointing: the option; with False the transformer stays as it is.
+        transformer: a transformer of diffusers. Only those of this package can recompute `attention` or `mlp` alone.
+        gradient_checkpointing: the value of the option; with False the transformer stays as it is.
 
     Raises:
         InputError: if the transformer has no such part.
@@ -30,8 +30,8 @@ def recompute(transformer: torch.nn.Module, gradient_checkpointing: bool | str):
         if not isinstance(transformer, SiTTransformer2DModel):
             raise InputError(
                 "gradient_checkpointing",
-                f"`gradient_checkpointing` {gradient_checkpointing} is for SiT and DiT of this package, and the transformer is a "
-                f"{name}, whose blocks can only be computed again as a whole; give full or every:K",
+                f"`gradient_checkpointing` {gradient_checkpointing} works with the SiT and DiT of this package only; the blocks "
+                f"of {name} can only be recomputed as a whole; give full or every:K",
             )
         for block in transformer.transformer_blocks:
             block.recomputed = part
@@ -50,13 +50,14 @@ def recompute(transformer: torch.nn.Module, gradient_checkpointing: bool | str):
     if every > len(blocks):
         raise InputError(
             "gradient_checkpointing",
-            f"`gradient_checkpointing` {gradient_checkpointing} would compute nothing again: {name} has {len(blocks)} blocks",
+            f"`gradient_checkpointing` {gradient_checkpointing} would recompute nothing, because {name} has {len(blocks)} "
+            "blocks; give a lower number",
         )
     transformer.enable_gradient_checkpointing(_only(blocks[every - 1 :: every]))
 
 
 def _only(blocks: list[torch.nn.Module]) -> Callable:
-    """The function by which diffusers' transformers call their blocks, which computes these again and no others."""
+    """Returns the function with which a diffusers transformer calls its blocks; it checkpoints only the given ones."""
     chosen = {id(block) for block in blocks}
 
     def call(block: torch.nn.Module, *arguments):

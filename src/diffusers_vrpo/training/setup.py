@@ -26,10 +26,11 @@ from .distributed import check_distributed, plain_lines
 
 
 def start_accelerator(args: VRPOConfig, output_dir: Path) -> Accelerator:
-    """Sets up accelerate, logging, threads and TF32 according to the options.
+    """Sets up accelerate, logging and the number of CPU threads according to the options.
 
     Raises:
-        InputError: if a tracker is not installed, or the started processes are not connected.
+        InputError: if a tracker is not installed, the started processes are not connected, or the way in which accelerate
+            distributes them cannot be combined with the options.
     """
     trackers = [] if args.report_to == "none" else args.report_to.split(",")
     try:
@@ -42,12 +43,13 @@ def start_accelerator(args: VRPOConfig, output_dir: Path) -> Accelerator:
         )
     except ValueError as error:
         raise InputError(
-            "mixed_precision", f"`mixed_precision` {args.mixed_precision} `report_to` {args.report_to}: {error}"
+            "mixed_precision",
+            f"`mixed_precision` {args.mixed_precision} or `report_to` {args.report_to} fails: {error}",
         ) from error
     if missing := set(trackers) - {str(name) for name in accelerator.log_with} - {"all"}:
         raise InputError(
             "report_to",
-            f"`report_to` {args.report_to}: {', '.join(missing)} is not installed; pip install it, or `none`",
+            f"`report_to` {args.report_to} needs {', '.join(missing)}, which is not installed; pip install it, or give none",
         )
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
         raise InputError(
@@ -61,8 +63,8 @@ def start_accelerator(args: VRPOConfig, output_dir: Path) -> Accelerator:
     if args.optimizer != "adamw" and accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise InputError(
             "optimizer",
-            f"`optimizer` {args.optimizer} cannot be combined with {accelerator.distributed_type.value}, whose parts of the "
-            "weights are updated by adamw only; use configs/accelerate/ddp.yaml",
+            f"`optimizer` {args.optimizer} cannot be combined with {accelerator.distributed_type.value}, which works with adamw "
+            "only; use adamw or configs/accelerate/ddp.yaml",
         )
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     for noisy in ("httpx", "datasets", "PIL", "matplotlib", "filelock", "DeepSpeed"):
@@ -75,13 +77,13 @@ def start_accelerator(args: VRPOConfig, output_dir: Path) -> Accelerator:
         and one_thread
         and hasattr(os, "sched_getaffinity")
     ):
-        # `accelerate launch` allows one thread, which suits a GPU; `taskset` limits what is used here.
+        # `accelerate launch` allows one thread, which suits a GPU. A CPU run uses all cores that it may, as `taskset` says.
         torch.set_num_threads(len(os.sched_getaffinity(0)))
     return accelerator
 
 
 def with_tf32(args: VRPOConfig, saved_state: dict | None) -> VRPOConfig:
-    """The options with a value of `allow_tf32`: on, unless it is given or the run to continue began without it."""
+    """The options with `allow_tf32` set: as given, or else as in the checkpoint, or else on."""
     if args.allow_tf32 is not None:
         return args
     saved = {} if saved_state is None else saved_state["settings"]
@@ -90,7 +92,11 @@ def with_tf32(args: VRPOConfig, saved_state: dict | None) -> VRPOConfig:
 
 
 def build_optimizer(args: OptimizationConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """Builds the optimizer that `optimizer` names; AdamW is fused, which can skip a step without waiting for the host.
+    """Builds the optimizer that `optimizer` names. AdamW is the fused one, which can skip a step without the host.
+
+    Args:
+        args: options of the optimization.
+        parameters: the parameters to train.
 
     Raises:
         InputError: if the name is unknown, the optimizer cannot train a transformer, or `optimizer_args` do not fit it.
@@ -108,7 +114,7 @@ def build_optimizer(args: OptimizationConfig, parameters: list[torch.nn.Paramete
             free = [name for name in known if name not in ("params", *of_options)]
             raise InputError(
                 "optimizer_args",
-                f"`optimizer_args` has {name!r}, which {args.optimizer} does not take there; its further arguments are "
+                f"`optimizer_args` has {name!r}, which it cannot set for {args.optimizer}; the arguments that it can set are "
                 f"{', '.join(free)}",
             )
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
@@ -117,7 +123,7 @@ def build_optimizer(args: OptimizationConfig, parameters: list[torch.nn.Paramete
     except Exception as error:  # each class checks its arguments in its own way
         raise InputError(
             "optimizer_args" if given else "optimizer",
-            f"`optimizer` {args.optimizer} does not take {json.dumps(of_options | given)}: {first_line(error)}",
+            f"`optimizer` {args.optimizer} refuses {json.dumps(of_options | given)}: {first_line(error)}",
         ) from error
 
 
@@ -125,13 +131,13 @@ TORCHAO = "torchao:"  # before the name of a class of torchao.optim
 # Classes of torch.optim that cannot train a transformer here, and why.
 UNSUITABLE_OPTIMIZERS = {
     "LBFGS": "it computes the loss several times in a step",
-    "SparseAdam": "it takes sparse gradients only",
+    "SparseAdam": "it works with sparse gradients only",
     "Muon": "it updates matrices only, and the transformer also has vectors and convolutions",
 }
 
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
-    """The class of an optimizer, by the name that `optimizer` has for it; case does not matter.
+    """The class of the optimizer that the option `optimizer` names; case does not matter.
 
     Raises:
         InputError: if the name is unknown, its library is not installed, or the optimizer cannot train a transformer.
@@ -145,7 +151,7 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
             raise InputError(
                 "optimizer",
                 f"`optimizer` adamw8bit needs bitsandbytes, which cannot be imported ({first_line(error)}); pip install "
-                "bitsandbytes, or take adamw",
+                "bitsandbytes, or give adamw",
             ) from error
         return AdamW8bit
     classes = optimizer_classes(torch.optim)
@@ -160,7 +166,7 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
 
 
 def torchao_class(name: str) -> type[torch.optim.Optimizer]:
-    """The class of torchao.optim that is named after `torchao:`.
+    """The class of torchao.optim whose name follows `torchao:`.
 
     Raises:
         InputError: if torchao is not installed, or has no such optimizer.
@@ -170,7 +176,7 @@ def torchao_class(name: str) -> type[torch.optim.Optimizer]:
     except Exception as error:  # besides ImportError, what its libraries raise with another version of torch
         raise InputError(
             "optimizer",
-            f"`optimizer` {name} needs torchao, which cannot be imported ({first_line(error)}); pip install torchao, or take "
+            f"`optimizer` {name} needs torchao, which cannot be imported ({first_line(error)}); pip install torchao, or give "
             "adamw",
         ) from error
     classes = optimizer_classes(torchao.optim)
@@ -182,7 +188,7 @@ def torchao_class(name: str) -> type[torch.optim.Optimizer]:
 
 
 def optimizer_classes(module: ModuleType) -> dict[str, type[torch.optim.Optimizer]]:
-    """The optimizers that a module has, by their names there."""
+    """The optimizer classes of a module, by name."""
     return {
         key: value
         for key, value in vars(module).items()
@@ -191,7 +197,7 @@ def optimizer_classes(module: ModuleType) -> dict[str, type[torch.optim.Optimize
 
 
 def set_learning_rate(group: dict, rate: float):
-    """Sets the learning rate of a group of parameters; optimizers that are compiled, as torchao's, keep it in a tensor."""
+    """Sets the learning rate of a parameter group. Optimizers that are compiled, such as torchao's, keep it in a tensor."""
     if isinstance(group["lr"], torch.Tensor):
         group["lr"].fill_(rate)
     else:
@@ -199,13 +205,13 @@ def set_learning_rate(group: dict, rate: float):
 
 
 def schedule_state(scheduler: torch.optim.lr_scheduler.LRScheduler) -> dict:
-    """The state of a learning rate schedule, with numbers also where the optimizer keeps the rates in tensors."""
+    """The state of a learning rate schedule, with the rates as numbers even if the optimizer keeps them in tensors."""
     state = scheduler.state_dict()
     return state | {name: [float(rate) for rate in state[name]] for name in ("base_lrs", "_last_lr")}
 
 
 def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """The parameters that are trained, averaged and clipped: all, or with adapters those that are not frozen."""
+    """The parameters that are trained, averaged and clipped, that is, those that are not frozen."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
@@ -214,12 +220,12 @@ def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 def as_list(value) -> list | None:
-    """Converts a single value, several or None to a list or None."""
+    """Converts a single value to a list of it, and a tuple to a list; None stays None."""
     return value if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
 
 def name_of(component) -> str:
-    """The name of a component in the record of a run: its path or Hub name, that of a reward, or of a class or function."""
+    """The name by which a run records a component: a path, a Hub name, or the name of a reward, function or class."""
     if isinstance(component, str | Path):
         return str(component)
     if isinstance(component, TokenReward | ImageReward):
@@ -228,10 +234,10 @@ def name_of(component) -> str:
 
 
 def with_given(args: VRPOConfig, model, encoders, vae, image_rewards: list | None = None) -> VRPOConfig:
-    """Writes the names of the trainer's own arguments into the options, which are recorded and checked on resume.
+    """Returns the options with the names of the trainer's other arguments, so that they are recorded and checked on resume.
 
     Raises:
-        InputError: if a component is of another kind than the trainer takes.
+        InputError: if an argument has a type that the trainer does not accept.
     """
     if not isinstance(args, VRPOConfig):
         raise InputError("args", f"`args` must be a VRPOConfig, not a {type(args).__name__}")
@@ -262,10 +268,10 @@ def with_given(args: VRPOConfig, model, encoders, vae, image_rewards: list | Non
 
 
 def check_encoder(encoder):
-    """Checks that an encoder is a name, or a callable with the width of its embeddings.
+    """Checks that an encoder is a name, or a callable that has the width of its embeddings as `embed_dim`.
 
     Raises:
-        InputError: if it is something else.
+        InputError: if it is neither.
     """
     if isinstance(encoder, str | Path):
         return
@@ -279,10 +285,10 @@ def check_encoder(encoder):
 
 
 def as_callbacks(callbacks) -> list[TrainerCallback]:
-    """The trainer's callbacks as a list; a single one may stand for itself.
+    """Returns the trainer's callbacks as a list; a single callback may be given without one.
 
     Raises:
-        InputError: if one is something else.
+        InputError: if one of them is not a TrainerCallback.
     """
     callbacks = list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
     for callback in callbacks:
@@ -292,7 +298,7 @@ def as_callbacks(callbacks) -> list[TrainerCallback]:
 
 
 def check_given(args: VRPOConfig, train_dataset, rewards: list | None, callbacks: list[TrainerCallback]):
-    """Checks for arguments that are missing or would be ignored.
+    """Checks that no argument of the trainer is missing or would be ignored.
 
     Raises:
         InputError: for the first such argument.
@@ -307,12 +313,12 @@ def check_given(args: VRPOConfig, train_dataset, rewards: list | None, callbacks
     if train_dataset is not None and any(named):
         name = next(name for name in named if name)
         raise InputError(
-            "train_dataset", f"`train_dataset` is given, and `args` names the data {name}; remove one of the two"
+            "train_dataset", f"`train_dataset` is given, but `args` also names the data {name}; remove one of the two"
         )
     if args.objective != "none" and not args.encoder:
         raise InputError(
             "encoders",
-            f"`encoders` are missing, which `objective` {args.objective} aligns with; give one such as "
+            f"`encoders` are missing, and `objective` {args.objective} aligns with them; give one such as "
             "facebook/dinov2-base, or `objective` none",
         )
     if rewards is not None and not isinstance(rewards, list | tuple):

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""The encoders as targets of a run: whitened with statistics of a fixed sample of its data, for `target_norm`."""
+"""Whitens the features of the encoders for `target_norm`, with statistics of a fixed sample of the run's data."""
 
 import logging
 from collections.abc import Iterator
@@ -27,21 +27,21 @@ from .distributed import run_and_share_errors
 
 
 logger = logging.getLogger(__name__)
-SAMPLE_IMAGES = 1024  # or all, where there are fewer
+SAMPLE_IMAGES = 1024  # or all images if there are fewer
 BATCH = 32
 
 
 def target_encoders(
     config: VRPOConfig, accelerator: Accelerator, data: TrainingData, encoders: list, checkpoint: Path | None
 ) -> list:
-    """Returns the encoders to align with: the given ones, or each of them whitened.
+    """Returns the encoders to align with: the given ones, or with `target_norm` each of them whitened.
 
-    The statistics are those of the checkpoint that the run continues from. A new run computes them on its main process from
-    images that depend on the data alone (`TrainingData.fixed_rows`), cropped in the centre, or from their cached features.
+    A resumed run reads the statistics from its checkpoint. A new run computes them on its main process from images that
+    depend on the data alone (`TrainingData.fixed_rows`), cropped in the centre, or from their cached features.
 
     Raises:
-        InputError: if `target_norm` wants more dimensions than an encoder has, the checkpoint was trained without it, or the
-            data have neither images nor features.
+        InputError: if `target_norm` asks for more dimensions than an encoder has, the checkpoint was trained without it, or
+            the data have neither images nor features.
     """
     num_dims = whitened_dims(config.target_norm)
     if num_dims is None or not encoders:
@@ -55,8 +55,8 @@ def target_encoders(
         if not file.is_file():
             raise InputError(
                 "target_norm",
-                f"`target_norm` is {config.target_norm}, but {checkpoint} was trained with none; keep to that, or start a new "
-                "run in another `output_dir`",
+                f"`target_norm` is {config.target_norm}, but {checkpoint} was trained with none; give none, or start a new run "
+                "in another `output_dir`",
             )
         state[0] = load_file(file)
     else:
@@ -71,7 +71,7 @@ def target_encoders(
 
 
 def _fit(config: VRPOConfig, data: TrainingData, encoders: list, num_dims: int, device) -> list[Whitening]:
-    """Computes the statistics of each encoder, on the CPU."""
+    """Computes the whitening of each encoder from features on the CPU; the encoders run on `device`."""
     rows = data.fixed_rows(SAMPLE_IMAGES)
     logger.info(f"target_norm {config.target_norm}: computing its statistics from {len(rows)} images")
 
@@ -88,7 +88,7 @@ def _fit(config: VRPOConfig, data: TrainingData, encoders: list, num_dims: int, 
     if not data.has_images and not all(isinstance(encoder, CachedEncoder) for encoder in encoders):
         raise InputError(
             "target_norm",
-            f"`target_norm` {config.target_norm} needs images or cached features, of which the data have neither",
+            f"`target_norm` {config.target_norm} needs images or cached features, and the data have neither; give none",
         )
     named = zip(encoders, config.encoder, strict=True)
     whitenings = [fit_whitening(embeddings(encoder), num_dims, name) for encoder, name in named]

@@ -1,8 +1,8 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """Measures the speed of training relative to the hardware's peak, and sets the options that make it faster.
 
-FLOPs follow the usual convention: a multiply-add is two, and only matrix products and convolutions count. The work of a
-step is that of the mathematics: recomputation with gradient checkpointing takes time, but does not count as work.
+FLOPs follow the usual convention: a multiply-add counts as two, and only matrix products and convolutions count. The
+recomputation of gradient checkpointing takes time but does not count as work.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ MODEL_DEFAULTS = {
 
 
 def num_tokens(config: dict) -> int:
-    """N for a transformer's config, or for a preset with the defaults of all other arguments."""
+    """N, the number of tokens of an image, for a transformer's config; missing entries have their defaults."""
     config = MODEL_DEFAULTS | dict(config)
     size, patch = config["sample_size"], config["patch_size"]
     height, width = (size, size) if isinstance(size, int) else size
@@ -68,14 +68,15 @@ def block_products(config: dict, tokens: int) -> dict[str, int]:
     """Multiply-adds of one image through the parts of a block, for a config with all arguments."""
     dim = config["num_attention_heads"] * config["attention_head_dim"]
     return {
-        "attention": tokens * 4 * dim**2 + 2 * tokens**2 * dim,  # q, k, v and out; scores and values
+        "attention": tokens * 4 * dim**2
+        + 2 * tokens**2 * dim,  # the maps to q, k, v and out; scores and weighted values
         "mlp": tokens * 2 * dim * int(dim * config["mlp_ratio"]),
         "modulation": 6 * dim**2,  # once per image
     }
 
 
 def recomputed_flops(config: dict, gradient_checkpointing: bool | str, tokens: int | None = None) -> int:
-    """FLOPs of one image that the backward pass computes a second time with this value of the option."""
+    """FLOPs per image that the backward pass recomputes with this value of the option `gradient_checkpointing`."""
     if not gradient_checkpointing:
         return 0
     config = MODEL_DEFAULTS | dict(config)
@@ -98,7 +99,7 @@ def projector_flops(
         hidden_dim: D, the width of the tokens.
         tokens: N.
         num_layers: the number of aligned blocks.
-        embed_dims: widths of the encoders.
+        embed_dims: widths of the encoders' embeddings.
         projector, projector_dim: arguments of `AlignedTransformer`.
     """
     if projector == "conv":
@@ -117,7 +118,7 @@ def counted_flops(function: Callable[[], object]) -> int:
 
 
 def encoder_flops(encoder) -> int:
-    """FLOPs of one image through a frozen `PatchEncoder`, counted while it encodes one; 0 for cached features."""
+    """FLOPs of one image through a frozen `PatchEncoder`, counted while it encodes a blank one; 0 for other encoders."""
     if isinstance(encoder, WhitenedEncoder):
         encoder = encoder.encoder
     if not isinstance(encoder, PatchEncoder):
@@ -127,13 +128,15 @@ def encoder_flops(encoder) -> int:
 
 
 def training_flops(forward: float, encoders: float = 0.0, recompute: bool = False, adapters: bool = False) -> float:
-    """FLOPs of one image in a training step: three times the forward, as the backward has two products for each one.
+    """FLOPs of one image in a training step.
+
+    They are three times those of the forward pass, because the backward pass has two products for each one.
 
     Args:
         forward: forward FLOPs of the trained modules.
-        encoders: FLOPs of the modules that only run forward.
-        recompute: also count the second forward pass of gradient checkpointing, which MFU does not include.
-        adapters: only small adapters are trained: the backward has no products for the gradients of frozen weights.
+        encoders: forward FLOPs of the modules that have no backward pass.
+        recompute: whether to count the second forward pass of gradient checkpointing, too, which MFU does not include.
+        adapters: whether only small adapters are trained, so that there are no products for the gradients of the weights.
     """
     return (3 + recompute - adapters) * forward + encoders
 
@@ -143,9 +146,10 @@ def step_flops(
 ) -> tuple[float, float]:
     """FLOPs of one image in a training step: without alignment, and with projectors, scaffold and encoders.
 
-    The autoencoder, the losses and the optimizer are not included. Call it before anything is compiled.
+    The autoencoder, the losses and the optimizer are not included. Call this before anything is compiled.
 
     Args:
+        aligned: the transformer with its projectors and encoders.
         forward: FLOPs of one image through the transformer; by default those of a `SiTTransformer2DModel`.
         tokens: N; by default that of a `SiTTransformer2DModel`.
     """
@@ -167,7 +171,7 @@ def step_flops(
         )
     encoders = sum(encoder_flops(encoder) for encoder in aligned.encoders)
     if aligned.scaffold is not None:
-        # After its first phase the maps only run forward.
+        # After the scaffold phase its maps have no backward pass.
         encoders += 2 * tokens * sum(p.numel() for p in aligned.scaffold.parameters() if p.ndim == 2)
     return plain, plain + training_flops(trained, encoders)
 
@@ -175,7 +179,7 @@ def step_flops(
 def throughput_metrics(
     images_per_second: float, flops_per_image: float, peak: float | None = None, num_processes: int = 1
 ) -> dict[str, float]:
-    """Metrics for the log: TFLOP/s of one device, and their share of its peak (MFU) if that is known."""
+    """Metrics for the log: the TFLOP/s of one device, and their share of its peak (MFU) if `peak`, in FLOP/s, is given."""
     flops = images_per_second * flops_per_image / num_processes
     return {"tflops_per_device": flops / 1e12} | ({"mfu": flops / peak} if peak else {})
 
@@ -187,7 +191,7 @@ def throughput_meter(
 
     Args:
         flops: the result of `step_flops`.
-        peak_tflops: peak of one device, instead of the looked-up one.
+        peak_tflops: peak of one device in TFLOP/s; by default looked up by its name.
     """
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}.get(accelerator.mixed_precision)
     tf32 = torch.backends.cuda.matmul.allow_tf32
@@ -203,8 +207,8 @@ def throughput_meter(
 # Peaks
 
 
-# Dense TFLOP/s with float32 accumulation, from the makers' data sheets (theirs with sparsity halved): half precision
-# (both bf16 and fp16), TF32, float32 without tensor cores. The first pattern that is found in the device's name counts.
+# Dense TFLOP/s with float32 accumulation from the manufacturers' data sheets, whose figures with sparsity are halved here:
+# half precision (both bf16 and fp16), TF32, float32 without tensor cores. The first pattern found in the device's name counts.
 PEAK_TFLOPS = (
     (r"\bB200\b", 2250, 1125, 75),
     (r"\bGH200\b", 989.4, 494.7, 66.9),
@@ -269,15 +273,16 @@ def hardware_name(device: torch.device) -> str:
 
 
 class StepProfile:
-    """Times the parts of some training steps, and reports a table once; if it is off, a part costs one comparison.
+    """Times the parts of some training steps, and reports them once as a table. If it is off, a part costs one comparison.
 
     `with profile(name):` times a part, including the time since the previous part. `step()` ends a step. On a GPU the marks
-    are events in its stream: work that overlaps with the GPU's, such as a fast loader, takes no time, and no mark waits.
+    are events in its stream, for which nothing waits; work that overlaps with the GPU's, such as a fast loader, therefore
+    takes no time in the table.
 
     Args:
         steps (`int`, *optional*): steps to time; 0 or None turns it off.
         device: the device that runs the work.
-        report: called with the table, a string.
+        report: called once with the table, a string.
         warmup (`int`): untimed steps at the start, at least 1.
     """
 
@@ -313,7 +318,7 @@ class StepProfile:
             self.marks.append((name, stamp))
 
     def step(self):
-        """Ends a step; the time after its last mark is that of logging and checkpoints."""
+        """Ends a step, and attributes the time since its last mark to logging and checkpoints."""
         if not self.active:
             return
         self.mark("logging, checkpoints")
@@ -355,12 +360,12 @@ def speed_up(
     backend: str | None = None,
     compile_mode: str = "default",
 ):
-    """Sets the attention backend, and compiles the repeated blocks in place, so that all share one graph, and the encoders.
+    """Sets the attention backend, and compiles the encoders and, in place, the repeated blocks, which share one graph.
 
-    The encoders' preparation of pixels is a graph of its own, always in the default mode: it has few operations, and its result
-    must outlive the next call.
+    The encoders' preparation of pixels is a graph of its own and always in the default mode, because it has few operations
+    and its result must outlive the next call.
 
-    The names of weights do not change. Call it before the first forward pass.
+    The names of weights do not change. Call this before the first forward pass.
 
     Raises:
         InputError: if diffusers does not support the backend on this machine.
@@ -379,12 +384,12 @@ def speed_up(
 
 
 class CopyStream:
-    """Copies batches to a device; to a GPU on a stream of its own, beside what the step before still computes.
+    """Copies batches to a device; to a GPU on a separate stream, while the GPU still computes the previous step.
 
-    The work that uses a batch waits for its copy, and the batch's memory is given to another only after that work.
+    The work that uses a batch waits for its copy, and the batch's memory is reused only after that work.
 
     Args:
-        device: where the batches go.
+        device: the device to which batches are copied.
     """
 
     def __init__(self, device: torch.device):
@@ -392,7 +397,7 @@ class CopyStream:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The tensors of a batch on the device; the host does not wait for those that come from pinned memory."""
+        """Returns the tensors of a batch on the device; the host does not wait for copies from pinned memory."""
         if self.stream is None:
             return {name: tensor.to(self.device) for name, tensor in batch.items()}
         with torch.cuda.stream(self.stream):
@@ -405,16 +410,17 @@ class CopyStream:
 
 
 class ForeachEMA(EMAModel):
-    """diffusers' average in one pass: its own step makes a temporary copy of all weights.
+    """diffusers' averaged weights, updated in one pass without the temporary copy of all weights that its own step makes.
 
-    The first step copies the weights. After n further steps the decay is `min(decay, (1 + n) / (10 + n))`, or `decay` from
-    the second step on if `min_decay` is `decay` too, which turns the warm-up off.
+    The first step copies the weights. After n further steps the decay is `min(decay, (1 + n) / (10 + n))`. If `min_decay`
+    equals `decay`, there is no warm-up, and the decay is `decay` from the second step on.
 
-    With `every` above 1 the average moves in the first step and in those whose number is a multiple of it, by the product of
-    the decays of all steps since it moved last. If the weights did not change in between, that would be the same average.
+    With `every` above 1 the average is updated in the first step and in those whose number is a multiple of `every`, by the
+    product of the decays of all steps since the last update. If the weights did not change in between, the average would be
+    the same.
 
     Args:
-        every (`int`): steps between two moves.
+        every (`int`): steps between two updates.
     """
 
     def __init__(self, parameters, every: int = 1, **kwargs):
@@ -422,12 +428,12 @@ class ForeachEMA(EMAModel):
         self.every = every
 
     def share_of_start(self, step: int) -> float:
-        """How much of the average after `step` steps are the weights after the first one: the product of all decays."""
+        """The share of the weights after the first step in the average after `step` steps: the product of all decays."""
         share, step = 1.0, step - step % self.every
         for number in range(2, step + 1):
             decay = self.get_decay(number)
             share *= decay
-            if decay == self.decay:  # it stays so
+            if decay == self.decay:  # it does not change any more
                 return share * decay ** (step - number)
         return share
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Experiment trackers of accelerate: started, written to and ended so that an outage of one does not end a run."""
+"""Starts, writes to and ends accelerate's experiment trackers, so that the failure of one does not end a run."""
 
 import contextlib
 import json
@@ -21,8 +21,8 @@ from .metrics import MetricsFile
 
 
 logger = get_logger(__name__)
-TRACKERS_FILE = "trackers.json"  # in the output folder: the ids of runs that a resumed run continues
-# The argument of each tracker's start that names a run.
+TRACKERS_FILE = "trackers.json"  # in the output folder: the ids by which a resumed run continues its tracker runs
+# The argument with which each tracker is told the name of the run.
 RUN_NAME_ARGUMENTS = {
     "wandb": "name",
     "trackio": "name",
@@ -33,7 +33,7 @@ RUN_NAME_ARGUMENTS = {
 
 
 def use_trackers(accelerator: Accelerator, action: Callable):
-    """Calls `action` with each tracker; one that fails (a full disk, a server out of reach) is logged and not used again.
+    """Calls `action` with each tracker. A tracker that fails (full disk, unreachable server) is logged and not used again.
 
     Raises:
         TrainingStopped: if `metrics.jsonl` cannot be written.
@@ -43,16 +43,16 @@ def use_trackers(accelerator: Accelerator, action: Callable):
             action(tracker)
         except TrainingStopped:
             raise
-        except Exception as error:  # each tracker has errors of its own
+        except Exception as error:  # each tracker raises errors of its own
             accelerator.trackers.remove(tracker)
             give_up(tracker.name, error)
 
 
 def give_up(name: str, error: Exception):
-    """Warns that a tracker is not used in this run."""
+    """Warns that a tracker has failed and is not used again in this run."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
     logger.warning(
-        f"{name} cannot be written ({reason}); it is not used again in this run, and metrics.jsonl has everything"
+        f"the tracker {name} has failed ({reason}) and is not used again in this run; metrics.jsonl has all values"
     )
 
 
@@ -62,7 +62,7 @@ def log_values(accelerator: Accelerator, values: dict[str, float], step: int):
 
 
 def log_image(accelerator: Accelerator, name: str, image: Image.Image, step: int):
-    """Logs an image to the trackers that take images."""
+    """Logs an image to the trackers that can show images."""
 
     def show(tracker):
         if tracker.name == "tensorboard":
@@ -76,20 +76,20 @@ def log_image(accelerator: Accelerator, name: str, image: Image.Image, step: int
 
 
 def tracked_options(args: VRPOConfig) -> dict[str, int | float | str | bool]:
-    """The options that are set, as trackers take them: flat, numbers and truth values as such, lists joined with commas."""
+    """The options that are set, in the flat form that trackers accept: numbers, truth values, and lists joined by commas."""
     return {
         name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in args.to_dict().items()
     }
 
 
 def start_trackers(accelerator: Accelerator, metrics_file: MetricsFile, args: VRPOConfig, output_dir: Path, step: int):
-    """Starts the trackers of `report_to`, and adds `metrics.jsonl` to them; on the main process.
+    """Starts the trackers of `report_to` and adds `metrics.jsonl` to them; called on the main process.
 
     A tracker that cannot start is logged and not used.
 
     Args:
-        step: the step of the checkpoint that is continued, or 0. Later values in TensorBoard are replaced by the continued run,
-            and a run of wandb continues under its id, which the output folder keeps.
+        step: the step of the checkpoint from which the run resumes, or 0. The resumed run replaces later values in
+            TensorBoard, and continues its wandb run under the id that the output folder keeps.
     """
     run_name = args.tracker_run_name or output_dir.resolve().name
     started = []
@@ -102,11 +102,11 @@ def start_trackers(accelerator: Accelerator, metrics_file: MetricsFile, args: VR
                 arguments["purge_step"] = step + 1
             if name == "wandb":
                 arguments |= {"id": wandb_run_id(output_dir, step), "resume": "allow"}
-            # One by one, so that the failure of one does not keep the others from starting.
+            # Each is started by itself, so that the failure of one does not keep the others from starting.
             accelerator.log_with, accelerator.trackers = [tracker], []
             try:
                 accelerator.init_trackers(args.tracker_project_name, tracked_options(args), {name: arguments})
-            except Exception as error:  # each tracker has errors of its own
+            except Exception as error:  # each tracker raises errors of its own
                 give_up(name, error)
             else:
                 started += accelerator.trackers
@@ -115,16 +115,18 @@ def start_trackers(accelerator: Accelerator, metrics_file: MetricsFile, args: VR
 
 
 def wandb_run_id(output_dir: Path, step: int) -> str:
-    """The id of the run in wandb: that of the run which is continued, or a new one, which the output folder keeps.
+    """The id of the run in wandb: `WANDB_RUN_ID` if set, the kept one of a resumed run, or a new one, which is then kept.
 
     Args:
-        step: the step of the checkpoint that is continued, or 0.
+        step: the step of the checkpoint from which the run resumes, or 0.
     """
     if given := os.environ.get("WANDB_RUN_ID"):
         return given
     file = output_dir / TRACKERS_FILE
     if step:
-        with contextlib.suppress(OSError, ValueError):  # another folder's checkpoint, or a damaged file
+        with contextlib.suppress(
+            OSError, ValueError
+        ):  # no file (the checkpoint is in another folder), or a damaged one
             return check(json.loads(read_regular(file)), TRACKERS)["wandb"]
     new = uuid.uuid4().hex
     with contextlib.suppress(OSError):
@@ -133,6 +135,6 @@ def wandb_run_id(output_dir: Path, step: int) -> str:
 
 
 def end_trackers(accelerator: Accelerator):
-    """Ends the trackers, so that only `metrics.jsonl` is left; one that fails is logged."""
+    """Ends all trackers except `metrics.jsonl`; failures are logged."""
     use_trackers(accelerator, lambda tracker: tracker.finish())
     accelerator.trackers = [tracker for tracker in accelerator.trackers if isinstance(tracker, MetricsFile)]

@@ -36,11 +36,11 @@ REFERENCE_IMAGES = 10_000  # training images behind the Fréchet distance; all o
 
 
 class Validation(TrainerCallback):
-    """Draws samples of the averaged model every `validation_steps` and at the end, and grids alone in the first steps.
+    """Draws samples of the averaged model every `validation_steps` and at the end, and early grids in the first steps.
 
-    The grid has one column per class, from the noise of the seed. With `fd_encoder`, `num_fd_samples` unguided samples,
-    each time of the same classes from the same noise, are compared with training images by the Fréchet distance of their
-    features; `metrics.jsonl` gets it as `validation/fd_{encoder}`. All processes share that work.
+    The grid has one column per class, always from the same noise. With `fd_encoder`, `num_fd_samples` unguided samples, always
+    of the same classes from the same noise, are compared with training images by the Fréchet distance of their features;
+    `metrics.jsonl` records it as `validation/fd_{encoder}`. All processes share that work.
 
     Raises:
         InputError: if the model does not have a label, an encoder cannot be loaded, or the data have no images.
@@ -63,19 +63,19 @@ class Validation(TrainerCallback):
         self.classes = classes_to_sample(data)
         self.check_pipeline(data)
         self.fd_encoder = None
-        self.grid: Image.Image | None = None  # the newest, on the main process
+        self.grid: Image.Image | None = None  # the newest grid, on the main process only
         if args.fd_encoder:
             self.num_samples = args.num_fd_samples or SAMPLES
             if self.num_samples < 2:
                 raise InputError(
                     "num_fd_samples",
-                    f"`num_fd_samples` {args.num_fd_samples} has no covariance; use {SAMPLES} or more",
+                    f"`num_fd_samples` {args.num_fd_samples} is too few for a covariance; use {SAMPLES} or more",
                 )
             if not data.has_images:
                 raise InputError(
                     "fd_encoder",
-                    f"`fd_encoder` {args.fd_encoder} compares with images, and `latents_dir` {args.latents_dir} has none; "
-                    "prepare it with `images` webp",
+                    f"`fd_encoder` {args.fd_encoder} needs images to compare with, and `latents_dir` {args.latents_dir} has none; "
+                    "prepare it again with `images` webp",
                 )
             self.name = f"validation/fd_{last_part(args.fd_encoder)}"
             with accelerator.main_process_first():
@@ -88,13 +88,13 @@ class Validation(TrainerCallback):
         """Chooses the classes of the grid, and checks that the pipeline can sample them with these options.
 
         Raises:
-            InputError: if it cannot.
+            InputError: if the pipeline cannot.
         """
         self.columns = grid_columns(self.pipeline, self.args.validation_labels, self.classes)
         check_steps(self.pipeline, self.args.num_inference_steps)
 
     def on_train_begin(self, trainer):
-        """Validates the step of the checkpoint if the run was interrupted before its validation."""
+        """Validates the step of the checkpoint if the run was interrupted between that checkpoint and its validation."""
         step, length, missing = trainer.step, trainer.length, False
         if self.accelerator.is_main_process and (length.validates(step) or length.draws_early(step)):
             rows = read_metrics(trainer.metrics_file.path)
@@ -113,7 +113,10 @@ class Validation(TrainerCallback):
         self.validate(trainer)
 
     def validate(self, trainer):
-        """Draws the grid of the trainer's step, and measures the distance unless it is an early one; for all processes."""
+        """Draws the grid of the trainer's step and, unless it is an early one, measures the distance.
+
+        All processes must call it.
+        """
         accelerator, step = self.accelerator, trainer.step
         early = trainer.length.draws_early(step) and step < trainer.max_train_steps
         measures = self.fd_encoder is not None and not early
@@ -122,7 +125,7 @@ class Validation(TrainerCallback):
                 self.grid = self.draw(step, averaged)
             if measures:
                 values = {self.name: self.distance(averaged)}
-                # An interrupted validation has no result; the continued run repeats it.
+                # An interrupted validation has no result; the resumed run repeats it.
                 if accelerator.is_main_process and not self.interruption.signum:
                     logger.info(f"step {step}: {self.name} {values[self.name]:.2f}")
                     trainer.log(values)
@@ -140,12 +143,16 @@ class Validation(TrainerCallback):
         return draw_samples(averaged, self.columns, *drawing, device)
 
     def draw_batch(self, pipeline: VRPOPipeline, indices: range, labels: list[int]) -> np.ndarray:
-        """Draws the unguided images `indices` of these classes: uint8 `[B,H,W,3]`; raises InputError if one is not finite."""
+        """Draws unguided images of the classes `labels`, image i from the noise of index i: uint8 `[B,H,W,3]`.
+
+        Raises:
+            InputError: if an image is not finite.
+        """
         options = {"num_inference_steps": self.args.num_inference_steps, "guidance_scale": 1.0}
         return sample_batch(pipeline, indices, labels, self.args.seed, options)
 
     def distance(self, pipeline: VRPOPipeline) -> float:
-        """Computes the Fréchet distance of samples of `pipeline` to the reference."""
+        """Computes the Fréchet distance of samples of `pipeline` to the reference; NaN if an image is not finite."""
         count, classes = self.num_samples, self.classes
         pipeline.set_progress_bar_config(disable=True)
 
@@ -160,7 +167,7 @@ class Validation(TrainerCallback):
                     with self.accelerator.autocast():
                         images = self.draw_batch(pipeline, indices, labels)
                 except InputError as error:
-                    # The images are not finite. Training continues, and no process waits for another.
+                    # An image is not finite. Training continues, and no process waits for another.
                     logger.warning(f"{self.name}: {error}", main_process_only=False)
                     images = None
                 yield images
@@ -169,9 +176,9 @@ class Validation(TrainerCallback):
         return frechet_distance(*self.reference, mean, covariance) if mean.isfinite().all() else math.nan
 
     def reference_moments(self, data) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and covariance of the features of training images, which are the same for every run on the data.
+        """Mean `[D]` and covariance `[D,D]` of the features of training images, the same for every run on these data.
 
-        They are cached in the output folder for a continued run.
+        They are cached in the output folder for a resumed run.
         """
         resolution, file = self.args.resolution, self.output_dir / "fd_reference.safetensors"
         rows = data.fixed_rows(REFERENCE_IMAGES)
@@ -192,11 +199,11 @@ class Validation(TrainerCallback):
 
     @property
     def device(self) -> torch.device:
-        """The device of the moments; Apple's GPUs do not support float64."""
+        """The device of the moments: the CPU on Apple's GPUs, which do not support float64."""
         return torch.device("cpu") if self.accelerator.device.type == "mps" else self.accelerator.device
 
     def own_batches(self, count: int) -> list[range]:
-        """The batches of `range(count)` that this process computes, in order."""
+        """The batches of `range(count)` that this process computes, in ascending order."""
         size, rank, processes = (
             self.args.train_batch_size,
             self.accelerator.process_index,
@@ -206,18 +213,21 @@ class Validation(TrainerCallback):
         return batches[rank * len(batches) // processes : (rank + 1) * len(batches) // processes]
 
     def moments(self, batches: Iterable[np.ndarray | None]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Computes mean `[D]` and covariance `[D,D]` of the features of all processes' images, uint8 `[B,H,W,3]` or None (NaN)."""
+        """Computes mean `[D]` and covariance `[D,D]` of the features of all processes' images.
+
+        Args:
+            batches: this process's images, uint8 `[B,H,W,3]`; a None makes the result NaN.
+        """
         tensors = (None if images is None else torch.from_numpy(images).permute(0, 3, 1, 2) for images in batches)
         moments, _ = collect_features(self.fd_encoder, ((None, images) for images in tensors), self.accelerator)
         return moments["pool"].mean, moments["pool"].covariance
 
 
 class AdapterValidation(Validation):
-    """The validation of a pipeline that an adapter has made: `ModelAdapter.sample` draws all images.
+    """The validation for a pipeline that an adapter has made: `ModelAdapter.sample` draws all images.
 
     Args:
-        adapter: that of the transformer in training.
-        Others: those of `Validation`.
+        adapter: the adapter of the transformer in training. The other arguments are those of `Validation`.
     """
 
     def __init__(self, args, accelerator, pipeline, data, output_dir, interruption, adapter: ModelAdapter):
@@ -228,7 +238,7 @@ class AdapterValidation(Validation):
         """Chooses the classes of the grid, and checks the number of steps with the pipeline's scheduler.
 
         Raises:
-            InputError: if the data do not have a label, or the scheduler does not accept the number of steps.
+            InputError: if the data do not have one of the classes, or the scheduler does not accept the number of steps.
         """
         args, self.id2label = self.args, data.id2label
         ids = {name.strip().lower(): label for label, name in (data.id2label or {}).items()}
@@ -248,7 +258,7 @@ class AdapterValidation(Validation):
             ) from error
 
     def draw_images(self, pipeline, indices: range, labels: list[int], guidance_scale: float) -> list[Image.Image]:
-        """Draws images of these classes, image i from the generator of (seed, i)."""
+        """Draws images of the classes `labels`, image i with the generator of (seed, i)."""
         args = self.args
         pipeline.set_progress_bar_config(disable=True)
         generators = [step_generator(args.seed, i) for i in indices]
@@ -261,22 +271,22 @@ class AdapterValidation(Validation):
         return image_grid(images, len(self.columns), captions=captions_of(self.columns, self.id2label))
 
     def draw_batch(self, pipeline, indices: range, labels: list[int]) -> np.ndarray:
-        """Draws the unguided images `indices` of these classes: uint8 `[B,H,W,3]`."""
+        """Draws unguided images of the classes `labels`: uint8 `[B,H,W,3]`."""
         images = self.draw_images(pipeline, indices, labels, guidance_scale=1.0)
         return np.stack([np.asarray(image.convert("RGB")) for image in images])
 
 
 def spread_classes(classes: list[int]) -> list[int]:
-    """Ten of the classes, evenly spread; all of them if there are fewer."""
+    """Ten of the classes, evenly spread, or all of them if there are fewer."""
     columns = min(10, len(classes))
     return [classes[int(i * len(classes) / columns)] for i in range(columns)]
 
 
 def grid_columns(pipeline: VRPOPipeline, labels: list[str] | None, classes: list[int]) -> list[int]:
-    """The classes of `validation_labels`, names or ids; by default those of `spread_classes`.
+    """The ids of the classes in `validation_labels`, which are names or ids; by default those of `spread_classes`.
 
     Raises:
-        InputError: if the model does not have a label.
+        InputError: if the model does not have one of the classes.
     """
     labels = labels or spread_classes(classes)
     try:
@@ -294,7 +304,7 @@ def draw_samples(
     seed: int,
     device: torch.device,
 ) -> Image.Image:
-    """Draws a grid with one column per class, always from the same noise; unguided if the model has no null class."""
+    """Draws a grid with one column per class, from the noise of the seed; without guidance if there is no null class."""
     transformer = pipeline.transformer
     size = transformer.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
@@ -311,7 +321,10 @@ def draw_samples(
 
 
 def captions_of(labels: list[int], id2label: dict | None) -> list[str] | None:
-    """The captions above the columns of a grid: the first of each class's names, or its id; None for a single class without one."""
+    """The captions above the columns of a grid: the first name of each class, or its id.
+
+    A single class without a name has no caption (None).
+    """
     names = {int(label): str(name).split(",")[0].strip() for label, name in (id2label or {}).items()}
     if not names and len(labels) == 1:
         return None
@@ -328,7 +341,7 @@ def save_samples(accelerator: Accelerator, output_dir: Path, step: int, grid: Im
     try:
         path.parent.mkdir(exist_ok=True)
         grid.save(path)
-    except OSError as error:  # a full disk must not end a run because of a grid
-        logger.error(f"{path} could not be written ({error.strerror or error})")
+    except OSError as error:  # a grid that cannot be saved, for example on a full disk, must not end a run
+        logger.error(f"the sample grid {path} could not be written ({error.strerror or error}); training continues")
 
     log_image(accelerator, "samples", grid, step)

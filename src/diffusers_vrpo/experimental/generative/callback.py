@@ -1,8 +1,8 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""The generative policy in a training run: rollouts, rewards, the gradient that joins flow matching's, and its guards.
+"""The generative policy in a training run: rollouts, rewards, the gradient that is added to flow matching's, and guards.
 
-An optimizer step goes: backward of the real batch, `add_gradient`, clipping, optimizer, average, `look`. Formulas:
-objective.py and docs/generative.md.
+The order in an optimizer step is: backward pass of the real batch, `add_gradient`, clipping, optimizer, averaged weights,
+`check_guards`. Formulas: objective.py and docs/generative.md.
 """
 
 import contextlib
@@ -66,7 +66,7 @@ from .rewards import (
 
 
 logger = get_logger(__name__)
-REAL_IMAGES = 256  # training images behind the guards' flow-matching loss
+REAL_IMAGES = 256  # training images on which the guards measure the flow-matching loss
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -74,18 +74,20 @@ REAL_IMAGES = 256  # training images behind the guards' flow-matching loss
 
 
 class GenerativePolicy(TrainerCallback):
-    """Trains on rewards of generated images in addition to the loss on real ones, from a step on: a callback of the trainer.
+    """Trains on rewards for generated images, in addition to the loss on real ones, from a given step on.
 
-    Rollout r draws the classes, noise and timesteps of (seed, r): it is the same for any number of processes, each of which
-    has whole groups. Statistics, the queue of features and what the guards compare with are saved with a checkpoint.
+    This is a callback of the trainer. Classes, noise and timesteps of rollout r depend on (seed, r) only, so that a rollout
+    is the same for any number of processes, each of which has whole groups. A checkpoint has the statistics, the queue of
+    features and the first measurement of the guards.
 
     Args:
         args (`GenerativeConfig`): the options of the policy.
-        rewards (`list`): rewards of generated images in addition to the built-in ones: functions `reward(images, features, labels)
-            -> [B]` (rewards.py), or their names as `"package.module:name"` or `"FILE.py:NAME"`.
+        rewards (`list`): rewards for generated images in addition to the built-in ones: functions `reward(images, features,
+            labels) -> [B]` (rewards.py), or their names as `"package.module:name"` or `"FILE.py:NAME"`.
 
     Raises:
-        InputError: if the options cannot work with this trainer.
+        InputError: if `generative_policy_start_step` is not given or a reward cannot be loaded; when training starts, if the
+            options cannot work with the trainer.
     """
 
     state_name = "generative_policy"
@@ -94,13 +96,13 @@ class GenerativePolicy(TrainerCallback):
         if args.generative_policy_start_step is None:
             raise InputError(
                 "generative_policy_start_step",
-                "`generative_policy_start_step` is not given; it is the step from which the policy follows rewards",
+                "`generative_policy_start_step` is missing; give the step from which the policy follows rewards",
             )
         self.args, self.start = args, args.generative_policy_start_step
         self.functions = load_reward_functions([*(args.reward_function or []), *rewards])
 
     def on_init_end(self, trainer):
-        args = self.args = trainer.args  # in which the trainer's own arguments have their names, too
+        args = self.args = trainer.args  # these also have the names of the trainer's other arguments
         accelerator, data = trainer.accelerator, trainer.data
         self.accelerator = accelerator
         self.pipeline = trainer.pipeline
@@ -125,7 +127,7 @@ class GenerativePolicy(TrainerCallback):
         self.encoder.take_shallow(args.reward_shallow_layer)
         functions = self.functions
         rows = data.fixed_rows(args.reward_reference_images)
-        if data.random_access:  # other data give rows in random order, one group of rows after another
+        if data.random_access:  # other data are already in random order, group by group
             rows = random_stream(0, 1, LOOK_REAL).permutation(rows)
         reference = self._reference(data, rows, name)
         kind = args.fidelity_reward
@@ -160,17 +162,17 @@ class GenerativePolicy(TrainerCallback):
         self.update_flops = own * self.num_samples * forward
         real = 3 * args.rollout_every * trainer.global_batch_size / self.num_samples
         logger.info(
-            f"an update of the generative policy has {self.num_samples} samples and costs {own + real:.1f} forward passes for each: "
-            f"{evaluations} rollout, {counter.get_total_flops() / forward:.1f} encoder, "
+            f"an update of the generative policy has {self.num_samples} samples, each of which costs {own + real:.1f} forward "
+            f"passes ({evaluations} rollout, {counter.get_total_flops() / forward:.1f} encoder, "
             f"{3 * args.mc_samples * args.rollout_epochs + args.mc_samples * (self.anchor_coeff > 0)} likelihood, {real:.1f} real "
-            f"images; rewards {', '.join(f'{n} {w:.2f}' for n, w in zip(self.rewards.names, weights))} ({kind})"
+            f"images); the rewards are {', '.join(f'{n} {w:.2f}' for n, w in zip(self.rewards.names, weights))} ({kind})"
         )
         if self.validation.fd_encoder is None or last_part(args.fd_encoder) == last_part(name):
             logger.warning(
-                f"no guard looks at features that the rewards do not see; give `fd_encoder` of another family than {name}"
+                f"no guard measures features that the rewards do not see; give an `fd_encoder` of another family than {name}"
             )
 
-        # 3. State. Likelihood ratios near 1 need full precision; with one epoch no ratios are computed.
+        # 3. State. Likelihood ratios near 1 need full precision; with one epoch all ratios are 1.
         self.likelihood_precision = accelerator.autocast if args.rollout_epochs == 1 else contextlib.nullcontext
         self.first: GuardValues | None = None
         self.best_score = math.inf
@@ -184,14 +186,15 @@ class GenerativePolicy(TrainerCallback):
         if self.start >= max_train_steps:
             raise InputError(
                 "generative_policy_start_step",
-                f"`generative_policy_start_step` {self.start} is never reached: the run has {max_train_steps} steps",
+                f"`generative_policy_start_step` {self.start} is never reached, because the run has {max_train_steps} steps; "
+                "give a lower one",
             )
         steps = max_train_steps - self.start
         warm = (1 + max_train_steps) / (10 + max_train_steps) if args.ema_warmup else 1.0
         if args.use_ema and (1 - min(args.ema_decay, warm)) * steps < 3:
             logger.warning(
-                f"`ema_decay` {args.ema_decay}: in {steps} steps the averaged weights, which are sampled, guarded and kept, hardly "
-                f"follow; {max(0.0, 1 - 10 / steps):.4g} would let them"
+                f"`ema_decay` {args.ema_decay} is too high for the {steps} steps with rewards: the averaged weights, which are "
+                f"sampled, guarded and kept, hardly change in them; give a value of about {max(0.0, 1 - 10 / steps):.4g}"
             )
         if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise InputError(
@@ -206,25 +209,25 @@ class GenerativePolicy(TrainerCallback):
         if args.rollout_classes % accelerator.num_processes:
             raise InputError(
                 "rollout_classes",
-                f"`rollout_classes` {args.rollout_classes} must be a multiple of the {accelerator.num_processes} processes, which "
-                "have whole groups",
+                f"`rollout_classes` {args.rollout_classes} must be a multiple of {accelerator.num_processes}, the number of "
+                "processes, each of which has whole groups",
             )
         if data.num_classes < 2:
             raise InputError(
                 "generative_policy_start_step",
-                "`generative_policy_start_step` rewards images for looking like their class, and the data have one class; give "
+                "`generative_policy_start_step` rewards images that look like their class, and the data have one class; give "
                 "data of several classes",
             )
         if not data.has_images:
             raise InputError(
                 "generative_policy_start_step",
-                f"`generative_policy_start_step` compares with images, and `latents_dir` {args.latents_dir} has none; prepare it "
-                "with `images` webp",
+                f"`generative_policy_start_step` needs images to compare with, and `latents_dir` {args.latents_dir} has none; "
+                "prepare it again with `images` webp",
             )
         if self.pipeline.vae is None and self.transformer.config.in_channels != 3:
             raise InputError(
                 "generative_policy_start_step",
-                "`generative_policy_start_step` judges images, which these latents are not; give `vae`",
+                "`generative_policy_start_step` judges images, and the latents cannot be decoded without a `vae`; give one",
             )
         check_steps(self.pipeline, args.rollout_steps, "rollout_steps")
 
@@ -232,7 +235,7 @@ class GenerativePolicy(TrainerCallback):
     # Training images
 
     def _real(self, data, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images uint8 `[B,3,R,R]` and labels `[B]` in the order of the rows; they are read in the order of the data."""
+        """Reads images, uint8 `[B,3,R,R]`, and labels `[B]` of the rows, whose order they have."""
         order = np.argsort(rows, kind="stable")
         images, labels = data.examples(rows[order], self.args.resolution)
         back = np.argsort(order, kind="stable")
@@ -256,12 +259,12 @@ class GenerativePolicy(TrainerCallback):
         if broadcast_object_list([known is None and file.exists()])[0] and args.reward_reference:
             raise InputError(
                 "reward_reference",
-                f"`reward_reference` {file} holds something else: statistics of other images, another encoder or another "
-                "`reward_reference_images`; give another file, which will be written",
+                f"`reward_reference` {file} has statistics of other images, another encoder or another "
+                "`reward_reference_images`; give another file, which will then be written",
             )
 
         def compute() -> FeatureSet | None:
-            logger.info(f"statistics of {len(rows)} training images for the rewards, kept in {file}")
+            logger.info(f"computing statistics of {len(rows)} training images for the rewards, to be kept in {file}")
             size = args.train_batch_size
             batches = [np.arange(first, min(first + size, len(rows))) for first in range(0, len(rows), size)]
             places, labels = [torch.zeros(0, dtype=torch.long)], [torch.zeros(0, 1)]
@@ -314,11 +317,11 @@ class GenerativePolicy(TrainerCallback):
             self.transformer.train(training)
 
     def _encode(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`pool` and `shallow` of images, `[B,D]`."""
+        """The features `pool` and `shallow` of images, `[B,D]` each."""
         return image_features(self.encoder, images)
 
     def _draw(self, labels: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
-        """Draws samples; returns latents, images and features, NaN for samples that are not finite. Used in `_averaged`."""
+        """Draws samples, inside `_averaged`; returns latents, images and features, which are NaN if a sample is not finite."""
         self.pipeline.set_progress_bar_config(disable=True)
         latents, images = [], []
         options = {"num_inference_steps": self.args.rollout_steps, "guidance_scale": 1.0, "output_type": "latent"}
@@ -337,10 +340,14 @@ class GenerativePolicy(TrainerCallback):
         return self.accelerator.gather(tensor.contiguous()) if self.accelerator.num_processes > 1 else tensor
 
     def _predict_x0(self, x, labels, times, noise) -> tuple[torch.Tensor, torch.Tensor]:
-        """Estimates `x [B,...]` from noisy versions, `[B,M,...]` float32; also returns the loss of the prediction `[B]`.
+        """Estimates `x [B,...]` from M noisy versions of it, and measures the loss of these predictions.
 
         Args:
-            times, noise: `[B,M]` in [0, 1), and `[B,M,...]`.
+            times: `[B,M]`, in [0, 1).
+            noise: `[B,M,...]`.
+
+        Returns:
+            the estimates, float32 `[B,M,...]`, and the mean loss of their predictions `[B]`.
         """
         config, (count, many) = self.transformer.config, times.shape
         x_t, timestep, target, t = forward_process(
@@ -354,34 +361,34 @@ class GenerativePolicy(TrainerCallback):
     # Updates
 
     def active(self, step: int) -> bool:
-        """Whether this step, from 0, follows rewards."""
+        """Whether the step with index `step` follows rewards."""
         return step >= self.start and (step - self.start) % self.args.rollout_every < self.args.rollout_epochs
 
     def can_save(self, step: int, begun: bool = False) -> bool:
-        """Whether no rollout is in use, since checkpoints do not hold rollouts."""
+        """Whether no rollout is in use, because checkpoints do not contain rollouts."""
         return not self.active(step) or (not begun and (step - self.start) % self.args.rollout_every == 0)
 
     def flops(self, step: int) -> float:
-        """The FLOPs of a step in addition to the real batch."""
+        """The FLOPs that rewards add to the step with index `step`."""
         return self.update_flops / self.args.rollout_epochs if self.active(step) else 0.0
 
     def on_train_begin(self, trainer):
         """Checks that a checkpoint fits, and measures the model that the policy starts from.
 
         Raises:
-            InputError: if the checkpoint was saved past the start by a run without the policy.
+            InputError: if the checkpoint is of a run without the policy, and of a step after its start.
             TrainingStopped: if a guard trips.
         """
         if trainer.step > self.start and self.first is None:
             raise InputError(
                 "generative_policy_start_step",
-                f"`generative_policy_start_step` {self.start} is behind step {trainer.step}, from which the run continues; "
+                f"`generative_policy_start_step` {self.start} is before step {trainer.step}, from which the run continues; "
                 f"give {trainer.step} or more",
             )
         self.on_step_end(trainer)
 
     def before_optimizer_step(self, trainer):
-        """Adds the gradient of the rewards, in a step that follows them."""
+        """Adds the gradient of the rewards if this step follows rewards."""
         if self.active(trainer.step):
             with trainer.profile("generative policy"):
                 trainer.metrics.add(**self.add_gradient(trainer.step, trainer.ema))
@@ -398,10 +405,14 @@ class GenerativePolicy(TrainerCallback):
             raise self.stop(reason, trainer.step, trainer.saved_step)
 
     def add_gradient(self, step: int, ema) -> dict[str, torch.Tensor]:
-        """Adds the rewards' gradient to that of the parameters, with a norm of at most `max_gradient_ratio` times theirs.
+        """Adds the gradient of the rewards to the parameters' gradients, clipped to `max_gradient_ratio` times their norm.
+
+        Args:
+            step: the index of the step.
+            ema: the averaged weights, from which samples are drawn.
 
         Returns:
-            values for the log.
+            values for the log, by name.
 
         Raises:
             TrainingStopped: if a sample is not finite.
@@ -417,7 +428,7 @@ class GenerativePolicy(TrainerCallback):
         return logs | values | {"policy/gradient_ratio": ratio}
 
     def _roll_out(self, step: int, ema) -> dict[str, torch.Tensor]:
-        """Draws samples and computes their advantages; each process keeps those of its groups."""
+        """Draws samples and computes their advantages; each process keeps its own groups. Returns values for the log."""
         args, rank, processes = self.args, self.accelerator.process_index, self.accelerator.num_processes
         classes, size, number = (
             args.rollout_classes,
@@ -441,7 +452,7 @@ class GenerativePolicy(TrainerCallback):
             draws.append(stream.standard_normal((args.mc_samples, *self.shape), np.float32))
         labels = torch.from_numpy(drawn[own.start : own.stop]).repeat_interleave(size).to(self.device)
         times = stratified_times(torch.from_numpy(np.stack(offsets))).repeat_interleave(size, 0).to(self.device)
-        # The noise is shared inside a group, so that its samples are compared under the same noise.
+        # The noise is shared within a group, so that its samples are compared under the same noise.
         shared = torch.from_numpy(np.stack(draws)).to(self.device)
 
         with self._averaged(ema):
@@ -455,8 +466,8 @@ class GenerativePolicy(TrainerCallback):
         if not all(values.isfinite().all() for values in everyone.values()):
             wait_before_exit(self.accelerator)
             raise TrainingStopped(
-                f"step {step + 1}: a sample of the rollout is not finite; a lower `generative_learning_rate`, or fewer steps "
-                "before `generative_policy_start_step`, may help"
+                f"step {step + 1}: a sample of the rollout is not finite; try a lower `generative_learning_rate`, or another "
+                "`generative_policy_start_step`"
             )
         self.rewards.push(everyone, self.real_images)
         found = []
@@ -483,12 +494,12 @@ class GenerativePolicy(TrainerCallback):
         return {name: value.float().to(self.device) for name, value in logs.items()}
 
     def _parts(self, count: int) -> list[slice]:
-        """Splits samples into parts for the transformer, with as many noisy versions as a training batch has examples."""
+        """Splits samples into parts whose noisy versions are at most as many as the examples in a training batch."""
         size = max(1, self.args.train_batch_size // self.args.mc_samples)
         return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
     def _noise(self, shared: torch.Tensor, part: slice) -> torch.Tensor:
-        """Selects the noise of some samples from that of their groups, `[B,M,...]`."""
+        """Selects the noise of the samples `part` from the noise of their groups, `[B,M,...]`."""
         return shared[torch.arange(part.start, part.stop, device=shared.device) // self.args.rollout_group_size]
 
     def _gradient(self, epoch: int) -> tuple[list[torch.Tensor | None], dict[str, torch.Tensor]]:
@@ -535,7 +546,7 @@ class GenerativePolicy(TrainerCallback):
     # Guards
 
     def check_guards(self, trainer) -> str | None:
-        """Checks, before the first update and every `guard_every` rollouts, whether the model has become worse.
+        """Checks whether the model has become worse, before the first update and after every `guard_every` rollouts.
 
         Returns:
             why the policy must stop, or None.
@@ -553,14 +564,14 @@ class GenerativePolicy(TrainerCallback):
         outcome = broadcast_object_list([reason, now.score])
         if self.accelerator.is_main_process:
             trainer.log(now.values())
-        if step == self.start or outcome[0] is not None:  # grids before and after, from the same noise
+        if step == self.start or outcome[0] is not None:  # the first and the last grid, from the same noise
             with full_pipeline(self.accelerator, self.pipeline, ema) as averaged:
                 if self.accelerator.is_main_process:
                     self.validation.draw(step, averaged)
         if outcome[0] is None and outcome[1] < self.best_score:
             self.best_score, self.best_step = outcome[1], step
             self._save_best(ema)
-        if outcome[0] is None:  # otherwise the same command would continue from here
+        if outcome[0] is None:  # otherwise a repeated command would continue here without a check
             self.checked_step = step
         return outcome[0]
 
@@ -585,7 +596,7 @@ class GenerativePolicy(TrainerCallback):
         finite = all(values.isfinite().all() for values in features.values())
         if self.first is None:
             self.start_values = {**features, "x0": x0}
-            # The samples also start the queue, so that the first rollout has a distribution to compare with.
+            # The samples are also the first in the queue, so that the first rollout has a distribution to compare with.
             if finite:
                 self.rewards.push(features, self.real_images)
         held_out, own = math.nan, [math.nan] * 4
@@ -606,28 +617,28 @@ class GenerativePolicy(TrainerCallback):
         return now
 
     def _own_values(self, features, images, labels) -> list[float]:
-        """Recall, current reward, reward of the first samples, and distance, in the reward encoder's features."""
+        """Recall, reward, reward of the first measurement's samples, and distance, in the reward encoder's features."""
         reference = self.rewards.reference
         real = reference["pool"][: self.args.guard_samples]
         recall = precision_recall(real, features["pool"].to(real))[1]
         moments = mean_and_covariance(features["pool"].to(real))
         distance = frechet_distance(reference["pool.mean"], reference["pool.covariance"], *moments)
         now = self.rewards(images, features, labels)
-        # User-defined rewards do not change with the queue; the others need no images.
+        # User-defined rewards do not depend on the queue, so they are kept; the others need no images and are computed again.
         if "rewards" not in self.start_values:
             self.start_values["rewards"] = now
         then = self.start_values["rewards"].clone()
         for k, name in enumerate(self.rewards.names[:3]):
             start_features = {n: self.start_values[n] for n in ("pool", "shallow")}
             then[:, k] = self.rewards.rewards[name](None, start_features, labels)
-        # In the units of the advantages; 0 is the real images' mean.
+        # In the units of the advantages, with 0 at the mean of real images.
         scale = torch.cat([now, then]).std(0, correction=0) + 0.1 * self.rewards.real_std
         means = torch.stack([now.mean(0), then.mean(0)])
         means = ((means - self.rewards.real_mean) / scale.clamp_min(1e-12)) @ self.weights
         return [recall, *means.tolist(), distance]
 
     def _real_loss(self) -> tuple[float, torch.Tensor]:
-        """Flow-matching loss on fixed real images, noise and timesteps, and the estimates of the images."""
+        """The flow-matching loss on fixed real images, noise and timesteps, and the estimates of these images."""
         x0, count = self.real_x0, len(self.real_x0)
         streams = (random_stream(0, i, LOOK_REAL) for i in range(count))
         noise = torch.from_numpy(np.stack([s.standard_normal(self.shape, np.float32) for s in streams])).to(x0)
@@ -640,12 +651,12 @@ class GenerativePolicy(TrainerCallback):
         return torch.cat(losses).mean().item(), torch.cat(estimates)
 
     def _save_best(self, ema):
-        """Saves the averaged model as a pipeline in `best`, atomically."""
+        """Saves the averaged model as a pipeline in the folder `best`, atomically."""
         final, partial = self.output_dir / "best", self.output_dir / ".best.tmp"
         with full_pipeline(self.accelerator, self.pipeline, ema) as averaged, writing(f"the pipeline in {final}"):
             if self.accelerator.is_main_process:
-                shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
-                if self.args.lora_rank:  # training goes on with the adapters
+                shutil.rmtree(partial, ignore_errors=True)  # a killed process may have left it
+                if self.args.lora_rank:  # adapters are merged in a copy, because training continues with them
                     averaged = copy.copy(averaged)
                     averaged.transformer = copy.deepcopy(averaged.transformer)
                     averaged.transformer.fuse_lora()
@@ -656,15 +667,17 @@ class GenerativePolicy(TrainerCallback):
                 os.replace(partial, final)
 
     def stop(self, reason: str, step: int, saved_step: int | None) -> TrainingStopped:
-        """The error that ends a run whose guards have tripped."""
-        saved = f"checkpoint-{saved_step} has this step, " if saved_step == step else ""
+        """Returns the error that ends a run of which a guard has tripped."""
+        saved = f"checkpoint-{saved_step} has this step, and " if saved_step == step else ""
         wait_before_exit(self.accelerator)
         stopped = f"step {step}: {reason}; the generative policy has been stopped"
         if self.best_step < 0:
-            return TrainingStopped(f"{stopped} before its first update: it needs a model that draws images")
+            return TrainingStopped(
+                f"{stopped} before its first update, because it needs a model that already draws images"
+            )
         return TrainingStopped(
-            f"{stopped}. In {self.output_dir}, {saved}best the averaged pipeline of step {self.best_step}: start from it with "
-            "`pretrained_model_name_or_path`, fewer updates or a lower `generative_coeff`"
+            f"{stopped}. In {self.output_dir}, {saved}best has the averaged pipeline of step {self.best_step}; start from it with "
+            "`pretrained_model_name_or_path`, and make fewer updates or give a lower `generative_coeff`"
         )
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -680,7 +693,7 @@ class GenerativePolicy(TrainerCallback):
         return values
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The settings and the progress of the policy; empty before it begins."""
+        """The settings and the progress of the policy; empty before the policy begins."""
         if self.first is None:
             return {}
         state = {
@@ -693,7 +706,11 @@ class GenerativePolicy(TrainerCallback):
         return state | {f"rewards.{name}": value for name, value in self.rewards.state_dict().items()}
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]):
-        """Loads the state; raises InputError if the run was started with other options."""
+        """Loads the state.
+
+        Raises:
+            InputError: if the policy began with other options.
+        """
         if not bool(state_dict["begun"]):
             return
         settings = json.loads(bytes(state_dict["settings"].tolist()).decode())
@@ -701,8 +718,8 @@ class GenerativePolicy(TrainerCallback):
             if settings.get(name) != value:
                 raise InputError(
                     name,
-                    f"`{name}` is {value}, but the generative policy of this run began with {settings.get(name)}; keep to that, "
-                    "or start a new run in another `output_dir`",
+                    f"`{name}` is {value}, but the generative policy of this run began with {settings.get(name)}; keep that "
+                    "value, or start a new run in another `output_dir`",
                 )
         self.first = GuardValues(*state_dict["first"].tolist())
         self.best_score, best_step, checked_step = state_dict["best"].tolist()

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Guards that stop the optimization of rewards when the model becomes worse by other measures (docs/method.md)."""
+"""Guards that stop the optimization of rewards when the model gets worse by other measures (docs/generative.md)."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -11,9 +11,9 @@ class GuardValues:
 
     Attributes:
         loss_fm: flow-matching loss on training images.
-        recall: share of training images within the samples' manifold, in the reward encoder's features; [0, 1].
-        reward: weighted mean of the rewards of the samples, with the current reward functions.
-        start_reward: the same for the samples of the first measurement.
+        recall: share of training images within the samples' manifold in the reward encoder's features, in [0, 1].
+        reward: weighted mean of the current rewards of the samples.
+        start_reward: weighted mean of the current rewards of the samples of the first measurement.
         distance: Fréchet distance of the samples in the reward encoder's features.
         held_out: Fréchet distance in the features of an encoder that no reward uses; NaN without such an encoder.
         drift: `mean (x0_hat - x0_hat of the first measurement)^2` on the training images.
@@ -29,11 +29,11 @@ class GuardValues:
 
     @property
     def score(self) -> float:
-        """The score of a measurement; lower is better."""
+        """The distance by which the best model is chosen: `held_out`, or `distance` if there is none; lower is better."""
         return self.distance if math.isnan(self.held_out) else self.held_out
 
     def values(self) -> dict[str, float]:
-        """The measured values, for the log."""
+        """The measured values by their names in the log, without NaN."""
         return {f"guard/{name}": value for name, value in asdict(self).items() if not math.isnan(value)}
 
 
@@ -44,7 +44,8 @@ class Limits:
     Attributes:
         loss_rise: largest rise of the flow-matching loss, as a share of its first value.
         recall_fall: largest fall of recall, absolute.
-        distance_rise: largest rise of the held-out distance while the reward has risen, as a share of its first value.
+        distance_rise: largest rise of the held-out distance, as a share of its first value; it counts only if the reward has
+            risen, too.
     """
 
     loss_rise: float = 0.02
@@ -53,7 +54,12 @@ class Limits:
 
 
 def tripped_guard(first: GuardValues, now: GuardValues, limits: Limits) -> str | None:
-    """Why the policy must stop, as the start of a sentence, or None."""
+    """Why the policy must stop, as the beginning of a sentence; None if no limit is exceeded.
+
+    Args:
+        first: the first measurement.
+        now: the current one.
+    """
     measured = [now.loss_fm, now.recall, now.reward, now.start_reward, now.distance]
     if not math.isnan(first.held_out):
         measured.append(now.held_out)
@@ -70,6 +76,6 @@ def tripped_guard(first: GuardValues, now: GuardValues, limits: Limits) -> str |
         return (
             f"the distance to training images in features that no reward sees has risen by "
             f"{100 * (now.held_out / first.held_out - 1):.1f} % (from {first.held_out:.4g} to {now.held_out:.4g}) while the "
-            f"reward has risen too (`guard_distance_rise` {limits.distance_rise:g})"
+            f"reward has risen, too (`guard_distance_rise` {limits.distance_rise:g})"
         )
     return None

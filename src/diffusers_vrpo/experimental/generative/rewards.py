@@ -1,9 +1,9 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Rewards of generated images: statistics of training images, and three rewards that compare samples with them.
+"""Rewards for generated images: statistics of training images, and three rewards that compare samples with them.
 
-A reward is a plain function `reward(images, features, labels) -> Tensor[B]`: `images` uint8 `[B,3,H,W]`, `features` of the
-frozen reward encoder (`pool` and `shallow`, float32 `[B,D]`), `labels` class ids int64 `[B]`; higher is better, in any unit.
-The built-in ones are of this form, and so are those of `reward_function` FILE.py:NAME. Formulas: objective.py.
+A reward is a plain function `reward(images, features, labels) -> Tensor[B]`. `images` are uint8 `[B,3,H,W]`, `features` are
+those of the frozen reward encoder (`pool` and `shallow`, float32 `[B,D]`), and `labels` are class ids, int64 `[B]`. Higher
+is better, in any unit. Both the built-in rewards and those of `reward_function` have this form. Formulas: objective.py.
 """
 
 import importlib
@@ -29,10 +29,10 @@ from .objective import (
 REWARDS = ("fidelity", "perceptual", "semantic")
 FIDELITY_REWARDS = ("auto", "frechet", "mmd")
 VECTORS = {"fidelity": "pool", "perceptual": "shallow"}  # the features of each distributional reward
-ENOUGH_FOR_FRECHET = 10_000  # training images; `auto` takes the MMD with fewer
-KEPT_FEATURES = 10_000  # rows of the statistics file: real features of the MMD, of recall, of the rewards' real values
-REAL_VALUES = 1024  # the rows that give the rewards' mean and spread over real images
-REFRESH_UPDATES = 10  # updates between two refreshes of the generated covariance behind the Fréchet influence
+ENOUGH_FOR_FRECHET = 10_000  # with fewer training images, `auto` uses the MMD
+KEPT_FEATURES = 10_000  # real features in the statistics file, for the MMD, recall and the rewards of real images
+REAL_VALUES = 1024  # real images from which the rewards' mean and spread over real images are computed
+REFRESH_UPDATES = 10  # updates after which the covariance of the samples in the Fréchet influence is computed again
 Reward = Callable[[torch.Tensor, dict[str, torch.Tensor], torch.Tensor], torch.Tensor]
 
 
@@ -43,19 +43,20 @@ Reward = Callable[[torch.Tensor, dict[str, torch.Tensor], torch.Tensor], torch.T
 def class_statistics(features: torch.Tensor, labels: torch.Tensor, num_classes: int) -> dict[str, torch.Tensor]:
     """Computes the statistics of training images for the semantic reward.
 
-    A prototype is the mean direction of a class. The temperature maximises the likelihood of the images, each compared with
-    prototypes that exclude it.
+    A prototype is the mean direction of a class. The temperature maximises the likelihood of the images, where each image is
+    compared with prototypes that exclude it.
 
     Args:
         features: `[N,D]`.
         labels: int64 `[N]`.
+        num_classes: the number of classes, which is above all labels.
 
     Returns:
-        `centre [D]`, `prototypes [C,D]` and `class_ids [C]` of the classes with at least two images, `medians [C]` of
-        `log p(c|f)` over the images of c, `temperature []`.
+        tensors by name: `centre [D]`; `prototypes [C,D]` and `class_ids [C]` of the classes with at least two images;
+        `medians [C]` of `log p(c|f)` over the images of c; `temperature []`.
 
     Raises:
-        InputError: if fewer than two classes have two images.
+        InputError: if fewer than two classes have at least two images.
     """
     features = features.float()
     centre = features.mean(0)
@@ -65,8 +66,8 @@ def class_statistics(features: torch.Tensor, labels: torch.Tensor, num_classes: 
     if len(class_ids) < 2:
         raise InputError(
             "reward_reference_images",
-            f"the semantic reward needs at least 2 classes with 2 training images each; `reward_reference_images` "
-            f"{len(labels)} has {len(class_ids)}: use more",
+            f"the semantic reward needs at least 2 classes with 2 training images each, and `reward_reference_images` "
+            f"{len(labels)} has {len(class_ids)}; use more",
         )
     place = torch.full((num_classes,), -1, dtype=torch.long)
     place[class_ids] = torch.arange(len(class_ids))
@@ -93,9 +94,14 @@ def class_statistics(features: torch.Tensor, labels: torch.Tensor, num_classes: 
 def reference_statistics(
     features: dict[str, torch.Tensor], labels: torch.Tensor, num_classes: int
 ) -> dict[str, torch.Tensor]:
-    """The tensors of a statistics file, of `pool` and `shallow` features `[N,D]` of training images in random order.
+    """Computes the tensors of a statistics file from features of training images.
 
-    `FeatureSet.from_tensors` takes them, so that `vrpo evaluate --reference` reads the file, too.
+    `FeatureSet.from_tensors` accepts them, so that `vrpo evaluate --reference` can also read the file.
+
+    Args:
+        features: `pool` and `shallow` features, `[N,D]`, in random order.
+        labels: int64 `[N]`.
+        num_classes: the number of classes.
     """
     tensors = {"labels": labels[:KEPT_FEATURES].contiguous()}
     for name, values in features.items():
@@ -104,7 +110,7 @@ def reference_statistics(
             moments.update(part)
         tensors |= {f"{name}.mean": moments.mean, f"{name}.covariance": moments.covariance}
         kept = tensors[name] = values[:KEPT_FEATURES].float().contiguous()
-        # The median distance between two real images, among 2,000 at most.
+        # The median distance between two real images, from at most 2,000 of them.
         distances = torch.nn.functional.pdist(kept[:2000])
         tensors[f"{name}.bandwidth"] = distances.median()
     return tensors | class_statistics(features["pool"], labels, num_classes)
@@ -130,7 +136,7 @@ def load_reward_functions(entries: Sequence[Callable | str]) -> dict[str, Reward
         if name in (*REWARDS, *functions):
             raise InputError(
                 "reward_function",
-                f"`reward_function` {entry}: there is a reward {name!r} already; give it another name",
+                f"`reward_function` {entry}: another reward is already called {name!r}; give the function another name",
             )
         functions[name] = function
     return functions
@@ -147,7 +153,7 @@ def import_reward(entry: str) -> Reward:
         raise InputError("reward_function", f"`reward_function` {entry}: the file {source} does not exist")
     if not source or not name.isidentifier():
         raise InputError(
-            "reward_function", f"`reward_function` {entry}: give FILE.py:NAME or package.module:name of a function"
+            "reward_function", f"`reward_function` {entry} is not FILE.py:NAME or package.module:name of a function"
         )
     try:
         module = import_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
@@ -162,10 +168,10 @@ def import_reward(entry: str) -> Reward:
 
 
 def parse_reward_weights(text: str | None, names: list[str]) -> list[float]:
-    """Parses `reward_weights`, one number per reward, into `s_k`, which sum to 1; None gives equal ones.
+    """Parses `reward_weights`, one number per reward, and returns `s_k` with the sum 1; None means equal weights.
 
     Raises:
-        InputError: if the text is something else.
+        InputError: if the text does not have one number >= 0 per reward, or all are 0.
     """
     try:
         numbers = [1.0] * len(names) if text is None else [float(part) for part in text.split(",")]
@@ -174,25 +180,26 @@ def parse_reward_weights(text: str | None, names: list[str]) -> list[float]:
     if len(numbers) != len(names) or min(numbers) < 0 or not 0 < sum(numbers) < float("inf"):
         raise InputError(
             "reward_weights",
-            f"`reward_weights` {text} must be {len(names)} numbers >= 0 with commas between and a sum above 0, for "
+            f"`reward_weights` {text} must be {len(names)} numbers >= 0, separated by commas, with a sum above 0, for "
             f"{', '.join(names)}",
         )
     return [number / sum(numbers) for number in numbers]
 
 
 class SampleRewards:
-    """The rewards of a run, and the features of its latest samples that two of them depend on.
+    """The rewards of a run, and the features of its latest samples, on which two of the rewards depend.
 
     Args:
         reference: the tensors of `reference_statistics`, on the device.
         queue_size: the number of latest samples that represent the model's distribution.
         fidelity_reward: `"frechet"` or `"mmd"`.
         functions: further rewards by name.
-        device: the device of the statistics, float64 for Fréchet (on the CPU for MPS).
+        device: the device of the statistics, which are float64 for Fréchet and therefore on the CPU for MPS.
 
     Attributes:
         names (`list[str]`): the names of the K rewards.
-        real_mean, real_std (`torch.Tensor` of shape `(K,)`): of the rewards over real images, as of the last refresh.
+        real_mean, real_std (`torch.Tensor` of shape `(K,)`): mean and standard deviation of the rewards over real images at
+            the last refresh.
     """
 
     def __init__(
@@ -217,7 +224,7 @@ class SampleRewards:
             f"queue.{name}": torch.zeros(queue_size, reference[name].shape[1], device=self.device)
             for name in VECTORS.values()
         }
-        # The number of features added to the queue, and of updates since the last refresh of its covariance.
+        # The number of features that have been added to the queue, and the number of updates.
         self.count, self.updates = 0, 0
         if fidelity_reward == "frechet":
             for name in VECTORS.values():
@@ -241,10 +248,10 @@ class SampleRewards:
         return self.state[f"queue.{name}"][: self.count]
 
     def push(self, features: dict[str, torch.Tensor], real_images: torch.Tensor | None = None):
-        """Adds the features of an update's samples; refreshes the covariances every `REFRESH_UPDATES` updates.
+        """Adds the features of an update's samples to the queue, and calls `refresh` every `REFRESH_UPDATES` updates.
 
         Args:
-            features: `pool` and `shallow`, `[n,D]`, of all processes, the same on each.
+            features: `pool` and `shallow` features `[n,D]` of all processes' samples, the same on each process.
             real_images: uint8 images of the first rows of the reference, for rewards that need images.
         """
         for name in VECTORS.values():
@@ -285,11 +292,12 @@ class SampleRewards:
     def __call__(
         self, images: torch.Tensor | None, features: dict[str, torch.Tensor], labels: torch.Tensor
     ) -> torch.Tensor:
-        """All rewards, float64 `[B,K]`.
+        """Computes all rewards, float64 `[B,K]`.
 
         Args:
-            images: uint8 `[B,3,H,W]`; None without user-defined rewards.
-            labels: of classes with a prototype.
+            images: uint8 `[B,3,H,W]`; may be None if there are no user-defined rewards.
+            features: `pool` and `shallow` features, `[B,D]`.
+            labels: ids of classes with a prototype, `[B]`.
 
         Raises:
             InputError: if a function does not return one finite number per image.
@@ -306,15 +314,15 @@ class SampleRewards:
         rewards = torch.stack(columns, dim=1)
         if not rewards.isfinite().all():
             bad = self.names[int((~rewards.isfinite()).any(0).nonzero()[0])]
-            raise InputError(None, f"the reward {bad!r} is not finite; a reward must be a number for every image")
+            raise InputError(None, f"the reward {bad!r} is not finite; it must return a finite number for every image")
         return rewards
 
     def fidelity(self, images, features, labels) -> torch.Tensor:
-        """A sample's influence on the distance of the distributions, in the encoder's vectors."""
+        """A sample's influence on the distance between samples and training images in the encoder's feature vectors."""
         return self._distributional(features, "pool")
 
     def perceptual(self, images, features, labels) -> torch.Tensor:
-        """The same in the vectors of a shallow layer: colours, edges, textures."""
+        """The same influence in the vectors of a shallow layer, which show colours, edges and textures."""
         return self._distributional(features, "shallow")
 
     def _distributional(self, features, name) -> torch.Tensor:
@@ -325,7 +333,7 @@ class SampleRewards:
         return frechet_influence(rows, mu_g, reference[f"{name}.mean"], self.state[f"transport.{name}"])
 
     def semantic(self, images, features, labels) -> torch.Tensor:
-        """`min(log p(c|f), its median over training images of c)`, so that typical samples gain nothing by being more so."""
+        """`min(log p(c|f), its median over training images of c)`, so that a sample gains nothing beyond a typical image."""
         reference = self.reference
         log_p = class_log_probability(
             features["pool"].to(self.device), reference["centre"], reference["prototypes"], reference["temperature"]

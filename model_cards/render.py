@@ -36,7 +36,7 @@ RECIPES = [
 ]
 TESTED = {
     "SiT": "velocities and projections of this architecture agree with tensors of the official SiT and REPA code within "
-    "1e-5 (`tests/unit/test_transformer.py`, where those tensors are at hand)",
+    "1e-5 (`tests/unit/test_transformer.py`, if those tensors are available)",
     "DiT": "the predictions of this architecture agree with those of diffusers' `DiTTransformer2DModel` within 1e-5 at "
     "whole timesteps (`tests/unit/test_conversion.py`)",
 }
@@ -59,8 +59,8 @@ def card(name: str, preset: str, steps: int) -> str:
     projectors = projector_flops(width, num_tokens(config), len(layers), [768], projector_dim=args.projector_dim)
     flops = training_flops(forward_flops(config) + projectors)
     measured = (
-        f"Counted: {parameters / 1e6:.1f} M parameters, {flops / 2e9:.0f} GMAC a training step and image without encoder "
-        "and autoencoder: three times the forward pass of transformer and projector (`training_flops` in "
+        f"Counted: {parameters / 1e6:.1f} M parameters, and {flops / 2e9:.0f} GMAC per training step and image, without encoder "
+        "and autoencoder, which is three times the forward pass of transformer and projector (`training_flops` in "
         f"`training/throughput.py`). Tested: {TESTED[preset[:3]]}. "
         "Speed, loss curve and image quality of this recipe have not been measured."
     )

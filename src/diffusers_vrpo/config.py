@@ -361,17 +361,17 @@ class DataConfig(Options):
 
     dataset_name: Annotated[DataName[str | None], OneOf("data")] = option(
         None,
-        "train on this data set: a name on the Hub, a folder that `datasets` can open, or `digits`, which is part of the package",
+        "data set with the images: a name on the Hub, a folder that `datasets` can open, or `digits`, which is part of the package",
     )
-    dataset_config_name: Data[str | None] = option(None, "configuration of that data set, where it has several")
+    dataset_config_name: Data[str | None] = option(None, "configuration of the data set, if it has several")
     dataset_split: Data[str] = option("train", "split of the data set")
     train_data_dir: Annotated[Resolved[str | None], OneOf("data")] = option(
-        None, "train on the images in this folder, which has one folder per class, instead of on --dataset_name"
+        None, "folder with the images, which has one folder per class, instead of --dataset_name"
     )
     latents_dir: Annotated[Resolved[str | None], OneOf("data")] = option(
         None,
-        "train on the encoded images that `vrpo prepare` has written to this folder, instead of on --dataset_name; this saves "
-        "the time of the autoencoder in every pass over the data",
+        "folder with encoded images, which `vrpo prepare` has written, instead of --dataset_name; this saves the time of the "
+        "autoencoder in every pass over the data",
     )
     streaming: Resolved[bool] = option(
         False,
@@ -454,7 +454,7 @@ class ModelConfig(Options):
     vae: Resolved[str | None] = option(
         None,
         "encode the images with this autoencoder of diffusers (Hub name or folder), usually stabilityai/sd-vae-ft-ema; `none` "
-        "trains on pixels, which suits images of up to 64 pixels a side",
+        "trains on pixels, which suits images with sides of up to 64 pixels",
     )
     vae_dtype: Literal["float32", "bfloat16", "float16"] = option(
         "float32",
@@ -783,8 +783,8 @@ class CheckpointConfig(Options):
     )
     resume_from_checkpoint: Machine[str] = option(
         "latest",
-        "checkpoint to continue from: the latest in the output folder, if there is one (latest); none, to start a new run (none); the "
-        "one on the Hub (hub); or the folder of a checkpoint",
+        "checkpoint to continue from: latest, the newest in the output folder (a new run starts if there is none); none, to start a "
+        "new run; hub, the one on the Hub; or the folder of a checkpoint",
         "latest|none|hub|DIR",
     )
     allow_changed: Free[list[str] | None] = option(
@@ -821,7 +821,8 @@ class CheckpointConfig(Options):
     )
     fd_encoder: Free[str | None] = option(
         None,
-        "log the Fréchet distance between samples and training images in the features of this vision encoder with every grid",
+        "log the Fréchet distance between samples and training images in the features of this vision encoder, with every grid "
+        "but the early ones",
     )
     num_fd_samples: Annotated[Free[Samples | None], MEASURED] = option(
         None, "number of unguided samples for that distance; 2048 if not given"
@@ -903,7 +904,7 @@ class GenerativeConfig(Options):
         0.02, "relative rise of the flow-matching loss at which training stops"
     )
     guard_recall_fall: Annotated[Free[Coefficient], GENERATIVE] = option(
-        0.03, "fall of the samples' recall at which training stops"
+        0.03, "fall of the samples' recall, a number between 0 and 1, at which training stops"
     )
     guard_distance_rise: Annotated[Free[Coefficient], GENERATIVE, MEASURED] = option(
         0.02, "relative rise of the distance in --fd_encoder at which training stops, if the reward rises, too"

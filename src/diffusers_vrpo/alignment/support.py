@@ -198,7 +198,7 @@ def cosine(tiny: TinyTransformer) -> str:
     prediction.square().mean().backward()
     if any(any_gradient(block) for block in blocks_of(tiny)[: TAPS[0]]):
         return (
-            "yes: the cosine is that of the image tokens behind the aligned block; flow matching also reaches the blocks "
+            "yes: the cosine is that of the image tokens after the aligned block; flow matching also reaches the blocks "
             "below through text tokens, long skips or layers that are shared, which it does not see"
         )
     return YES

@@ -206,6 +206,7 @@ class VRPOTrainer:
             self.adapter = check_transformer(args, transformer, adapter, callbacks)
         self.output_dir = prepare_output_dir(args.output_dir)
         self.interruption = Interruption()
+        self.begun = False  # whether `train` has been called
 
         # Counters of the run; a checkpoint replaces most of them.
         self.step = 0
@@ -332,11 +333,16 @@ class VRPOTrainer:
     def train(self) -> None:
         """Trains until `max_train_steps`, from the checkpoint of `args.resume_from_checkpoint` if it exists.
 
+        A second call continues where the first one has ended, for instance after Ctrl-C.
+
         Raises:
             TrainingStopped: if the run cannot continue.
             TrainingInterrupted: after SIGTERM or SIGINT, once a checkpoint has been saved.
         """
-        self._resume()
+        self.interruption.reset()
+        if not self.begun:
+            self._resume()
+            self.begun = True
         self._record_start()
         batches = self._batches()
         self._call("on_train_begin")
@@ -490,8 +496,17 @@ class VRPOTrainer:
         `VRPOPipeline.from_pretrained(args.output_dir)` opens it, or the class of the pipeline that a [`ModelAdapter`] has
         made; without one, the averaged transformer is in `transformer/`. Low-rank adapters are also saved by themselves, in
         `lora/`.
+
+        Raises:
+            InputError: if `train` has not been called, so that there is no result yet.
         """
         args, output_dir = self.args, self.output_dir
+        if not self.begun:
+            raise InputError(
+                None,
+                f"there is nothing to save in {output_dir} yet: call `train()` first, which also loads the newest checkpoint "
+                "of a run that has ended",
+            )
         share = 0.0 if self.ema is None else self.ema.share_of_start(self.step)
         if share > 0.01:
             logger.warning(

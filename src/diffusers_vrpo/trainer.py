@@ -208,6 +208,7 @@ class VRPOTrainer:
             self.adapter = check_transformer(args, transformer, adapter, callbacks)
         self.output_dir = prepare_output_dir(args.output_dir)
         self.interruption = Interruption()
+        self.begun = False  # whether `train` has been called
 
         # Counters of the run; a checkpoint replaces most of them.
         self.step = 0
@@ -336,12 +337,17 @@ class VRPOTrainer:
     def train(self) -> None:
         """Trains until step `max_train_steps`, starting from the checkpoint of `args.resume_from_checkpoint` if it exists.
 
+        A second call continues where the first one has ended, for instance after Ctrl-C.
+
         Raises:
             InputError: if that checkpoint has other options or data than this run.
             TrainingStopped: if the run cannot continue.
             TrainingInterrupted: after SIGTERM or SIGINT, once a checkpoint has been saved.
         """
-        self._resume()
+        self.interruption.reset()
+        if not self.begun:
+            self._resume()
+            self.begun = True
         self._record_start()
         batches = self._batches()
         self._call("on_train_begin")
@@ -504,9 +510,16 @@ class VRPOTrainer:
         separately, in `lora/`.
 
         Raises:
+            InputError: if `train` has not been called, so that there is no result yet.
             TrainingStopped: if a file cannot be written.
         """
         args, output_dir = self.args, self.output_dir
+        if not self.begun:
+            raise InputError(
+                None,
+                f"there is nothing to save in {output_dir} yet: call `train()` first, which also loads the newest checkpoint "
+                "of a run that has ended",
+            )
         share = 0.0 if self.ema is None else self.ema.share_of_start(self.step)
         if share > 0.01:
             logger.warning(

@@ -4,6 +4,7 @@
 import json
 import os
 import shutil
+import signal
 import weakref
 
 import pytest
@@ -16,7 +17,7 @@ from diffusers_vrpo import trainer as trainer_module
 from diffusers_vrpo.alignment.encoders import load_encoder
 from diffusers_vrpo.assets.digits import load_digits_dataset
 from diffusers_vrpo.data.image_source import ImageSource
-from diffusers_vrpo.errors import InputError
+from diffusers_vrpo.errors import InputError, TrainingInterrupted
 from diffusers_vrpo.experimental.generative.callback import GenerativePolicy
 from diffusers_vrpo.training.checkpoints import write_manifest
 from diffusers_vrpo.training.metrics import read_metrics
@@ -92,6 +93,47 @@ def test_a_python_run_continues_bit_equal(config, tmp_path):
     train(output_dir=str(tmp_path / "parts"), max_train_steps=2)
     train(output_dir=str(tmp_path / "parts"))
     assert losses(tmp_path / "python") == losses(tmp_path / "parts")
+
+
+class CtrlC(TrainerCallback):
+    """Sends Ctrl-C once, at the end of the first step."""
+
+    calls = 0
+
+    def on_step_end(self, trainer):
+        self.calls += 1
+        if self.calls == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_trainer_that_is_used_again_goes_on(config, tmp_path):
+    common = {"encoders": "digits", "vae": "none"}
+    with VRPOTrainer(args=config(dataset_name="digits", max_train_steps=2), **common) as trainer:
+        trainer.train()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    steps = []
+    with VRPOTrainer(args=config(dataset_name="digits", max_train_steps=6), callbacks=[CtrlC()], **common) as trainer:
+        with pytest.raises(TrainingInterrupted):
+            trainer.train()
+        steps.append(trainer.step)
+        trainer.train()
+        steps.append(trainer.step)
+        trainer.train()
+        steps.append(trainer.step)
+    assert steps == [4, 6, 6]
+    rows = read_metrics(tmp_path / "python" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    one = config(dataset_name="digits", max_train_steps=6, output_dir=str(tmp_path / "one"))
+    with VRPOTrainer(args=one, **common) as trainer:
+        trainer.train()
+    assert losses(tmp_path / "python") == losses(tmp_path / "one")
+
+
+def test_untrained_weights_do_not_replace_a_result(config, tmp_path):
+    trainer = VRPOTrainer(encoders="digits", vae="none", args=config(dataset_name="digits"))
+    with trainer, pytest.raises(InputError, match=r"nothing to save in .*python yet: call `train\(\)` first"):
+        trainer.save_model()
 
 
 class Steps(TrainerCallback):

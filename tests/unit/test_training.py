@@ -69,6 +69,18 @@ def test_checkpoints_are_ordered_by_step_and_half_made_ones_do_not_count(tmp_pat
     assert find_checkpoint(str(tmp_path / "checkpoint-900"), tmp_path / "other").name == "checkpoint-900"
 
 
+def test_the_same_command_goes_on_from_where_a_run_that_began_with_the_checkpoint_of_another_was_stopped(tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    begun_with, folder = str(fake_checkpoint(tmp_path / "first", 6)), tmp_path / "second"
+    assert find_checkpoint(begun_with, folder) == tmp_path / "first" / "checkpoint-6"
+    fake_checkpoint(folder, 5)  # of a run that has not begun there
+    assert find_checkpoint(begun_with, folder) == tmp_path / "first" / "checkpoint-6"
+    fake_checkpoint(folder, 16)
+    assert find_checkpoint(begun_with, folder) == folder / "checkpoint-16"
+    assert find_checkpoint(begun_with, folder, overwrite=True) == tmp_path / "first" / "checkpoint-6"
+
+
 def test_the_only_checkpoint_of_a_folder_may_have_another_name(tmp_path):
     fake_checkpoint(tmp_path, 5).rename(tmp_path / "kept")
     assert find_checkpoint("kept", tmp_path).name == "kept"

@@ -75,7 +75,12 @@ MANIFEST = "manifest.json"  # in a checkpoint: size and CRC-32 of every other fi
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """Lists the checkpoints of a run, in ascending order of their steps."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a `checkpoint-N`."""
+    return int(checkpoint.name.split("-")[1])
 
 
 def checksum(path: Path) -> int:
@@ -155,7 +160,8 @@ def find_checkpoint(resume_from_checkpoint: str, output_dir: str | Path, overwri
 
     `latest` is the newest intact checkpoint, or None if there are no checkpoints; newer damaged ones are reported and renamed
     to `checkpoint-N.damaged`. `hub` is `latest` after the download from the Hub. `none` is None. Anything else is a path,
-    possibly relative to the output folder. Only one process may call this.
+    possibly relative to the output folder. The path of another folder's checkpoint means `latest`, too, once the output
+    folder has checkpoints of that step or later ones: the run that began there continues. Only one process may call this.
 
     Args:
         overwrite: whether `none` ignores checkpoints of the output folder, because they will be removed.
@@ -186,7 +192,8 @@ def find_checkpoint(resume_from_checkpoint: str, output_dir: str | Path, overwri
             f"`resume_from_checkpoint` {resume_from_checkpoint} is not a checkpoint of this trainer, because it has no "
             f"training_state.json; give a checkpoint-N folder or `latest`{known}",
         )
-    if existing and path.resolve().parent == Path(output_dir).resolve() and path.name != existing[-1].name:
+    own = path.resolve().parent == Path(output_dir).resolve()
+    if existing and own and path.name != existing[-1].name:
         raise InputError(
             "resume_from_checkpoint",
             f"`resume_from_checkpoint` {resume_from_checkpoint} is older than {existing[-1]}; to branch off from it choose "
@@ -198,6 +205,8 @@ def find_checkpoint(resume_from_checkpoint: str, output_dir: str | Path, overwri
             f"`resume_from_checkpoint` {resume_from_checkpoint} is damaged ({damage}); give another, or `latest` for the "
             "newest undamaged one in `output_dir`",
         )
+    if existing and not own and not overwrite and step_of(existing[-1]) >= read_training_state(path)["step"]:
+        return newest_whole_checkpoint(existing)
     return path
 
 

@@ -28,9 +28,13 @@ class Interruption:
     """
 
     def __init__(self):
-        self.signum = 0
         self._previous: dict[int, object] = {}
-        self._first_sigint = None
+        self.reset()
+
+    def reset(self):
+        """Forgets the signals so far, as before a training that continues after one."""
+        self.signum = 0
+        self._first_sigint: float | None = None
 
     def __enter__(self):
         if (

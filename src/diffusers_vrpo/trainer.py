@@ -220,9 +220,8 @@ class VRPOTrainer:
         self.saved_step = 0
         self.logged_step = 0
         self.logged_seconds = 0.0
-        self.changes: dict[
-            str, list
-        ] = {}  # options that `allow_changed` lets differ from the checkpoint: [before, now]
+        # Options that `allow_changed` lets differ from the checkpoint: [before, now].
+        self.changes: dict[str, list] = {}
         self.corrupt_rows: set[int] = set()
         self.num_corrupt = 0
 
@@ -482,9 +481,8 @@ class VRPOTrainer:
             "lr_scheduler": schedule_state(self.lr_scheduler),
             "alignment": self.objective.release_state(),
             "length": dataclasses.asdict(self.length),
-            "reward_weightings": list(
-                WEIGHTINGS
-            ),  # without `raw` the state is of version 0.1, which called it `equal`
+            # Without `raw` the state is of version 0.1, which called it `equal`.
+            "reward_weightings": list(WEIGHTINGS),
             "callbacks": [name for name, callback in stateful(self.callbacks).items() if callback.state_dict()],
             "train_seconds": self.stopwatch.seconds(),
             "train_flops": self.flops,

@@ -583,9 +583,8 @@ class VRPOTrainer:
                     )
                 if args.jpeg_draft:
                     data.jpeg_draft = True
-        data.give_up_when(
-            lambda: self.interruption.signum > 0
-        )  # while a server does not answer, a signal ends the waiting
+        # While a server does not answer, a signal ends the waiting.
+        data.give_up_when(lambda: self.interruption.signum > 0)
         if accelerator.is_main_process:
             data.check()
         if notice := classes_notice(data):
@@ -918,8 +917,8 @@ class VRPOTrainer:
         )
         pin_memory = accelerator.device.type == "cuda"
         loader = self.data.loader(samples, sampler, args.dataloader_num_workers, pin_memory)
-        # A new iterator draws a number from torch's generator, whose restored state must not change.
-        with torch.random.fork_rng(devices=[], enabled=self.checkpoint is not None):
+        # A new iterator draws a number from torch's generator, whose state must be that of an uninterrupted run.
+        with torch.random.fork_rng(devices=[], enabled=self.step > 0):
             return iter(loader)
 
     def _next_batch(self, batches: Iterator) -> dict[str, torch.Tensor]:

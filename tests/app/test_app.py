@@ -178,7 +178,7 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path):
     pipeline = generation.open_pipeline(save_pipeline(tmp_path))
     with torch.no_grad():
         pipeline.transformer.proj_out.bias.fill_(torch.nan)
-    with pytest.raises(InputError, match="Step 1 gave numbers that are not finite"):
+    with pytest.raises(InputError, match="The numbers of step 1 are not finite"):
         generate(pipeline)
 
 
@@ -202,10 +202,10 @@ def test_runs_take_turns_and_a_client_has_few():
     turns = generation.Turns(most=3, most_per_client=2, longest_wait=0.01)
     with turns.place("a") as first, turns.place("a"):
         assert list(turns.wait(first)) == []
-        with pytest.raises(InputError, match="^You have 2 runs here already"), turns.place("a"):
+        with pytest.raises(InputError, match="^You already have 2 runs here"), turns.place("a"):
             pass
         with turns.place("b") as third:
-            with pytest.raises(InputError, match="^3 runs are waiting here already"), turns.place("c"):
+            with pytest.raises(InputError, match="^3 runs are already waiting here"), turns.place("c"):
                 pass
             waiting = turns.wait(third)
             assert next(waiting) == 2
@@ -369,7 +369,7 @@ def test_the_server_takes_no_files_and_no_long_requests(server, client):
         connection.sendall(b"8000\r\n" + b"x" * 0x8000 + b"\r\n" + b"8001\r\n" + b"x" * 0x8001 + b"\r\n0\r\n\r\n")
         assert connection.recv(100).startswith(b"HTTP/1.1 413")
     lines = server.log.read_text().splitlines()
-    assert sum("rejected a request: this page takes no files" in line for line in lines) == 3
+    assert sum("rejected a request: this page accepts no files" in line for line in lines) == 3
     assert sum("rejected a request: a request may have 65536 bytes" in line for line in lines) == 4
 
 
@@ -414,7 +414,7 @@ def test_a_client_has_few_runs_at_a_time(client):
         if refused:
             break
         time.sleep(0.05)
-    assert "You have 4 runs here already" in str(refused[0].exception())
+    assert "You already have 4 runs here" in str(refused[0].exception())
     for run in runs:
         run.cancel()
     # Those that were given up leave their places.

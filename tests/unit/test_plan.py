@@ -148,14 +148,14 @@ def test_the_command(capsys, tmp_path):
         ("--vae none", "--objective vrpo needs --encoder, such as facebook/dinov2-base"),
         (
             "--vae org/vae --objective none",
-            "--vae org/vae: its shape is not known without a download; give its folder",
+            "the size of --vae org/vae is not known without a download; give its folder",
         ),
         ("--vae none --encoder org/vit", "--encoder org/vit: its shape is not known without a download"),
         (
             "--vae none --objective none --pretrained_model_name_or_path SiT.pt",
             "--preset is missing, and the size of --pretrained",
         ),
-        ("--vae none --objective none --lora_rank 4", "--lora_rank adapts trained weights; it needs --pretrained"),
+        ("--vae none --objective none --lora_rank 4", "--lora_rank 4 adapts trained weights and needs --pretrained"),
         ("--vae none --objective none --resolution 16 --num_train_epochs 3", "--num_train_epochs needs --num_images"),
     ],
 )

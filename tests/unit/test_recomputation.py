@@ -117,7 +117,7 @@ def test_the_flag_alone_its_negation_and_its_values(tmp_path, capsys):
         assert getattr(VRPOConfig(**given(*argv)), name) == value
     with pytest.raises(SystemExit):
         given(f"--no-{name}", "mlp")
-    assert "--no-gradient_checkpointing takes no value, but mlp follows it" in capsys.readouterr().err
+    assert "--no-gradient_checkpointing takes no value, but is followed by mlp" in capsys.readouterr().err
 
     # In Python and in files, also in those that an older version wrote, it is true or false, too.
     assert VRPOConfig(gradient_checkpointing=True).gradient_checkpointing == "full"

@@ -66,11 +66,18 @@ SAMPLES = {
 CACHE = {
     "format": int,
     "complete": bool,
-    "config": {"count": int, "chunk_rows": int, "images": str},
-    "about": dict,
-    "corrupt_rows?": [int],
-    "checksums?": [int],
+    "config": {
+        "count": int,
+        "chunk_rows": int,
+        "kind": str,
+        "latent_shape": [int],
+        "flip": bool,
+        "images": str,
+        "features": [{"encoder": str, "grid": [int], "dim": int}],
+    },
+    "about": {"vae": str, "num_classes": int, "class_names": (list, type(None))},
 }
+COMPLETE_CACHE = CACHE | {"corrupt_rows": [int], "checksums": [int]}
 JOURNAL_ENTRY = {"chunk": int, "crc": int, "corrupt": [int]}
 
 
@@ -101,7 +108,14 @@ def mismatch(value, wanted, where: str = "") -> str | None:
         return next(filter(None, (mismatch(item, wanted[0], f"{name}[{i}]") for i, item in enumerate(value))), None)
     kinds = wanted if isinstance(wanted, tuple) else (wanted,)
     if isinstance(value, bool) and bool not in kinds or not isinstance(value, kinds):
-        words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "an object"}
+        words = {
+            int: "a whole number",
+            float: "a number",
+            str: "text",
+            bool: "true or false",
+            dict: "an object",
+            list: "a list",
+        }
         listed = list(dict.fromkeys(words.get(kind, "null") for kind in kinds if not (kind is int and float in kinds)))
         return f"{name} must be {' or '.join(listed)}, not {shown(value)}"
     return None

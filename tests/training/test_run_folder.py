@@ -515,26 +515,39 @@ def test_a_model_config_is_a_file(tmp_path):
             transformer_config(None, str(tmp_path / path))
 
 
+META = {
+    "format": 1,
+    "complete": True,
+    "config": {
+        "count": 1,
+        "chunk_rows": 1,
+        "kind": "latents",
+        "latent_shape": [3, 8, 8],
+        "flip": False,
+        "images": "none",
+        "features": [],
+    },
+    "about": {"vae": "none", "num_classes": 1, "class_names": None},
+    "corrupt_rows": [],
+    "checksums": [1],
+}
+
+
 @pytest.mark.parametrize(
     "changes, problem",
     [
         ({"config": []}, r"config must be an object, not \[\]"),
+        ({"config": META["config"] | {"latent_shape": "3x8x8"}}, "config.latent_shape must be a list"),
+        ({"about": {"vae": "none"}}, "about.num_classes is missing"),
+        ({"about": META["about"] | {"class_names": "cat"}}, "about.class_names must be a list or null"),
         ({"complete": "yes"}, "complete must be true or false"),
         ({"checksums": ["a"]}, r"checksums\[0\] must be a whole number"),
+        ({"checksums": None}, "checksums must be a list"),
         ({"format": "1"}, "format must be a whole number"),
     ],
 )
 def test_the_meta_of_a_cache_of_other_types_is_named(tmp_path, changes, problem):
-    config = {"count": 1, "chunk_rows": 1, "images": "none"}
-    meta = {
-        "format": 1,
-        "complete": True,
-        "config": config,
-        "about": {},
-        "corrupt_rows": [],
-        "checksums": [1],
-    } | changes
-    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    (tmp_path / "meta.json").write_text(json.dumps(META | changes))
     with pytest.raises(InputError, match=f"meta.json is damaged .*{problem}"):
         read_meta(tmp_path, "latents_dir")
     (tmp_path / "meta.json").unlink()
@@ -543,9 +556,16 @@ def test_the_meta_of_a_cache_of_other_types_is_named(tmp_path, changes, problem)
         read_meta(tmp_path, "latents_dir")
 
 
+def test_only_a_finished_cache_needs_checksums(tmp_path):
+    meta = {name: value for name, value in META.items() if name not in ("checksums", "corrupt_rows")}
+    (tmp_path / "meta.json").write_text(json.dumps(meta | {"complete": False}))
+    assert read_meta(tmp_path, "latents_dir")["config"] == META["config"]
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(InputError, match="meta.json is damaged .corrupt_rows is missing"):
+        read_meta(tmp_path, "latents_dir")
+
+
 def test_the_meta_of_a_cache_may_be_a_link_of_the_hubs_folder(tmp_path):
-    config = {"count": 1, "chunk_rows": 1, "images": "none"}
-    meta = {"format": 1, "complete": True, "config": config, "about": {}, "corrupt_rows": [], "checksums": [1]}
-    (tmp_path / "blob").write_text(json.dumps(meta))
+    (tmp_path / "blob").write_text(json.dumps(META))
     (tmp_path / "meta.json").symlink_to(tmp_path / "blob")
-    assert read_meta(tmp_path, "dataset") == meta
+    assert read_meta(tmp_path, "dataset") == META

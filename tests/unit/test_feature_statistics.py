@@ -11,6 +11,7 @@ from PIL import Image as PILImage
 from safetensors.torch import save_file
 
 from diffusers_vrpo.errors import InputError
+from diffusers_vrpo.evaluation import compare
 from diffusers_vrpo.evaluation.compare import MetricSettings, compare_images, fid, open_reference
 from diffusers_vrpo.evaluation.feature_statistics import (
     FeatureSet,
@@ -165,6 +166,13 @@ def test_fid_of_folders_arrays_and_features(encoder, tmp_path, monkeypatch):
         fid(sets["samples"], sets["reference"][:, :, :6], encoder="digits")
     with pytest.raises(InputError, match=r"`samples` must be uint8 of the shape .*, not float64"):
         fid(sets["samples"] / 255, sets["reference"], encoder="digits")
+
+
+def test_every_process_gets_the_fid(monkeypatch):
+    """Only the main process of several has the result of a comparison; the others get it from there."""
+    monkeypatch.setattr(compare, "compare_images", lambda *arguments, **options: None)
+    monkeypatch.setattr(compare, "broadcast_object_list", lambda values: [1.5])
+    assert fid(pictures(2), pictures(2, seed=1), encoder="digits") == 1.5
 
 
 def test_a_comparison_of_several_metrics(tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ from ..errors import InputError, first_line
 from ..files import open_image
 from ..models.autoencoder import latent_statistics
 from ..random_streams import NEWEST_STREAMS, ORDER, random_stream
-from ..schemas import CACHE, check
+from ..schemas import CACHE, COMPLETE_CACHE, check
 from .image_source import CLASS_NAMES, class_names, worker_loader
 from .samples import SampleStreams
 
@@ -54,7 +54,8 @@ def read_meta(folder: Path, option: str) -> dict:
             raise ValueError("it is not a regular file")
         meta = check(json.loads(file.read_text()), {"format": int})
         if meta["format"] == FORMAT:
-            return check(meta, CACHE)
+            meta = check(meta, CACHE)
+            return check(meta, COMPLETE_CACHE) if meta["complete"] else meta
     except FileNotFoundError as error:
         raise InputError(
             option, f"`{option}` {folder} has no meta.json, so it is not a latent cache; {REMEDY}"

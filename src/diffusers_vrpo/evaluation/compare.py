@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from ..config import last_part
 from ..errors import InputError
@@ -513,4 +514,6 @@ def fid(
         check_sizes("`reference`", images, samples, can_crop=False)
         reference = Reference("", images)
     comparison = compare_images(samples, reference, [encoder], ["fid"], **options)
-    return next(iter(comparison.metrics[encoder].values()))
+    # Of several processes, only the main one has the result.
+    values = [None if comparison is None else next(iter(comparison.metrics[encoder].values()))]
+    return broadcast_object_list(values)[0]

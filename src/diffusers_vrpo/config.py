@@ -378,7 +378,7 @@ class DataConfig(Options):
         "read the parquet files of --dataset_name during training instead of copying the data set to the disk first",
     )
     image_column: Data[str] = option("image", "column with the images")
-    label_column: Data[str] = option("label", "column with the class labels; `none` trains without classes")
+    label_column: Data[str] = option("label", "column with the class labels; `none` ignores all labels")
     max_train_samples: Data[Images | None] = option(None, "number of images to use, drawn at random; all if not given")
     allow_changed_data: Free[bool] = option(
         False, "resume a run although the images, labels or class names have changed"

@@ -370,7 +370,7 @@ def test_the_server_takes_no_files_and_no_long_requests(server, client):
         assert connection.recv(100).startswith(b"HTTP/1.1 413")
     lines = server.log.read_text().splitlines()
     assert sum("rejected a request: this page accepts no files" in line for line in lines) == 3
-    assert sum("rejected a request: a request may have 65536 bytes" in line for line in lines) == 4
+    assert sum("rejected a request: a request may have at most 65536 bytes" in line for line in lines) == 4
 
 
 @pytest.mark.slow

@@ -351,13 +351,13 @@ def add_metric_options(parser: argparse.ArgumentParser):
         "--precision_recall_k",
         type=neighbour,
         default=3,
-        help="k of the k-th nearest neighbour whose distance is the radius for precision and recall",
+        help="rank of the nearest neighbour whose distance is the radius for precision and recall",
     )
     g.add_argument(
         "--density_coverage_k",
         type=neighbour,
         default=5,
-        help="k of the k-th nearest neighbour whose distance is the radius for density and coverage",
+        help="rank of the nearest neighbour whose distance is the radius for density and coverage",
     )
 
 

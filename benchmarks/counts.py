@@ -24,7 +24,7 @@ kernel each, which reads what was made before it once, and writes only what is u
 reach that fuses all it can and recomputes nothing. Launches, and all that does not overlap, come on top.
 
 Two tables need a C++ compiler or some seconds each. Graph breaks: of the graphs that `--compile` makes (a block, the loss, the fork's
-backward pass, the gate's sums), and of the whole model with its fork, if it were compiled at once. Kernels: what Inductor makes of the
+backward pass, the sums of the statistics), and of the whole model with its fork, if it were compiled at once. Kernels: what Inductor makes of the
 loss and the statistics on a CPU, as C++ functions and as loop nests in them. A GPU's kernels lie in between: it fuses no less, but
 nests of unlike shapes that share a function here are kernels of their own there.
 """
@@ -49,9 +49,9 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from diffusers_vrpo.alignment import gradient_fork
 from diffusers_vrpo.alignment.attach import AlignedTransformer, alignment_layers
 from diffusers_vrpo.alignment.encoders import DINOV2_SHAPES, IMAGENET_MEAN, IMAGENET_STD, PatchEncoder
+from diffusers_vrpo.alignment.host_copy import add_moments
 from diffusers_vrpo.alignment.image_rewards import VELOCITY, ImageRewards
 from diffusers_vrpo.alignment.objective import objective_from_config
-from diffusers_vrpo.alignment.release import add_gradient_rows
 from diffusers_vrpo.alignment.start import scaffold_layer
 from diffusers_vrpo.alignment.whitening import WhitenedEncoder, Whitening
 from diffusers_vrpo.config import VRPOConfig, whitened_dims
@@ -323,7 +323,7 @@ class TrainingStep:
         args, objective = self.args, self.objective
         names = {"objective": "loss", "forward": "forward"}
         mix_gradients, begin = gradient_fork.mix_gradients, objective.begin
-        tables = getattr(objective, "_tables", None)
+        tables = getattr(objective, "_joined_tables", None)
 
         def counted_mix(*arguments):
             with counter.part("loss"):
@@ -351,7 +351,7 @@ class TrainingStep:
             counter,
             mock.patch.object(gradient_fork, "mix_gradients", counted_mix),
             mock.patch.object(objective, "begin", counted_begin),
-            mock.patch.object(objective, "_tables", counted_tables, create=True),
+            mock.patch.object(objective, "_joined_tables", counted_tables, create=True),
             mock.patch.object(self.aligned, "forward", forward),
         ):
             loss, step = micro_step(args, self.aligned, objective, self.batch, lambda name: counter.part(names[name]))
@@ -497,10 +497,12 @@ def count_breaks(objective: str) -> dict[str, int]:
         targets = made.targets(batch["pixels"])
         loss_fm = (prediction.detach() - batch["noise"]).square().flatten(1).mean(1)
         draws = (batch.get("tokens"), None, None)
-        count("loss", made._losses, step, projections, targets, made._weight(step), loss_fm, draws, False)
+        count("loss", made._losses, step, projections, targets, made._weight(step), loss_fm, draws)
     if step.fork is not None:
         count("fork", gradient_fork.mix_gradients, tokens, tokens, None)
-        count("gate", add_gradient_rows, made.gate.sums.sums, step.bins, torch.randn(2, 4))
+    if made.sums is not None:
+        sums = made.sums.sums
+        count("sums", add_moments, sums, step.bins, [torch.randn(sums.shape[1], 4)])
     if step.scaffold is None:
         count("the whole model at once", model, *inputs)
     return found

@@ -39,12 +39,13 @@ def mix_gradients(
         `||g_align|| / ||g_main||`, float32 `[2,B]`, 0 where one of them is exactly zero.
     """
     main, align, ndim = g_main.float(), g_align.float(), g_main.ndim
-    norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in (main, align)])
-    norm_main, norm_align = norms
-    # One division after the other: the product of two small norms would underflow. Divided by infinity in the place of a
-    # norm of zero, both are zero.
-    divisor_main, divisor_align = F.threshold(norms, 0.0, float("inf"))
-    measures = torch.stack([(main * align).flatten(1).sum(1), norm_align]) / divisor_main
+    norm_main, norm_align = (torch.linalg.vector_norm(g.flatten(1), dim=1) for g in (main, align))
+    product = (main * align).flatten(1).sum(1)
+    table = torch.stack([norm_main, product, norm_align])
+    # One division after the other: the product of two small norms would underflow. Dividing by infinity instead of a norm
+    # of zero makes both measures zero.
+    divisor_main, divisor_align = F.threshold(table[::2], 0.0, float("inf"))
+    measures = table[1:] / divisor_main
     measures[0].div_(divisor_align)
     if conflict == "project":
         against = measures[0].clamp(max=0) * norm_align / norm_main.clamp_min(1e-12)

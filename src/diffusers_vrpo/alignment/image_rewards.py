@@ -29,7 +29,7 @@ from ..models import ddpm
 from ..models.autoencoder import decode_latents, load_vae
 from ..models.flow import flow_matching_gradient, x0_estimate
 from .encoders import PatchEncoder, default_layer, load_encoder, map_sizes
-from .reward_statistics import NUM_BINS, RewardStatistics
+from .reward_statistics import NUM_BINS, timestep_bins
 from .rewards import import_reward, normalize
 
 
@@ -182,7 +182,7 @@ class GradientNorms:
         # A single sample that is not finite would permanently spoil its bin.
         finite = squares.isfinite().all(1, keepdim=True)
         rows = torch.cat([finite, torch.where(finite, squares, 0)], dim=1).to(self.pending.dtype)
-        self.pending.index_add_(1, RewardStatistics.bins(t), rows.mT)
+        self.pending.index_add_(1, timestep_bins(t), rows.mT)
 
     def update(self, all_reduce: Callable | None = None):
         """Moves the averages after an optimizer step; `all_reduce(tensor)` sums over processes."""
@@ -201,7 +201,7 @@ class GradientNorms:
 
     def lookup(self, t: torch.Tensor) -> torch.Tensor:
         """The ratio for timesteps `t [B]`, float32 `[B,K]`."""
-        return self.ratio()[:, RewardStatistics.bins(t)].mT.float()
+        return self.ratio()[:, timestep_bins(t)].mT.float()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return dict(self.state)

@@ -55,12 +55,13 @@ def expected_policy_loss(
     """
     with torch.no_grad():
         values, gradients = values_and_gradients(rewards, mu, y, subset)
-        norms = torch.stack([torch.linalg.vector_norm(gradient, dim=-1) for gradient in gradients], dim=-1)
+        norms = [torch.linalg.vector_norm(gradient, dim=-1) for gradient in gradients]
+        values, norms = torch.stack([*values, *norms], dim=-1).tensor_split(2, dim=-1)
         scale = shares.unsqueeze(1) / (norms + tau.unsqueeze(1)).clamp_min(1e-12)
         direction = scale[..., :1] * gradients[0]
         for k in range(1, len(gradients)):
             direction = torch.addcmul(direction, scale[..., k : k + 1], gradients[k])
-        mean_values, mean_squares = torch.stack(values, dim=-1).mean(1), norms.square().mean(1)
+        mean_values, mean_squares = values.mean(1), norms.square().mean(1)
     return _Pull.apply(mu, direction, token_weights), mean_values, mean_squares
 
 

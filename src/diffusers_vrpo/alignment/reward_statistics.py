@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import InputError
-from .host_copy import DeviceSums
+from .host_copy import finite_bins
 
 
 NUM_BINS = 10  # timestep bins of equal width
@@ -55,6 +55,16 @@ def parse_reward_weighting(text: str, names: Sequence[str]) -> str | tuple[float
     return tuple(number / sum(numbers) for number in numbers)
 
 
+def bin_edges(device=None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The timesteps between two bins, `[bins - 1]`."""
+    return torch.arange(1, NUM_BINS, device=device, dtype=dtype) / NUM_BINS
+
+
+def timestep_bins(t: torch.Tensor, edges: torch.Tensor | None = None) -> torch.Tensor:
+    """The timestep bin of each `t` in [0, 1]; `edges` are `bin_edges`, if they are at hand."""
+    return torch.bucketize(t, bin_edges(t.device, t.dtype) if edges is None else edges, right=True)
+
+
 def clip_shares(shares: torch.Tensor, low: float = 1 / 3, high: float = 3.0) -> torch.Tensor:
     """Shares `[..., K]` that sum to 1, each within [low, high] times the equal share 1/K.
 
@@ -93,21 +103,26 @@ class RewardStatistics:
     not count. Step k uses the statistics through step k-1. Sums of all micro-batches and processes enter once per optimizer step,
     so that neither the number of processes nor accumulation changes the result.
 
-    The sums live on the device, everything else on the host (host_copy.py).
+    The sums come from the device (host_copy.py). Everything here is float64 on the host: variances are small differences.
 
     Args:
         num_layers (`int`): L, aligned blocks (times encoders).
         num_rewards (`int`): K.
         weighting (`str` or `tuple[float, ...]`): as `parse_reward_weighting` returns it.
-        device: of the rewards. All statistics are float64 (float32 on MPS): variances are small differences.
+        num_gradients (`int`, *optional*): J, how many of the rewards, the last ones, have a gradient; all when not given.
     """
 
-    def __init__(self, num_layers: int, num_rewards: int, weighting: str | tuple[float, ...], device="cpu"):
-        shape = (num_layers, num_rewards, NUM_BINS)
+    def __init__(
+        self,
+        num_layers: int,
+        num_rewards: int,
+        weighting: str | tuple[float, ...],
+        num_gradients: int | None = None,
+    ):
+        shape, dtype = (num_layers, num_rewards, NUM_BINS), torch.float64
         self.step = 0
-        # Of each projector: squares of gradients; the count; rewards, and their squares.
-        self.sums = DeviceSums((num_layers, 1 + 3 * num_rewards, NUM_BINS), device)
-        dtype = self.sums.dtype
+        self.num_rewards, self.num_gradients = num_rewards, num_rewards if num_gradients is None else num_gradients
+        self.num_measures = num_layers * (self.num_rewards + self.num_gradients)
         self.given_shares = weighting if isinstance(weighting, tuple) else None
         self.weighting = torch.tensor(weighting, dtype=dtype) if isinstance(weighting, tuple) else weighting
         self.state = {
@@ -119,17 +134,6 @@ class RewardStatistics:
             "tau_floor": torch.zeros(shape, dtype=dtype),
         }
         self._tables = None  # shares and tau of the current step, made on first use
-
-    @property
-    def pending(self) -> dict[str, torch.Tensor]:
-        """The sums since the last update, by name, on the device."""
-        return self._by_name(self.sums.sums)
-
-    @staticmethod
-    def _by_name(sums: torch.Tensor) -> dict[str, torch.Tensor]:
-        num_rewards = sums.shape[1] // 3
-        gradient_square, count, reward, square = sums.split([num_rewards, 1, num_rewards, num_rewards], dim=1)
-        return {"count": count.squeeze(1), "reward": reward, "square": square, "gradient_square": gradient_square}
 
     def variance(self) -> torch.Tensor:
         """`sigma_k^2` over samples of the token mean of each raw reward, `[L,K,bins]`."""
@@ -161,57 +165,29 @@ class RewardStatistics:
 
     def lookup(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Shares and tau for timesteps `t [B]`, each float32 `[L,B,K]`, on their device."""
-        bins = self.bins(t)
+        bins = timestep_bins(t)
         return tuple(table.to(t.device)[:, :, bins].mT for table in self.tables())
 
-    @staticmethod
-    def bins(t: torch.Tensor) -> torch.Tensor:
-        """The timestep bin of each `t` in [0, 1]."""
-        return (t * NUM_BINS).long().clamp(0, NUM_BINS - 1)
-
-    def observe(
-        self,
-        layer: int,
-        t: torch.Tensor,
-        rewards: torch.Tensor,
-        gradient_squares: torch.Tensor,
-        bins: torch.Tensor | None = None,
-    ):
-        """Adds one micro-batch of a block.
+    def update(self, count: torch.Tensor, sums: torch.Tensor):
+        """Updates the averages with the sums of an optimizer step. A bin in which one is not finite counts as without samples.
 
         Args:
-            t: timesteps `[B]`.
-            rewards: their token means, `[B,K]`.
-            gradient_squares: token means of squared gradient norms, `[B,K]`, or `[B,J]` of the last J rewards, if the others
-                have no gradient.
-            bins: `bins(t)`, if it is known.
+            count: samples in each bin, `[bins]`.
+            sums: sums over samples of what `measures` gives, and of its squares, `[2, L (K+J), bins]`.
         """
-        values = torch.cat([rewards, gradient_squares], dim=1).detach()
-        rows = reward_rows(values, rewards.shape[1], self.sums.dtype)
-        bins = self.bins(t) if bins is None else bins
-        self.sums.sums[layer, -rows.shape[1] :].index_add_(1, bins, rows.mT)
-
-    def collect(self, all_reduce=None):
-        """Starts the copy of the sums to the host, which `update` then need not wait for; `all_reduce(tensor)` adds up processes."""
-        self.sums.collect(all_reduce)
-
-    def update(self, all_reduce=None):
-        """Updates the averages with the observations since the last call; `all_reduce(tensor)` sums over processes.
-
-        It waits for the device, unless `collect` was called before.
-        """
-        if not self.sums.collected:
-            self.collect(all_reduce)
-        pending = self._by_name(self.sums.read(all_reduce))
-        count = pending["count"][0]
+        sums = finite_bins(torch.cat([count.expand(2, 1, -1), sums], dim=1))
+        count, (measures, squares) = sums[0, 0], sums[:, 1:].unflatten(1, (len(self.state["spread"]), -1))
+        reward, square = measures[:, : self.num_rewards], squares[:, : self.num_rewards]
+        gradient_square = torch.zeros_like(self.state["gradient"])
+        gradient_square[:, -self.num_gradients :] = measures[:, self.num_rewards :]
         divisor = count.clamp_min(1)
         state = self.state
         rate = (1 - DECAY) * (count > 1).to(count.dtype)
-        spread = (pending["square"] - pending["reward"].square() / divisor).clamp_min(0)
+        spread = (square - reward.square() / divisor).clamp_min(0)
         state["spread"].lerp_(spread, rate)
         state["freedom"].lerp_(count - 1, rate)
         rate = (1 - GRADIENT_DECAY) * (count > 0).to(count.dtype)
-        rms = (pending["gradient_square"] / divisor).sqrt()
+        rms = (gradient_square / divisor).sqrt()
         state["gradient"].lerp_(rms, rate)
         state["gradient_mass"].lerp_(torch.ones_like(rate), rate)
         state["count"] += count
@@ -240,19 +216,3 @@ class RewardStatistics:
         self.step = int(state_dict["step"])
         for name, tensor in self.state.items():
             tensor.copy_(state_dict[name])
-
-
-def reward_rows(values: torch.Tensor, num_rewards: int, dtype: torch.dtype) -> torch.Tensor:
-    """What `RewardStatistics` adds up of each sample: J squared gradients, 1, the K rewards, their squares; `[B, J + 1 + 2 K]`.
-
-    Args:
-        values: rewards and squared gradients, `[B, K + J]`. A sample in which one is not finite counts as none: a single one
-            would permanently spoil its bin.
-        num_rewards: K.
-        dtype: of the result.
-    """
-    # NaN is not below infinity, and the largest of some numbers is NaN if one of them is.
-    known = torch.linalg.vector_norm(values, ord=float("inf"), dim=1, keepdim=True) < float("inf")
-    values = torch.where(known, values, 0).to(dtype)
-    rewards, squares = values.tensor_split([num_rewards], dim=1)
-    return torch.cat([squares, known.to(dtype), rewards, rewards.square()], dim=1)

@@ -4,6 +4,7 @@ r"""Count what a training step does, without a GPU: launches, bytes, FLOPs, save
 
     python benchmarks/counts.py
     python benchmarks/counts.py --presets SiT-S/2 --batch_size 32 --objectives repa vrpo --json counts.json
+    python benchmarks/counts.py --image_memory
 
 A step of the real model, objective, optimizer and averages runs on tensors that have shapes and no content, and every
 operation that would run a kernel is counted: views and allocations are not, and an operation on a list of tensors is as
@@ -16,7 +17,7 @@ and fused AdamW, `average` the EMA, `statistics` the objective's and those of th
 the objective computes on the host, of numbers that one copy brings there, launches nothing and is counted by itself.
 
 `vrpo-perceptual` is VRPO with the perceptual reward: DINOv2-B compares, at 224 pixels, what AutoencoderTiny decodes of seven samples in
-ten (those with t <= 0.7). Its activations are freed before the backward pass, so that they are not among those saved.
+ten (those with t <= 0.7), as many at a time as a GPU takes by default. Its activations are freed before the backward pass, so that they are not among those saved.
 
 The roofline is the least time on a GPU: an operation takes its FLOPs over the peak or its bytes over the bandwidth, whichever is
 longer. `eager` adds all operations up. `compiled` takes runs of operations between two matrix products or attentions as one
@@ -50,14 +51,14 @@ from diffusers_vrpo.alignment import gradient_fork
 from diffusers_vrpo.alignment.attach import AlignedTransformer, alignment_layers
 from diffusers_vrpo.alignment.encoders import DINOV2_SHAPES, IMAGENET_MEAN, IMAGENET_STD, PatchEncoder
 from diffusers_vrpo.alignment.host_copy import add_moments
-from diffusers_vrpo.alignment.image_rewards import VELOCITY, ImageRewards
+from diffusers_vrpo.alignment.image_rewards import VELOCITY, ImageRewards, images_at_a_time
 from diffusers_vrpo.alignment.objective import objective_from_config
 from diffusers_vrpo.alignment.start import scaffold_layer
 from diffusers_vrpo.alignment.whitening import WhitenedEncoder, Whitening
 from diffusers_vrpo.config import VRPOConfig, whitened_dims
 from diffusers_vrpo.models.transformer_sit import SiTTransformer2DModel, sit_preset
 from diffusers_vrpo.training.interruption import StepGuard
-from diffusers_vrpo.training.memory import LiveBytes, blank_batch, micro_step, training_timeline
+from diffusers_vrpo.training.memory import LiveBytes, blank_batch, micro_step, timeline_of, training_timeline
 from diffusers_vrpo.training.metrics import RunningMeans
 from diffusers_vrpo.training.setup import build_optimizer, trainable_parameters
 from diffusers_vrpo.training.throughput import ForeachEMA, peak_flops
@@ -241,8 +242,8 @@ def build(objective: str, preset: str, depth: int | None = None, latent_size: in
     return args, aligned.train()
 
 
-def perceptual(config, latent_size: int) -> ImageRewards:
-    """The perceptual reward of what AutoencoderTiny decodes, in the features of a DINOv2-B that sees 14 pixels a token."""
+def perceptual(config, latent_size: int, vae: torch.nn.Module | None = None) -> ImageRewards:
+    """The perceptual reward of what `vae` decodes (AutoencoderTiny), in the features of a DINOv2-B that sees 14 pixels a token."""
     from diffusers import AutoencoderTiny
     from transformers import AutoModel, Dinov2Config, PreTrainedModel
 
@@ -252,9 +253,38 @@ def perceptual(config, latent_size: int) -> ImageRewards:
         model = AutoModel.from_config(dinov2, dtype=torch.bfloat16).eval()
     pixel_format = (IMAGENET_MEAN, IMAGENET_STD, False)
     encoder = PatchEncoder(model, EMBED_DIM, (side, side), (14 * side, 14 * side), None, pixel_format)
-    vae = AutoencoderTiny().eval().requires_grad_(False)
+    vae = (AutoencoderTiny() if vae is None else vae).eval().requires_grad_(False)
     autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
-    return ImageRewards(["perceptual"], encoder, config=VELOCITY, vae=vae, autocast=autocast)
+    batch_size = images_at_a_time(vae, 8 * latent_size, "cuda")
+    return ImageRewards(["perceptual"], encoder, config=VELOCITY, vae=vae, batch_size=batch_size, autocast=autocast)
+
+
+def image_memory(name: str, latent_size: int) -> tuple[int, int]:
+    """How many images a GPU decodes and rewards at a time, and the bytes that it needs for them.
+
+    Args:
+        name: `"AutoencoderTiny"`, or `"AutoencoderKL"` with the blocks of Stable Diffusion's autoencoder.
+    """
+    from diffusers import AutoencoderKL
+
+    blocks = {
+        "block_out_channels": (128, 256, 512, 512),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 2,
+    }
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        vae = AutoencoderKL(**blocks) if name == "AutoencoderKL" else None
+        rewards = perceptual(SimpleNamespace(patch_size=2), latent_size, vae)
+        at_a_time, rewards.batch_size = rewards.batch_size, sys.maxsize
+
+        def work(images: int, live: LiveBytes) -> int:
+            latents = torch.zeros(images, 4, latent_size, latent_size)
+            rewards.values_and_gradients(latents, latents, latents, torch.full((images,), 0.5), None)
+            return 0
+
+        work(1, LiveBytes())  # a first pass looks for the modules of the hidden states
+        return at_a_time, timeline_of(work).peak(at_a_time)
 
 
 def count_step(objective: str, preset: str, batch_size: int, depth: int | None = None, latent_size: int = 32) -> dict:
@@ -592,6 +622,13 @@ def print_operations(objective: str, preset: str, batch_size: int, part: str):
         print(f"{name:<48}{launches:>8,}{size / 1e9:>12.3f} GB")
 
 
+def print_image_memory():
+    for name in ("AutoencoderTiny", "AutoencoderKL"):
+        for pixels in (256, 512):
+            images, size = image_memory(name, pixels // 8)
+            print(f"perceptual reward, {name}, {pixels} pixels: {images} images at a time, {size / 2**30:.1f} GiB")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", default=list(PRESETS), help=f"default: {' '.join(PRESETS)}")
@@ -604,6 +641,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="also compile the loss of repa and vrpo with Inductor, and count kernels",
     )
     parser.add_argument("--operations", choices=PARTS, help="list the operations of this part instead")
+    parser.add_argument(
+        "--image_memory", action="store_true", help="print the memory of the perceptual reward on a GPU instead"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers")
     return parser
 
@@ -615,6 +655,9 @@ def main(settings: argparse.Namespace):
             for name in settings.objectives:
                 print(f"{preset}, {name}, {settings.operations}")
                 print_operations(name, preset, settings.batch_size, settings.operations)
+        return
+    if settings.image_memory:
+        print_image_memory()
         return
     counts = {}
     for preset in settings.presets:

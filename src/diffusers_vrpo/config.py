@@ -625,8 +625,8 @@ class ImageRewardConfig(Options):
     )
     image_reward_batch_size: Free[Batch | None] = option(
         None,
-        "images that are decoded and rewarded at a time, which bounds the memory; 8 with an autoencoder and 64 without if "
-        "not given",
+        "images that are decoded and rewarded at a time, which bounds the memory; if not given, 64 of pixels, 8 with an autoencoder, and "
+        "with AutoencoderTiny on a GPU 64 of 256 pixels or as many larger ones as have as many pixels (at least 8)",
     )
 
 

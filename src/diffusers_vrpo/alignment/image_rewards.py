@@ -215,6 +215,20 @@ class GradientNorms:
 # The term of the loss
 
 
+def images_at_a_time(vae: torch.nn.Module | None, resolution: int, device: torch.device | str) -> int:
+    """How many images are decoded and rewarded together by default.
+
+    On a GPU, 64 images of 256 pixels with `AutoencoderTiny` need about as much memory as eight with the autoencoder of Stable
+    Diffusion: 6 GiB (docs/speed.md). Larger images are fewer, and never less than eight. A CPU takes eight, since memory that
+    is allocated and freed again costs it more than calls do.
+    """
+    if vae is None:
+        return 64
+    if torch.device(device).type == "cpu" or type(vae).__name__ != "AutoencoderTiny":
+        return 8
+    return max(8, min(64, 64 * 256**2 // resolution**2))
+
+
 class ImageRewards:
     """The loss of image rewards: scaled gradients at the prediction, in one backward pass with everything else.
 
@@ -617,7 +631,7 @@ def image_rewards_from_config(
             start_step=args.image_reward_start_step,
             config=transformer_config,
             vae=vae,
-            batch_size=args.image_reward_batch_size,
+            batch_size=args.image_reward_batch_size or images_at_a_time(vae, args.resolution, device),
             resolution=args.image_reward_resolution,
             perceptual_layers=args.perceptual_layer,
             semantic_layer=args.image_semantic_layer,

@@ -8,9 +8,9 @@
     optimizer.step()
     image_rewards.update()
 
-A reward compares `x0_hat` with the clean image `x0`, both decoded; the more the better, in any unit. Its gradient at the
-prediction gets a length relative to flow matching's: `||d(w R)/dv|| = share * ||dL_FM/dv||`, by running averages per
-timestep bin. Formulas: docs/method.md.
+A reward compares `x0_hat` with the clean image `x0`, both decoded; larger is better, in any unit. Its gradient at the
+prediction is scaled to a length relative to that of flow matching, `||d(w R)/dv|| = share * ||dL_FM/dv||`, with running averages
+per timestep bin. Formulas: docs/method.md.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ from .rewards import import_reward, normalize
 
 BUILT_IN = ("perceptual", "image_semantic")
 DECAY = 0.98  # of the squared norms, per optimizer step in which the bin has samples
-MIN_SAMPLES = 8  # a bin with fewer has no norms worth using: its rewards wait
+MIN_SAMPLES = 8  # the norms of a bin with fewer are not used yet: its rewards wait
 LOSS_SCALE = 1024.0  # keeps gradients inside an fp16 encoder above its smallest number; exact in other precisions
 VELOCITY = SimpleNamespace(prediction_type="velocity", time_direction="data_to_noise")
 
@@ -232,8 +232,8 @@ def images_at_a_time(vae: torch.nn.Module | None, resolution: int, device: torch
 class ImageRewards:
     """The loss of image rewards: scaled gradients at the prediction, in one backward pass with everything else.
 
-    The rewards' gradients are computed on a detached copy of the prediction, a few images at a time, so that memory is
-    bounded and the transformer is passed once. An example has the same gradient in any division of the batch.
+    The rewards' gradients are computed on a detached copy of the prediction, a few images at a time. So memory is bounded, and
+    the transformer runs once. The gradient of an example does not depend on how the batch is divided.
 
     Example:
 

@@ -65,12 +65,12 @@ SUBSET_SIZE = 64  # tokens of the structural reward's subset, or all where there
 
 @dataclass
 class AlignmentStep:
-    """The state of an objective within a micro-batch.
+    """The state of an objective in a micro-batch.
 
     Attributes:
         t: flow time, `[B]`, 1 being noise.
         active: whether this micro-batch is aligned.
-        fork: argument for the call of the aligned transformer; None if no gradients are weighed.
+        fork: argument for the call of the aligned transformer; None if gradients are neither weighed nor measured.
         targets: the encoders' targets, if they are computed before the objective is called.
         features: the encoders' output, `[B,M,E]` each, if they have run for the scaffold.
         scaffold: argument for the call of the aligned transformer; None without one.
@@ -137,7 +137,7 @@ class NoAlignment:
         """
         if self.aligned.scaffold is None:
             return
-        # At least one step; a phase of the whole training does not end if the training becomes longer.
+        # At least one step. A phase as long as the training does not end if the training becomes longer.
         self.scaffold_steps = math.inf if fraction == 1 else max(1, round(fraction * max_train_steps))
         self.scaffold_coeff = coeff
         if stop_step is not None and stop_step <= self.scaffold_steps:
@@ -368,7 +368,7 @@ class REPA(NoAlignment):
         self.token_weighting = token_weighting
         self.reward_names = ("semantic",)
         self.device = device or next(aligned.parameters()).device
-        # Not the encoders themselves, which are freed when alignment ends.
+        # Kept without the encoders, which are freed when alignment ends.
         whitenings = [encoder.whitening for encoder in aligned.encoders if isinstance(encoder, WhitenedEncoder)]
         self.whitenings = Whitenings(whitenings) if whitenings else None
         self.forks = conflict != "none" or log_gradients
@@ -401,7 +401,7 @@ class REPA(NoAlignment):
         return timestep_weight(t, self.timestep_weighting).mean().item()
 
     def active(self, step_number: int) -> bool:
-        """Whether this optimizer step, from 0, aligns. After the first that does not, none does, on any process."""
+        """Whether this optimizer step, from 0, aligns. After the first step that does not, no later one does, on any process."""
         return bool(self.aligned.layers) and self.alignment_coeff > 0 and self.release.active(step_number)
 
     def begin(self, t: torch.Tensor, images: torch.Tensor | dict[str, torch.Tensor] | None = None) -> AlignmentStep:
@@ -552,7 +552,7 @@ class REPA(NoAlignment):
         return True
 
     def _weight(self, step: AlignmentStep) -> torch.Tensor | None:
-        """The weight of the samples in the loss: w(t) `[B]`, the gate's `[B]` and the plateau's, a scalar. None if it is 1."""
+        """The weight of the samples in the loss: w(t) and the gate, `[B]`, times that of the plateau, a scalar. None means 1."""
         weights = []
         if self.timestep_weighting != "uniform":
             weights.append(timestep_weight(step.t, self.timestep_weighting) / self.mean_weight)
@@ -600,7 +600,7 @@ class REPA(NoAlignment):
     def _release_counts(self) -> bool:
         """Whether the statistics that end alignment run in the current step.
 
-        In the scaffold phase they would describe a model that is told what the image shows; they begin after it.
+        In the scaffold phase they would describe a model that is told what the image shows, so they begin after it.
         """
         return not self.scaffolding(self.step_number)
 
@@ -809,7 +809,7 @@ class VRPO(REPA):
         return loss
 
     def _sampled_loss(self, step, i, mu, y, subset, shares, weights, index, logs):
-        # Steps that share a draw see the same batch: its actions stay relative to the tokens they were drawn around.
+        # Steps that share a draw see the same batch, whose actions stay relative to the tokens that they were drawn around.
         if self.step_number % self.policy_epochs == 0:
             self.draws[i, step.number] = mu.detach()
         shape = (self.group_size, *mu.shape[1:])

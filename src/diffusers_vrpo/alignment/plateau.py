@@ -18,7 +18,7 @@ SMALLEST_FALL = 0.02  # of the fast average below the slow one, relative to that
 
 
 class Plateau:
-    """Fades alignment out once the distance to the targets has stopped falling.
+    """Fades out alignment once the distance to the targets has stopped falling.
 
     `eta = mean (1 - <mu, y>) / 2` over all tokens, samples and projectors of a step has a fast and a slow average, both divided
     by their mass, so that they are unbiased from the first step on. After an eighth of the training, and when `(slow - fast) /
@@ -43,7 +43,7 @@ class Plateau:
         ]
         self.rates = torch.tensor(rates, dtype=torch.float64)
         self.step = 0
-        # The averages, fast and slow, and their masses; completed steps of the way from 1 to 0.
+        # The averages, fast and slow, and their masses; steps completed on the way from 1 to 0.
         shapes = {"average": (2,), "mass": (2,), "closing": ()}
         self.state = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
 

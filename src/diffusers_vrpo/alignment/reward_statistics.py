@@ -1,9 +1,9 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Running statistics of the rewards, and the weights that follow from them: the only stateful piece of the loss.
+"""Running statistics of the rewards, and the weights that follow from them.
 
-Formulas: docs/method.md. Rewards are weighed by inverse variance (arXiv 2606.00583): raw weights `omega_k ~ 1/sigma_k^2`. The
-loss uses unit gradients, which absorb one sigma, so the share of reward k is `s_k = omega_k sigma_k / sum_j omega_j
-sigma_j`. The same rule on rewards in one unit, each divided by its sigma_k, has equal weights, and so equal shares.
+Formulas: docs/method.md. The paper weighs rewards by inverse variance (arXiv 2606.00583): raw weights `omega_k ~ 1/sigma_k^2`.
+The loss uses unit gradients, which absorb one sigma, so the share of reward k is `s_k = omega_k sigma_k / sum_j omega_j
+sigma_j`. Applied to rewards in a common unit, each divided by its sigma_k, the same rule gives equal weights and equal shares.
 """
 
 from collections.abc import Sequence
@@ -20,16 +20,16 @@ GRADIENT_DECAY = 0.9999  # of the gradients' size
 FLOOR_STEP = 1000  # tau never falls under its value at this step
 MIN_SAMPLES = 32  # a bin with fewer has no variance worth using: equal shares
 WEIGHTINGS = ("auto", "equal", "inverse_variance", "inverse_std", "raw")
-# What `auto` gives to VRPO's own rewards: the best of the mixtures on both yardsticks (docs/results.md).
+# The shares of VRPO's own rewards with `auto`: the best of the mixtures on both yardsticks (docs/results.md).
 AUTO_SHARES = {"fidelity": 0.0, "semantic": 2.0, "structural": 1.0}
 
 
 def parse_reward_weighting(text: str, names: Sequence[str]) -> str | tuple[float, ...]:
-    """One of `WEIGHTINGS` but `auto`, or fixed shares, one per reward, made to sum to 1.
+    """Returns one of `WEIGHTINGS` other than `auto`, or fixed shares, one per reward, scaled to sum to 1.
 
     Args:
-        text: the name of a weighting, shares such as `"0,2,1"`, or `"auto"`: `AUTO_SHARES` of VRPO's own three rewards, and
-            equal shares of any others.
+        text: the name of a weighting; shares such as `"0,2,1"`; or `"auto"`, which means `AUTO_SHARES` for VRPO's own three
+            rewards, and equal shares for any others.
         names: of the rewards, in the order of the shares.
 
     Raises:
@@ -66,14 +66,14 @@ def timestep_bins(t: torch.Tensor, edges: torch.Tensor | None = None) -> torch.T
 
 
 def clip_shares(shares: torch.Tensor, low: float = 1 / 3, high: float = 3.0) -> torch.Tensor:
-    """Shares `[..., K]` that sum to 1, each within [low, high] times the equal share 1/K.
+    """Clips shares `[..., K]`, which still sum to 1, so that each is within [low, high] times the equal share 1/K.
 
-    The shares inside the bounds keep their proportions: a reward that saturates (sigma -> 0) cannot take everything.
+    The shares inside the bounds keep their proportions. So a reward that saturates (sigma -> 0) cannot take everything.
     """
     num_rewards = shares.shape[-1]
     low, high = low / num_rewards, min(high / num_rewards, 1.0)
     shares = shares.clamp_min(1e-12)
-    # sum_k clamp(c s_k) grows with the factor c, linearly between those at which a share meets a bound.
+    # sum_k clamp(c s_k) grows with the factor c, and it is linear between the factors at which a share meets a bound.
     factors = torch.cat([low / shares, high / shares], dim=-1).sort(dim=-1).values
     sums = (factors.unsqueeze(-1) * shares.unsqueeze(-2)).clamp(low, high).sum(-1)
     i = ((sums <= 1).sum(-1, keepdim=True) - 1).clamp(0, 2 * num_rewards - 2)
@@ -85,8 +85,8 @@ def clip_shares(shares: torch.Tensor, low: float = 1 / 3, high: float = 3.0) -> 
 def shares_from_std(sigma: torch.Tensor, weighting: str) -> torch.Tensor:
     """`s_k ~ omega_k sigma_k` of the rewards' standard deviations `[..., K]`, before clipping; equal where all are 0.
 
-    `equal` and `inverse_std` both give equal shares: `omega_k ~ 1/sigma_k` makes of a raw reward one in units of its
-    standard deviation. `raw` weighs the raw rewards alike, so that the largest in its own unit leads.
+    `equal` and `inverse_std` both give equal shares: the weight `omega_k ~ 1/sigma_k` expresses a raw reward in units of its
+    standard deviation. `raw` gives all raw rewards the same weight, so that the one with the largest numbers leads.
     """
     if weighting == "equal":
         return torch.full_like(sigma, 1 / sigma.shape[-1])
@@ -99,8 +99,8 @@ def shares_from_std(sigma: torch.Tensor, weighting: str) -> torch.Tensor:
 class RewardStatistics:
     """Variance and gradient size of each reward, per aligned block and timestep bin.
 
-    The variance is the one among the samples of a step, averaged over steps: the rewards' own rise over training does
-    not count. Step k uses the statistics through step k-1. Sums of all micro-batches and processes enter once per optimizer step,
+    The variance is that among the samples of a step, averaged over steps, so the rise of a reward over the training does not
+    count. Step k uses the statistics through step k-1. Sums of all micro-batches and processes enter once per optimizer step,
     so that neither the number of processes nor accumulation changes the result.
 
     The sums come from the device (host_copy.py). Everything here is float64 on the host: variances are small differences.
@@ -149,11 +149,11 @@ class RewardStatistics:
         return torch.where(known, shares, 1 / shares.shape[-1]).movedim(-1, 1)
 
     def has_share(self, reward: int) -> bool:
-        """Whether a reward, by its number, ever has a share: only given shares can leave it without one."""
+        """Whether the reward with this number ever has a share; only given shares can leave it without one."""
         return self.given_shares is None or self.given_shares[reward] > 0
 
     def tau(self) -> torch.Tensor:
-        """`tau_k` `[L,K,bins]`: a tenth of the gradients' usual size, never below its value at step 1,000."""
+        """`tau_k` `[L,K,bins]`: a tenth of the usual size of the gradients, and never less than it was at step 1,000."""
         usual = self.state["gradient"] / self.state["gradient_mass"].clamp_min(1e-30)
         return torch.maximum(0.1 * usual, self.state["tau_floor"])
 
@@ -173,7 +173,8 @@ class RewardStatistics:
 
         Args:
             count: samples in each bin, `[bins]`.
-            sums: sums over samples of what `measures` gives, and of its squares, `[2, L (K+J), bins]`.
+            sums: for each projector in turn, sums over samples of the K rewards and of the J squared gradient norms, which are
+                means over tokens; and the sums of the squares of these numbers, `[2, L (K+J), bins]`.
         """
         sums = finite_bins(torch.cat([count.expand(2, 1, -1), sums], dim=1))
         count, (measures, squares) = sums[0, 0], sums[:, 1:].unflatten(1, (len(self.state["spread"]), -1))
@@ -199,7 +200,7 @@ class RewardStatistics:
     def summary(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """For the log: sigma_k, omega_k (summing to 1) and s_k, averaged over blocks and bins with samples, `[K]`.
 
-        omega_k are the weights of the raw rewards that the shares amount to: `omega_k ~ s_k / sigma_k`.
+        The shares amount to the weights `omega_k ~ s_k / sigma_k` of the raw rewards.
         """
         weight = (self.state["count"] > 0).to(self.state["count"].dtype)
         weight = weight / weight.sum().clamp_min(1)

@@ -4,6 +4,7 @@ r"""Count what a training step does, without a GPU: launches, bytes, FLOPs, save
 
     python benchmarks/counts.py
     python benchmarks/counts.py --presets SiT-S/2 --batch_size 32 --objectives repa vrpo --json counts.json
+    python benchmarks/counts.py --image_memory
 
 A step of the real model, objective, optimizer and averaged weights runs on tensors that have shapes but no content. Every
 operation that would run a kernel is counted. Views and allocations are not counted, and an operation on a list of tensors has as
@@ -16,19 +17,31 @@ backward pass; `optimizer` is clipping and fused AdamW; `average` is the EMA; `s
 log. REPI is counted after its scaffold phase. The objective's computations on the host, from numbers that one copy brings there,
 launch nothing and are counted separately.
 
+<<<<<<< HEAD
 `vrpo-perceptual` is VRPO with the perceptual reward: DINOv2-B compares, at 224 pixels, the images that AutoencoderTiny decodes for
 seven samples in ten (those with t <= 0.7). Its activations are freed before the backward pass, so they are not among the saved ones.
+=======
+`vrpo-perceptual` is VRPO with the perceptual reward: DINOv2-B compares, at 224 pixels, what AutoencoderTiny decodes of seven samples in
+ten (those with t <= 0.7), as many at a time as a GPU takes by default. Its activations are freed before the backward pass, so that they are not among those saved.
+>>>>>>> step-loss
 
 The roofline is the least time on a GPU: an operation takes its FLOPs over the peak or its bytes over the bandwidth, whichever is
 longer. `eager` is the sum over all operations. `compiled` treats each run of operations between two matrix products or attentions
 as one kernel, which reads once what was made before it, and writes only what is used after it. A compiler that fuses all it can
 and recomputes nothing would reach that. Launches, and everything that does not overlap, take further time.
 
+<<<<<<< HEAD
 Two tables need a C++ compiler or some seconds each. Graph breaks are counted in the graphs that `--compile` makes (a block, the
 loss, the backward pass of the fork, the sums of the gate), and in the whole model with its fork, as if it were compiled at once.
 Kernels are those that Inductor generates on a CPU for the loss and the statistics, as C++ functions and as loop nests in them. The
 number of a GPU's kernels lies in between: a GPU fuses no less, but nests of different shapes that share a function on a CPU are
 separate kernels there.
+=======
+Two tables need a C++ compiler or some seconds each. Graph breaks: of the graphs that `--compile` makes (a block, the loss, the fork's
+backward pass, the sums of the statistics), and of the whole model with its fork, if it were compiled at once. Kernels: what Inductor makes of the
+loss and the statistics on a CPU, as C++ functions and as loop nests in them. A GPU's kernels lie in between: it fuses no less, but
+nests of unlike shapes that share a function here are kernels of their own there.
+>>>>>>> step-loss
 """
 
 import argparse
@@ -51,15 +64,15 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from diffusers_vrpo.alignment import gradient_fork
 from diffusers_vrpo.alignment.attach import AlignedTransformer, alignment_layers
 from diffusers_vrpo.alignment.encoders import DINOV2_SHAPES, IMAGENET_MEAN, IMAGENET_STD, PatchEncoder
-from diffusers_vrpo.alignment.image_rewards import VELOCITY, ImageRewards
+from diffusers_vrpo.alignment.host_copy import add_moments
+from diffusers_vrpo.alignment.image_rewards import VELOCITY, ImageRewards, images_at_a_time
 from diffusers_vrpo.alignment.objective import objective_from_config
-from diffusers_vrpo.alignment.release import add_gradient_rows
 from diffusers_vrpo.alignment.start import scaffold_layer
 from diffusers_vrpo.alignment.whitening import WhitenedEncoder, Whitening
 from diffusers_vrpo.config import VRPOConfig, whitened_dims
 from diffusers_vrpo.models.transformer_sit import SiTTransformer2DModel, sit_preset
 from diffusers_vrpo.training.interruption import StepGuard
-from diffusers_vrpo.training.memory import LiveBytes, blank_batch, micro_step, training_timeline
+from diffusers_vrpo.training.memory import LiveBytes, blank_batch, micro_step, timeline_of, training_timeline
 from diffusers_vrpo.training.metrics import RunningMeans
 from diffusers_vrpo.training.setup import build_optimizer, trainable_parameters
 from diffusers_vrpo.training.throughput import ForeachEMA, peak_flops
@@ -243,8 +256,13 @@ def build(objective: str, preset: str, depth: int | None = None, latent_size: in
     return args, aligned.train()
 
 
+<<<<<<< HEAD
 def perceptual(config, latent_size: int) -> ImageRewards:
     """The perceptual reward of images that AutoencoderTiny decodes, in the features of a DINOv2-B with patches of 14 pixels."""
+=======
+def perceptual(config, latent_size: int, vae: torch.nn.Module | None = None) -> ImageRewards:
+    """The perceptual reward of what `vae` decodes (AutoencoderTiny), in the features of a DINOv2-B that sees 14 pixels a token."""
+>>>>>>> step-loss
     from diffusers import AutoencoderTiny
     from transformers import AutoModel, Dinov2Config, PreTrainedModel
 
@@ -254,9 +272,38 @@ def perceptual(config, latent_size: int) -> ImageRewards:
         model = AutoModel.from_config(dinov2, dtype=torch.bfloat16).eval()
     pixel_format = (IMAGENET_MEAN, IMAGENET_STD, False)
     encoder = PatchEncoder(model, EMBED_DIM, (side, side), (14 * side, 14 * side), None, pixel_format)
-    vae = AutoencoderTiny().eval().requires_grad_(False)
+    vae = (AutoencoderTiny() if vae is None else vae).eval().requires_grad_(False)
     autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
-    return ImageRewards(["perceptual"], encoder, config=VELOCITY, vae=vae, autocast=autocast)
+    batch_size = images_at_a_time(vae, 8 * latent_size, "cuda")
+    return ImageRewards(["perceptual"], encoder, config=VELOCITY, vae=vae, batch_size=batch_size, autocast=autocast)
+
+
+def image_memory(name: str, latent_size: int) -> tuple[int, int]:
+    """How many images a GPU decodes and rewards at a time, and the bytes that it needs for them.
+
+    Args:
+        name: `"AutoencoderTiny"`, or `"AutoencoderKL"` with the blocks of Stable Diffusion's autoencoder.
+    """
+    from diffusers import AutoencoderKL
+
+    blocks = {
+        "block_out_channels": (128, 256, 512, 512),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 2,
+    }
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        vae = AutoencoderKL(**blocks) if name == "AutoencoderKL" else None
+        rewards = perceptual(SimpleNamespace(patch_size=2), latent_size, vae)
+        at_a_time, rewards.batch_size = rewards.batch_size, sys.maxsize
+
+        def work(images: int, live: LiveBytes) -> int:
+            latents = torch.zeros(images, 4, latent_size, latent_size)
+            rewards.values_and_gradients(latents, latents, latents, torch.full((images,), 0.5), None)
+            return 0
+
+        work(1, LiveBytes())  # a first pass looks for the modules of the hidden states
+        return at_a_time, timeline_of(work).peak(at_a_time)
 
 
 def count_step(objective: str, preset: str, batch_size: int, depth: int | None = None, latent_size: int = 32) -> dict:
@@ -325,7 +372,7 @@ class TrainingStep:
         args, objective = self.args, self.objective
         names = {"objective": "loss", "forward": "forward"}
         mix_gradients, begin = gradient_fork.mix_gradients, objective.begin
-        tables = getattr(objective, "_tables", None)
+        tables = getattr(objective, "_joined_tables", None)
 
         def counted_mix(*arguments):
             with counter.part("loss"):
@@ -353,7 +400,7 @@ class TrainingStep:
             counter,
             mock.patch.object(gradient_fork, "mix_gradients", counted_mix),
             mock.patch.object(objective, "begin", counted_begin),
-            mock.patch.object(objective, "_tables", counted_tables, create=True),
+            mock.patch.object(objective, "_joined_tables", counted_tables, create=True),
             mock.patch.object(self.aligned, "forward", forward),
         ):
             loss, step = micro_step(args, self.aligned, objective, self.batch, lambda name: counter.part(names[name]))
@@ -500,10 +547,12 @@ def count_breaks(objective: str) -> dict[str, int]:
         targets = made.targets(batch["pixels"])
         loss_fm = (prediction.detach() - batch["noise"]).square().flatten(1).mean(1)
         draws = (batch.get("tokens"), None, None)
-        count("loss", made._losses, step, projections, targets, made._weight(step), loss_fm, draws, False)
+        count("loss", made._losses, step, projections, targets, made._weight(step), loss_fm, draws)
     if step.fork is not None:
         count("fork", gradient_fork.mix_gradients, tokens, tokens, None)
-        count("gate", add_gradient_rows, made.gate.sums.sums, step.bins, torch.randn(2, 4))
+    if made.sums is not None:
+        sums = made.sums.sums
+        count("sums", add_moments, sums, step.bins, [torch.randn(sums.shape[1], 4)])
     if step.scaffold is None:
         count("the whole model at once", model, *inputs)
     return found
@@ -593,6 +642,13 @@ def print_operations(objective: str, preset: str, batch_size: int, part: str):
         print(f"{name:<48}{launches:>8,}{size / 1e9:>12.3f} GB")
 
 
+def print_image_memory():
+    for name in ("AutoencoderTiny", "AutoencoderKL"):
+        for pixels in (256, 512):
+            images, size = image_memory(name, pixels // 8)
+            print(f"perceptual reward, {name}, {pixels} pixels: {images} images at a time, {size / 2**30:.1f} GiB")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", default=list(PRESETS), help=f"default: {' '.join(PRESETS)}")
@@ -611,7 +667,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="also compile the loss of repa and vrpo with Inductor, and count kernels",
     )
     parser.add_argument("--operations", choices=PARTS, help="list the operations of this part instead")
+<<<<<<< HEAD
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
+=======
+    parser.add_argument(
+        "--image_memory", action="store_true", help="print the memory of the perceptual reward on a GPU instead"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers")
+>>>>>>> step-loss
     return parser
 
 
@@ -622,6 +685,9 @@ def main(settings: argparse.Namespace):
             for name in settings.objectives:
                 print(f"{preset}, {name}, {settings.operations}")
                 print_operations(name, preset, settings.batch_size, settings.operations)
+        return
+    if settings.image_memory:
+        print_image_memory()
         return
     counts = {}
     for preset in settings.presets:

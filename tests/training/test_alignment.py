@@ -16,7 +16,6 @@ from diffusers_vrpo.alignment.encoders import load_encoder
 from diffusers_vrpo.alignment.gradient_fork import alignment_fork, compiled_mix_gradients, measuring_probe
 from diffusers_vrpo.alignment.objective import REPA, VRPO
 from diffusers_vrpo.alignment.policy import action_noise, timestep_weight
-from diffusers_vrpo.alignment.release import ConflictGate
 from diffusers_vrpo.alignment.rewards import DEFAULT_REWARDS, normalize, semantic_reward, structural_reward
 from diffusers_vrpo.alignment.start import build_aligned_transformer
 from diffusers_vrpo.alignment.token_weights import residual_weights
@@ -29,6 +28,7 @@ from diffusers_vrpo.trainer import VRPOTrainer
 from diffusers_vrpo.training.metrics import read_metrics
 from support.models import aligned_with, digits_model, inputs, needs_compiler, tiny_model
 from support.paths import TRAINING_SCRIPT
+from support.statistics import FedGate
 from support.training import aligned_weights, assert_same_files, losses, projectors_of, run, train_vrpo
 
 
@@ -179,7 +179,8 @@ def test_compiled_and_checkpointed_blocks_give_the_same_gradients(layers):
         (loss_fm.mean() + 0.5 * loss).backward()
         assert (step.probe.grad != 0).all()
         gradients = [p.grad for p in aligned.parameters()]
-        results.append([step.probe.grad, *gradients, *objective.statistics.pending.values()])
+        objective.observe(step)
+        results.append([step.probe.grad, *gradients, objective.sums.sums])
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
@@ -219,7 +220,7 @@ def test_a_compiled_objective_is_one_graph_with_the_same_numbers(backend, monkey
     for plain, ours in zip(*results, strict=True):
         torch.testing.assert_close(plain, ours, atol=1e-6, rtol=1e-4)
     counters = torch._dynamo.utils.counters
-    # The loss, the fork's backward pass, and the sums of the gate.
+    # The loss, the fork's backward pass, and the sums over samples.
     assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"] and not counters["recompiles"]
     compiled_mix_gradients.cache_clear()
 
@@ -303,11 +304,9 @@ def test_statistics_gate_and_timestep_weight_enter_where_the_formula_has_them(ob
         torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=1e-3)
     if objective == "vrpo":
         # What is observed goes to the right reward: fidelity first, without a gradient.
-        pending = alignment.statistics.pending
-        assert (
-            pending["gradient_square"][:, 0].abs().max() == 0 and (pending["gradient_square"][:, 1:].sum(-1) > 0).all()
-        )
-        torch.testing.assert_close(pending["reward"][0, 0].sum().float(), -loss_fm.detach().sum())
+        count, *measures = step.measures
+        assert (count == 1).all() and all(each.shape == (5, len(loss_fm)) for each in measures)
+        assert torch.equal(measures[0][0], -loss_fm.detach()) and all((each[3:] > 0).all() for each in measures)
 
 
 def test_several_encoders_have_a_projector_each(command, tmp_path):
@@ -500,7 +499,7 @@ def test_the_gate_closes_where_targets_conflict_and_nowhere_else():
     """Real gradients: below t = 0.3 the alignment pulls the hidden tokens against flow matching, above it with it."""
     model = tiny_model()
     aligned = aligned_with(model)
-    gate = ConflictGate(max_train_steps=1000, warmup=0)
+    gate = FedGate(max_train_steps=1000, warmup=0)
     generator = torch.Generator().manual_seed(0)
     x, _, labels = inputs(batch=20)
     t = (torch.arange(20) + 0.5) / 20

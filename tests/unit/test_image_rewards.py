@@ -13,6 +13,7 @@ from diffusers_vrpo.alignment.image_rewards import (
     ImageReward,
     ImageRewards,
     image_semantic_reward,
+    images_at_a_time,
     load_image_rewards,
     perceptual_reward,
     shallow_layers,
@@ -496,3 +497,19 @@ def test_options_without_effect(options, message):
     with pytest.raises(InputError, match=message) as error:
         check_image_rewards(config)
     assert f"`{error.value.field}`" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "vae, resolution, device, expected",
+    [
+        (None, 256, "cuda", 64),
+        ("AutoencoderTiny", 256, "cpu", 8),
+        ("AutoencoderTiny", 64, "cuda", 64),
+        ("AutoencoderTiny", 256, "cuda:1", 64),
+        ("AutoencoderTiny", 512, "cuda", 16),
+        ("AutoencoderTiny", 1024, "cuda", 8),
+        ("AutoencoderKL", 256, "cuda", 8),
+    ],
+)
+def test_a_gpu_takes_more_images_at_a_time_where_the_decoder_is_small(vae, resolution, device, expected):
+    assert images_at_a_time(vae and type(vae, (), {})(), resolution, device) == expected

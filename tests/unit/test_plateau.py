@@ -9,27 +9,28 @@ import torch
 from diffusers_vrpo import VRPOConfig
 from diffusers_vrpo.alignment.attach import AlignedTransformer
 from diffusers_vrpo.alignment.objective import REPA, VRPO
-from diffusers_vrpo.alignment.plateau import Plateau
 from diffusers_vrpo.alignment.release import RELEASES
 from diffusers_vrpo.config import alignment_end_of
 from diffusers_vrpo.errors import InputError
 from support.models import aligned_with, tiny_model
+from support.statistics import FedPlateau
 
 
-def feed(plateau: Plateau, distances):
+def feed(plateau: FedPlateau, distances):
     for distance in distances:
-        plateau.observe(torch.full((4,), distance, dtype=torch.float64))
+        plateau.observe(torch.full((4,), distance))
         plateau.update()
 
 
 def test_averages_by_hand():
-    plateau = Plateau(1000)
+    plateau = FedPlateau(1000, 2)
     assert plateau.rates.tolist() == pytest.approx([0.1, 0.01])
-    plateau.observe(torch.tensor([0.4, 0.6, float("nan")]))  # of two projectors
-    plateau.observe(torch.tensor([0.3, float("inf"), 0.3]))
+    # Of two projectors; bins with a distance that is not finite do not count.
+    plateau.observe(torch.tensor([0.4, 0.6, float("nan"), 0.1]), torch.tensor([0.3, 0.3, 0.3, float("inf")]))
     plateau.update()
     assert plateau.distances().tolist() == pytest.approx([0.4, 0.4])
-    feed(plateau, [0.2])
+    plateau.observe(torch.full((4,), 0.1), torch.full((4,), 0.3))
+    plateau.update()
     expected = [((1 - rate) * 0.4 + 0.2) / (2 - rate) for rate in (0.1, 0.01)]
     assert plateau.distances().tolist() == pytest.approx(expected)
     # A step without samples changes nothing.
@@ -42,13 +43,13 @@ def test_averages_by_hand():
 
 @pytest.mark.parametrize("steps, rates", [(400_000, (1e-3, 5e-5)), (10_000, (1e-2, 1e-3)), (1, (1.0, 1.0))])
 def test_the_averages_of_short_runs_look_back_less_far(steps, rates):
-    plateau = Plateau(steps)
+    plateau = FedPlateau(steps)
     assert plateau.rates.tolist() == pytest.approx(list(rates))
     assert plateau.start == plateau.window == max(1, steps // 8)
 
 
 def test_alignment_fades_by_a_cosine_once_the_distance_rests():
-    plateau = Plateau(800)
+    plateau = FedPlateau(800)
     feed(plateau, [0.5] * 99)  # it rests from the beginning, which counts from an eighth on
     assert plateau.weight() == 1 and plateau.steps_until_closed() == float("inf")
     for behind in range(1, 101):
@@ -61,20 +62,20 @@ def test_alignment_fades_by_a_cosine_once_the_distance_rests():
 
 
 def test_alignment_lasts_while_the_distance_falls():
-    plateau = Plateau(800)
+    plateau = FedPlateau(800)
     feed(plateau, [0.8 - 0.001 * step for step in range(600)])
     assert plateau.weight() == 1
     feed(plateau, [0.2] * 300)
     assert 0 < plateau.weight() < 1
     # A distance that rises is no reason to go on.
-    plateau = Plateau(800)
+    plateau = FedPlateau(800)
     feed(plateau, [0.3 + 0.001 * step for step in range(101)])
     assert plateau.weight() < 1
 
 
 def test_micro_batches_and_processes_do_not_change_it():
     generator = torch.Generator().manual_seed(0)
-    whole, halves = Plateau(160), [Plateau(160) for _ in range(2)]
+    whole, halves = FedPlateau(160), [FedPlateau(160) for _ in range(2)]
     for _ in range(30):
         distance = 0.4 + 0.1 * torch.rand(16, generator=generator)
         whole.observe(distance)
@@ -82,7 +83,7 @@ def test_micro_batches_and_processes_do_not_change_it():
         for rank, part in enumerate(halves):
             for micro in range(2):
                 part.observe(distance[rank * 8 + micro * 4 : rank * 8 + micro * 4 + 4])
-        sums = sum(part.pending for part in halves).clone()
+        sums = sum(part.sums.sums for part in halves).clone()
         for part in halves:
             part.update(lambda tensor, sums=sums: sums)
     assert 0 < whole.weight() < 1
@@ -92,7 +93,7 @@ def test_micro_batches_and_processes_do_not_change_it():
 
 
 def test_state_round_trip_goes_on_bit_equal():
-    a, b = Plateau(80), Plateau(80)
+    a, b = FedPlateau(80), FedPlateau(80)
     feed(a, [0.5] * 14)
     b.load_state_dict({name: tensor.clone() for name, tensor in a.state_dict().items()})
     assert 0 < a.weight() < 1
@@ -101,7 +102,7 @@ def test_state_round_trip_goes_on_bit_equal():
     for name, tensor in a.state_dict().items():
         assert torch.equal(tensor, b.state_dict()[name]), name
     for steps in (8, 100, 4000):
-        b = Plateau(steps)
+        b = FedPlateau(steps)
         b.load_state_dict(a.state_dict())
         assert b.weight() <= a.weight() + 1e-6
 

@@ -4,19 +4,30 @@ import math
 import pytest
 import torch
 
-from diffusers_vrpo.alignment.release import COSINE_DECAY, COSINE_STEPS, ConflictGate
+from diffusers_vrpo.alignment.release import COSINE_DECAY, COSINE_STEPS
 from diffusers_vrpo.alignment.reward_statistics import (
     DECAY,
     FLOOR_STEP,
     MIN_SAMPLES,
     NUM_BINS,
     WEIGHTINGS,
-    RewardStatistics,
+    bin_edges,
     clip_shares,
     parse_reward_weighting,
     shares_from_std,
+    timestep_bins,
 )
 from diffusers_vrpo.errors import InputError
+from support.statistics import FedGate, FedRewards
+
+
+def test_the_bins_are_ten_of_equal_width():
+    """They are those of `t * 10` rounded down, also at the numbers beside an edge, and the last one includes t = 1."""
+    edges = torch.arange(0, NUM_BINS + 1) / NUM_BINS
+    beside = [torch.nextafter(edges, torch.full_like(edges, end)) for end in (-1.0, 2.0)]
+    t = torch.cat([edges, *beside, torch.rand(100_000)]).clamp(0, 1)
+    assert torch.equal(timestep_bins(t), (t * NUM_BINS).long().clamp(max=NUM_BINS - 1))
+    assert torch.equal(timestep_bins(t), timestep_bins(t, bin_edges()))
 
 
 def feed(statistics, steps, scale=(1.0, 0.1), batch=64, seed=0, mean=(0.3, -0.1)):
@@ -24,12 +35,12 @@ def feed(statistics, steps, scale=(1.0, 0.1), batch=64, seed=0, mean=(0.3, -0.1)
     for _ in range(steps):
         t = torch.rand(batch, generator=generator)
         rewards = torch.randn(batch, 2, generator=generator) * torch.tensor(scale) + torch.tensor(mean)
-        statistics.observe(0, t, rewards, torch.full((batch, 2), 0.04))
+        statistics.observe(t, rewards, torch.full((batch, 2), 0.04))
         statistics.update()
 
 
 def test_variance_is_that_of_the_samples_in_each_bin():
-    statistics = RewardStatistics(1, 2, "inverse_variance")
+    statistics = FedRewards(1, 2, "inverse_variance")
     feed(statistics, 1000, batch=200)
     variance = statistics.variance()[0]
     torch.testing.assert_close(variance[0], torch.full((NUM_BINS,), 1.0, dtype=torch.float64), rtol=0.15, atol=0)
@@ -37,10 +48,10 @@ def test_variance_is_that_of_the_samples_in_each_bin():
 
 
 def test_averages_by_hand():
-    statistics = RewardStatistics(1, 1, "equal")
+    statistics = FedRewards(1, 1, "equal")
     for rewards in ([1.0, 3.0], [10.0, 11.0, 12.0]):
         t = torch.full((len(rewards),), 0.05)
-        statistics.observe(0, t, torch.tensor(rewards)[:, None], torch.full((len(rewards), 1), 4.0))
+        statistics.observe(t, torch.tensor(rewards)[:, None], torch.full((len(rewards), 1), 4.0))
         statistics.update()
     # Spreads 2 and 2 with 1 and 2 degrees of freedom; the jump of the mean between the steps does not count.
     variance = (DECAY * 2 + 2) / (DECAY * 1 + 2)
@@ -51,11 +62,11 @@ def test_averages_by_hand():
 
 def test_small_batches_give_the_same_variance():
     generator = torch.Generator().manual_seed(0)
-    statistics = RewardStatistics(1, 1, "equal")
+    statistics = FedRewards(1, 1, "equal")
     for step in range(2000):
         # Rewards that rise far beyond their spread of 0.5.
         rewards = 0.01 * step + 0.5 * torch.randn(3, 1, generator=generator)
-        statistics.observe(0, torch.full((3,), 0.5), rewards, torch.ones(3, 1))
+        statistics.observe(torch.full((3,), 0.5), rewards, torch.ones(3, 1))
         statistics.update()
     assert statistics.variance()[0, 0, 5].item() == pytest.approx(0.25, rel=0.25)
 
@@ -97,32 +108,31 @@ def test_clipped_shares_sum_to_one_and_keep_bounds_and_order(num_rewards):
 
 
 def test_a_saturated_reward_does_not_take_everything():
-    statistics = RewardStatistics(1, 2, "inverse_variance")
+    statistics = FedRewards(1, 2, "inverse_variance")
     feed(statistics, 50, scale=(1.0, 0.0))
     shares = statistics.shares()[0]
     torch.testing.assert_close(shares[1], torch.full((NUM_BINS,), 5 / 6, dtype=torch.float64))
 
 
 def test_equal_shares_until_a_bin_is_known():
-    statistics = RewardStatistics(1, 2, "inverse_variance")
+    statistics = FedRewards(1, 2, "inverse_variance")
     shares, tau = statistics.lookup(torch.tensor([0.1, 0.9]))
     assert shares.shape == (1, 2, 2) and torch.equal(shares, torch.full((1, 2, 2), 0.5))
     assert tau.abs().max() == 0
     t = torch.full((MIN_SAMPLES - 1,), 0.05)
-    statistics.observe(0, t, torch.randn(len(t), 2) * torch.tensor([1.0, 0.5]), torch.ones(len(t), 2))
+    statistics.observe(t, torch.randn(len(t), 2) * torch.tensor([1.0, 0.5]), torch.ones(len(t), 2))
     statistics.update()
     assert torch.equal(statistics.lookup(torch.tensor([0.05]))[0], torch.full((1, 1, 2), 0.5))
-    statistics.observe(0, t, torch.randn(len(t), 2) * torch.tensor([1.0, 0.5]), torch.ones(len(t), 2))
+    statistics.observe(t, torch.randn(len(t), 2) * torch.tensor([1.0, 0.5]), torch.ones(len(t), 2))
     statistics.update()
     assert not torch.equal(statistics.lookup(torch.tensor([0.05]))[0], torch.full((1, 1, 2), 0.5))
 
 
 def test_lookup_gives_each_sample_its_bin_and_layer():
-    statistics = RewardStatistics(2, 2, "inverse_variance")
-    for layer, scale in ((0, (1.0, 1.0)), (1, (1.0, 0.5))):
-        t = torch.full((4000,), 0.25)
-        rewards = torch.randn(4000, 2) * torch.tensor(scale)
-        statistics.observe(layer, t, rewards, torch.tensor([[1.0, 9.0]]).expand(4000, 2))
+    statistics = FedRewards(2, 2, "inverse_variance")
+    squares = torch.tensor([[1.0, 9.0]]).expand(4000, 2)
+    rewards = [torch.randn(4000, 2) * torch.tensor(scale) for scale in ((1.0, 1.0), (1.0, 0.5))]
+    statistics.observe(torch.full((4000,), 0.25), rewards[0], squares, rewards[1], squares)
     statistics.update()
     shares, tau = statistics.lookup(torch.tensor([0.25, 0.75]))
     assert shares.shape == tau.shape == (2, 2, 2)
@@ -132,10 +142,10 @@ def test_lookup_gives_each_sample_its_bin_and_layer():
 
 
 def test_tau_keeps_its_floor():
-    statistics = RewardStatistics(1, 1, "equal")
+    statistics = FedRewards(1, 1, "equal")
     for step in range(FLOOR_STEP + 500):
         size = 1.0 if step < FLOOR_STEP else 0.0
-        statistics.observe(0, torch.tensor([0.5]), torch.zeros(1, 1), torch.tensor([[size]]))
+        statistics.observe(torch.tensor([0.5]), torch.zeros(1, 1), torch.tensor([[size]]))
         statistics.update()
     assert statistics.tau()[0, 0, 5].item() == pytest.approx(0.1)
     usual = statistics.state["gradient"][0, 0, 5] / statistics.state["gradient_mass"][5]
@@ -144,16 +154,16 @@ def test_tau_keeps_its_floor():
 
 def test_micro_batches_and_processes_do_not_change_the_result():
     torch.manual_seed(0)
-    whole = RewardStatistics(1, 2, "inverse_variance")
-    ranks = [RewardStatistics(1, 2, "inverse_variance") for _ in range(2)]
+    whole = FedRewards(1, 2, "inverse_variance")
+    ranks = [FedRewards(1, 2, "inverse_variance") for _ in range(2)]
     for _ in range(20):
         t, rewards, squares = torch.rand(32), torch.randn(32, 2), torch.rand(32, 2)
-        whole.observe(0, t, rewards, squares)
+        whole.observe(t, rewards, squares)
         whole.update()
         for rank, statistics in enumerate(ranks):
             for micro in range(2):
                 part = slice(rank * 16 + micro * 8, rank * 16 + micro * 8 + 8)
-                statistics.observe(0, t[part], rewards[part], squares[part])
+                statistics.observe(t[part], rewards[part], squares[part])
         sums = sum(s.sums.sums for s in ranks).clone()
         for statistics in ranks:
             statistics.update(lambda tensor, sums=sums: sums)
@@ -162,14 +172,14 @@ def test_micro_batches_and_processes_do_not_change_the_result():
             torch.testing.assert_close(statistics.state[name], tensor)
 
 
-@pytest.mark.parametrize("kind", [lambda: RewardStatistics(1, 2, "equal"), lambda: ConflictGate(100)])
+@pytest.mark.parametrize("kind", [lambda: FedRewards(1, 2, "equal"), lambda: FedGate(100)])
 def test_sums_that_are_collected_before_the_optimizer_are_those_of_the_step(kind):
     """What is observed after the copy has begun belongs to the next step; sums of several processes need one reduction."""
     plain, collected = kind(), kind()
     t, values = torch.tensor([0.1, 0.12, 0.9]), torch.tensor([[0.3, 0.5], [0.2, 0.1], [0.4, 0.2]])
 
     def observe(statistics):
-        statistics.observe(*((0, t, values, values) if isinstance(statistics, RewardStatistics) else (t, *values.mT)))
+        statistics.observe(t, *((values, values) if isinstance(statistics, FedRewards) else values.mT))
 
     for statistics in (plain, collected):
         observe(statistics)
@@ -184,12 +194,14 @@ def test_sums_that_are_collected_before_the_optimizer_are_those_of_the_step(kind
         collected.update(lambda sums: sums)
 
 
-def test_a_sample_that_is_not_finite_does_not_spoil_its_bin():
-    clean, spoilt = (RewardStatistics(1, 2, "inverse_variance") for _ in range(2))
-    t, rewards, squares = torch.full((40,), 0.3), torch.randn(40, 2), torch.rand(40, 2)
-    clean.observe(0, t[2:], rewards[2:], squares[2:])
+def test_a_bin_with_a_sample_that_is_not_finite_rests_for_a_step():
+    clean, spoilt = (FedRewards(1, 2, "inverse_variance") for _ in range(2))
+    t, rewards, squares = torch.rand(400), torch.randn(400, 2), torch.rand(400, 2)
+    t[:2] = torch.tensor([0.35, 0.55])
+    rest = (timestep_bins(t) != 3) & (timestep_bins(t) != 5)
+    clean.observe(t[rest], rewards[rest], squares[rest])
     rewards[0, 1], squares[1, 0] = float("nan"), float("inf")
-    spoilt.observe(0, t, rewards, squares)
+    spoilt.observe(t, rewards, squares)
     for statistics in (clean, spoilt):
         statistics.update()
     for name, tensor in clean.state.items():
@@ -197,9 +209,9 @@ def test_a_sample_that_is_not_finite_does_not_spoil_its_bin():
 
 
 def test_state_round_trip_goes_on_bit_equal():
-    a = RewardStatistics(1, 2, "inverse_variance")
+    a = FedRewards(1, 2, "inverse_variance")
     feed(a, 30)
-    b = RewardStatistics(1, 2, "inverse_variance")
+    b = FedRewards(1, 2, "inverse_variance")
     b.load_state_dict({name: tensor.clone() for name, tensor in a.state_dict().items()})
     feed(a, 10, seed=1)
     feed(b, 10, seed=1)
@@ -209,7 +221,7 @@ def test_state_round_trip_goes_on_bit_equal():
 
 
 def test_summary_and_fixed_shares():
-    statistics = RewardStatistics(1, 2, parse_reward_weighting("3,1", ("a", "b")))
+    statistics = FedRewards(1, 2, parse_reward_weighting("3,1", ("a", "b")))
     feed(statistics, 200)
     sigma, omega, shares = statistics.summary()
     assert shares.tolist() == pytest.approx([0.75, 0.25])
@@ -240,9 +252,9 @@ def feed_gate(gate, steps, mean, spread=0.1, batch=100, seed=0):
         gate.update()
 
 
-def gate_of(max_train_steps: int) -> ConflictGate:
+def gate_of(max_train_steps: int) -> FedGate:
     """A gate that may close from the first step on."""
-    return ConflictGate(max_train_steps, warmup=0)
+    return FedGate(max_train_steps, warmup=0)
 
 
 CONFLICT_IN_THREE = [-0.1, -0.1, -0.1] + [0.1] * 7
@@ -270,9 +282,9 @@ def test_gate_averages_by_hand():
 
 
 def test_ratio_averages_by_hand():
-    gate = ConflictGate(1000, warmup=3)
+    gate = FedGate(1000, warmup=3)
     t = torch.tensor([0.05, 0.05, 0.95, 0.95])
-    gate.observe(t, torch.full((4,), 0.1), torch.tensor([2.0, 4.0, float("inf"), 0.0]))
+    gate.observe(t, torch.full((4,), 0.1), torch.tensor([2.0, 4.0, float("inf"), 1.0]))
     gate.update()
     assert gate.ratio()[0].item() == pytest.approx(3) and gate.ratio()[1:].abs().max() == 0
     gate.observe(t[:1], torch.tensor([0.1]), torch.tensor([1.0]))
@@ -283,22 +295,26 @@ def test_ratio_averages_by_hand():
     assert found["gradient_ratio/0.0-0.1"] == pytest.approx(average) and "gradient_ratio/0.9-1.0" not in found
     # The averages of the ratio start again with those of the cosine, and a checkpoint without them goes on.
     old = {name: tensor.clone() for name, tensor in gate.state_dict().items() if not name.startswith("ratio")}
-    again = ConflictGate(1000, warmup=3)
+    again = FedGate(1000, warmup=3)
     again.load_state_dict(old)
     assert again.step == 2 and torch.equal(again.cosine(), gate.cosine()) and not again.ratio().any()
     gate.update()
     assert not gate.ratio().any()
 
 
-def test_gate_leaves_out_zeros_and_what_is_not_finite():
+def test_gate_leaves_out_zeros_and_bins_that_are_not_finite():
     clean, spoilt = gate_of(1000), gate_of(1000)
-    cosine = torch.tensor([0.0, float("nan"), float("inf"), 0.3, -0.2, 0.0])
-    t = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.1, 0.5])
-    clean.observe(t[3:5], cosine[3:5])
-    spoilt.observe(t, cosine)
+    cosine = torch.tensor([0.0, 0.3, -0.2, 0.0, float("nan"), 0.1, float("inf")])
+    ratio = torch.tensor([0.0, 2.0, 4.0, 0.0, 1.0, 3.0, float("nan")])
+    t = torch.tensor([0.15, 0.15, 0.15, 0.55, 0.75, 0.75, 0.95])
+    clean.observe(t[1:3], cosine[1:3], ratio[1:3])
+    # Where no cosine is known, the ratio may be.
+    clean.observe(t[4:6], torch.zeros(2), ratio[4:6])
+    spoilt.observe(t, cosine, ratio)
     for gate in (clean, spoilt):
         gate.update()
-    assert clean.state["count"].sum() == 1
+    assert clean.state["count"].tolist() == [0, 1, 0, 0, 0, 0, 0, 0, 0, 0]
+    assert clean.state["ratio_count"].tolist() == [0, 1, 0, 0, 0, 0, 0, 1, 0, 0]
     for name, tensor in clean.state.items():
         assert torch.equal(spoilt.state[name], tensor), name
 
@@ -394,7 +410,7 @@ def test_gate_does_not_depend_on_micro_batches_and_processes():
             for micro in range(2):
                 part = slice(rank * 32 + micro * 16, rank * 32 + micro * 16 + 16)
                 gate.observe(t[part], cosine[part], ratio[part])
-        sums = sum(gate.pending for gate in halves).clone()
+        sums = sum(gate.sums.sums for gate in halves).clone()
         for gate in halves:
             gate.update(lambda tensor, sums=sums: sums)
     assert 0 < whole.gates()[0] < 1
@@ -404,14 +420,14 @@ def test_gate_does_not_depend_on_micro_batches_and_processes():
 
 
 def test_the_conflict_of_a_fresh_model_closes_nothing():
-    gate = ConflictGate(2000)
-    assert gate.warmup == 200 and ConflictGate(400_000).warmup == 1000
+    gate = FedGate(2000)
+    assert gate.warmup == 200 and FedGate(400_000).warmup == 1000
     feed_gate(gate, 150, [-0.5] * NUM_BINS)
     assert gate.cosine().max() < -0.3  # measured and logged, but no evidence
     feed_gate(gate, 250, [0.01] * NUM_BINS, spread=0.01)
     assert (gate.gates() == 1).all() and (gate.cosine() > 0).all()
     # Nor does a resumed one forget where it is.
-    again = ConflictGate(2000)
+    again = FedGate(2000)
     again.load_state_dict(gate.state_dict())
     assert again.step == 400
     feed_gate(again, 1000, [-0.5] * NUM_BINS)
@@ -419,7 +435,7 @@ def test_the_conflict_of_a_fresh_model_closes_nothing():
 
 
 def test_a_gate_that_does_not_act_measures_only():
-    gate = ConflictGate(1000, acts=False, warmup=0)
+    gate = FedGate(1000, acts=False, warmup=0)
     feed_gate(gate, 300, [-0.5] * NUM_BINS)
     assert (gate.gates() == 1).all() and not gate.closed()
     assert {name.split("/")[0] for name in gate.summary()} == {"cosine"}

@@ -11,8 +11,7 @@ import torch
 from accelerate.utils import DistributedType
 from diffusers import AutoencoderKL
 
-from diffusers_vrpo.alignment.host_copy import DeviceSums
-from diffusers_vrpo.alignment.objective import REPA
+from diffusers_vrpo.alignment.objective import VRPO
 from diffusers_vrpo.config import VRPOConfig
 from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.models.autoencoder import (
@@ -27,6 +26,7 @@ from diffusers_vrpo.training.distributed import ddp_options
 from diffusers_vrpo.training.fp8 import to_fp8, use_fp8
 from diffusers_vrpo.training.setup import with_tf32
 from diffusers_vrpo.training.throughput import CopyStream, speed_up
+from support.models import aligned_with, tiny_model
 
 
 @pytest.fixture
@@ -204,23 +204,20 @@ def test_layers_in_8_bits(monkeypatch):
 
 
 def test_statistics_travel_in_one_message():
-    statistics = [SimpleNamespace(sums=DeviceSums(shape)) for shape in ((5, 4), (2,))]
-    for number, each in enumerate(statistics, start=1):
-        each.sums.sums += number
-    step = SimpleNamespace(step_number=0, active=lambda number: True, _release_counts=lambda: True)
-    step._statistics_of_step = lambda counts: statistics
+    objective = VRPO(aligned_with(tiny_model(), [1, 3]), 100, release="plateau")
+    objective.sums.sums += 1
     messages = []
 
     def all_reduce(tensor):
         messages.append(tensor)
         return 2 * tensor  # as of two processes that have seen the same
 
-    REPA.collect(step, all_reduce)
-    assert [len(message) for message in messages] == [22]
-    assert [each.sums.read().unique().tolist() for each in statistics] == [[2], [4]]
-    assert not any(each.sums.sums.any() for each in statistics)
-    step.active = lambda number: False  # after the end of alignment nothing is sent
-    REPA.collect(step, all_reduce)
+    objective.collect(all_reduce)
+    # A count, three rewards and two gradients of each projector, its distance, and four numbers of the two gradients.
+    assert [message.shape for message in messages] == [(2, 1 + 2 * 5 + 2 + 4, 10)]
+    assert objective.sums.read(all_reduce).unique().tolist() == [2] and not objective.sums.sums.any()
+    objective.release.stop_step = 0  # after the end of alignment nothing is sent
+    objective.collect(all_reduce)
     assert len(messages) == 1
 
 

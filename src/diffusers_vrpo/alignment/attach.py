@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """Attaches alignment to a diffusers transformer: projectors on the image tokens of some of its blocks, and a scaffold.
 
-Forward hooks on the blocks read the tokens and pass them through the fork (gradient_fork.py), others give the keys and
+Forward hooks on the blocks read the tokens and pass them through the fork (gradient_fork.py); other hooks pass the keys and
 values of a block to the scaffold (scaffold.py). The transformer itself is not changed: a pipeline saves it and samples from
 it without projectors and scaffold.
 
@@ -38,7 +38,7 @@ from .whitening import without_whitening
 
 
 def alignment_layers(layer_scope: str, num_layers: int) -> list[int]:
-    """The blocks, counted from 1, that `layer_scope` means: `early` (8 of 28), `mid`, `all`, or a list such as `4,8`.
+    """The blocks, counted from 1, that `layer_scope` names: `early` (block 8 of 28), `mid`, `all`, or a list such as `4,8`.
 
     Raises:
         InputError: if `layer_scope` is another word, or the model does not have a block.
@@ -188,7 +188,7 @@ class AlignedTransformer(nn.Module):
 
     Args:
         transformer: SiT, DiT, PixArt, SD3, Flux, Sana or another one whose blocks return tokens (docs/models.md).
-        layers (`list[int]`): the aligned blocks, counted from 1; those of `transformer_blocks`, and from there on those of
+        layers (`list[int]`): the aligned blocks, counted from 1 through `transformer_blocks` and then
             `single_transformer_blocks`. An empty list trains without projectors.
         encoders (`list`): frozen encoders, with one projector per encoder and block: `PatchEncoder`s, or callables that map
             images to patch embeddings `[B,M,E]` and have an attribute `embed_dim`, E. They are not submodules.
@@ -357,13 +357,13 @@ class AlignedTransformer(nn.Module):
 
     @contextlib.contextmanager
     def oracle(self, images: torch.Tensor | dict[str, torch.Tensor]) -> Iterator[None]:
-        """The scaffolded block gets keys and values from real images also where a pipeline calls the transformer.
+        """Gives the scaffolded block keys and values from real images also where a pipeline calls the transformer.
 
             with aligned.oracle(images):
                 pipeline(class_labels=labels, guidance_scale=1.0)
 
-        A control for evaluations, which shows whether they see better features at all: what is drawn is told what to draw,
-        so it is not generated. It is meant for a scaffold phase that never ends (`scaffold_fraction` 1).
+        It is a control for evaluations, which shows whether they react to better features at all: the model is told what to
+        draw, so these images are not generated freely. It is meant for a scaffold phase that never ends (`scaffold_fraction` 1).
 
         Args:
             images: the encoders' input, as many as the pipeline draws.

@@ -70,7 +70,7 @@ class PatchEncoder(nn.Module):
     ):
         super().__init__()
         self.model = model.requires_grad_(False).eval()
-        # On a CPU such nets are faster in this layout, with few images at a time (docs/speed.md).
+        # On a CPU nets with grouped convolutions are faster in this layout and with few images at a time (docs/speed.md).
         self.images_at_a_time = None
         if model.device.type == "cpu" and any(
             isinstance(module, nn.Conv2d) and module.groups > 1 for module in model.modules()
@@ -436,8 +436,8 @@ def _load_model(source, dtype, cache_dir, local):
         model, info = AutoModel.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True, **where)
     if config.model_type == "vit_mae":
         model.config.mask_ratio = 0.0
-    # transformers draws missing weights at random. Here they become NaN, which shows in the embeddings unless they do not
-    # depend on them, as on a pooler.
+    # transformers draws missing weights at random. Here they become NaN, which shows in the embeddings, unless the embeddings do
+    # not depend on these weights (those of a pooler, for example).
     state = model.state_dict()
     missing = [key for key in info["missing_keys"] if key in state and state[key].is_floating_point()]
     for key in missing:
@@ -691,7 +691,7 @@ def _states(output):
 
 
 def _in_rows(features, config, size):
-    """Whether features are the tokens of a ViT that keeps them in rows, `[B, rows, columns, E]`, as SAM does."""
+    """Whether features are the tokens of a ViT that keeps them in rows and columns, `[B, rows, columns, E]`, as SAM does."""
     patch, width = getattr(config, "patch_size", None), getattr(config, "hidden_size", None)
     if features.ndim != 4 or patch is None:
         return False

@@ -1,9 +1,10 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """A fork that weighs the gradients of flow matching and alignment per example, in one backward pass.
 
-The fidelity reward is the example's own flow-matching loss, whose gradient reaches the aligned block anyway. The fork sits
-after that block, sees both gradients, and gives fidelity its share of the reward gradient. It also measures how much
-the two conflict, and how long one is relative to the other. The fidelity reward comes from arXiv 2606.00583; the formulas are ours (docs/method.md).
+The fidelity reward is minus the example's own flow-matching loss, whose gradient reaches the aligned block anyway. The fork
+sits after that block, sees both gradients, and gives fidelity its share of the reward gradient. It also measures how much
+the two conflict, and how long one is relative to the other. The fidelity reward comes from arXiv 2606.00583; the formulas are
+ours (docs/method.md).
 """
 
 import functools
@@ -25,26 +26,27 @@ def mix_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Computes the gradient that the fork passes on: `g_main + (1 - s_f) g_align + s_f (||g_align|| / max(||g_main||, 1e-12)) g_main`.
 
-    Norms are over `[N,D]` of each example, in float32. Both gradients may carry any common factor (loss scaling,
-    accumulation): the result carries the same one.
+    Norms are over `[N,D]` of each example, in float32. If both gradients carry a common factor (loss scaling, accumulation),
+    the result carries it, too.
 
     Args:
         g_main, g_align: gradients of the flow-matching and of the alignment loss, `[B,N,D]`, any floating dtype.
         fidelity_share: `s_f` in [0, 1], `[B]`; None for 0, where the result is the sum of the two.
-        conflict: with `"project"`, `g_align` loses its component against `g_main` first, in the samples where their
-            cosine is negative (PCGrad, arXiv 2001.06782, one way); `"none"` and `"gate"` leave it.
+        conflict: with `"project"`, `g_align` first loses its component against `g_main`, in the samples where their cosine
+            is negative (PCGrad, arXiv 2001.06782, applied to one of the two gradients); `"none"` and `"gate"` keep it.
 
     Returns:
-        the gradient `[B,N,D]` in the dtype of `g_main`; of the two as they came in, the cosine and the ratio
-        `||g_align|| / ||g_main||`, float32 `[2,B]`, 0 where one of them is exactly zero.
+        the gradient `[B,N,D]` in the dtype of `g_main`; and, float32 `[2,B]`, the cosine of the two gradients as they came in and
+        their ratio `||g_align|| / ||g_main||`, which are 0 where one gradient is exactly zero.
     """
     main, align, ndim = g_main.float(), g_align.float(), g_main.ndim
-    norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in (main, align)])
-    norm_main, norm_align = norms
-    # One division after the other: the product of two small norms would underflow. Divided by infinity in the place of a
-    # norm of zero, both are zero.
-    divisor_main, divisor_align = F.threshold(norms, 0.0, float("inf"))
-    measures = torch.stack([(main * align).flatten(1).sum(1), norm_align]) / divisor_main
+    norm_main, norm_align = (torch.linalg.vector_norm(g.flatten(1), dim=1) for g in (main, align))
+    product = (main * align).flatten(1).sum(1)
+    table = torch.stack([norm_main, product, norm_align])
+    # One division after the other: the product of two small norms would underflow. Dividing by infinity instead of a norm
+    # of zero makes both measures zero.
+    divisor_main, divisor_align = F.threshold(table[::2], 0.0, float("inf"))
+    measures = table[1:] / divisor_main
     measures[0].div_(divisor_align)
     if conflict == "project":
         against = measures[0].clamp(max=0) * norm_align / norm_main.clamp_min(1e-12)
@@ -64,8 +66,9 @@ class _Fork(torch.autograd.Function):
     def forward(hidden_states, fidelity_share, probe, conflict, compiled):
         if not torch.compiler.is_compiling():
             return hidden_states.view_as(hidden_states), hidden_states.view_as(hidden_states)
-        # Neither views nor equal copies: where a compiled graph ends here, AOT autograd rebuilds views from their base,
-        # past this backward, and Inductor makes equal copies one tensor, whose gradients add up. The probe is zero.
+        # The outputs must be neither views nor equal copies. Where a compiled graph ends here, AOT autograd rebuilds views from
+        # their base, so that this backward is skipped, and Inductor makes one tensor of equal copies, so that their gradients
+        # add up. The probe is zero.
         zeros = _per_sample(probe.sum(0), hidden_states.ndim).to(hidden_states.dtype)
         return hidden_states.clone(), hidden_states + zeros
 
@@ -100,9 +103,9 @@ def fork(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Copies `hidden_states` for the rest of the transformer and for the projector; backward calls `mix_gradients`.
 
-    What is measured of the two gradients is returned as the gradient of `probe`, a zero input: backward has no side
-    effects, so that it works with checkpointing and compilation. Only the blocks below the fork see the mixed gradient;
-    the blocks above and the projector get theirs as they are. The alignment must have no other way to the blocks below.
+    The measures of the two gradients are returned as the gradient of `probe`, a zero input. So backward has no side effects and
+    works with checkpointing and compilation. Only the blocks below the fork see the mixed gradient; the blocks above and the
+    projector get their own gradients unchanged. The alignment loss must not reach the blocks below in any other way.
 
     Args:
         hidden_states: `[B,N,D]`.
@@ -110,7 +113,7 @@ def fork(
         probe: `measuring_probe(B)`. After backward `probe.grad[0]` is the cosine per sample and `probe.grad[1]` the ratio
             `||g_align|| / ||g_main||`, both 0 where one gradient is exactly zero, not finite where one is not (half
             precision that overflowed).
-        conflict: `"none"`, `"gate"` (the same here: the gate acts through the loss) or `"project"`.
+        conflict: `"none"`, `"gate"` (the same as `"none"` here, since the gate acts through the loss) or `"project"`.
         compiled: whether the backward pass runs a compiled `mix_gradients`.
 
     Returns:
@@ -122,7 +125,7 @@ def fork(
 
 
 def measuring_probe(batch_size: int, device=None) -> torch.Tensor:
-    """Creates the `probe` of `fork`: zeros `[2,B]`, float32, whose gradient will be what the fork has measured."""
+    """Creates the `probe` of `fork`: zeros `[2,B]`, float32, whose gradient will be the fork's measures."""
     return torch.zeros(2, batch_size, device=device, requires_grad=True)
 
 
@@ -136,8 +139,8 @@ def alignment_fork(
 ) -> Callable:
     """Creates the `fork` argument of `AlignedTransformer.forward`: it calls `fork` at the deepest aligned block.
 
-    At shallower blocks the flow-matching gradient already contains alignment gradients: there the projector branch is
-    only scaled by `1 - s_f`. The arguments are those of `fork`.
+    At shallower blocks the flow-matching gradient already contains alignment gradients, so there only the gradient of the
+    projector branch is scaled, by `1 - s_f`. The arguments are those of `fork`.
     """
 
     def split(hidden_states: torch.Tensor, deepest: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,7 +154,7 @@ def alignment_fork(
 
 
 class _WithZeroGradient(torch.autograd.Function):
-    """Returns the first tensor unchanged; the others get a gradient of zero in the backward pass."""
+    """Returns the first tensor unchanged and gives the others a gradient of zero in the backward pass."""
 
     @staticmethod
     def forward(ctx, x, *resting):

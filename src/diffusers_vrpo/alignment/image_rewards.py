@@ -8,9 +8,9 @@
     optimizer.step()
     image_rewards.update()
 
-A reward compares `x0_hat` with the clean image `x0`, both decoded; the more the better, in any unit. Its gradient at the
-prediction gets a length relative to flow matching's: `||d(w R)/dv|| = share * ||dL_FM/dv||`, by running averages per
-timestep bin. Formulas: docs/method.md.
+A reward compares `x0_hat` with the clean image `x0`, both decoded; larger is better, in any unit. Its gradient at the
+prediction is scaled to a length relative to that of flow matching, `||d(w R)/dv|| = share * ||dL_FM/dv||`, with running averages
+per timestep bin. Formulas: docs/method.md.
 """
 
 import contextlib
@@ -29,13 +29,13 @@ from ..models import ddpm
 from ..models.autoencoder import decode_latents, load_vae
 from ..models.flow import flow_matching_gradient, x0_estimate
 from .encoders import PatchEncoder, default_layer, load_encoder, map_sizes
-from .reward_statistics import NUM_BINS, RewardStatistics
+from .reward_statistics import NUM_BINS, timestep_bins
 from .rewards import import_reward, normalize
 
 
 BUILT_IN = ("perceptual", "image_semantic")
 DECAY = 0.98  # of the squared norms, per optimizer step in which the bin has samples
-MIN_SAMPLES = 8  # a bin with fewer has no norms worth using: its rewards wait
+MIN_SAMPLES = 8  # the norms of a bin with fewer are not used yet: its rewards wait
 LOSS_SCALE = 1024.0  # keeps gradients inside an fp16 encoder above its smallest number; exact in other precisions
 VELOCITY = SimpleNamespace(prediction_type="velocity", time_direction="data_to_noise")
 
@@ -182,7 +182,7 @@ class GradientNorms:
         # A single sample that is not finite would permanently spoil its bin.
         finite = squares.isfinite().all(1, keepdim=True)
         rows = torch.cat([finite, torch.where(finite, squares, 0)], dim=1).to(self.pending.dtype)
-        self.pending.index_add_(1, RewardStatistics.bins(t), rows.mT)
+        self.pending.index_add_(1, timestep_bins(t), rows.mT)
 
     def update(self, all_reduce: Callable | None = None):
         """Moves the averages after an optimizer step; `all_reduce(tensor)` sums over processes."""
@@ -201,7 +201,7 @@ class GradientNorms:
 
     def lookup(self, t: torch.Tensor) -> torch.Tensor:
         """The ratio for timesteps `t [B]`, float32 `[B,K]`."""
-        return self.ratio()[:, RewardStatistics.bins(t)].mT.float()
+        return self.ratio()[:, timestep_bins(t)].mT.float()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return dict(self.state)
@@ -215,11 +215,25 @@ class GradientNorms:
 # The term of the loss
 
 
+def images_at_a_time(vae: torch.nn.Module | None, resolution: int, device: torch.device | str) -> int:
+    """How many images are decoded and rewarded together by default.
+
+    On a GPU, 64 images of 256 pixels with `AutoencoderTiny` need about as much memory as eight with the autoencoder of Stable
+    Diffusion: 6 GiB (docs/speed.md). Larger images are fewer, and never less than eight. A CPU takes eight, since memory that
+    is allocated and freed again costs it more than calls do.
+    """
+    if vae is None:
+        return 64
+    if torch.device(device).type == "cpu" or type(vae).__name__ != "AutoencoderTiny":
+        return 8
+    return max(8, min(64, 64 * 256**2 // resolution**2))
+
+
 class ImageRewards:
     """The loss of image rewards: scaled gradients at the prediction, in one backward pass with everything else.
 
-    The rewards' gradients are computed on a detached copy of the prediction, a few images at a time, so that memory is
-    bounded and the transformer is passed once. An example has the same gradient in any division of the batch.
+    The rewards' gradients are computed on a detached copy of the prediction, a few images at a time. So memory is bounded, and
+    the transformer runs once. The gradient of an example does not depend on how the batch is divided.
 
     Example:
 
@@ -617,7 +631,7 @@ def image_rewards_from_config(
             start_step=args.image_reward_start_step,
             config=transformer_config,
             vae=vae,
-            batch_size=args.image_reward_batch_size,
+            batch_size=args.image_reward_batch_size or images_at_a_time(vae, args.resolution, device),
             resolution=args.image_reward_resolution,
             perceptual_layers=args.perceptual_layer,
             semantic_layer=args.image_semantic_layer,

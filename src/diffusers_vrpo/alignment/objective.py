@@ -21,7 +21,7 @@ With a scaffold (REPI, alone or beside REPA and VRPO) three lines have more:
 
 `begin` to `observe` belong to a micro-batch, `update` to an optimizer step. The objective counts both. Formulas:
 docs/method.md. Statistics are updated on the host: `update` waits for the device, unless `collect` was called before
-`optimizer.step()`, which starts their copy.
+`optimizer.step()`, which starts the copy of their sums.
 """
 
 import contextlib
@@ -38,7 +38,8 @@ from ..models import ddpm
 from ..models.flow import typical_flow_times
 from .attach import AlignedTransformer
 from .encoders import on_grid, spatial_normalize
-from .gradient_fork import CONFLICTS, alignment_fork, measuring_probe
+from .gradient_fork import CONFLICTS, alignment_fork
+from .host_copy import DeviceSums
 from .plateau import Plateau
 from .policy import (
     TIMESTEP_WEIGHTS,
@@ -51,7 +52,7 @@ from .policy import (
     token_shares,
 )
 from .release import RELEASES, ConflictGate, Release
-from .reward_statistics import NUM_BINS, RewardStatistics, parse_reward_weighting
+from .reward_statistics import NUM_BINS, RewardStatistics, bin_edges, parse_reward_weighting, timestep_bins
 from .rewards import BUILT_IN, DEFAULT_REWARDS, FIDELITY, load_rewards, normalize
 from .scaffold import ScaffoldStep
 from .token_weights import TOKEN_WEIGHTINGS, residual_weights, target_distance
@@ -64,12 +65,12 @@ SUBSET_SIZE = 64  # tokens of the structural reward's subset, or all where there
 
 @dataclass
 class AlignmentStep:
-    """The state of an objective within a micro-batch.
+    """The state of an objective in a micro-batch.
 
     Attributes:
         t: flow time, `[B]`, 1 being noise.
         active: whether this micro-batch is aligned.
-        fork: argument for the call of the aligned transformer; None if no gradients are weighed.
+        fork: argument for the call of the aligned transformer; None if gradients are neither weighed nor measured.
         targets: the encoders' targets, if they are computed before the objective is called.
         features: the encoders' output, `[B,M,E]` each, if they have run for the scaffold.
         scaffold: argument for the call of the aligned transformer; None without one.
@@ -87,6 +88,7 @@ class AlignmentStep:
     probe: torch.Tensor | None = None  # its gradient is the cosine between the two gradients, and their ratio
     bins: torch.Tensor | None = None  # of the timesteps
     values: dict[str, torch.Tensor] = field(default_factory=dict)  # of the tables in these bins, `[rows,B]`
+    measures: list[torch.Tensor] = field(default_factory=list)  # of the samples, for the statistics, `[rows,B]` each
 
     def scaffold_distance(self) -> torch.Tensor:
         """The distance of the block's keys and values to the scaffold's, a scalar; 0 in the scaffold phase or without one."""
@@ -135,7 +137,7 @@ class NoAlignment:
         """
         if self.aligned.scaffold is None:
             return
-        # At least one step; a phase of the whole training does not end if the training becomes longer.
+        # At least one step. A phase as long as the training does not end if the training becomes longer.
         self.scaffold_steps = math.inf if fraction == 1 else max(1, round(fraction * max_train_steps))
         self.scaffold_coeff = coeff
         if stop_step is not None and stop_step <= self.scaffold_steps:
@@ -366,17 +368,27 @@ class REPA(NoAlignment):
         self.token_weighting = token_weighting
         self.reward_names = ("semantic",)
         self.device = device or next(aligned.parameters()).device
-        # Not the encoders themselves, which are freed when alignment ends.
+        # Kept without the encoders, which are freed when alignment ends.
         whitenings = [encoder.whitening for encoder in aligned.encoders if isinstance(encoder, WhitenedEncoder)]
         self.whitenings = Whitenings(whitenings) if whitenings else None
         self.forks = conflict != "none" or log_gradients
-        self.gate = ConflictGate(max_train_steps, self.device, acts=conflict == "gate")
-        self.plateau = Plateau(max_train_steps, self.device) if release == "plateau" else None
+        self.gate = ConflictGate(max_train_steps, acts=conflict == "gate")
+        self.plateau = Plateau(max_train_steps, len(aligned.projectors)) if release == "plateau" else None
         self.release = Release(self.plateau or self.gate, alignment_stop_step)
+        self.bin_edges = bin_edges(self.device)
+        self._set_statistics()
         config = getattr(aligned.transformer, "config", {})
         prediction_type = prediction_type or config.get("prediction_type", "velocity")
         self.mean_weight = self._mean_timestep_weight(prediction_type, timestep_sampling, logit_mean, logit_std)
         self._micro_steps = 0
+
+    def _set_statistics(self, *of_rewards: RewardStatistics) -> None:
+        """Sets what is updated after an aligned optimizer step, in the order of the samples' measures, and makes its sums."""
+        of_release = [self.plateau] * (self.plateau is not None) + [self.gate] * self.forks
+        self._all_statistics = [*of_rewards, *of_release]
+        # The first measure is 1: it counts the samples.
+        num_measures = 1 + sum(each.num_measures for each in self._all_statistics)
+        self.sums = DeviceSums(num_measures, NUM_BINS, self.device) if self._all_statistics else None
 
     def _mean_timestep_weight(self, prediction_type: str, timestep_sampling: str, *logit: float) -> float:
         """`E[w]` over the flow times of the training, relative to the analytic one for uniform t."""
@@ -389,7 +401,7 @@ class REPA(NoAlignment):
         return timestep_weight(t, self.timestep_weighting).mean().item()
 
     def active(self, step_number: int) -> bool:
-        """Whether this optimizer step, from 0, aligns. After the first that does not, none does, on any process."""
+        """Whether this optimizer step, from 0, aligns. After the first step that does not, no later one does, on any process."""
         return bool(self.aligned.layers) and self.alignment_coeff > 0 and self.release.active(step_number)
 
     def begin(self, t: torch.Tensor, images: torch.Tensor | dict[str, torch.Tensor] | None = None) -> AlignmentStep:
@@ -403,23 +415,34 @@ class REPA(NoAlignment):
             return step
         step.number = self._micro_steps
         self._micro_steps += 1
-        tables = self._tables()
-        if self.forks or tables:
-            step.bins = RewardStatistics.bins(t)
-        if tables:
-            # One copy to the device and one look-up for all of them.
-            table = torch.cat(list(tables.values())).to(t.device, non_blocking=True)
-            rows = [len(part) for part in tables.values()]
-            step.values = dict(zip(tables, table[:, step.bins].split(rows)))
+        if self._all_statistics:
+            step.bins = timestep_bins(t, self.bin_edges.to(t.dtype))
+            # One copy to the device and one look-up for all tables.
+            rows, table = self._joined_tables()
+            step.values = dict(
+                zip(rows, table.to(t.device, non_blocking=True)[:, step.bins].split(list(rows.values())))
+            )
+            step.measures.append(step.values["count"])
         if self.forks:
-            step.probe = measuring_probe(len(t), t.device)
-            share = step.values["fidelity"][0] if "fidelity" in tables else None
+            step.probe = step.values["probe"].detach().requires_grad_()
+            share = step.values["fidelity"][0] if "fidelity" in step.values else None
             step.fork = alignment_fork(share, step.probe, self.conflict, self.compiled)
         return step
 
+    def _joined_tables(self) -> tuple[dict[str, int], torch.Tensor]:
+        """The number of rows of each table, by name, and all tables in one, float32 `[rows,bins]`, on the host."""
+        tables = self._tables()
+        return {name: len(table) for name, table in tables.items()}, torch.cat(list(tables.values()))
+
     def _tables(self) -> dict[str, torch.Tensor]:
-        """What the loss and the fork look up by timestep, by name: float32 `[rows,bins]`, on the host."""
-        return {"gate": self.gate.gates().float().unsqueeze(0)} if self.conflict == "gate" else {}
+        """What the loss, the fork and the statistics look up by timestep, by name: float32 `[rows,bins]`, on the host."""
+        # Two constants: on the device, each would take a kernel of its own.
+        tables = {"count": torch.ones(1, NUM_BINS)}
+        if self.forks:
+            tables["probe"] = torch.zeros(2, NUM_BINS)
+        if self.conflict == "gate":
+            tables["gate"] = self.gate.gates().float().unsqueeze(0)
+        return tables
 
     @torch.no_grad()
     def targets(
@@ -487,53 +510,57 @@ class REPA(NoAlignment):
         references = self._reference_projections(inputs)
         if subset is None and self.compiled:
             subset = self._draw_subset(projections[0])  # a compiled graph would draw other numbers
-        observes_plateau = self.plateau is not None and self._release_counts()
-        draws = (subset, index, references)
-        total, step.logs = self._losses(
-            step, projections, targets, self._weight(step), loss_fm, draws, observes_plateau
+        weight = self._weight(step)
+        total, step.logs, measures = self._losses(
+            step, projections, targets, weight, loss_fm, (subset, index, references)
         )
+        if weight is None:
+            step.logs["alignment_coeff"] = total.new_full((), self.alignment_coeff)
+        else:
+            step.logs["alignment_coeff"] = self.alignment_coeff * weight.mean()
+        step.measures += measures
         return total
 
     def _losses(
-        self, step, projections, targets, weight, loss_fm, draws, observes_plateau
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss of all projectors, and the values to log; observes rewards and distances. `compile` compiles it."""
-        terms, logs = [], {}
+        self, step, projections, targets, weight, loss_fm, draws
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], list[torch.Tensor]]:
+        """The loss of all projectors, the values to log, and the samples' rewards and distances. `compile` compiles it."""
+        terms, logs, rewards, distances = [], {}, [], []
         for i, projection in enumerate(projections):
             mu, y = normalize(projection), targets[i % len(targets)]
-            if observes_plateau:
-                self.plateau.observe(target_distance(mu.detach(), y).mean(-1))
-            mean = (weight * self._loss(step, i, mu, y, loss_fm, draws, logs)).mean()
+            if self.plateau is not None:
+                distances.append(target_distance(mu.detach(), y).mean(-1).unsqueeze(0))
+            loss = self._loss(step, i, mu, y, loss_fm, draws, logs, rewards)
+            mean = (loss if weight is None else weight * loss).mean()
             terms.append(mean / len(projections) if len(projections) > 1 else mean)
-        logs["alignment_coeff"] = [self.alignment_coeff * weight.mean()]
         logs = {name: each[0] if len(each) == 1 else torch.stack(each).mean() for name, each in logs.items()}
-        return sum(terms[1:], terms[0]), logs
+        return sum(terms[1:], terms[0]), logs, rewards + distances
 
     def compile(self) -> None:
-        """Compiles the loss, the backward pass of the fork and what the gate adds up, each as one graph of fixed shapes.
+        """Compiles the loss, the backward pass of the fork and the sums over samples, each as one graph of fixed shapes.
 
         Call it before the first step. Numbers agree up to the rounding of float32.
         """
         if self._compiles_loss():
             self._losses = torch.compile(self._losses, fullgraph=True, dynamic=False)
-        self.gate.compile()
+        if self.sums is not None:
+            self.sums.compile()
         self.compiled = True
 
     def _compiles_loss(self) -> bool:
         """Whether the loss is one graph."""
         return True
 
-    def _weight(self, step: AlignmentStep) -> torch.Tensor:
-        """The weight of the samples in the loss, `[B]`: w(t), the gate, and the plateau's."""
-        if self.timestep_weighting == "uniform" and self.conflict == "gate":
-            weight = step.values["gate"][0]
-        else:
-            weight = timestep_weight(step.t, self.timestep_weighting)
-            if self.mean_weight != 1:
-                weight = weight / self.mean_weight
-            if self.conflict == "gate":
-                weight = weight * step.values["gate"][0]
-        return weight if self.plateau is None else weight * self.plateau.weight()
+    def _weight(self, step: AlignmentStep) -> torch.Tensor | None:
+        """The weight of the samples in the loss: w(t) and the gate, `[B]`, times that of the plateau, a scalar. None means 1."""
+        weights = []
+        if self.timestep_weighting != "uniform":
+            weights.append(timestep_weight(step.t, self.timestep_weighting) / self.mean_weight)
+        if self.conflict == "gate":
+            weights.append(step.values["gate"][0])
+        if self.plateau is not None:
+            weights.append(self.plateau.weight().to(step.t.device, non_blocking=True))
+        return math.prod(weights[1:], start=weights[0]) if weights else None
 
     def _reference_projections(self, inputs) -> tuple[torch.Tensor, ...] | None:
         return None
@@ -542,8 +569,11 @@ class REPA(NoAlignment):
         """The tokens of the structural reward, `[B,M]`; None without one."""
         return None
 
-    def _loss(self, step, i, mu, y, loss_fm, draws, logs) -> torch.Tensor:
-        """Computes the loss of one projector, `[B]`; `draws` are subset, indices and projections of the reference model."""
+    def _loss(self, step, i, mu, y, loss_fm, draws, logs, rewards) -> torch.Tensor:
+        """Computes the loss of one projector, `[B]`; `draws` are subset, indices and projections of the reference model.
+
+        It adds to `logs`, and to `rewards` what the statistics need.
+        """
         loss = repa_loss(mu, y)
         self._log(logs, **{"reward/semantic": -loss})
         weights = self._token_weights(mu, y)
@@ -561,36 +591,22 @@ class REPA(NoAlignment):
             logs.setdefault(name, []).append(value.mean() if value.ndim else value)
 
     def observe(self, step: AlignmentStep) -> None:
-        """Records cosine and ratio of the two gradients, which are the gradient of the probe after backward."""
-        if step.probe is not None and self._release_counts():
-            self.gate.observe_measures(step.bins, step.probe.grad)
+        """Adds up the samples' measures; after backward, cosine and ratio of the two gradients are the gradient of the probe."""
+        if step.active and self.sums is not None:
+            of_gradients = [] if step.probe is None else ConflictGate.measures(step.probe.grad)
+            self.sums.add(step.bins, step.measures + of_gradients)
         super().observe(step)
 
     def _release_counts(self) -> bool:
         """Whether the statistics that end alignment run in the current step.
 
-        In the scaffold phase they would describe a model that is told what the image shows; they begin after it.
+        In the scaffold phase they would describe a model that is told what the image shows, so they begin after it.
         """
         return not self.scaffolding(self.step_number)
 
     def collect(self, all_reduce: Callable | None = None) -> None:
-        if not self.active(self.step_number):
-            return
-        statistics = self._statistics_of_step(self._release_counts())
-        if all_reduce is None or not statistics:
-            for each in statistics:
-                each.collect()
-            return
-        # The sums of all of them travel between processes in one message.
-        sums = [each.sums.sums for each in statistics]
-        total = all_reduce(torch.cat([each.flatten() for each in sums])).split([each.numel() for each in sums])
-        for each, part in zip(statistics, total, strict=True):
-            each.sums.collect(lambda _, part=part: part)
-
-    def _statistics_of_step(self, release_counts: bool) -> list:
-        """What is updated after an aligned optimizer step."""
-        of_gradients = [self.gate] if self.forks and release_counts else []
-        return of_gradients + ([self.plateau] if self.plateau is not None and release_counts else [])
+        if self.active(self.step_number) and self.sums is not None:
+            self.sums.collect(all_reduce)
 
     def update(self, all_reduce: Callable | None = None) -> None:
         """Updates statistics after an optimizer step; `all_reduce(tensor)` sums over processes."""
@@ -601,8 +617,12 @@ class REPA(NoAlignment):
             self._update_statistics(all_reduce, counts)
 
     def _update_statistics(self, all_reduce, release_counts: bool):
-        for statistics in self._statistics_of_step(release_counts):
-            statistics.update(all_reduce)
+        if self.sums is not None:
+            sums = self.sums.read(all_reduce)
+            parts = sums[:, 1:].split([each.num_measures for each in self._all_statistics], dim=1)
+            for statistics, part in zip(self._all_statistics, parts, strict=True):
+                if release_counts or isinstance(statistics, RewardStatistics):
+                    statistics.update(sums[0, 0], part)
         if self.step_number % self.release.gate.window == 0:
             self.release.look_ahead(self.step_number)
 
@@ -723,7 +743,10 @@ class VRPO(REPA):
         self.forks = True  # fidelity has its share there, and the conflict is measured
         weighting = parse_reward_weighting(reward_weighting, self.reward_names)
         # One row per projector, ordered by block and then by encoder.
-        self.statistics = RewardStatistics(len(aligned.projectors), len(self.reward_names), weighting, self.device)
+        self.statistics = RewardStatistics(
+            len(aligned.projectors), len(self.reward_names), weighting, num_gradients=len(self.rewards)
+        )
+        self._set_statistics(self.statistics)
         if kl_coeff and aligned.scaffold is not None:
             raise ValueError("kl_coeff cannot be combined with a scaffold: the model at the start has none")
         self.reference = aligned.frozen_copy() if kl_coeff else None
@@ -762,7 +785,7 @@ class VRPO(REPA):
         # Sampled actions are drawn and kept in between, and rewards from outside may do anything.
         return self.estimator == "expected" and all(reward in BUILT_IN.values() for reward in self.rewards)
 
-    def _loss(self, step, i, mu, y, loss_fm, draws, logs) -> torch.Tensor:
+    def _loss(self, step, i, mu, y, loss_fm, draws, logs, rewards) -> torch.Tensor:
         subset, index, references = draws
         if subset is None:
             subset = self._draw_subset(mu)
@@ -770,15 +793,15 @@ class VRPO(REPA):
         rows = slice(i * len(self.rewards), (i + 1) * len(self.rewards))
         shares, tau = (step.values[name][rows].mT for name in ("shares", "tau"))
         if self.estimator == "expected":
-            loss, rewards, squares = expected_policy_loss(mu, y, subset, shares, tau, self.rewards, weights)
+            loss, values, squares = expected_policy_loss(mu, y, subset, shares, tau, self.rewards, weights)
         else:
-            loss, rewards, squares = self._sampled_loss(step, i, mu, y, subset, shares, weights, index, logs)
-        if self.fidelity:
-            # It has neither a gradient at the tokens nor a tau.
-            rewards = torch.cat([-loss_fm.detach().unsqueeze(1), rewards], dim=1)
-        self.statistics.observe(i, step.t, rewards, squares, step.bins)
-        of_samples = rewards.detach().mean(0)
-        self._log(logs, **{f"reward/{name}": of_samples[k] for k, name in enumerate(self.reward_names)})
+            loss, values, squares = self._sampled_loss(step, i, mu, y, subset, shares, weights, index, logs)
+        # Fidelity has neither a gradient at the tokens nor a tau.
+        fidelity = [-loss_fm.detach().unsqueeze(1)] if self.fidelity else []
+        measures = torch.cat([*fidelity, values, squares], dim=1).detach()
+        rewards.append(measures.mT)
+        means = measures[:, : len(self.reward_names)].mean(0)
+        self._log(logs, **{f"reward/{name}": means[k] for k, name in enumerate(self.reward_names)})
         if references is not None:
             kl = kl_penalty(mu, normalize(references[i]), self.policy_noise)
             loss = loss + self.kl_coeff * kl
@@ -786,7 +809,7 @@ class VRPO(REPA):
         return loss
 
     def _sampled_loss(self, step, i, mu, y, subset, shares, weights, index, logs):
-        # Steps that share a draw see the same batch: its actions stay relative to the tokens they were drawn around.
+        # Steps that share a draw see the same batch, whose actions stay relative to the tokens that they were drawn around.
         if self.step_number % self.policy_epochs == 0:
             self.draws[i, step.number] = mu.detach()
         shape = (self.group_size, *mu.shape[1:])
@@ -810,9 +833,6 @@ class VRPO(REPA):
         if self.policy_epochs > 1:
             self._log(logs, clip_fraction=clipped)
         return loss, rewards, squares
-
-    def _statistics_of_step(self, release_counts: bool) -> list:
-        return [self.statistics, *super()._statistics_of_step(release_counts)]
 
     def summary(self) -> dict[str, float]:
         values = super().summary()

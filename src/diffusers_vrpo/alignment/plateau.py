@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from .host_copy import DeviceSums, finite
+from .host_copy import finite_bins
 
 
 FAST_RATE, SLOW_RATE = 1e-3, 5e-5  # of the averages, 1 - 0.999 and 1 - 0.99995, in long runs
@@ -18,58 +18,45 @@ SMALLEST_FALL = 0.02  # of the fast average below the slow one, relative to that
 
 
 class Plateau:
-    """Fades alignment out once the distance to the targets has stopped falling.
+    """Fades out alignment once the distance to the targets has stopped falling.
 
     `eta = mean (1 - <mu, y>) / 2` over all tokens, samples and projectors of a step has a fast and a slow average, both divided
     by their mass, so that they are unbiased from the first step on. After an eighth of the training, and when `(slow - fast) /
     slow` is below 2 %, the weight of alignment follows a cosine from 1 to 0 over another eighth, and never rises again.
 
-    The averages move by 0.001 and 0.00005 a step, but look back on a hundredth and a tenth of the training at most. They
-    are read as those of [`ConflictGate`]: step k uses the statistics through step k-1, whose sums enter once per optimizer step.
+    The averages move by 0.001 and 0.00005 a step, but look back on a hundredth and a tenth of the training at most. As in
+    [`ConflictGate`], step k uses the statistics through step k-1, whose sums enter once per optimizer step.
 
     Args:
         max_train_steps (`int`): optimizer steps of the training.
-        device: of the distances. Their sums live there, everything else on the host; float64 (float32 on MPS).
+        num_projectors (`int`): each of them has a distance.
     """
 
     acts = True
 
-    def __init__(self, max_train_steps: int, device="cpu"):
+    def __init__(self, max_train_steps: int, num_projectors: int = 1):
+        self.num_measures = num_projectors
         self.start = self.window = max(1, max_train_steps // 8)
         rates = [
             min(1.0, max(rate, 1 / (share * max_train_steps)))
             for rate, share in ((FAST_RATE, FAST_SHARE), (SLOW_RATE, SLOW_SHARE))
         ]
-        self.sums = DeviceSums((2,), device)  # samples, distances
-        self.rates = torch.tensor(rates, dtype=self.sums.dtype)
+        self.rates = torch.tensor(rates, dtype=torch.float64)
         self.step = 0
-        # The averages, fast and slow, and their masses; completed steps of the way from 1 to 0.
+        # The averages, fast and slow, and their masses; steps completed on the way from 1 to 0.
         shapes = {"average": (2,), "mass": (2,), "closing": ()}
-        self.state = {name: torch.zeros(shape, dtype=self.sums.dtype) for name, shape in shapes.items()}
+        self.state = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
 
-    @property
-    def pending(self) -> torch.Tensor:
-        """The sums since the last update, on the device."""
-        return self.sums.sums
+    def update(self, count: torch.Tensor, sums: torch.Tensor):
+        """Moves averages and weight by the sums of an optimizer step. Bins in which a distance is not finite do not count.
 
-    def observe(self, distance: torch.Tensor):
-        """Adds one micro-batch of a projector: the token mean of eta of each sample, `[B]`. NaN and inf are skipped."""
-        known = finite(distance.detach())
-        rows = torch.stack([known.to(self.sums.dtype), torch.where(known, distance.detach(), 0).to(self.sums.dtype)])
-        self.sums.sums += rows.sum(1)
-
-    def collect(self, all_reduce=None):
-        """Starts the copy of the sums to the host, which `update` then need not wait for; `all_reduce(tensor)` adds up processes."""
-        self.sums.collect(all_reduce)
-
-    def update(self, all_reduce=None):
-        """One optimizer step: moves averages and weight; `all_reduce(tensor)` sums over processes.
-
-        It waits for the device, unless `collect` was called before.
+        Args:
+            count: samples in each bin, `[bins]`.
+            sums: of the token mean of eta, and of its square, for each projector, `[2, projectors, bins]`.
         """
-        count, total = self.sums.read(all_reduce)
-        rates = self.rates * (count > 0)
-        self.state["average"].lerp_((total / count.clamp_min(1)).expand(2), rates)
+        counts, distances = finite_bins(torch.stack([count.expand_as(sums[0]), sums[0]])).sum((1, 2))
+        rates = self.rates * (counts > 0)
+        self.state["average"].lerp_((distances / counts.clamp_min(1)).expand(2), rates)
         self.state["mass"].lerp_(torch.ones_like(rates), rates)
         self.step += 1
         if self.step >= self.start:

@@ -2,8 +2,8 @@
 """The representation policy: the losses whose gradients follow rewards on projected tokens (rewards.py).
 
 Pure functions on tensors; notation of docs/method.md. `mu [B,N,E]` are the projected tokens of the
-transformer and `y [B,N,E]` the patch embeddings of a frozen encoder, both unit vectors in float32. The objective is ours
-in the terms that the paper (arXiv 2606.00583) fixes: group-relative rewards in place of REPA's cosine loss.
+transformer and `y [B,N,E]` the patch embeddings of a frozen encoder, both unit vectors in float32. The paper (arXiv
+2606.00583) fixes that group-relative rewards replace REPA's cosine loss; the formulas of the objective are ours.
 """
 
 import math
@@ -39,8 +39,8 @@ def expected_policy_loss(
     """The `expected` estimator: the limit of the group-relative objective for small policy noise (docs/method.md).
 
     Each reward pulls along its unit tangent gradient `u_k = P_mu grad R_k / (||P_mu grad R_k|| + tau_k)`, and the loss
-    is `-(1/N) sum_n <sg(sum_k s_k u_k,n), mu_n>`. Since u_k is orthogonal to mu its value is always 0; its gradient is
-    what counts, and the rewards are what to watch.
+    is `-(1/N) sum_n <sg(sum_k s_k u_k,n), mu_n>`. Since u_k is orthogonal to mu, the value of the loss is always 0. Only its
+    gradient counts, and the rewards show the progress.
 
     Args:
         mu, y: unit tokens `[B,N,E]`, float32.
@@ -55,17 +55,18 @@ def expected_policy_loss(
     """
     with torch.no_grad():
         values, gradients = values_and_gradients(rewards, mu, y, subset)
-        norms = torch.stack([torch.linalg.vector_norm(gradient, dim=-1) for gradient in gradients], dim=-1)
+        norms = [torch.linalg.vector_norm(gradient, dim=-1) for gradient in gradients]
+        values, norms = torch.stack([*values, *norms], dim=-1).tensor_split(2, dim=-1)
         scale = shares.unsqueeze(1) / (norms + tau.unsqueeze(1)).clamp_min(1e-12)
         direction = scale[..., :1] * gradients[0]
         for k in range(1, len(gradients)):
             direction = torch.addcmul(direction, scale[..., k : k + 1], gradients[k])
-        mean_values, mean_squares = torch.stack(values, dim=-1).mean(1), norms.square().mean(1)
+        mean_values, mean_squares = values.mean(1), norms.square().mean(1)
     return _Pull.apply(mu, direction, token_weights), mean_values, mean_squares
 
 
 class _Pull(torch.autograd.Function):
-    """`-(1/N) sum_n w_n <sg(u_n), mu_n>` of directions u that are orthogonal to mu: 0 of each sample, with its gradient."""
+    """`-(1/N) sum_n w_n <sg(u_n), mu_n>` with its gradient, for directions u that are orthogonal to mu: 0 for every sample."""
 
     @staticmethod
     def forward(mu, direction, token_weights):
@@ -91,7 +92,7 @@ def sample_actions(mu: torch.Tensor, xi: torch.Tensor, noise_scale: float = 0.1)
 
     Args:
         mu: unit tokens `[B,N,E]`, float32.
-        xi: standard normal `[G,B,N,E]`, from a random stream of the caller's.
+        xi: standard normal `[G,B,N,E]`, which the caller draws.
         noise_scale: sigma, which is about `||a - mu||` in every dimension.
     """
     return mu + (noise_scale / math.sqrt(mu.shape[-1])) * tangent(mu, xi)
@@ -125,11 +126,11 @@ def group_relative_advantages(rewards: torch.Tensor, noise_scale: float, embed_d
 def clipped_objective(
     log_ratio: torch.Tensor, advantages: torch.Tensor, clip_range: float = 0.2
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """PPO's `min(rho A, clip(rho, 1 - c, 1 + c) A)`, `rho = exp(log_ratio)`, of each element; all shapes alike.
+    """PPO's `min(rho A, clip(rho, 1 - c, 1 + c) A)`, `rho = exp(log_ratio)`, of each element; all tensors have the same shape.
 
     Returns:
-        the objective, to be maximised; float32 1 where clipping acts, that is where rho has left the range on the side
-        to which the advantage pushes it, and 0 elsewhere. Its mean is the clip fraction.
+        the objective, to be maximised; and, float32, 1 where clipping acts and 0 elsewhere. Clipping acts where rho has left
+        the range on the side to which the advantage pushes it. The mean is the clip fraction.
     """
     ratio = log_ratio.exp()
     plain, clipped = ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
@@ -152,9 +153,10 @@ def sampled_policy_loss(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The `sampled` estimator: G actions per token, group-relative advantages, clipped ratios (docs/method.md).
 
-    The loss is `-(sigma / sqrt(E)) (1/N) sum_n mean_G min(rho A, clip(rho) A)` with `A = sum_k s_k A_k`. For small sigma the expectation of its gradient is that of
-    `expected_policy_loss` with `tau = 1e-3`, times `E[std_G z]` of G standard normal z (0.90 for G = 8, 0.99 for G = 64),
-    which is not divided out. Its value at rho = 1 is 0, as that of the other: advantages have mean 0.
+    The loss is `-(sigma / sqrt(E)) (1/N) sum_n mean_G min(rho A, clip(rho) A)` with `A = sum_k s_k A_k`. For small sigma the
+    expectation of its gradient is the gradient of `expected_policy_loss` with `tau = 1e-3`, times `E[std_G z]` of G standard
+    normal z (0.90 for G = 8, 0.99 for G = 64), which is not divided out. At rho = 1 the value of this loss is 0, too, since
+    advantages have mean 0.
 
     Args:
         mu, y: unit tokens `[B,N,E]`, float32. The gradient goes to `mu` through `log pi` only.
@@ -177,7 +179,7 @@ def sampled_policy_loss(
         with torch.no_grad():
             old = mu if mu_old is None else mu_old
             actions = sample_actions(old, xi, noise_scale) if actions is None else actions
-            # The other tokens are those of the draw too, so that an action's reward stays what it was.
+            # The other tokens are also those at the time of the draw, so that an action keeps its reward.
             units = normalize(actions)
             values = torch.stack([reward.function(units, old, y, subset) for reward in rewards], dim=-1)
             spread = values.std(0, correction=0)
@@ -196,8 +198,8 @@ def sampled_policy_loss(
 def kl_penalty(mu: torch.Tensor, mu_ref: torch.Tensor, noise_scale: float = 0.1) -> torch.Tensor:
     """The divergence from a reference policy, `E ||mu - mu_ref||^2 / (2 sigma^2)`, which either estimator may add.
 
-    That is the token mean times `sigma / sqrt(E)`, by which the objective is multiplied; `[B]`, float32. `mu_ref [B,N,E]`
-    gets no gradient.
+    It is the mean over tokens, multiplied by `sigma / sqrt(E)` as the objective is; `[B]`, float32. `mu_ref [B,N,E]` gets no
+    gradient.
     """
     scale = noise_scale / math.sqrt(mu.shape[-1])
     return -scale * log_probability(mu, mu_ref.detach(), noise_scale).mean(-1)
@@ -206,8 +208,9 @@ def kl_penalty(mu: torch.Tensor, mu_ref: torch.Tensor, noise_scale: float = 0.1)
 def token_shares(shares: torch.Tensor, fidelity: bool = True) -> torch.Tensor:
     """Shares of the token rewards among themselves, `[B,K-1]`, from those of all rewards `[B,K]`, fidelity first.
 
-    What fidelity takes is taken where the gradients meet. Where it takes all, they are equal: fidelity's part is as large
-    as the gradient that it replaces. Without `fidelity` among the rewards, the shares `[B,K]` as they are.
+    Fidelity takes its share in the fork, where the gradients meet. If it takes everything, the shares of the token rewards are
+    equal, since the length of fidelity's part is that of the gradient it replaces. Without `fidelity` among the rewards, the
+    shares `[B,K]` are returned as they are.
     """
     if not fidelity:
         return shares
@@ -221,8 +224,8 @@ TIMESTEP_WEIGHTS = ("uniform", "low_noise")
 def timestep_weight(t: torch.Tensor, kind: str) -> torch.Tensor:
     """`w(t) / E[w]` of timesteps `t [B]`, float32, with mean 1 over t uniform in [0, 1].
 
-    `uniform` is 1; `low_noise` is `w(t) = sigmoid(20 (0.7 - t))`, which leaves out the noisiest timesteps, where the image
-    says little about its features (Stable Velocity).
+    `uniform` is 1; `low_noise` is `w(t) = sigmoid(20 (0.7 - t))`, which almost removes the noisiest timesteps, where the noisy
+    image says little about the features (Stable Velocity).
     """
     if kind == "uniform":
         return torch.ones_like(t, dtype=torch.float32)
@@ -234,8 +237,8 @@ def timestep_weight(t: torch.Tensor, kind: str) -> torch.Tensor:
 def action_noise(seed: int, indices: torch.Tensor, number: int, shape: tuple, device: torch.device) -> torch.Tensor:
     """Standard normal noise of the policy's actions, `[G,B,N,E]`, a function of seed, sample index and projector.
 
-    It is drawn on the device (G * N * E numbers per sample are too many for the data loader), so that only devices of one
-    kind draw the same.
+    It is drawn on the device, since G * N * E numbers per sample are too many for the data loader. Devices of different kinds
+    draw different noise.
 
     Args:
         indices: global sample indices, `[B]`, on the CPU.

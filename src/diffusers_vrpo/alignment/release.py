@@ -1,12 +1,12 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""The end of alignment: at a given step, when the gate has closed all timestep bins that oppose flow matching, or at a plateau."""
+"""The end of alignment: at a given step, once the gate has closed in all timestep bins, or at a plateau of the distance."""
 
 import math
 
 import torch
 
-from .host_copy import DeviceSums
-from .reward_statistics import MIN_SAMPLES, NUM_BINS, RewardStatistics
+from .host_copy import finite_bins
+from .reward_statistics import MIN_SAMPLES, NUM_BINS, timestep_bins
 
 
 RELEASES = ("none", "stop", "gate", "plateau")
@@ -20,67 +20,56 @@ class ConflictGate:
     Per bin, m and q are averages of the cosine between the two gradients and of its square, both divided by
     `1 - decay^count` as Adam's, so that they are unbiased from the first step on. Where the upper bound
     `m + 1.645 sqrt((q - m^2) / min(count, 1999))` stays below 0 for `window` steps in a row, the gate falls from 1 to 0
-    over as many steps, and never rises again. (HASTE, arXiv 2505.16792, stops alignment for the same reason.) The
-    variance is the one among samples, while a step averages several: with many samples per step the gate errs towards open.
+    over as many steps, and never rises again. (HASTE, arXiv 2505.16792, stops alignment for the same reason.) The variance
+    is that of single samples, although a step averages several; so with many samples per step the gate closes rather too late.
 
-    Choices of ours: the bound of a bin counts once it had samples in `MIN_SAMPLES` steps; in a step without samples a bin
-    keeps its bound and its count of steps in a row; a bin that never had samples keeps gate 1, but does not count for `closed`; the
-    averages start again after the first 10 % of the training (1,000 steps at most), and before that nothing closes: a fresh
-    model's gradients oppose each other for a while and then no longer do.
-    Step k uses the statistics through step k-1, whose sums enter once per optimizer step, as in `RewardStatistics`.
+    Choices of ours: the bound of a bin counts once the bin had samples in `MIN_SAMPLES` steps. In a step without samples a bin
+    keeps its bound and its count of steps in a row. A bin that never had samples keeps gate 1, but does not count for
+    `closed`. The averages start again after the first 10 % of the training (1,000 steps at most), and before that nothing
+    closes: the gradients of a fresh model oppose each other for a while and then no longer do.
+    Step k uses the statistics through step k-1. The sums of a step (host_copy.py) enter once per optimizer step, as in
+    `RewardStatistics`. Everything is float64 on the host.
 
-    The ratio `||g_align|| / ||g_main||` of the two gradients has an average of the same kind per bin, for the log only.
+    The ratio `||g_align|| / ||g_main||` of the two gradients is averaged in the same way, for the log only.
 
     Args:
         max_train_steps (`int`): the window is 2 % of it, at least 1.
-        device: of the cosines. The sums over samples live there, everything else on the host; float64 (float32 on MPS).
-        acts (`bool`): without it cosines are measured and no gate closes.
-        warmup (`int`, *optional*): after this many steps the averages start again; as above when not given.
+        acts (`bool`): whether gates close; otherwise the cosines are only measured.
+        warmup (`int`, *optional*): the number of steps after which the averages start again; as above when not given.
     """
 
-    def __init__(self, max_train_steps: int, device="cpu", acts: bool = True, warmup: int | None = None):
+    num_measures = 4
+
+    def __init__(self, max_train_steps: int, acts: bool = True, warmup: int | None = None):
         self.window = max(1, round(0.02 * max_train_steps))
         self.warmup = min(1000, max_train_steps // 10) if warmup is None else warmup
         self.acts = acts
         self.step = 0
-        # `row`: steps in a row in which the bound was below 0; `closing`: completed steps of the way from 1 to 0.
+        # `row`: steps in a row in which the bound was below 0; `closing`: steps completed on the way from 1 to 0.
         names = ("mean", "square", "count", "row", "closing", "ratio", "ratio_count")
-        # Samples with a cosine, samples with a ratio; cosines, ratios, squares of cosines.
-        self.sums = DeviceSums((5, NUM_BINS), device)
-        self._add = add_gradient_rows
-        self.state = {name: torch.zeros(NUM_BINS, dtype=self.sums.dtype) for name in names}
+        self.state = {name: torch.zeros(NUM_BINS, dtype=torch.float64) for name in names}
 
-    @property
-    def pending(self) -> torch.Tensor:
-        """The sums since the last update, on the device."""
-        return self.sums.sums
+    @staticmethod
+    def measures(cosine_and_ratio: torch.Tensor) -> list[torch.Tensor]:
+        """What `DeviceSums` adds up for `update`: cosine and ratio of each sample, `[2,B]`, and their signs.
 
-    def observe(self, t: torch.Tensor, cosine: torch.Tensor, ratio: torch.Tensor | None = None):
-        """Adds one micro-batch: `t [B]` in [0, 1], `cosine [B]` and, if it is measured, `ratio [B]`.
-
-        Exact zeros (no gradient), NaN and inf are skipped.
+        The square of a sign is 1, and 0 for a sample whose value is exactly zero because it has no gradient. So the squares
+        of the signs count the samples.
         """
-        measures = torch.stack([cosine, torch.zeros_like(cosine) if ratio is None else ratio])
-        self.observe_measures(RewardStatistics.bins(t), measures)
+        return [cosine_and_ratio, cosine_and_ratio.sign()]
 
-    def observe_measures(self, bins: torch.Tensor, measures: torch.Tensor):
-        """As `observe`, of the bins of the timesteps `[B]`, and of cosine and ratio in one tensor `[2,B]`."""
-        self._add(self.sums.sums, bins, measures.detach())
+    def update(self, count: torch.Tensor, sums: torch.Tensor):
+        """Moves averages and gates by the sums of an optimizer step.
 
-    def compile(self) -> None:
-        """Compiles what `observe_measures` does."""
-        self._add = torch.compile(add_gradient_rows, fullgraph=True, dynamic=False)
+        A bin in which a cosine is not finite has no cosine in this step, and likewise for the ratio.
 
-    def collect(self, all_reduce=None):
-        """Starts the copy of the sums to the host, which `update` then need not wait for; `all_reduce(tensor)` adds up processes."""
-        self.sums.collect(all_reduce)
-
-    def update(self, all_reduce=None):
-        """One optimizer step: moves averages and gates; `all_reduce(tensor)` sums over processes.
-
-        It waits for the device, unless `collect` was called before.
+        Args:
+            count: samples in each bin, `[bins]`; not used, since zeros do not count.
+            sums: of the `measures` and of their squares, `[2,4,bins]`.
         """
-        count, ratio_count, cosine, ratio, square = self.sums.read(all_reduce)
+        (cosine, ratio, _, _), (square, _, count, ratio_count) = sums
+        cosine, square, count = finite_bins(torch.stack([cosine, square, count]))
+        ratio, ratio_count = finite_bins(torch.stack([ratio, ratio_count]))
         state = self.state
         has_ratio = (ratio_count > 0).to(ratio.dtype)
         state["ratio"].lerp_(ratio / ratio_count.clamp_min(1), (1 - COSINE_DECAY) * has_ratio)
@@ -119,13 +108,13 @@ class ConflictGate:
 
     def lookup(self, t: torch.Tensor) -> torch.Tensor:
         """The gate for timesteps `t [B]`, float32 `[B]`."""
-        return self.gates().float().to(t.device)[RewardStatistics.bins(t)]
+        return self.gates().float().to(t.device)[timestep_bins(t)]
 
     def steps_until_closed(self) -> float:
-        """Steps until the gate of every bin with samples is 0; infinite while one has not begun.
+        """Steps until the gate of every bin with samples is 0; infinite while one of them has not begun to close.
 
-        It is the same on every process. Call it at least once every `window` steps, and count down from the first finite
-        result.
+        The number is the same on every process. Call it at least once every `window` steps, and count down from the first
+        finite result.
         """
         used, closing = self.state["count"] > 0, self.state["closing"]
         begun = (closing[used] > 0).all() & used.any()
@@ -134,7 +123,7 @@ class ConflictGate:
     def summary(self) -> dict[str, float]:
         """For the log: cosine, ratio and gate of the bins that had samples, `cosine/0.0-0.1`, `gradient_ratio/0.0-0.1` and so on.
 
-        A closed bin has no alignment gradient, and no cosine or ratio any more.
+        A closed bin has no alignment gradient any more, so it has neither cosine nor ratio.
         """
         values = {}
         used, cosines, gates = (x.tolist() for x in (self.state["count"] > 0, self.cosine(), self.gates()))
@@ -167,23 +156,14 @@ class ConflictGate:
         self.state["closing"].mul_(self.window / int(state_dict["window"])).ceil_().clamp_(max=self.window)
 
 
-def add_gradient_rows(sums: torch.Tensor, bins: torch.Tensor, measures: torch.Tensor) -> None:
-    """Adds to the `sums [5,bins]` of a `ConflictGate`, of cosine and ratio `[2,B]`: 1 and 1, both, the cosine's square.
-
-    What does not count, exact zeros, NaN and inf, is 0 in all of its rows.
-    """
-    values = measures.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).to(sums.dtype)
-    sums.index_add_(1, bins, torch.cat([(values != 0).to(sums.dtype), values, values[:1].square()]))
-
-
 class Release:
     """The first step without alignment: a given one, or the one at which every gate or the plateau will have closed.
 
-    It is known ahead and the same on every process, so that no step has to wait for the device.
+    The step is known in advance and is the same on every process, so that no step has to wait for the device.
 
     Args:
-        gate: the [`ConflictGate`] or [`Plateau`]; its window is how long it takes to close.
-        stop_step (`int`, *optional*): the step from which on alignment does not act in any case.
+        gate: the [`ConflictGate`] or [`Plateau`]; its `window` is the number of steps that it takes to close.
+        stop_step (`int`, *optional*): the step from which on nothing is aligned in any case.
     """
 
     def __init__(self, gate: ConflictGate, stop_step: int | None = None):
@@ -191,7 +171,7 @@ class Release:
         self.stop_step = math.inf if stop_step is None else stop_step
 
     def active(self, step: int) -> bool:
-        """Whether a step aligns. After the first step that does not, none does, on any process."""
+        """Whether a step aligns. After the first step that does not, no later one does, on any process."""
         return step < self.stop_step
 
     def look_ahead(self, step: int):

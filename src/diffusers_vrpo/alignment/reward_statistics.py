@@ -1,9 +1,9 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Running statistics of the rewards, and the weights that follow from them: the only stateful piece of the loss.
+"""Running statistics of the rewards, and the weights that follow from them.
 
-Formulas: docs/method.md. Rewards are weighed by inverse variance (arXiv 2606.00583): raw weights `omega_k ~ 1/sigma_k^2`. The
-loss uses unit gradients, which absorb one sigma, so the share of reward k is `s_k = omega_k sigma_k / sum_j omega_j
-sigma_j`. The same rule on rewards in one unit, each divided by its sigma_k, has equal weights, and so equal shares.
+Formulas: docs/method.md. The paper weighs rewards by inverse variance (arXiv 2606.00583): raw weights `omega_k ~ 1/sigma_k^2`.
+The loss uses unit gradients, which absorb one sigma, so the share of reward k is `s_k = omega_k sigma_k / sum_j omega_j
+sigma_j`. Applied to rewards in a common unit, each divided by its sigma_k, the same rule gives equal weights and equal shares.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import InputError
-from .host_copy import DeviceSums
+from .host_copy import finite_bins
 
 
 NUM_BINS = 10  # timestep bins of equal width
@@ -20,16 +20,16 @@ GRADIENT_DECAY = 0.9999  # of the gradients' size
 FLOOR_STEP = 1000  # tau never falls under its value at this step
 MIN_SAMPLES = 32  # a bin with fewer has no variance worth using: equal shares
 WEIGHTINGS = ("auto", "equal", "inverse_variance", "inverse_std", "raw")
-# What `auto` gives to VRPO's own rewards: the best of the mixtures on both yardsticks (docs/results.md).
+# The shares of VRPO's own rewards with `auto`: the best of the mixtures on both yardsticks (docs/results.md).
 AUTO_SHARES = {"fidelity": 0.0, "semantic": 2.0, "structural": 1.0}
 
 
 def parse_reward_weighting(text: str, names: Sequence[str]) -> str | tuple[float, ...]:
-    """One of `WEIGHTINGS` but `auto`, or fixed shares, one per reward, made to sum to 1.
+    """Returns one of `WEIGHTINGS` other than `auto`, or fixed shares, one per reward, scaled to sum to 1.
 
     Args:
-        text: the name of a weighting, shares such as `"0,2,1"`, or `"auto"`: `AUTO_SHARES` of VRPO's own three rewards, and
-            equal shares of any others.
+        text: the name of a weighting; shares such as `"0,2,1"`; or `"auto"`, which means `AUTO_SHARES` for VRPO's own three
+            rewards, and equal shares for any others.
         names: of the rewards, in the order of the shares.
 
     Raises:
@@ -55,15 +55,25 @@ def parse_reward_weighting(text: str, names: Sequence[str]) -> str | tuple[float
     return tuple(number / sum(numbers) for number in numbers)
 
 
-def clip_shares(shares: torch.Tensor, low: float = 1 / 3, high: float = 3.0) -> torch.Tensor:
-    """Shares `[..., K]` that sum to 1, each within [low, high] times the equal share 1/K.
+def bin_edges(device=None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The timesteps between two bins, `[bins - 1]`."""
+    return torch.arange(1, NUM_BINS, device=device, dtype=dtype) / NUM_BINS
 
-    The shares inside the bounds keep their proportions: a reward that saturates (sigma -> 0) cannot take everything.
+
+def timestep_bins(t: torch.Tensor, edges: torch.Tensor | None = None) -> torch.Tensor:
+    """The timestep bin of each `t` in [0, 1]; `edges` are `bin_edges`, if they are at hand."""
+    return torch.bucketize(t, bin_edges(t.device, t.dtype) if edges is None else edges, right=True)
+
+
+def clip_shares(shares: torch.Tensor, low: float = 1 / 3, high: float = 3.0) -> torch.Tensor:
+    """Clips shares `[..., K]`, which still sum to 1, so that each is within [low, high] times the equal share 1/K.
+
+    The shares inside the bounds keep their proportions. So a reward that saturates (sigma -> 0) cannot take everything.
     """
     num_rewards = shares.shape[-1]
     low, high = low / num_rewards, min(high / num_rewards, 1.0)
     shares = shares.clamp_min(1e-12)
-    # sum_k clamp(c s_k) grows with the factor c, linearly between those at which a share meets a bound.
+    # sum_k clamp(c s_k) grows with the factor c, and it is linear between the factors at which a share meets a bound.
     factors = torch.cat([low / shares, high / shares], dim=-1).sort(dim=-1).values
     sums = (factors.unsqueeze(-1) * shares.unsqueeze(-2)).clamp(low, high).sum(-1)
     i = ((sums <= 1).sum(-1, keepdim=True) - 1).clamp(0, 2 * num_rewards - 2)
@@ -75,8 +85,8 @@ def clip_shares(shares: torch.Tensor, low: float = 1 / 3, high: float = 3.0) -> 
 def shares_from_std(sigma: torch.Tensor, weighting: str) -> torch.Tensor:
     """`s_k ~ omega_k sigma_k` of the rewards' standard deviations `[..., K]`, before clipping; equal where all are 0.
 
-    `equal` and `inverse_std` both give equal shares: `omega_k ~ 1/sigma_k` makes of a raw reward one in units of its
-    standard deviation. `raw` weighs the raw rewards alike, so that the largest in its own unit leads.
+    `equal` and `inverse_std` both give equal shares: the weight `omega_k ~ 1/sigma_k` expresses a raw reward in units of its
+    standard deviation. `raw` gives all raw rewards the same weight, so that the one with the largest numbers leads.
     """
     if weighting == "equal":
         return torch.full_like(sigma, 1 / sigma.shape[-1])
@@ -89,25 +99,30 @@ def shares_from_std(sigma: torch.Tensor, weighting: str) -> torch.Tensor:
 class RewardStatistics:
     """Variance and gradient size of each reward, per aligned block and timestep bin.
 
-    The variance is the one among the samples of a step, averaged over steps: the rewards' own rise over training does
-    not count. Step k uses the statistics through step k-1. Sums of all micro-batches and processes enter once per optimizer step,
+    The variance is that among the samples of a step, averaged over steps, so the rise of a reward over the training does not
+    count. Step k uses the statistics through step k-1. Sums of all micro-batches and processes enter once per optimizer step,
     so that neither the number of processes nor accumulation changes the result.
 
-    The sums live on the device, everything else on the host (host_copy.py).
+    The sums come from the device (host_copy.py). Everything here is float64 on the host: variances are small differences.
 
     Args:
         num_layers (`int`): L, aligned blocks (times encoders).
         num_rewards (`int`): K.
         weighting (`str` or `tuple[float, ...]`): as `parse_reward_weighting` returns it.
-        device: of the rewards. All statistics are float64 (float32 on MPS): variances are small differences.
+        num_gradients (`int`, *optional*): J, how many of the rewards, the last ones, have a gradient; all when not given.
     """
 
-    def __init__(self, num_layers: int, num_rewards: int, weighting: str | tuple[float, ...], device="cpu"):
-        shape = (num_layers, num_rewards, NUM_BINS)
+    def __init__(
+        self,
+        num_layers: int,
+        num_rewards: int,
+        weighting: str | tuple[float, ...],
+        num_gradients: int | None = None,
+    ):
+        shape, dtype = (num_layers, num_rewards, NUM_BINS), torch.float64
         self.step = 0
-        # Of each projector: squares of gradients; the count; rewards, and their squares.
-        self.sums = DeviceSums((num_layers, 1 + 3 * num_rewards, NUM_BINS), device)
-        dtype = self.sums.dtype
+        self.num_rewards, self.num_gradients = num_rewards, num_rewards if num_gradients is None else num_gradients
+        self.num_measures = num_layers * (self.num_rewards + self.num_gradients)
         self.given_shares = weighting if isinstance(weighting, tuple) else None
         self.weighting = torch.tensor(weighting, dtype=dtype) if isinstance(weighting, tuple) else weighting
         self.state = {
@@ -119,17 +134,6 @@ class RewardStatistics:
             "tau_floor": torch.zeros(shape, dtype=dtype),
         }
         self._tables = None  # shares and tau of the current step, made on first use
-
-    @property
-    def pending(self) -> dict[str, torch.Tensor]:
-        """The sums since the last update, by name, on the device."""
-        return self._by_name(self.sums.sums)
-
-    @staticmethod
-    def _by_name(sums: torch.Tensor) -> dict[str, torch.Tensor]:
-        num_rewards = sums.shape[1] // 3
-        gradient_square, count, reward, square = sums.split([num_rewards, 1, num_rewards, num_rewards], dim=1)
-        return {"count": count.squeeze(1), "reward": reward, "square": square, "gradient_square": gradient_square}
 
     def variance(self) -> torch.Tensor:
         """`sigma_k^2` over samples of the token mean of each raw reward, `[L,K,bins]`."""
@@ -145,11 +149,11 @@ class RewardStatistics:
         return torch.where(known, shares, 1 / shares.shape[-1]).movedim(-1, 1)
 
     def has_share(self, reward: int) -> bool:
-        """Whether a reward, by its number, ever has a share: only given shares can leave it without one."""
+        """Whether the reward with this number ever has a share; only given shares can leave it without one."""
         return self.given_shares is None or self.given_shares[reward] > 0
 
     def tau(self) -> torch.Tensor:
-        """`tau_k` `[L,K,bins]`: a tenth of the gradients' usual size, never below its value at step 1,000."""
+        """`tau_k` `[L,K,bins]`: a tenth of the usual size of the gradients, and never less than it was at step 1,000."""
         usual = self.state["gradient"] / self.state["gradient_mass"].clamp_min(1e-30)
         return torch.maximum(0.1 * usual, self.state["tau_floor"])
 
@@ -161,57 +165,30 @@ class RewardStatistics:
 
     def lookup(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Shares and tau for timesteps `t [B]`, each float32 `[L,B,K]`, on their device."""
-        bins = self.bins(t)
+        bins = timestep_bins(t)
         return tuple(table.to(t.device)[:, :, bins].mT for table in self.tables())
 
-    @staticmethod
-    def bins(t: torch.Tensor) -> torch.Tensor:
-        """The timestep bin of each `t` in [0, 1]."""
-        return (t * NUM_BINS).long().clamp(0, NUM_BINS - 1)
-
-    def observe(
-        self,
-        layer: int,
-        t: torch.Tensor,
-        rewards: torch.Tensor,
-        gradient_squares: torch.Tensor,
-        bins: torch.Tensor | None = None,
-    ):
-        """Adds one micro-batch of a block.
+    def update(self, count: torch.Tensor, sums: torch.Tensor):
+        """Updates the averages with the sums of an optimizer step. A bin in which one is not finite counts as without samples.
 
         Args:
-            t: timesteps `[B]`.
-            rewards: their token means, `[B,K]`.
-            gradient_squares: token means of squared gradient norms, `[B,K]`, or `[B,J]` of the last J rewards, if the others
-                have no gradient.
-            bins: `bins(t)`, if it is known.
+            count: samples in each bin, `[bins]`.
+            sums: for each projector in turn, sums over samples of the K rewards and of the J squared gradient norms, which are
+                means over tokens; and the sums of the squares of these numbers, `[2, L (K+J), bins]`.
         """
-        values = torch.cat([rewards, gradient_squares], dim=1).detach()
-        rows = reward_rows(values, rewards.shape[1], self.sums.dtype)
-        bins = self.bins(t) if bins is None else bins
-        self.sums.sums[layer, -rows.shape[1] :].index_add_(1, bins, rows.mT)
-
-    def collect(self, all_reduce=None):
-        """Starts the copy of the sums to the host, which `update` then need not wait for; `all_reduce(tensor)` adds up processes."""
-        self.sums.collect(all_reduce)
-
-    def update(self, all_reduce=None):
-        """Updates the averages with the observations since the last call; `all_reduce(tensor)` sums over processes.
-
-        It waits for the device, unless `collect` was called before.
-        """
-        if not self.sums.collected:
-            self.collect(all_reduce)
-        pending = self._by_name(self.sums.read(all_reduce))
-        count = pending["count"][0]
+        sums = finite_bins(torch.cat([count.expand(2, 1, -1), sums], dim=1))
+        count, (measures, squares) = sums[0, 0], sums[:, 1:].unflatten(1, (len(self.state["spread"]), -1))
+        reward, square = measures[:, : self.num_rewards], squares[:, : self.num_rewards]
+        gradient_square = torch.zeros_like(self.state["gradient"])
+        gradient_square[:, -self.num_gradients :] = measures[:, self.num_rewards :]
         divisor = count.clamp_min(1)
         state = self.state
         rate = (1 - DECAY) * (count > 1).to(count.dtype)
-        spread = (pending["square"] - pending["reward"].square() / divisor).clamp_min(0)
+        spread = (square - reward.square() / divisor).clamp_min(0)
         state["spread"].lerp_(spread, rate)
         state["freedom"].lerp_(count - 1, rate)
         rate = (1 - GRADIENT_DECAY) * (count > 0).to(count.dtype)
-        rms = (pending["gradient_square"] / divisor).sqrt()
+        rms = (gradient_square / divisor).sqrt()
         state["gradient"].lerp_(rms, rate)
         state["gradient_mass"].lerp_(torch.ones_like(rate), rate)
         state["count"] += count
@@ -223,7 +200,7 @@ class RewardStatistics:
     def summary(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """For the log: sigma_k, omega_k (summing to 1) and s_k, averaged over blocks and bins with samples, `[K]`.
 
-        omega_k are the weights of the raw rewards that the shares amount to: `omega_k ~ s_k / sigma_k`.
+        The shares amount to the weights `omega_k ~ s_k / sigma_k` of the raw rewards.
         """
         weight = (self.state["count"] > 0).to(self.state["count"].dtype)
         weight = weight / weight.sum().clamp_min(1)
@@ -240,19 +217,3 @@ class RewardStatistics:
         self.step = int(state_dict["step"])
         for name, tensor in self.state.items():
             tensor.copy_(state_dict[name])
-
-
-def reward_rows(values: torch.Tensor, num_rewards: int, dtype: torch.dtype) -> torch.Tensor:
-    """What `RewardStatistics` adds up of each sample: J squared gradients, 1, the K rewards, their squares; `[B, J + 1 + 2 K]`.
-
-    Args:
-        values: rewards and squared gradients, `[B, K + J]`. A sample in which one is not finite counts as none: a single one
-            would permanently spoil its bin.
-        num_rewards: K.
-        dtype: of the result.
-    """
-    # NaN is not below infinity, and the largest of some numbers is NaN if one of them is.
-    known = torch.linalg.vector_norm(values, ord=float("inf"), dim=1, keepdim=True) < float("inf")
-    values = torch.where(known, values, 0).to(dtype)
-    rewards, squares = values.tensor_split([num_rewards], dim=1)
-    return torch.cat([squares, known.to(dtype), rewards, rewards.square()], dim=1)

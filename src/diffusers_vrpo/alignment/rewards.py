@@ -2,7 +2,7 @@
 """Rewards of projected tokens, and their gradients along the sphere.
 
 The composite reward is `alpha R_f + beta R_se + gamma R_st` (arXiv 2606.00583). Fidelity, `R_f = -L_FM` of the sample, is
-not a function of the tokens: its gradient meets the others' in gradient_fork.py. Semantic, structural and user-defined
+not a function of the tokens: its gradient meets those of the other rewards in gradient_fork.py. Semantic, structural and user-defined
 rewards are `TokenReward`s. Notation of docs/method.md: `mu [B,N,E]` are the projected tokens of the transformer and
 `y [B,N,E]` the patch embeddings of a frozen encoder, both unit vectors in float32.
 """
@@ -22,9 +22,9 @@ DEFAULT_REWARDS = (FIDELITY, "semantic", "structural")
 
 
 def normalize(x: torch.Tensor) -> torch.Tensor:
-    """Unit vectors in float32; half precision here is REPA's known source of NaN.
+    """Divides vectors by their length, in float32; half precision here is REPA's known source of NaN.
 
-    Vectors shorter than 1e-6 become zero and get no gradient, since it would be very large.
+    Vectors shorter than 1e-6 become zero and get no gradient, which would be very large.
     """
     return _Normalize.apply(x.float())[0]
 
@@ -32,13 +32,14 @@ def normalize(x: torch.Tensor) -> torch.Tensor:
 class _Normalize(torch.autograd.Function):
     """Unit vectors and the norms that they were divided by, in float32.
 
-    The backward pass, `(g - <g, mu> mu) / norm`, is autograd's of a division by a norm, to the bit, without what that computes twice.
+    The backward pass, `(g - <g, mu> mu) / norm`, gives the bits that autograd gives for a division by a norm, but computes
+    nothing twice.
     """
 
     @staticmethod
     def forward(x):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        # Divided by infinity, a vector and its gradient are zero: cheaper than to choose for each of its numbers.
+        # Dividing by infinity makes a vector and its gradient zero, which is cheaper than a choice for each number.
         norm = F.threshold(norm, 1e-6, float("inf"))
         return x / norm, norm
 
@@ -145,7 +146,7 @@ def structural_reward(action: torch.Tensor, mu: torch.Tensor, y: torch.Tensor, s
 
 
 def structural_gradient(mu: torch.Tensor, y: torch.Tensor, subset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The structural reward at the mean action, and its tangent gradient, from one difference of relations."""
+    """The structural reward at the mean action, and its tangent gradient; both come from one difference of relations."""
     mu_s = take_tokens(mu, subset)
     difference = torch.baddbmm(mu @ mu_s.mT, y, take_tokens(y, subset).mT, alpha=-1)
     # With beta 0 the first argument is not read.
@@ -168,7 +169,8 @@ def values_and_gradients(
     rewards: Sequence[TokenReward], mu: torch.Tensor, y: torch.Tensor, subset: torch.Tensor
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Rewards at the mean action, each `[B,N]`, and their tangent gradients `P_mu grad R_k`, each `[B,N,E]`."""
-    # Autocast would run the products in half precision: the rewards' differences are smaller than its rounding.
+    # Under autocast the products would run in half precision, whose rounding is larger than the rewards' differences. TF32's is
+    # small enough (docs/speed.md).
     with torch.autocast(mu.device.type, enabled=False):
         found = [reward.value_and_gradient(mu, y, subset) for reward in rewards]
     return [value for value, _ in found], [gradient for _, gradient in found]

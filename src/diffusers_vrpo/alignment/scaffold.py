@@ -1,8 +1,8 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""REPI (arXiv 2609.35292): a block that attends to an encoder's features first, and learns to do without them.
+"""REPI (arXiv 2609.35292): a block that first attends to an encoder's features, and then learns to do without them.
 
-In the scaffold phase the block takes its keys and values from the features of the clean image, through a linear map each.
-In the internalisation phase, which follows, its own keys and values are pulled to those of the maps. The maps are submodules of
+In the scaffold phase the block takes its keys and values from the features of the clean image, through one linear map each.
+In the internalisation phase, which follows, its own keys and values are pulled towards those of the maps. The maps are submodules of
 `AlignedTransformer`; forward hooks on the block's `to_k` and `to_v` replace and record what these return.
 """
 
@@ -76,7 +76,7 @@ class Scaffold(nn.Module):
         self.draw_weights()
 
     def draw_weights(self):
-        """Draws the weights as SiT's and the projectors': Xavier, without bias."""
+        """Draws the weights like those of SiT and the projectors: Xavier, with biases of zero."""
         for linear in (self.keys, self.values):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -94,7 +94,7 @@ class ScaffoldStep:
     Args:
         features: of the clean images by each encoder, `[B,M,E]`.
         replaces (`bool`): whether the block takes its keys and values from the maps (the scaffold phase); otherwise its own
-            ones are recorded, to be pulled to those of the maps (internalisation).
+            are recorded, to be pulled towards those of the maps (internalisation).
     """
 
     def __init__(self, features: list[torch.Tensor], replaces: bool):
@@ -132,7 +132,7 @@ class ScaffoldStep:
         With gradient checkpointing it runs again in the backward pass, where nothing is recorded.
 
         Raises:
-            ValueError: if the output is not one of tokens, or there are fewer than in the transformer's input.
+            ValueError: if the output does not consist of tokens, or has fewer of them than the transformer's input.
         """
         mapped = self.mapped[index]
         number, first_time = mapped.shape[1], index not in self.reached

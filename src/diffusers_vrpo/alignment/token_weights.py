@@ -1,8 +1,8 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Weights of the tokens of an image in the alignment loss: alike, or by their distance to the encoder's (docs/method.md).
+"""Weights of the tokens of an image in the alignment loss: equal, or by their distance to the targets (docs/method.md).
 
-Residual weights are those of RARE (arXiv 2609.34732): the tokens of an image are a group, and those that are farther from
-their target than the others count more.
+Residual weights are those of RARE (arXiv 2609.34732): the tokens of an image form a group, in which tokens that are farther
+from their targets than the others count more.
 """
 
 import torch

@@ -1,8 +1,8 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
-"""Whitened targets: an encoder's embeddings on K principal dimensions of a fixed sample, each with variance 1 there.
+"""Whitened targets: an encoder's embeddings in K principal dimensions of a fixed sample, in which each has variance 1.
 
-The directions in which patch embeddings vary most often say little about the image (position, a common offset), and a cosine
-follows them alone. Whitening was found to help with weak encoders most (RARE, arXiv 2609.34732).
+The directions in which patch embeddings vary most often say little about the image (position, a common offset), but they
+dominate a cosine. Whitening was found to help most with weak encoders (RARE, arXiv 2609.34732).
 """
 
 from collections.abc import Callable, Iterable
@@ -23,7 +23,8 @@ class Whitening:
 
     Attributes:
         mean (`torch.Tensor`): `[E]`, float32.
-        projection (`torch.Tensor`): `[E,K]`, float32: principal directions, by falling variance, over its square root.
+        projection (`torch.Tensor`): `[E,K]`, float32: principal directions in the order of falling variance, each divided by
+            the square root of its variance.
     """
 
     mean: torch.Tensor
@@ -105,7 +106,7 @@ def fit_whitening(batches: Iterable[torch.Tensor], num_dims: int, name: str = ""
     count, total, products, shift = 0, 0.0, 0.0, None
     for features in batches:
         tokens = features.flatten(0, -2).double()
-        # Second moments around about the mean: those around 0 would lose digits where the mean is far from it.
+        # Second moments are taken around a first estimate of the mean: those around 0 lose digits where the mean is far from 0.
         shift = tokens.mean(0) if shift is None else shift
         tokens = tokens - shift
         count, total, products = count + len(tokens), total + tokens.sum(0), products + tokens.mT @ tokens
@@ -123,7 +124,7 @@ def fit_whitening(batches: Iterable[torch.Tensor], num_dims: int, name: str = ""
             + (f"give at most whiten:{rank}" if rank > 1 else "give none"),
         )
     variances, directions = variances[:num_dims], directions[:, :num_dims]
-    # A direction and its opposite are the same to the decomposition: the largest component shall be positive.
+    # The decomposition does not tell a direction from its opposite: take the one whose largest component is positive.
     largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
     projection = directions * largest.sign() / variances.sqrt()
     return Whitening((mean + shift).float(), projection.float())

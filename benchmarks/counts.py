@@ -17,31 +17,20 @@ backward pass; `optimizer` is clipping and fused AdamW; `average` is the EMA; `s
 log. REPI is counted after its scaffold phase. The objective's computations on the host, from numbers that one copy brings there,
 launch nothing and are counted separately.
 
-<<<<<<< HEAD
 `vrpo-perceptual` is VRPO with the perceptual reward: DINOv2-B compares, at 224 pixels, the images that AutoencoderTiny decodes for
-seven samples in ten (those with t <= 0.7). Its activations are freed before the backward pass, so they are not among the saved ones.
-=======
-`vrpo-perceptual` is VRPO with the perceptual reward: DINOv2-B compares, at 224 pixels, what AutoencoderTiny decodes of seven samples in
-ten (those with t <= 0.7), as many at a time as a GPU takes by default. Its activations are freed before the backward pass, so that they are not among those saved.
->>>>>>> step-loss
+seven samples in ten (those with t <= 0.7), as many at a time as on a GPU by default. Its activations are freed before the backward
+pass, so they are not among the saved ones.
 
 The roofline is the least time on a GPU: an operation takes its FLOPs over the peak or its bytes over the bandwidth, whichever is
 longer. `eager` is the sum over all operations. `compiled` treats each run of operations between two matrix products or attentions
 as one kernel, which reads once what was made before it, and writes only what is used after it. A compiler that fuses all it can
 and recomputes nothing would reach that. Launches, and everything that does not overlap, take further time.
 
-<<<<<<< HEAD
 Two tables need a C++ compiler or some seconds each. Graph breaks are counted in the graphs that `--compile` makes (a block, the
-loss, the backward pass of the fork, the sums of the gate), and in the whole model with its fork, as if it were compiled at once.
+loss, the backward pass of the fork, the sums of the statistics), and in the whole model with its fork, as if it were compiled at once.
 Kernels are those that Inductor generates on a CPU for the loss and the statistics, as C++ functions and as loop nests in them. The
 number of a GPU's kernels lies in between: a GPU fuses no less, but nests of different shapes that share a function on a CPU are
 separate kernels there.
-=======
-Two tables need a C++ compiler or some seconds each. Graph breaks: of the graphs that `--compile` makes (a block, the loss, the fork's
-backward pass, the sums of the statistics), and of the whole model with its fork, if it were compiled at once. Kernels: what Inductor makes of the
-loss and the statistics on a CPU, as C++ functions and as loop nests in them. A GPU's kernels lie in between: it fuses no less, but
-nests of unlike shapes that share a function here are kernels of their own there.
->>>>>>> step-loss
 """
 
 import argparse
@@ -256,13 +245,8 @@ def build(objective: str, preset: str, depth: int | None = None, latent_size: in
     return args, aligned.train()
 
 
-<<<<<<< HEAD
-def perceptual(config, latent_size: int) -> ImageRewards:
-    """The perceptual reward of images that AutoencoderTiny decodes, in the features of a DINOv2-B with patches of 14 pixels."""
-=======
 def perceptual(config, latent_size: int, vae: torch.nn.Module | None = None) -> ImageRewards:
-    """The perceptual reward of what `vae` decodes (AutoencoderTiny), in the features of a DINOv2-B that sees 14 pixels a token."""
->>>>>>> step-loss
+    """The perceptual reward of images that `vae` (AutoencoderTiny) decodes, in the features of a DINOv2-B with patches of 14 pixels."""
     from diffusers import AutoencoderTiny
     from transformers import AutoModel, Dinov2Config, PreTrainedModel
 
@@ -667,14 +651,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="also compile the loss of repa and vrpo with Inductor, and count kernels",
     )
     parser.add_argument("--operations", choices=PARTS, help="list the operations of this part instead")
-<<<<<<< HEAD
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
-=======
     parser.add_argument(
         "--image_memory", action="store_true", help="print the memory of the perceptual reward on a GPU instead"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers")
->>>>>>> step-loss
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
     return parser
 
 

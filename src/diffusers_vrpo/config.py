@@ -642,13 +642,8 @@ class ImageRewardConfig(Options):
     )
     image_reward_batch_size: Free[Batch | None] = option(
         None,
-<<<<<<< HEAD
-        "images that are decoded and rewarded at a time, which bounds the memory; if not given, 8 with an autoencoder and 64 "
-        "without",
-=======
-        "images that are decoded and rewarded at a time, which bounds the memory; if not given, 64 of pixels, 8 with an autoencoder, and "
-        "with AutoencoderTiny on a GPU 64 of 256 pixels or as many larger ones as have as many pixels (at least 8)",
->>>>>>> step-loss
+        "images that are decoded and rewarded at a time, which bounds the memory; if not given, 64 without an autoencoder and 8 "
+        "with one; with AutoencoderTiny on a GPU, 64 at up to 256 pixels and fewer at more, but at least 8",
     )
 
 

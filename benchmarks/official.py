@@ -4,6 +4,7 @@ r"""Run the official code of REPA and SiT in turn with this package's, with the 
 
     python benchmarks/official.py --repa REPA --sit SiT --threads 1 --clock cpu
     python benchmarks/official.py --repa REPA --what training --batch_size 4 --threads 1 --clock cpu
+    python benchmarks/official.py --repa REPA --what training --operators --threads 1 --clock cpu --repeats 3
     python benchmarks/official.py --repa REPA --sit SiT --device cuda --json official.json
 
 REPA and SiT are folders with clones of the two repositories (sihyun-yu/REPA and willisma/SiT on GitHub), of which this
@@ -23,9 +24,10 @@ projectors when it samples; `repa, no projectors` is the same code built without
 of equal solvers from equal noise are compared, and their largest difference is printed.
 
 On a CPU, arms take turns within a round, in a new order in each round. Ratios are medians over rounds of the ratio within a
-round, and intervals are 95 % bootstrap intervals over rounds. On a GPU (`--device cuda`) every arm runs alone, so that its memory
-can be measured: training of all presets, eager and with compiled blocks on both sides, in bfloat16 autocast, with images/s, MFU
-and peak memory; sampling with TF32, and ours also in bfloat16 with compiled blocks, in 50 and 250 steps. A batch that does not
+round, and intervals are 95 % bootstrap intervals over rounds. `--operators` then runs each arm again and prints the processor time
+of every operator, which shows how much of a step are matrix products. On a GPU (`--device cuda`) every arm runs alone, so that its
+memory can be measured: training of all presets, eager and with compiled blocks on both sides, in bfloat16 autocast, with images/s,
+MFU and peak memory; sampling with TF32, and ours also in bfloat16 with compiled blocks, in 50 and 250 steps. A batch that does not
 fit is halved.
 """
 
@@ -42,6 +44,7 @@ import random
 import sys
 import time
 import types
+from collections import Counter
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from pathlib import Path
@@ -61,6 +64,7 @@ from objective_overhead import (
     median_ratio,
     train_step,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm.auto import tqdm
 
 from diffusers_vrpo import SiTTransformer2DModel, VRPOPipeline, sit_preset
@@ -73,6 +77,7 @@ from diffusers_vrpo.training.throughput import peak_flops
 GPU_PRESETS = ("SiT-S/2", "SiT-B/2", "SiT-L/2", "SiT-XL/2")
 SAMPLERS = {"euler": "ode", "heun": "heun", "sde": "sde"}  # and their names in `vrpo sample`
 LATENT_SCALE = 0.18215
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward"}
 AT_MOST = {"training": 0.9, "sampling": 0.95}  # largest accepted ratio of our time to the official one
 
 
@@ -124,6 +129,9 @@ def build_parser() -> argparse.ArgumentParser:
         choices=["wall", "cpu"],
         default="wall",
         help="measure wall time or, with cpu, processor time of the process (default: wall)",
+    )
+    parser.add_argument(
+        "--operators", action="store_true", help="also print the processor time of each operator, on a CPU"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and the order of the arms")
     parser.add_argument(
@@ -386,6 +394,7 @@ def compare_training(settings, preset: str) -> dict:
         "part": f"training, {preset}, batch {settings.batch_size}, {settings.dtype}",
         "seconds": seconds,
         "ratios": [ratio(seconds, *pair) for pair in [*pairs, ("ours, vrpo", "ours, repa", None)]],
+        "operators": time_operators(settings, calls, batches(settings, preset, settings.batch_size)),
     }
 
 
@@ -597,6 +606,7 @@ def compare_sampling(settings, preset: str, sampler: str, steps: int) -> dict:
         "seconds": per_row,
         "ratios": [ratio(per_row, a, b, AT_MOST["sampling"]) for a, b in pairs],
         "largest_difference": {f"{a} - {b}": (samples[a] - samples[b]).abs().max().item() for a, b in equal},
+        "operators": time_operators(settings, calls, noise_batches(settings)),
     }
 
 
@@ -644,6 +654,36 @@ def take_turns(settings, calls: dict[str, Callable], source) -> dict[str, list[f
     return seconds
 
 
+class OperatorTimes(TorchDispatchMode):
+    """Adds up the processor time of each operator by its name; what Python and autograd do in between is not in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.seconds = Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        start = time.process_time()
+        result = operator(*args, **(kwargs or {}))
+        self.seconds[operator.overloadpacket.__name__] += time.process_time() - start
+        return result
+
+
+def time_operators(settings, calls: dict[str, Callable], source) -> dict[str, dict[str, float]]:
+    """Seconds of each operator in a call of each arm, medians over rounds; empty unless `--operators` asks for it."""
+    found = {name: [] for name in calls}
+    for _ in range(settings.repeats if settings.operators else 0):
+        given = next(source)
+        for name, call in calls.items():
+            with OperatorTimes() as times:
+                call(given)
+            found[name].append(times.seconds)
+    return {
+        name: {operator: float(np.median([times[operator] for times in rounds])) for operator in set().union(*rounds)}
+        for name, rounds in found.items()
+        if rounds
+    }
+
+
 def ratio(seconds: dict, above: str, below: str, at_most: float | None) -> dict:
     value, low, high = median_ratio(seconds[above], seconds[below])
     return {"above": above, "below": below, "ratio": value, "low": low, "high": high, "at_most": at_most}
@@ -661,6 +701,28 @@ def print_comparison(part: dict):
         print(f"{r['above'] + ' / ' + r['below']:<40}{r['ratio']:>9.3f}{bounds:>18}{target:>13}")
     for pair, difference in part.get("largest_difference", {}).items():
         print(f"largest difference of samples, {pair}: {difference:.2g}")
+    if part["operators"]:
+        print_operators(part["operators"])
+
+
+def print_operators(arms: dict[str, dict[str, float]]):
+    """Prints the operators that take a hundredth of an arm's time or more, the rest together, and the products' share."""
+    totals = {name: sum(times.values()) for name, times in arms.items()}
+    names = sorted(
+        {o for times in arms.values() for o in times}, key=lambda o: -max(t.get(o, 0) for t in arms.values())
+    )
+    shown = [o for o in names if any(arms[name].get(o, 0) >= totals[name] / 100 for name in arms)]
+    rows = {o: [times.get(o, 0) for times in arms.values()] for o in shown}
+    rows["others"] = [totals[name] - sum(arms[name].get(o, 0) for o in shown) for name in arms]
+    rows["all"] = list(totals.values())
+    rows["matrix products"] = [sum(times.get(o, 0) for o in PRODUCTS) for times in arms.values()]
+    print(f"{'ms of processor time by operator':<60}" + "".join(f"{name:>21}" for name in arms))
+    for label, seconds in rows.items():
+        print(f"{label:<60}" + "".join(f"{1e3 * value:>21.1f}" for value in seconds))
+    shares = [
+        f"{products / total:>21.3f}" for products, total in zip(rows["matrix products"], rows["all"], strict=True)
+    ]
+    print(f"{'their share':<60}" + "".join(shares))
 
 
 def print_rows(rows: list[dict]):
@@ -685,6 +747,8 @@ def check(settings):
     cuda = settings.device == "cuda"
     if cuda and not torch.cuda.is_available():
         raise InputError("device", "--device cuda: torch finds no GPU here")
+    if cuda and settings.operators:
+        raise InputError("operators", "--operators measures processor time; torch.profiler shows what a GPU does")
     if cuda and settings.clock == "cpu":
         raise InputError(None, "--clock cpu does not see what a GPU does; use wall")
     settings.dtype = "bfloat16" if cuda else "float32"

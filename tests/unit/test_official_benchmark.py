@@ -100,3 +100,15 @@ def test_rows_of_the_network_are_counted(official):
     for rows in (2, 3):
         counted(torch.zeros(rows, 1))
     assert counted.rows == 5
+
+
+def test_the_time_of_operators_is_printed(official, capsys):
+    layer, settings = torch.nn.Linear(256, 256), SimpleNamespace(repeats=2, operators=True)
+    calls = {"twice": lambda x: layer(x).sum().backward(), "once": layer}
+    found = official.time_operators(settings, calls, iter([torch.ones(64, 256)] * 2))
+    assert {"addmm", "mm", "sum"} <= found["twice"].keys() and "mm" not in found["once"]
+    assert all(seconds > 0 for seconds in (found["twice"]["mm"], found["once"]["addmm"]))
+    official.print_operators(found)
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in ("addmm", "others", "matrix products", "their share"))
+    assert official.time_operators(SimpleNamespace(repeats=2, operators=False), calls, iter([])) == {}

@@ -370,8 +370,16 @@ class SiTAttention(nn.Module, AttentionModuleMixin):
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Returns `x (1 + scale) + shift` for tokens `x [B, N, D]`, and `shift` and `scale` `[B, D]`."""
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    """Returns `x (1 + scale) + shift` for tokens `x [B, N, D]`, and `shift` and `scale` `[B, D]`.
+
+    The sum is written into the memory of the product, which nothing else needs.
+    """
+    return (x * (1 + scale.unsqueeze(1))).add_(shift.unsqueeze(1))
+
+
+def add_residual(hidden_states: torch.Tensor, gated: torch.Tensor) -> torch.Tensor:
+    """Returns `hidden_states + gated`, written into the memory of `gated` unless their dtypes differ (under autocast)."""
+    return gated.add_(hidden_states) if gated.dtype == hidden_states.dtype else hidden_states + gated
 
 
 class SiTTransformerBlock(nn.Module):
@@ -393,8 +401,9 @@ class SiTTransformerBlock(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(conditioning).chunk(6, dim=1)
-        hidden_states = hidden_states + self._run("attention", hidden_states, shift1, scale1, gate1)
-        return hidden_states + self._run("mlp", hidden_states, shift2, scale2, gate2)
+        gated = self._run("attention", hidden_states, shift1, scale1, gate1)
+        hidden_states = add_residual(hidden_states, gated)
+        return add_residual(hidden_states, self._run("mlp", hidden_states, shift2, scale2, gate2))
 
     def _run(self, name: str, *inputs: torch.Tensor) -> torch.Tensor:
         part = self._attend if name == "attention" else self._feed_forward

@@ -1,13 +1,17 @@
 # Copyright 2026 The diffusers-vrpo team. Licensed under the Apache License, Version 2.0.
 """Ridge read-outs of encoder layers from blocks, and the command that compares all pairs."""
 
+import io
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from tqdm.auto import tqdm
 
 from diffusers_vrpo.alignment.encoders import features_of_layers, load_encoder
-from diffusers_vrpo.commands.layers import format_layers, main, tokens_at
+from diffusers_vrpo.commands import layers
+from diffusers_vrpo.commands.layers import batches, format_layers, main, tokens_at
 from diffusers_vrpo.evaluation.readouts import BlockReadouts, gaps, recommend
 from support.models import digits_model, inputs, tiny_model
 
@@ -148,3 +152,20 @@ def test_what_cannot_work(digits_pipeline, capsys, options, message):
     with pytest.raises(SystemExit) as ended:
         main([str(digits_pipeline), *OPTIONS.split(), *options])
     assert message in str(ended.value.code) + capsys.readouterr().err
+
+
+def test_the_progress_bar_reaches_its_end(monkeypatch):
+    class Images(list):
+        name = "training images"
+
+    bars = []
+
+    def bar(*arguments, **options):
+        bars.append(tqdm(*arguments, file=io.StringIO(), **options))
+        return bars[0]
+
+    monkeypatch.setattr(layers, "tqdm", bar)
+    images = Images(torch.full((3, 2, 2), i, dtype=torch.uint8) for i in range(5))
+    found = list(batches(SimpleNamespace(images=images), 2, 0))
+    assert [rows for rows, _ in found] == [[0, 1], [2, 3], [4]] and bars[0].n == bars[0].total == 3
+    assert torch.equal(found[2][1], torch.full((1, 3, 2, 2), 4 / 127.5 - 1))

@@ -380,7 +380,8 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--target",
         type=number_in(FINITE, float),
-        help="value of the metric for which the report computes what each arm needs to reach it; the baseline's last if not given",
+        help="value of the metric for which the report computes what each arm needs to reach it; if not given, the last value of "
+        "the baseline",
     )
     parser.add_argument("--output_dir", default="report", help="folder to which the report is written")
     return parser

@@ -732,6 +732,7 @@ class VRPOTrainer:
             rewards=rewards or DEFAULT_REWARDS,
             autocast=accelerator.autocast,
             prediction_type=self.adapter.prediction_type,
+            scaffold_steps=((self.saved_state or {}).get("alignment") or {}).get("scaffold_steps"),
         )
         if args.compile:
             self.objective.compile()

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import math
 import signal
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -744,6 +745,7 @@ class VRPOTrainer:
             rewards=rewards or DEFAULT_REWARDS,
             autocast=accelerator.autocast,
             prediction_type=self.adapter.prediction_type,
+            scaffold_steps=((self.saved_state or {}).get("alignment") or {}).get("scaffold_steps"),
         )
         if args.compile:
             self.objective.compile()
@@ -878,7 +880,7 @@ class VRPOTrainer:
         count = accelerator.num_processes
         processes = f"{count} process{'es' * (count > 1)}"
         logger.info(
-            f"{len(self.data)} images, {self.data.num_classes} classes; training {parameters / 1e6:.1f} M parameters, "
+            f"{len(self.data)} images, {self.data.num_classes} class{'es' * (self.data.num_classes > 1)}; training {parameters / 1e6:.1f} M parameters, "
             f"{math.prod(self.grid_size)} tokens; steps {self.step} to {self.max_train_steps}"
         )
         logger.info(
@@ -916,10 +918,13 @@ class VRPOTrainer:
             repeats=args.policy_epochs,
         )
         pin_memory = accelerator.device.type == "cuda"
-        loader = self.data.loader(samples, sampler, args.dataloader_num_workers, pin_memory)
-        # A new iterator draws a number from torch's generator, whose state must be that of an uninterrupted run.
-        with torch.random.fork_rng(devices=[], enabled=self.step > 0):
-            return iter(loader)
+        with warnings.catch_warnings():
+            # It is harmless, and the default number of workers is above the two cores of many small machines.
+            warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes in total")
+            loader = self.data.loader(samples, sampler, args.dataloader_num_workers, pin_memory)
+            # A new iterator draws a number from torch's generator, whose state must be that of an uninterrupted run.
+            with torch.random.fork_rng(devices=[], enabled=self.step > 0):
+                return iter(loader)
 
     def _next_batch(self, batches: Iterator) -> dict[str, torch.Tensor]:
         """Moves the next micro-batch to the device, with pixels in [-1, 1]; example indices stay on the CPU."""

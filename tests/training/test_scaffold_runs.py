@@ -54,6 +54,14 @@ def test_a_run_resumes_across_the_end_of_the_phase(command, tmp_path, objective)
     assert state["alignment"]["scaffold_steps"] == 3 and state["settings"]["scaffold_fraction"] == 0.6
 
 
+def test_a_run_whose_pull_ends_can_become_longer(command, tmp_path):
+    options = {"objective": "repi", "scaffold_fraction": 0.5, "alignment_stop_step": 3}
+    run(command(**options, max_train_steps=4))
+    run(command(**options, max_train_steps=6))  # a half of them would be all steps before the end of the pull
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row.get("scaffold_distance", -1) > 0 for row in rows] == [False, False, True, False, False, False]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("objective, hook", [("repi", None), ("vrpo", "fsdp")])
 def test_two_processes_train_as_one(command, trainers, tmp_path, objective, hook):

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import warnings
 import weakref
 
 import pytest
@@ -134,6 +135,17 @@ def test_untrained_weights_do_not_replace_a_result(config, tmp_path):
     trainer = VRPOTrainer(encoders="digits", vae="none", args=config(dataset_name="digits"))
     with trainer, pytest.raises(InputError, match=r"nothing to save in .*python yet: call `train\(\)` first"):
         trainer.save_model()
+
+
+def test_the_default_workers_are_not_warned_of_on_two_cores(config, monkeypatch):
+    arguments = {"train_dataset": load_digits_dataset()["train"], "args": config(dataloader_num_workers=1)}
+    with VRPOTrainer(encoders="digits", vae="none", **arguments) as trainer:
+        trainer._resume()
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(), raising=False)
+        monkeypatch.setattr(os, "cpu_count", lambda: None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            next(trainer._batches())
 
 
 class Steps(TrainerCallback):

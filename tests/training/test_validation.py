@@ -94,6 +94,15 @@ def test_a_run_without_a_distance_continues_from_a_validated_step(command, tmp_p
     assert grid.is_file() and (not drawn or grid.stat().st_mtime_ns == before)
 
 
+def test_a_look_at_the_end_that_a_kill_prevented_is_made_once(command, tmp_path, monkeypatch):
+    run(command(max_train_steps=2, validation_steps=2))
+    (tmp_path / "run" / "samples" / "step-0000002.png").unlink()
+    drawn = []
+    monkeypatch.setattr(validation.Validation, "draw", lambda self, step, averaged: drawn.append(step))
+    run(command(max_train_steps=2, validation_steps=2))
+    assert drawn == [2]
+
+
 def test_what_cannot_be_compared(command, capsys):
     with pytest.raises(InputError, match="`num_fd_samples` 1 is too few for a covariance; use 2048 or more"):
         run(command(fd_encoder="digits", num_fd_samples=1))

@@ -851,6 +851,7 @@ def objective_from_config(
     rewards: Sequence = DEFAULT_REWARDS,
     autocast: Callable = contextlib.nullcontext,
     prediction_type: str | None = None,
+    scaffold_steps: int | None = None,
 ) -> NoAlignment:
     """Builds the objective for the alignment and policy options.
 
@@ -859,6 +860,7 @@ def objective_from_config(
             classes.
         rewards: rewards of VRPO, including those that are Python objects.
         prediction_type: of the transformer, if its config does not say it.
+        scaffold_steps: the length of the scaffold phase, instead of `scaffold_fraction`, of a run that keeps it.
 
     Raises:
         InputError: if `reward_weighting` or rewards are not valid.
@@ -866,9 +868,10 @@ def objective_from_config(
     if config.objective == "none":
         return NoAlignment(aligned)
     conflict, release = alignment_end_of(config)
+    keeps = scaffold_steps is not None and scaffold_steps < max_train_steps
     shared = {
         "alignment_stop_step": config.alignment_stop_step,
-        "scaffold_fraction": config.scaffold_fraction,
+        "scaffold_fraction": scaffold_steps / max_train_steps if keeps else config.scaffold_fraction,
         "scaffold_coeff": config.scaffold_coeff,
     }
     if config.objective == "repi":

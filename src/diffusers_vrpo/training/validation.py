@@ -94,9 +94,13 @@ class Validation(TrainerCallback):
         check_steps(self.pipeline, self.args.num_inference_steps)
 
     def on_train_begin(self, trainer):
-        """Validates the step of the checkpoint if the run was interrupted between that checkpoint and its validation."""
+        """Validates the step of the checkpoint if the run was interrupted between that checkpoint and its validation.
+
+        The last step is left to `on_train_end`.
+        """
         step, length, missing = trainer.step, trainer.length, False
-        if self.accelerator.is_main_process and (length.validates(step) or length.draws_early(step)):
+        due = (length.validates(step) or length.draws_early(step)) and step < trainer.max_train_steps
+        if self.accelerator.is_main_process and due:
             rows = read_metrics(trainer.metrics_file.path)
             needs_distance = self.fd_encoder is not None and not length.draws_early(step)
             measured = not needs_distance or any(row["step"] == step and self.name in row for row in rows)

@@ -87,3 +87,20 @@ def test_what_cannot_be_measured_is_not_sampled(run):
         with pytest.raises(InputError, match=problem):
             fid.fid(args)
     assert not Path("model-fid").exists()
+
+
+@pytest.mark.parametrize(
+    "options, problem",
+    [
+        (["--metrics", "is"], "--metrics is: it is defined by the Inception network"),
+        (["--metrics", "kid", "--kid_subset_size", "11"], "--metrics kid needs at least 11 images; SAMPLES has 10"),
+        (
+            ["--metrics", "precision_recall", "--precision_recall_k", "12"],
+            "--metrics precision_recall needs at least 13",
+        ),
+    ],
+)
+def test_a_metric_that_cannot_be_computed_is_refused_before_sampling(run, options, problem):
+    with pytest.raises(SystemExit, match=problem):
+        run(*options)
+    assert not Path("model-fid").exists()

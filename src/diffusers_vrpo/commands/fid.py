@@ -14,12 +14,13 @@ Compare only values for equal numbers of images and equal sampling options.
 import argparse
 import contextlib
 import logging
+from dataclasses import fields
 from pathlib import Path
 
 from accelerate import PartialState
 
 from ..command_line import OneLineErrorParser, one_line_errors
-from ..evaluation.compare import open_reference
+from ..evaluation.compare import MetricSettings, allowed_metrics, open_reference
 from ..evaluation.image_encoders import load_image_encoder
 from ..evaluation.image_sets import ImageSet
 from ..models.autoencoder import decoded_side
@@ -66,18 +67,18 @@ def check_measurable(args: argparse.Namespace, pipeline: VRPOPipeline, state: Pa
     """Checks the encoders and the reference before sampling, which can take hours.
 
     Raises:
-        InputError: if an encoder or the reference cannot be opened, or does not fit images of the pipeline's size.
+        InputError: if an encoder or the reference cannot be opened, does not fit images of the pipeline's size or does not
+            allow a metric, or there are too few images.
     """
     config = pipeline.transformer.config
     size = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
     if pipeline.vae is not None:
         size = [decoded_side(pipeline.vae, config.in_channels, side) for side in size]
     with state.main_process_first():
-        for name in args.encoder:
-            load_image_encoder(name, args.pooling, args.inception_weights, cache_dir=args.cache_dir)
-        open_reference(
+        samples = ImageSet("SAMPLES", "folder", args.num_images, tuple(size), read=None, origin=None)
+        reference = open_reference(
             args.reference,
-            ImageSet("SAMPLES", "folder", args.num_images, tuple(size), read=None, origin=None),
+            samples,
             args.resolution,
             args.dataset_config_name,
             args.reference_split,
@@ -85,6 +86,10 @@ def check_measurable(args: argparse.Namespace, pipeline: VRPOPipeline, state: Pa
             args.cache_dir,
             args.save_reference,
         )
+        settings = MetricSettings(**{field.name: getattr(args, field.name) for field in fields(MetricSettings)})
+        for name in args.encoder:
+            allowed_metrics(args.metrics, name, samples, reference, settings)
+            load_image_encoder(name, args.pooling, args.inception_weights, cache_dir=args.cache_dir)
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:

@@ -51,9 +51,8 @@ def fid(args: argparse.Namespace) -> dict | None:
     check_measurable(args, pipeline, state)
     given = vars(args) | {"output_dir": str(folder), "samples": str(folder), "output_format": "png"}
     sample.sample(argparse.Namespace(**given), pipeline)
-    report = evaluate.evaluate(
-        argparse.Namespace(**given | {"batch_size": None})
-    )  # that of sampling is not meant for encoders
+    # The batch size is that of sampling, which is not meant for encoders.
+    report = evaluate.evaluate(argparse.Namespace(**given | {"batch_size": None}))
     if state.is_main_process and not keep:
         remove_samples(folder)
         with contextlib.suppress(OSError):  # the folder stays if it has other files

@@ -220,9 +220,8 @@ def build_manifest(pipeline, args, arguments: dict, classes: list[int], state: P
         },
         "labels": [image_label(args.seed, i, classes, args.class_balance) for i in range(args.num_images)],
     }
-    return json.loads(
-        json.dumps(manifest, default=str)
-    )  # equal to what is read back from the file, with lists for tuples
+    # Equal to what is read back from the file, with lists in place of tuples.
+    return json.loads(json.dumps(manifest, default=str))
 
 
 def main(argv: list[str] | None = None, prog: str = "vrpo sample"):

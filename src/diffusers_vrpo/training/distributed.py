@@ -62,12 +62,10 @@ def use_tf32(device: torch.device, allowed: bool):
 
 def plain_lines(num_processes: int):
     """Removes from the log, once it is set up, what libraries add to it and is of no use to users."""
-    logging.getLogger("accelerate").setLevel(
-        logging.WARNING
-    )  # its lines name each file of a checkpoint, under its temporary name
-    logging.getLogger(
-        "huggingface_hub"
-    ).handlers.clear()  # else its lines would appear twice: the root's handler has them
+    # accelerate logs every file of a checkpoint under its temporary name.
+    logging.getLogger("accelerate").setLevel(logging.WARNING)
+    # The root's handler also prints the lines of the Hub's library, which would otherwise appear twice.
+    logging.getLogger("huggingface_hub").handlers.clear()
     if num_processes == 1:
         for handler in logging.root.handlers:
             handler.addFilter(without_rank)

@@ -534,7 +534,7 @@ def count_breaks(objective: str) -> dict[str, int]:
         count("loss", made._losses, step, projections, targets, made._weight(step), loss_fm, draws)
     if step.fork is not None:
         count("fork", gradient_fork.mix_gradients, tokens, tokens, None)
-    if made.sums is not None:
+    if step.bins is not None:
         sums = made.sums.sums
         count("sums", add_moments, sums, step.bins, [torch.randn(sums.shape[1], 4)])
     if step.scaffold is None:

@@ -6,6 +6,7 @@ run is done. What happens around the steps (validation, publishing, the generati
 """
 
 import contextlib
+import copy
 import dataclasses
 import math
 import signal
@@ -525,7 +526,9 @@ class VRPOTrainer:
             writing(f"the pipeline in {output_dir}"),
         ):
             if self.accelerator.is_main_process:
-                if args.lora_rank:
+                if args.lora_rank:  # the trainer keeps the adapters, and can go on
+                    averaged = copy.copy(averaged)
+                    averaged.transformer = copy.deepcopy(averaged.transformer)
                     save_lora(averaged.transformer, output_dir / "lora")
                 averaged.save_pretrained(output_dir)
                 parts = (output_dir / name for name in ("transformer", "vae", "lora"))

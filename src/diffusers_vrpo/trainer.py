@@ -6,6 +6,7 @@ the run is done. What happens around the steps (validation, publishing, the gene
 """
 
 import contextlib
+import copy
 import dataclasses
 import math
 import signal
@@ -72,6 +73,7 @@ from .pipelines.adapters import ModelAdapter, ModelCall, SiTAdapter, Transformer
 from .reporting.curves import plot_metrics
 from .training.callbacks import TrainerCallback, check_states, stateful
 from .training.checkpoints import (
+    OPTIONS_OF_A_STEP,
     check_settings,
     choose_checkpoint,
     load_checkpoint,
@@ -535,7 +537,9 @@ class VRPOTrainer:
             writing(f"the pipeline in {output_dir}"),
         ):
             if self.accelerator.is_main_process:
-                if args.lora_rank:
+                if args.lora_rank:  # the trainer keeps the adapters, and can go on
+                    averaged = copy.copy(averaged)
+                    averaged.transformer = copy.deepcopy(averaged.transformer)
                     save_lora(averaged.transformer, output_dir / "lora")
                 averaged.save_pretrained(output_dir)
                 parts = (output_dir / name for name in ("transformer", "vae", "lora"))
@@ -801,7 +805,8 @@ class VRPOTrainer:
         of_data = data_settings_to_keep(self.args) | data_settings(self.data)
         if self.checkpoint is not None:
             state = self.saved_state
-            self.changes = check_settings(state, self.settings, self.checkpoint, allowed_changes(self.args))
+            allowed = allowed_changes(self.args) | set(() if self.args.streaming else OPTIONS_OF_A_STEP)
+            self.changes = check_settings(state, self.settings, self.checkpoint, allowed)
             check_length(self.checkpoint, state["step"], self.max_train_steps)
             check_data_settings(state["settings"], of_data, self.checkpoint, self.args.allow_changed_data)
             check_states(self.checkpoint, state.get("callbacks"), self.callbacks)

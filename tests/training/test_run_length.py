@@ -177,6 +177,17 @@ def test_the_batch_of_a_stream_may_change(option, tmp_path):
     assert check_settings(state, expected, tmp_path, {option}) == {"the number of samples a step": [16, 32]}
 
 
+def test_another_batch_is_recorded(command, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    options = {"objective": "none", "encoder": None, "projector_dim": None}
+    run(command(**options, max_train_steps=2))
+    run(command(**options, max_train_steps=3, train_batch_size=8, gradient_accumulation_steps=2))
+    assert "changed" not in state_of(tmp_path / "run")[1]  # as many samples in another division
+    run(command(**options, max_train_steps=4, train_batch_size=8))
+    assert "changed from here on: the number of samples a step 16 -> 8" in caplog.text
+    assert state_of(tmp_path / "run")[1]["changed"] == {"the number of samples a step": [16, 8]}
+
+
 @pytest.mark.slow
 def test_a_stopped_run_without_a_length_ends_bit_equal(command, trainers, tmp_path):
     options = {

@@ -131,6 +131,24 @@ def test_a_trainer_that_is_used_again_goes_on(config, tmp_path):
     assert losses(tmp_path / "python") == losses(tmp_path / "one")
 
 
+def test_adapters_stay_with_the_trainer_that_saves_the_result(config, tmp_path):
+    with VRPOTrainer(encoders="digits", vae="none", args=config(dataset_name="digits", max_train_steps=1)) as trainer:
+        trainer.train()
+        trainer.save_model()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    start = {"model_config": None, "pretrained_model_name_or_path": str(tmp_path / "python"), "lora_rank": 2}
+    args = config(dataset_name="digits", output_dir=str(tmp_path / "adapters"), **start)
+    weights = tmp_path / "adapters" / "transformer" / "diffusion_pytorch_model.safetensors"
+    with VRPOTrainer(encoders="digits", vae="none", args=args) as trainer:
+        trainer.train()
+        trainer.save_model()
+        first = weights.read_bytes()
+        trainer.save_model()
+        assert weights.read_bytes() == first
+        assert [name for name in trainer.transformer.state_dict() if ".lora_" in name]
+    assert not [name for name in load_file(weights) if "lora" in name]
+
+
 def test_untrained_weights_do_not_replace_a_result(config, tmp_path):
     trainer = VRPOTrainer(encoders="digits", vae="none", args=config(dataset_name="digits"))
     with trainer, pytest.raises(InputError, match=r"nothing to save in .*python yet: call `train\(\)` first"):

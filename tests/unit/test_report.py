@@ -327,6 +327,7 @@ def test_names_that_the_last_part_of_a_path_would_not_tell_apart(tmp_path):
 def test_input_that_cannot_work(tmp_path, capsys):
     run_a = write_run(tmp_path / "a", {100: 1.0}, objective="repa")
     other = write_run(tmp_path / "other", {100: 1.0}, rows=[{"step": 100, "loss_fm": 0.5}], objective="none")
+    trained = write_run(tmp_path / "trained", {}, 0, rows=[{"step": 100, "loss_fm": 0.5}])
     (tmp_path / "empty").mkdir()
     new = write_run(tmp_path / "new", {100: 1.0})
     (new / "metrics.jsonl").write_text('{"step": 1')
@@ -345,6 +346,11 @@ def test_input_that_cannot_work(tmp_path, capsys):
         (
             [run_a, "--metric", "kid"],
             f"--metric kid is not in these runs; they have {FD}, train_seconds, train_flops",
+        ),
+        (
+            [trained],
+            "--metric fd is not in these runs, which were trained without --fd_encoder; give --metric loss_fm or another "
+            "column; they have loss_fm",
         ),
         ([run_a, other, "--metric", "loss"], f"--metric loss: .*a has no loss_fm, .* give one of {FD}, train_seconds"),
         ([run_a, tmp_path / "other" / ".." / "a"], "a is given twice"),

@@ -3,6 +3,7 @@
 
 import contextlib
 import sys
+import warnings
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -22,7 +23,7 @@ from diffusers_vrpo.models.autoencoder import (
     images_at_a_time,
 )
 from diffusers_vrpo.models.transformer_sit import SiTTransformer2DModel
-from diffusers_vrpo.training.distributed import ddp_options
+from diffusers_vrpo.training.distributed import ddp_options, prepare
 from diffusers_vrpo.training.fp8 import to_fp8, use_fp8
 from diffusers_vrpo.training.setup import with_tf32
 from diffusers_vrpo.training.throughput import CopyStream, speed_up
@@ -227,3 +228,16 @@ def test_what_ddp_is_told():
     assert options.gradient_as_bucket_view and not options.broadcast_buffers and not options.static_graph
     # A norm that keeps statistics of its own in training needs those of the first process everywhere.
     assert ddp_options(torch.nn.Sequential(model, torch.nn.BatchNorm2d(3))).broadcast_buffers
+
+
+def test_the_old_name_of_ddps_option_is_not_warned_of():
+    def wrap(*parts):
+        warnings.warn(
+            "`broadcast_buffers` is deprecated. Use `forward_sync_buffers` instead.", FutureWarning, stacklevel=2
+        )
+        return parts
+
+    processes = {"distributed_type": DistributedType.MULTI_CPU, "mixed_precision": "no"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert prepare(SimpleNamespace(prepare=wrap, **processes), torch.nn.Linear(2, 2), None)[1] is None

@@ -195,7 +195,10 @@ def choose_metric(runs: list[Run], metric: str) -> str:
     matches = matches or [key for key in every if key.split("/")[-1].startswith(metric)]
     matches = matches or [key for key in every if metric in key]
     if not matches:
-        raise InputError("metric", f"`metric` {metric} is not in these runs; they have {', '.join(every)}")
+        why = ""
+        if metric == "fd":  # the default
+            why = ", which were trained without --fd_encoder; give `metric` loss_fm or another column"
+        raise InputError("metric", f"`metric` {metric} is not in these runs{why}; they have {', '.join(every)}")
     for key in matches:
         if all(key in keys for keys in known):
             return key

@@ -416,8 +416,7 @@ def run_settings(
     settings["allow_tf32"] = config.allow_tf32
     settings["random_streams"] = config.random_streams or NEWEST_STREAMS
     settings["streaming"] = config.streaming or None  # the form in which version 0.1 recorded it
-    if config.streaming:
-        settings[SAMPLES_A_STEP] = global_batch_size  # the order of the images depends on it
+    settings[SAMPLES_A_STEP] = global_batch_size  # the order of streamed images depends on it
     if config.lora_rank:
         # Adapters can continue only on the same weights.
         frozen = (parameter for parameter in transformer.parameters() if not parameter.requires_grad)

@@ -6,6 +6,7 @@ import copy
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -180,7 +181,10 @@ def prepare(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.o
         return prepare_deepspeed(accelerator, model, optimizer)
     if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.NO):
         accelerator.ddp_handler = ddp_options(model)
-    return accelerator.prepare(model, optimizer)
+    with warnings.catch_warnings():
+        # Newer versions of torch have another name for it, which older ones and accelerate do not know.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+        return accelerator.prepare(model, optimizer)
 
 
 def ddp_options(model: torch.nn.Module) -> DistributedDataParallelKwargs:

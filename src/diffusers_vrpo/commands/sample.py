@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from ..command_line import as_id, one_line_errors
 from ..errors import InputError, first_line, hub_problem
 from ..models.official_checkpoints import pipeline_index
-from ..models.start import public_config, weights_checksum
+from ..models.start import cast_weights, public_config, weights_checksum
 from ..pipelines.pipeline_vrpo import VRPOPipeline
 from ..pipelines.sample_folder import SampleFolder, cannot_write
 from ..pipelines.sampling import check_steps, image_label, sample_batch, sampling_arguments, set_sampler
@@ -141,8 +141,8 @@ def sample(args: argparse.Namespace, pipeline: VRPOPipeline | None = None):
     # 2. The missing batches. Each has the full size, even the last one, since images depend on the batch size.
     pipeline.to(state.device)
     for model, dtype in ((pipeline.transformer, args.dtype), (pipeline.vae, args.vae_dtype)):
-        if model is not None and model.dtype != getattr(torch, dtype):
-            model.to(getattr(torch, dtype))
+        if model is not None:
+            cast_weights(model, dtype)
     if args.first_block_cache is not None:
         pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=args.first_block_cache))
     if args.compile:

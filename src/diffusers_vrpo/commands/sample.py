@@ -27,6 +27,7 @@ from ..pipelines.pipeline_vrpo import VRPOPipeline
 from ..pipelines.sample_folder import SampleFolder, cannot_write
 from ..pipelines.sampling import check_steps, image_label, sample_batch, sampling_arguments, set_sampler
 from ..reach import offline_if_out_of_reach
+from ..training.checkpoints import list_checkpoints
 from ..training.distributed import start_processes, use_tf32
 from .sample_options import build_parser, parse_args
 
@@ -54,10 +55,14 @@ def load_pipeline(name_or_path: str, revision: str | None, variant: str | None, 
             )
         index = pipeline_index(name_or_path)
         if index is None:
+            folder, remedy = Path(name_or_path), "give a run's output folder, or the result of `vrpo convert`"
+            checkpoints = list_checkpoints(folder) or [p for p in list_checkpoints(folder.parent) if p == folder]
+            if checkpoints:
+                remedy = (
+                    f"the run is not finished; `vrpo convert {checkpoints[-1]} NEW_FOLDER` makes one of a checkpoint"
+                )
             raise InputError(
-                None,
-                f"PIPELINE {name_or_path} has no model_index.json, so it is not a pipeline; give a run's output folder, or "
-                "the result of `vrpo convert`",
+                None, f"PIPELINE {name_or_path} has no model_index.json, so it is not a pipeline; {remedy}"
             )
         found = index.get("transformer", [None, "no transformer"])[1]
         if found != "SiTTransformer2DModel":

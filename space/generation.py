@@ -15,6 +15,7 @@ import torch
 from diffusers_vrpo import VRPOPipeline
 from diffusers_vrpo.commands.sample import load_pipeline
 from diffusers_vrpo.errors import InputError
+from diffusers_vrpo.models.start import cast_weights
 from diffusers_vrpo.pipelines.sampling import check_steps, set_sampler
 
 
@@ -42,10 +43,8 @@ def open_pipeline(name: str, dtype: str | None = None) -> VRPOPipeline:
     except ValueError as error:
         raise InputError(None, f"PIPELINE {name}: {error}") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, dtype or ("bfloat16" if device == "cuda" else "float32"))
     pipeline.to(device)
-    if pipeline.transformer.dtype != dtype:
-        pipeline.transformer.to(dtype)
+    cast_weights(pipeline.transformer, dtype or ("bfloat16" if device == "cuda" else "float32"))
     return pipeline
 
 

@@ -87,6 +87,7 @@ def irregular_problem(folder: Path, names: Iterable[str] | None = None) -> str |
     Args:
         names: the names of the files and folders in it to check; all by default.
     """
+    folder = folder.resolve()  # it may be a link itself, which leads to where the user wants the results
     for path in [folder] if names is None else [folder / name for name in names]:
         if found := find_irregular(path):
             return (

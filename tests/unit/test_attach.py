@@ -11,6 +11,7 @@ from diffusers.models.attention import JointTransformerBlock
 from torch import nn
 
 from diffusers_vrpo.alignment.attach import AlignedTransformer, image_tokens_index, transformer_blocks
+from diffusers_vrpo.alignment.encoders import load_encoder
 from diffusers_vrpo.alignment.gradient_fork import alignment_fork, measuring_probe
 from diffusers_vrpo.alignment.objective import REPA, VRPO, NoAlignment
 from diffusers_vrpo.alignment.projectors import ConvProjector, token_grid
@@ -178,6 +179,32 @@ def test_what_cannot_be_attached():
     model.forward = lambda x, return_dict: (nn.Sequential.forward(model, x),)
     aligned = aligned_with(model, layers=(1,), blocks=list(model), hidden_dim=8)
     assert aligned(torch.randn(2, 5, 8))[1][0].shape == (2, 5, 12)
+
+
+def test_wrong_arguments_are_named():
+    for arguments, problem in (
+        ({"layers": 2, "encoders": [Pixels()]}, "`layers` must be a list, not 2"),
+        ({"layers": [2], "encoders": Pixels()}, "`encoders` must be a list, not <"),
+        ({"layers": [2], "encoders": "digits"}, "`encoders` must be a list, not 'digits'"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            AlignedTransformer(tiny_model(), **arguments)
+    encoder = load_encoder("embedded:digits", grid_size=(4, 4))
+    aligned = AlignedTransformer(tiny_model(), [2], [encoder], projector_dim=16)
+    with pytest.raises(ValueError, match="prediction_type 'v_prediction' must be one of velocity, epsilon"):
+        REPA(aligned, 10, prediction_type="v_prediction")
+    for objective in (REPA(aligned, 10), VRPO(aligned, 10)):
+        for t in (torch.tensor([3, 600]), torch.tensor(0.3), 0.3):
+            with pytest.raises(
+                ValueError, match=r"`t` must be flow times in \[0, 1\], floating-point numbers \[B\], not"
+            ):
+                objective.begin(t)
+        step = objective.begin(torch.tensor([0.3, 0.6]))
+        _, projections = aligned(*inputs(), fork=step.fork)
+        with pytest.raises(ValueError, match=r"`loss_fm` must be the loss of each sample, \[2\], not \[\]"):
+            objective(step, projections, torch.rand(2, 3, 8, 8), torch.tensor(1.0))
+        with pytest.raises(ValueError, match=r"`images` must be pixels \[B, 3, H, W\], not \[2, 4, 8, 8\]; latents"):
+            objective(step, projections, torch.rand(2, 4, 8, 8), torch.rand(2))
 
 
 def test_no_layers_is_the_transformer_alone():

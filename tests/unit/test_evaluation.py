@@ -211,6 +211,8 @@ def test_neighbour_metrics_at_the_ends():
     # Copies of one image are within each other's balls of radius 0.
     copies = torch.cat([x, x[:1].expand(5, 4)])
     assert evaluation.precision_recall(copies, x[:1].expand(7, 4))[0] == 1
+    with pytest.raises(InputError, match="k = 3 must be a torch.Tensor, not a ndarray"):
+        evaluation.precision_recall(np.ones((9, 4)), np.ones((9, 4)))
     with pytest.raises(InputError, match="k = 3: 3 images are too few, at least 4"):
         evaluation.precision_recall(x[:3], x)
     with pytest.raises(InputError, match="not finite"):

@@ -584,11 +584,19 @@ def test_adapters_load_fuse_and_unload(tmp_path):
     pipeline.load_lora_weights(str(tmp_path))
     adapted = sample(pipeline)
     assert not torch.allclose(adapted, plain, atol=1e-3)
+    with pytest.raises(ValueError, match="`save_pretrained`: the transformer has LoRA adapters; call `fuse_lora"):
+        pipeline.save_pretrained(tmp_path / "adapted")  # which nothing could open
     pipeline.fuse_lora()
     torch.testing.assert_close(sample(pipeline), adapted, atol=1e-4, rtol=1e-4)
     pipeline.unfuse_lora()
     pipeline.unload_lora_weights()
     torch.testing.assert_close(sample(pipeline), plain, atol=1e-5, rtol=1e-5)
+    pipeline.load_lora_weights(str(tmp_path))
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    pipeline.save_pretrained(tmp_path / "merged")
+    merged = VRPOPipeline.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(sample(merged), adapted, atol=1e-4, rtol=1e-4)
 
 
 def test_a_pipeline_of_diffusers_loads_by_its_code_with_all_of_this(tmp_path):

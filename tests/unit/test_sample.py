@@ -24,6 +24,7 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.models import modeling_utils
 from PIL import Image
 
 from diffusers_vrpo import SiTSDEScheduler, SiTTransformer2DModel, VRPOPipeline
@@ -386,7 +387,7 @@ def test_streams_of_noise():
 
 
 def test_bfloat16_is_close_and_latents_stay_float32(models, tmp_path, monkeypatch):
-    seen = set()
+    seen, warnings = set(), []
     step = SiTSDEScheduler.step
 
     @functools.wraps(step)
@@ -395,13 +396,14 @@ def test_bfloat16_is_close_and_latents_stay_float32(models, tmp_path, monkeypatc
         return step(self, prediction, timestep, latents, *args, **kwargs)
 
     monkeypatch.setattr(SiTSDEScheduler, "step", watched)
+    monkeypatch.setattr(modeling_utils.logger, "warning", warnings.append)
     options = {"sampler": "sde", "num_inference_steps": 10}
     exact = pngs(run(models / "latents", tmp_path / "float32", **options)).astype(float)
     half = pngs(run(models / "latents", tmp_path / "bfloat16", dtype="bfloat16", **options)).astype(float)
-    assert seen == {torch.float32}
+    assert seen == {torch.float32} and not warnings  # of modules that diffusers would keep in float32
     assert 0 < np.abs(exact - half).mean() < 0.1 * exact.std()
     low = pngs(run(models / "latents", tmp_path / "vae", vae_dtype="bfloat16", **options)).astype(float)
-    assert 0 < np.abs(exact - low).mean() < 0.1 * exact.std()
+    assert 0 < np.abs(exact - low).mean() < 0.1 * exact.std() and not warnings
 
 
 @needs_compiler
@@ -553,6 +555,11 @@ def test_what_is_no_pipeline(models, tmp_path):
     checkpoint.write_bytes(b"weights")
     assert "is not a folder; `vrpo convert` makes one" in refused(checkpoint, tmp_path / "out")
     assert "has no model_index.json" in refused(models / "velocity" / "transformer", tmp_path / "out")
+    checkpoint = tmp_path / "run" / "checkpoint-20"
+    checkpoint.mkdir(parents=True)
+    for unfinished in (tmp_path / "run", checkpoint):
+        problem = refused(unfinished, tmp_path / "out")
+        assert f"the run is not finished; `vrpo convert {checkpoint} NEW_FOLDER` makes one" in problem
     dit = tmp_path / "dit"
     shutil.copytree(models / "velocity", dit)
     index = json.loads((dit / "model_index.json").read_text())
@@ -626,6 +633,14 @@ def test_overwrite_removes_samples_and_nothing_else(models, tmp_path):
     ):
         (other / "manifest.json").write_text(text)
         assert message in refused(models / "velocity", other, overwrite=True)
+
+
+def test_the_folder_may_be_a_link(models, tmp_path):
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "scratch")
+    for _ in range(2):
+        run(models / "velocity", tmp_path / "link", num_images=2)
+    assert (tmp_path / "scratch" / "000001.png").is_file()
 
 
 def test_a_folder_that_cannot_be_made(models, tmp_path):

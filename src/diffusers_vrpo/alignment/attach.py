@@ -15,7 +15,7 @@ import copy
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -227,6 +227,9 @@ class AlignedTransformer(nn.Module):
         if not (image_tokens in (None, "first", "last", "all") or callable(image_tokens)):
             raise ValueError(f"`image_tokens` {image_tokens!r} must be first, last, all or a function")
         self.transformer = transformer
+        for name, value in (("layers", layers), ("encoders", encoders)):
+            if not isinstance(value, Iterable) or isinstance(value, str):
+                raise ValueError(f"`{name}` must be a list, not {value!r:.80}")
         self.encoders = list(encoders)
         for encoder in self.encoders:
             if not isinstance(getattr(encoder, "embed_dim", None), numbers.Integral):

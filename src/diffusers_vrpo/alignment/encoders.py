@@ -98,7 +98,14 @@ class PatchEncoder(nn.Module):
         Args:
             size (`tuple[int, int]`, *optional*): height and width; by default `input_size`.
             clamp (`bool`): whether to clamp what is outside of [-1, 1], which has no gradient there.
+
+        Raises:
+            ValueError: if `images` are something else, such as latents.
         """
+        if images.ndim != 4 or images.shape[1] not in (1, 3):
+            raise ValueError(
+                f"`images` must be pixels [B, 3, H, W], not {list(images.shape)}; latents have to be decoded"
+            )
         size = size or self.input_size
         pixels = (images.float() + 1) / 2
         if tuple(pixels.shape[2:]) != size:

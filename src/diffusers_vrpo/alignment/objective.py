@@ -150,6 +150,9 @@ class NoAlignment:
 
     def _begin(self, t: torch.Tensor, images) -> AlignmentStep:
         """Starts a micro-batch that may be aligned or have a scaffold; the first one with neither ends the alignment."""
+        if not isinstance(t, torch.Tensor) or t.ndim != 1 or not t.is_floating_point():
+            what = f"{t.dtype} {list(t.shape)}" if isinstance(t, torch.Tensor) else f"a {type(t).__name__}"
+            raise ValueError(f"`t` must be flow times in [0, 1], floating-point numbers [B], not {what}")
         active, scaffolding = self.active(self.step_number), self.scaffolding(self.step_number)
         if not active and not scaffolding:
             self._end()
@@ -356,6 +359,7 @@ class REPA(NoAlignment):
         self._set_scaffold(max_train_steps, scaffold_fraction, scaffold_coeff, alignment_stop_step)
         conflict, release = end_of_alignment(conflict, release, alignment_stop_step)
         for name, value, choices in (
+            ("prediction_type", prediction_type or "velocity", ("velocity", "epsilon")),
             ("conflict", conflict, CONFLICTS),
             ("release", release, RELEASES),
             ("timestep_weighting", timestep_weighting, TIMESTEP_WEIGHTS),
@@ -504,6 +508,10 @@ class REPA(NoAlignment):
         if not step.active:
             step.logs = {"alignment_coeff": torch.zeros((), device=loss_fm.device)} if self.aligned.projectors else {}
             return torch.zeros((), device=loss_fm.device)
+        if loss_fm.shape != step.t.shape:
+            raise ValueError(
+                f"`loss_fm` must be the loss of each sample, {list(step.t.shape)}, not {list(loss_fm.shape)}"
+            )
         targets = step.targets
         if targets is None:
             targets = self.targets(images, projections[0].shape[1], step.features)

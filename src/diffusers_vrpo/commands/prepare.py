@@ -26,6 +26,7 @@ from ..data.latents_of_others import FORMATS, scale_problem, write_latents
 from ..data.sources import classes_notice, load_images
 from ..errors import InputError
 from ..models.autoencoder import latent_layout, load_vae, reconstruction_problem
+from ..models.start import cast_weights
 from ..models.vision import layers_of_encoders
 from ..training.distributed import start_processes
 
@@ -51,8 +52,8 @@ def prepare(args: argparse.Namespace):
         if notice := classes_notice(data):
             logger.log(*notice)
     vae = None if args.vae == "none" else load_vae(args.vae, args.cache_dir).to(state.device)
-    if vae is not None and args.vae_dtype != "float32":
-        vae.to(getattr(torch, args.vae_dtype))
+    if vae is not None:
+        cast_weights(vae, args.vae_dtype)
     shape, has_posterior = latent_layout(vae, args.resolution, args.patch_size)
     if vae is not None and state.is_main_process:
         image = data.examples(data.fixed_rows(1), args.resolution)[0][0]

@@ -28,7 +28,7 @@ from ..command_line import OneLineErrorParser, add_options, number_in, one_line_
 from ..config import BATCH, NUM_SAMPLES, SEED, DataConfig, In, RunConfig, last_part
 from ..data.image_datasets import column_values, load_image_dataset
 from ..data.image_decoding import find_pixel_range, sample_rows
-from ..errors import InputError, first_line, hub_problem
+from ..errors import InputError
 from ..evaluation.feature_statistics import Batches, gather_rows
 from ..evaluation.image_encoders import POOLINGS, load_image_encoder
 from ..evaluation.image_sets import DatasetReader, ImageSet
@@ -38,10 +38,10 @@ from ..models.autoencoder import decoded_side, encode_images
 from ..models.flow import forward_process
 from ..pipelines.pipeline_vrpo import VRPOPipeline
 from ..random_streams import NOISE, ORDER, random_stream
-from ..reach import offline_if_out_of_reach
 from ..training.distributed import start_processes
 from ..training.output_dir import writing_result
 from .evaluate import check_output_files, write_report
+from .sample import load_pipeline
 
 
 logger = logging.getLogger("probe")
@@ -156,12 +156,7 @@ def open_pipeline(name: str, cache_dir: str | None) -> VRPOPipeline:
     Raises:
         InputError: if the pipeline cannot be opened.
     """
-    try:
-        with offline_if_out_of_reach(name):
-            pipeline = VRPOPipeline.from_pretrained(name, cache_dir=cache_dir)
-    except Exception as error:  # diffusers raises many types; all mean that it cannot be opened
-        problem = hub_problem(error, name) or f"it is not a pipeline of this package ({first_line(error)})"
-        raise InputError(None, f"PIPELINE {name}: {problem}") from error
+    pipeline = load_pipeline(name, revision=None, variant=None, cache_dir=cache_dir)
     pipeline.transformer.eval().requires_grad_(False)
     return pipeline
 

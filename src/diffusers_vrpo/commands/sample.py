@@ -22,11 +22,12 @@ from tqdm.auto import tqdm
 from ..command_line import as_id, one_line_errors
 from ..errors import InputError, first_line, hub_problem
 from ..models.official_checkpoints import pipeline_index
-from ..models.start import public_config, weights_checksum
+from ..models.start import cast_weights, public_config, weights_checksum
 from ..pipelines.pipeline_vrpo import VRPOPipeline
 from ..pipelines.sample_folder import SampleFolder, cannot_write
 from ..pipelines.sampling import check_steps, image_label, sample_batch, sampling_arguments, set_sampler
 from ..reach import offline_if_out_of_reach
+from ..training.checkpoints import list_checkpoints
 from ..training.distributed import start_processes, use_tf32
 from .sample_options import build_parser, parse_args
 
@@ -54,10 +55,14 @@ def load_pipeline(name_or_path: str, revision: str | None, variant: str | None, 
             )
         index = pipeline_index(name_or_path)
         if index is None:
+            folder, remedy = Path(name_or_path), "give a run's output folder, or the result of `vrpo convert`"
+            checkpoints = list_checkpoints(folder) or [p for p in list_checkpoints(folder.parent) if p == folder]
+            if checkpoints:
+                remedy = (
+                    f"the run is not finished; `vrpo convert {checkpoints[-1]} NEW_FOLDER` makes one of a checkpoint"
+                )
             raise InputError(
-                None,
-                f"PIPELINE {name_or_path} has no model_index.json, so it is not a pipeline; give a run's output folder, or "
-                "the result of `vrpo convert`",
+                None, f"PIPELINE {name_or_path} has no model_index.json, so it is not a pipeline; {remedy}"
             )
         found = index.get("transformer", [None, "no transformer"])[1]
         if found != "SiTTransformer2DModel":
@@ -143,8 +148,8 @@ def sample(args: argparse.Namespace, pipeline: VRPOPipeline | None = None):
     # 2. The missing batches. Each has the full size, even the last one, because images depend on the batch size.
     pipeline.to(state.device)
     for model, dtype in ((pipeline.transformer, args.dtype), (pipeline.vae, args.vae_dtype)):
-        if model is not None and model.dtype != getattr(torch, dtype):
-            model.to(getattr(torch, dtype))
+        if model is not None:
+            cast_weights(model, dtype)
     if args.first_block_cache is not None:
         pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=args.first_block_cache))
     if args.compile:

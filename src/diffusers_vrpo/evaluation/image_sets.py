@@ -140,8 +140,9 @@ def folder_images(name: str, folder: str | Path, resolution: int | None = None) 
     listing = list_images(folder)
     if not listing.images:
         raise InputError(None, f"{name}: {reason_without_images(os.fspath(folder), listing)}")
-    if (Path(folder) / "manifest.json").is_file():  # which `vrpo sample` writes next to its images
+    if (Path(folder) / "manifest.json").is_file():  # what `vrpo sample` writes next to its images
         listing.others -= Counter({".json": 1})
+        listing.others -= Counter({".npz": (Path(folder) / "samples.npz").is_file()})
     if left_out := listing.left_out():
         logger.warning(f"{name}: not used: {'; '.join(left_out)}")
     paths = sorted(Path(folder, image) for image in listing.images)

@@ -30,6 +30,8 @@ def check_features(features: torch.Tensor, name: str = "features", at_least: int
     Raises:
         InputError: if it is not; the message calls the set `name`.
     """
+    if not isinstance(features, torch.Tensor):
+        raise InputError(None, f"{name} must be a torch.Tensor, not a {type(features).__name__}")
     if features.ndim != 2:
         raise InputError(None, f"{name} must have the shape [images, channels], not {list(features.shape)}")
     if len(features) < at_least:

@@ -423,6 +423,15 @@ def lora_layers(model: torch.nn.Module, targets: list[str]) -> list[str]:
     return list(dict.fromkeys(layers))
 
 
+def cast_weights(model: torch.nn.Module, dtype: str):
+    """Converts a model of diffusers to a dtype, such as `"bfloat16"`, if it has another.
+
+    The `to` of diffusers' models warns each time of modules to keep in float32, even though these models have none.
+    """
+    if model.dtype != getattr(torch, dtype):
+        torch.nn.Module.to(model, getattr(torch, dtype))
+
+
 def weights_checksum(parameters: Iterable[torch.Tensor]) -> int:
     """CRC-32 of weights, as float32."""
     checksum = 0

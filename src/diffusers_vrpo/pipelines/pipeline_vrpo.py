@@ -369,6 +369,21 @@ class VRPOPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             )
         return super().from_pipe(pipeline, **kwargs)
 
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        """Saves the pipeline as diffusers does, with the code of pipeline and transformer.
+
+        Raises:
+            ValueError: if the transformer has adapters, whose layers would be in the files, so that nothing could open them.
+        """
+        if self.transformer is not None and any(
+            ".base_layer." in name for name, _ in self.transformer.named_parameters()
+        ):
+            raise ValueError(
+                "`save_pretrained`: the transformer has LoRA adapters; call `fuse_lora()` and then `unload_lora_weights()` to "
+                "merge them, `unload_lora_weights()` alone to remove them, or save them with `save_lora_weights`"
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
+
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
         """Writes `model_index.json` and, beside it, the code that it refers to: this file and those of the components.
 

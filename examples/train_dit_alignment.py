@@ -38,10 +38,7 @@ def parse_args(argv=None):
     parser.add_argument("--vae", help="an autoencoder of diffusers; if not given, a new model is trained on pixels")
     parser.add_argument("--num_layers", type=int, default=4, help="number of blocks of a new model")
     parser.add_argument(
-        "--num_attention_heads",
-        type=int,
-        default=4,
-        help="number of attention heads of a new model, each with 32 channels",
+        "--num_attention_heads", type=int, default=4, help="heads of a new model, each with 32 channels"
     )
     parser.add_argument("--patch_size", type=int, default=2, help="patch size of a new model")
     parser.add_argument("--encoder", default="embedded:digits", help="a vision model of transformers")
@@ -84,7 +81,7 @@ def sample(transformer, vae, scheduler, labels, shape, args):
 def main(args):
     accelerator = Accelerator(gradient_accumulation_steps=args.gradient_accumulation_steps)
     device = accelerator.device
-    set_seed(args.seed)
+    set_seed(args.seed, device_specific=True)  # other noise on each process; DDP sends the first one's weights to all
 
     # Data
     if args.dataset_name == "embedded:digits":

@@ -46,15 +46,13 @@ def parse_args(argv=None):
     parser.add_argument("--projector_dim", type=int, default=256, help="hidden width of the projector")
     parser.add_argument("--dataset_name", default="embedded:digits", help="a data set of the Hub, or a folder of one")
     parser.add_argument("--image_column", default="image")
-    parser.add_argument(
-        "--caption_column", default="label", help="column with captions, or with classes whose names are the captions"
-    )
+    parser.add_argument("--caption_column", default="label", help="captions, or classes whose names are the captions")
     parser.add_argument("--resolution", type=int, default=8)
     parser.add_argument("--train_batch_size", type=int, default=64)
     parser.add_argument("--max_train_steps", type=int, default=1000)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument(
-        "--validation_prompts", nargs="*", help="captions for the samples at the end; by default the first ten"
+        "--validation_prompts", nargs="*", help="captions to sample at the end; by default the first ten"
     )
     parser.add_argument("--num_inference_steps", type=int, default=100)
     parser.add_argument("--guidance_scale", type=float, default=2.0)
@@ -80,7 +78,7 @@ def sample(transformer, vae, scheduler, text, shape, args):
 def main(args):
     accelerator = Accelerator()
     device, source = accelerator.device, args.pretrained_model_name_or_path
-    set_seed(args.seed)
+    set_seed(args.seed, device_specific=True)  # other noise on each process; DDP sends the first one's weights to all
 
     # Frozen models, and the transformer
     vae, channels = None, 3  # without an autoencoder the model is trained on pixels

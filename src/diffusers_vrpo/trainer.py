@@ -881,6 +881,12 @@ class VRPOTrainer:
             logger.info(objective_in_full(args))
         for sentence in options_without_effect(args):
             logger.info(sentence)
+        steps, needed = self.max_train_steps - self.step, args.profile + self.profile.warmup if args.profile else 0
+        if steps < needed:
+            logger.warning(
+                f"`profile` {args.profile}: there will be no table, which comes after {needed} steps, of which {self.profile.warmup} are "
+                f"not measured; the run has {steps} left"
+            )
         parameters = sum(parameter.numel() for parameter in trainable_parameters(self.aligned))
         count = accelerator.num_processes
         processes = f"{count} process{'es' * (count > 1)}"

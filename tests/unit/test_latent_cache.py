@@ -468,14 +468,18 @@ def test_export_and_import_give_the_same_bytes(reference, exported, tmp_path):
 def test_damaged_exports_are_refused(reference, exported, copy, tmp_path):
     damage(copy / "latents.npy")
     with pytest.raises(InputError, match="1 of 90 chunks differ"):
-        latents_command.export(SimpleNamespace(latents_dir=copy, output_dir=tmp_path / "no", push_to_hub=None))
-    other = SimpleNamespace(latents_dir=reference, output_dir=copy / "images", push_to_hub=None)
+        latents_command.export(
+            SimpleNamespace(latents_dir=copy, output_dir=tmp_path / "no", push_to_hub=None, private=False)
+        )
+    other = SimpleNamespace(latents_dir=reference, output_dir=copy / "images", push_to_hub=None, private=False)
     with pytest.raises(InputError, match="holds something else"):
         latents_command.export(other)
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "x", "/proc/x"):
         with pytest.raises(InputError, match="`output_dir` .* cannot be written"):
-            latents_command.export(SimpleNamespace(latents_dir=reference, output_dir=place, push_to_hub=None))
+            latents_command.export(
+                SimpleNamespace(latents_dir=reference, output_dir=place, push_to_hub=None, private=False)
+            )
     parquet = exported / "data" / "train-00000-of-00001.parquet"
     args = SimpleNamespace(dataset=str(exported), output_dir=tmp_path / "cache", cache_dir=None)
     whole = parquet.read_bytes()
@@ -506,14 +510,24 @@ def test_push_uploads_the_folder(reference, exported, monkeypatch):
             calls.append((name, options))
             return SimpleNamespace(repo_id=name)
 
+        def repo_info(self, name, **options):
+            return SimpleNamespace(private=private)
+
         def upload_folder(self, **options):
             calls.append(options)
 
+    private = True
     monkeypatch.setattr(latent_cache_export, "HfApi", Api)
     args = ["export", "--latents_dir", str(reference), "--output_dir", str(exported), "--push_to_hub", "me/digits"]
     latents_command.main([*args, "--private"])
     assert calls[0] == ("me/digits", {"repo_type": "dataset", "private": True, "exist_ok": True})
     assert calls[1]["folder_path"] == exported and calls[1]["repo_type"] == "dataset"
+    private = False
+    with pytest.raises(SystemExit, match="--push_to_hub me/digits already exists and is public"):
+        latents_command.main([*args, "--private"])
+    assert len(calls) == 3  # nothing was uploaded
+    with pytest.raises(SystemExit, match="--private has no effect without --push_to_hub"):
+        latents_command.main([*args[:-2], "--private"])
 
     def offline(self, name, **options):
         raise ConnectionError("no route")

@@ -26,8 +26,10 @@ def export(args: argparse.Namespace):
     """Writes a cache as parquet files, and uploads them if `push_to_hub` is set.
 
     Raises:
-        InputError: if the cache is missing or damaged, or the Hub refuses.
+        InputError: if the cache is missing or damaged, the Hub refuses, or `private` is given without `push_to_hub`.
     """
+    if args.private and not args.push_to_hub:
+        raise InputError("private", "`private` has no effect without `push_to_hub`; remove it")
     export_cache(args.latents_dir, args.output_dir)
     if args.push_to_hub:
         push_export(args.output_dir, args.push_to_hub, args.private)

@@ -30,7 +30,7 @@ from ..config import NUM_IMAGES, In, VRPOConfig, is_embedded_dataset, options_of
 from ..data.latent_cache import array_layout
 from ..data.sources import TrainingData, load_training_data
 from ..errors import InputError, first_line
-from ..models.autoencoder import check_class, encode_images, encoding_in, latent_layout
+from ..models.autoencoder import ON_A_GPU, check_class, encode_images, encoding_in, latent_layout
 from ..models.start import (
     Start,
     build_transformer,
@@ -79,7 +79,6 @@ AUTOENCODERS = {
     "stabilityai/sdxl-vae": STABLE_DIFFUSION,
 }
 FLOAT32 = 4  # bytes of each weight, gradient, moment and averaged weight
-ENCODED_AT_A_TIME = 32  # images that the autoencoder encodes together
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -265,13 +264,13 @@ class CountedStep:
 
     def peak(self, name: str, images: int) -> int:
         """The largest number of bytes that a micro-step holds, including the encoding of its images."""
-        encoded = 0 if self.encoding is None else self.encoding.peak(min(images, ENCODED_AT_A_TIME))
+        encoded = 0 if self.encoding is None else self.encoding.peak(min(images, ON_A_GPU))
         return max(self.timelines[name].peak(images), encoded)
 
     def most_images(self, name: str, memory: float) -> int:
         """The largest number of images in a micro-step that stays within `memory` bytes."""
         images = self.timelines[name].most_images(memory)
-        if self.encoding is None or self.encoding.peak(min(images, ENCODED_AT_A_TIME)) <= memory:
+        if self.encoding is None or self.encoding.peak(min(images, ON_A_GPU)) <= memory:
             return images
         return min(images, self.encoding.most_images(memory))
 

@@ -122,15 +122,23 @@ def push_export(folder: str | Path, repository: str, private: bool = False):
     Args:
         folder: the folder of the export.
         repository: the Hub name of the repository, which is created if it does not exist.
-        private: whether a new repository is private.
+        private: whether the repository is private.
 
     Raises:
-        InputError: if the Hub refuses or cannot be reached.
+        InputError: if the Hub refuses or cannot be reached, or `private` is set and the repository is public.
     """
     folder = Path(folder)
     try:
-        repo = HfApi().create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
-        HfApi().upload_folder(repo_id=repo.repo_id, repo_type="dataset", folder_path=folder, ignore_patterns=["**/.*"])
+        api = HfApi()
+        repo = api.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
+        if private and not api.repo_info(repo.repo_id, repo_type="dataset").private:
+            raise InputError(
+                "push_to_hub",
+                f"`push_to_hub` {repository} already exists and is public; make it private on its page, or give another name",
+            )
+        api.upload_folder(repo_id=repo.repo_id, repo_type="dataset", folder_path=folder, ignore_patterns=["**/.*"])
+    except InputError:
+        raise
     except Exception as error:  # errors of the Hub or the network, or a malformed name
         problem = hub_problem(error, f"datasets/{repository}") or first_line(error)
         raise InputError("push_to_hub", f"`push_to_hub` {repository}: {problem}") from error

@@ -230,3 +230,8 @@ def test_a_run_without_a_length(command, tmp_path, caplog):
     caplog.clear()
     run(command(**options | {"train_batch_size": 32}))
     assert "steps 25 to 25" in caplog.text
+
+
+def test_a_profile_that_never_comes_is_announced(command, caplog):
+    run(command(profile=3))
+    assert "`profile` 3: there will be no table, which comes after 8 steps" in caplog.text and "4 left" in caplog.text

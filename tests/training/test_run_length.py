@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from accelerate import PartialState
 
 from diffusers_vrpo.config import VRPOConfig, allowed_changes, changeable_options
 from diffusers_vrpo.errors import InputError
@@ -97,6 +98,7 @@ def test_the_warning_of_many_epochs():
 
 
 def test_the_notice_of_the_speed(caplog):
+    PartialState()  # which accelerate's loggers need
     caplog.set_level(logging.INFO)
     seconds = SimpleNamespace(value=100.0)
     trainer = SimpleNamespace(

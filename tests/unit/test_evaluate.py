@@ -98,13 +98,19 @@ def test_images_pickle_for_workers_that_are_not_forked(tmp_path):
         assert images.kind != ".npz" or len(pickled) < 1000  # where the pixels are, not what they are
 
 
+def test_fid_of_all_images_with_one_feature_for_other_metrics(run, tmp_path):
+    folders = [save_folder(tmp_path / name, pictures(12, seed)) for seed, name in enumerate("ab")]
+    assert run(*folders, "--metrics", "fid", "--max_features", 1) == run(*folders, "--metrics", "fid")
+
+
 def test_folders_of_samples(run, tmp_path, caplog):
     """What `vrpo sample` wrote, when it is not whole or has no image files."""
     folder = save_folder(tmp_path / "samples", pictures(30), classes=1)
     manifest = {"complete": True, "options": {"num_images": 40}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
+    np.savez(folder / "samples.npz", pictures(30))  # of --output_format both
     run(folder, folder)
-    assert "unfinished" not in caplog.text
+    assert "unfinished" not in caplog.text and "not used" not in caplog.text
     (folder / "manifest.json").write_text(json.dumps(manifest | {"complete": False}))
     run(folder, folder)
     assert f"SAMPLES {folder} is an unfinished set of 40 samples; only those that exist are measured" in caplog.text

@@ -6,6 +6,7 @@ import re
 import statistics
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ import yaml
 from PIL import Image
 
 from diffusers_vrpo.commands.report import build_parser, collect, main, number
+from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.models.transformer_sit import SiTTransformer2DModel
 from diffusers_vrpo.reporting.figures import metric_label
-from diffusers_vrpo.reporting.runs import Run, first_crossing, merge_rows
+from diffusers_vrpo.reporting.runs import Run, choose_metric, first_crossing, merge_rows
 from diffusers_vrpo.schemas import START, read_rows
 from diffusers_vrpo.training.metrics import MetricsFile, read_metrics
 from diffusers_vrpo.training.throughput import projector_flops, step_flops
@@ -541,3 +543,10 @@ def test_rows_are_merged_in_one_pass():
     assert [merged[step]["part"] for step in (0, 9, 10, 25)] == [0, 9, 20, 45]
     both = merge_rows([{"step": 1, "a": 1}, {"step": 1, "b": 2}, {"step": 3}, {"step": 2, "a": 5}])
     assert both == [{"step": 1, "a": 1, "b": 2}, {"step": 2, "a": 5}]
+
+
+def test_the_default_metric_of_runs_that_did_not_log_it():
+    with pytest.raises(
+        InputError, match="fd is not in these runs .training logs it with `fd_encoder`.; they have loss_fm"
+    ):
+        choose_metric([SimpleNamespace(scalars=lambda: ["loss_fm"])], "fd")

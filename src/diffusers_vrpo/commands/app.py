@@ -13,8 +13,8 @@ import os
 import sys
 from importlib import import_module
 
-from ..command_line import OneLineErrorParser
-from ..config import DTYPES
+from ..command_line import OneLineErrorParser, number_in
+from ..config import DTYPES, In
 from ..files import packaged
 
 
@@ -42,7 +42,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--server_port",
-        type=int,
+        type=number_in(In(1, most=65535)),
         metavar="PORT",
         help="port of the page; the first free one from 7860 on if not given",
     )

@@ -418,7 +418,8 @@ def compare_images(
                     f"`metrics` sfid: {reference.source} has no statistics of spatial features; remove it",
                 )
             if known is not None and known.pool is not None:
-                check_counts(compared, settings, len(samples), len(known.pool))
+                of_pool = [metric for metric in compared if metric not in ("fid", "sfid")]  # these use all images
+                check_counts(of_pool, settings, len(samples), len(known.pool))
             own = measure(samples, encoder, state, batch_size, num_workers, max_features, "is" in chosen)
             if not state.is_main_process:
                 continue

@@ -799,4 +799,6 @@ def save_official(state: dict[str, torch.Tensor], file: Path):
             else:
                 torch.save(state, temporary)
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise InputError(None, f"{file} cannot be written: {first_line(error)}") from error
+        raise InputError(
+            None, f"{file} cannot be written: {first_line(error)}; make room or choose another place"
+        ) from error

@@ -323,17 +323,13 @@ def build_app(pipeline: VRPOPipeline, title: str, name: str | None = None) -> gr
 
 
 def serve(args: argparse.Namespace, parser: argparse.ArgumentParser):
-<<<<<<< HEAD
     """Opens a pipeline and serves its page until the process ends; `parser` reports errors."""
-=======
-    """Opens the page of a pipeline and serves it until the process ends; `parser` reports errors."""
     if host := (args.server_name or "").strip("[]"):
         try:  # gradio would try a hundred ports of an address that cannot be listened on
             family = socket.getaddrinfo(host, None)[0][0]
             socket.create_server((host, 0), family=family).close()
         except OSError as error:
             parser.error(f"--server_name {args.server_name}: {error.strerror or error}; choose another")
->>>>>>> step-hunt2
     try:
         pipeline = open_pipeline(args.pipeline, args.dtype)
     except InputError as error:

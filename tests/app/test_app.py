@@ -445,13 +445,8 @@ def test_the_command_line_answers_in_a_line(capsys, monkeypatch, tmp_path, folde
     app = load_module("app")
     taken = socket.create_server(("127.0.0.1", 0))
     for arguments, sentence in [
-<<<<<<< HEAD
         ([], "PIPELINE is missing; give a folder or Hub repository, or set the environment variable VRPO_PIPELINE"),
-        (["--pipline", "x"], "unrecognized arguments: --pipline x"),
-=======
-        ([], "PIPELINE is missing: name a folder or Hub repository, or set VRPO_PIPELINE"),
         (["--pipline", "x"], "unrecognized arguments: --pipline"),
->>>>>>> step-hunt2
         (["--pipeline", str(tmp_path / "none")], "none is not a folder"),
         (["--pipeline", str(tmp_path), "--dtype", "int8"], "invalid choice: 'int8'"),
         (["--pipeline", folder, "--server_port", str(taken.getsockname()[1])], "; choose another --server_port"),

@@ -543,10 +543,3 @@ def test_rows_are_merged_in_one_pass():
     assert [merged[step]["part"] for step in (0, 9, 10, 25)] == [0, 9, 20, 45]
     both = merge_rows([{"step": 1, "a": 1}, {"step": 1, "b": 2}, {"step": 3}, {"step": 2, "a": 5}])
     assert both == [{"step": 1, "a": 1, "b": 2}, {"step": 2, "a": 5}]
-
-
-def test_the_default_metric_of_runs_that_did_not_log_it():
-    with pytest.raises(
-        InputError, match="fd is not in these runs .training logs it with `fd_encoder`.; they have loss_fm"
-    ):
-        choose_metric([SimpleNamespace(scalars=lambda: ["loss_fm"])], "fd")

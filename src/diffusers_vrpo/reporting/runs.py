@@ -195,15 +195,10 @@ def choose_metric(runs: list[Run], metric: str) -> str:
     matches = matches or [key for key in every if key.split("/")[-1].startswith(metric)]
     matches = matches or [key for key in every if metric in key]
     if not matches:
-<<<<<<< HEAD
         why = ""
         if metric == "fd":  # the default
             why = ", which were trained without --fd_encoder; give `metric` loss_fm or another column"
         raise InputError("metric", f"`metric` {metric} is not in these runs{why}; they have {', '.join(every)}")
-=======
-        hint = " (training logs it with `fd_encoder`)" if metric == "fd" else ""
-        raise InputError("metric", f"`metric` {metric} is not in these runs{hint}; they have {', '.join(every)}")
->>>>>>> step-hunt2
     for key in matches:
         if all(key in keys for keys in known):
             return key

@@ -120,7 +120,7 @@ def test_bad_input_ends_in_a_sentence(digits_pipeline, tmp_path, capsys):
     ):
         with pytest.raises(SystemExit, match=message):
             run(digits_pipeline, *options)
-    with pytest.raises(SystemExit, match="PIPELINE .*nowhere: "):
+    with pytest.raises(SystemExit, match="PIPELINE .*nowhere is not a folder"):
         run(tmp_path / "nowhere")
     model = tiny_model(sample_size=(4, 8), in_channels=3, num_classes=10)
     VRPOPipeline(model, FlowMatchEulerDiscreteScheduler()).save_pretrained(tmp_path / "wide")

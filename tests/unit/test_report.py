@@ -6,7 +6,6 @@ import re
 import statistics
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,10 +13,9 @@ import yaml
 from PIL import Image
 
 from diffusers_vrpo.commands.report import build_parser, collect, main, number
-from diffusers_vrpo.errors import InputError
 from diffusers_vrpo.models.transformer_sit import SiTTransformer2DModel
 from diffusers_vrpo.reporting.figures import metric_label
-from diffusers_vrpo.reporting.runs import Run, choose_metric, first_crossing, merge_rows
+from diffusers_vrpo.reporting.runs import Run, first_crossing, merge_rows
 from diffusers_vrpo.schemas import START, read_rows
 from diffusers_vrpo.training.metrics import MetricsFile, read_metrics
 from diffusers_vrpo.training.throughput import projector_flops, step_flops

@@ -37,9 +37,7 @@ def parse_args(argv=None):
     parser.add_argument("--pretrained_model_name_or_path", help="a pipeline with a DiT and its autoencoder")
     parser.add_argument("--vae", help="an autoencoder of diffusers; if not given, a new model is trained on pixels")
     parser.add_argument("--num_layers", type=int, default=4, help="number of blocks of a new model")
-    parser.add_argument(
-        "--num_attention_heads", type=int, default=4, help="heads of a new model, each with 32 channels"
-    )
+    parser.add_argument("--num_attention_heads", type=int, default=4, help="heads of a new model, of 32 channels each")
     parser.add_argument("--patch_size", type=int, default=2, help="patch size of a new model")
     parser.add_argument("--encoder", default="embedded:digits", help="a vision model of transformers")
     parser.add_argument("--objective", choices=OBJECTIVES, default="vrpo")

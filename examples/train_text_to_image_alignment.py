@@ -51,9 +51,7 @@ def parse_args(argv=None):
     parser.add_argument("--train_batch_size", type=int, default=64)
     parser.add_argument("--max_train_steps", type=int, default=1000)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument(
-        "--validation_prompts", nargs="*", help="captions to sample at the end; by default the first ten"
-    )
+    parser.add_argument("--validation_prompts", nargs="*", help="captions to sample at the end; by default, the first")
     parser.add_argument("--num_inference_steps", type=int, default=100)
     parser.add_argument("--guidance_scale", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=0)

@@ -368,7 +368,7 @@ def test_a_run_publishes_itself_and_never_fails_for_it(hub, tmp_path_factory):
     assert {path.split("/")[0] for path in states.files()} == {".gitattributes", "checkpoint-4", "checkpoint-5"}
     assert "checkpoint-5/optimizer.bin" in states.files() and "checkpoint-5/metrics.jsonl" in states.files()
     assert len(states.commits) == 1  # no commit keeps older states
-    assert "checkpoint-4 is damaged (training_state.json has 2 bytes" in output
+    assert "checkpoint-4 in org/digits-state is damaged (training_state.json has 2 bytes" in output
     assert sum(request.endswith("/manifest.json") for request in hub.requests if "GET" in request) == 2
 
     adapters = hub.repositories["org/adapters"]

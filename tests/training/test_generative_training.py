@@ -324,7 +324,11 @@ def test_what_it_began_with_stays(finished, tmp_path):
     (tmp_path / "mine.py").write_text("def mine(images, features, labels):\n    return labels.float()\n")
     given = {"output_dir": target, "reward_reference": folder / "one" / "reward_reference.safetensors"}
     for name, value, message in (
-        ("rollout_steps", 3, "`rollout_steps` is 3, but the generative policy of this run began with 2; keep to that"),
+        (
+            "rollout_steps",
+            3,
+            "`rollout_steps` is 3, but the generative policy of this run began with 2; keep that value",
+        ),
         ("generative_policy_start_step", 4, "`generative_policy_start_step` is 4, but .* began with 2"),
         (
             "reward_function",
@@ -517,7 +521,7 @@ def test_each_guard_stops_a_run_that_goes_wrong(command, tmp_path, name):
     looks = {row["step"]: row for row in rows_of(folder) if "guard/loss_fm" in row}
     step, best = max(looks), min(looks, key=lambda step: looks[step]["guard/held_out"])
     assert step > 20 and best < step
-    message = f"step {step}: .*In .*run, checkpoint-{step} has this step, and best has the averaged pipeline of step {best}: start"
+    message = f"step {step}: .*In .*run, checkpoint-{step} has this step, and best has the averaged pipeline of step {best}; start"
     assert stopped.match(message)
     assert [path.name for path in list_checkpoints(folder)] == [f"checkpoint-{step}"]
     assert load_file(folder / f"checkpoint-{step}" / STATE)["best"].tolist()[1] == best

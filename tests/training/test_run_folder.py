@@ -372,7 +372,7 @@ def test_evaluate_does_not_replace_another_file(tmp_path, content):
 
     (tmp_path / "mine.json").write_text(content)
     with pytest.raises(
-        InputError, match="mine.json exists and is not a result of `vrpo evaluate`; choose another file"
+        InputError, match="mine.json already exists and is not a result of `vrpo evaluate`; choose another file"
     ):
         refuse_other_report(str(tmp_path / "mine.json"))
 

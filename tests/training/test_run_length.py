@@ -186,7 +186,7 @@ def test_another_batch_is_recorded(command, tmp_path, caplog):
     run(command(**options, max_train_steps=3, train_batch_size=8, gradient_accumulation_steps=2))
     assert "changed" not in state_of(tmp_path / "run")[1]  # as many samples in another division
     run(command(**options, max_train_steps=4, train_batch_size=8))
-    assert "changed from here on: the number of samples a step 16 -> 8" in caplog.text
+    assert "options changed from step 3 on: the number of samples a step 16 -> 8" in caplog.text
     assert state_of(tmp_path / "run")[1]["changed"] == {"the number of samples a step": [16, 8]}
 
 

@@ -304,7 +304,7 @@ def test_missing_options(command, capsys):
         ({"encoder": "./nowhere"}, "`encoder` ./nowhere"),
         ({"vae": "./nowhere"}, "`vae` ./nowhere"),
         ({"report_to": "paper"}, "`report_to` paper: "),
-        ({"report_to": "tensorboard,wandb"}, "`report_to` tensorboard,wandb: wandb is not installed"),
+        ({"report_to": "tensorboard,wandb"}, "`report_to` tensorboard,wandb needs wandb, which is not installed"),
         ({"model_config": "./nowhere.json"}, "`model_config` ./nowhere.json cannot be read"),
         ({"resume_from_checkpoint": "./nowhere"}, "`resume_from_checkpoint` ./nowhere is not a checkpoint"),
     ],
@@ -360,7 +360,7 @@ def test_another_seed_or_model_does_not_continue_the_run(command):
     with pytest.raises(InputError, match="`seed` is 1, but .*checkpoint-4 was trained with 0"):
         run(command(seed=1, max_train_steps=8))
     with pytest.raises(
-        InputError, match="trained with 0.01; keep to that, give `allow_changed` learning_rate to change"
+        InputError, match="trained with 0.01; keep that value, give `allow_changed` learning_rate to change"
     ):
         run(command(max_train_steps=8, learning_rate=0.1))
     for option, value in (("learning_rate", 0.1), ("label_dropout", 0.5), ("reward_weighting", "equal")):

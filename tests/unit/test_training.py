@@ -130,7 +130,9 @@ def test_an_option_without_effect_may_have_another_default_than_before(tmp_path)
 def test_what_earlier_versions_did_before_there_was_an_option(tmp_path):
     old = fake_checkpoint(tmp_path, 5, {"--seed": 1})
     assert checked_state(old, {"token_weighting": "uniform"})["step"] == 5
-    with pytest.raises(InputError, match="`token_weighting` is residual, but .* was trained with uniform; keep to"):
+    with pytest.raises(
+        InputError, match="`token_weighting` is residual, but .* was trained with uniform; keep that value"
+    ):
         checked_state(old, {"token_weighting": "residual"})
     ends = (("gate", 5, "gate"), ("project", 5, "stop"), ("none", None, "none"))
     for step, (conflict, stop_step, release) in enumerate(ends):

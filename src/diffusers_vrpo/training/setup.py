@@ -42,10 +42,8 @@ def start_accelerator(args: VRPOConfig, output_dir: Path) -> Accelerator:
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
         )
     except ValueError as error:
-        raise InputError(
-            "mixed_precision",
-            f"`mixed_precision` {args.mixed_precision} or `report_to` {args.report_to} fails: {error}",
-        ) from error
+        name = "report_to" if "logging capability" in str(error) else "mixed_precision"
+        raise InputError(name, f"`{name}` {getattr(args, name)}: {error}") from error
     if missing := set(trackers) - {str(name) for name in accelerator.log_with} - {"all"}:
         raise InputError(
             "report_to",

@@ -87,8 +87,8 @@ def check_measurable(args: argparse.Namespace, pipeline: VRPOPipeline, state: Pa
         )
         settings = MetricSettings(**{field.name: getattr(args, field.name) for field in fields(MetricSettings)})
         for name in args.encoder:
-            allowed_metrics(args.metrics, name, samples, reference, settings)
             load_image_encoder(name, args.pooling, args.inception_weights, cache_dir=args.cache_dir)
+            allowed_metrics(args.metrics, name, samples, reference, settings)
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:

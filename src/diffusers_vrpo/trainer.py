@@ -888,11 +888,11 @@ class VRPOTrainer:
                 f"not measured; the run has {steps} left"
             )
         parameters = sum(parameter.numel() for parameter in trainable_parameters(self.aligned))
-        count = accelerator.num_processes
+        count, num_classes = accelerator.num_processes, self.data.num_classes
         processes = f"{count} process{'es' * (count > 1)}"
         logger.info(
-            f"{len(self.data)} images, {self.data.num_classes} class{'es' * (self.data.num_classes > 1)}; training {parameters / 1e6:.1f} M parameters, "
-            f"{math.prod(self.grid_size)} tokens; steps {self.step} to {self.max_train_steps}"
+            f"{len(self.data)} images, {num_classes} class{'es' * (num_classes > 1)}; training {parameters / 1e6:.1f} M "
+            f"parameters, {math.prod(self.grid_size)} tokens; steps {self.step} to {self.max_train_steps}"
         )
         logger.info(
             f"a step has {self.global_batch_size} samples: `train_batch_size` {args.train_batch_size} x {processes} x "
